@@ -1,0 +1,118 @@
+"""Canonical names: a walk over a wrapped model that yields what the plain model's ``state_dict()`` would, and no more.
+
+Wrappers put themselves into names in two ways. Some rename an attribute to a token that no user writes
+(``_orig_mod`` of torch.compile, ``_checkpoint_wrapped_module``, ``_fsdp_wrapped_module``): those are dropped wherever
+they stand. DistributedDataParallel, DataParallel and the DeepSpeed engine use the plain word ``module``, which is also
+a fine name for a user's own layer: there the type decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from dist_ema.errors import EMAStateError
+
+_TOKENS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+_MODULE_WRAPPERS = (DistributedDataParallel, DataParallel)
+
+
+@dataclass(eq=False)
+class Slot:
+    """A place in a module that holds a parameter or a persistent buffer.
+
+    Attributes:
+        name: canonical name of the place.
+        owner: the module that holds it.
+        key: its key in the owner's ``_parameters`` or ``_buffers``.
+        is_buffer: which of the two.
+        aliases: canonical names of other places that hold the same tensor (tied weights).
+    """
+
+    name: str
+    owner: nn.Module
+    key: str
+    is_buffer: bool
+    aliases: tuple[str, ...] = ()
+
+    def get(self) -> Tensor | None:
+        """What the place holds now."""
+        return (self.owner._buffers if self.is_buffer else self.owner._parameters).get(self.key)
+
+
+def canonical_name(name: str) -> str:
+    """``name`` without the attributes that torch.compile, activation checkpointing and FSDP1 put into it."""
+    return ".".join(part for part in name.split(".") if part not in _TOKENS)
+
+
+def walk_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Every module with its canonical name, wrappers under the name of what they wrap, in ``state_dict()`` order.
+
+    A module that is registered twice is visited twice, as ``state_dict()`` does.
+    """
+    yield prefix, module
+    for key, child in module._modules.items():
+        if child is None:
+            continue
+        transparent = key in _TOKENS or (isinstance(module, _MODULE_WRAPPERS) and key == "module")
+        name = prefix if transparent else f"{prefix}.{key}" if prefix else key
+        yield from walk_modules(child, name)
+
+
+def walk_slots(module: nn.Module) -> list[Slot]:
+    """Every parameter and persistent buffer once, first name first; the other names of tied tensors are its aliases."""
+    seen: dict[int, Slot] = {}
+    names: set[str] = set()
+    for prefix, owner in walk_modules(module):
+        persistent = [key for key in owner._buffers if key not in owner._non_persistent_buffers_set]
+        places = [(key, owner._parameters[key], False) for key in owner._parameters]
+        places += [(key, owner._buffers[key], True) for key in persistent]
+        for key, tensor, is_buffer in places:
+            name = f"{prefix}.{key}" if prefix else key
+            if tensor is None or name in names:
+                continue
+            names.add(name)
+            if id(tensor) in seen:
+                seen[id(tensor)].aliases += (name,)
+            else:
+                seen[id(tensor)] = Slot(name, owner, key, is_buffer)
+    return list(seen.values())
+
+
+class Binding:
+    """Remembers which tensor object stood in each slot, to notice one that was replaced, frozen or unfrozen.
+
+    The objects are noted at the first ``check()``, so that weights may be materialised or loaded after construction;
+    which parameters are trained is noted at construction.
+    """
+
+    def __init__(self, slots: Iterable[Slot]) -> None:
+        self._slots = [slot for slot in slots if not slot.is_buffer]
+        self._trained = [_is_trained(slot) for slot in self._slots]
+        self._tensors: list[Tensor | None] | None = None
+
+    def check(self) -> None:
+        """Raises EMAStateError, naming the parameter, if a slot no longer holds what it held. Local; no host sync."""
+        found = [slot.get() for slot in self._slots]
+        if self._tensors is None:
+            self._tensors = found
+        for slot, tensor, bound, trained in zip(self._slots, found, self._tensors, self._trained, strict=True):
+            if tensor is not bound or tensor is None:
+                raise EMAStateError(
+                    f"parameter {slot.name!r} is another tensor than the one that is averaged: it was replaced since. "
+                    "Call reset() to start a new average of the model as it is now"
+                )
+            if tensor.requires_grad is not trained:
+                was, now = ("trained", "frozen") if trained else ("frozen", "trained")
+                raise EMAStateError(
+                    f"parameter {slot.name!r} was {was} when the average was made and is {now} now. "
+                    "Call reset() to start a new average of the model as it is now"
+                )
+
+
+def _is_trained(slot: Slot) -> bool:
+    tensor = slot.get()
+    return tensor is not None and tensor.requires_grad

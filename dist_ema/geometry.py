@@ -1,0 +1,109 @@
+"""Where the elements of a local shard lie in the full tensor. Pure Python: knows no torch, no process group.
+
+One idea serves every engine: a local shard is a sorted tuple of *runs* ``(start, length)``, in elements, in the
+row-major flattening of the full tensor. FSDP1, ZeRO and ``Shard(0)`` hold one run, tensor-parallel columns one run per
+row, an empty shard none. The elements of the local tensor, flattened, are the runs one after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from math import prod
+
+Run = tuple[int, int]
+Runs = tuple[Run, ...]
+
+
+def whole(numel: int) -> Runs:
+    """Runs of a rank that holds all ``numel`` elements."""
+    return ((0, numel),) if numel else ()
+
+
+def count(runs: Runs) -> int:
+    """Number of elements in ``runs``."""
+    return sum(length for _, length in runs)
+
+
+def cut(runs: Runs, start: int, stop: int) -> Runs:
+    """The runs of local elements ``start <= i < stop``, where local elements are numbered through ``runs`` in order."""
+    pieces: list[Run] = []
+    position = 0
+    for begin, length in runs:
+        low, high = max(start - position, 0), min(stop - position, length)
+        if low < high:
+            pieces.append((begin + low, high - low))
+        position += length
+        if position >= stop:
+            break
+    return tuple(pieces)
+
+
+def overlap(runs: Runs, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    """Where ``runs`` meet the window ``[start, stop)`` of the full tensor.
+
+    Yields ``(local, inside, length)``: ``length`` elements that begin at element ``local`` of the local shard and at
+    element ``inside`` of the window.
+    """
+    position = 0
+    for begin, length in runs:
+        low, high = max(begin, start), min(begin + length, stop)
+        if low < high:
+            yield position + low - begin, low - start, high - low
+        position += length
+
+
+def chunk(intervals: Runs, parts: int, index: int) -> Runs:
+    """Part ``index`` of ``intervals`` as :func:`torch.chunk` divides them: ceil(n / parts) each, the last ones short or empty."""
+    size = -(-count(intervals) // parts)
+    return cut(intervals, index * size, (index + 1) * size)
+
+
+def box_runs(shape: Sequence[int], kept: Sequence[Runs]) -> Runs:
+    """Runs of the elements whose index along dimension ``d`` lies in ``kept[d]``, for a tensor of shape ``shape``.
+
+    Neighbouring runs are merged, so that a shard of whole rows is one run whatever its rank.
+    """
+    if len(shape) != len(kept):
+        raise ValueError(f"box_runs needs one list of intervals per dimension, got {len(kept)} for shape {tuple(shape)}")
+    runs: Runs = ((0, 1),)
+    stride = 1
+    for size, intervals in zip(reversed(shape), reversed(kept), strict=True):
+        inner_is_whole = runs == ((0, stride),)
+        if inner_is_whole:
+            runs = tuple((start * stride, length * stride) for start, length in intervals)
+        else:
+            rows = (row for start, length in intervals for row in range(start, start + length))
+            runs = tuple((row * stride + begin, length) for row in rows for begin, length in runs)
+        stride *= size
+    return merge(runs) if prod(shape) else ()
+
+
+def merge(runs: Runs) -> Runs:
+    """Joins runs that touch. ``runs`` are sorted and do not overlap."""
+    joined: list[Run] = []
+    for start, length in runs:
+        if joined and joined[-1][0] + joined[-1][1] == start:
+            joined[-1] = (joined[-1][0], joined[-1][1] + length)
+        elif length:
+            joined.append((start, length))
+    return tuple(joined)
+
+
+def split_evenly(sizes: Sequence[int], itemsizes: Sequence[int], parts: int, index: int) -> list[tuple[int, int]]:
+    """Part ``index`` of a list of flat tensors laid end to end and cut into ``parts`` of equal bytes.
+
+    ``sizes`` are element counts and ``itemsizes`` bytes per element. Returns ``(start, stop)`` in elements for each
+    tensor, empty (``start == stop``) where the part has nothing of it. Over all indices the ranges cover every element
+    exactly once, and no two parts differ by more than one element in bytes for each cut.
+    """
+    total = sum(size * item for size, item in zip(sizes, itemsizes, strict=True))
+    low, high = index * total // parts, (index + 1) * total // parts
+    ranges: list[tuple[int, int]] = []
+    position = 0
+    for size, item in zip(sizes, itemsizes, strict=True):
+        # A cut inside an element rounds up on both of its sides, so neighbours agree on who has it.
+        start = min(max(-(-(low - position) // item), 0), size)
+        stop = min(max(-(-(high - position) // item), 0), size)
+        ranges.append((start, stop))
+        position += size * item
+    return ranges
