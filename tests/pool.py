@@ -1,0 +1,123 @@
+"""One pool of worker processes for the whole run: starting them costs seconds, asking them costs milliseconds.
+
+Each test gets a fresh gloo group of the size that it asks for. A worker that hangs or dies takes the pool with it, and
+the next test starts a new one.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import importlib
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Mapping
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from multiprocessing.connection import wait as wait_any
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+SIZE = 4
+TEST_TIMEOUT = 180.0
+GRACE_AFTER_FAILURE = 10.0
+COLLECTIVE_TIMEOUT = timedelta(seconds=60)
+
+
+def _serve(index: int, pipe: Connection) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    sys.path.insert(0, str(Path(__file__).parent))
+    os.environ.update(RANK=str(index), LOCAL_RANK=str(index), MASTER_ADDR="127.0.0.1", MASTER_PORT="29511")
+    while True:
+        try:
+            module, function, arguments, world_size, rendezvous = pipe.recv()
+        except EOFError:
+            return
+        failure = None
+        os.environ.update(WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size))
+        try:
+            torch.manual_seed(0)
+            dist.init_process_group(
+                "gloo", f"file://{rendezvous}", rank=index, world_size=world_size, timeout=COLLECTIVE_TIMEOUT
+            )
+            test = getattr(importlib.import_module(module), function)
+            test(**{key: index if key == "rank" else value for key, value in arguments.items()})
+            dist.barrier()
+        except BaseException:
+            failure = traceback.format_exc()
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+        pipe.send(failure)
+
+
+class Pool:
+    """Runs a test function on several ranks."""
+
+    def __init__(self) -> None:
+        self._workers: list[multiprocessing.process.BaseProcess] = []
+        self._pipes: list[Connection] = []
+        self._folder = TemporaryDirectory(prefix="dist_ema_pool_")
+        self._runs = 0
+
+    def run(self, module: str, function: str, arguments: Mapping[str, object], world_size: int) -> None:
+        """Calls ``module.function(**arguments)`` on ``world_size`` ranks. Raises AssertionError with every traceback."""
+        if not self._workers:
+            self._start()
+        self._runs += 1
+        rendezvous = Path(self._folder.name) / f"run{self._runs}"
+        for pipe in self._pipes[:world_size]:
+            pipe.send((module, function, dict(arguments), world_size, str(rendezvous)))
+        failures = self._collect(world_size)
+        if failures:
+            raise AssertionError("\n".join(f"[rank {rank}] {text}" for rank, text in sorted(failures.items())))
+
+    def _collect(self, world_size: int) -> dict[int, str]:
+        waiting = {self._pipes[rank]: rank for rank in range(world_size)}
+        failures: dict[int, str] = {}
+        deadline = time.monotonic() + TEST_TIMEOUT
+        while waiting:
+            ready = wait_any(list(waiting), timeout=max(deadline - time.monotonic(), 0))
+            if not ready:
+                for rank in waiting.values():
+                    failures[rank] = "did not return: hanging, or left behind by the failure of another rank"
+                    os.kill(self._workers[rank].pid or 0, signal.SIGUSR1)
+                time.sleep(0.5)
+                self.close()
+                return failures
+            for pipe in ready:
+                rank = waiting.pop(pipe)  # type: ignore[arg-type]
+                try:
+                    failure = pipe.recv()  # type: ignore[union-attr]
+                except EOFError:
+                    failure = "the worker died"
+                if failure is not None:
+                    failures[rank] = failure
+                    deadline = min(deadline, time.monotonic() + GRACE_AFTER_FAILURE)
+        if "the worker died" in failures.values():
+            self.close()
+        return failures
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        for index in range(SIZE):
+            ours, theirs = context.Pipe()
+            worker = context.Process(target=_serve, args=(index, theirs), daemon=True)
+            worker.start()
+            theirs.close()
+            self._workers.append(worker)
+            self._pipes.append(ours)
+
+    def close(self) -> None:
+        """Kills the workers."""
+        for worker in self._workers:
+            worker.kill()
+            worker.join()
+        self._workers, self._pipes = [], []
