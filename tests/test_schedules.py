@@ -1,0 +1,313 @@
+"""Schedules: composition, bounds, limits, published values, precision."""
+
+from __future__ import annotations
+
+import json
+import math
+from fractions import Fraction
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dist_ema.errors import EMAConfigError
+from dist_ema.schedules import (
+    KINDS,
+    ConstantDecay,
+    HalfLife,
+    HalfLifeFraction,
+    NumUpdatesWarmup,
+    PowerFunction,
+    Schedule,
+    Smoothing,
+    Uniform,
+    Warmup,
+    from_dict,
+    sigma_rel_to_gamma,
+)
+from dist_ema.timing import Progress
+
+settings.register_profile("fixed", derandomize=True, deadline=None)
+settings.load_profile("fixed")
+
+EXAMPLES = [
+    ConstantDecay(0.0),
+    ConstantDecay(0.999),
+    HalfLife("1000ba"),
+    HalfLife("10_000tok"),
+    HalfLife("50000sp"),
+    HalfLife("0.5ep"),
+    HalfLifeFraction(0.05),
+    NumUpdatesWarmup(0.0),
+    NumUpdatesWarmup(0.99),
+    PowerFunction(sigma_rel=0.05),
+    PowerFunction(gamma=0),
+    Smoothing(0.9),
+    Uniform(),
+    Warmup(0.0),
+    Warmup(0.95),
+    Warmup(0.9999, inv_gamma=20.0, power=0.75),
+]
+schedules = st.sampled_from(EXAMPLES)
+moments = st.one_of(st.integers(0, 3000), st.floats(0, 3000))
+
+
+def test_examples_cover_every_kind() -> None:
+    assert {type(schedule).__name__ for schedule in EXAMPLES} == set(KINDS)
+
+
+@given(schedules, st.tuples(moments, moments, moments).map(sorted))
+def test_fractions_compose(schedule: Schedule, at: list[float]) -> None:
+    before, middle, after = at
+    parts = schedule.log_retain(before, middle) + schedule.log_retain(middle, after)
+    assert schedule.log_retain(before, after) == pytest.approx(parts, rel=1e-11, abs=1e-13)
+
+
+@given(schedules, st.tuples(moments, moments, moments).map(sorted))
+def test_bounds_and_order(schedule: Schedule, at: list[float]) -> None:
+    before, middle, after = at
+    assert 0 <= schedule.retain(before, after) <= 1
+    assert 0 <= schedule.weight(before, after) <= 1
+    assert schedule.retain(before, before) == 1
+    assert schedule.weight(before, before) == 0
+    # Longer gaps keep no more, and old averages lose no more in the same gap than young ones.
+    assert schedule.log_retain(before, after) <= schedule.log_retain(before, middle) + 1e-13
+    gap = after - middle
+    assert schedule.retain(middle, middle + gap) >= schedule.retain(before, before + gap) - 1e-12
+
+
+@pytest.mark.parametrize("schedule", EXAMPLES, ids=repr)
+def test_progress_and_plain_numbers_agree(schedule: Schedule) -> None:
+    before, after = Progress(10, 160, 4000, 0.25, 6), Progress(12, 200, 5500, 0.375, 7)
+    unit = {"HalfLife('10000tok')": (4000, 5500), "HalfLife('50000sp')": (160, 200), "HalfLife('0.5ep')": (0.25, 0.375)}
+    counted = (5, 6) if isinstance(schedule, Uniform | Smoothing) else (10, 12)
+    plain = unit.get(repr(schedule).replace("half_life=", ""), counted)
+    assert schedule.retain(before, after) == schedule.retain(*plain)
+    assert schedule.weight(before, after) == -math.expm1(schedule.log_retain(*plain))
+
+
+@pytest.mark.parametrize("schedule", EXAMPLES, ids=repr)
+def test_an_average_of_two_snapshots_lies_between_them(schedule: Schedule) -> None:
+    weight = schedule.weight(Progress(updates=1), Progress(1, 8, 512, 0.01, 2))
+    assert 0 < weight <= 1
+
+
+def test_constant_decay() -> None:
+    assert ConstantDecay(0.9).retain(5, 8) == pytest.approx(0.9**3, rel=1e-15)
+    assert ConstantDecay(0.25).retain(1, 1.5) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("schedule", [ConstantDecay(0), Smoothing(0.0), Warmup(0.0), NumUpdatesWarmup(0)], ids=repr)
+@pytest.mark.parametrize("after", [1, 1.5, 2, 3.25, 10**9])
+def test_decay_zero_keeps_only_the_last_weights(schedule: Schedule, after: float) -> None:
+    assert schedule.retain(0, after) == 0
+    assert schedule.weight(0, after) == 1
+    assert schedule.retain(3, 3) == 1
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.9999, 0.999999, 1 - 1e-12])
+@pytest.mark.parametrize("batches", [1, 10])
+def test_the_weight_has_full_precision(decay: float, batches: int) -> None:
+    exact = 1 - Fraction(decay) ** batches
+    gap = (10**14, 10**14 + batches)  # past every warm-up
+    for schedule in (ConstantDecay(decay), NumUpdatesWarmup(decay), Smoothing(decay)):
+        assert schedule.weight(*gap) == pytest.approx(float(exact), rel=1e-12, abs=0)
+    short = HalfLife("1000ba").weight(0, 1)
+    assert short == pytest.approx(-math.expm1(-math.log(2) / 1000), rel=1e-15)
+
+
+def test_half_life_is_composers() -> None:
+    for half_life, interval in ((1000, 1), (1000, 10), (3, 7)):
+        smoothing = 2 ** (-(interval / half_life))  # Composer's formula, fixed for every update
+        schedule = HalfLife(f"{half_life}ba")
+        assert schedule.retain(50, 50 + interval) == pytest.approx(smoothing, rel=1e-15)
+        assert Smoothing(smoothing).retain(4, 5) == pytest.approx(smoothing, rel=1e-15)
+        assert schedule.retain(17, 17 + half_life) == pytest.approx(0.5, rel=1e-15)
+    assert ConstantDecay(2 ** (-1 / 1000)).retain(0, 1000) == pytest.approx(0.5, rel=1e-12)
+
+
+def test_smoothing_is_not_rescaled_by_the_interval() -> None:
+    assert Smoothing(0.9).retain(Progress(10, updates=2), Progress(20, updates=3)) == pytest.approx(0.9)
+    assert ConstantDecay(0.9).retain(Progress(10, updates=2), Progress(20, updates=3)) == pytest.approx(0.9**10)
+
+
+@pytest.mark.parametrize(("inv_gamma", "power"), [(1.0, 2 / 3), (20.0, 0.75), (1.0, 1.0), (0.5, 3.0)])
+def test_warmup_is_diffusers(inv_gamma: float, power: float) -> None:
+    for n in (1, 2, 3, 10, 500, 5000, 100_000):
+        factor = min(0.999, max(0.0, 1 - (1 + n / inv_gamma) ** -power))
+        assert Warmup(0.999, inv_gamma, power).retain(n - 1, n) == pytest.approx(factor, rel=1e-12)
+
+
+def test_warmup_with_power_one_is_the_plain_mean() -> None:
+    warmup = Warmup(1 - 1e-12, power=1.0)
+    for n in (1, 2, 7, 1000):
+        assert warmup.retain(0, n) == pytest.approx(1 / (n + 1), rel=1e-12)
+
+
+def test_num_updates_warmup_is_tensorflows() -> None:
+    for n in (1, 2, 3, 50, 890, 891, 892, 10_000):
+        factor = min(0.99, (1 + n) / (10 + n))
+        assert NumUpdatesWarmup(0.99).retain(n - 1, n) == pytest.approx(factor, rel=1e-12)
+    product = math.prod(min(0.99, (1 + n) / (10 + n)) for n in range(4, 1201))
+    assert NumUpdatesWarmup(0.99).retain(3, 1200) == pytest.approx(product, rel=1e-10)
+    assert NumUpdatesWarmup(0.01).retain(0, 1) == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("schedule", [Warmup(0.999), NumUpdatesWarmup(0.999999)], ids=repr)
+def test_a_huge_gap_is_cheap_and_ends_in_the_decay(schedule: Warmup | NumUpdatesWarmup) -> None:
+    far = 10**12
+    assert schedule.log_retain(far, 2 * far) == pytest.approx(far * math.log(schedule.decay), rel=1e-12)
+    assert schedule.log_retain(0, far) == pytest.approx(far * math.log(schedule.decay), rel=1e-3)
+
+
+def test_warmup_that_never_ends() -> None:
+    slow = Warmup(0.999999, power=1e-3)  # (1 - decay) ** (-1 / power) overflows
+    assert 0 < slow.retain(0, 1) < slow.retain(1000, 1001) < 0.01
+
+
+@pytest.mark.parametrize(("sigma_rel", "gamma"), [(0.05, 16.97), (0.10, 6.94)])
+def test_gamma_is_that_of_the_edm2_paper(sigma_rel: float, gamma: float) -> None:
+    assert sigma_rel_to_gamma(sigma_rel) == pytest.approx(gamma, abs=0.005)
+
+
+@given(st.floats(1e-6, 12**-0.5))
+def test_gamma_solves_the_papers_equation(sigma_rel: float) -> None:
+    gamma = sigma_rel_to_gamma(sigma_rel)
+    assert (gamma + 1) ** 0.5 / (gamma + 2) / (gamma + 3) ** 0.5 == pytest.approx(sigma_rel, rel=1e-14)
+    if sigma_rel > 1e-3:  # the cubic of the paper's algorithm 2, where its terms do not cancel
+        tail = sigma_rel**-2
+        scale = gamma**3 + tail * gamma + 12
+        assert abs(gamma**3 + 7 * gamma**2 + (16 - tail) * gamma + 12 - tail) <= 1e-11 * scale
+
+
+def test_gamma_at_the_widest_profile() -> None:
+    assert sigma_rel_to_gamma(12**-0.5) == pytest.approx(0, abs=1e-14)
+    assert sigma_rel_to_gamma(1e-300) == pytest.approx(1e300)
+
+
+def test_power_function_is_edm2s() -> None:
+    for schedule in (PowerFunction(sigma_rel=0.1), PowerFunction(gamma=6.94)):
+        for t in (2, 10, 5000):
+            beta = (1 - 1 / t) ** (schedule.exponent + 1)
+            assert schedule.retain(t - 2, t - 1) == pytest.approx(beta, rel=1e-12)
+        assert schedule.retain(9, 99) == pytest.approx(0.1 ** (schedule.exponent + 1), rel=1e-12)
+
+
+def test_power_function_with_gamma_zero_is_the_mean_over_batches() -> None:
+    assert PowerFunction(gamma=0).retain(3, 7) == pytest.approx(4 / 8)
+
+
+def test_half_life_fraction_is_torchtitans() -> None:
+    schedule = HalfLifeFraction(0.05)
+    for n in (1, 2, 100, 10_000):
+        assert schedule.retain(n - 1, n) == pytest.approx(2.0 ** (-1.0 / (0.05 * n)), rel=1e-13)
+    # A half life of 100 batches at batch 2000.
+    assert schedule.retain(1950, 2050) == pytest.approx(0.5, rel=1e-3)
+
+
+@given(st.integers(0, 3000), st.integers(0, 20_000))
+def test_half_life_fraction_over_long_gaps(before: int, gap: int) -> None:
+    exact = -math.log(2) / 0.05 * math.fsum(1 / n for n in range(before + 1, before + gap + 1))
+    assert HalfLifeFraction(0.05).log_retain(before, before + gap) == pytest.approx(exact, rel=1e-13)
+
+
+def test_half_life_fraction_over_a_huge_gap() -> None:
+    exact = -math.log(2) / 0.5 * math.log(10)
+    assert HalfLifeFraction(0.5).log_retain(10**12, 10**13) == pytest.approx(exact, rel=1e-12)
+
+
+def test_uniform_is_the_plain_mean() -> None:
+    values, mean = [3.0, 1.0, 4.0, 1.0, 5.0, 9.0], 3.0
+    for n, value in enumerate(values[1:], start=1):
+        mean += Uniform().weight(n - 1, n) * (value - mean)
+        assert Uniform().weight(Progress(updates=n), Progress(10 * n, updates=n + 1)) == Uniform().weight(n - 1, n)
+    assert mean == pytest.approx(sum(values) / len(values), rel=1e-15)
+    assert Uniform().retain(Progress(), Progress(updates=1)) == 0
+
+
+@pytest.mark.parametrize("schedule", EXAMPLES, ids=repr)
+def test_round_trip(schedule: Schedule) -> None:
+    data = json.loads(json.dumps(schedule.to_dict()))
+    assert from_dict(data) == schedule
+    assert from_dict(data).retain(3, 5) == schedule.retain(3, 5)
+    assert data["kind"] == type(schedule).__name__
+
+
+def test_equal_options_are_equal_schedules() -> None:
+    assert HalfLife("1_000ba") == HalfLife("1e3ba") == HalfLife(1000)  # type: ignore[arg-type]
+    assert ConstantDecay(0.5) != ConstantDecay(0.6)
+    assert ConstantDecay(0.5).to_dict() != Smoothing(0.5).to_dict()
+    assert len({PowerFunction(gamma=7), PowerFunction(gamma=7.0), PowerFunction(sigma_rel=0.1)}) == 2
+
+
+@pytest.mark.parametrize("value", [1, 1.5, -0.1, math.nan, math.inf, True, False, "0.9", None, 10**400, 1j])
+def test_decay_is_a_number_below_one(value: Any) -> None:
+    for kind in (ConstantDecay, Warmup, NumUpdatesWarmup):
+        with pytest.raises(EMAConfigError, match=r"decay=.*allowed is a number in \[0, 1\)"):
+            kind(value)
+    with pytest.raises(EMAConfigError, match=r"smoothing=.*\[0, 1\)"):
+        Smoothing(value)
+
+
+@pytest.mark.parametrize("value", [0, -1, math.nan, math.inf, True, "1", None])
+def test_positive_options(value: Any) -> None:
+    with pytest.raises(EMAConfigError, match="inv_gamma="):
+        Warmup(0.9, inv_gamma=value)
+    with pytest.raises(EMAConfigError, match="power="):
+        Warmup(0.9, power=value)
+    with pytest.raises(EMAConfigError, match="fraction="):
+        HalfLifeFraction(value)
+
+
+@pytest.mark.parametrize("value", [0, 0.0, -0.1, 0.289, 1, math.nan, True, "0.1", 5e-324])
+def test_sigma_rel_range(value: Any) -> None:
+    with pytest.raises(EMAConfigError, match=r"sigma_rel=.*at most 12"):
+        PowerFunction(sigma_rel=value)
+
+
+@pytest.mark.parametrize("value", [-0.5, math.nan, math.inf, True, "7"])
+def test_gamma_range(value: Any) -> None:
+    with pytest.raises(EMAConfigError, match=r"gamma=.*0 or more"):
+        PowerFunction(gamma=value)
+
+
+def test_power_function_takes_one_option() -> None:
+    for options in ({}, {"sigma_rel": 0.1, "gamma": 7.0}):
+        with pytest.raises(EMAConfigError, match="exactly one"):
+            PowerFunction(**options)
+
+
+@pytest.mark.parametrize("value", ["0ba", "-5ba", "0.1dur", "5min", "", 1.5, True, None])
+def test_half_life_refuses(value: Any) -> None:
+    with pytest.raises(EMAConfigError, match="half_life="):
+        HalfLife(value)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        None,
+        [],
+        {},
+        {"kind": "Cosine"},
+        {"kind": ["ConstantDecay"]},
+        {"kind": "ConstantDecay"},
+        {"kind": "ConstantDecay", "decay": 2},
+        {"kind": "ConstantDecay", "decay": 0.9, "power": 1},
+        {"kind": "PowerFunction", "exponent": 7},
+        {"kind": "Uniform", 3: 4},
+    ],
+)
+def test_from_dict_refuses(data: Any) -> None:
+    with pytest.raises(EMAConfigError):
+        from_dict(data)
+
+
+@pytest.mark.parametrize("schedule", EXAMPLES, ids=repr)
+def test_moments_are_checked(schedule: Schedule) -> None:
+    with pytest.raises(EMAConfigError, match="not earlier"):
+        schedule.retain(2, 1)
+    for bad in (-1, math.nan, math.inf, "3", True, None):
+        with pytest.raises(EMAConfigError, match="before="):
+            schedule.retain(bad, 3)  # type: ignore[arg-type]
