@@ -1,0 +1,33 @@
+"""Exponential moving averages of sharded models.
+
+``ShardedEMA`` and ``compute_ema`` are imported when they are first used, so that ``import dist_ema`` does not import
+torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dist_ema import errors as errors
+    from dist_ema import schedules as schedules
+    from dist_ema.ema import ShardedEMA as ShardedEMA
+    from dist_ema.functional import compute_ema as compute_ema
+
+__version__ = "0.1.0"
+__all__ = ["ShardedEMA", "compute_ema", "errors", "schedules"]
+
+_HOMES = {"ShardedEMA": "dist_ema.ema", "compute_ema": "dist_ema.functional"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    if name in __all__:
+        return import_module(f"dist_ema.{name}")
+    raise AttributeError(f"module 'dist_ema' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -64,7 +64,9 @@ def box_runs(shape: Sequence[int], kept: Sequence[Runs]) -> Runs:
     Neighbouring runs are merged, so that a shard of whole rows is one run whatever its rank.
     """
     if len(shape) != len(kept):
-        raise ValueError(f"box_runs needs one list of intervals per dimension, got {len(kept)} for shape {tuple(shape)}")
+        raise ValueError(
+            f"box_runs needs one list of intervals per dimension, got {len(kept)} for shape {tuple(shape)}"
+        )
     runs: Runs = ((0, 1),)
     stride = 1
     for size, intervals in zip(reversed(shape), reversed(kept), strict=True):

@@ -1,0 +1,77 @@
+"""Which engine serves a target. Nothing outside of this package knows a wrapper."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import cast
+
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from dist_ema.engines.base import Engine, RemovableHandle, Replicas, TensorSpec
+from dist_ema.engines.composite import CompositeEngine
+from dist_ema.engines.dtensor import DTensorEngine
+from dist_ema.engines.flat_param import FlatParamEngine
+from dist_ema.engines.replicated import DataParallelEngine, PlainEngine
+from dist_ema.errors import EMAEngineError
+
+__all__ = ["Engine", "RemovableHandle", "Replicas", "TensorSpec", "detect"]
+
+_KNOWN = "an nn.Module (plain, DDP, FSDP, fully_shard, tensor parallel), a DeepSpeed engine, or a list of modules"
+
+
+def detect(target: object) -> Engine:
+    """The engine for what the user trains. Local. Raises EMAEngineError for anything that cannot be averaged."""
+    if isinstance(target, Sequence) and not isinstance(target, (str, bytes)):
+        if not target:
+            raise EMAEngineError(f"the list of modules is empty; pass {_KNOWN}")
+        return CompositeEngine([detect(module) for module in target])
+    # Asked of sys.modules, since importing DeepSpeed takes seconds: whoever has an engine has imported it.
+    deepspeed = sys.modules.get("deepspeed")
+    if deepspeed is not None and isinstance(target, deepspeed.DeepSpeedEngine):
+        from dist_ema.engines.zero import ZeroEngine
+
+        return ZeroEngine(target)
+    if not isinstance(target, nn.Module):
+        hint = ": pass the model itself" if hasattr(target, "parameters") or callable(target) else ""
+        raise EMAEngineError(f"cannot average a {type(target).__name__}{hint}; pass {_KNOWN}")
+    if isinstance(target, nn.ModuleList):
+        return CompositeEngine([detect(module) for module in target])
+    return _detect_module(target)
+
+
+def _detect_module(model: nn.Module) -> Engine:
+    modules = list(model.modules())
+    wrapper = next((module for module in modules if isinstance(module, DistributedDataParallel)), None)
+    flat = any(isinstance(module, FullyShardedDataParallel) for module in modules)
+    sharded = any(isinstance(module, FSDPModule) for module in modules)
+    sharded = sharded or any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    found = [
+        name
+        for name, present in (
+            ("DistributedDataParallel", wrapper is not None),
+            ("FullyShardedDataParallel", flat),
+            ("DTensor parameters (fully_shard, parallelize_module)", sharded and not flat),
+        )
+        if present
+    ]
+    if len(found) > 1:
+        raise EMAEngineError(f"the model mixes {' and '.join(found)}: use one of them, or pass the parts as a list")
+    if wrapper is not None:
+        if not any(module is wrapper for module in _outer(model)):
+            raise EMAEngineError("DistributedDataParallel wraps only a part of the model: wrap all of it")
+        return DataParallelEngine(model, wrapper)
+    if flat:
+        return FlatParamEngine(model)
+    return DTensorEngine(model) if sharded else PlainEngine(model)
+
+
+def _outer(model: nn.Module) -> list[nn.Module]:
+    """The model and what it wraps, as long as each holds nothing but the next (torch.compile around DDP)."""
+    chain = [model]
+    while len(children := list(cast(nn.Module, chain[-1]).children())) == 1:
+        chain.append(children[0])
+    return chain

@@ -1,0 +1,438 @@
+"""``ShardedEMA``: what users call. Policy only; arithmetic, geometry, wrappers and files are elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from dist_ema import kernels
+from dist_ema.collectives import agree, rank_in, sum_floats, sum_integers
+from dist_ema.engines import RemovableHandle, detect
+from dist_ema.errors import EMAConfigError, EMAStateError
+from dist_ema.export import export
+from dist_ema.fingerprint import partial_digest
+from dist_ema.gather import Entry, Held, catalogue, full_tensors, speaks
+from dist_ema.options import Options
+from dist_ema.report import memory_report
+from dist_ema.schedules import Schedule
+from dist_ema.shadow import Shadow
+from dist_ema.shares import plan
+from dist_ema.swap import Swap
+from dist_ema.timing import Progress, crossed, reached
+
+logger = logging.getLogger(__name__)
+
+
+class ShardedEMA:
+    """An exponential moving average of a model's weights, sharded exactly as the weights are.
+
+    Every rank averages the elements that it holds: ``update()`` makes no collective call. Where ranks hold the same
+    elements (DDP, HSDP, ZeRO-0), each averages its part of them. The shadow is fp32 unless told otherwise, and under
+    DeepSpeed follows the fp32 master weights.
+
+    Exactly one of ``decay``, ``half_life``, ``smoothing``, ``schedule`` and ``averages`` is given; with none of them the
+    half life is 1000 batches. Trained parameters are averaged. Frozen ones are not stored, but are part of every full
+    state dict and export.
+
+    The first update that is due at or after ``ema_start`` copies the weights, and progress counts from there. Before it
+    the average *is* the live model, for every call. So weights may be materialised or loaded after construction.
+
+    Args:
+        target: a module (plain, DDP, FSDP, FSDP2, HSDP, tensor parallel), a DeepSpeed engine, or a list of modules: this
+            rank's pipeline stages.
+        decay: kept fraction per batch, in [0, 1).
+        half_life: training after which half is kept: ``"1000ba"``, ``"10000000tok"``, ``"50000sp"``, ``"2ep"``.
+        smoothing: kept fraction per update, in [0, 1), whatever the interval (Composer's word).
+        schedule: an object of :mod:`dist_ema.schedules`.
+        averages: several averages from one read of the weights: ``{"fast": .99, "slow": HalfLife("1ep")}``.
+        update_interval: time between updates; an update is due when the clock passes a multiple of it.
+        ema_start: when averaging begins; ``"0.1dur"`` needs ``max_duration``.
+        max_duration: of the training, for ``dur``.
+        dtype: of the shadow; None keeps each parameter's own.
+        offload: None.
+        shard_replicas: where parameters are replicated, spread the shadow over the replicas.
+        include, exclude: regular expressions, or lists of them, searched for in canonical names.
+        buffers: ``"copy"`` them at each update, ``"average"`` those of floating point, or ``"ignore"`` them: the
+            average then goes with the live ones.
+        skip_nonfinite: a NaN or Inf source element leaves its shadow element as it was, and is counted.
+
+    Raises:
+        EMAConfigError: an option is wrong.
+        EMAEngineError: the target cannot be averaged.
+    """
+
+    def __init__(
+        self,
+        target: object,
+        *,
+        decay: float | None = None,
+        half_life: str | int | None = None,
+        smoothing: float | None = None,
+        schedule: Schedule | None = None,
+        averages: Mapping[str, Schedule | float] | None = None,
+        update_interval: str | int = "1ba",
+        ema_start: str | int = "0ba",
+        max_duration: str | int | None = None,
+        dtype: torch.dtype | None = torch.float32,
+        offload: None = None,
+        shard_replicas: bool = True,
+        include: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
+        buffers: str = "copy",
+        skip_nonfinite: bool = True,
+    ) -> None:
+        self._options = Options.parse(
+            decay=decay,
+            half_life=half_life,
+            smoothing=smoothing,
+            schedule=schedule,
+            averages=averages,
+            update_interval=update_interval,
+            ema_start=ema_start,
+            max_duration=max_duration,
+            dtype=dtype,
+            offload=offload,
+            shard_replicas=shard_replicas,
+            include=include,
+            exclude=exclude,
+            buffers=buffers,
+            skip_nonfinite=skip_nonfinite,
+        )
+        self._engine = detect(target)
+        self._is_part = isinstance(target, (Sequence, nn.ModuleList))
+        self._clock = Progress()
+        self._inside: str | None = None
+        self._plan()
+
+    # Averaging: local.
+
+    @torch.no_grad()
+    def update(self, *, batches: int = 1, samples: int = 0, tokens: int = 0, epochs: float = 0) -> bool:
+        """Advances the clock by what was trained since the last call, and averages if an update is due.
+
+        Local: no collective call, no host sync, no memory beyond the shadow and one chunk.
+
+        Args:
+            batches: optimizer steps.
+            samples: samples, over all ranks.
+            tokens: tokens, over all ranks.
+            epochs: epochs; fractions are allowed.
+
+        Returns:
+            Whether it averaged. Under DeepSpeed a call on a micro-step, or on a step that was skipped for overflow,
+            does nothing and returns False.
+
+        Raises:
+            EMAStateError: inside ``average_parameters()``, or a parameter was replaced, frozen or unfrozen.
+            EMAConfigError: a count is negative or not a number.
+        """
+        self._refuse_inside("update()")
+        now = self._clock.advance(batches=batches, samples=samples, tokens=tokens, epochs=epochs)
+        if not self._engine.stepped():
+            return False
+        due = crossed(self._clock, now, self._options.interval) and reached(now, self._options.start)
+        if due:
+            self._engine.reshard()
+            self._average(self._engine.sources(), now)
+        self._clock = now
+        return due
+
+    def _average(self, sources: Sequence[Tensor], now: Progress) -> None:
+        if not self._shadow.started:
+            self._shadow.start(sources)
+            self._start = now
+            self._seen = Progress(updates=1)
+            return
+        after = now.since(self._start).advance(batches=0, updates=self._seen.updates + 1)
+        schedules = self._options.schedules
+        weights = [schedule.weight(self._seen, after) for schedule in schedules.values()]
+        self._decays = {name: schedule.retain(self._seen, after) for name, schedule in schedules.items()}
+        self._warn_if_still(weights)
+        self._shadow.update(sources, weights)
+        self._seen = after
+
+    def _warn_if_still(self, weights: Sequence[float]) -> None:
+        units = self._options.units() - {"ba"}
+        if 0.0 in weights and units and not self._warned:
+            self._warned = True
+            logger.warning(
+                "An update did not move the average: its schedule counts in %s, and update() was told of none since the "
+                "last one. Pass samples=, tokens= or epochs= to update().",
+                " and ".join(sorted(units)),
+            )
+
+    def attach(self, optimizer: object) -> RemovableHandle:
+        """Calls ``update()`` after every real step of ``optimizer`` (for DeepSpeed: of the engine). Local.
+
+        A GradScaler does not step its optimizer when gradients overflow, so such a step is not counted. Raises
+        EMAConfigError if the schedule, the interval or the start counts anything but batches: ``update()`` then has to
+        be called with what was trained.
+        """
+        others = self._options.units() - {"ba"}
+        if others:
+            raise EMAConfigError(
+                f"attach() can count batches only, and the options count in {', '.join(sorted(others))}: call "
+                "update(samples=..., tokens=..., epochs=...) after each step instead"
+            )
+        return self._engine.attach(optimizer, self.update)
+
+    def reset(self) -> None:
+        """Forgets the averages; the next due update copies the weights again, as the model is then. Local.
+
+        Reads anew which parameters there are and which are trained. The clock goes on. Raises EMAStateError inside
+        ``average_parameters()``.
+        """
+        self._refuse_inside("reset()")
+        self._plan()
+
+    def _plan(self) -> None:
+        specs = self._engine.specs()
+        names = [spec.name for spec in specs]
+        if not self._is_part:  # a pattern may be meant for another rank's stage
+            self._options.check_patterns(names)
+        self._shares = plan(specs, self._options)
+        if not self._is_part and not any(share.mode == "average" for share in self._shares):
+            trained = sum(spec.kind == "parameter" for spec in specs)
+            raise EMAConfigError(
+                f"nothing to average: the model has {trained} trained of {len(specs)} parameters and buffers, and include "
+                "and exclude leave none of them"
+            )
+        self._warn_if_coarse()
+        self._warned = False
+        self._shadow = Shadow(self._options.schedules, self._shares, self._options.skip_nonfinite)
+        self._entries: list[Entry] | None = None
+        self._start = self._seen = Progress()
+        self._decays = dict.fromkeys(self._options.schedules, 0.0)
+
+    def _warn_if_coarse(self) -> None:
+        coarse = [share for share in self._shares if share.mode == "average" and share.dtype.itemsize < 4]
+        if coarse:
+            logger.warning(
+                "dtype=None keeps %d shadows in %s, %r among them. A slow average of that precision stops moving, since "
+                "its steps are smaller than its last bit: dtype=torch.float32 does not.",
+                len(coarse),
+                coarse[0].dtype,
+                coarse[0].spec.name,
+            )
+
+    # The average in the model: collective where parameters are replicated or the engine has to gather.
+
+    @contextmanager
+    def average_parameters(self, name: str | None = None) -> Iterator[None]:
+        """Inside, the live model computes with the average; afterwards the live weights are back bit for bit.
+
+        Also when the body raises. No second copy of the model is made: live weights and shadow change places. Collective
+        for DDP, HSDP and DeepSpeed, local for the others. Not reentrant. Do not train inside.
+
+        Args:
+            name: which average; None means the only one.
+
+        Raises:
+            EMAStateError: already inside.
+            EMAConfigError: there is no such average, or there are several and none was named.
+        """
+        self._refuse_inside("average_parameters()")
+        name = self._name(name)
+        if not self._shadow.started:
+            yield
+            return
+        swap = Swap(self._engine, self._shares, self._shadow.tensors(name), self._shadow.scratch)
+        self._inside = name
+        try:
+            try:
+                swap.enter()
+                yield
+            finally:
+                swap.leave()
+        finally:
+            self._inside = None
+
+    def copy_to(self, name: str | None = None) -> None:
+        """Writes the average into the live model for good, and into fp32 masters where the engine has them.
+
+        Collective as ``average_parameters``. Raises as it does. Does nothing before the first update.
+        """
+        self._refuse_inside("copy_to()")
+        name = self._name(name)
+        if self._shadow.started:
+            Swap(self._engine, self._shares, self._shadow.tensors(name), self._shadow.scratch).copy()
+
+    # Full tensors: collective.
+
+    def full_state_dict(
+        self, name: str | None = None, *, dtype: torch.dtype | None = None, include_untracked: bool = True
+    ) -> dict[str, Tensor]:
+        """Full CPU tensors by canonical name on rank 0, ``{}`` elsewhere. Collective.
+
+        Tensors are gathered one at a time through windows of 16 MiB, so other ranks need no more than that. Tied names
+        share one tensor.
+
+        Args:
+            name: which average; None means the only one.
+            dtype: casts floating-point tensors; None means the shadow's own, and of what is not averaged its own.
+            include_untracked: with frozen and excluded parameters and ignored buffers, as they are in the model.
+
+        Raises:
+            EMAStateError: inside ``average_parameters()``, or the model has changed.
+            EMAConfigError: no such average, or ``dtype`` is not a floating-point dtype.
+        """
+        entries, held = self._view(name, dtype, "full_state_dict()")
+        wanted = [entry for entry in entries if include_untracked or entry.mode != "live"]
+        return full_tensors(wanted, held.get, dtype, self._engine.group)
+
+    def export(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        name: str | None = None,
+        dtype: torch.dtype | None = None,
+        max_shard_size: int | str = "5GB",
+        config_from: object = None,
+        gather: bool | None = None,
+    ) -> None:
+        """Writes the average as a Hugging Face directory of safetensors files. Collective.
+
+        Every rank writes its own elements in place into the same files: nothing is gathered and no rank ever holds a
+        full tensor. The directory appears under its name only when it is complete and on disk.
+
+        Args:
+            path: the directory, which must not exist; its parent must.
+            name: which average; None means the only one.
+            dtype: of floating-point tensors; None means the live weights' own.
+            max_shard_size: bytes of one file at most, such as ``"5GB"`` or an int; a larger tensor has its own file.
+            config_from: a file or directory whose configuration files (not weights) are copied beside the weights, or an
+                object with ``save_pretrained``, such as a transformers config or tokenizer.
+            gather: True sends everything through rank 0, which alone writes; False never does; None finds out whether
+                all ranks see rank 0's disk.
+
+        Raises:
+            CheckpointError: on every rank, whichever rank failed; nothing is left behind.
+            EMAStateError, EMAConfigError: as ``full_state_dict``.
+        """
+        entries, held = self._view(name, dtype, "export()")
+        export(
+            os.fspath(path),
+            entries,
+            held.get,
+            self._engine.group,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            config_from=config_from,
+            gather=gather,
+        )
+
+    def fingerprint(self, name: str | None = None) -> dict[str, int]:
+        """A 64-bit digest of each full tensor, by canonical name, which does not depend on how it is sharded.
+
+        Collective, 8 bytes a tensor; the same dict on every rank. Digests the shadow's own dtype. See
+        :mod:`dist_ema.fingerprint` for the formula. Raises as ``full_state_dict``.
+        """
+        entries, held = self._view(name, None, "fingerprint()")
+        partial = []
+        for entry in entries:
+            mine = held.get(entry.name)
+            digest = 0
+            if mine is not None and speaks(entry, mine, self._engine.group):
+                digest = partial_digest(mine.values, mine.runs, entry.dtype, mine.start)
+            partial.append(digest)
+        totals = sum_integers(partial, self._engine.group)
+        return {entry.name: total for entry, total in zip(entries, totals, strict=True)}
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers to log. Collective, a few bytes.
+
+        ``ema/decay`` (fraction kept by the last update), ``ema/num_updates``, ``ema/skipped_elements`` (NaN and Inf
+        sources, over all ranks), ``ema/distance`` (L2 norm of shadow minus live). With several averages ``decay`` and
+        ``distance`` are ``ema/<name>/decay`` and ``ema/<name>/distance``. Raises EMAStateError inside
+        ``average_parameters()``.
+        """
+        self._refuse_inside("metrics()")
+        self._engine.reshard()
+        sources = self._engine.sources()
+        spoken = {entry.name for entry in self._catalogue() if entry.speaker in (None, rank_in(self._engine.group))}
+        squares = [self._squared_distance(name, sources, spoken) for name in self._options.schedules]
+        guard = self._shadow.guard
+        *squares, skipped = sum_floats([*squares, guard.total() if guard else 0], self._engine.group)
+        values = {"ema/num_updates": float(self.num_updates), "ema/skipped_elements": skipped}
+        for name, square in zip(self._options.schedules, squares, strict=True):
+            prefix = "ema" if len(squares) == 1 else f"ema/{name}"
+            values[f"{prefix}/decay"] = self._decays[name]
+            values[f"{prefix}/distance"] = square**0.5
+        return values
+
+    def _squared_distance(self, name: str, sources: Sequence[Tensor], spoken: set[str]) -> float:
+        if not self._shadow.started:
+            return 0.0
+        total = 0.0
+        for share, shadow, source in zip(self._shares, self._shadow.tensors(name), sources, strict=True):
+            if share.mode == "average" and share.owned and share.spec.name in spoken and shadow is not None:
+                total += float(kernels.squared_distance(shadow, source, share.start, share.stop))
+        return total
+
+    # What is here: local.
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the averages; ``("ema",)`` where there is one."""
+        return tuple(self._options.schedules)
+
+    @property
+    def num_updates(self) -> int:
+        """How often weights were taken into the average, the first copy included."""
+        return self._seen.updates
+
+    @property
+    def progress(self) -> Progress:
+        """The training clock since the first copy, in all units."""
+        if not self._shadow.started:
+            return Progress()
+        return self._clock.since(self._start).advance(batches=0, updates=self.num_updates)
+
+    def memory_report(self) -> str:
+        """What the shadow costs on this rank, by device, as a short text. Local."""
+        return memory_report(self._shares, self._options.schedules, self._shadow)
+
+    # Views of an average.
+
+    def _view(self, name: str | None, dtype: object, doing: str) -> tuple[list[Entry], dict[str, Held]]:
+        """All full tensors, and what this rank holds of them in one average. Collective at its first call."""
+        self._refuse_inside(doing)
+        name = self._name(name)
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise EMAConfigError(f"dtype={dtype!r}: allowed is a floating-point torch.dtype, or None")
+        held = agree(lambda: self._held(name), self._engine.group, doing)
+        return self._catalogue(), held
+
+    def _catalogue(self) -> list[Entry]:
+        if self._entries is None:
+            self._entries = catalogue(self._shares, self._engine.group)
+        return self._entries
+
+    def _held(self, name: str) -> dict[str, Held]:
+        self._engine.reshard()
+        shadows = self._shadow.tensors(name) if self._shadow.started else [None] * len(self._shares)
+        held = {}
+        for share, shadow, source in zip(self._shares, shadows, self._engine.sources(), strict=True):
+            values, start = (source, share.start) if shadow is None else (shadow, 0)
+            held[share.spec.name] = Held(share, values, start)
+        return held
+
+    def _name(self, name: str | None) -> str:
+        names = self.names
+        if name is None and len(names) == 1:
+            return names[0]
+        if name is None or name not in names:
+            raise EMAConfigError(f"name={name!r}: allowed are {', '.join(map(repr, names))}")
+        return name
+
+    def _refuse_inside(self, doing: str) -> None:
+        if self._inside is not None:
+            raise EMAStateError(
+                f"{doing} inside average_parameters({self._inside!r}): the live weights and the shadow have changed "
+                "places there; call it after the with block"
+            )

@@ -1,0 +1,49 @@
+"""Several modules as one model: this rank's stages of a pipeline. Ranks then hold different names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor, nn
+
+from dist_ema.engines.base import Engine, RemovableHandle, TensorSpec
+from dist_ema.errors import EMAEngineError
+
+
+class CompositeEngine(Engine):
+    """One engine per module, each asked in turn."""
+
+    def __init__(self, engines: Sequence[Engine]) -> None:
+        self._engines = list(engines)
+        self.group = self._engines[0].group
+
+    def modules(self) -> list[nn.Module]:
+        return [module for engine in self._engines for module in engine.modules()]
+
+    def specs(self) -> list[TensorSpec]:
+        specs = [spec for engine in self._engines for spec in engine.specs()]
+        names = [name for spec in specs for name in (spec.name, *spec.aliases)]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise EMAEngineError(
+                f"several modules of the list hold a tensor named {', '.join(twice[:5])}: give each pipeline stage the "
+                "names that it has in the whole model"
+            )
+        return specs
+
+    def sources(self) -> list[Tensor]:
+        return [source for engine in self._engines for source in engine.sources()]
+
+    def stepped(self) -> bool:
+        return all([engine.stepped() for engine in self._engines])
+
+    def reshard(self) -> None:
+        for engine in self._engines:
+            engine.reshard()
+
+    def publish(self) -> None:
+        for engine in self._engines:
+            engine.publish()
+
+    def attach(self, optimizer: object, callback: Callable[[], object]) -> RemovableHandle:
+        return self._engines[0].attach(optimizer, callback)

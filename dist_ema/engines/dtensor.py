@@ -1,0 +1,106 @@
+"""Parameters that are DTensors: FSDP2 (``fully_shard``), HSDP, tensor parallel, and any mix of them.
+
+Only the geometry of a shard is taken from the DTensor; shadows are plain tensors. (``DTensor.from_local`` without
+``shape=`` and ``stride=`` guesses a different full shape on each rank when shards are uneven.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.placement_types import Placement, Replicate, Shard
+
+# Private in torch 2.13 (and since 2.4): the placement that FSDP2 gives to a parameter which tensor parallelism has
+# already sharded along the same dimension. There is no public way to name it.
+from torch.distributed.tensor.placement_types import _StridedShard as StridedShard
+
+from dist_ema.engines.base import Replicas, TensorSpec
+from dist_ema.engines.replicated import PlainEngine, kind_of
+from dist_ema.engines.walk import Slot
+from dist_ema.errors import EMAEngineError
+from dist_ema.geometry import Runs, box_runs, chunk, count
+
+
+class DTensorEngine(PlainEngine):
+    """Each rank averages the local part of its DTensors. Parameters that are not DTensors are held whole by each rank."""
+
+    def spec(self, slot: Slot, tensor: Tensor) -> TensorSpec:
+        if not isinstance(tensor, DTensor):
+            return super().spec(slot, tensor)
+        mesh, placements = tensor.device_mesh, tensor.placements
+        runs = shard_runs(tensor.shape, mesh, placements, slot.name)
+        if count(runs) != self.local(tensor).numel():
+            raise EMAEngineError(
+                f"parameter {slot.name!r}: {placements} on a mesh of shape {tuple(mesh.shape)} should leave "
+                f"{count(runs)} of {tensor.numel()} elements on this rank, but it holds "
+                f"{self.local(tensor).numel()}. Shard it with fully_shard, parallelize_module or distribute_tensor"
+            )
+        replicas, primary = replicas_of(mesh, placements)
+        return TensorSpec(
+            slot.name,
+            tensor.shape,
+            tensor.dtype,
+            runs,
+            kind=kind_of(slot, tensor),
+            replicas=replicas,
+            primary=primary,
+            aliases=slot.aliases,
+        )
+
+    def local(self, tensor: Tensor) -> Tensor:
+        # to_local() outside of no_grad would record a graph; the attribute is what it returns (torch 2.13).
+        return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+    def reshard(self) -> None:
+        """After a forward without backward the root's parameters are full plain tensors, and a write to the shards
+        would be ignored by the next forward."""
+        for module in self._model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
+def shard_runs(shape: Sequence[int], mesh: DeviceMesh, placements: Sequence[Placement], name: str) -> Runs:
+    """Runs of this rank's part of a DTensor; none on a rank outside of the mesh."""
+    coordinate = mesh.get_coordinate()
+    if coordinate is None:
+        return ()
+    kept: list[Runs] = [((0, size),) if size else () for size in shape]
+    for mesh_dim in _sharding_order(placements):
+        placement = placements[mesh_dim]
+        if isinstance(placement, (Shard, StridedShard)):
+            kept[placement.dim] = chunk(kept[placement.dim], mesh.size(mesh_dim), coordinate[mesh_dim])
+        elif not isinstance(placement, Replicate):
+            raise EMAEngineError(
+                f"parameter {name!r} is placed as {placement} on mesh dimension {mesh_dim}: only Shard and Replicate "
+                "can be averaged. Redistribute it first"
+            )
+    return box_runs(shape, kept)
+
+
+def _sharding_order(placements: Sequence[Placement]) -> list[int]:
+    """Mesh dimensions in the order in which the tensor was cut: left to right, but a strided shard after all that
+    stand to its right, which is what FSDP2 over tensor parallelism did."""
+    plain = [dim for dim, placement in enumerate(placements) if not isinstance(placement, StridedShard)]
+    strided = [dim for dim, placement in enumerate(placements) if isinstance(placement, StridedShard)]
+    return plain + strided[::-1]
+
+
+def replicas_of(mesh: DeviceMesh, placements: Sequence[Placement]) -> tuple[Replicas | None, bool]:
+    """The largest mesh dimension over which a DTensor is replicated, and whether this rank is first in the others."""
+    coordinate = mesh.get_coordinate()
+    if coordinate is None:
+        return None, False
+    replicated = [
+        dim for dim, placement in enumerate(placements) if isinstance(placement, Replicate) and mesh.size(dim) > 1
+    ]
+    if not replicated:
+        return None, True
+    shared = max(replicated, key=mesh.size)
+    primary = all(coordinate[dim] == 0 for dim in replicated if dim != shared)
+    group = mesh.get_group(shared)
+    return Replicas(group, dist.get_rank(group), dist.get_world_size(group)), primary

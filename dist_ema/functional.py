@@ -1,0 +1,62 @@
+"""Composer's functional form."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dist_ema import kernels
+from dist_ema.engines import detect
+from dist_ema.errors import EMAConfigError
+from dist_ema.schedules import Smoothing
+
+
+@torch.no_grad()
+def compute_ema(model: nn.Module, ema_model: nn.Module, smoothing: float = 0.99) -> None:
+    """``ema_model = smoothing * ema_model + (1 - smoothing) * model``, for two modules that are sharded alike.
+
+    Parameters and floating-point buffers are averaged, others copied; tensors are paired by canonical name. Local: each
+    rank averages its shards (under DeepSpeed with fp32 masters, the masters, which are then published).
+
+    Args:
+        model: the live model: anything that :class:`ShardedEMA` takes.
+        ema_model: the average, changed in place. In bf16 or fp16 it stops moving for a smoothing close to one.
+        smoothing: kept fraction, in [0, 1).
+
+    Raises:
+        EMAConfigError: ``smoothing`` is out of range, or the two differ in a name, a shape or a shard.
+    """
+    weight = 1 - Smoothing(smoothing).smoothing
+    live, average = detect(model), detect(ema_model)
+    sides = []
+    for engine in (live, average):
+        specs = engine.specs()
+        engine.reshard()
+        sides.append({spec.name: (spec, source) for spec, source in zip(specs, engine.sources(), strict=True)})
+    here, there = sides
+    different = sorted(here.keys() ^ there.keys())
+    different += [
+        name
+        for name in here.keys() & there.keys()
+        if (here[name][0].shape, here[name][0].runs) != (there[name][0].shape, there[name][0].runs)
+    ]
+    if different:
+        raise EMAConfigError(
+            f"model and ema_model are not sharded alike: {', '.join(different[:5])} ({len(different)} in all) differ in "
+            "name, shape or shard. Build both in the same way"
+        )
+    for name, (spec, source) in here.items():
+        _blend(there[name][1], source, spec.local_numel, weight)
+    average.publish()
+
+
+def _blend(target: Tensor, source: Tensor, count: int, weight: float) -> None:
+    """Through a chunk of scratch for each, since the two may differ in dtype and in memory format."""
+    size = kernels.chunk_size(target.device)
+    for low in range(0, count, size):
+        high = min(low + size, count)
+        old = torch.empty(high - low, dtype=target.dtype, device=target.device)
+        new = torch.empty_like(old)
+        kernels.read(target, low, high, old)
+        kernels.read(source, low, high, new)
+        kernels.write(target, low, high, old.lerp_(new, weight) if old.is_floating_point() else new)

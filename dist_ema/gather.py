@@ -1,0 +1,160 @@
+"""Full tensors from what the ranks hold: which there are, and bringing them to rank 0 one window at a time."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dist_ema import kernels
+from dist_ema.collectives import Window, gather_objects, rank_in
+from dist_ema.errors import EMAEngineError
+from dist_ema.geometry import Runs, overlap
+from dist_ema.shares import Mode, Share
+
+
+@dataclass(frozen=True)
+class Held:
+    """Values that this rank holds of one full tensor.
+
+    Attributes:
+        share: the share that they belong to.
+        values: a shadow, or a live tensor in any layout.
+        start: the first element of ``values`` that counts; there are ``share.numel``.
+    """
+
+    share: Share
+    values: Tensor
+    start: int
+
+    @property
+    def runs(self) -> Runs:
+        """Where they lie in the full tensor."""
+        return self.share.runs
+
+    def read(self, start: int, stop: int, out: Tensor) -> None:
+        """Puts kept elements ``[start, stop)`` into the flat ``out``, converted. Local."""
+        kernels.read(self.values, self.start + start, self.start + stop, out)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One full tensor of an average; the same on every rank.
+
+    Attributes:
+        name: canonical name.
+        aliases: other names of the same tensor.
+        shape: of the full tensor.
+        dtype: of the average; where there is none, of the live tensor.
+        live_dtype: of the live tensor.
+        mode: whether it is averaged, copied or live.
+        speaker: the rank that is heard where the tensor is not partitioned; None where it is.
+    """
+
+    name: str
+    aliases: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    live_dtype: torch.dtype
+    mode: Mode
+    speaker: int | None = None
+
+    @property
+    def numel(self) -> int:
+        """Elements of the full tensor."""
+        return torch.Size(self.shape).numel()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names."""
+        return (self.name, *self.aliases)
+
+    def cast(self, dtype: torch.dtype | None) -> torch.dtype:
+        """``dtype`` for floating-point tensors, their own for others and where ``dtype`` is None."""
+        return dtype if dtype is not None and self.dtype.is_floating_point else self.dtype
+
+
+def catalogue(shares: Sequence[Share], group: dist.ProcessGroup | None) -> list[Entry]:
+    """Every full tensor of the model, in an order that all ranks share: rank 0's, then what the next ranks add.
+
+    Collective. Ranks first compare a hash of what they hold, and exchange the lists only where they differ (pipeline
+    stages). Raises EMAEngineError, on all ranks, if two of them disagree on a tensor.
+    """
+    mine = [(_entry(share), share.spec.partitioned) for share in shares]
+    digest = hashlib.blake2b(repr(mine).encode(), digest_size=16).digest()
+    lists = [mine]
+    if len(set(gather_objects(digest, group))) > 1:
+        lists = gather_objects(mine, group)
+    entries: dict[str, Entry] = {}
+    for rank, found in enumerate(lists):
+        for entry, partitioned in found:
+            known = entries.get(entry.name)
+            if known is None:
+                speaker = None if partitioned else rank
+                entries[entry.name] = Entry(**{**vars(entry), "speaker": speaker})
+            elif (known.shape, known.dtype, known.mode) != (entry.shape, entry.dtype, entry.mode):
+                raise EMAEngineError(
+                    f"{entry.name!r} is {entry.dtype} {entry.shape} ({entry.mode}) on rank {rank}, but {known.dtype} "
+                    f"{known.shape} ({known.mode}) on a lower rank: ranks must hold parts of one model"
+                )
+    return list(entries.values())
+
+
+def _entry(share: Share) -> Entry:
+    spec = share.spec
+    return Entry(spec.name, spec.aliases, tuple(spec.shape), share.dtype, spec.dtype, share.mode)
+
+
+def speaks(entry: Entry, held: Held, group: dist.ProcessGroup | None) -> bool:
+    """Whether this rank's values go into collective output."""
+    return held.share.owned if entry.speaker is None else entry.speaker == rank_in(group)
+
+
+def windows(
+    entry: Entry, held: Held | None, dtype: torch.dtype, group: dist.ProcessGroup | None, window: Window
+) -> Iterator[tuple[int, Tensor]]:
+    """One full tensor in pieces: ``(start, values)``, where ``values`` holds on rank 0 only. Collective.
+
+    Args:
+        entry: the tensor.
+        held: what this rank has of it, if anything.
+        dtype: of the result; conversion happens before anything is sent.
+        group: the ranks.
+        window: the buffer to use.
+    """
+    if held is not None and not speaks(entry, held, group):
+        held = None
+    for start in range(0, entry.numel, window.capacity(dtype)):
+        stop = min(start + window.capacity(dtype), entry.numel)
+        values = window.clear(stop - start, dtype)
+        if held is not None:
+            for local, inside, length in overlap(held.runs, start, stop):
+                held.read(local, local + length, values[inside : inside + length])
+        if entry.speaker != 0:  # else rank 0 has it already, and all ranks know that
+            window.collect()
+        yield start, values
+
+
+def full_tensors(
+    entries: Sequence[Entry],
+    held: Callable[[str], Held | None],
+    dtype: torch.dtype | None,
+    group: dist.ProcessGroup | None,
+) -> dict[str, Tensor]:
+    """Full CPU tensors by name on rank 0, ``{}`` elsewhere; tied names share one tensor. Collective."""
+    window = Window(group)
+    first = rank_in(group) == 0
+    state: dict[str, Tensor] = {}
+    for entry in entries:
+        target = entry.cast(dtype)
+        full = torch.empty(entry.shape if first else 0, dtype=target)
+        for start, values in windows(entry, held(entry.name), target, group, window):
+            if first:
+                full.view(-1)[start : start + values.numel()].copy_(values)
+        if first:
+            state |= dict.fromkeys(entry.names, full)
+    return state

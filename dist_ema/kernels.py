@@ -1,0 +1,192 @@
+"""In-place arithmetic on lists of plain local tensors. Knows no process group and no wrapper.
+
+Everything runs over chunks of at most ``CHUNK`` elements, so that what one step of the arithmetic leaves behind is still
+in the cache for the next, and no temporary is larger than a chunk. A source is read from memory once, whatever the
+number of averages.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+#: Elements at a time: 1 MiB of fp32, which stays in a core's cache; on an accelerator a launch has to be worth its cost.
+CHUNK = 1 << 18
+ACCELERATOR_CHUNK = 1 << 24
+
+
+def chunk_size(device: torch.device) -> int:
+    """Elements of one chunk on ``device``."""
+    return CHUNK if device.type == "cpu" else ACCELERATOR_CHUNK
+
+
+def pieces(tensor: Tensor, start: int, stop: int, limit: int) -> Iterator[tuple[int, Tensor]]:
+    """Views of elements ``[start, stop)`` of ``tensor``, flattened row-major, of at most ``limit`` elements each.
+
+    Yields ``(offset, view)`` with ``offset`` counted from ``start``. Views of a contiguous tensor have one dimension;
+    one that is not contiguous (channels_last, a transposed weight) is taken apart along its first dimensions, so that
+    every view can be written to.
+    """
+    if start >= stop:
+        return
+    if tensor.is_contiguous():
+        flat = tensor.view(-1)
+        for low in range(start, stop, limit):
+            yield low - start, flat[low : min(low + limit, stop)]
+    elif start == 0 and stop == tensor.numel() <= limit:
+        yield 0, tensor
+    else:
+        row = tensor.numel() // tensor.shape[0]
+        for index in range(start // row, -(-stop // row)):
+            low, high = max(start - index * row, 0), min(stop - index * row, row)
+            for offset, view in pieces(tensor[index], low, high, limit):
+                yield index * row + low - start + offset, view
+
+
+class Scratch:
+    """One chunk of memory per dtype and device, made when it is first needed and then kept."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+    def like(self, values: Tensor, dtype: torch.dtype) -> Tensor:
+        """Uninitialised memory of the shape of ``values``, which has at most a chunk of elements."""
+        key = (dtype, values.device)
+        if key not in self._buffers or self._buffers[key].numel() < values.numel():
+            size = max(chunk_size(values.device), values.numel())
+            self._buffers[key] = torch.empty(size, dtype=dtype, device=values.device)
+        return self._buffers[key][: values.numel()].view(values.shape)
+
+    def cast(self, values: Tensor, dtype: torch.dtype) -> Tensor:
+        """``values`` themselves if they have this dtype, else a converted copy in the scratch."""
+        return values if values.dtype == dtype else self.like(values, dtype).copy_(values)
+
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(buffer.nbytes for buffer in self._buffers.values())
+
+
+class Guard:
+    """Keeps elements whose source is NaN or Inf out of the averages, and counts them.
+
+    The count is a tensor on the sources' device, so that nothing waits for an accelerator.
+    """
+
+    def __init__(self) -> None:
+        self._counts: dict[torch.device, Tensor] = {}
+
+    def passes(self, values: Tensor) -> bool:
+        """True if nothing has to be done for this chunk. Always False on an accelerator, where asking would wait for it.
+
+        A sum is the cheapest reduction that no NaN or Inf survives; one that overflows by itself only costs the slow
+        route.
+        """
+        return values.device.type == "cpu" and math.isfinite(float(values.sum()))
+
+    def count(self, finite: Tensor) -> None:
+        """Adds the False elements of ``finite`` to the count."""
+        device = finite.device
+        if device not in self._counts:
+            self._counts[device] = torch.zeros((), dtype=torch.int64, device=device)
+        self._counts[device].add_(finite.numel()).sub_(finite.sum())
+
+    def total(self) -> int:
+        """Elements skipped so far. Waits for the device."""
+        return sum(int(count) for count in self._counts.values())
+
+    def reset(self) -> None:
+        """Starts counting from zero."""
+        self._counts.clear()
+
+
+@torch.no_grad()
+def lerp(
+    averages: Sequence[Sequence[Tensor]],
+    sources: Sequence[Tensor],
+    ranges: Sequence[tuple[int, int]],
+    weights: Sequence[float],
+    scratch: Scratch,
+    guard: Guard | None,
+) -> None:
+    """``shadow += weight * (source - shadow)``, in the shadow's dtype, for every average and tensor. Local.
+
+    Args:
+        averages: for each average its shadows, one per source: flat, contiguous, of ``stop - start`` elements.
+        sources: the local tensors, in any dtype and layout.
+        ranges: ``(start, stop)`` of each source that its shadow stands for.
+        weights: one for each average: the fraction that is new.
+        scratch: memory for conversions.
+        guard: leaves shadow elements of NaN and Inf sources as they were; None takes sources as they are. A shadow
+            element that is itself not finite (its first source was not) takes the first finite source.
+    """
+    for index, (source, (start, stop)) in enumerate(zip(sources, ranges, strict=True)):
+        shadows = [average[index] for average in averages]
+        for offset, piece in pieces(source, start, stop, chunk_size(source.device)):
+            values = scratch.cast(piece, shadows[0].dtype)
+            targets = [shadow[offset : offset + piece.numel()].view(piece.shape) for shadow in shadows]
+            if guard is None or guard.passes(values):
+                for target, weight in zip(targets, weights, strict=True):
+                    target.lerp_(values, weight)
+            else:
+                finite = torch.isfinite(values)
+                guard.count(finite)
+                for target, weight in zip(targets, weights, strict=True):
+                    _guarded_lerp(target, values, weight, finite)
+
+
+def _guarded_lerp(target: Tensor, values: Tensor, weight: float, finite: Tensor) -> None:
+    blended = torch.where(torch.isfinite(target), torch.lerp(target, values, weight), values)
+    target.copy_(torch.where(finite, blended, target))
+
+
+@torch.no_grad()
+def copy(
+    averages: Sequence[Sequence[Tensor]],
+    sources: Sequence[Tensor],
+    ranges: Sequence[tuple[int, int]],
+    guard: Guard | None,
+) -> None:
+    """Sets every shadow to its source, converted. Non-finite elements are counted, and copied for want of a better."""
+    for index, (source, (start, stop)) in enumerate(zip(sources, ranges, strict=True)):
+        for offset, piece in pieces(source, start, stop, chunk_size(source.device)):
+            if guard is not None and piece.is_floating_point() and not guard.passes(piece):
+                guard.count(torch.isfinite(piece))
+            for average in averages:
+                average[index][offset : offset + piece.numel()].view(piece.shape).copy_(piece)
+
+
+@torch.no_grad()
+def exchange(shadow: Tensor, source: Tensor, start: int, stop: int, scratch: Scratch) -> None:
+    """Shadow and source, of one dtype, change places, a chunk at a time. Local."""
+    for offset, piece in pieces(source, start, stop, chunk_size(source.device)):
+        target = shadow[offset : offset + piece.numel()].view(piece.shape)
+        held = scratch.like(piece, piece.dtype).copy_(piece)
+        piece.copy_(target)
+        target.copy_(held)
+
+
+@torch.no_grad()
+def write(source: Tensor, start: int, stop: int, values: Tensor) -> None:
+    """Sets elements ``[start, stop)`` of ``source``, flattened, to the flat ``values``, converted. Local."""
+    for offset, piece in pieces(source, start, stop, chunk_size(source.device)):
+        piece.copy_(values[offset : offset + piece.numel()].view(piece.shape))
+
+
+@torch.no_grad()
+def read(source: Tensor, start: int, stop: int, out: Tensor) -> None:
+    """Sets the flat ``out`` to elements ``[start, stop)`` of ``source``, flattened, converted. Local."""
+    for offset, piece in pieces(source, start, stop, chunk_size(source.device)):
+        out[offset : offset + piece.numel()].view(piece.shape).copy_(piece)
+
+
+@torch.no_grad()
+def squared_distance(shadow: Tensor, source: Tensor, start: int, stop: int) -> Tensor:
+    """Sum of ``(shadow - source)**2`` in float64, as a scalar on the source's device. Local."""
+    total = torch.zeros((), dtype=torch.float64, device=source.device)
+    for offset, piece in pieces(source, start, stop, chunk_size(source.device)):
+        target = shadow[offset : offset + piece.numel()].view(piece.shape)
+        total += (target.double() - piece.double()).square_().sum()
+    return total

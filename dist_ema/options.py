@@ -1,0 +1,194 @@
+"""The options of :class:`ShardedEMA`, checked in one place."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from dist_ema.errors import EMAConfigError
+from dist_ema.schedules import ConstantDecay, HalfLife, Schedule, Smoothing
+from dist_ema.timing import CLOCK_UNITS, Time
+
+#: The name of the average where there is only one.
+ONLY = "ema"
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_BUFFERS = ("copy", "average", "ignore")
+_TOO_COARSE = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for.
+
+    Attributes:
+        schedules: the schedule of each average, by its name.
+        interval: time between updates.
+        start: when averaging begins.
+        dtype: of the shadows; None means each parameter's own.
+        shard_replicas: spread shadows of replicated parameters over the replicas.
+        include: patterns, one of which a name must contain; none means every name.
+        exclude: patterns, none of which a name may contain.
+        buffers: ``"copy"``, ``"average"`` or ``"ignore"``.
+        skip_nonfinite: leave out NaN and Inf.
+    """
+
+    schedules: Mapping[str, Schedule]
+    interval: Time
+    start: Time
+    dtype: torch.dtype | None
+    shard_replicas: bool
+    include: tuple[re.Pattern[str], ...]
+    exclude: tuple[re.Pattern[str], ...]
+    buffers: str
+    skip_nonfinite: bool
+
+    @classmethod
+    def parse(
+        cls,
+        *,
+        decay: object,
+        half_life: object,
+        smoothing: object,
+        schedule: object,
+        averages: object,
+        update_interval: object,
+        ema_start: object,
+        max_duration: object,
+        dtype: object,
+        offload: object,
+        shard_replicas: object,
+        include: object,
+        exclude: object,
+        buffers: object,
+        skip_nonfinite: object,
+    ) -> Options:
+        """Checks every option. Raises EMAConfigError naming the first that is wrong, its value and what is allowed."""
+        duration = None
+        if max_duration is not None:
+            duration = Time.parse(max_duration, option="max_duration", units=CLOCK_UNITS)
+        if offload is not None:
+            raise EMAConfigError(f"offload={offload!r}: allowed is None; this version keeps shadows beside the weights")
+        if buffers not in _BUFFERS:
+            raise EMAConfigError(f"buffers={buffers!r}: allowed are {', '.join(map(repr, _BUFFERS))}")
+        return cls(
+            _schedules(decay, half_life, smoothing, schedule, averages),
+            Time.parse(update_interval, option="update_interval").resolve(duration, option="update_interval"),
+            Time.parse(ema_start, option="ema_start", positive=False).resolve(duration, option="ema_start"),
+            _dtype(dtype),
+            _flag("shard_replicas", shard_replicas),
+            _patterns("include", include),
+            _patterns("exclude", exclude),
+            str(buffers),
+            _flag("skip_nonfinite", skip_nonfinite),
+        )
+
+    def selects(self, name: str) -> bool:
+        """Whether ``include`` and ``exclude`` let ``name`` into the average."""
+        included = not self.include or any(pattern.search(name) for pattern in self.include)
+        return included and not any(pattern.search(name) for pattern in self.exclude)
+
+    def check_patterns(self, names: Iterable[str]) -> None:
+        """Raises EMAConfigError if a pattern matches none of ``names``: it is most likely misspelt."""
+        known = list(names)
+        for option, patterns in (("include", self.include), ("exclude", self.exclude)):
+            for pattern in patterns:
+                if not any(pattern.search(name) for name in known):
+                    shown = ", ".join(known[:5]) + (", ..." if len(known) > 5 else "")
+                    raise EMAConfigError(f"{option}={pattern.pattern!r} matches no name; names are {shown}")
+
+    def units(self) -> set[str]:
+        """Units of the clock that the options depend on."""
+        units = {self.interval.unit, self.start.unit if self.start.value else "ba"}
+        for schedule in self.schedules.values():
+            units.add(schedule.time.unit if isinstance(schedule, HalfLife) else "ba")
+        return units
+
+
+def _schedules(
+    decay: object, half_life: object, smoothing: object, schedule: object, averages: object
+) -> dict[str, Schedule]:
+    given = {
+        option: value
+        for option, value in (
+            ("decay", decay),
+            ("half_life", half_life),
+            ("smoothing", smoothing),
+            ("schedule", schedule),
+            ("averages", averages),
+        )
+        if value is not None
+    }
+    if len(given) > 1:
+        shown = ", ".join(f"{option}={value!r}" for option, value in given.items())
+        raise EMAConfigError(f"{shown}: give exactly one of decay, half_life, smoothing, schedule, averages")
+    if averages is not None:
+        return _named_schedules(averages)
+    if decay is not None:
+        return {ONLY: ConstantDecay(decay)}  # type: ignore[arg-type]
+    if smoothing is not None:
+        return {ONLY: Smoothing(smoothing)}  # type: ignore[arg-type]
+    if schedule is not None:
+        return {ONLY: _schedule("schedule", schedule)}
+    return {ONLY: HalfLife("1000ba" if half_life is None else half_life)}  # type: ignore[arg-type]
+
+
+def _named_schedules(averages: object) -> dict[str, Schedule]:
+    if not isinstance(averages, Mapping) or not averages:
+        raise EMAConfigError(f"averages={averages!r}: allowed is a dict of names to schedules or decays, not empty")
+    schedules: dict[str, Schedule] = {}
+    for name, value in averages.items():
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise EMAConfigError(f"averages: the name {name!r} must consist of letters, digits, '_', '-' and '.'")
+        option = f"averages[{name!r}]"
+        is_number = isinstance(value, (int, float))
+        schedules[name] = ConstantDecay(value) if is_number else _schedule(option, value)
+    return schedules
+
+
+def _schedule(option: str, value: object) -> Schedule:
+    if not isinstance(value, Schedule):
+        raise EMAConfigError(
+            f"{option}={value!r}: allowed is an object of dist_ema.schedules, such as HalfLife('1000ba')"
+        )
+    return value
+
+
+def _dtype(dtype: object) -> torch.dtype | None:
+    if dtype is None:
+        return None
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise EMAConfigError(f"dtype={dtype!r}: allowed are None, torch.float32 and torch.float64")
+    if dtype not in (torch.float32, torch.float64):
+        raise EMAConfigError(
+            f"dtype={dtype}: a shadow of this precision stops moving, since each step of a slow average is smaller than "
+            "its last bit; allowed are torch.float32 and torch.float64"
+        )
+    return dtype
+
+
+def _flag(option: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise EMAConfigError(f"{option}={value!r}: allowed are True and False")
+    return value
+
+
+def _patterns(option: str, value: object) -> tuple[re.Pattern[str], ...]:
+    if value is None:
+        return ()
+    values = [value] if isinstance(value, (str, re.Pattern)) else value
+    if not isinstance(values, Iterable):
+        raise EMAConfigError(f"{option}={value!r}: allowed is a regular expression or a list of them")
+    patterns = []
+    for item in values:
+        if not isinstance(item, (str, re.Pattern)):
+            raise EMAConfigError(f"{option}={value!r}: {item!r} is not a regular expression")
+        try:
+            patterns.append(re.compile(item))
+        except re.error as error:
+            raise EMAConfigError(f"{option}={item!r} is not a regular expression: {error}") from error
+    if not patterns:
+        raise EMAConfigError(f"{option}={value!r}: the list is empty; leave the option out to take every name")
+    return tuple(patterns)

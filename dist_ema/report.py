@@ -1,0 +1,31 @@
+"""What an average costs on this rank, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from dist_ema.shadow import Shadow
+from dist_ema.shares import Share
+
+
+def memory_report(shares: Sequence[Share], names: Collection[str], shadow: Shadow) -> str:
+    """One line for what is averaged and one for each device. Local."""
+    averaged = [share for share in shares if share.mode == "average"]
+    local = sum(share.numel for share in averaged)
+    full = sum(share.spec.numel for share in averaged)
+    kept = sum(share.numel * share.dtype.itemsize for share in averaged) * len(names)
+    copied = sum(share.numel * share.dtype.itemsize for share in shares if share.mode == "copy")
+    plural = "" if len(names) == 1 else "s"
+    lines = [
+        f"{len(names)} average{plural} ({', '.join(names)}) of {len(averaged)} tensors: this rank keeps {local:,} of "
+        f"{full:,} elements of each, {_mebibytes(kept)}, and {_mebibytes(copied)} of buffers"
+    ]
+    if not shadow.started:
+        lines.append("nothing is allocated before the first update")
+    lines += [f"{device}: {_mebibytes(size)} in use" for device, size in shadow.nbytes().items()]
+    lines += [f"scratch: {_mebibytes(shadow.scratch.nbytes())}"]
+    return "\n".join(lines)
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"

@@ -1,0 +1,99 @@
+"""Where averaged values live: flat memory beside the weights, one allocation per average, dtype and device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from dist_ema import kernels
+from dist_ema.errors import EMAStateError
+from dist_ema.shares import Share
+
+
+class Shadow:
+    """The averages of one model on this rank, and the last copy of its buffers, which all averages have in common.
+
+    Memory is taken at the first update, since a model may still be on the meta device before.
+    """
+
+    def __init__(self, names: Iterable[str], shares: Sequence[Share], skip_nonfinite: bool) -> None:
+        self.guard = kernels.Guard() if skip_nonfinite else None
+        self.scratch = kernels.Scratch()
+        self._names = tuple(names)
+        self._averaged = [index for index, share in enumerate(shares) if share.mode == "average"]
+        self._copied = [index for index, share in enumerate(shares) if share.mode == "copy"]
+        self._shares = shares
+        self._averages: dict[str, list[Tensor]] = {}
+        self._buffers: list[Tensor] = []
+
+    @property
+    def started(self) -> bool:
+        """Whether there is an average yet."""
+        return bool(self._averages)
+
+    def start(self, sources: Sequence[Tensor]) -> None:
+        """Takes memory, and copies the sources into every average. Local."""
+        averages = {name: self._allocate(sources, self._averaged) for name in self._names}
+        self._buffers = self._allocate(sources, self._copied)
+        kernels.copy(list(averages.values()), self._pick(sources), self._ranges(self._averaged), self.guard)
+        self._averages = averages
+        self._copy_buffers(sources)
+
+    def update(self, sources: Sequence[Tensor], weights: Sequence[float]) -> None:
+        """Moves every average by its weight. Local; no host sync, no memory beyond the scratch."""
+        kernels.lerp(
+            list(self._averages.values()),
+            self._pick(sources),
+            self._ranges(self._averaged),
+            weights,
+            self.scratch,
+            self.guard,
+        )
+        self._copy_buffers(sources)
+
+    def tensors(self, name: str) -> list[Tensor | None]:
+        """The flat shadow of every share, None where it is live."""
+        tensors: list[Tensor | None] = [None] * len(self._shares)
+        for index, tensor in zip(self._averaged, self._averages[name], strict=True):
+            tensors[index] = tensor
+        for index, tensor in zip(self._copied, self._buffers, strict=True):
+            tensors[index] = tensor
+        return tensors
+
+    def nbytes(self) -> dict[torch.device, int]:
+        """Bytes held, by device, scratch included."""
+        sizes: dict[torch.device, int] = {}
+        lists = [*self._averages.values(), self._buffers]
+        for tensor in (tensor for tensors in lists for tensor in tensors):
+            sizes[tensor.device] = sizes.get(tensor.device, 0) + tensor.nbytes
+        return sizes
+
+    def _pick(self, sources: Sequence[Tensor]) -> list[Tensor]:
+        return [sources[index] for index in self._averaged]
+
+    def _ranges(self, indices: Iterable[int]) -> list[tuple[int, int]]:
+        return [(self._shares[index].start, self._shares[index].stop) for index in indices]
+
+    def _copy_buffers(self, sources: Sequence[Tensor]) -> None:
+        kernels.copy([self._buffers], [sources[index] for index in self._copied], self._ranges(self._copied), None)
+
+    def _allocate(self, sources: Sequence[Tensor], indices: Sequence[int]) -> list[Tensor]:
+        """One flat tensor per share, views of one allocation per dtype and device."""
+        totals: dict[tuple[torch.dtype, torch.device], int] = {}
+        for index in indices:
+            share, device = self._shares[index], sources[index].device
+            if device.type == "meta":
+                raise EMAStateError(f"{share.spec.name!r} is on the meta device: materialise the model before update()")
+            key = (share.dtype, device)
+            totals[key] = totals.get(key, 0) + share.numel
+        flats = {key: torch.empty(total, dtype=key[0], device=key[1]) for key, total in totals.items()}
+        used = dict.fromkeys(flats, 0)
+        views = []
+        for index in indices:
+            share = self._shares[index]
+            key = (share.dtype, sources[index].device)
+            views.append(flats[key][used[key] : used[key] + share.numel])
+            used[key] += share.numel
+        return views

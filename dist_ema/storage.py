@@ -1,0 +1,257 @@
+"""The safetensors files of full tensors, laid out before anyone writes, and written in place by whoever has the bytes.
+
+The only module, with its callers' staging directory, that opens files. The format (safetensors 0.4 and later): eight
+bytes with the length of the header, little-endian; the header, JSON that gives each tensor's dtype, shape and byte
+range; then the tensors, without a gap.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dist_ema.errors import CheckpointError, EMAConfigError
+
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.uint16: "U16",
+    torch.uint32: "U32",
+    torch.uint64: "U64",
+    torch.bool: "BOOL",
+    torch.complex64: "C64",
+}
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+class TensorPlan(NamedTuple):
+    """A full tensor to be written under ``name``."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class FilePlan:
+    """One safetensors file.
+
+    Attributes:
+        name: of the file.
+        header: everything before the tensors.
+        tensors: what is in it, in the order of the file.
+        offsets: of each tensor's first byte in the file, by tensor name.
+        size: of the whole file.
+    """
+
+    name: str
+    header: bytes
+    tensors: tuple[TensorPlan, ...]
+    offsets: dict[str, int]
+    size: int
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes of ``"5GB"`` (decimal, as Hugging Face reads it), ``"512MiB"`` or an int. Raises EMAConfigError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", size) if isinstance(size, str) else None
+    unit = _UNITS.get(match[2].upper()) if match else None
+    if match and unit:
+        number = int(float(match[1]) * unit)
+    elif isinstance(size, int) and not isinstance(size, bool):
+        number = size
+    else:
+        number = 0
+    if number <= 0:
+        raise EMAConfigError(f"max_shard_size={size!r}: allowed is a positive number of bytes, or a string like '5GB'")
+    return number
+
+
+def plan_files(tensors: Sequence[TensorPlan], limit: int, stem: str = "model") -> list[FilePlan]:
+    """Distributes tensors, in order, over files of at most ``limit`` bytes; a larger tensor has a file of its own.
+
+    One file is called ``{stem}.safetensors``, several ``{stem}-00001-of-0000n.safetensors``. Pure: every rank computes
+    the same. Raises CheckpointError for a dtype that safetensors does not have.
+    """
+    for tensor in tensors:
+        if tensor.dtype not in DTYPE_NAMES:
+            raise CheckpointError(f"{tensor.name!r} is {tensor.dtype}, which safetensors cannot store")
+    groups: list[list[TensorPlan]] = [[]]
+    used = 0
+    for tensor in tensors:
+        if groups[-1] and used + tensor.nbytes > limit:
+            groups.append([])
+            used = 0
+        groups[-1].append(tensor)
+        used += tensor.nbytes
+    count = len(groups)
+    names = [f"{stem}-{index:05d}-of-{count:05d}.safetensors" for index in range(1, count + 1)]
+    if count == 1:
+        names = [f"{stem}.safetensors"]
+    return [_plan_file(name, group) for name, group in zip(names, groups, strict=True)]
+
+
+def _plan_file(name: str, tensors: Sequence[TensorPlan]) -> FilePlan:
+    # Wide elements first, so that every tensor starts at a multiple of its element size.
+    ordered = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    begins: dict[str, int] = {}
+    for tensor in ordered:
+        begins[tensor.name] = position
+        header[tensor.name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [position, position + tensor.nbytes],
+        }
+        position += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    prefix = len(text).to_bytes(8, "little") + text
+    offsets = {key: len(prefix) + begin for key, begin in begins.items()}
+    return FilePlan(name, prefix, tuple(ordered), offsets, len(prefix) + position)
+
+
+def index_json(files: Sequence[FilePlan]) -> str:
+    """The ``model.safetensors.index.json`` of several files."""
+    weight_map = {tensor.name: file.name for file in files for tensor in file.tensors}
+    total = sum(tensor.nbytes for file in files for tensor in file.tensors)
+    return json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}, indent=2)
+
+
+class Staging:
+    """A temporary sibling of a directory to come: filled, then renamed in one step. For one rank."""
+
+    PROBE = "probe"
+
+    def __init__(self, target: Path, token: str) -> None:
+        self.target = target
+        self.path = target.parent / f".{target.name}.tmp-{token}"
+        self._token = token
+
+    @staticmethod
+    def new_token() -> str:
+        """A name for a staging directory that no other run uses."""
+        return uuid.uuid4().hex
+
+    def create(self) -> None:
+        """Makes the directory. Raises CheckpointError if the target exists or its parent does not."""
+        self.refuse_existing()
+        if not self.target.parent.is_dir():
+            raise CheckpointError(f"the directory {self.target.parent} does not exist: make it first")
+        self.path.mkdir()
+        (self.path / self.PROBE).write_text(self._token)
+
+    def refuse_existing(self) -> None:
+        """Raises CheckpointError if the target exists."""
+        if os.path.lexists(self.target):
+            raise CheckpointError(f"{self.target} exists already: give a path that does not, or remove it first")
+
+    def is_visible(self) -> bool:
+        """Whether this process sees the directory that another one made: do the two share the file system?"""
+        try:
+            return (self.path / self.PROBE).read_text() == self._token
+        except OSError:
+            return False
+
+    def commit(self) -> None:
+        """Puts the directory in its place, complete and on disk."""
+        (self.path / self.PROBE).unlink()
+        _sync_directory(self.path)
+        self.refuse_existing()
+        self.path.rename(self.target)
+        _sync_directory(self.target.parent)
+
+    def discard(self) -> None:
+        """Removes what was written."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a small file and syncs it."""
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def create_file(directory: Path, plan: FilePlan) -> None:
+    """Makes a file of its final size with its header; the tensors are holes yet."""
+    with (directory / plan.name).open("xb") as file:
+        file.write(plan.header)
+        file.truncate(plan.size)
+
+
+class RunWriter:
+    """Writes elements of full tensors into files that exist, at the places that the plans give. A context manager.
+
+    Leaving it without an error syncs every file that was written to.
+    """
+
+    def __init__(self, directory: Path, plans: Sequence[FilePlan]) -> None:
+        self._directory = directory
+        self._places = {
+            tensor.name: (plan.name, plan.offsets[tensor.name], tensor) for plan in plans for tensor in plan.tensors
+        }
+        self._open: dict[str, int] = {}
+
+    def write(self, name: str, start: int, values: Tensor) -> None:
+        """Puts flat CPU ``values``, of the planned dtype, at element ``start`` of the tensor ``name``."""
+        file, offset, tensor = self._places[name]
+        if values.dtype != tensor.dtype:
+            raise CheckpointError(f"{name!r} is planned as {tensor.dtype}, got {values.dtype}")
+        if file not in self._open:
+            self._open[file] = os.open(self._directory / file, os.O_WRONLY)
+        data = memoryview(values.contiguous().view(torch.uint8).numpy())
+        position = offset + start * tensor.dtype.itemsize
+        while data:
+            written = os.pwrite(self._open[file], data, position)
+            data, position = data[written:], position + written
+
+    def __enter__(self) -> RunWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            for descriptor in self._open.values():
+                if kind is None:
+                    os.fsync(descriptor)
+        finally:
+            for descriptor in self._open.values():
+                os.close(descriptor)
+            self._open.clear()
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
