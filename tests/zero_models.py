@@ -1,0 +1,110 @@
+"""DeepSpeed engines for tests, on CPU, in worker processes that see many process groups one after the other."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+os.environ["DS_ACCELERATOR"] = "cpu"
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+#: In stage 3, parameters with at most so many elements stay gathered; Net has smaller and larger ones.
+THRESHOLD = 20
+
+
+class Net(nn.Module):
+    """Rows 1, 5, 7, 15; a tied pair, a frozen layer, BatchNorm buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(15, 7)
+        self.up = nn.Linear(7, 15)
+        self.norm = nn.BatchNorm1d(15, affine=False)
+        self.frozen = nn.Linear(15, 5)
+        self.down = nn.Linear(5, 7, bias=False)
+        self.one = nn.Linear(7, 1)
+        self.scale = nn.Parameter(torch.full((1,), 1.5))
+        self.head = nn.Linear(7, 15, bias=False)
+        self.head.weight = self.embed.weight
+        self.frozen.requires_grad_(False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.down(torch.tanh(self.frozen(self.norm(torch.tanh(self.up(self.embed(tokens)))))))
+        return self.head(hidden) * self.scale + self.one(hidden)
+
+
+def reset_deepspeed() -> None:
+    """Forgets the process groups of earlier tests, which deepspeed 0.19.8 keeps beyond destroy_process_group()."""
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.comm import comm
+    from deepspeed.utils import groups
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # A shared-memory all-reduce that would be compiled for two minutes and only serves as a faster one.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    comm.cdb = None
+    groups._release_process_group_references()
+    groups.mesh_device = None
+    assert get_accelerator().device_name() == "cpu"
+
+
+def make_engine(
+    stage: int,
+    dtype: str = "fp32",
+    *,
+    model: nn.Module | None = None,
+    offload: bool = False,
+    gas: int = 1,
+    optimizer: Any = "adam",
+    zero: dict[str, Any] | None = None,
+    **options: Any,
+) -> Any:
+    """A DeepSpeed engine around ``model`` (a seeded Net), the same on every rank."""
+    import deepspeed
+
+    reset_deepspeed()
+    if model is None:
+        torch.manual_seed(7)
+        model = Net()
+    optimization: dict[str, Any] = {"stage": stage, "stage3_param_persistence_threshold": THRESHOLD, **(zero or {})}
+    if offload:
+        optimization["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": gas,
+        "zero_optimization": optimization,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        **options,
+    }
+    if dtype == "bf16":
+        config.setdefault("bf16", {"enabled": True})
+    if dtype == "fp16":
+        config.setdefault("fp16", {"enabled": True, "initial_scale_power": 8})
+    if optimizer == "adam":
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)[0]
+
+
+def batch(step: int, rank: int) -> Tensor:
+    """Four tokens that differ from rank to rank and step to step."""
+    return torch.randint(0, 15, (4,), generator=torch.Generator().manual_seed(100 * step + rank))
+
+
+def backward(engine: Any, step: int, factor: float = 1.0) -> None:
+    """Forward and backward of one micro-batch."""
+    output = engine(batch(step, dist.get_rank()))
+    engine.backward(output.float().square().mean() * factor)
+
+
+def train(engine: Any, steps: range) -> None:
+    """Steps of training with a batch of their own each."""
+    for step in steps:
+        backward(engine, step)
+        engine.step()
