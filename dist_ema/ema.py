@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_ema import kernels
-from dist_ema.collectives import agree, rank_in, sum_floats, sum_integers
+from dist_ema.collectives import agree, sum_floats, sum_integers
 from dist_ema.engines import RemovableHandle, detect
 from dist_ema.errors import EMAConfigError, EMAStateError
 from dist_ema.export import export
@@ -337,7 +337,7 @@ class ShardedEMA:
         for entry in entries:
             mine = held.get(entry.name)
             digest = 0
-            if mine is not None and speaks(entry, mine, self._engine.group):
+            if mine is not None and speaks(entry, mine.share, self._engine.group):
                 digest = partial_digest(mine.values, mine.runs, entry.dtype, mine.start)
             partial.append(digest)
         totals = sum_integers(partial, self._engine.group)
@@ -354,7 +354,8 @@ class ShardedEMA:
         self._refuse_inside("metrics()")
         self._engine.reshard()
         sources = self._engine.sources()
-        spoken = {entry.name for entry in self._catalogue() if entry.speaker in (None, rank_in(self._engine.group))}
+        entries = {entry.name: entry for entry in self._catalogue()}
+        spoken = [speaks(entries[share.spec.name], share, self._engine.group) for share in self._shares]
         squares = [self._squared_distance(name, sources, spoken) for name in self._options.schedules]
         guard = self._shadow.guard
         *squares, skipped = sum_floats([*squares, guard.total() if guard else 0], self._engine.group)
@@ -365,12 +366,13 @@ class ShardedEMA:
             values[f"{prefix}/distance"] = square**0.5
         return values
 
-    def _squared_distance(self, name: str, sources: Sequence[Tensor], spoken: set[str]) -> float:
+    def _squared_distance(self, name: str, sources: Sequence[Tensor], spoken: Sequence[bool]) -> float:
         if not self._shadow.started:
             return 0.0
         total = 0.0
-        for share, shadow, source in zip(self._shares, self._shadow.tensors(name), sources, strict=True):
-            if share.mode == "average" and share.owned and share.spec.name in spoken and shadow is not None:
+        shadows = self._shadow.tensors(name)
+        for share, shadow, source, mine in zip(self._shares, shadows, sources, spoken, strict=True):
+            if mine and share.mode == "average" and shadow is not None:
                 total += float(kernels.squared_distance(shadow, source, share.start, share.stop))
         return total
 

@@ -91,7 +91,7 @@ def _write_own(
     with RunWriter(directory, plans) as writer:
         for entry in entries:
             mine = held(entry.name)
-            if mine is None or not speaks(entry, mine, group):
+            if mine is None or not speaks(entry, mine.share, group):
                 continue
             target = targets[entry.name]
             scratch = torch.empty(min(_CHUNK, mine.share.numel), dtype=target)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -52,7 +52,8 @@ class Entry:
         dtype: of the average; where there is none, of the live tensor.
         live_dtype: of the live tensor.
         mode: whether it is averaged, copied or live.
-        speaker: the rank that is heard where the tensor is not partitioned; None where it is.
+        partitioned: whether its elements are spread over several ranks.
+        team: the lowest of the ranks that are heard; where the tensor is not partitioned, the only one.
     """
 
     name: str
@@ -61,7 +62,8 @@ class Entry:
     dtype: torch.dtype
     live_dtype: torch.dtype
     mode: Mode
-    speaker: int | None = None
+    partitioned: bool
+    team: int = 0
 
     @property
     def numel(self) -> int:
@@ -84,34 +86,35 @@ def catalogue(shares: Sequence[Share], group: dist.ProcessGroup | None) -> list[
     Collective. Ranks first compare a hash of what they hold, and exchange the lists only where they differ (pipeline
     stages). Raises EMAEngineError, on all ranks, if two of them disagree on a tensor.
     """
-    mine = [(_entry(share), share.spec.partitioned) for share in shares]
+    mine = [_entry(share) for share in shares]
     digest = hashlib.blake2b(repr(mine).encode(), digest_size=16).digest()
-    lists = [mine]
-    if len(set(gather_objects(digest, group))) > 1:
-        lists = gather_objects(mine, group)
+    if len(set(gather_objects(digest, group))) == 1:
+        return mine  # rank 0 has every name, so its team, which is number 0, is heard
+    teams = [_team(share, group) for share in shares]
     entries: dict[str, Entry] = {}
-    for rank, found in enumerate(lists):
-        for entry, partitioned in found:
-            known = entries.get(entry.name)
-            if known is None:
-                speaker = None if partitioned else rank
-                entries[entry.name] = Entry(**{**vars(entry), "speaker": speaker})
-            elif (known.shape, known.dtype, known.mode) != (entry.shape, entry.dtype, entry.mode):
+    for rank, found in enumerate(gather_objects(list(zip(mine, teams, strict=True)), group)):
+        for entry, team in found:
+            known = entries.setdefault(entry.name, replace(entry, team=team))
+            if replace(known, team=0) != entry:
                 raise EMAEngineError(
-                    f"{entry.name!r} is {entry.dtype} {entry.shape} ({entry.mode}) on rank {rank}, but {known.dtype} "
-                    f"{known.shape} ({known.mode}) on a lower rank: ranks must hold parts of one model"
+                    f"ranks must hold parts of one model, but rank {rank} has {entry} and a lower rank {known}"
                 )
+            entries[entry.name] = replace(known, team=min(known.team, team))
     return list(entries.values())
 
 
 def _entry(share: Share) -> Entry:
     spec = share.spec
-    return Entry(spec.name, spec.aliases, tuple(spec.shape), share.dtype, spec.dtype, share.mode)
+    return Entry(spec.name, spec.aliases, tuple(spec.shape), share.dtype, spec.dtype, share.mode, spec.partitioned)
 
 
-def speaks(entry: Entry, held: Held, group: dist.ProcessGroup | None) -> bool:
-    """Whether this rank's values go into collective output."""
-    return held.share.owned if entry.speaker is None else entry.speaker == rank_in(group)
+def _team(share: Share, group: dist.ProcessGroup | None) -> int:
+    return share.spec.team if share.spec.partitioned else rank_in(group)
+
+
+def speaks(entry: Entry, share: Share, group: dist.ProcessGroup | None) -> bool:
+    """Whether what this rank holds goes into collective output."""
+    return share.owned and _team(share, group) == entry.team
 
 
 def windows(
@@ -126,7 +129,7 @@ def windows(
         group: the ranks.
         window: the buffer to use.
     """
-    if held is not None and not speaks(entry, held, group):
+    if held is not None and not speaks(entry, held.share, group):
         held = None
     for start in range(0, entry.numel, window.capacity(dtype)):
         stop = min(start + window.capacity(dtype), entry.numel)
@@ -134,7 +137,7 @@ def windows(
         if held is not None:
             for local, inside, length in overlap(held.runs, start, stop):
                 held.read(local, local + length, values[inside : inside + length])
-        if entry.speaker != 0:  # else rank 0 has it already, and all ranks know that
+        if entry.partitioned or entry.team != 0:  # else rank 0 has it already, and all ranks know that
             window.collect()
         yield start, values
 

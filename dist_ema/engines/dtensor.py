@@ -47,6 +47,7 @@ class DTensorEngine(PlainEngine):
             tensor.dtype,
             runs,
             kind=kind_of(slot, tensor),
+            team=int(mesh.mesh.min()),
             replicas=replicas,
             primary=primary,
             aliases=slot.aliases,

@@ -149,12 +149,17 @@ class FlatParamEngine(Engine):
         return [_local(held) for held in self._held]
 
     def reshard(self) -> None:
-        """A forward without backward leaves the root unit (with SHARD_GRAD_OP every unit) unsharded."""
+        """A forward without backward leaves the full copy of the root unit (with SHARD_GRAD_OP of every unit) in memory.
+
+        The flat parameter may be back at its shard by then: what counts is the full copy, which the next forward takes
+        as it is as long as its memory is not freed.
+        """
         for unit in self._units:
             handle = unit._handle
             if handle is None or not handle.uses_sharded_strategy or not hasattr(handle.flat_param, "_local_shard"):
                 continue
-            if not handle.is_sharded(handle.flat_param) or handle._skipped_use_sharded_views:
+            sharded = handle.is_sharded(handle.flat_param) and not handle._skipped_use_sharded_views
+            if not sharded or not handle.needs_unshard():
                 _reshard(unit, handle, True)
 
 

@@ -1,0 +1,162 @@
+"""Models that break averages, and the ways to shard them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.distributed.fsdp import MixedPrecisionPolicy, ShardingStrategy, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+WIDTH = 15
+
+
+class Block(nn.Module):
+    """15 -> 7 -> 15: rows that no world size divides. (Tensor parallelism itself wants a width that it can divide.)"""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(WIDTH, hidden)
+        self.down = nn.Linear(hidden, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.tanh(self.up(x)))
+
+
+class Uneven(nn.Module):
+    """Rows of 1, 5, 7 and 15, a tied pair, a frozen part, BatchNorm and other buffers, a 0-d parameter if wanted.
+
+    On two ranks and more, the tensors of one row leave a rank with an empty shard.
+    """
+
+    def __init__(self, scalar: bool = True, frozen: bool = True, hidden: int = 7) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(5, WIDTH)
+        self.module = nn.ModuleList([Block(hidden), Block(hidden)])  # a user's own attribute called "module"
+        self.norm = nn.BatchNorm1d(WIDTH)
+        self.one = nn.Linear(WIDTH, 1, bias=False)
+        self.frozen = nn.Linear(WIDTH, WIDTH)
+        self.frozen.requires_grad_(not frozen)
+        self.head = nn.Linear(WIDTH, 5, bias=False)
+        self.head.weight = self.embed.weight
+        self.scale = nn.Parameter(torch.tensor(1.5)) if scalar else None
+        self.register_buffer("mask", torch.tensor([True, False, True]))
+        self.register_buffer("steps", torch.tensor(3, dtype=torch.int64))
+        self.register_buffer("cache", torch.ones(4), persistent=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        for block in self.module:
+            x = block(x)
+        x = self.frozen(self.norm(x))
+        y = self.head(x) + self.one(x)
+        return y * self.scale if self.scale is not None else y
+
+
+def build(scalar: bool = True, frozen: bool = True, hidden: int = 7) -> Uneven:
+    """The same weights on every rank and in every run."""
+    generator = torch.Generator().manual_seed(7)
+    model = Uneven(scalar, frozen, hidden)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model
+
+
+def batch(step: int) -> Tensor:
+    """The same tokens on every rank, so that every world size sees the same gradients up to rounding."""
+    return torch.randint(0, 5, (12,), generator=torch.Generator().manual_seed(step))
+
+
+@dataclass
+class Case:
+    """A way to shard the uneven model."""
+
+    wrap: Callable[[nn.Module], nn.Module]
+    scalar: bool = True
+    hidden: int = 7
+    group_sizes: Iterable[int] = (1, 2, 3, 4)
+
+    def plain(self) -> Uneven:
+        """The unwrapped model."""
+        return build(self.scalar, hidden=self.hidden)
+
+    def model(self) -> nn.Module:
+        """The wrapped one."""
+        return self.wrap(self.plain())
+
+
+def _fsdp1(strategy: ShardingStrategy, use_orig_params: bool) -> Callable[[nn.Module], nn.Module]:
+    def wrap(model: nn.Module) -> nn.Module:
+        options: dict = {"use_orig_params": use_orig_params, "device_id": torch.device("cpu")}
+        if strategy is ShardingStrategy.HYBRID_SHARD:
+            options["device_mesh"] = init_device_mesh("cpu", _replicate_by_shard(), mesh_dim_names=("rep", "shard"))
+        for index, block in enumerate(model.module):
+            model.module[index] = FSDP(block, sharding_strategy=strategy, **options)
+        if not use_orig_params:  # a flat parameter is trained or frozen as one
+            model.frozen = FSDP(model.frozen, sharding_strategy=strategy, **options)
+        return FSDP(model, sharding_strategy=strategy, **options)
+
+    return wrap
+
+
+def _replicate_by_shard() -> tuple[int, int]:
+    size = dist.get_world_size()
+    return (2, size // 2) if size % 2 == 0 else (size, 1)
+
+
+def _fsdp2(mixed: bool = False, **options: object) -> Callable[[nn.Module], nn.Module]:
+    def wrap(model: nn.Module) -> nn.Module:
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        if mixed:
+            options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+            exact = MixedPrecisionPolicy(param_dtype=torch.float32, output_dtype=torch.bfloat16)
+            fully_shard(model.norm, mesh=mesh, mp_policy=exact)  # its buffers are fp32
+        for block in model.module:
+            fully_shard(block, mesh=mesh, **options)
+        return fully_shard(model, mesh=mesh, **options)
+
+    return wrap
+
+
+def _hsdp(model: nn.Module) -> nn.Module:
+    mesh = init_device_mesh("cpu", _replicate_by_shard(), mesh_dim_names=("replicate", "shard"))
+    for block in model.module:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def _tensor_parallel(model: nn.Module, tp: int, with_fsdp: bool) -> nn.Module:
+    size = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (size // tp, tp), mesh_dim_names=("dp", "tp"))
+    plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+    for block in model.module:
+        parallelize_module(block, mesh["tp"], plan)
+        if with_fsdp:
+            fully_shard(block, mesh=mesh["dp"])
+    return fully_shard(model, mesh=mesh["dp"]) if with_fsdp else model
+
+
+CASES: dict[str, Case] = {
+    "plain": Case(lambda model: model),
+    "ddp": Case(DDP),
+    "fsdp1-full": Case(_fsdp1(ShardingStrategy.FULL_SHARD, False), scalar=False),
+    "fsdp1-full-orig": Case(_fsdp1(ShardingStrategy.FULL_SHARD, True), scalar=False),
+    "fsdp1-grad-op": Case(_fsdp1(ShardingStrategy.SHARD_GRAD_OP, False), scalar=False),
+    "fsdp1-grad-op-orig": Case(_fsdp1(ShardingStrategy.SHARD_GRAD_OP, True), scalar=False),
+    "fsdp1-hybrid": Case(_fsdp1(ShardingStrategy.HYBRID_SHARD, False), scalar=False, group_sizes=(2, 4)),
+    "fsdp1-hybrid-orig": Case(_fsdp1(ShardingStrategy.HYBRID_SHARD, True), scalar=False, group_sizes=(2, 4)),
+    "fsdp1-no-shard-orig": Case(_fsdp1(ShardingStrategy.NO_SHARD, True), scalar=False, group_sizes=(1, 2)),
+    "fsdp2": Case(_fsdp2(), scalar=False),
+    "fsdp2-keep": Case(_fsdp2(reshard_after_forward=False), scalar=False),
+    "fsdp2-mixed": Case(_fsdp2(mixed=True), scalar=False),
+    "hsdp": Case(_hsdp, scalar=False, group_sizes=(2, 3, 4)),
+    "tp": Case(lambda model: _tensor_parallel(model, dist.get_world_size(), False), hidden=12, group_sizes=(1, 2, 3)),
+    "fsdp2-tp": Case(lambda model: _tensor_parallel(model, 2, True), scalar=False, hidden=12, group_sizes=(2, 4)),
+}

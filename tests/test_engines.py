@@ -1,0 +1,173 @@
+"""Every engine against the dense average, on a model that no world size divides."""
+
+from __future__ import annotations
+
+from itertools import chain
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from models import CASES, batch, build
+from oracle import DenseAverage
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+from dist_ema import ShardedEMA
+
+MATRIX = [(name, size) for name, case in CASES.items() for size in case.group_sizes]
+DECAY = 0.7
+UPDATES = 4
+
+
+def _trained() -> set[str]:
+    model = build()
+    names = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.requires_grad}
+    return names
+
+
+def _live(model: nn.Module) -> dict[str, Tensor]:
+    """Full live weights by another road than the library's: FSDP1's summoned ones, else torch's full state dict."""
+    if isinstance(model, FullyShardedDataParallel):
+        with FullyShardedDataParallel.summon_full_params(model, writeback=False):
+            tensors = chain(model.named_parameters(remove_duplicate=False), model.named_buffers())
+            state = {name.replace("_fsdp_wrapped_module.", ""): value.detach().clone() for name, value in tensors}
+        return {name: state[name] for name in build(scalar=False).state_dict()}
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    received = [get_model_state_dict(model, options=options)]
+    dist.broadcast_object_list(received, src=0)
+    return {name: value.clone() for name, value in received[0].items()}
+
+
+def _train(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, micro_steps: int = 2) -> None:
+    model.train()
+    for micro in range(micro_steps):
+        model(batch(10 * step + micro)).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def _evaluate(model: nn.Module) -> Tensor:
+    model.eval()
+    with torch.no_grad():
+        return model(batch(99)).float()
+
+
+@pytest.mark.world_size()
+@pytest.mark.parametrize(("case", "world_size"), MATRIX)
+def test_average_equals_dense_average_on_uneven_shards(case: str, rank: int, world_size: int, tmp_path: Path) -> None:
+    """Uneven and empty shards, ties, frozen parts, buffers, gradient accumulation, evaluation between updates."""
+    spec = CASES[case]
+    model = spec.model()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    ema = ShardedEMA(model, decay=DECAY)
+    ema.attach(optimizer)
+    oracle = DenseAverage(_trained(), DECAY)
+    for step in range(UPDATES):
+        _train(model, optimizer, step)
+        oracle.update(_live(model))
+        _evaluate(model)
+    assert ema.num_updates == UPDATES
+
+    state = ema.full_state_dict()
+    assert bool(state) == (rank == 0)
+    if rank == 0:
+        oracle.check(state)
+    ema.export(tmp_path / "export")
+    if rank == 0:
+        exported = load_file(tmp_path / "export" / "model.safetensors")
+        spec.plain().load_state_dict(exported, strict=True)
+        assert exported.keys() == state.keys()
+        for name, value in state.items():
+            assert torch.equal(exported[name], value), name
+
+    before = _live(model)
+    reference = spec.plain()
+    with ema.average_parameters():
+        inside = _live(model)
+        output = _evaluate(model)
+    after = _live(model)
+    for name, value in before.items():
+        assert torch.equal(value, after[name]), f"{name} was not restored"
+    if rank == 0:
+        for name, value in inside.items():
+            assert torch.equal(value, state[name]), f"{name} is not the average"
+        reference.load_state_dict(state)
+        reference.eval()
+        exact = {"rtol": 1e-5, "atol": 1e-5} if case != "fsdp2-mixed" else {"rtol": 0.05, "atol": 0.05}
+        torch.testing.assert_close(output, reference(batch(99)), **exact)
+
+
+@pytest.mark.world_size()
+@pytest.mark.parametrize(("case", "world_size"), [pair for pair in MATRIX if pair[1] == 2])
+def test_training_after_evaluation_is_bitwise_the_training_that_never_evaluated(
+    case: str, rank: int, world_size: int
+) -> None:
+    """Whatever a swap leaves behind (a stale unsharded copy, a lost bit) would show in the next steps."""
+    spec = CASES[case]
+    finals = []
+    for evaluates in (False, True):
+        model = spec.model()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+        ema = ShardedEMA(model, decay=DECAY)
+        for step in range(4):
+            _train(model, optimizer, step)
+            ema.update()
+            if evaluates:
+                with ema.average_parameters():
+                    _evaluate(model)
+                with pytest.raises(KeyError), ema.average_parameters():
+                    _evaluate(model)
+                    raise KeyError("the body fails")
+                _evaluate(model)
+        finals.append((_live(model), ema.fingerprint()))
+    (never, never_digest), (often, often_digest) = finals
+    for name, value in never.items():
+        assert torch.equal(value, often[name]), name
+    assert never_digest == often_digest
+
+
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize("case", [name for name, case in CASES.items() if 2 in case.group_sizes])
+def test_copy_to_changes_what_the_model_computes_with(case: str, rank: int) -> None:
+    """A write that the next forward ignores: an unsharded root, a persistent parameter, a replica left behind."""
+    spec = CASES[case]
+    model = spec.model()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    ema = ShardedEMA(model, decay=DECAY)
+    for step in range(3):
+        _train(model, optimizer, step)
+        ema.update()
+        _evaluate(model)
+    with ema.average_parameters():
+        expected = _evaluate(model)
+    assert not torch.equal(_evaluate(model), expected)
+    ema.copy_to()
+    assert torch.equal(_evaluate(model), expected)
+
+
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize("case", [name for name, case in CASES.items() if 2 in case.group_sizes])
+def test_same_weights_give_the_same_bits_however_they_are_sharded(case: str, rank: int) -> None:
+    """The average is elementwise, so its digest may not depend on engine or world size: compared with one process."""
+    spec = CASES[case]
+    model = spec.model()
+    ema = ShardedEMA(model, decay=0.9)
+    plain = spec.plain()
+    single = ShardedEMA(plain, decay=0.9)
+    for step in range(3):
+        _perturb(model, step)
+        _perturb(plain, step)
+        ema.update()
+        single.update()
+    assert ema.fingerprint() == single.fingerprint()
+
+
+@torch.no_grad()
+def _perturb(model: nn.Module, step: int) -> None:
+    """Adds the same number to every element: the same on any shard."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.mul_(1.0 + 0.25 * (step + 1))
