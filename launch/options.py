@@ -1,0 +1,164 @@
+"""The options of ``train.py``, from YAML and the command line. Imports no torch: a wrong option is reported at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Literal, NoReturn
+
+from jsonargparse import ActionConfigFile, ArgumentParser
+from jsonargparse.typing import NonNegativeInt, Path_fr, PositiveFloat, PositiveInt
+
+from dist_ema.timing import Time
+
+EXPORT = "export"  # the folder of the exported average, inside the output folder
+
+Engine = Literal["ddp", "fsdp1", "fsdp2", "hsdp", "tp", "zero1", "zero2", "zero3"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Trains a byte-level GPT and a sharded average of its weights.
+
+    Args:
+        engine: how the model is spread over the processes.
+        data: text to train on, a file or a folder; by default the Python standard library's own sources.
+        out: folder for all that is written; by default a fresh ``runs/<engine>-<number>``.
+        steps: optimizer steps.
+        batch: sequences per step and process (per tensor-parallel group under tp).
+        lr: learning rate of AdamW, constant.
+        seed: of the initial weights and of the training batches.
+        precision: what matrix products compute in; the average is fp32 in any case.
+        layers: transformer blocks.
+        width: of the residual stream; a multiple of heads.
+        heads: attention heads per block.
+        context: bytes per sequence.
+        half_life: of the average, in batches (20ba), samples (5000sp) or tokens (1000000tok) of all processes.
+        update_interval: batches between two updates of the average (1ba).
+        ema_start: when averaging starts, in the same units or as a part of the run (0.1dur).
+        eval_every: steps between two evaluations of live and averaged weights.
+        eval_windows: validation sequences, the same at every evaluation and world size.
+        replicas: hsdp only: copies of the model, each sharded over the rest; by default one a node, or two on one node.
+        tensor_parallel: tp only: processes that share each layer; by default two.
+        deepspeed: zero1, zero2 and zero3 only: DeepSpeed's JSON; a path in a YAML is relative to that YAML.
+    """
+
+    engine: Engine = "ddp"
+    data: str | None = None
+    out: str | None = None
+    steps: PositiveInt = 500
+    batch: PositiveInt = 8
+    lr: PositiveFloat = 4e-3
+    seed: NonNegativeInt = 0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    layers: PositiveInt = 4
+    width: PositiveInt = 128
+    heads: PositiveInt = 4
+    context: PositiveInt = 128
+    half_life: str = "20ba"
+    update_interval: str = "1ba"
+    ema_start: str = "0.1dur"
+    eval_every: PositiveInt = 50
+    eval_windows: PositiveInt = 128
+    replicas: PositiveInt | None = None
+    tensor_parallel: PositiveInt | None = None
+    deepspeed: Path_fr | None = None
+
+    def check(self, world_size: int) -> None:
+        """What no single option can know by itself. Raises ValueError naming option, value and what is allowed."""
+        if self.width % self.heads:
+            raise ValueError(f"width={self.width}: must be a multiple of heads={self.heads}")
+        units = ("ba", "sp", "tok")  # of what train.py counts
+        Time.parse(self.half_life, option="half_life", units=units)
+        Time.parse(self.update_interval, option="update_interval", units=units)
+        Time.parse(self.ema_start, option="ema_start", units=(*units, "dur"), positive=False)
+        if self.data is not None and not Path(self.data).exists():
+            raise ValueError(f"data={self.data}: no such file or folder")
+        if self.out is not None and (Path(self.out) / EXPORT).exists():
+            raise ValueError(
+                f"out={self.out}: holds the export of an earlier run; give another folder, or remove {EXPORT}"
+            )
+        self._check_layout(world_size)
+        self._check_deepspeed()
+
+    def _check_layout(self, world_size: int) -> None:
+        for name, engine in (("replicas", "hsdp"), ("tensor_parallel", "tp")):
+            value = getattr(self, name)
+            if value is not None and self.engine != engine:
+                raise ValueError(f"{name}={value}: only with engine={engine}, not engine={self.engine}")
+            if value is not None and world_size % value:
+                raise ValueError(f"{name}={value}: must divide the number of processes, {world_size}")
+        if self.engine == "tp":
+            size = self.tensor_parallel_size(world_size)
+            for name in ("heads", "context"):
+                if getattr(self, name) % size:
+                    raise ValueError(f"{name}={getattr(self, name)}: must be a multiple of tensor_parallel={size}")
+
+    def _check_deepspeed(self) -> None:
+        if not self.engine.startswith("zero"):
+            if self.deepspeed is not None:
+                raise ValueError(
+                    f"deepspeed={self.deepspeed}: only with engine=zero1, zero2 or zero3, not {self.engine}"
+                )
+            return
+        if self.deepspeed is None:
+            raise ValueError(
+                f"engine={self.engine}: needs deepspeed, the path of DeepSpeed's JSON (configs/{self.engine}.json)"
+            )
+        try:
+            stage = self.deepspeed_config()["zero_optimization"]["stage"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"deepspeed={self.deepspeed}: no JSON with zero_optimization.stage in it ({error!r})"
+            ) from error
+        if f"zero{stage}" != self.engine:
+            raise ValueError(
+                f"deepspeed={self.deepspeed}: has zero_optimization.stage {stage}, but engine={self.engine}"
+            )
+
+    def tensor_parallel_size(self, world_size: int) -> int:
+        """Processes that share each layer."""
+        return self.tensor_parallel or (2 if world_size % 2 == 0 else 1)
+
+    def replica_count(self, world_size: int) -> int:
+        """Copies of the model under hsdp: one per node, as the slow links are between nodes; on one node two."""
+        nodes = world_size // int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+        return self.replicas or (nodes if nodes > 1 else 2 if world_size % 2 == 0 else 1)
+
+    def deepspeed_config(self) -> dict:
+        """DeepSpeed's JSON as it stands in the file."""
+        return json.loads(Path(str(self.deepspeed.absolute)).read_text())
+
+
+class _Parser(ArgumentParser):
+    """Names the nearest neighbour of an unknown key, and reports once per node instead of once per process."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            self.exit(2)
+        names = [field.name for field in fields(Options)] + ["config"]
+        unknown = re.findall(r"--([\w-]+)|[Oo]ption '([\w-]+)'|[Kk]ey '([\w-]+)'", message)
+        for name in [name for name in dict.fromkeys("".join(groups) for groups in unknown) if name not in names]:
+            nearest = get_close_matches(name.replace("-", "_"), names, n=1, cutoff=0.4)
+            message += f"\n  {name} is unknown" + (
+                f": did you mean {nearest[0]}?" if nearest else "; --help lists all options"
+            )
+        super().error(message, ex)
+
+
+def parse(argv: list[str] | None, world_size: int) -> Options:
+    """Reads ``--config`` and the options after it. Exits with status 2 on a wrong one, before anything has started."""
+    parser = _Parser(prog="train.py", description=(Options.__doc__ or "").split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML with any of the options; later options win.")
+    parser.add_class_arguments(Options)
+    values = parser.parse_args(argv).as_dict()
+    options = Options(**{field.name: values[field.name] for field in fields(Options)})
+    try:
+        options.check(world_size)
+    except ValueError as error:
+        parser.error(str(error))
+    return options

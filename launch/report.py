@@ -1,0 +1,142 @@
+"""What a run shows and leaves behind: a bar and lines in a terminal, TensorBoard, ``curves.png``, the last table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+import torch.distributed as dist
+from options import Options
+from tqdm import tqdm
+
+AVERAGED, LIVE = "#0b6e99", "#c2792d"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How a run ended; losses in nats per byte.
+
+    Attributes:
+        engine: how the model was spread.
+        world_size: over how many processes.
+        steps: optimizer steps made.
+        live: validation loss of the trained weights.
+        averaged: of the sharded average, evaluated in the live model.
+        exported: of the exported average, loaded into a plain model.
+        shadow: what the average cost in memory on this rank.
+        step_time: seconds per step, evaluations not counted.
+        export: folder of the exported weights.
+    """
+
+    engine: str
+    world_size: int
+    steps: int
+    live: float
+    averaged: float
+    exported: float
+    shadow: str
+    step_time: float
+    export: Path
+
+    def table(self) -> str:
+        """Two columns, to be read by people."""
+        rows = {
+            "engine": self.engine,
+            "world size": f"{self.world_size}",
+            "steps": f"{self.steps}",
+            "validation loss, live": f"{self.live:.4f}",
+            "validation loss, averaged": f"{self.averaged:.4f}",
+            "validation loss, exported": f"{self.exported:.4f}",
+            "shadow on rank 0": self.shadow.replace("\n", "\n" + " " * 28),
+            "time per step": f"{self.step_time * 1000:.0f} ms",
+            "export": f"{self.export}",
+        }
+        return "\n".join(f"{name:<26}  {value}" for name, value in rows.items())
+
+
+class Report:
+    """Shows and writes on rank 0; on other ranks its methods do nothing.
+
+    Attributes:
+        out: the run's folder, the same on every rank.
+    """
+
+    def __init__(self, options: Options, rank: int, world_size: int) -> None:
+        """Makes the folder. Collective."""
+        chosen = [_folder(options) if rank == 0 else None]
+        dist.broadcast_object_list(chosen)
+        self.out = Path(str(chosen[0]))
+        self._title = f"{options.engine} on {world_size} process" + "es" * (world_size > 1)
+        self._curves: list[tuple[int, float, float]] = []
+        self._main = rank == 0
+        self._bar = tqdm(total=options.steps, unit="step", disable=None if self._main else True)  # None: if no terminal
+        if self._main:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(self.out / "tensorboard"))
+            tqdm.write(f"{self._title}; writing to {self.out}")
+
+    def step(self, step: int, loss: float) -> None:
+        """Training loss, the mean over the ranks."""
+        if self._main:
+            self._board.add_scalar("train/loss", loss, step)
+            self._bar.update(step - self._bar.n)
+            self._bar.set_postfix(loss=f"{loss:.3f}")
+
+    def evaluation(self, step: int, live: float, averaged: float, metrics: Mapping[str, float]) -> None:
+        """Validation losses, and the average's own figures."""
+        self._curves.append((step, live, averaged))
+        if self._main:
+            tqdm.write(f"step {step:>5}  validation loss: live {live:.4f}  averaged {averaged:.4f}")
+            for name, value in {"validation/live": live, "validation/averaged": averaged, **metrics}.items():
+                self._board.add_scalar(name, value, step)
+
+    def end(self, summary: Summary, stopped: bool) -> None:
+        """Draws the curves and prints the table."""
+        if not self._main:
+            return
+        self._bar.close()
+        self._draw()
+        if stopped:
+            tqdm.write(f"stopped by a signal after step {summary.steps}")
+        tqdm.write("\n" + summary.table())
+
+    def close(self) -> None:
+        """Ends bar and TensorBoard; also where the run failed."""
+        self._bar.close()
+        if self._main:
+            self._board.close()
+
+    def _draw(self) -> None:
+        import matplotlib
+
+        matplotlib.use("Agg")  # no display on a cluster
+        from matplotlib import pyplot
+
+        steps, live, averaged = zip(*self._curves, strict=True)
+        figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+        axes.plot(steps, live, color=LIVE, marker="o", markersize=3, linewidth=1.4, label="live weights")
+        axes.plot(steps, averaged, color=AVERAGED, marker="o", markersize=3, linewidth=1.8, label="averaged weights")
+        axes.set(title=f"Validation loss, {self._title}", xlabel="optimizer step", ylabel="loss (nats per byte)")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", alpha=0.25)
+        axes.legend(frameon=False)
+        figure.savefig(self.out / "curves.png", dpi=150)
+        pyplot.close(figure)
+
+
+def _folder(options: Options) -> Path:
+    """Makes the folder that was asked for, or the next free ``runs/<engine>-<number>``."""
+    if options.out is not None:
+        Path(options.out).mkdir(parents=True, exist_ok=True)
+        return Path(options.out)
+    for number in count(1):
+        folder = Path("runs") / f"{options.engine}-{number:03}"
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:  # an earlier run, or one that starts at this very moment
+            continue
+        return folder
+    raise AssertionError("unreachable")

@@ -1,0 +1,193 @@
+"""The only place that knows engines: spreads the model, and says how a step is made under each."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from gpt import GPT, Block
+from options import Options
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class Wrapped:
+    """A model under an engine.
+
+    Attributes:
+        model: the wrapper, or DeepSpeed's engine: what :class:`dist_ema.ShardedEMA` is given.
+        forward: tokens ``[batch, time]`` to logits ``[batch, time, 256]``; collective.
+        backward: takes the loss; collective.
+        step: steps the optimizer and clears the gradients.
+        data_rank: which part of the data this process trains on; equal within a tensor-parallel group.
+        data_size: how many parts there are.
+    """
+
+    model: nn.Module
+    forward: Callable[[Tensor], Tensor]
+    backward: Callable[[Tensor], object]
+    step: Callable[[], object]
+    data_rank: int
+    data_size: int
+
+
+@contextmanager
+def process_group() -> Iterator[torch.device]:
+    """This process's device, within the process group: the caller's, torchrun's, or one of a single process."""
+    cuda = torch.cuda.is_available()
+    ours = not dist.is_initialized()
+    if ours and "RANK" not in os.environ:  # plain ``python launch/train.py``; port 0 is any free one
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if ours:
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT, device_id=device if cuda else None)
+    try:
+        yield device
+    finally:
+        if ours:
+            dist.destroy_process_group()
+
+
+def plain(options: Options, device: torch.device) -> GPT:
+    """The unsharded model, with the same initial weights on every rank."""
+    torch.manual_seed(options.seed)
+    return GPT(options.layers, options.width, options.heads, options.context).to(device)
+
+
+def wrap(options: Options, device: torch.device) -> Wrapped:
+    """The model under ``options.engine``. Collective."""
+    model = plain(options, device)
+    if options.engine.startswith("zero"):
+        return _deepspeed(model, options)
+    data_rank, data_size = dist.get_rank(), dist.get_world_size()
+    if options.engine == "ddp":
+        model = nn.parallel.DistributedDataParallel(model)
+    elif options.engine == "fsdp1":
+        model = _fsdp1(model, options, device)
+    else:
+        mesh = _mesh(options, device)
+        if options.engine == "tp":
+            _parallelize(model, mesh["tensor"])
+            mesh = mesh["data"]
+            data_rank, data_size = mesh.get_local_rank(), mesh.size()
+        _fsdp2(model, options, mesh)
+    optimizer = adamw(model, options)
+
+    def forward(tokens: Tensor) -> Tensor:
+        # FSDP casts by its own mixed precision; DDP leaves that to autocast.
+        with torch.autocast(
+            device.type, torch.bfloat16, enabled=options.engine == "ddp" and options.precision == "bf16"
+        ):
+            return model(tokens)
+
+    def step() -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return Wrapped(model, forward, Tensor.backward, step, data_rank, data_size)
+
+
+def adamw(model: nn.Module, options: Options) -> torch.optim.Optimizer:
+    """The optimizer of every engine, over the parameters that this rank holds."""
+    return torch.optim.AdamW(model.parameters(), lr=options.lr, betas=(0.9, 0.95), weight_decay=0.1)
+
+
+def _fsdp1(model: nn.Module, options: Options, device: torch.device) -> nn.Module:
+    from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    bf16 = MixedPrecision(torch.bfloat16, torch.float32) if options.precision == "bf16" else None
+    return FullyShardedDataParallel(
+        model,
+        auto_wrap_policy=ModuleWrapPolicy({Block}),
+        mixed_precision=bf16,
+        device_id=device,
+        use_orig_params=True,
+    )
+
+
+def _mesh(options: Options, device: torch.device) -> DeviceMesh:
+    """One dimension for fsdp2; two for hsdp (copies of the model, shards) and tp (shards, tensor parallel)."""
+    size = dist.get_world_size()
+    if options.engine == "hsdp":
+        replicas = options.replica_count(size)
+        return init_device_mesh(device.type, (replicas, size // replicas), mesh_dim_names=("replicate", "shard"))
+    if options.engine == "tp":
+        tensor = options.tensor_parallel_size(size)
+        return init_device_mesh(device.type, (size // tensor, tensor), mesh_dim_names=("data", "tensor"))
+    return init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
+
+
+def _fsdp2(model: GPT, options: Options, mesh: DeviceMesh) -> None:
+    """Shards each block, then the rest, in place."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    bf16 = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+    policy = bf16 if options.precision == "bf16" else MixedPrecisionPolicy()
+    for module in (*model.blocks, model):
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+
+
+def _parallelize(model: GPT, mesh: DeviceMesh) -> None:
+    """Tensor parallelism with sequence parallel norms, in place: the plan of PyTorch's tutorial."""
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        PrepareModuleInput,
+        RowwiseParallel,
+        SequenceParallel,
+        parallelize_module,
+    )
+
+    gather = functools.partial(
+        PrepareModuleInput, input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),), use_local_output=True
+    )
+    embedding = {"input_layouts": Replicate(), "output_layouts": Shard(1)}
+    plan = {
+        "token": RowwiseParallel(**embedding),
+        "position": RowwiseParallel(**embedding),
+        "norm": SequenceParallel(),
+        "head": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
+    }
+    for index in range(len(model.blocks)):
+        block = f"blocks.{index}"
+        plan |= {f"{block}.{norm}": SequenceParallel() for norm in ("norm1", "norm2")}
+        plan |= {f"{block}.{part}": gather() for part in ("attention", "mlp")}
+        plan |= {f"{block}.attention.{part}": ColwiseParallel() for part in ("query", "key", "value")}
+        plan |= {f"{block}.mlp.up": ColwiseParallel()}
+        plan |= {f"{block}.{part}": RowwiseParallel(output_layouts=Shard(1)) for part in ("attention.out", "mlp.down")}
+    parallelize_module(model, mesh, plan)
+    # True of the last layer's output, and harmless: nothing writes into the logits in place.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+
+
+def _deepspeed(model: nn.Module, options: Options) -> Wrapped:
+    cpu = not torch.cuda.is_available()
+    if cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it found no other
+    import deepspeed
+
+    if cpu:  # a faster all-reduce within a node, which would first be compiled for two minutes
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.logger.setLevel(logging.WARNING)
+    # DeepSpeed calls them at every step; that torch renames them is not for users of this script to mend.
+    warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
+    config = options.deepspeed_config() | {"train_micro_batch_size_per_gpu": options.batch}
+    if options.precision == "bf16":
+        config["bf16"] = {"enabled": True}
+    engine, *_ = deepspeed.initialize(model=model, optimizer=adamw(model, options), config=config)
+    return Wrapped(engine, engine, engine.backward, engine.step, dist.get_rank(), dist.get_world_size())
