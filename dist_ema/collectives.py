@@ -124,7 +124,7 @@ def broadcast_flat(
     read: Callable[[int, int, int, Tensor], None],
     write: Callable[[int, int, int, Tensor], None],
 ) -> None:
-    """Sends a list of flat tensors from rank ``owner`` of ``group`` to its other ranks, packed into windows. Collective.
+    """Sends flat tensors from rank ``owner`` of ``group`` to its other ranks, packed into windows. Collective.
 
     Args:
         sizes: elements of each tensor, the same on all ranks.

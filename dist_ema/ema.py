@@ -35,16 +35,16 @@ class ShardedEMA:
     elements (DDP, HSDP, ZeRO-0), each averages its part of them. The shadow is fp32 unless told otherwise, and under
     DeepSpeed follows the fp32 master weights.
 
-    Exactly one of ``decay``, ``half_life``, ``smoothing``, ``schedule`` and ``averages`` is given; with none of them the
-    half life is 1000 batches. Trained parameters are averaged. Frozen ones are not stored, but are part of every full
-    state dict and export.
+    Exactly one of ``decay``, ``half_life``, ``smoothing``, ``schedule`` and ``averages`` is given; with none of them
+    the half life is 1000 batches. Trained parameters are averaged. Frozen ones are not stored, but are part of every
+    full state dict and export.
 
-    The first update that is due at or after ``ema_start`` copies the weights, and progress counts from there. Before it
-    the average *is* the live model, for every call. So weights may be materialised or loaded after construction.
+    The first update that is due at or after ``ema_start`` copies the weights, and progress counts from there. Before
+    it the average *is* the live model, for every call. So weights may be materialised or loaded after construction.
 
     Args:
-        target: a module (plain, DDP, FSDP, FSDP2, HSDP, tensor parallel), a DeepSpeed engine, or a list of modules: this
-            rank's pipeline stages.
+        target: a module (plain, DDP, FSDP, FSDP2, HSDP, tensor parallel), a DeepSpeed engine, or a list of modules:
+            this rank's pipeline stages.
         decay: kept fraction per batch, in [0, 1).
         half_life: training after which half is kept: ``"1000ba"``, ``"10000000tok"``, ``"50000sp"``, ``"2ep"``.
         smoothing: kept fraction per update, in [0, 1), whatever the interval (Composer's word).
@@ -107,6 +107,7 @@ class ShardedEMA:
         self._is_part = isinstance(target, (Sequence, nn.ModuleList))
         self._clock = Progress()
         self._inside: str | None = None
+        self._warned = False
         self._plan()
 
     # Averaging: local.
@@ -161,8 +162,8 @@ class ShardedEMA:
         if 0.0 in weights and units and not self._warned:
             self._warned = True
             logger.warning(
-                "An update did not move the average: its schedule counts in %s, and update() was told of none since the "
-                "last one. Pass samples=, tokens= or epochs= to update().",
+                "An update did not move the average: its schedule counts in %s, and update() was told of none since "
+                "the last one. Pass samples=, tokens= or epochs= to update().",
                 " and ".join(sorted(units)),
             )
 
@@ -199,12 +200,12 @@ class ShardedEMA:
         if not self._is_part and not any(share.mode == "average" for share in self._shares):
             trained = sum(spec.kind == "parameter" for spec in specs)
             raise EMAConfigError(
-                f"nothing to average: the model has {trained} trained of {len(specs)} parameters and buffers, and include "
-                "and exclude leave none of them"
+                f"nothing to average: the model has {trained} trained of {len(specs)} parameters and buffers, and "
+                "include and exclude leave none of them"
             )
         self._warn_if_coarse()
         self._warned = False
-        self._shadow = Shadow(self._options.schedules, self._shares, self._options.skip_nonfinite)
+        self._shadow: Shadow = Shadow(self._options.schedules, self._shares, self._options.skip_nonfinite)
         self._entries: list[Entry] | None = None
         self._start = self._seen = Progress()
         self._decays = dict.fromkeys(self._options.schedules, 0.0)
@@ -213,8 +214,8 @@ class ShardedEMA:
         coarse = [share for share in self._shares if share.mode == "average" and share.dtype.itemsize < 4]
         if coarse:
             logger.warning(
-                "dtype=None keeps %d shadows in %s, %r among them. A slow average of that precision stops moving, since "
-                "its steps are smaller than its last bit: dtype=torch.float32 does not.",
+                "dtype=None keeps %d shadows in %s, %r among them. A slow average of that precision stops moving, "
+                "since its steps are smaller than its last bit: dtype=torch.float32 does not.",
                 len(coarse),
                 coarse[0].dtype,
                 coarse[0].spec.name,
@@ -226,8 +227,8 @@ class ShardedEMA:
     def average_parameters(self, name: str | None = None) -> Iterator[None]:
         """Inside, the live model computes with the average; afterwards the live weights are back bit for bit.
 
-        Also when the body raises. No second copy of the model is made: live weights and shadow change places. Collective
-        for DDP, HSDP and DeepSpeed, local for the others. Not reentrant. Do not train inside.
+        Also when the body raises. No second copy of the model is made: live weights and shadow change places.
+        Collective for DDP, HSDP and DeepSpeed, local for the others. Not reentrant. Do not train inside.
 
         Args:
             name: which average; None means the only one.
@@ -305,8 +306,8 @@ class ShardedEMA:
             name: which average; None means the only one.
             dtype: of floating-point tensors; None means the live weights' own.
             max_shard_size: bytes of one file at most, such as ``"5GB"`` or an int; a larger tensor has its own file.
-            config_from: a file or directory whose configuration files (not weights) are copied beside the weights, or an
-                object with ``save_pretrained``, such as a transformers config or tokenizer.
+            config_from: a file or directory whose configuration files (not weights) are copied beside the weights, or
+                an object with ``save_pretrained``, such as a transformers config or tokenizer.
             gather: True sends everything through rank 0, which alone writes; False never does; None finds out whether
                 all ranks see rank 0's disk.
 

@@ -150,7 +150,7 @@ def _copy_config(config_from: object, directory: Path) -> None:
         return
     if not isinstance(config_from, (str, Path)):
         raise EMAConfigError(
-            f"config_from={type(config_from).__name__}: allowed is a file, a directory, or an object with save_pretrained"
+            f"config_from={type(config_from).__name__}: allowed is a file, a directory, or what has save_pretrained"
         )
     source = Path(config_from)
     if source.is_file():

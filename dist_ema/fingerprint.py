@@ -2,7 +2,7 @@
 
 The digest is ``sum(bits(x[i]) * key(i)) mod 2**64`` over the elements of the full tensor, flattened row-major, where
 ``bits`` are the element's own bits as an integer and ``key(i)`` is an odd number made from the position. A sum can be
-taken in any order and in parts: each rank adds up its elements, and the totals are added. Keys are odd, hence invertible
+taken in any order and in parts: each rank adds up its elements, and the totals are added. Keys are odd, so invertible
 modulo 2**64, so a change of any single element always changes the digest. It detects errors; it is not a signature:
 whoever wants to can make two tensors with one digest.
 

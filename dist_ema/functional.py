@@ -42,8 +42,8 @@ def compute_ema(model: nn.Module, ema_model: nn.Module, smoothing: float = 0.99)
     ]
     if different:
         raise EMAConfigError(
-            f"model and ema_model are not sharded alike: {', '.join(different[:5])} ({len(different)} in all) differ in "
-            "name, shape or shard. Build both in the same way"
+            f"model and ema_model are not sharded alike: {', '.join(different[:5])} ({len(different)} in all) differ "
+            "in name, shape or shard. Build both in the same way"
         )
     for name, (spec, source) in here.items():
         _blend(there[name][1], source, spec.local_numel, weight)

@@ -53,7 +53,7 @@ def overlap(runs: Runs, start: int, stop: int) -> Iterator[tuple[int, int, int]]
 
 
 def chunk(intervals: Runs, parts: int, index: int) -> Runs:
-    """Part ``index`` of ``intervals`` as :func:`torch.chunk` divides them: ceil(n / parts) each, the last ones short or empty."""
+    """Part ``index`` of ``intervals`` as ``torch.chunk`` divides: ceil(n / parts) each, the last short or empty."""
     size = -(-count(intervals) // parts)
     return cut(intervals, index * size, (index + 1) * size)
 

@@ -1,7 +1,7 @@
 """In-place arithmetic on lists of plain local tensors. Knows no process group and no wrapper.
 
-Everything runs over chunks of at most ``CHUNK`` elements, so that what one step of the arithmetic leaves behind is still
-in the cache for the next, and no temporary is larger than a chunk. A source is read from memory once, whatever the
+What takes several steps runs over chunks of at most ``CHUNK`` elements, so that what one step leaves behind is still in
+the cache for the next, and no temporary is larger than a chunk. A source is read from memory once, whatever the
 number of averages.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-#: Elements at a time: 1 MiB of fp32, which stays in a core's cache; on an accelerator a launch has to be worth its cost.
+#: Elements at a time: 1 MiB of fp32, which stays in the cache. On an accelerator a launch has to be worth its cost.
 CHUNK = 1 << 18
 ACCELERATOR_CHUNK = 1 << 24
 
@@ -79,12 +79,18 @@ class Guard:
         self._counts: dict[torch.device, Tensor] = {}
 
     def passes(self, values: Tensor) -> bool:
-        """True if nothing has to be done for this chunk. Always False on an accelerator, where asking would wait for it.
+        """True if nothing has to be done for this chunk. Always False on an accelerator: asking would wait for it.
 
-        A sum is the cheapest reduction that no NaN or Inf survives; one that overflows by itself only costs the slow
-        route.
+        A sum of squares is the cheapest reduction that shows every NaN and Inf (measured: a third of ``aminmax``, a
+        hundredth of ``isfinite``); one that overflows by itself only costs the slow route. ``item()`` on the CPU waits
+        for nothing.
         """
-        return values.device.type == "cpu" and math.isfinite(float(values.sum()))
+        if values.device.type != "cpu":
+            return False
+        if values.dtype in (torch.float32, torch.float64) and values.is_contiguous():
+            flat = values.view(-1)
+            return math.isfinite(torch.dot(flat, flat).item())
+        return math.isfinite(values.sum(dtype=torch.float32).item())  # dot takes milliseconds in bf16
 
     def count(self, finite: Tensor) -> None:
         """Adds the False elements of ``finite`` to the count."""
@@ -124,7 +130,11 @@ def lerp(
     """
     for index, (source, (start, stop)) in enumerate(zip(sources, ranges, strict=True)):
         shadows = [average[index] for average in averages]
-        for offset, piece in pieces(source, start, stop, chunk_size(source.device)):
+        if not shadows:
+            continue
+        one_step = guard is None and source.dtype == shadows[0].dtype and len(shadows) == 1
+        limit = max(source.numel(), 1) if one_step else chunk_size(source.device)
+        for offset, piece in pieces(source, start, stop, limit):
             values = scratch.cast(piece, shadows[0].dtype)
             targets = [shadow[offset : offset + piece.numel()].view(piece.shape) for shadow in shadows]
             if guard is None or guard.passes(values):

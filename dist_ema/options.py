@@ -163,8 +163,8 @@ def _dtype(dtype: object) -> torch.dtype | None:
         raise EMAConfigError(f"dtype={dtype!r}: allowed are None, torch.float32 and torch.float64")
     if dtype not in (torch.float32, torch.float64):
         raise EMAConfigError(
-            f"dtype={dtype}: a shadow of this precision stops moving, since each step of a slow average is smaller than "
-            "its last bit; allowed are torch.float32 and torch.float64"
+            f"dtype={dtype}: a shadow of this precision stops moving, since each step of a slow average is smaller "
+            "than its last bit; allowed are torch.float32 and torch.float64"
         )
     return dtype
 

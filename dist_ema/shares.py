@@ -104,7 +104,8 @@ def _dtype(spec: TensorSpec, mode: Mode, options: Options) -> torch.dtype:
         return spec.dtype
     if not spec.dtype.is_floating_point:
         raise EMAConfigError(
-            f"parameter {spec.name!r} is {spec.dtype}, which cannot be averaged: give exclude={spec.name!r}, or freeze it"
+            f"parameter {spec.name!r} is {spec.dtype}, which cannot be averaged: "
+            f"give exclude={spec.name!r}, or freeze it"
         )
     return spec.dtype if options.dtype is None else options.dtype
 

@@ -227,7 +227,7 @@ class RunWriter:
             raise CheckpointError(f"{name!r} is planned as {tensor.dtype}, got {values.dtype}")
         if file not in self._open:
             self._open[file] = os.open(self._directory / file, os.O_WRONLY)
-        data = memoryview(values.contiguous().view(torch.uint8).numpy())
+        data = memoryview(values.contiguous().view(torch.uint8).numpy().data)
         position = offset + start * tensor.dtype.itemsize
         while data:
             written = os.pwrite(self._open[file], data, position)

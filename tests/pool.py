@@ -68,7 +68,7 @@ class Pool:
         self._runs = 0
 
     def run(self, module: str, function: str, arguments: Mapping[str, object], world_size: int) -> None:
-        """Calls ``module.function(**arguments)`` on ``world_size`` ranks. Raises AssertionError with every traceback."""
+        """Calls ``module.function(**arguments)`` on ``world_size`` ranks; AssertionError with every traceback."""
         if not self._workers:
             self._start()
         self._runs += 1

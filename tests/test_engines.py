@@ -24,8 +24,7 @@ UPDATES = 4
 
 def _trained() -> set[str]:
     model = build()
-    names = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.requires_grad}
-    return names
+    return {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.requires_grad}
 
 
 def _live(model: nn.Module) -> dict[str, Tensor]:

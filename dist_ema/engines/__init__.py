@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import cast
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
@@ -72,6 +71,6 @@ def _detect_module(model: nn.Module) -> Engine:
 def _outer(model: nn.Module) -> list[nn.Module]:
     """The model and what it wraps, as long as each holds nothing but the next (torch.compile around DDP)."""
     chain = [model]
-    while len(children := list(cast(nn.Module, chain[-1]).children())) == 1:
+    while len(children := list(chain[-1].children())) == 1:
         chain.append(children[0])
     return chain

@@ -8,8 +8,8 @@ Kinds of tensor, named once:
 
 Call order, for one average:
 
-1. ``specs()`` once, at construction and at ``reset()`` (every rank, local): names, shapes and runs; weights may still be
-   on the meta device.
+1. ``specs()`` once, at construction and at ``reset()`` (every rank, local): names, shapes and runs; weights may still
+   be on the meta device.
 2. ``stepped()`` at each ``update()`` (every rank, local): was there a real optimizer step?
 3. ``reshard()`` then ``sources()`` at each update that is due and before any other read or write (every rank, local).
 4. ``publish()`` after sources were written (every rank, collective where the layout needs it): afterwards the next
@@ -108,7 +108,7 @@ class Engine(ABC):
 
     @abstractmethod
     def specs(self) -> list[TensorSpec]:
-        """Every parameter and persistent buffer, once each, in the order of the plain model's ``state_dict()``. Local."""
+        """Every parameter and persistent buffer once, in the order of the plain model's ``state_dict()``. Local."""
 
     @abstractmethod
     def sources(self) -> list[Tensor]:
@@ -128,10 +128,12 @@ class Engine(ABC):
         return True
 
     def reshard(self) -> None:
-        """Drops full copies of parameters that a forward pass left behind, so that the sources are what counts. Local."""
+        """Drops full copies that a forward pass left behind, so that the sources are what counts. Local."""
+        return
 
     def publish(self) -> None:
         """Makes the live model compute with what the sources hold. Collective where the layout needs it."""
+        return
 
     def attach(self, optimizer: object, callback: Callable[[], object]) -> RemovableHandle:
         """Calls ``callback`` after every real step of ``optimizer``. Local."""
@@ -139,4 +141,8 @@ class Engine(ABC):
             raise EMAConfigError(
                 f"attach(optimizer={type(optimizer).__name__}): pass the torch.optim.Optimizer that steps the model"
             )
-        return optimizer.register_step_post_hook(lambda *_: callback() and None)
+
+        def after_step(*_: object) -> None:
+            callback()
+
+        return optimizer.register_step_post_hook(after_step)

@@ -35,7 +35,8 @@ class CompositeEngine(Engine):
         return [source for engine in self._engines for source in engine.sources()]
 
     def stepped(self) -> bool:
-        return all([engine.stepped() for engine in self._engines])
+        stepped = [engine.stepped() for engine in self._engines]  # every engine is asked, whatever the others say
+        return all(stepped)
 
     def reshard(self) -> None:
         for engine in self._engines:

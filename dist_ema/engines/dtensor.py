@@ -27,7 +27,7 @@ from dist_ema.geometry import Runs, box_runs, chunk, count
 
 
 class DTensorEngine(PlainEngine):
-    """Each rank averages the local part of its DTensors. Parameters that are not DTensors are held whole by each rank."""
+    """Each rank averages the local part of its DTensors. What is not a DTensor is held whole by each rank."""
 
     def spec(self, slot: Slot, tensor: Tensor) -> TensorSpec:
         if not isinstance(tensor, DTensor):

@@ -19,6 +19,7 @@ from dist_ema.engines.base import Engine, Replicas, TensorSpec
 from dist_ema.engines.replicated import kind_of
 from dist_ema.engines.walk import Binding, Slot, walk_modules
 from dist_ema.errors import EMAEngineError, EMAStateError
+from dist_ema.geometry import Runs
 
 
 @dataclass(eq=False)
@@ -43,9 +44,16 @@ class _Flat:
         info = self.flat_param._shard_param_infos[self.index]
         # _local_shard exists from the first forward on; .data may be the unsharded or the low-precision tensor then.
         shard: Tensor = getattr(self.flat_param, "_local_shard", self.flat_param.data)
-        if not info.in_shard:
+        if info.offset_in_shard is None or info.numel_in_shard is None:
             return shard[:0]
         return shard[info.offset_in_shard : info.offset_in_shard + info.numel_in_shard]
+
+    def runs(self) -> Runs:
+        """Where they lie in the full parameter."""
+        info = self.flat_param._shard_param_infos[self.index]
+        if info.intra_param_start_idx is None or not info.numel_in_shard:
+            return ()
+        return ((info.intra_param_start_idx, info.numel_in_shard),)
 
 
 class FlatParamEngine(Engine):
@@ -118,19 +126,18 @@ class FlatParamEngine(Engine):
         flat_param = held.flat_param
         if flat_param._param_extensions[held.index] is not None:
             raise EMAEngineError(
-                f"parameter {name!r} is a DTensor inside FSDP1: use FSDP2 (fully_shard) for tensor parallel"
+                f"parameter {name!r} is a DTensor inside FSDP1: use FSDP2 (fully_shard) with tensor parallelism"
             )
         if not flat_param._contiguities[held.index]:
             raise EMAEngineError(
                 f"parameter {name!r} is not contiguous, and FSDP1 flattens it in the order of its memory: make it "
                 "contiguous before wrapping the model"
             )
-        info = flat_param._shard_param_infos[held.index]
         return TensorSpec(
             name,
             flat_param._shapes[held.index],
             flat_param.dtype,
-            ((info.intra_param_start_idx, info.numel_in_shard),) if info.in_shard and info.numel_in_shard else (),
+            held.runs(),
             kind="parameter" if held.trained else "frozen",
             replicas=_replicas(held.unit, held.handle),
             aliases=aliases,
@@ -149,7 +156,7 @@ class FlatParamEngine(Engine):
         return [_local(held) for held in self._held]
 
     def reshard(self) -> None:
-        """A forward without backward leaves the full copy of the root unit (with SHARD_GRAD_OP of every unit) in memory.
+        """A forward without backward keeps the full copy of the root unit (with SHARD_GRAD_OP of all units) in memory.
 
         The flat parameter may be back at its shard by then: what counts is the full copy, which the next forward takes
         as it is as long as its memory is not freed.

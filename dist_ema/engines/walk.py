@@ -68,7 +68,9 @@ def walk_slots(module: nn.Module) -> list[Slot]:
     names: set[str] = set()
     for prefix, owner in walk_modules(module):
         persistent = [key for key in owner._buffers if key not in owner._non_persistent_buffers_set]
-        places = [(key, owner._parameters[key], False) for key in owner._parameters]
+        places: list[tuple[str, Tensor | None, bool]] = [
+            (key, owner._parameters[key], False) for key in owner._parameters
+        ]
         places += [(key, owner._buffers[key], True) for key in persistent]
         for key, tensor, is_buffer in places:
             name = f"{prefix}.{key}" if prefix else key
