@@ -302,8 +302,12 @@ def test_what_cannot_be_averaged_says_so(tmp_path: Path) -> None:
     engine.optimizer.__class__ = type("ZenFlowZeroOptimizerSequential", (type(engine.optimizer),), {})
     with pytest.raises(EMAEngineError, match="ZenFlowZeroOptimizerSequential"):
         ZeroEngine(engine)
-    with pytest.raises(EMAEngineError, match=r"MiCS|1 of 2 ranks"):
-        ZeroEngine(mics_engine())
+    alone, _ = dist.new_subgroups(1)
+    for stage, attribute in ((2, "real_dp_process_group"), (3, "sub_group_process_groups")):
+        engine = make_engine(stage, "bf16")
+        setattr(engine.optimizer, attribute, [alone])
+        with pytest.raises(EMAEngineError, match="1 of 2 ranks"):
+            ZeroEngine(engine)
     for stage in (1, 2):
         engine = make_engine(stage, "bf16")
         zero = ZeroEngine(engine)
@@ -316,11 +320,6 @@ def test_what_cannot_be_averaged_says_so(tmp_path: Path) -> None:
         engine.reload_states()
         train(engine, range(2))
         assert torch.equal(assembled(zero)["up.weight"].bfloat16(), live(engine)["up.weight"])
-
-
-def mics_engine() -> Any:
-    """Parameters partitioned over one rank of two."""
-    return make_engine(3, "bf16", zero={"mics_shard_size": 1})
 
 
 @pytest.mark.world_size(2)
@@ -348,9 +347,13 @@ def test_wrappers_inside_the_engine_do_not_change_names(stage: int) -> None:
 
     model = Net()
     model.up = checkpoint_wrapper(model.up)
-    engine = make_engine(stage, "fp32", model=torch.compile(model, backend="eager"))
+    if stage == 0:
+        engine = make_engine(stage, "fp32", model=torch.compile(model, backend="eager"))
+    else:  # DeepSpeed 0.19.8 loses the own parameters of a module that is compiled before ZeRO-3 takes it
+        engine = make_engine(stage, "fp32", model=model)
+        engine.compile(backend="eager")
     names = [name for spec in ZeroEngine(engine).specs() for name in (spec.name, *spec.aliases)]
-    assert sorted(names) == sorted(Net().state_dict())
+    assert sorted(names) == sorted(Net().state_dict()), names
 
 
 EMA_CASES = [(case, 2) for case in CASES if "offload" not in case and "persistent" not in case] + [
@@ -392,14 +395,15 @@ def test_average_equals_the_dense_one_and_never_disturbs_training(
     state = ema.full_state_dict()
     if rank == 0:
         oracle.check(dict(state))
-        assert list(state) == list(Net().state_dict())
+        assert sorted(state) == sorted(Net().state_dict())
     same(live(engine), expected[0])
     same(assembled(reader), expected[1])
 
     ema.export(tmp_path / "export", dtype=torch.float32)
     model = Net()
     model.load_state_dict(load_file(tmp_path / "export" / "model.safetensors"), strict=True)
-    oracle.check(model.state_dict())
+    if rank == 0:  # BatchNorm's statistics are each rank's own, and rank 0's are written
+        oracle.check(model.state_dict())
     ema.copy_to()
     full = named(reader)
     oracle.check(full)
