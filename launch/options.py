@@ -17,6 +17,16 @@ from dist_ema.timing import Time
 
 EXPORT = "export"  # the folder of the exported average, inside the output folder
 
+# Keys of DeepSpeed's JSON that other options decide, and what to use instead.
+OURS = {
+    "bf16": "use precision=bf16",
+    "fp16": "use precision=fp32 or bf16",
+    "optimizer": "use lr",
+    "train_batch_size": "use batch",
+    "train_micro_batch_size_per_gpu": "use batch",
+    "gradient_accumulation_steps": "every batch is a step",
+}
+
 Engine = Literal["ddp", "fsdp1", "fsdp2", "hsdp", "tp", "zero1", "zero2", "zero3"]
 
 
@@ -110,7 +120,8 @@ class Options:
                 f"engine={self.engine}: needs deepspeed, the path of DeepSpeed's JSON (configs/{self.engine}.json)"
             )
         try:
-            stage = self.deepspeed_config()["zero_optimization"]["stage"]
+            config = self.deepspeed_config()
+            stage = config["zero_optimization"]["stage"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"deepspeed={self.deepspeed}: no JSON with zero_optimization.stage in it ({error!r})"
@@ -119,6 +130,9 @@ class Options:
             raise ValueError(
                 f"deepspeed={self.deepspeed}: has zero_optimization.stage {stage}, but engine={self.engine}"
             )
+        for key, instead in OURS.items():
+            if key in config:
+                raise ValueError(f"deepspeed={self.deepspeed}: has {key}, which train.py sets; {instead}")
 
     def tensor_parallel_size(self, world_size: int) -> int:
         """Processes that share each layer."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from textwrap import indent, wrap
 
 import torch.distributed as dist
 from options import Options
@@ -49,11 +50,11 @@ class Summary:
             "validation loss, live": f"{self.live:.4f}",
             "validation loss, averaged": f"{self.averaged:.4f}",
             "validation loss, exported": f"{self.exported:.4f}",
-            "shadow on rank 0": self.shadow.replace("\n", "\n" + " " * 28),
+            "shadow on rank 0": "\n".join(line for part in self.shadow.splitlines() for line in wrap(part, 80)),
             "time per step": f"{self.step_time * 1000:.0f} ms",
             "export": f"{self.export}",
         }
-        return "\n".join(f"{name:<26}  {value}" for name, value in rows.items())
+        return "\n".join(f"{name:<26}  {indent(value, ' ' * 28).lstrip()}" for name, value in rows.items())
 
 
 class Report:

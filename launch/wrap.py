@@ -55,11 +55,9 @@ def process_group() -> Iterator[torch.device]:
         torch.cuda.set_device(device)
     if ours:
         dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT, device_id=device if cuda else None)
-    try:
-        yield device
-    finally:
-        if ours:
-            dist.destroy_process_group()
+    yield device
+    if ours:  # not after an error: other ranks may be inside a collective call, and this would wait for them
+        dist.destroy_process_group()
 
 
 def plain(options: Options, device: torch.device) -> GPT:

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -114,7 +115,7 @@ def test_a_stop_signal_on_one_rank_does_not_leave_the_others_waiting(tmp_path: P
 
 @pytest.mark.world_size(2)
 def test_an_export_unlike_the_average_is_not_reported_as_success(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "_evaluate_export", lambda *_: 0.0)
@@ -160,6 +161,16 @@ def test_an_unknown_yaml_key_names_its_neighbour(tmp_path: Path, capsys: pytest.
         parse(["--config", str(tmp_path / "my.yaml")], world_size=1)
     assert exit_.value.code == 2
     assert "half_lif is unknown: did you mean half_life?" in capsys.readouterr().err
+
+
+def test_deepspeed_json_and_options_cannot_contradict_each_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With bf16 set behind its back, train.py would compare bf16 losses as if they were fp32."""
+    (tmp_path / "my.json").write_text('{"zero_optimization": {"stage": 2}, "bf16": {"enabled": true}}')
+    with pytest.raises(SystemExit):
+        parse(["--engine=zero2", f"--deepspeed={tmp_path / 'my.json'}"], world_size=1)
+    assert "has bf16, which train.py sets; use precision=bf16" in capsys.readouterr().err
 
 
 def test_a_command_line_option_wins_over_the_yaml(tmp_path: Path) -> None:
@@ -282,19 +293,19 @@ def test_a_preempted_slurm_job_still_exports(tmp_path: Path) -> None:
     log = tmp_path / "log"
     with log.open("w") as output:
         job = psutil.Popen(command, cwd=ROOT, env=variables, stdout=output, stderr=subprocess.STDOUT)
+    started: list[psutil.Process] = []
     try:
         deadline = time.monotonic() + 120
         while "step    10" not in log.read_text() and job.poll() is None and time.monotonic() < deadline:
             time.sleep(0.2)
-        for process in job.children(recursive=True):
-            if (
-                any(word in " ".join(process.cmdline()) for word in ("torchrun", "train.py"))
-                and process.name() != "srun"
-            ):
+        started = job.children(recursive=True)
+        for process in started:
+            if any(word in " ".join(process.cmdline()) for word in ("torchrun", "train.py")):
                 process.send_signal(signal.SIGUSR1)
-        assert job.wait(timeout=60) == 0, log.read_text()
+        assert job.wait(timeout=90) == 0, log.read_text()
     finally:
-        for process in [*job.children(recursive=True), job]:
-            process.kill()
+        for process in [*started, job]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
     assert "stopped by a signal after step" in log.read_text()
     assert (tmp_path / "out" / EXPORT / "model.safetensors").exists()
