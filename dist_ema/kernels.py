@@ -73,9 +73,14 @@ class Guard:
     """Keeps elements whose source is NaN or Inf out of the averages, and counts them.
 
     The count is a tensor on the sources' device, so that nothing waits for an accelerator.
+
+    Attributes:
+        tainted: indices of CPU tensors whose first source was not finite everywhere, so that their shadow is not
+            either: they take the slow route until it is.
     """
 
     def __init__(self) -> None:
+        self.tainted: set[int] = set()
         self._counts: dict[torch.device, Tensor] = {}
 
     def passes(self, values: Tensor) -> bool:
@@ -102,10 +107,6 @@ class Guard:
     def total(self) -> int:
         """Elements skipped so far. Waits for the device."""
         return sum(int(count) for count in self._counts.values())
-
-    def reset(self) -> None:
-        """Starts counting from zero."""
-        self._counts.clear()
 
 
 @torch.no_grad()
@@ -137,7 +138,7 @@ def lerp(
         for offset, piece in pieces(source, start, stop, limit):
             values = scratch.cast(piece, shadows[0].dtype)
             targets = [shadow[offset : offset + piece.numel()].view(piece.shape) for shadow in shadows]
-            if guard is None or guard.passes(values):
+            if guard is None or (index not in guard.tainted and guard.passes(values)):
                 for target, weight in zip(targets, weights, strict=True):
                     target.lerp_(values, weight)
             else:
@@ -145,6 +146,12 @@ def lerp(
                 guard.count(finite)
                 for target, weight in zip(targets, weights, strict=True):
                     _guarded_lerp(target, values, weight, finite)
+        if guard is not None and index in guard.tainted and all(_is_finite(shadow) for shadow in shadows):
+            guard.tainted.discard(index)
+
+
+def _is_finite(shadow: Tensor) -> bool:
+    return all(bool(torch.isfinite(piece).all()) for _, piece in pieces(shadow, 0, shadow.numel(), CHUNK))
 
 
 def _guarded_lerp(target: Tensor, values: Tensor, weight: float, finite: Tensor) -> None:
@@ -164,6 +171,8 @@ def copy(
         for offset, piece in pieces(source, start, stop, chunk_size(source.device)):
             if guard is not None and piece.is_floating_point() and not guard.passes(piece):
                 guard.count(torch.isfinite(piece))
+                if piece.device.type == "cpu":
+                    guard.tainted.add(index)
             for average in averages:
                 average[index][offset : offset + piece.numel()].view(piece.shape).copy_(piece)
 
