@@ -79,9 +79,10 @@ class GPT(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, VOCABULARY, bias=False)
         self.apply(_initialise)
-        for block in self.blocks:  # GPT-2's rule: the residual stream keeps its variance at any depth
-            for layer in (block.attention.out, block.mlp.down):
-                nn.init.normal_(layer.weight, std=(2 * layers * layer.in_features) ** -0.5)
+        for name, parameter in self.named_parameters():
+            if name.endswith(("attention.out.weight", "mlp.down.weight")):
+                # GPT-2's rule: the residual stream keeps its variance at any depth.
+                nn.init.normal_(parameter, std=(2 * layers * parameter.shape[1]) ** -0.5)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Byte values ``[batch, time]``, int64, to logits of the next byte, ``[batch, time, 256]``."""

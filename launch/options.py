@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
 from jsonargparse import ActionConfigFile, ArgumentParser
 from jsonargparse.typing import NonNegativeInt, Path_fr, PositiveFloat, PositiveInt
@@ -143,9 +143,12 @@ class Options:
         nodes = world_size // int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
         return self.replicas or (nodes if nodes > 1 else 2 if world_size % 2 == 0 else 1)
 
-    def deepspeed_config(self) -> dict:
-        """DeepSpeed's JSON as it stands in the file."""
-        return json.loads(Path(str(self.deepspeed.absolute)).read_text())
+    def deepspeed_config(self) -> dict[str, Any]:
+        """DeepSpeed's JSON as it stands in the file. Raises ValueError where it is not an object."""
+        config = json.loads(Path(self.deepspeed.absolute).read_text()) if self.deepspeed is not None else None
+        if not isinstance(config, dict):
+            raise ValueError("not an object")
+        return config
 
 
 class _Parser(ArgumentParser):

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def main(
-    argv: Sequence[str] | None = None, *, world_size: int | None = None, stop: Callable[[], bool] = lambda: False
+    argv: list[str] | None = None, *, world_size: int | None = None, stop: Callable[[], bool] = lambda: False
 ) -> Summary:
     """Runs on every process of a group, which is made here unless the caller has one.
 

@@ -68,21 +68,22 @@ def plain(options: Options, device: torch.device) -> GPT:
 
 def wrap(options: Options, device: torch.device) -> Wrapped:
     """The model under ``options.engine``. Collective."""
-    model = plain(options, device)
+    gpt = plain(options, device)
     if options.engine.startswith("zero"):
-        return _deepspeed(model, options)
+        return _deepspeed(gpt, options)
     data_rank, data_size = dist.get_rank(), dist.get_world_size()
+    model: nn.Module = gpt
     if options.engine == "ddp":
-        model = nn.parallel.DistributedDataParallel(model)
+        model = nn.parallel.DistributedDataParallel(gpt)
     elif options.engine == "fsdp1":
-        model = _fsdp1(model, options, device)
+        model = _fsdp1(gpt, options, device)
     else:
         mesh = _mesh(options, device)
         if options.engine == "tp":
-            _parallelize(model, mesh["tensor"])
+            _parallelize(gpt, mesh["tensor"])
             mesh = mesh["data"]
             data_rank, data_size = mesh.get_local_rank(), mesh.size()
-        _fsdp2(model, options, mesh)
+        _fsdp2(gpt, options, mesh)
     optimizer = adamw(model, options)
 
     def forward(tokens: Tensor) -> Tensor:
@@ -145,6 +146,7 @@ def _parallelize(model: GPT, mesh: DeviceMesh) -> None:
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.parallel import (
         ColwiseParallel,
+        ParallelStyle,
         PrepareModuleInput,
         RowwiseParallel,
         SequenceParallel,
@@ -154,10 +156,9 @@ def _parallelize(model: GPT, mesh: DeviceMesh) -> None:
     gather = functools.partial(
         PrepareModuleInput, input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),), use_local_output=True
     )
-    embedding = {"input_layouts": Replicate(), "output_layouts": Shard(1)}
-    plan = {
-        "token": RowwiseParallel(**embedding),
-        "position": RowwiseParallel(**embedding),
+    plan: dict[str, ParallelStyle] = {
+        "token": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
+        "position": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
         "norm": SequenceParallel(),
         "head": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
     }
