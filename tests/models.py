@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, ShardingStrategy, fully_shard
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
-from torch.distributed.fsdp import MixedPrecisionPolicy, ShardingStrategy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -143,9 +144,34 @@ def _tensor_parallel(model: nn.Module, tp: int, with_fsdp: bool) -> nn.Module:
     return fully_shard(model, mesh=mesh["dp"]) if with_fsdp else model
 
 
+def _compiled(wrap: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module], nn.Module]:
+    """Compiled twice: a block in place of the block, and the wrapped whole."""
+
+    def compiled(model: nn.Module) -> nn.Module:
+        wrapped = wrap(model)
+        inner = wrapped.module if isinstance(wrapped, (DDP, FSDP)) else wrapped
+        inner.module[0] = torch.compile(inner.module[0], backend="eager")
+        return torch.compile(wrapped, backend="eager")
+
+    return compiled
+
+
+def _checkpointed(wrap: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module], nn.Module]:
+    """With activation checkpointing inside of the wrapper."""
+
+    def checkpointed(model: nn.Module) -> nn.Module:
+        model.module[1] = checkpoint_wrapper(model.module[1])
+        return wrap(model)
+
+    return checkpointed
+
+
 CASES: dict[str, Case] = {
     "plain": Case(lambda model: model),
+    "plain-compiled": Case(_compiled(lambda model: model), group_sizes=(1,)),
     "ddp": Case(DDP),
+    "ddp-compiled": Case(_compiled(DDP), group_sizes=(2,)),
+    "ddp-checkpointed": Case(_checkpointed(DDP), group_sizes=(2,)),
     "fsdp1-full": Case(_fsdp1(ShardingStrategy.FULL_SHARD, False), scalar=False),
     "fsdp1-full-orig": Case(_fsdp1(ShardingStrategy.FULL_SHARD, True), scalar=False),
     "fsdp1-grad-op": Case(_fsdp1(ShardingStrategy.SHARD_GRAD_OP, False), scalar=False),
@@ -153,7 +179,18 @@ CASES: dict[str, Case] = {
     "fsdp1-hybrid": Case(_fsdp1(ShardingStrategy.HYBRID_SHARD, False), scalar=False, group_sizes=(2, 4)),
     "fsdp1-hybrid-orig": Case(_fsdp1(ShardingStrategy.HYBRID_SHARD, True), scalar=False, group_sizes=(2, 4)),
     "fsdp1-no-shard-orig": Case(_fsdp1(ShardingStrategy.NO_SHARD, True), scalar=False, group_sizes=(1, 2)),
+    "fsdp1-full-orig-compiled": Case(
+        _compiled(_fsdp1(ShardingStrategy.FULL_SHARD, True)), scalar=False, group_sizes=(2,)
+    ),
+    "fsdp1-full-checkpointed": Case(
+        _checkpointed(_fsdp1(ShardingStrategy.FULL_SHARD, False)), scalar=False, group_sizes=(2,)
+    ),
     "fsdp2": Case(_fsdp2(), scalar=False),
+    "fsdp2-compiled": Case(_compiled(_fsdp2()), scalar=False, group_sizes=(2,)),
+    "fsdp2-checkpointed": Case(_checkpointed(_fsdp2()), scalar=False, group_sizes=(2,)),
+    "fsdp2-offloaded": Case(
+        _fsdp2(offload_policy=CPUOffloadPolicy(pin_memory=False)), scalar=False, group_sizes=(2, 3)
+    ),
     "fsdp2-keep": Case(_fsdp2(reshard_after_forward=False), scalar=False),
     "fsdp2-mixed": Case(_fsdp2(mixed=True), scalar=False),
     "hsdp": Case(_hsdp, scalar=False, group_sizes=(2, 3, 4)),

@@ -29,15 +29,22 @@ def _trained() -> set[str]:
 
 def _live(model: nn.Module) -> dict[str, Tensor]:
     """Full live weights by another road than the library's: FSDP1's summoned ones, else torch's full state dict."""
+    model = getattr(model, "_orig_mod", model)
     if isinstance(model, FullyShardedDataParallel):
         with FullyShardedDataParallel.summon_full_params(model, writeback=False):
             tensors = chain(model.named_parameters(remove_duplicate=False), model.named_buffers())
-            state = {name.replace("_fsdp_wrapped_module.", ""): value.detach().clone() for name, value in tensors}
+            state = {_plain_name(name): value.detach().clone() for name, value in tensors}
         return {name: state[name] for name in build(scalar=False).state_dict()}
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     received = [get_model_state_dict(model, options=options)]
     dist.broadcast_object_list(received, src=0)
-    return {name: value.clone() for name, value in received[0].items()}
+    return {_plain_name(name): value.clone() for name, value in received[0].items()}
+
+
+def _plain_name(name: str) -> str:
+    for token in ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod."):
+        name = name.replace(token, "")
+    return name
 
 
 def _train(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, micro_steps: int = 2) -> None:
