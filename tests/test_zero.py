@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from oracle import DenseAverage
 from torch import Tensor, nn
-from zero_models import DTYPES, Net, backward, batch, make_engine, plain_fused_adam, train
+from zero_models import DTYPES, Net, adam_in_two_groups, backward, batch, make_engine, plain_fused_adam, train
 
 from dist_ema import ShardedEMA
 from dist_ema.engines.base import Engine
@@ -30,6 +30,10 @@ CASES["zero0-bf16-fused"] = (0, {"dtype": "bf16", "optimizer": plain_fused_adam}
 CASES["zero1-bf16-optimizer"] = (1, {"dtype": "bf16", "data_types": {"grad_accum_dtype": "fp32"}})
 CASES["zero2-round-robin"] = (2, {"dtype": "bf16", "zero": {"round_robin_gradients": True}})
 CASES["zero3-sub-groups"] = (3, {"dtype": "bf16", "zero": {"sub_group_size": 30}})
+CASES["zero3-hpz"] = (3, {"dtype": "bf16", "zero": {"zero_hpz_partition_size": 2}})
+CASES.update(
+    (f"zero{stage}-two-groups", (stage, {"dtype": "bf16", "optimizer": adam_in_two_groups})) for stage in (1, 3)
+)
 CASES["zero3-all-persistent"] = (3, {"dtype": "bf16", "zero": {"stage3_param_persistence_threshold": 10**6}})
 CASES["zero3-none-persistent"] = (3, {"dtype": "bf16", "zero": {"stage3_param_persistence_threshold": 0}})
 CASES["zero3-param-offload"] = (
@@ -172,6 +176,8 @@ def test_evaluating_other_weights_leaves_no_trace(case: str, world_size: int) ->
 
     write(zero, kept)
     zero.publish()
+    for parameter in engine.module.parameters() if stage == 3 else ():
+        assert (parameter.ds_status.name == "AVAILABLE") is parameter.ds_persist, "not as after a step"
     evaluate(engine)
     same(live(engine), before)
     same(assembled(zero), masters)

@@ -97,6 +97,13 @@ def make_engine(
     return deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)[0]
 
 
+def adam_in_two_groups(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """Matrices with weight decay and the rest without, as usual; frozen parameters are left in."""
+    matrices = [parameter for parameter in parameters if parameter.dim() > 1]
+    others = [parameter for parameter in parameters if parameter.dim() <= 1]
+    return torch.optim.AdamW([{"params": others, "weight_decay": 0.0}, {"params": matrices}], lr=0.02)
+
+
 def plain_fused_adam(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     """Makes DeepSpeed choose FP16_Optimizer, as for its FusedAdam, without compiling that one's kernel."""
     from deepspeed.ops.adam import FusedAdam

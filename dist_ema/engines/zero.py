@@ -44,6 +44,7 @@ class ZeroEngine(Engine):
             require_world(engine.seq_data_parallel_group, "the data-parallel group")
         self._engine = engine
         self._masters = find_masters(engine.optimizer, int(engine.zero_optimization_stage()))
+        self.publish_is_collective = not self._masters.replicated
         self._steps = _StepCounter(engine)
         self._entries: list[tuple[Slot, MasterSlice | None]] = []
         self._binding = Binding([])
@@ -78,7 +79,8 @@ class ZeroEngine(Engine):
     def publish(self) -> None:
         """Casts the masters into the live weights and gathers those as DeepSpeed's own step does.
 
-        Collective at stages 1 to 3, local at stage 0. Accumulated gradients are left alone.
+        Collective at stages 1 to 3, local at stage 0. Accumulated gradients are left alone. A write to the live weights
+        that never reached the masters is lost here, as it would be in DeepSpeed's next step.
         """
         self._binding.check()
         self._masters.check_resident()
