@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_ema import errors
+from dist_ema.errors import EMAStateError
 
 T = TypeVar("T")
 #: Bytes of one message, and of the scratch that each rank holds for it.
@@ -64,9 +65,21 @@ def agree(action: Callable[[], T], group: dist.ProcessGroup | None, doing: str) 
     if failure is not None and size_of(group) == 1 and isinstance(failure, errors.EMAError):
         raise failure
     first_class, _ = next(iter(failed.values()))
-    kind = getattr(errors, first_class, errors.CheckpointError)
+    kind = getattr(errors, first_class, None)
+    if not (isinstance(kind, type) and issubclass(kind, errors.EMAError)):
+        kind = errors.CheckpointError
     details = "; ".join(f"rank {rank}: {name}: {text}" for rank, (name, text) in failed.items())
     raise kind(f"{doing} failed: {details}") from failure
+
+
+def same_updates(updates: int, group: dist.ProcessGroup | None) -> None:
+    """Raises EMAStateError, on every rank, unless all ranks have averaged equally often. Collective."""
+    found = gather_objects(updates, group)
+    if len(set(found)) > 1:
+        raise EMAStateError(
+            f"ranks have averaged different numbers of times: {', '.join(map(str, found))}. Call update() on every "
+            "rank with the same counts (samples, tokens and epochs are those of all ranks together)"
+        )
 
 
 def sum_integers(values: Sequence[int], group: dist.ProcessGroup | None) -> list[int]:

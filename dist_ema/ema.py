@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_ema import kernels
-from dist_ema.collectives import agree, sum_floats, sum_integers
+from dist_ema.collectives import agree, gather_objects, same_updates, sum_floats, sum_integers
 from dist_ema.engines import RemovableHandle, detect
 from dist_ema.errors import EMAConfigError, EMAStateError
 from dist_ema.export import export
@@ -239,12 +239,12 @@ class ShardedEMA:
         """
         self._refuse_inside("average_parameters()")
         name = self._name(name)
-        if not self._shadow.started:
-            yield
-            return
-        swap = Swap(self._engine, self._shares, self._shadow.tensors(name), self._shadow.scratch)
+        swap = self._swap(name, "average_parameters()")
         self._inside = name
         try:
+            if swap is None:
+                yield
+                return
             try:
                 swap.enter()
                 yield
@@ -253,15 +253,23 @@ class ShardedEMA:
         finally:
             self._inside = None
 
+    def _swap(self, name: str, doing: str) -> Swap | None:
+        """None before the first update, when the average is the live model. Collective where the swap is."""
+        started = self._shadow.started
+        shadows = self._shadow.tensors(name) if started else [None] * len(self._shares)
+        swap = Swap(self._engine, self._shares, shadows, self._shadow.scratch)
+        swap.agree(self.num_updates, doing)
+        return swap if started else None
+
     def copy_to(self, name: str | None = None) -> None:
         """Writes the average into the live model for good, and into fp32 masters where the engine has them.
 
         Collective as ``average_parameters``. Raises as it does. Does nothing before the first update.
         """
         self._refuse_inside("copy_to()")
-        name = self._name(name)
-        if self._shadow.started:
-            Swap(self._engine, self._shares, self._shadow.tensors(name), self._shadow.scratch).copy()
+        swap = self._swap(self._name(name), "copy_to()")
+        if swap is not None:
+            swap.copy()
 
     # Full tensors: collective.
 
@@ -284,7 +292,7 @@ class ShardedEMA:
         """
         entries, held = self._view(name, dtype, "full_state_dict()")
         wanted = [entry for entry in entries if include_untracked or entry.mode != "live"]
-        return full_tensors(wanted, held.get, dtype, self._engine.group)
+        return full_tensors(wanted, held.get, dtype, self._engine.group, "full_state_dict()")
 
     def export(
         self,
@@ -317,7 +325,7 @@ class ShardedEMA:
         """
         entries, held = self._view(name, dtype, "export()")
         export(
-            os.fspath(path),
+            path,
             entries,
             held.get,
             self._engine.group,
@@ -349,12 +357,10 @@ class ShardedEMA:
 
         ``ema/decay`` (fraction kept by the last update), ``ema/num_updates``, ``ema/skipped_elements`` (NaN and Inf
         sources, over all ranks), ``ema/distance`` (L2 norm of shadow minus live). With several averages ``decay`` and
-        ``distance`` are ``ema/<name>/decay`` and ``ema/<name>/distance``. Raises EMAStateError inside
-        ``average_parameters()``.
+        ``distance`` are ``ema/<name>/decay`` and ``ema/<name>/distance``. Raises EMAStateError, on every rank, inside
+        ``average_parameters()``, or if the model has changed.
         """
-        self._refuse_inside("metrics()")
-        self._engine.reshard()
-        sources = self._engine.sources()
+        sources = agree(lambda: self._sources("metrics()"), self._engine.group, "metrics()")
         entries = {entry.name: entry for entry in self._catalogue()}
         spoken = [speaks(entries[share.spec.name], share, self._engine.group) for share in self._shares]
         squares = [self._squared_distance(name, sources, spoken) for name in self._options.schedules]
@@ -404,24 +410,34 @@ class ShardedEMA:
 
     def _view(self, name: str | None, dtype: object, doing: str) -> tuple[list[Entry], dict[str, Held]]:
         """All full tensors, and what this rank holds of them in one average. Collective at its first call."""
-        self._refuse_inside(doing)
-        name = self._name(name)
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise EMAConfigError(f"dtype={dtype!r}: allowed is a floating-point torch.dtype, or None")
-        held = agree(lambda: self._held(name), self._engine.group, doing)
+
+        def look() -> dict[str, Held]:
+            if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+                raise EMAConfigError(f"dtype={dtype!r}: allowed is a floating-point torch.dtype, or None")
+            return self._held(self._name(name), self._sources(doing))
+
+        held = agree(look, self._engine.group, doing)
         return self._catalogue(), held
 
     def _catalogue(self) -> list[Entry]:
-        if self._entries is None:
+        same_updates(self.num_updates, self._engine.group)
+        everywhere = all(gather_objects(self._entries is not None, self._engine.group))  # reset() is local
+        if self._entries is None or not everywhere:
             self._entries = catalogue(self._shares, self._engine.group)
         return self._entries
 
-    def _held(self, name: str) -> dict[str, Held]:
+    def _sources(self, doing: str) -> list[Tensor]:
+        self._refuse_inside(doing)
         self._engine.reshard()
+        return self._engine.sources()
+
+    def _held(self, name: str, sources: Sequence[Tensor]) -> dict[str, Held]:
         shadows = self._shadow.tensors(name) if self._shadow.started else [None] * len(self._shares)
         held = {}
-        for share, shadow, source in zip(self._shares, shadows, self._engine.sources(), strict=True):
+        for share, shadow, source in zip(self._shares, shadows, sources, strict=True):
             values, start = (source, share.start) if shadow is None else (shadow, 0)
+            if values.is_meta:
+                raise EMAStateError(f"{share.spec.name!r} is on the meta device: materialise the model first")
             held[share.spec.name] = Held(share, values, start)
         return held
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
-from dist_ema.collectives import Window, agree, gather_objects, rank_in
+from dist_ema.collectives import agree, gather_objects, rank_in
 from dist_ema.errors import CheckpointError, EMAConfigError
-from dist_ema.gather import Entry, Held, speaks, windows
+from dist_ema.gather import Entry, Held, gather_each, speaks
+from dist_ema.geometry import chunks, count
 from dist_ema.storage import (
     FilePlan,
     RunWriter,
@@ -32,7 +34,7 @@ _CONFIG_SUFFIXES = {".json", ".txt", ".model", ".jinja"}
 
 
 def export(
-    path: str,
+    path: str | os.PathLike[str],
     entries: Sequence[Entry],
     held: Callable[[str], Held | None],
     group: dist.ProcessGroup | None,
@@ -43,13 +45,13 @@ def export(
     gather: bool | None,
 ) -> None:
     """Writes full tensors to ``path``; see :meth:`ShardedEMA.export`. Collective."""
-    targets = {entry.name: _target(entry, dtype) for entry in entries}
-    tensors = [TensorPlan(name, targets[entry.name], entry.shape) for entry in entries for name in entry.names]
-    plans = plan_files(tensors, parse_size(max_shard_size))
-    token = gather_objects(Staging.new_token(), group)[0]
-    staging = Staging(Path(path).absolute(), token)
     first = rank_in(group) == 0
     doing = f"export to {path}"
+    targets = {entry.name: _target(entry, dtype) for entry in entries}
+    tensors = [TensorPlan(name, targets[entry.name], entry.shape) for entry in entries for name in entry.names]
+    plans = agree(lambda: _plan(path, tensors, max_shard_size, gather), group, doing)
+    gather, token = gather_objects((gather, Staging.new_token()), group)[0]
+    staging = Staging(Path(path).absolute(), token)
     try:
         agree(lambda: _prepare(staging, plans, config_from) if first else None, group, doing)
         shared = all(gather_objects(staging.is_visible(), group))
@@ -70,6 +72,16 @@ def _target(entry: Entry, dtype: torch.dtype | None) -> torch.dtype:
     return entry.live_dtype if dtype is None else entry.cast(dtype)
 
 
+def _plan(
+    path: object, tensors: Sequence[TensorPlan], max_shard_size: int | str, gather: bool | None
+) -> list[FilePlan]:
+    if not isinstance(path, (str, os.PathLike)):
+        raise EMAConfigError(f"path={path!r}: allowed is a str or a path of the directory to make")
+    if gather not in (None, True, False):
+        raise EMAConfigError(f"gather={gather!r}: allowed are None, True and False")
+    return plan_files(tensors, parse_size(max_shard_size))
+
+
 def _prepare(staging: Staging, plans: Sequence[FilePlan], config_from: object) -> None:
     staging.create()
     for plan in plans:
@@ -85,7 +97,7 @@ def _write_own(
     entries: Sequence[Entry],
     held: Callable[[str], Held | None],
     group: dist.ProcessGroup | None,
-    targets: dict[str, torch.dtype],
+    targets: Mapping[str, torch.dtype],
 ) -> None:
     """Each rank writes the elements that it speaks for, run by run. Local."""
     with RunWriter(directory, plans) as writer:
@@ -93,16 +105,14 @@ def _write_own(
             mine = held(entry.name)
             if mine is None or not speaks(entry, mine.share, group):
                 continue
-            target = targets[entry.name]
-            scratch = torch.empty(min(_CHUNK, mine.share.numel), dtype=target)
-            local = 0
-            for start, length in mine.runs:
-                for low in range(0, length, _CHUNK):
-                    size = min(_CHUNK, length - low)
-                    mine.read(local + low, local + low + size, scratch[:size])
-                    for name in entry.names:
-                        writer.write(name, start + low, scratch[:size])
-                local += length
+            scratch = torch.empty(min(_CHUNK, mine.share.numel), dtype=targets[entry.name])
+            low = 0
+            for runs in chunks(mine.runs, _CHUNK):
+                size = count(runs)
+                mine.read(low, low + size, scratch[:size])
+                for name in entry.names:
+                    writer.write(name, runs, scratch[:size])
+                low += size
 
 
 def _write_gathered(
@@ -111,33 +121,21 @@ def _write_gathered(
     entries: Sequence[Entry],
     held: Callable[[str], Held | None],
     group: dist.ProcessGroup | None,
-    targets: dict[str, torch.dtype],
+    targets: Mapping[str, torch.dtype],
     doing: str,
 ) -> None:
-    """Rank 0 writes what the others send, one window at a time. Collective.
+    """Rank 0 writes what the others send, one window at a time. Collective."""
+    writer = RunWriter(directory, plans)
 
-    When rank 0 cannot write it goes on receiving, so that no rank waits for it, and the error is raised on all at the
-    end.
-    """
-    window = Window(group)
-    failure: Exception | None = None
-    writer = RunWriter(directory, plans) if rank_in(group) == 0 else None
-    for entry in entries:
-        for start, values in windows(entry, held(entry.name), targets[entry.name], group, window):
-            if writer is not None and failure is None:
-                try:
-                    for name in entry.names:
-                        writer.write(name, start, values.cpu())
-                except Exception as error:
-                    failure = error
+    def take(entry: Entry, start: int, values: Tensor) -> None:
+        for name in entry.names:
+            writer.write(name, ((start, values.numel()),), values.cpu())
 
-    def finish() -> None:
-        if writer is not None:
-            writer.__exit__(type(failure) if failure else None, failure, None)
-        if failure is not None:
-            raise failure
-
-    agree(finish, group, doing)
+    try:
+        gather_each(entries, held, targets, group, take, doing)
+        agree(writer.sync, group, doing)
+    finally:
+        writer.close()
 
 
 def _copy_config(config_from: object, directory: Path) -> None:
@@ -148,16 +146,20 @@ def _copy_config(config_from: object, directory: Path) -> None:
     if hasattr(config_from, "save_pretrained") and not isinstance(config_from, nn.Module):
         config_from.save_pretrained(str(directory))
         return
-    if not isinstance(config_from, (str, Path)):
+    if not isinstance(config_from, (str, os.PathLike)):
         raise EMAConfigError(
-            f"config_from={type(config_from).__name__}: allowed is a file, a directory, or what has save_pretrained"
+            f"config_from={config_from!r:.200}: allowed is a file, a directory, or an object with save_pretrained, "
+            "such as a transformers config or tokenizer"
         )
     source = Path(config_from)
     if source.is_file():
-        shutil.copy(source, directory / source.name)
+        files = [source]
     elif source.is_dir():
-        for file in sorted(source.iterdir()):
-            if file.is_file() and file.suffix in _CONFIG_SUFFIXES and not file.name.endswith(".index.json"):
-                shutil.copy(file, directory / file.name)
+        files = [file for file in sorted(source.iterdir()) if file.is_file() and file.suffix in _CONFIG_SUFFIXES]
+        files = [file for file in files if not file.name.endswith(".index.json")]
     else:
         raise EMAConfigError(f"config_from={str(config_from)!r}: there is no such file or directory")
+    for file in files:
+        if (directory / file.name).exists():
+            raise EMAConfigError(f"config_from={str(file)!r}: the export writes a file of this name itself")
+        shutil.copyfile(file, directory / file.name)

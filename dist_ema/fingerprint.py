@@ -1,13 +1,15 @@
 """A digest of a full tensor that does not see how it is sharded. Knows no process group.
 
 The digest is ``sum(bits(x[i]) * key(i)) mod 2**64`` over the elements of the full tensor, flattened row-major, where
-``bits`` are the element's own bits as an integer and ``key(i)`` is an odd number made from the position. A sum can be
-taken in any order and in parts: each rank adds up its elements, and the totals are added. Keys are odd, so invertible
-modulo 2**64, so a change of any single element always changes the digest. It detects errors; it is not a signature:
-whoever wants to can make two tensors with one digest.
+``bits`` are the element's own bits as an integer (signed where it has two bytes or more; the 16 bytes of a complex128
+are low + ``COMPLEX`` * high) and ``key(i)`` is an odd number made from the position. A sum can be taken in any order
+and in parts: each rank adds up its elements, and the totals are added. Keys are odd, so invertible modulo 2**64, so a
+flipped bit, and any change of a single element of up to 8 bytes, always changes the digest. It detects errors; it is
+not a signature: whoever wants to can make two tensors with one digest.
 
-A key is the product of two: one for the place inside a block of ``BLOCK`` elements, from a table that is made once, and
-one for the block. So a block costs one multiplication and one addition an element.
+A key is the product of two: one for the place inside a block of ``BLOCK`` elements, from a table that is made once,
+and one for the block: ``(mix(i % BLOCK) | 1) * (mix(i // BLOCK ^ SALT) | 1)``, where ``mix`` is SplitMix64. So a block
+costs one multiplication and one addition an element.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from dist_ema.kernels import pieces
 
 BLOCK = 1 << 16
 _MASK = (1 << 64) - 1
-_BLOCK_SALT = 0x5851F42D4C957F2D
+SALT = 0x5851F42D4C957F2D
+COMPLEX = 0x2545F4914F6CDD1D
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -44,7 +47,7 @@ def partial_digest(values: Tensor, runs: Runs, dtype: torch.dtype | None = None,
             block, inside = divmod(position, BLOCK)
             size = min(BLOCK - inside, stop - position)
             part = _block_sum(values, local, local + size, inside, dtype)
-            total += part * _signed(_mix(block ^ _BLOCK_SALT) | 1)
+            total += part * _signed(_mix(block ^ SALT) | 1)
             position += size
             local += size
     return total & _MASK
@@ -62,10 +65,11 @@ def _block_sum(values: Tensor, start: int, stop: int, inside: int, dtype: torch.
 
 def _bits(flat: Tensor) -> Tensor:
     """Each element's bits as int64."""
-    if flat.is_complex():
-        raise TypeError("complex tensors have no digest yet")
+    if flat.element_size() == 16:
+        low, high = flat.resolve_conj().contiguous().view(torch.int64).view(-1, 2).unbind(1)
+        return low + high * COMPLEX
     bits = _BITS[flat.element_size()]
-    return (flat.contiguous().view(bits) if flat.dtype != torch.bool else flat).to(torch.int64)
+    return flat.resolve_conj().contiguous().view(bits).to(torch.int64)
 
 
 @lru_cache(maxsize=8)

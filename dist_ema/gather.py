@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_ema import kernels
-from dist_ema.collectives import Window, gather_objects, rank_in
+from dist_ema.collectives import Window, agree, gather_objects, rank_in
 from dist_ema.errors import EMAEngineError
 from dist_ema.geometry import Runs, overlap
 from dist_ema.shares import Mode, Share
@@ -117,29 +117,62 @@ def speaks(entry: Entry, share: Share, group: dist.ProcessGroup | None) -> bool:
     return share.owned and _team(share, group) == entry.team
 
 
-def windows(
-    entry: Entry, held: Held | None, dtype: torch.dtype, group: dist.ProcessGroup | None, window: Window
-) -> Iterator[tuple[int, Tensor]]:
-    """One full tensor in pieces: ``(start, values)``, where ``values`` holds on rank 0 only. Collective.
+def gather_each(
+    entries: Sequence[Entry],
+    held: Callable[[str], Held | None],
+    dtypes: Mapping[str, torch.dtype],
+    group: dist.ProcessGroup | None,
+    take: Callable[[Entry, int, Tensor], None],
+    doing: str,
+) -> None:
+    """Brings full tensors to rank 0, one window at a time. Collective.
+
+    A rank that fails, be it in reading or in ``take``, goes on to send and to receive, so that no other rank waits for
+    it, and its error is raised on every rank at the end.
 
     Args:
-        entry: the tensor.
-        held: what this rank has of it, if anything.
-        dtype: of the result; conversion happens before anything is sent.
+        entries: the tensors.
+        held: what this rank has of each, if anything.
+        dtypes: of each result, by name; conversion happens before anything is sent.
         group: the ranks.
-        window: the buffer to use.
+        take: called on rank 0 with a tensor, the first element of a window, and the values there.
+        doing: for the error.
     """
-    if held is not None and not speaks(entry, held.share, group):
-        held = None
-    for start in range(0, entry.numel, window.capacity(dtype)):
-        stop = min(start + window.capacity(dtype), entry.numel)
-        values = window.clear(stop - start, dtype)
-        if held is not None:
-            for local, inside, length in overlap(held.runs, start, stop):
-                held.read(local, local + length, values[inside : inside + length])
-        if entry.partitioned or entry.team != 0:  # else rank 0 has it already, and all ranks know that
-            window.collect()
-        yield start, values
+    window = Window(group)
+    failure: Exception | None = None
+    for entry in entries:
+        dtype = dtypes[entry.name]
+        for start in range(0, entry.numel, window.capacity(dtype)):
+            stop = min(start + window.capacity(dtype), entry.numel)
+            values = window.clear(stop - start, dtype)
+            try:
+                if failure is None:
+                    _read_window(entry, held(entry.name), start, stop, values, group)
+            except Exception as error:
+                failure = error
+            if entry.partitioned or entry.team != 0:  # else rank 0 has it already, and all ranks know that
+                window.collect()
+            try:
+                if failure is None and rank_in(group) == 0:
+                    take(entry, start, values)
+            except Exception as error:
+                failure = error
+
+    def finish() -> None:
+        if failure is not None:
+            raise failure
+
+    agree(finish, group, doing)
+
+
+def _read_window(
+    entry: Entry, held: Held | None, start: int, stop: int, out: Tensor, group: dist.ProcessGroup | None
+) -> None:
+    """Puts this rank's elements of the window ``[start, stop)`` of a full tensor into their places in ``out``."""
+    if held is None or not speaks(entry, held.share, group):
+        return
+    for local, inside, length in overlap(held.runs, start, stop):
+        held.read(local, local + length, out[inside : inside + length])
 
 
 def full_tensors(
@@ -147,17 +180,20 @@ def full_tensors(
     held: Callable[[str], Held | None],
     dtype: torch.dtype | None,
     group: dist.ProcessGroup | None,
+    doing: str,
 ) -> dict[str, Tensor]:
     """Full CPU tensors by name on rank 0, ``{}`` elsewhere; tied names share one tensor. Collective."""
-    window = Window(group)
-    first = rank_in(group) == 0
+    dtypes = {entry.name: entry.cast(dtype) for entry in entries}
     state: dict[str, Tensor] = {}
-    for entry in entries:
-        target = entry.cast(dtype)
-        full = torch.empty(entry.shape if first else 0, dtype=target)
-        for start, values in windows(entry, held(entry.name), target, group, window):
-            if first:
-                full.view(-1)[start : start + values.numel()].copy_(values)
-        if first:
-            state |= dict.fromkeys(entry.names, full)
+
+    def allocate() -> None:  # before anything is sent: where memory may be short
+        if rank_in(group) == 0:
+            for entry in entries:
+                state.update(dict.fromkeys(entry.names, torch.empty(entry.shape, dtype=dtypes[entry.name])))
+
+    def take(entry: Entry, start: int, values: Tensor) -> None:
+        state[entry.name].view(-1)[start : start + values.numel()].copy_(values)
+
+    agree(allocate, group, doing)
+    gather_each(entries, held, dtypes, group, take, doing)
     return state

@@ -38,6 +38,22 @@ def cut(runs: Runs, start: int, stop: int) -> Runs:
     return tuple(pieces)
 
 
+def chunks(runs: Runs, limit: int) -> Iterator[Runs]:
+    """``runs`` in order, in lists of at most ``limit`` elements; a run is cut where a list is full."""
+    part: list[Run] = []
+    room = limit
+    for start, length in runs:
+        while length:
+            size = min(length, room)
+            part.append((start, size))
+            start, length, room = start + size, length - size, room - size
+            if not room:
+                yield tuple(part)
+                part, room = [], limit
+    if part:
+        yield tuple(part)
+
+
 def overlap(runs: Runs, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
     """Where ``runs`` meet the window ``[start, stop)`` of the full tensor.
 

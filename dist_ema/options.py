@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 
@@ -16,7 +17,6 @@ from dist_ema.timing import CLOCK_UNITS, Time
 ONLY = "ema"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _BUFFERS = ("copy", "average", "ignore")
-_TOO_COARSE = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -143,8 +143,13 @@ def _named_schedules(averages: object) -> dict[str, Schedule]:
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise EMAConfigError(f"averages: the name {name!r} must consist of letters, digits, '_', '-' and '.'")
         option = f"averages[{name!r}]"
-        is_number = isinstance(value, (int, float))
-        schedules[name] = ConstantDecay(value) if is_number else _schedule(option, value)
+        if isinstance(value, Real):
+            try:
+                schedules[name] = ConstantDecay(value)  # type: ignore[arg-type]
+            except EMAConfigError as error:
+                raise EMAConfigError(f"{option}: {error}") from error
+        else:
+            schedules[name] = _schedule(option, value)
     return schedules
 
 
@@ -152,6 +157,7 @@ def _schedule(option: str, value: object) -> Schedule:
     if not isinstance(value, Schedule):
         raise EMAConfigError(
             f"{option}={value!r}: allowed is an object of dist_ema.schedules, such as HalfLife('1000ba')"
+            + ("" if option == "schedule" else ", or a decay in [0, 1)")
         )
     return value
 
@@ -178,13 +184,13 @@ def _flag(option: str, value: object) -> bool:
 def _patterns(option: str, value: object) -> tuple[re.Pattern[str], ...]:
     if value is None:
         return ()
-    values = [value] if isinstance(value, (str, re.Pattern)) else value
+    values = [value] if isinstance(value, (str, bytes, re.Pattern)) else value
     if not isinstance(values, Iterable):
         raise EMAConfigError(f"{option}={value!r}: allowed is a regular expression or a list of them")
     patterns = []
     for item in values:
-        if not isinstance(item, (str, re.Pattern)):
-            raise EMAConfigError(f"{option}={value!r}: {item!r} is not a regular expression")
+        if not isinstance(item, str) and not (isinstance(item, re.Pattern) and isinstance(item.pattern, str)):
+            raise EMAConfigError(f"{option}={value!r}: {item!r} is not a regular expression (a str)")
         try:
             patterns.append(re.compile(item))
         except re.error as error:

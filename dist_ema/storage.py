@@ -14,6 +14,7 @@ import shutil
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from dist_ema.errors import CheckpointError, EMAConfigError
+from dist_ema.geometry import Runs
 
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -82,7 +84,7 @@ def parse_size(size: int | str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", size) if isinstance(size, str) else None
     unit = _UNITS.get(match[2].upper()) if match else None
     if match and unit:
-        number = int(float(match[1]) * unit)
+        number = int(Decimal(match[1]) * unit)
     elif isinstance(size, int) and not isinstance(size, bool):
         number = size
     else:
@@ -93,7 +95,8 @@ def parse_size(size: int | str) -> int:
 
 
 def plan_files(tensors: Sequence[TensorPlan], limit: int, stem: str = "model") -> list[FilePlan]:
-    """Distributes tensors, in order, over files of at most ``limit`` bytes; a larger tensor has a file of its own.
+    """Distributes tensors, in order, over files of at most ``limit`` bytes, headers included; a tensor too large for
+    that has a file of its own.
 
     One file is called ``{stem}.safetensors``, several ``{stem}-00001-of-0000n.safetensors``. Pure: every rank computes
     the same. Raises CheckpointError for a dtype that safetensors does not have.
@@ -102,13 +105,15 @@ def plan_files(tensors: Sequence[TensorPlan], limit: int, stem: str = "model") -
         if tensor.dtype not in DTYPE_NAMES:
             raise CheckpointError(f"{tensor.name!r} is {tensor.dtype}, which safetensors cannot store")
     groups: list[list[TensorPlan]] = [[]]
-    used = 0
+    used = empty = len(_plan_file("", ()).header)
     for tensor in tensors:
-        if groups[-1] and used + tensor.nbytes > limit:
+        # A bound: the header of this tensor alone, with offsets that have as many digits as the limit.
+        size = tensor.nbytes + len(json.dumps({tensor.name: _header_entry(tensor, limit)})) + 8
+        if groups[-1] and used + size > limit:
             groups.append([])
-            used = 0
+            used = empty
         groups[-1].append(tensor)
-        used += tensor.nbytes
+        used += size
     count = len(groups)
     names = [f"{stem}-{index:05d}-of-{count:05d}.safetensors" for index in range(1, count + 1)]
     if count == 1:
@@ -124,17 +129,18 @@ def _plan_file(name: str, tensors: Sequence[TensorPlan]) -> FilePlan:
     begins: dict[str, int] = {}
     for tensor in ordered:
         begins[tensor.name] = position
-        header[tensor.name] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [position, position + tensor.nbytes],
-        }
+        header[tensor.name] = _header_entry(tensor, position)
         position += tensor.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     prefix = len(text).to_bytes(8, "little") + text
     offsets = {key: len(prefix) + begin for key, begin in begins.items()}
     return FilePlan(name, prefix, tuple(ordered), offsets, len(prefix) + position)
+
+
+def _header_entry(tensor: TensorPlan, begin: int) -> dict[str, object]:
+    offsets = [begin, begin + tensor.nbytes]
+    return {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
 
 
 def index_json(files: Sequence[FilePlan]) -> str:
@@ -151,7 +157,7 @@ class Staging:
 
     def __init__(self, target: Path, token: str) -> None:
         self.target = target
-        self.path = target.parent / f".{target.name}.tmp-{token}"
+        self.path = target.parent / f".{target.name[:100]}.tmp-{token}"  # names have at most 255 bytes
         self._token = token
 
     @staticmethod
@@ -182,10 +188,12 @@ class Staging:
     def commit(self) -> None:
         """Puts the directory in its place, complete and on disk."""
         (self.path / self.PROBE).unlink()
-        _sync_directory(self.path)
+        for file in self.path.iterdir():  # headers, the index and copied configurations among them
+            _sync(file)
+        _sync(self.path)
         self.refuse_existing()
         self.path.rename(self.target)
-        _sync_directory(self.target.parent)
+        _sync(self.target.parent)
 
     def discard(self) -> None:
         """Removes what was written."""
@@ -193,11 +201,8 @@ class Staging:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a small file and syncs it."""
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    """Writes a small file."""
+    path.write_text(text, encoding="utf-8")
 
 
 def create_file(directory: Path, plan: FilePlan) -> None:
@@ -220,18 +225,18 @@ class RunWriter:
         }
         self._open: dict[str, int] = {}
 
-    def write(self, name: str, start: int, values: Tensor) -> None:
-        """Puts flat CPU ``values``, of the planned dtype, at element ``start`` of the tensor ``name``."""
+    def write(self, name: str, runs: Runs, values: Tensor) -> None:
+        """Puts flat CPU ``values``, of the planned dtype, into the elements ``runs`` of the tensor ``name``."""
         file, offset, tensor = self._places[name]
         if values.dtype != tensor.dtype:
             raise CheckpointError(f"{name!r} is planned as {tensor.dtype}, got {values.dtype}")
         if file not in self._open:
             self._open[file] = os.open(self._directory / file, os.O_WRONLY)
         data = memoryview(values.contiguous().view(torch.uint8).numpy().data)
-        position = offset + start * tensor.dtype.itemsize
-        while data:
-            written = os.pwrite(self._open[file], data, position)
-            data, position = data[written:], position + written
+        item = tensor.dtype.itemsize
+        for start, length in runs:
+            _pwrite(self._open[file], data[: length * item], offset + start * item)
+            data = data[length * item :]
 
     def __enter__(self) -> RunWriter:
         return self
@@ -240,16 +245,30 @@ class RunWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            for descriptor in self._open.values():
-                if kind is None:
-                    os.fsync(descriptor)
+            if kind is None:
+                self.sync()
         finally:
-            for descriptor in self._open.values():
-                os.close(descriptor)
-            self._open.clear()
+            self.close()
+
+    def sync(self) -> None:
+        """Waits until what was written is on disk."""
+        for descriptor in self._open.values():
+            os.fsync(descriptor)
+
+    def close(self) -> None:
+        """Closes the files."""
+        for descriptor in self._open.values():
+            os.close(descriptor)
+        self._open.clear()
 
 
-def _sync_directory(path: Path) -> None:
+def _pwrite(descriptor: int, data: memoryview, position: int) -> None:
+    while data:  # the system may take a part only
+        written = os.pwrite(descriptor, data, position)
+        data, position = data[written:], position + written
+
+
+def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -17,9 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_ema import kernels
-from dist_ema.collectives import broadcast_flat, gather_objects
+from dist_ema.collectives import agree, broadcast_flat, gather_objects, same_updates
 from dist_ema.engines.base import Engine, Replicas
-from dist_ema.errors import EMAStateError
+from dist_ema.errors import EMAError, EMAStateError
 from dist_ema.shares import Share, replica_sets, split_over
 
 logger = logging.getLogger(__name__)
@@ -40,6 +40,31 @@ class Swap:
         self._diverged: dict[int, Tensor] = {}
         self._swapped: list[int] = []
         self._sources: list[Tensor] = []
+
+    def agree(self, updates: int, doing: str) -> None:
+        """Raises on every rank that a collective swap would wait for, if one of them cannot take part.
+
+        Collective where the swap is. Compares the number of updates too: a rank that has no average would stay away.
+        """
+        groups = [self._group_of(members).group for members in self._sets]
+        if self._engine.publish_is_collective and self._engine.group is not None:
+            groups.append(self._engine.group)
+        failure: EMAError | None = None
+
+        def check() -> None:
+            if failure is not None:
+                raise failure
+            self._engine.reshard()
+            self._engine.sources()
+
+        for group in groups:
+            try:
+                agree(check, group, doing)
+                same_updates(updates, group)
+            except EMAError as error:
+                failure = error
+        if failure is not None:
+            raise failure
 
     @torch.no_grad()
     def enter(self) -> None:

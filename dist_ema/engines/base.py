@@ -105,6 +105,8 @@ class Engine(ABC):
 
     #: Ranks that take part in collective calls; None in a run without a process group.
     group: dist.ProcessGroup | None = None
+    #: Whether :meth:`publish` is a collective call, of all ranks of ``group``.
+    publish_is_collective: bool = False
 
     @abstractmethod
     def specs(self) -> list[TensorSpec]:

@@ -16,6 +16,7 @@ class CompositeEngine(Engine):
     def __init__(self, engines: Sequence[Engine]) -> None:
         self._engines = list(engines)
         self.group = self._engines[0].group
+        self.publish_is_collective = any(engine.publish_is_collective for engine in self._engines)
 
     def modules(self) -> list[nn.Module]:
         return [module for engine in self._engines for module in engine.modules()]

@@ -87,8 +87,8 @@ def walk_slots(module: nn.Module) -> list[Slot]:
 class Binding:
     """Remembers which tensor object stood in each slot, to notice one that was replaced, frozen or unfrozen.
 
-    The objects are noted at the first ``check()``, so that weights may be materialised or loaded after construction;
-    which parameters are trained is noted at construction.
+    The objects are noted at the first ``check()`` after the meta device, so that weights may be materialised or loaded
+    after construction; which parameters are trained is noted at construction.
     """
 
     def __init__(self, slots: Iterable[Slot]) -> None:
@@ -99,9 +99,9 @@ class Binding:
     def check(self) -> None:
         """Raises EMAStateError, naming the parameter, if a slot no longer holds what it held. Local; no host sync."""
         found = [slot.get() for slot in self._slots]
-        if self._tensors is None:
+        if self._tensors is None and not any(tensor is not None and tensor.is_meta for tensor in found):
             self._tensors = found
-        for slot, tensor, bound, trained in zip(self._slots, found, self._tensors, self._trained, strict=True):
+        for slot, tensor, bound, trained in zip(self._slots, found, self._tensors or found, self._trained, strict=True):
             if tensor is not bound or tensor is None:
                 raise EMAStateError(
                     f"parameter {slot.name!r} is another tensor than the one that is averaged: it was replaced since. "
