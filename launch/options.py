@@ -60,7 +60,7 @@ class Options:
     engine: Engine = "ddp"
     data: str | None = None
     out: str | None = None
-    steps: PositiveInt = 500
+    steps: PositiveInt = 400
     batch: PositiveInt = 8
     lr: PositiveFloat = 4e-3
     seed: NonNegativeInt = 0
@@ -72,7 +72,7 @@ class Options:
     half_life: str = "20ba"
     update_interval: str = "1ba"
     ema_start: str = "0.1dur"
-    eval_every: PositiveInt = 50
+    eval_every: PositiveInt = 40
     eval_windows: PositiveInt = 128
     replicas: PositiveInt | None = None
     tensor_parallel: PositiveInt | None = None
