@@ -19,6 +19,7 @@ import importlib.util
 import json
 import math
 import multiprocessing
+import os
 import random
 import shutil
 import statistics
@@ -53,7 +54,9 @@ over this time. "extra MiB" is the peak of temporaries during updates. "off by" 
 average, over the largest distance that it moved: at this decay a bf16 shadow does not follow.
 Contenders with a bf16 shadow cannot average bf16 weights into an fp32 one; they move fewer bytes than the others.
 Composer gathers the whole model for each update: one process shows its arithmetic, not that communication.
-DeepSpeed-Chat's form is that of ZeRO-0 to 2; under ZeRO-3 its average does not move at all."""
+DeepSpeed-Chat's form is that of ZeRO-0 to 2; under ZeRO-3 its average does not move at all.
+On a machine whose cores are taken (load average) threads wait for each other, tensor by tensor: measure on an idle one,
+or with OMP_NUM_THREADS=1."""
 
 
 class Model(nn.Module):
@@ -445,6 +448,7 @@ def update(arguments: argparse.Namespace) -> None:
             result: int | None = pool.apply(peak_of_updates, job)
             return result
 
+    load = os.getloadavg()[0]
     rows = []
     for name in arguments.dtype:
         rows += measure(
@@ -457,7 +461,8 @@ def update(arguments: argparse.Namespace) -> None:
     where = f"{torch.get_num_threads()} threads" if arguments.device == "cpu" else torch.cuda.get_device_name()
     print(
         f"EMA update, {arguments.elements:,} elements in {arguments.tensors} uneven tensors, fp32 shadow, "
-        f"decay {DECAY}\n{where}, torch {torch.__version__}, medians of {arguments.repeats} rounds\n\n{table(rows)}\n\n{NOTES}"
+        f"decay {DECAY}\n{where}, torch {torch.__version__}, medians of {arguments.repeats} rounds, "
+        f"load average before {load:.1f}\n\n{table(rows)}\n\n{NOTES}"
     )
 
 
