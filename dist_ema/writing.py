@@ -1,0 +1,119 @@
+"""Full tensors from all ranks into the files of one folder: in place by everyone, or through rank 0."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dist_ema.collectives import agree, sum_integers
+from dist_ema.fingerprint import partial_digest
+from dist_ema.gather import Entry, Held, gather_each, speaks
+from dist_ema.geometry import Runs, chunks, count
+from dist_ema.storage import FilePlan, RunWriter, TensorPlan, plan_files
+
+#: Elements that are converted, digested and written at a time.
+CHUNK = 1 << 20
+
+
+@dataclass
+class Folder:
+    """Full tensors that go into one folder, and what this rank holds of them.
+
+    Attributes:
+        entries: the tensors, the same on every rank.
+        held: what this rank has of one, by its name.
+        dtypes: what each is written as.
+        limit: bytes of one file at most.
+        tied: write a tied tensor under all of its names.
+        digests: of what this rank wrote, by name; empty unless they were asked for.
+    """
+
+    entries: Sequence[Entry]
+    held: Callable[[str], Held | None]
+    dtypes: dict[str, torch.dtype]
+    limit: int
+    tied: bool
+    digests: dict[str, int] = field(default_factory=dict)
+
+    def plan(self) -> list[FilePlan]:
+        """The files. Pure: every rank computes the same."""
+        tensors = [
+            TensorPlan(name, self.dtypes[entry.name], entry.shape)
+            for entry in self.entries
+            for name in self.names(entry)
+        ]
+        return plan_files(tensors, self.limit)
+
+    def names(self, entry: Entry) -> tuple[str, ...]:
+        """The names under which a tensor is written."""
+        return entry.names if self.tied else (entry.name,)
+
+    def write(
+        self,
+        directory: Path,
+        plans: Sequence[FilePlan],
+        group: dist.ProcessGroup | None,
+        shared: bool,
+        digest: bool,
+        doing: str,
+    ) -> None:
+        """Fills the files, which exist, and syncs them. Collective; an error of one rank is raised on all.
+
+        Args:
+            directory: the folder.
+            plans: what ``plan()`` gave.
+            group: the ranks.
+            shared: every rank sees the directory and writes its own elements; else rank 0 writes all of them.
+            digest: take the fingerprint of what is written.
+            doing: for the error.
+        """
+        with RunWriter(directory, plans) as writer:
+            if shared:
+                agree(lambda: self.write_own(writer, group, digest), group, doing)
+            else:
+                self._write_gathered(writer, group, digest, doing)
+
+    def write_own(self, writer: RunWriter, group: dist.ProcessGroup | None, digest: bool) -> None:
+        """Writes the elements that this rank speaks for, and syncs. Local."""
+        self._each_chunk(group, digest, writer)
+        writer.sync()
+
+    def total_digests(self, group: dist.ProcessGroup | None) -> dict[str, int]:
+        """Fingerprints of the full tensors. Collective."""
+        names = [entry.name for entry in self.entries]
+        return dict(zip(names, sum_integers([self.digests.get(name, 0) for name in names], group), strict=True))
+
+    def _write_gathered(self, writer: RunWriter, group: dist.ProcessGroup | None, digest: bool, doing: str) -> None:
+        def take(entry: Entry, start: int, values: Tensor) -> None:
+            for name in self.names(entry):
+                writer.write(name, ((start, values.numel()),), values.cpu())
+
+        if digest:
+            agree(lambda: self._each_chunk(group, digest, None), group, doing)
+        gather_each(self.entries, self.held, self.dtypes, group, take, doing)
+        agree(writer.sync, group, doing)
+
+    def _each_chunk(self, group: dist.ProcessGroup | None, digest: bool, writer: RunWriter | None) -> None:
+        for entry in self.entries:
+            mine = self.held(entry.name)
+            if mine is None or not speaks(entry, mine.share, group):
+                continue
+            scratch = torch.empty(min(CHUNK, mine.share.numel), dtype=self.dtypes[entry.name])
+            low, total = 0, 0
+            for runs in chunks(mine.runs, CHUNK):
+                values = scratch[: count(runs)]
+                mine.read(low, low + values.numel(), values)
+                low += values.numel()
+                total += partial_digest(values, runs) if digest else 0
+                if writer is not None:
+                    self._write(writer, entry, runs, values)
+            self.digests[entry.name] = total
+
+    def _write(self, writer: RunWriter, entry: Entry, runs: Runs, values: Tensor) -> None:
+        for name in self.names(entry):
+            writer.write(name, runs, values)
