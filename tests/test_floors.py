@@ -1,0 +1,200 @@
+"""Who may know what: read from the library's source, so that a shortcut is seen before it is relied on."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent / "dist_ema"
+FILES = {
+    path.relative_to(ROOT.parent).with_suffix("").as_posix().replace("/", "."): path for path in ROOT.rglob("*.py")
+}
+MODULES = {name.removesuffix(".__init__"): path for name, path in FILES.items()}
+TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
+
+#: From the bottom up. A module imports what stands below it; a package's modules, also each other. What is not listed
+#: (checkpoint, command line, integrations) stands above.
+LAYERS = [
+    {"dist_ema.errors"},
+    {"dist_ema.timing", "dist_ema.geometry"},
+    {"dist_ema.schedules", "dist_ema.kernels"},
+    {"dist_ema.fingerprint", "dist_ema.collectives", "dist_ema.engines", "dist_ema.options", "dist_ema.storage"},
+    {"dist_ema.shares"},
+    {"dist_ema.shadow", "dist_ema.swap", "dist_ema.gather"},
+    {"dist_ema.export", "dist_ema.report", "dist_ema.functional"},
+    {"dist_ema.ema"},
+]
+WRAPPERS = ("torch.distributed.fsdp", "torch.nn.parallel", "torch.distributed.tensor", "deepspeed")
+TRAINERS = ("composer", "lightning", "pytorch_lightning", "transformers", "accelerate")
+#: Calls that touch the file system.
+FILE_CALLS = {"open", "fdopen", "pwrite", "pread", "mkdir", "makedirs", "unlink", "rename", "rmtree"}
+FILE_CALLS |= {"read_text", "write_text", "read_bytes", "write_bytes", "copyfile", "copytree", "fsync"}
+FILE_CALLS |= {"save_file", "load_file", "safe_open", "mkdtemp", "NamedTemporaryFile", "TemporaryDirectory"}
+#: Of these modules only; other objects may have methods of such names.
+SERIALIZERS = {"torch.save", "torch.load", "pickle.dump", "pickle.load", "np.save", "np.load", "os.replace"}
+OPENS_FILES = {"dist_ema.storage", "dist_ema.checkpoint", "dist_ema.posthoc", "dist_ema.cli", "dist_ema.integrations"}
+
+
+def imports(name: str) -> Iterator[str]:
+    """Every module that ``name`` imports, at any depth of its code, with the names taken from packages."""
+    package = name if MODULES[name].name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parts = package.split(".")
+            base = ".".join(parts[: len(parts) - node.level + 1]) if node.level else ""
+            source = ".".join(part for part in (base, node.module) if part)
+            yield source
+            yield from (f"{source}.{alias.name}" for alias in node.names)
+
+
+def inside(module: str, package: str) -> bool:
+    return module == package or module.startswith(f"{package}.")
+
+
+def importers(*packages: str) -> dict[str, list[str]]:
+    """Which modules of the library import one of ``packages``, and what."""
+    found = {
+        name: sorted({module for module in imports(name) if any(inside(module, package) for package in packages)})
+        for name in MODULES
+    }
+    return {name: modules for name, modules in found.items() if modules}
+
+
+def layer(name: str) -> int:
+    """The number of the layer of a module or of the package that it is in."""
+    for number, members in enumerate(LAYERS):
+        if any(inside(name, member) for member in members):
+            return number
+    return len(LAYERS)
+
+
+def test_the_source_was_found() -> None:
+    """A wrong path would make every test below pass."""
+    assert {"dist_ema", "dist_ema.ema", "dist_ema.engines", "dist_ema.engines.zero"} <= MODULES.keys()
+    listed = set().union(*LAYERS)
+    assert listed <= MODULES.keys(), f"LAYERS lists what is gone: {sorted(listed - MODULES.keys())}"
+
+
+def test_time_schedules_and_geometry_do_not_know_torch() -> None:
+    pure = {"dist_ema", "dist_ema.errors", "dist_ema.geometry", "dist_ema.timing", "dist_ema.schedules"}
+    assert not pure & importers("torch").keys()
+
+
+def test_arithmetic_does_not_know_process_groups() -> None:
+    found = importers("torch.distributed")
+    assert not {"dist_ema.kernels", "dist_ema.fingerprint", "dist_ema.geometry", "dist_ema.shadow"} & found.keys()
+
+
+def test_only_engines_know_wrappers() -> None:
+    outside = {name: found for name, found in importers(*WRAPPERS).items() if not inside(name, "dist_ema.engines")}
+    assert not outside
+
+
+def test_only_integrations_know_trainers() -> None:
+    outside = {name: found for name, found in importers(*TRAINERS).items() if not inside(name, "dist_ema.integrations")}
+    assert not outside
+
+
+def test_only_storage_touches_files() -> None:
+    """And export, where it copies a configuration; only by ``shutil.copyfile``."""
+    found = {name: touched for name in MODULES if (touched := file_calls(name))}
+    found = {name: touched for name, touched in found.items() if not any(inside(name, one) for one in OPENS_FILES)}
+    assert found == {"dist_ema.export": {"shutil.copyfile"}}
+    assert {"os.pwrite", "self.path.rename", "shutil.rmtree"} <= file_calls("dist_ema.storage"), "sees nothing"
+
+
+def file_calls(name: str) -> set[str]:
+    """Calls in ``name`` that touch the file system; the library's own functions of such a name do not count."""
+    tree = TREES[name]
+    own = {
+        alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and inside(node.module or "", "dist_ema")
+        for alias in node.names
+    }
+    calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)} - own
+    return {call for call in calls if call.split(".")[-1] in FILE_CALLS or call in SERIALIZERS}
+
+
+def test_imports_go_downwards_only() -> None:
+    """Also inside functions and for types alone. Public names of the package itself are lazy and the exception."""
+    upwards = []
+    for name in MODULES.keys() - {"dist_ema"}:
+        for module in imports(name):
+            if module == "dist_ema" or module not in MODULES:
+                continue
+            same_package = inside(name, "dist_ema.engines") and inside(module, "dist_ema.engines")
+            above = layer(module) >= layer(name) and layer(name) < len(LAYERS)
+            if above and not same_package and module != name:
+                upwards.append(f"{name} imports {module}")
+    assert not upwards
+
+
+def test_modules_do_not_import_each_other_in_a_circle() -> None:
+    waiting = {
+        name: {module for module in imports(name) if module in MODULES and module not in (name, "dist_ema")}
+        for name in MODULES.keys() - {"dist_ema"}
+    }
+    # A module of a package loads the package, which imports its modules: the package is left out of their lists.
+    for name, needed in waiting.items():
+        needed -= {package for package in needed if name.startswith(f"{package}.")}
+    while ready := [name for name, needed in waiting.items() if not needed]:
+        for name in ready:
+            del waiting[name]
+        for needed in waiting.values():
+            needed -= set(ready)
+    assert not waiting
+
+
+def test_nothing_reaches_for_the_package_itself() -> None:
+    """``from dist_ema import ShardedEMA`` inside the library would go through the lazy names, in a circle."""
+    taken = {
+        f"{name} takes {module}"
+        for name in MODULES.keys() - {"dist_ema"}
+        for module in imports(name)
+        if module.count(".") == 1 and inside(module, "dist_ema") and module not in MODULES
+    }
+    assert not {entry for entry in taken if "dist_ema.__version__" not in entry}
+
+
+def test_no_assert_and_no_print() -> None:
+    """``python -O`` drops an assert; a library's print cannot be turned off."""
+    asserts = [name for name, tree in TREES.items() if any(isinstance(node, ast.Assert) for node in ast.walk(tree))]
+    assert not asserts
+    prints = {
+        name
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("print", "exit")
+    }
+    assert prints <= {"dist_ema.cli"}
+
+
+@pytest.mark.parametrize(
+    ("statement", "absent"),
+    [
+        ("import dist_ema", ["torch", "numpy"]),
+        ("import dist_ema; dist_ema.schedules.HalfLife('10ba'); dist_ema.errors.EMAError", ["torch", "numpy"]),
+        ("import dist_ema.geometry, dist_ema.timing", ["torch", "numpy"]),
+        ("import dist_ema.engines", ["deepspeed", *TRAINERS]),
+        ("import dist_ema; dist_ema.ShardedEMA; dist_ema.compute_ema", ["deepspeed", *TRAINERS]),
+    ],
+)
+def test_imports_stay_light(statement: str, absent: list[str]) -> None:
+    """``--help`` should not wait seconds for torch, nor a run without DeepSpeed for DeepSpeed."""
+    code = f"{statement}; import sys; print(sorted(sys.modules.keys() & {set(absent)!r}))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (result.stdout.strip(), result.returncode) == ("[]", 0), result.stderr
+
+
+def test_an_unknown_public_name_is_an_attribute_error() -> None:
+    code = "import dist_ema; assert 'ShardedEMA' in dir(dist_ema); dist_ema.Sharded"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "AttributeError: module 'dist_ema' has no attribute 'Sharded'" in result.stderr
