@@ -132,7 +132,7 @@ def test_an_export_unlike_the_average_is_not_reported_as_success(
         (["--half-life", "5ba"], "half-life is unknown: did you mean half_life?"),
         (["--engine", "fsdp3"], "fsdp2"),
         (["--steps", "0"], "steps"),
-        (["--heads", "3"], "width=128: must be a multiple of heads=3"),
+        (["--heads", "5"], "width=96: must be a multiple of heads=5"),
         (["--half_life", "20"], "half_life='20'"),
         (["--half_life", "0ba"], "half_life='0ba'"),
         (["--update_interval", "1ep"], "ba, sp, tok"),
