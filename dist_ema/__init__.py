@@ -1,6 +1,6 @@
 """Exponential moving averages of sharded models.
 
-``ShardedEMA`` and ``compute_ema`` are imported when they are first used, so that ``import dist_ema`` does not import
+Everything is imported when it is first used, so that ``import dist_ema`` does not import
 torch.
 """
 
@@ -14,11 +14,18 @@ if TYPE_CHECKING:
     from dist_ema import schedules as schedules
     from dist_ema.ema import ShardedEMA as ShardedEMA
     from dist_ema.functional import compute_ema as compute_ema
+    from dist_ema.loading import read_checkpoint as read_checkpoint
+    from dist_ema.loading import verify_checkpoint as verify_checkpoint
 
 __version__ = "0.1.0"
-__all__ = ["ShardedEMA", "compute_ema", "errors", "schedules"]
+__all__ = ["ShardedEMA", "compute_ema", "errors", "read_checkpoint", "schedules", "verify_checkpoint"]
 
-_HOMES = {"ShardedEMA": "dist_ema.ema", "compute_ema": "dist_ema.functional"}
+_HOMES = {
+    "ShardedEMA": "dist_ema.ema",
+    "compute_ema": "dist_ema.functional",
+    "read_checkpoint": "dist_ema.loading",
+    "verify_checkpoint": "dist_ema.loading",
+}
 
 
 def __getattr__(name: str) -> Any:

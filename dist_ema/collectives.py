@@ -5,7 +5,8 @@ Everything takes ``group=None`` for a run without a process group, and is then l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -46,6 +47,15 @@ def gather_objects(value: T, group: dist.ProcessGroup | None) -> list[T]:
     return values  # type: ignore[return-value]
 
 
+def broadcast_object(value: T, group: dist.ProcessGroup | None) -> T:
+    """Rank 0's ``value``. Collective. For small things only: it is pickled."""
+    if group is None:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, group=group, group_src=0)
+    return values[0]
+
+
 def agree(action: Callable[[], T], group: dist.ProcessGroup | None, doing: str) -> T:
     """Runs ``action`` on every rank; if it raised anywhere, raises everywhere. Collective.
 
@@ -70,6 +80,19 @@ def agree(action: Callable[[], T], group: dist.ProcessGroup | None, doing: str) 
         kind = errors.CheckpointError
     details = "; ".join(f"rank {rank}: {name}: {text}" for rank, (name, text) in failed.items())
     raise kind(f"{doing} failed: {details}") from failure
+
+
+@contextmanager
+def answering(doing: str, timeout: float) -> Iterator[None]:
+    """Turns the error of a collective call that a rank did not join in time into one that says so."""
+    try:
+        yield
+    except errors.EMAError:
+        raise
+    except RuntimeError as error:  # what torch.distributed raises; the group is of no use afterwards
+        raise errors.CheckpointError(
+            f"{doing} failed: a rank did not answer within {timeout:g} s, or is gone: {error}"
+        ) from error
 
 
 def same_updates(updates: int, group: dist.ProcessGroup | None) -> None:

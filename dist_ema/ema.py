@@ -6,24 +6,30 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_ema import kernels
-from dist_ema.collectives import agree, gather_objects, same_updates, sum_floats, sum_integers
+from dist_ema.background import Background
+from dist_ema.checkpoint import Save
+from dist_ema.collectives import agree, answering, gather_objects, rank_in, same_updates, sum_floats, sum_integers
 from dist_ema.engines import RemovableHandle, detect
 from dist_ema.errors import EMAConfigError, EMAStateError
 from dist_ema.export import export
 from dist_ema.fingerprint import partial_digest
 from dist_ema.gather import Entry, Held, catalogue, full_tensors, speaks
+from dist_ema.loading import Load
 from dist_ema.options import Options
 from dist_ema.report import memory_report
 from dist_ema.schedules import Schedule
 from dist_ema.shadow import Shadow
 from dist_ema.shares import plan
 from dist_ema.swap import Swap
-from dist_ema.timing import Progress, crossed, reached
+from dist_ema.timing import Progress
+from dist_ema.track import Track
 
 logger = logging.getLogger(__name__)
 
@@ -105,10 +111,12 @@ class ShardedEMA:
         )
         self._engine = detect(target)
         self._is_part = isinstance(target, (Sequence, nn.ModuleList))
-        self._clock = Progress()
         self._inside: str | None = None
         self._warned = False
-        self._plan()
+        self._background = Background()
+        self._control: dist.ProcessGroup | None = None
+        self._timeout = 0.0  # of the control group
+        self._plan(Progress())
 
     # Averaging: local.
 
@@ -133,29 +141,25 @@ class ShardedEMA:
             EMAConfigError: a count is negative or not a number.
         """
         self._refuse_inside("update()")
-        now = self._clock.advance(batches=batches, samples=samples, tokens=tokens, epochs=epochs)
+        now = self._track.clock.advance(batches=batches, samples=samples, tokens=tokens, epochs=epochs)
         if not self._engine.stepped():
             return False
-        due = crossed(self._clock, now, self._options.interval) and reached(now, self._options.start)
+        due = self._track.is_due(now)
         if due:
+            self._background.settle()
             self._engine.reshard()
             self._average(self._engine.sources(), now)
-        self._clock = now
+        self._track.clock = now
         return due
 
     def _average(self, sources: Sequence[Tensor], now: Progress) -> None:
         if not self._shadow.started:
             self._shadow.start(sources)
-            self._start = now
-            self._seen = Progress(updates=1)
-            return
-        after = now.since(self._start).advance(batches=0, updates=self._seen.updates + 1)
-        schedules = self._options.schedules
-        weights = [schedule.weight(self._seen, after) for schedule in schedules.values()]
-        self._decays = {name: schedule.retain(self._seen, after) for name, schedule in schedules.items()}
-        self._warn_if_still(weights)
-        self._shadow.update(sources, weights)
-        self._seen = after
+            self._track.begin(now)
+        else:
+            weights = self._track.step(now)
+            self._warn_if_still(weights)
+            self._shadow.update(sources, weights)
 
     def _warn_if_still(self, weights: Sequence[float]) -> None:
         units = self._options.units() - {"ba"}
@@ -189,9 +193,10 @@ class ShardedEMA:
         ``average_parameters()``.
         """
         self._refuse_inside("reset()")
-        self._plan()
+        self._background.wait()
+        self._plan(self._track.clock)
 
-    def _plan(self) -> None:
+    def _plan(self, clock: Progress) -> None:
         specs = self._engine.specs()
         names = [spec.name for spec in specs]
         if not self._is_part:  # a pattern may be meant for another rank's stage
@@ -205,10 +210,10 @@ class ShardedEMA:
             )
         self._warn_if_coarse()
         self._warned = False
+        self._track = Track(self._options, clock)
         self._shadow: Shadow = Shadow(self._options.schedules, self._shares, self._options.skip_nonfinite)
+        self._skipped_before = 0  # of a run that was resumed; counted by rank 0
         self._entries: list[Entry] | None = None
-        self._start = self._seen = Progress()
-        self._decays = dict.fromkeys(self._options.schedules, 0.0)
 
     def _warn_if_coarse(self) -> None:
         coarse = [share for share in self._shares if share.mode == "average" and share.dtype.itemsize < 4]
@@ -255,6 +260,7 @@ class ShardedEMA:
 
     def _swap(self, name: str, doing: str) -> Swap | None:
         """None before the first update, when the average is the live model. Collective where the swap is."""
+        self._background.settle()
         started = self._shadow.started
         shadows = self._shadow.tensors(name) if started else [None] * len(self._shares)
         swap = Swap(self._engine, self._shares, shadows, self._shadow.scratch)
@@ -335,6 +341,95 @@ class ShardedEMA:
             gather=gather,
         )
 
+    def save(self, path: str | os.PathLike[str], *, block: bool = True, timeout: float = 120.0) -> None:
+        """Writes a checkpoint of the averages that loads at any world size and under any engine. Collective.
+
+        Every rank writes its own elements in place, in the shadow's dtype; what is not averaged is written too, so that
+        the checkpoint is a whole model. A checkpoint at ``path`` is replaced by a complete one, in one step: at every
+        moment there is the old or the new one, on disk. Extra memory: some MiB a rank.
+
+        Args:
+            path: the directory; its parent must exist.
+            block: wait until all is on disk. If not, the next due update waits until the shadow has been read (not
+                until it is on disk), and what fails is raised by the next ``update``, ``save``, ``load``, ``reset``,
+                ``wait`` or ``close``, on every rank; at the end of the program it is logged, with exit status 1.
+            timeout: seconds to wait for a rank that does not answer.
+
+        Raises:
+            CheckpointError: on every rank, whichever rank failed; nothing is left behind.
+            EMAStateError: inside ``average_parameters()``, or the model has changed.
+        """
+        self._background.wait()
+        group = self._control_group(timeout)
+        with answering(f"save to {path}", timeout):
+            save = agree(lambda: self._save(path, group), group, f"save to {path}")
+            if block:
+                save.run()
+                return
+            save.start()
+        self._background.start(save.write_averages, save.finish, save.abandon)
+
+    def _save(self, path: object, group: dist.ProcessGroup | None) -> Save:
+        sources = self._sources("save()")
+        views = {name: self._held(name, sources).get for name in self.names}
+        return Save(path, self._track, self._shadow.started, self._skipped(), self._catalogue(), views, group)
+
+    def load(self, path: str | os.PathLike[str], *, strict: bool = True, verify: bool = True) -> None:
+        """Reads a checkpoint, of any engine and world size, by ranges of its files. Collective.
+
+        The average is then bit for bit the saved one, and training goes on as if it had not stopped. The clock is the
+        saved one, the schedules are this object's; where they differ, that is logged.
+
+        Args:
+            path: of the checkpoint.
+            strict: every tensor must fit. If not, what does not is left out, which is logged, and starts from the live
+                weights.
+            verify: check the fingerprints of what is read.
+
+        Raises:
+            CheckpointMismatchError: lists all that is missing, unexpected or misshapen; nothing has changed.
+            CheckpointCorruptError: names the damaged file and tensor; nothing has changed.
+            CheckpointError: there is no checkpoint, or one of another format version.
+            EMAStateError: inside ``average_parameters()``, or the model has changed.
+        """
+        self._background.wait()
+        group = self._engine.group
+        sources = agree(lambda: self._sources("load()"), group, f"load from {path}")
+        entries = self._catalogue()
+        load = Load(path, entries, self.names, group)
+        found = load.match(strict)
+        manifest = load.manifest
+        shadow = Shadow(self._options.schedules, self._shares, self._options.skip_nonfinite)
+        if manifest.started:
+            agree(lambda: shadow.start(sources), group, f"load from {path}")
+            shadow.forget_skipped()
+            load.read(load.wants(found, {share.spec.name: share for share in self._shares}, shadow), verify)
+        self._shadow = shadow
+        self._track.restore(manifest.clock, manifest.start, manifest.seen)
+        self._skipped_before = manifest.skipped if rank_in(group) == 0 else 0
+        load.report_schedules(self._options.schedules)
+
+    def wait(self) -> None:
+        """Waits for a save in the background, and raises what failed in it. Local."""
+        self._background.wait()
+
+    def close(self) -> None:
+        """``wait()``, and gives back what saving took. Collective if there was a save. The object stays usable."""
+        self._background.wait()
+        if self._control is not None and dist.is_initialized():
+            dist.destroy_process_group(self._control)
+        self._control = None
+
+    def _control_group(self, timeout: float) -> dist.ProcessGroup | None:
+        """A group of our own on the CPU, so that a thread may use it and a rank that hangs is noticed. Collective."""
+        if self._engine.group is None:
+            return None
+        if self._control is None or self._timeout != timeout:
+            self.close()
+            self._timeout = timeout
+            self._control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+        return self._control
+
     def fingerprint(self, name: str | None = None) -> dict[str, int]:
         """A 64-bit digest of each full tensor, by canonical name, which does not depend on how it is sharded.
 
@@ -364,14 +459,18 @@ class ShardedEMA:
         entries = {entry.name: entry for entry in self._catalogue()}
         spoken = [speaks(entries[share.spec.name], share, self._engine.group) for share in self._shares]
         squares = [self._squared_distance(name, sources, spoken) for name in self._options.schedules]
-        guard = self._shadow.guard
-        *squares, skipped = sum_floats([*squares, guard.total() if guard else 0], self._engine.group)
+        *squares, skipped = sum_floats([*squares, self._skipped()], self._engine.group)
         values = {"ema/num_updates": float(self.num_updates), "ema/skipped_elements": skipped}
         for name, square in zip(self._options.schedules, squares, strict=True):
             prefix = "ema" if len(squares) == 1 else f"ema/{name}"
-            values[f"{prefix}/decay"] = self._decays[name]
+            values[f"{prefix}/decay"] = self._track.decays[name]
             values[f"{prefix}/distance"] = square**0.5
         return values
+
+    def _skipped(self) -> int:
+        """NaN and Inf elements that this rank left out, and on rank 0 those of the run that was resumed."""
+        guard = self._shadow.guard
+        return self._skipped_before + (guard.total() if guard is not None else 0)
 
     def _squared_distance(self, name: str, sources: Sequence[Tensor], spoken: Sequence[bool]) -> float:
         if not self._shadow.started:
@@ -393,14 +492,12 @@ class ShardedEMA:
     @property
     def num_updates(self) -> int:
         """How often weights were taken into the average, the first copy included."""
-        return self._seen.updates
+        return self._track.seen.updates
 
     @property
     def progress(self) -> Progress:
         """The training clock since the first copy, in all units."""
-        if not self._shadow.started:
-            return Progress()
-        return self._clock.since(self._start).advance(batches=0, updates=self.num_updates)
+        return self._track.progress
 
     def memory_report(self) -> str:
         """What the shadow costs on this rank, by device, as a short text. Local."""

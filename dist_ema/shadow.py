@@ -41,6 +41,11 @@ class Shadow:
         self._averages = averages
         self._copy_buffers(sources)
 
+    def forget_skipped(self) -> None:
+        """Starts counting NaN and Inf from zero."""
+        if self.guard is not None:
+            self.guard = kernels.Guard()
+
     def update(self, sources: Sequence[Tensor], weights: Sequence[float]) -> None:
         """Moves every average by its weight. Local; no host sync, no memory beyond the scratch."""
         kernels.lerp(

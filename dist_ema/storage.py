@@ -189,11 +189,11 @@ class Staging:
         """Puts the directory in its place, complete and on disk."""
         (self.path / self.PROBE).unlink()
         for file in self.path.iterdir():  # headers, the index and copied configurations among them
-            _sync(file)
-        _sync(self.path)
+            sync(file)
+        sync(self.path)
         self.refuse_existing()
         self.path.rename(self.target)
-        _sync(self.target.parent)
+        sync(self.target.parent)
 
     def discard(self) -> None:
         """Removes what was written."""
@@ -268,7 +268,8 @@ def _pwrite(descriptor: int, data: memoryview, position: int) -> None:
         data, position = data[written:], position + written
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Waits until a file or directory is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,0 +1,339 @@
+"""A checkpoint into memory: whole tensors in one process, or each rank's elements at any world size."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dist_ema.collectives import (
+    WINDOW_BYTES,
+    agree,
+    broadcast_object,
+    device_for,
+    gather_objects,
+    rank_in,
+    sum_integers,
+)
+from dist_ema.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError, EMAConfigError
+from dist_ema.fingerprint import partial_digest
+from dist_ema.gather import Entry, speaks
+from dist_ema.geometry import Runs, chunks, count, overlap, whole
+from dist_ema.manifest import Manifest, StoredTensor
+from dist_ema.reading import DTYPES, RunReader, read_manifest, read_manifest_bytes
+from dist_ema.schedules import Schedule
+from dist_ema.shadow import Shadow
+from dist_ema.shares import Share
+
+logger = logging.getLogger(__name__)
+#: Elements that are read, digested and converted at a time.
+CHUNK = 1 << 20
+Key = tuple[str, str]
+
+
+def stored_tensors(manifest: Manifest) -> dict[Key, StoredTensor]:
+    """Every tensor of a checkpoint by folder and name."""
+    return {
+        (folder, name): tensor for folder, tensors in manifest.folders().items() for name, tensor in tensors.items()
+    }
+
+
+def open_reader(path: Path, manifest: Manifest) -> RunReader:
+    """Opens and checks every file of a checkpoint; see :class:`RunReader`. Local."""
+    return RunReader(path / manifest.data, manifest.files, stored_tensors(manifest))
+
+
+# In one process.
+
+
+def verify_checkpoint(path: str | Path, *, threads: int = 4) -> Manifest:
+    """Reads all of a checkpoint and checks every byte of it. One process; memory of some MiB a thread.
+
+    Args:
+        path: of the checkpoint.
+        threads: that read and digest side by side.
+
+    Returns:
+        What the checkpoint consists of.
+
+    Raises:
+        CheckpointError: there is none, or it has another format version.
+        CheckpointCorruptError: lists every file and tensor that is damaged, missing, or not the one that was written.
+    """
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    with open_reader(folder, manifest) as reader, ThreadPoolExecutor(threads) as pool:
+        tensors = stored_tensors(manifest)
+        digests = pool.map(lambda key: _digest(reader, key, tensors[key]), tensors)
+        damaged = [
+            f"{tensor.file}: {name!r}"
+            for ((_, name), tensor), digest in zip(tensors.items(), digests, strict=True)
+            if digest != tensor.digest
+        ]
+    if damaged:
+        raise _damaged(folder, damaged)
+    return manifest
+
+
+def read_checkpoint(path: str | Path, name: str | None = None) -> dict[str, Tensor]:
+    """Full tensors of one average, with what is not averaged, by canonical name, tied ones under each. One process.
+
+    Args:
+        path: of the checkpoint.
+        name: which average; None means the only one.
+
+    Raises:
+        EMAConfigError: there is no such average, or there are several and none was named.
+        CheckpointError, CheckpointCorruptError: as :func:`verify_checkpoint`; what is returned has been verified.
+    """
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    chosen = choose_average(manifest, name)
+    state: dict[str, Tensor] = {}
+    damaged = []
+    with open_reader(folder, manifest) as reader:
+        for key, tensor in stored_tensors(manifest).items():
+            if key[0].startswith("averages/") and key[0] != f"averages/{chosen}":
+                continue
+            full = torch.empty(tensor.shape, dtype=reader.dtype(key))
+            runs = whole(full.numel())
+            reader.read(key, runs, full.view(-1))
+            if partial_digest(full, runs) != tensor.digest:
+                damaged.append(f"{tensor.file}: {key[1]!r}")
+            state |= dict.fromkeys((key[1], *tensor.aliases), full)
+    if damaged:
+        raise _damaged(folder, damaged)
+    return state
+
+
+def choose_average(manifest: Manifest, name: str | None) -> str:
+    """The average that is meant. Raises EMAConfigError if that is not clear."""
+    names = tuple(manifest.averages)
+    if name is None and len(names) == 1:
+        return names[0]
+    if name is None or name not in names:
+        raise EMAConfigError(f"name={name!r}: the checkpoint has {', '.join(map(repr, names))}")
+    return name
+
+
+def _digest(reader: RunReader, key: Key, tensor: StoredTensor) -> int:
+    runs = whole(torch.Size(tensor.shape).numel())
+    scratch = torch.empty(min(CHUNK, count(runs)), dtype=reader.dtype(key))
+    total = 0
+    for part in chunks(runs, CHUNK):
+        values = scratch[: count(part)]
+        reader.read(key, part, values)
+        total += partial_digest(values, part)
+    return total % (1 << 64)
+
+
+def _damaged(path: Path, found: Sequence[str]) -> CheckpointCorruptError:
+    return CheckpointCorruptError(f"{path} is damaged; its data are not what was written: {'; '.join(found)}")
+
+
+# On every rank.
+
+
+@dataclass(frozen=True)
+class Want:
+    """What this rank wants of one stored tensor: the elements of a share, into a flat shadow."""
+
+    key: Key
+    entry: Entry
+    share: Share | None
+    out: Tensor | None
+
+
+class Load:
+    """One load: ``match()``, then ``read()``. Collective.
+
+    Args:
+        path: of the checkpoint.
+        entries: every full tensor of the model.
+        names: of the averages to load.
+        group: the ranks.
+    """
+
+    def __init__(
+        self, path: object, entries: Sequence[Entry], names: Sequence[str], group: dist.ProcessGroup | None
+    ) -> None:
+        self._path = Path(str(path)).absolute()
+        self._group = group
+        self._first = rank_in(group) == 0
+        self._doing = f"load from {path}"
+        text = agree(lambda: read_manifest_bytes(self._path) if self._first else b"", group, self._doing)
+        text = broadcast_object(text, group)
+        self.manifest = Manifest.from_bytes(text)
+        self._shared = all(gather_objects(self._sees(text), group))
+        self._entries = [entry for entry in entries if entry.mode != "live"]
+        self._names = names
+
+    def _sees(self, text: bytes) -> bool:
+        """Whether this process sees the checkpoint that rank 0 sees."""
+        try:
+            return hashlib.sha256(read_manifest_bytes(self._path)).digest() == hashlib.sha256(text).digest()
+        except CheckpointError:
+            return False
+
+    def match(self, strict: bool) -> dict[str, dict[str, Key]]:
+        """Where each tensor of each average is stored, by average and canonical name. The same on every rank.
+
+        Raises CheckpointMismatchError, on every rank, listing all that is missing, unexpected or misshapen; with
+        ``strict=False`` it logs that, and leaves those out.
+        """
+        found: dict[str, dict[str, Key]] = {}
+        problems: list[str] = []
+        for name in self._names:
+            stored = self.manifest.averages.get(name)
+            if stored is None:
+                problems.append(f"missing average {name!r} (there are {', '.join(map(repr, self.manifest.averages))})")
+                continue
+            found[name] = {}
+            by_name = {known: key for key, tensor in stored.items() for known in (key, *tensor.aliases)}
+            used = set()
+            for entry in self._entries:
+                key = next((by_name[known] for known in entry.names if known in by_name), None)
+                if key is None:
+                    problems.append(f"missing {entry.name!r}")
+                    continue
+                used.add(key)
+                shape, dtype = stored[key].shape, DTYPES[stored[key].dtype]
+                if shape != entry.shape or dtype.is_floating_point != entry.dtype.is_floating_point:
+                    problems.append(f"misshapen {entry.name!r}: {shape} {dtype} instead of {entry.shape} {entry.dtype}")
+                else:
+                    found[name][entry.name] = (f"averages/{name}", key)
+            problems += [f"unexpected {key!r}" for key in stored if key not in used]
+        if self.manifest.averages.keys() - set(self._names):
+            problems += [f"unexpected average {name!r}" for name in self.manifest.averages if name not in self._names]
+        if problems and strict:
+            raise CheckpointMismatchError(f"{self._doing}: it does not fit this model: {'; '.join(problems)}")
+        if problems:
+            logger.warning("%s: left out, as it does not fit: %s", self._doing, "; ".join(problems))
+        return found
+
+    def wants(self, found: Mapping[str, Mapping[str, Key]], shares: Mapping[str, Share], shadow: Shadow) -> list[Want]:
+        """What to read into ``shadow``, in an order that all ranks share. Buffers are those of the first average."""
+        wants = []
+        for average, keys in found.items():
+            outs = dict(zip(shares, shadow.tensors(average), strict=True))
+            for entry in self._entries:
+                if entry.name in keys:
+                    out = outs.get(entry.name) if entry.mode == "average" or average == self._names[0] else None
+                    wants.append(Want(keys[entry.name], entry, shares.get(entry.name), out))
+        return wants
+
+    def report_schedules(self, schedules: Mapping[str, Schedule]) -> None:
+        """Logs where the saved schedules are not these. Local."""
+        for name, schedule in schedules.items():
+            saved = self.manifest.schedules.get(name)
+            if saved is not None and saved != schedule:
+                logger.warning("Average %r was saved with %s and goes on with %s.", name, saved, schedule)
+
+    def read(self, wants: Sequence[Want], verify: bool) -> None:
+        """Fills what is wanted, the same tensors in the same order on every rank. Collective.
+
+        Raises CheckpointCorruptError on every rank; what was filled is then not to be used.
+        """
+        digests: list[int] = []
+        alone: list[str] = []
+
+        def open_and_read() -> None:
+            with open_reader(self._path, self.manifest) as reader:
+                for want in wants:
+                    digests.append(self._take(want, self._runs_of(reader, want), alone))
+
+        if self._shared:
+            agree(open_and_read, self._group, self._doing)
+        else:
+            self._read_sent(wants, digests, alone)
+        if not verify:
+            return
+        totals = sum_integers(digests, self._group)
+        damaged = [*alone] + [
+            f"{self._stored(want).file}: {want.key[1]!r}"
+            for want, total in zip(wants, totals, strict=True)
+            if total != self._stored(want).digest
+        ]
+        every = sorted({text for texts in gather_objects(damaged, self._group) for text in texts})
+        if every:
+            raise _damaged(self._path, every)
+
+    def _stored(self, want: Want) -> StoredTensor:
+        return self.manifest.folders()[want.key[0]][want.key[1]]
+
+    def _runs_of(self, reader: RunReader, want: Want) -> Iterator[tuple[Runs, Tensor]]:
+        """This rank's elements, chunk by chunk."""
+        runs = want.share.runs if want.share is not None else ()
+        scratch = torch.empty(min(CHUNK, count(runs)), dtype=reader.dtype(want.key))
+        for part in chunks(runs, CHUNK):
+            values = scratch[: count(part)]
+            reader.read(want.key, part, values)
+            yield part, values
+
+    def _take(self, want: Want, parts: Iterator[tuple[Runs, Tensor]], alone: list[str]) -> int:
+        """Copies what arrives into place. Returns this rank's share of the digest."""
+        low, total = 0, 0
+        for runs, values in parts:
+            total += partial_digest(values, runs)
+            if want.out is not None:
+                want.out[low : low + values.numel()].copy_(values)
+            low += values.numel()
+        if want.share is None:
+            return 0
+        if speaks(want.entry, want.share, self._group):
+            return total
+        # Another rank's sum is counted; one that holds everything can check for itself.
+        if low == want.entry.numel and total % (1 << 64) != self._stored(want).digest:
+            alone.append(f"{self._stored(want).file}: {want.key[1]!r}")
+        return 0
+
+    def _read_sent(self, wants: Sequence[Want], digests: list[int], alone: list[str]) -> None:
+        """Rank 0 reads and sends, window by window, where others do not see its disk. Collective."""
+        reader = agree(
+            lambda: open_reader(self._path, self.manifest) if self._first else None, self._group, self._doing
+        )
+        failures: list[Exception] = []
+        try:
+            for want in wants:
+                digests.append(self._take(want, self._windows(reader, want, failures), alone))
+        finally:
+            if reader is not None:
+                reader.close()
+
+        def finish() -> None:
+            if failures:
+                raise failures[0]
+
+        agree(finish, self._group, self._doing)
+
+    def _windows(
+        self, reader: RunReader | None, want: Want, failures: list[Exception]
+    ) -> Iterator[tuple[Runs, Tensor]]:
+        dtype = DTYPES[self._stored(want).dtype]
+        size = WINDOW_BYTES // dtype.itemsize
+        buffer = torch.empty(min(size, want.entry.numel) * dtype.itemsize, dtype=torch.uint8)
+        for start in range(0, want.entry.numel, size):
+            stop = min(start + size, want.entry.numel)
+            values = buffer[: (stop - start) * dtype.itemsize].view(dtype)
+            if reader is not None and not failures:
+                try:
+                    reader.read(want.key, ((start, stop - start),), values)
+                except Exception as error:  # goes on sending, so that no rank waits; raised on all at the end
+                    failures.append(error)
+            _broadcast_bytes(values, self._group)
+            runs = want.share.runs if want.share is not None else ()
+            for _, inside, length in overlap(runs, start, stop):
+                yield ((start + inside, length),), values[inside : inside + length]
+
+
+def _broadcast_bytes(values: Tensor, group: dist.ProcessGroup | None) -> None:
+    sent = values.view(torch.uint8).to(device_for(group))
+    dist.broadcast(sent, group=group, group_src=0)
+    values.view(torch.uint8).copy_(sent)

@@ -1,0 +1,237 @@
+"""``ema.json``: what a checkpoint consists of, and the only thing that makes one. Pure Python.
+
+A reader takes nothing but what the manifest lists, and believes nothing in it before it is checked: a checkpoint may
+come from anywhere. The text is canonical JSON that ends with a checksum of the rest, so a flipped bit in it is seen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from math import prod
+from typing import Any, NoReturn
+
+from dist_ema import __version__
+from dist_ema.errors import CheckpointCorruptError, CheckpointError, EMAError
+from dist_ema.schedules import Schedule, from_dict
+from dist_ema.timing import Progress
+
+NAME = "ema.json"
+FORMAT = "dist_ema"
+VERSION = 1
+#: A manifest has some hundred bytes a tensor; more than this is none.
+MAX_BYTES = 1 << 28
+#: The folder of what is not averaged, beside those of the averages.
+LIVE = "live"
+_DATA = re.compile(r"data-[0-9a-f]{32}")
+_FILE = re.compile(r"(averages/[A-Za-z0-9_][A-Za-z0-9_.-]*|live)/model(-\d{5}-of-\d{5})?\.safetensors")
+_DIGEST = re.compile(r"[0-9a-f]{16}")
+_CHECKSUM = re.compile(r"[0-9a-f]{64}")
+_ITEM_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I16": 2}
+_ITEM_SIZES |= {"I8": 1, "U8": 1, "U16": 2, "U32": 4, "U64": 8, "BOOL": 1, "C64": 8}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One full tensor in a file.
+
+    Attributes:
+        file: path in the data folder.
+        dtype: safetensors' name for it.
+        shape: of the full tensor.
+        digest: its fingerprint.
+        aliases: other names of the same (tied) tensor.
+    """
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    digest: int
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return prod(self.shape) * _ITEM_SIZES[self.dtype]
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """One safetensors file: its size in bytes, and the checksum of its first bytes up to the tensors."""
+
+    size: int
+    header: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A whole checkpoint.
+
+    Attributes:
+        data: the folder, in the checkpoint's, that holds the files.
+        started: whether there was an average yet; if not, its tensors are those of the live model.
+        clock: of the training.
+        start: the clock at the first copy.
+        seen: the average's own clock at its last update.
+        skipped: NaN and Inf elements left out so far, over all ranks.
+        schedules: of each average.
+        averages: the tensors of each average.
+        live: tensors that are not averaged.
+        files: every file.
+        library: version of the library that wrote it.
+    """
+
+    data: str
+    started: bool
+    clock: Progress
+    start: Progress
+    seen: Progress
+    skipped: int
+    schedules: Mapping[str, Schedule]
+    averages: Mapping[str, Mapping[str, StoredTensor]]
+    live: Mapping[str, StoredTensor]
+    files: Mapping[str, StoredFile]
+    library: str = __version__
+
+    def to_bytes(self) -> bytes:
+        """The text of ``ema.json``."""
+        body: dict[str, Any] = {
+            "format": FORMAT,
+            "version": VERSION,
+            "library": self.library,
+            "data": self.data,
+            "started": self.started,
+            "clock": asdict(self.clock),
+            "start": asdict(self.start),
+            "seen": asdict(self.seen),
+            "skipped": self.skipped,
+            "averages": {
+                name: {"schedule": self.schedules[name].to_dict(), "tensors": _write_tensors(tensors)}
+                for name, tensors in self.averages.items()
+            },
+            "live": _write_tensors(self.live),
+            "files": {name: asdict(file) for name, file in self.files.items()},
+        }
+        return _seal(body)
+
+    @classmethod
+    def from_bytes(cls, text: bytes) -> Manifest:
+        """Reads ``ema.json``. Raises CheckpointCorruptError for anything that ``to_bytes`` does not write."""
+        body = _unseal(text)
+        try:
+            return cls._from_body(body)
+        except (KeyError, TypeError, ValueError, AttributeError, EMAError, RecursionError) as error:
+            if isinstance(error, CheckpointCorruptError):
+                raise
+            raise CheckpointCorruptError(f"{NAME}: not a manifest of this library: {error!r}") from error
+
+    @classmethod
+    def _from_body(cls, body: dict[str, Any]) -> Manifest:
+        files = {}
+        for name, file in body["files"].items():
+            if not _FILE.fullmatch(name) or _is_odd(file["size"]) or not _CHECKSUM.fullmatch(file["header"]):
+                _refuse(f"the file {name!r} has a name, size or checksum that none has")
+            files[name] = StoredFile(file["size"], file["header"])
+        if not _DATA.fullmatch(body["data"]):
+            _refuse(f"the data folder {body['data']!r} has a name that none has")
+        averages = body["averages"]
+        manifest = cls(
+            data=body["data"],
+            started=bool(body["started"]),
+            clock=_read_progress(body["clock"]),
+            start=_read_progress(body["start"]),
+            seen=_read_progress(body["seen"]),
+            skipped=int(body["skipped"]),
+            schedules={name: from_dict(average["schedule"]) for name, average in averages.items()},
+            averages={
+                name: _read_tensors(average["tensors"], f"averages/{name}", files) for name, average in averages.items()
+            },
+            live=_read_tensors(body["live"], LIVE, files),
+            files=files,
+            library=str(body["library"]),
+        )
+        used = {tensor.file for tensors in manifest.folders().values() for tensor in tensors.values()}
+        if used != files.keys():
+            _refuse(f"no tensor lies in {sorted(files.keys() - used)[:3]}")
+        return manifest
+
+    def folders(self) -> dict[str, Mapping[str, StoredTensor]]:
+        """The tensors of every folder, by its path in the data folder."""
+        folders = {f"averages/{name}": tensors for name, tensors in self.averages.items()}
+        return folders | ({LIVE: self.live} if self.live else {})
+
+
+def checksum(data: bytes) -> str:
+    """Checksum of a header or a manifest, as 64 hexadecimal digits."""
+    return hashlib.blake2b(data, digest_size=32).hexdigest()
+
+
+def _seal(body: dict[str, Any]) -> bytes:
+    """Canonical JSON with the checksum of the rest as its last entry."""
+    plain = json.dumps(body, separators=(",", ":"), ensure_ascii=True).encode()
+    return plain[:-1] + f',"checksum":"{checksum(plain)}"}}\n'.encode()
+
+
+def _unseal(text: bytes) -> dict[str, Any]:
+    if len(text) > MAX_BYTES:
+        _refuse(f"it has {len(text)} bytes, more than any manifest")
+    try:
+        body = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointCorruptError(f"{NAME}: not JSON: {error}") from error
+    if not isinstance(body, dict) or body.get("format") != FORMAT:
+        _refuse("it was not written by dist_ema, or is damaged")
+    if body.get("version") != VERSION:
+        raise CheckpointError(f"{NAME}: format version {body.get('version')!r}; this library reads version {VERSION}")
+    body.pop("checksum", None)
+    try:
+        sealed = _seal(body)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointCorruptError(f"{NAME}: {error}") from error
+    if sealed != text:
+        _refuse("its checksum does not fit: it is damaged, or was edited")
+    return body
+
+
+def _write_tensors(tensors: Mapping[str, StoredTensor]) -> dict[str, dict[str, Any]]:
+    return {name: {**asdict(tensor), "digest": f"{tensor.digest:016x}"} for name, tensor in tensors.items()}
+
+
+def _read_tensors(found: Mapping[str, Any], folder: str, files: Mapping[str, StoredFile]) -> dict[str, StoredTensor]:
+    tensors: dict[str, StoredTensor] = {}
+    names: set[str] = set()
+    for name, entry in found.items():
+        stored = StoredTensor(entry["file"], entry["dtype"], tuple(entry["shape"]), 0, tuple(entry["aliases"]))
+        for known in (name, *stored.aliases):
+            if known in names or not isinstance(known, str) or not known or not known.isprintable():
+                _refuse(f"the tensor name {known!r} is not printable, or comes twice")
+            names.add(known)
+        if any(_is_odd(size) for size in stored.shape) or stored.dtype not in _ITEM_SIZES:
+            _refuse(f"tensor {name!r} has the dtype {stored.dtype!r} and shape {stored.shape!r}")
+        if stored.file not in files or stored.file.rpartition("/")[0] != folder:
+            _refuse(f"tensor {name!r} is said to lie in {stored.file!r}")
+        if stored.nbytes > files[stored.file].size:
+            _refuse(f"tensor {name!r} is larger than its file {stored.file!r}")
+        if not _DIGEST.fullmatch(entry["digest"]):
+            _refuse(f"tensor {name!r} has no fingerprint")
+        tensors[name] = StoredTensor(stored.file, stored.dtype, stored.shape, int(entry["digest"], 16), stored.aliases)
+    return tensors
+
+
+def _read_progress(values: Mapping[str, Any]) -> Progress:
+    if values.keys() != {field.name for field in fields(Progress)}:
+        _refuse(f"{sorted(values)} is not a clock")
+    # advance() checks every number.
+    return Progress().advance(**values)
+
+
+def _is_odd(number: object) -> bool:
+    """Whether this is not a size: a whole number from 0 to 2**62."""
+    return not isinstance(number, int) or isinstance(number, bool) or not 0 <= number <= 1 << 62
+
+
+def _refuse(why: str) -> NoReturn:
+    raise CheckpointCorruptError(f"{NAME}: {why}")
