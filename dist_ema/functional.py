@@ -34,11 +34,11 @@ def compute_ema(model: nn.Module, ema_model: nn.Module, smoothing: float = 0.99)
         engine.reshard()
         sides.append({spec.name: (spec, source) for spec, source in zip(specs, engine.sources(), strict=True)})
     here, there = sides
-    different = sorted(here.keys() ^ there.keys())
+    different = [name for name in here if name not in there] + [name for name in there if name not in here]
     different += [
         name
-        for name in here.keys() & there.keys()
-        if (here[name][0].shape, here[name][0].runs) != (there[name][0].shape, there[name][0].runs)
+        for name, (spec, _) in here.items()
+        if name in there and (spec.shape, spec.runs) != (there[name][0].shape, there[name][0].runs)
     ]
     if different:
         raise EMAConfigError(

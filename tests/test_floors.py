@@ -26,6 +26,7 @@ LAYERS = [
     {"dist_ema.fingerprint", "dist_ema.collectives", "dist_ema.engines", "dist_ema.options", "dist_ema.storage"},
     {"dist_ema.shares"},
     {"dist_ema.shadow", "dist_ema.swap", "dist_ema.gather"},
+    {"dist_ema.writing"},
     {"dist_ema.export", "dist_ema.report", "dist_ema.functional"},
     {"dist_ema.ema"},
 ]

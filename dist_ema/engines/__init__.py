@@ -24,8 +24,8 @@ _KNOWN = "an nn.Module (plain, DDP, FSDP, fully_shard, tensor parallel), a DeepS
 
 def detect(target: object) -> Engine:
     """The engine for what the user trains. Local. Raises EMAEngineError for anything that cannot be averaged."""
-    if isinstance(target, Sequence) and not isinstance(target, (str, bytes)):
-        if not target:
+    if isinstance(target, (Sequence, nn.ModuleList)) and not isinstance(target, (str, bytes)):
+        if len(target) == 0:
             raise EMAEngineError(f"the list of modules is empty; pass {_KNOWN}")
         return CompositeEngine([detect(module) for module in target])
     # Asked of sys.modules, since importing DeepSpeed takes seconds: whoever has an engine has imported it.
@@ -37,8 +37,6 @@ def detect(target: object) -> Engine:
     if not isinstance(target, nn.Module):
         hint = ": pass the model itself" if hasattr(target, "parameters") or callable(target) else ""
         raise EMAEngineError(f"cannot average a {type(target).__name__}{hint}; pass {_KNOWN}")
-    if isinstance(target, nn.ModuleList):
-        return CompositeEngine([detect(module) for module in target])
     return _detect_module(target)
 
 

@@ -1,0 +1,516 @@
+"""What users get wrong: each an error that names the thing, what was found and what to do; on every rank, no hang."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from models import CASES, build
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+from dist_ema import ShardedEMA, compute_ema
+from dist_ema.errors import EMAConfigError, EMAEngineError, EMAError, EMAStateError
+from dist_ema.schedules import HalfLife, Uniform
+
+
+def says(error: BaseException, *parts: str) -> None:
+    """The message holds every part."""
+    for part in parts:
+        assert part in str(error), f"{part!r} is not in: {error}"
+
+
+# Options: the option's name, the value that was found, what is allowed.
+
+UNITS = "ba, sp, tok, ep"
+WRONG_OPTIONS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
+    ({"decay": 1.0}, ("decay=1.0", "[0, 1)")),
+    ({"decay": -0.1}, ("decay=-0.1", "[0, 1)")),
+    ({"decay": math.nan}, ("decay=nan", "[0, 1)")),
+    ({"decay": "0.9"}, ("decay='0.9'", "[0, 1)")),
+    ({"decay": True}, ("decay=True", "[0, 1)")),
+    ({"decay": torch.tensor(0.9)}, ("decay=tensor(0.9", "[0, 1)")),
+    ({"smoothing": 1.5}, ("smoothing=1.5", "[0, 1)")),
+    ({"smoothing": -1}, ("smoothing=-1", "[0, 1)")),
+    ({"half_life": "0ba"}, ("half_life='0ba'", "not positive", UNITS)),
+    ({"half_life": "-5ba"}, ("half_life='-5ba'", "not positive", UNITS)),
+    ({"half_life": "1000"}, ("half_life='1000'", "not a time string", UNITS)),
+    ({"half_life": "10steps"}, ("half_life='10steps'", "unknown unit 'steps'", UNITS)),
+    ({"half_life": "0.5dur"}, ("half_life='0.5dur'", "'dur' is not allowed here", UNITS)),
+    ({"half_life": "1.5ba"}, ("half_life='1.5ba'", "fractional", UNITS)),
+    ({"half_life": 2.5}, ("half_life=2.5", "a float is not a time", UNITS)),
+    ({"half_life": 0}, ("half_life=0", "not positive", UNITS)),
+    ({"schedule": 0.99}, ("schedule=0.99", "dist_ema.schedules", "HalfLife('1000ba')")),
+    ({"schedule": HalfLife}, ("schedule=<class", "an object of dist_ema.schedules")),
+    ({"decay": 0.9, "half_life": "10ba"}, ("decay=0.9", "half_life='10ba'", "exactly one of decay, half_life")),
+    ({"smoothing": 0.9, "averages": {"a": 0.5}}, ("smoothing=0.9", "averages=", "exactly one of")),
+    ({"averages": {}}, ("averages={}", "not empty")),
+    ({"averages": [0.9]}, ("averages=[0.9]", "a dict of names to schedules or decays")),
+    ({"averages": {"": 0.9}}, ("averages", "''", "letters, digits")),
+    ({"averages": {"a/b": 0.9}}, ("averages", "'a/b'", "letters, digits")),
+    ({"averages": {3: 0.9}}, ("averages", "3", "letters, digits")),
+    ({"averages": {"fast": 1.5}}, ("averages['fast']", "1.5", "[0, 1)")),
+    ({"averages": {"fast": True}}, ("averages['fast']", "True", "[0, 1)")),
+    ({"averages": {"fast": "10ba"}}, ("averages['fast']='10ba'", "HalfLife('1000ba')", "decay in [0, 1)")),
+    ({"update_interval": "0ba"}, ("update_interval='0ba'", "not positive", UNITS)),
+    ({"update_interval": -3}, ("update_interval=-3", "not positive", UNITS)),
+    ({"update_interval": "often"}, ("update_interval='often'", "not a time string", UNITS)),
+    ({"update_interval": None}, ("update_interval=None", "a NoneType is not a time", UNITS)),
+    ({"update_interval": "0.1dur"}, ("update_interval='0.1dur'", "needs max_duration", "'10000ba'")),
+    ({"ema_start": "-1ba"}, ("ema_start='-1ba'", "negative", UNITS)),
+    ({"ema_start": "1.5dur", "max_duration": "10ba"}, ("ema_start='1.5dur'", "at most 1")),
+    ({"ema_start": "0.1dur"}, ("ema_start='0.1dur'", "needs max_duration")),
+    ({"max_duration": "0ep"}, ("max_duration='0ep'", "not positive", UNITS)),
+    ({"max_duration": "1dur"}, ("max_duration='1dur'", "'dur' is not allowed here", UNITS)),
+    ({"dtype": "float32"}, ("dtype='float32'", "torch.float32 and torch.float64")),
+    ({"dtype": torch.int32}, ("dtype=torch.int32", "torch.float32 and torch.float64")),
+    ({"dtype": torch.bool}, ("dtype=torch.bool", "torch.float32 and torch.float64")),
+    ({"dtype": torch.bfloat16}, ("dtype=torch.bfloat16", "stops moving", "torch.float32 and torch.float64")),
+    ({"offload": "gpu"}, ("offload='gpu'", "allowed")),
+    ({"offload": True}, ("offload=True", "allowed")),
+    ({"shard_replicas": 1}, ("shard_replicas=1", "True and False")),
+    ({"skip_nonfinite": "no"}, ("skip_nonfinite='no'", "True and False")),
+    ({"buffers": "mean"}, ("buffers='mean'", "'copy', 'average', 'ignore'")),
+    ({"buffers": None}, ("buffers=None", "'copy', 'average', 'ignore'")),
+    ({"include": "("}, ("include='('", "not a regular expression")),
+    ({"include": 3}, ("include=3", "regular expression or a list of them")),
+    ({"include": b"head"}, ("include=b'head'", "not a regular expression")),
+    ({"exclude": [r"head", 3]}, ("exclude=['head', 3]", "3 is not a regular expression")),
+    ({"exclude": re.compile(b"head")}, ("exclude=", "not a regular expression")),
+    ({"exclude": []}, ("exclude=[]", "empty", "leave the option out")),
+    ({"include": "haed"}, ("include='haed'", "matches no name", "embed.weight")),
+    ({"exclude": ["head", "haed"]}, ("exclude='haed'", "matches no name", "embed.weight")),
+    ({"exclude": "."}, ("nothing to average", "include and exclude leave none")),
+    ({"include": "frozen"}, ("nothing to average", "include and exclude leave none")),
+]
+
+
+@pytest.mark.parametrize(("options", "parts"), WRONG_OPTIONS, ids=[str(options) for options, _ in WRONG_OPTIONS])
+def test_a_wrong_option_names_itself_its_value_and_what_is_allowed(
+    options: dict[str, Any], parts: tuple[str, ...]
+) -> None:
+    if options.get("exclude") == ["head", "haed"]:
+        options = {"exclude": ["embed", "haed"]}
+    with pytest.raises(EMAConfigError) as caught:
+        ShardedEMA(build(), **options)
+    says(caught.value, *parts)
+    assert isinstance(caught.value, ValueError)
+
+
+def test_an_unknown_option_is_pythons_own_error() -> None:
+    with pytest.raises(TypeError, match="halflife"):
+        ShardedEMA(build(), halflife="10ba")  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"smoothing": 0.99, "half_life": None},  # Composer crashes
+        {"half_life": " 1_000BA "},
+        {"half_life": 10},
+        {"decay": 0},
+        {"averages": {"a": 0, "b": Uniform()}},
+        {"ema_start": "1dur", "max_duration": "3ep", "update_interval": "0.1dur"},
+        {"include": ["embed", re.compile("module")], "exclude": "bias"},
+        {"dtype": None},
+        {"dtype": torch.float64},
+    ],
+    ids=str,
+)
+def test_what_is_unusual_but_right_is_taken(options: dict[str, Any]) -> None:
+    ema = ShardedEMA(build(), **options)
+    ema.update(samples=1, tokens=1, epochs=10.0)
+    assert ema.full_state_dict(ema.names[0])
+
+
+# Targets.
+
+
+def _state_dict() -> object:
+    return build().state_dict()
+
+
+@pytest.mark.parametrize(
+    ("make", "parts"),
+    [
+        (lambda: "model", ("cannot average a str", "an nn.Module")),
+        (lambda: None, ("cannot average a NoneType", "an nn.Module")),
+        (lambda: torch.optim.SGD(build().parameters(), lr=0.1), ("cannot average a SGD", "an nn.Module")),
+        (_state_dict, ("cannot average a OrderedDict", "an nn.Module")),
+        (lambda: nn.Linear, ("cannot average a type", "pass the model itself", "an nn.Module")),
+        (lambda: torch.ones(3), ("cannot average a Tensor", "an nn.Module")),
+        (list, ("the list of modules is empty", "an nn.Module")),
+        (nn.ModuleList, ("the list of modules is empty", "an nn.Module")),
+        (lambda: [build(), "model"], ("cannot average a str", "an nn.Module")),
+        (lambda: [build(), build()], ("several modules of the list hold", "embed.weight", "pipeline stage")),
+    ],
+)
+def test_a_wrong_target_says_what_it_was_and_what_is_taken(make: Callable[[], object], parts: tuple[str, ...]) -> None:
+    with pytest.raises(EMAEngineError) as caught:
+        ShardedEMA(make())
+    says(caught.value, *parts)
+    assert isinstance(caught.value, TypeError)
+
+
+@pytest.mark.parametrize(
+    ("model", "found"),
+    [
+        (nn.ReLU(), "0 trained of 0"),
+        (build().requires_grad_(False), "0 trained of"),
+        (nn.BatchNorm1d(3, affine=False), "0 trained of 3"),
+    ],
+)
+def test_a_model_with_nothing_to_average_is_refused(model: nn.Module, found: str) -> None:
+    with pytest.raises(EMAConfigError) as caught:
+        ShardedEMA(model)
+    says(caught.value, "nothing to average", found)
+
+
+def test_an_integer_parameter_that_is_trained_is_named() -> None:
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fine = nn.Linear(2, 2)
+            self.turns = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+
+    with pytest.raises(EMAConfigError) as caught:
+        ShardedEMA(Whole())
+    says(caught.value, "'turns'", "torch.complex64", "exclude='turns'", "freeze it")
+    assert ShardedEMA(Whole(), exclude="turns").full_state_dict().keys() == Whole().state_dict().keys()
+
+
+def test_compute_ema_names_its_option_and_what_differs() -> None:
+    for smoothing in (1.5, -0.1, "0.9", None):
+        with pytest.raises(EMAConfigError, match=re.escape(f"smoothing={smoothing!r}")):
+            compute_ema(build(), build(), smoothing=smoothing)  # type: ignore[arg-type]
+    with pytest.raises(EMAConfigError) as caught:
+        compute_ema(build(hidden=7), build(hidden=8))
+    says(caught.value, "not sharded alike", "module.0.up.weight", "Build both in the same way")
+    with pytest.raises(EMAEngineError, match="cannot average a dict"):
+        compute_ema(build(), {})  # type: ignore[arg-type]
+
+
+# Calls.
+
+
+@pytest.mark.parametrize(
+    ("counts", "parts"),
+    [
+        ({"batches": -1}, ("batches=-1", "an int, 0 or more")),
+        ({"batches": 1.0}, ("batches=1.0", "an int, 0 or more")),
+        ({"samples": True}, ("samples=True", "an int, 0 or more")),
+        ({"samples": torch.tensor(3)}, ("samples=tensor(3)", "an int, 0 or more")),
+        ({"tokens": "many"}, ("tokens='many'", "an int, 0 or more")),
+        ({"epochs": -0.5}, ("epochs=-0.5", "a finite number, 0 or more")),
+        ({"epochs": math.inf}, ("epochs=inf", "a finite number, 0 or more")),
+    ],
+    ids=str,
+)
+def test_a_wrong_count_is_refused_and_the_clock_stays(counts: dict[str, Any], parts: tuple[str, ...]) -> None:
+    ema = ShardedEMA(build())
+    ema.update(samples=5)
+    before = ema.progress
+    with pytest.raises(EMAConfigError) as caught:
+        ema.update(**counts)
+    says(caught.value, *parts)
+    assert ema.progress == before and ema.num_updates == 1
+
+
+def test_update_takes_counts_by_name_only() -> None:
+    with pytest.raises(TypeError):
+        ShardedEMA(build()).update(3)  # type: ignore[misc]
+
+
+def test_a_wrong_name_lists_the_averages(tmp_path: Path) -> None:
+    several = ShardedEMA(build(), averages={"fast": 0.5, "slow": 0.9})
+    single = ShardedEMA(build())
+    for ema, name, allowed in (
+        (several, None, "'fast', 'slow'"),
+        (several, "ema", "'fast', 'slow'"),
+        (single, "x", "'ema'"),
+    ):
+        for call in (
+            ema.full_state_dict,
+            ema.fingerprint,
+            ema.copy_to,
+            lambda name, ema=ema: ema.export(tmp_path / "export", name=name),
+            lambda name, ema=ema: ema.average_parameters(name).__enter__(),
+        ):
+            with pytest.raises(EMAConfigError) as caught:
+                call(name)
+            says(caught.value, f"name={name!r}", f"allowed are {allowed}")
+    assert not list(tmp_path.iterdir())
+    several.update()
+    with pytest.raises(EMAConfigError, match="name=None"), several.average_parameters():
+        pytest.fail("the body must not run")
+
+
+@pytest.mark.parametrize("dtype", ["float32", torch.int64, torch.bool, float], ids=str)
+def test_a_dtype_that_is_not_floating_point_is_refused(dtype: object, tmp_path: Path) -> None:
+    ema = ShardedEMA(build())
+    for call in (lambda: ema.full_state_dict(dtype=dtype), lambda: ema.export(tmp_path / "x", dtype=dtype)):  # type: ignore[arg-type]
+        with pytest.raises(EMAConfigError) as caught:
+            call()
+        says(caught.value, f"dtype={dtype!r}", "a floating-point torch.dtype, or None")
+
+
+@pytest.mark.parametrize("wrong", [None, "sgd", build(), build().parameters()], ids=lambda value: type(value).__name__)
+def test_attach_takes_an_optimizer(wrong: object) -> None:
+    with pytest.raises(EMAConfigError) as caught:
+        ShardedEMA(build()).attach(wrong)
+    says(caught.value, f"attach(optimizer={type(wrong).__name__})", "torch.optim.Optimizer")
+
+
+@pytest.mark.parametrize("options", [{"half_life": "10tok"}, {"update_interval": "1ep"}, {"ema_start": "5sp"}], ids=str)
+def test_attach_cannot_count_what_it_does_not_see(options: dict[str, Any]) -> None:
+    model = build()
+    with pytest.raises(EMAConfigError) as caught:
+        ShardedEMA(model, **options).attach(torch.optim.SGD(model.parameters(), lr=0.1))
+    unit = next(iter(options.values())).lstrip("0123456789")
+    says(caught.value, f"the options count in {unit}", "call update(samples=..., tokens=..., epochs=...)")
+
+
+@pytest.mark.world_size()
+@pytest.mark.parametrize(("case", "world_size"), [("plain", 1), ("ddp", 2), ("fsdp1-full", 2), ("fsdp2", 2)])
+@pytest.mark.parametrize("started", [True, False])
+def test_calls_inside_average_parameters_are_refused_and_work_afterwards(
+    case: str, world_size: int, started: bool, rank: int, tmp_path: Path
+) -> None:
+    """The shadow holds the live weights there: an update or an export would be of the wrong ones."""
+    model = CASES[case].model()
+    ema = ShardedEMA(model, decay=0.5)
+    if started:
+        ema.update()
+    digest = ema.fingerprint()
+    calls: dict[str, Callable[[], object]] = {
+        "update()": ema.update,
+        "reset()": ema.reset,
+        "copy_to()": ema.copy_to,
+        "metrics()": ema.metrics,
+        "full_state_dict()": ema.full_state_dict,
+        "fingerprint()": ema.fingerprint,
+        "export()": lambda: ema.export(tmp_path / "export"),
+        "average_parameters()": lambda: ema.average_parameters().__enter__(),
+    }
+    with ema.average_parameters():
+        for name, call in calls.items():
+            with pytest.raises(EMAStateError) as caught:
+                call()
+            says(caught.value, f"{name} inside average_parameters('ema')", "call it after the with block")
+        ema.memory_report()
+    assert not list(tmp_path.iterdir())
+    assert ema.fingerprint() == digest
+    for name, call in calls.items():
+        if name != "average_parameters()":
+            call()
+    with ema.average_parameters():
+        pass
+    assert (tmp_path / "export").is_dir()
+    ema.update()
+
+
+# The model changes under the average.
+
+
+def _replace(model: nn.Module) -> None:
+    model.one.weight = nn.Parameter(model.one.weight.detach().clone())
+
+
+def _freeze(model: nn.Module) -> None:
+    model.one.weight.requires_grad_(False)
+
+
+def _unfreeze(model: nn.Module) -> None:
+    model.frozen.weight.requires_grad_(True)
+
+
+def _remove(model: nn.Module) -> None:
+    model.one.weight = None
+
+
+CHANGES = [
+    (_replace, "'one.weight'", "it was replaced since"),
+    (_freeze, "'one.weight'", "was trained when the average was made and is frozen now"),
+    (_unfreeze, "'frozen.weight'", "was frozen when the average was made and is trained now"),
+    (_remove, "'one.weight'", "replaced since"),
+]
+
+
+@pytest.mark.parametrize(("change", "name", "what"), CHANGES)
+@pytest.mark.parametrize("started", [True, False])
+def test_a_model_that_changed_is_noticed_and_reset_starts_anew(
+    change: Callable[[nn.Module], None], name: str, what: str, started: bool, tmp_path: Path
+) -> None:
+    """LoRA, progressive unfreezing: an average that goes on with the old tensor never moves again."""
+    model = build()
+    ema = ShardedEMA(model, decay=0.5)
+    ema.metrics()
+    if started:
+        ema.update()
+    change(model)
+    for call in (
+        ema.update,
+        ema.full_state_dict,
+        ema.fingerprint,
+        ema.metrics,
+        ema.update,
+        lambda: ema.export(tmp_path / "export"),
+    ):
+        with pytest.raises(EMAStateError) as caught:
+            call()
+        says(caught.value, name, what, "Call reset()")
+    if started:
+        for call in (ema.copy_to, lambda: ema.average_parameters().__enter__()):
+            with pytest.raises(EMAStateError) as caught:
+                call()
+            says(caught.value, name, "Call reset()")
+    assert not list(tmp_path.iterdir()) and ema.num_updates == int(started)
+    ema.reset()
+    if change is not _remove:
+        assert ema.update() and ema.num_updates == 1
+        state = ema.full_state_dict()
+        assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
+
+
+def test_a_parameter_replaced_inside_the_context_does_not_lose_the_live_weights() -> None:
+    model = build()
+    ema = ShardedEMA(model, decay=0.5)
+    ema.update()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)
+    ema.update()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    shadow = ema.full_state_dict()
+    old = model.one.weight
+    with pytest.raises(EMAStateError, match=r"'one.weight'.*replaced"), ema.average_parameters():
+        _replace(model)
+    after = model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items() if name != "one.weight")
+    assert torch.equal(old, before["one.weight"]), "the tensor that stood there has its live weights back"
+    model.one.weight = old
+    assert all(torch.equal(value, shadow[name]) for name, value in ema.full_state_dict().items())
+
+
+def test_weights_on_the_meta_device_are_named_and_may_come_later(tmp_path: Path) -> None:
+    """Nothing may be bound to the meta tensors by the calls that were refused."""
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    ema = ShardedEMA(model, decay=0.5)
+    for call in (ema.update, ema.full_state_dict, lambda: ema.export(tmp_path / "export"), ema.fingerprint):
+        with pytest.raises(EMAStateError) as caught:
+            call()
+        says(caught.value, "'0.weight'", "meta device", "materialise the model")
+    assert not list(tmp_path.iterdir()) and ema.num_updates == 0
+    model.to_empty(device="cpu")
+    for module in model:
+        module.reset_parameters()
+    assert ema.update()
+    state = ema.full_state_dict()
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+
+
+# One rank meets it, every rank raises it.
+
+
+COLLECTIVE = {
+    "full_state_dict": lambda ema, path: ema.full_state_dict(),
+    "export": lambda ema, path: ema.export(path),
+    "fingerprint": lambda ema, path: ema.fingerprint(),
+    "metrics": lambda ema, path: ema.metrics(),
+}
+
+
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize("case", ["plain", "ddp", "fsdp1-full-orig", "fsdp2"])
+def test_a_parameter_replaced_on_one_rank_is_an_error_on_every_rank(case: str, rank: int, tmp_path: Path) -> None:
+    """The other ranks would wait for the one that raised until the group's timeout."""
+    model = CASES[case].model()
+    ema = ShardedEMA(model, decay=0.5)
+    ema.update()
+    digest = ema.fingerprint()
+    inner = model.module if isinstance(model, DDP) else model
+    old = inner.one.weight
+    if rank == 1:
+        _replace(inner)
+    calls = dict(COLLECTIVE)
+    if case == "ddp":  # where swapping is collective
+        calls |= {
+            "average_parameters": lambda ema, path: ema.average_parameters().__enter__(),
+            "copy_to": lambda ema, path: ema.copy_to(),
+        }
+    for name, call in calls.items():
+        with pytest.raises(EMAStateError) as caught:
+            call(ema, tmp_path / "export")
+        says(caught.value, f"{name}() failed", "rank 1: EMAStateError", "'one.weight'", "Call reset()")
+        dist.barrier()
+        assert not list(tmp_path.iterdir())
+    if rank == 1:
+        inner.one.weight = old
+    assert ema.fingerprint() == digest
+    with ema.average_parameters():
+        pass
+    ema.export(tmp_path / "export")
+
+
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize("case", ["ddp", "fsdp2"])
+def test_ranks_that_averaged_at_different_times_are_told(case: str, rank: int, tmp_path: Path) -> None:
+    """Samples counted per rank, an update in a branch of rank 0: the parts would be of different averages."""
+    model = CASES[case].model()
+    ema = ShardedEMA(model, decay=0.5, update_interval="10sp")
+    ema.update(samples=10 if rank == 0 else 9)
+    calls = dict(COLLECTIVE)
+    if case == "ddp":
+        calls |= {
+            "average_parameters": lambda ema, path: ema.average_parameters().__enter__(),
+            "copy_to": lambda ema, path: ema.copy_to(),
+        }
+    for call in calls.values():
+        with pytest.raises(EMAStateError) as caught:
+            call(ema, tmp_path / "export")
+        says(caught.value, "different numbers of times: 1, 0", "Call update() on every rank with the same counts")
+    ema.update(samples=0 if rank == 0 else 1)
+    assert ema.fingerprint() and not list(tmp_path.iterdir())
+
+
+@pytest.mark.world_size(2)
+def test_reset_on_one_rank_does_not_leave_the_ranks_out_of_step(rank: int) -> None:
+    """The list of full tensors is agreed once and kept; a rank that forgot it must not exchange it alone."""
+    model = CASES["fsdp2"].model()
+    ema = ShardedEMA(model, decay=0.5)
+    before = ema.fingerprint()
+    if rank == 1:
+        ema.reset()
+    assert ema.fingerprint() == before
+    ema.update()
+    assert ema.metrics()["ema/num_updates"] == 1
+
+
+@pytest.mark.world_size(2)
+def test_ranks_with_different_models_are_told(rank: int) -> None:
+    ema = ShardedEMA(build(hidden=7 + rank), decay=0.5)
+    with pytest.raises(EMAEngineError) as caught:
+        ema.full_state_dict()
+    says(caught.value, "ranks must hold parts of one model", "module.0.up.weight")
+
+
+@pytest.mark.world_size(2)
+def test_an_unforeseen_error_of_one_rank_keeps_its_words(rank: int) -> None:
+    """Errors that are not the library's own become one of its kinds, with the rank and the original text."""
+    from dist_ema.collectives import agree
+
+    def fail() -> None:
+        if rank == 1:
+            raise KeyError("a bug")
+
+    with pytest.raises(EMAError, match="trying failed: rank 1: KeyError: 'a bug'") as caught:
+        agree(fail, dist.group.WORLD, "trying")
+    assert (caught.value.__cause__ is not None) == (rank == 1)
