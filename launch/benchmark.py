@@ -142,12 +142,20 @@ def bound(model: Model) -> tuple[str, Callable[[], object]]:
             function = getattr(library, name)
             function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_float)
             function.restype = None
-            # Python threads, since a second OpenMP runtime would spin against that of torch.
-            parts = list(zip(target.chunk(torch.get_num_threads()), source.chunk(torch.get_num_threads()), strict=True))
-            pool = ThreadPoolExecutor(len(parts))
+            # Python threads: a second OpenMP runtime would spin against that of torch. The caller does its part as
+            # with OpenMP: on a busy machine a fresh thread is scheduled before one that has been working.
+            threads = torch.get_num_threads()
+            parts = list(zip(target.chunk(threads), source.chunk(threads), strict=True))
+            pool = ThreadPoolExecutor(threads)
+
+            def part(a: Tensor, b: Tensor) -> None:
+                function(a.data_ptr(), b.data_ptr(), a.numel(), 1e-9)
 
             def run() -> None:
-                list(pool.map(lambda p: function(p[0].data_ptr(), p[1].data_ptr(), p[0].numel(), 1e-9), parts))
+                others = [pool.submit(part, *pair) for pair in parts[1:]]
+                part(*parts[0])
+                for other in others:
+                    other.result()
 
             return "bound: a += w * b, C, one array", run
         if source.dtype != torch.float32:  # torch would convert the whole array first
