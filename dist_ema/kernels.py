@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from dist_ema import fused
+
 #: Elements at a time: 1 MiB of fp32, which stays in the cache. On an accelerator a launch has to be worth its cost.
 CHUNK = 1 << 18
 ACCELERATOR_CHUNK = 1 << 24
@@ -47,9 +49,14 @@ def pieces(tensor: Tensor, start: int, stop: int, limit: int) -> Iterator[tuple[
 
 
 class Scratch:
-    """One chunk of memory per dtype and device, made when it is first needed and then kept."""
+    """One chunk of memory per dtype and device, made when it is first needed and then kept.
+
+    Attributes:
+        table: what the compiled kernel was last called with.
+    """
 
     def __init__(self) -> None:
+        self.table = fused.Table()
         self._buffers: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
     def like(self, values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -76,11 +83,13 @@ class Guard:
 
     Attributes:
         tainted: indices of CPU tensors whose first source was not finite everywhere, so that their shadow is not
-            either: they take the slow route until it is.
+            either: they take the slow route until it is. The compiled kernel looks at every element and needs none.
+        skipped: elements that the compiled kernel left out.
     """
 
     def __init__(self) -> None:
         self.tainted: set[int] = set()
+        self.skipped = 0
         self._counts: dict[torch.device, Tensor] = {}
 
     def passes(self, values: Tensor) -> bool:
@@ -106,7 +115,7 @@ class Guard:
 
     def total(self) -> int:
         """Elements skipped so far. Waits for the device."""
-        return sum(int(count) for count in self._counts.values())
+        return self.skipped + sum(int(count) for count in self._counts.values())
 
 
 @torch.no_grad()
@@ -120,34 +129,55 @@ def lerp(
 ) -> None:
     """``shadow += weight * (source - shadow)``, in the shadow's dtype, for every average and tensor. Local.
 
+    Tensors that the compiled kernel takes go through it, all in one pass; the others chunk by chunk. Both give the same
+    bits.
+
     Args:
         averages: for each average its shadows, one per source: flat, contiguous, of ``stop - start`` elements.
         sources: the local tensors, in any dtype and layout.
         ranges: ``(start, stop)`` of each source that its shadow stands for.
         weights: one for each average: the fraction that is new.
-        scratch: memory for conversions.
+        scratch: memory for conversions; one for each list of sources.
         guard: leaves shadow elements of NaN and Inf sources as they were; None takes sources as they are. A shadow
             element that is itself not finite (its first source was not) takes the first finite source.
+
+    Raises:
+        EMAConfigError: ``DIST_EMA_KERNEL`` asks for what is not there.
     """
-    for index, (source, (start, stop)) in enumerate(zip(sources, ranges, strict=True)):
+    if not averages:
+        return
+    skipped, rest = fused.lerp(averages, sources, ranges, weights, scratch.table, guard is not None)
+    if guard is not None:
+        guard.skipped += skipped
+    for index in rest:
         shadows = [average[index] for average in averages]
-        if not shadows:
-            continue
-        one_step = guard is None and source.dtype == shadows[0].dtype and len(shadows) == 1
-        limit = max(source.numel(), 1) if one_step else chunk_size(source.device)
-        for offset, piece in pieces(source, start, stop, limit):
-            values = scratch.cast(piece, shadows[0].dtype)
-            targets = [shadow[offset : offset + piece.numel()].view(piece.shape) for shadow in shadows]
-            if guard is None or (index not in guard.tainted and guard.passes(values)):
-                for target, weight in zip(targets, weights, strict=True):
-                    target.lerp_(values, weight)
-            else:
-                finite = torch.isfinite(values)
-                guard.count(finite)
-                for target, weight in zip(targets, weights, strict=True):
-                    _guarded_lerp(target, values, weight, finite)
-        if guard is not None and index in guard.tainted and all(_is_finite(shadow) for shadow in shadows):
-            guard.tainted.discard(index)
+        _eager_lerp(shadows, sources[index], ranges[index], weights, scratch, guard, index)
+
+
+def _eager_lerp(
+    shadows: Sequence[Tensor],
+    source: Tensor,
+    span: tuple[int, int],
+    weights: Sequence[float],
+    scratch: Scratch,
+    guard: Guard | None,
+    index: int,
+) -> None:
+    one_step = guard is None and source.dtype == shadows[0].dtype and len(shadows) == 1
+    limit = max(source.numel(), 1) if one_step else chunk_size(source.device)
+    for offset, piece in pieces(source, *span, limit):
+        values = scratch.cast(piece, shadows[0].dtype)
+        targets = [shadow[offset : offset + piece.numel()].view(piece.shape) for shadow in shadows]
+        if guard is None or (index not in guard.tainted and guard.passes(values)):
+            for target, weight in zip(targets, weights, strict=True):
+                target.lerp_(values, weight)
+        else:
+            finite = torch.isfinite(values)
+            guard.count(finite)
+            for target, weight in zip(targets, weights, strict=True):
+                _guarded_lerp(target, values, weight, finite)
+    if guard is not None and index in guard.tainted and all(_is_finite(shadow) for shadow in shadows):
+        guard.tainted.discard(index)
 
 
 def _is_finite(shadow: Tensor) -> bool:
