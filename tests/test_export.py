@@ -237,6 +237,14 @@ def test_a_wrong_size_is_refused_by_name(text: object) -> None:
         parse_size(text)  # type: ignore[arg-type]
 
 
+def test_every_tensor_begins_at_a_multiple_of_its_element_size() -> None:
+    """One odd byte before a float32 tensor, and whoever maps the file reads it misaligned."""
+    dtypes = [torch.bool, torch.float32, torch.uint8, torch.float64, torch.bfloat16, torch.int8, torch.int64]
+    for order in (dtypes, dtypes[::-1]):
+        (plan,) = plan_files([TensorPlan(str(dtype), dtype, (3,)) for dtype in order], 10**6)
+        assert all(plan.offsets[tensor.name] % tensor.dtype.itemsize == 0 for tensor in plan.tensors)
+
+
 def test_files_stay_within_the_limit_with_their_headers() -> None:
     """Long names and many small tensors: the header is most of the file."""
     tensors = [TensorPlan(f"layer.{'x' * 80}.{i}", torch.float32, (i % 7, 3)) for i in range(200)]
