@@ -8,6 +8,9 @@ What it is built from and for (source, compiler, processor) names the file in th
 the directory cannot be written, the build goes to a temporary directory. ``DIST_EMA_KERNEL`` forces the choice:
 ``eager`` or ``compiled``.
 
+The bits are those of ``torch.lerp``, but for the sign of zero at a weight of exactly 1, where torch's vectors and the
+elements that are left over from them differ between themselves.
+
 OpenMP is torch's own runtime where that is GNU's, so both share one set of threads. Its threads do not survive a fork:
 a child forked later (a worker of a data loader) computes with one thread.
 """
@@ -59,12 +62,15 @@ class Kernel:
         path: of the shared library.
 
     Raises:
-        OSError: it cannot be loaded.
+        OSError: it cannot be loaded, or is another library.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._function = ctypes.CDLL(str(path)).dist_ema_lerp
+        try:
+            self._function = ctypes.CDLL(str(path)).dist_ema_lerp
+        except AttributeError as error:
+            raise OSError(str(error)) from error
         self._function.argtypes = [ctypes.c_int64] * 2 + [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 2
         self._function.restype = ctypes.c_int64
         self._process = os.getpid()
@@ -235,7 +241,7 @@ def build() -> Kernel:
     facts = [_SOURCE.read_text(), *command, _run([*compiler, "--version"]), _processor()]
     name = f"fused-{hashlib.sha256(repr(facts).encode()).hexdigest()[:20]}.so"
     try:
-        return Kernel(_cache() / name)
+        return _kept(_cache() / name)
     except (OSError, RuntimeError):  # not there, damaged, or nobody knows where home is
         pass
     # Private, since in a shared directory somebody else could lay a library of that name. A loaded one can be deleted.
@@ -243,7 +249,7 @@ def build() -> Kernel:
         built = Path(folder) / name
         _run([*command, str(built)])
         try:
-            return Kernel(_keep(built))
+            return _kept(_keep(built))
         except (OSError, RuntimeError) as error:
             logger.info("The compiled kernel is not kept for the next process: %s", error)
             return Kernel(built)
@@ -255,16 +261,25 @@ def _cache() -> Path:
 
 
 def _keep(built: Path) -> Path:
-    """Copies it into the cache so that no process sees a part of it, and tells its path there."""
+    """Copies it into the cache so that no process sees a part of it, and tells its path there. Raises OSError."""
     folder = _cache()
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{uuid.uuid4().hex}.so"
+    code = built.read_bytes()
     try:
-        shutil.copyfile(built, temporary)
+        temporary.write_bytes(code + hashlib.sha256(code).digest())  # the loader does not mind what follows
         temporary.replace(folder / built.name)
     finally:
         temporary.unlink(missing_ok=True)
     return folder / built.name
+
+
+def _kept(path: Path) -> Kernel:
+    """Loads what ``_keep`` wrote. Raises OSError: it is not there, or damaged; to load that could end the process."""
+    content = path.read_bytes()
+    if hashlib.sha256(content[:-32]).digest() != content[-32:]:
+        raise OSError(f"{path} is damaged")
+    return Kernel(path)
 
 
 def _compiler() -> list[str]:

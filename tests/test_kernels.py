@@ -1,0 +1,409 @@
+"""In-place arithmetic on plain tensors: the compiled update against the eager one, its cache, and views of pieces."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dist_ema import ShardedEMA, fused, kernels
+from dist_ema.errors import EMAConfigError
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+#: 65,536 elements are a thread's chunk, 2,048 go through all averages at a time.
+SIZES = (0, 1, 7, 4096, 0, 2047, 2049, 65536 - 4096, 1, 65537, 131072, 33, 0)
+WEIGHTS = (1e-7, 1e-4, 0.3, 0.5, 0.7, 1.0)
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.fixture
+def kernel() -> fused.Kernel:
+    try:
+        return fused.build()
+    except fused.BuildError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def undecided(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a process that has not averaged yet."""
+    monkeypatch.setattr(fused, "_decided", [])
+
+
+def _lerp(
+    chosen: fused.Kernel | None,
+    averages: list[list[Tensor]],
+    sources: list[Tensor],
+    weights: list[float],
+    guarded: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> tuple[list[list[Tensor]], int]:
+    """What becomes of copies of ``averages``, and how many elements were skipped."""
+    monkeypatch.setattr(fused, "_decided", [chosen])
+    averages = [[shadow.clone() for shadow in average] for average in averages]
+    guard = kernels.Guard() if guarded else None
+    if guard is not None and chosen is None:
+        guard.tainted.update(range(len(sources)))  # as where shadows may hold NaN from the first copy
+    ranges = [(0, source.numel()) for source in sources]
+    kernels.lerp(averages, sources, ranges, weights, kernels.Scratch(), guard)
+    return averages, guard.total() if guard is not None else 0
+
+
+def _differing(first: list[list[Tensor]], second: list[list[Tensor]]) -> int:
+    """Elements of other bits; all NaN are one, and zeros where both are zero."""
+    count = 0
+    for a, b in zip(itertools.chain(*first), itertools.chain(*second), strict=True):
+        same = (a.view(torch.int32) == b.view(torch.int32)) | (a.isnan() & b.isnan()) | ((a == 0) & (b == 0))
+        count += int((~same).sum())
+    return count
+
+
+def _spoil(tensor: Tensor) -> Tensor:
+    """NaN and Inf at every 97th element or so."""
+    for offset, value in enumerate((NAN, INF, -INF)):
+        tensor[torch.rand(tensor.shape) < 0.01 / (offset + 1)] = value
+    return tensor
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("guarded", [False, True])
+@pytest.mark.parametrize("spoilt", [False, True])
+def test_compiled_gives_the_eager_bits(
+    dtype: torch.dtype, guarded: bool, spoilt: bool, kernel: fused.Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks of one job may differ in having a compiler, and replicas must not."""
+    torch.manual_seed(0)
+    sources = [torch.randn(size).to(dtype) for size in SIZES]
+    averages = [[torch.randn(size) for size in SIZES] for _ in range(3)]
+    if spoilt:
+        sources = [_spoil(source) for source in sources]
+        averages = [[_spoil(shadow) for shadow in average] for average in averages]
+    for first, second in itertools.pairwise(WEIGHTS):
+        weights = [first, second, 0.0]
+        compiled, skipped = _lerp(kernel, averages, sources, weights, guarded, monkeypatch)
+        eager, expected = _lerp(None, averages, sources, weights, guarded, monkeypatch)
+        assert _differing(compiled, eager) == 0, weights
+        assert skipped == expected
+        assert (skipped > 0) == (guarded and spoilt)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [1e-44, 1e-39, 6e-8, 1e-5, 1e30, 1e38])
+def test_subnormal_and_huge_values_too(
+    dtype: torch.dtype, scale: float, kernel: fused.Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where conversions go wrong, and where a difference overflows to Inf without a source that is Inf."""
+    torch.manual_seed(0)
+    sources = [(torch.randn(size) * scale).to(dtype) for size in (5000, 37)]
+    averages = [[torch.randn(size) * scale for size in (5000, 37)]]
+    for weight, guarded in itertools.product(WEIGHTS, (False, True)):
+        compiled, skipped = _lerp(kernel, averages, sources, [weight], guarded, monkeypatch)
+        eager, expected = _lerp(None, averages, sources, [weight], guarded, monkeypatch)
+        assert _differing(compiled, eager) == 0, weight
+        assert skipped == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_16_bit_value_is_converted_as_torch_does(
+    dtype: torch.dtype, kernel: fused.Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    (((copied,),), skipped) = _lerp(kernel, [[torch.zeros(2**16)]], [source], [1.0], True, monkeypatch)
+    finite = source.float().isfinite()
+    assert torch.equal(copied, torch.where(finite, source.float(), 0.0))
+    assert skipped == int((~finite).sum())
+
+
+def test_cut_and_unaligned_views_are_averaged_in_place(kernel: fused.Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A share is a range of a parameter, at any offset of its memory; its neighbours must not be touched."""
+    monkeypatch.setattr(fused, "_decided", [kernel])
+    for dtype, start, length in itertools.product(DTYPES, (0, 1, 3, 65535), (1, 15, 70001)):
+        memory = torch.randn(150000).to(dtype)
+        source = memory[7 : 7 + 140000]
+        flat = torch.randn(length + 8)
+        shadow, before = flat[3 : 3 + length], flat.clone()
+        kernels.lerp([[shadow]], [source], [(start, start + length)], [0.25], kernels.Scratch(), kernels.Guard())
+        expected = before.clone()
+        expected[3 : 3 + length].lerp_(source[start : start + length].float(), 0.25)
+        assert torch.equal(flat, expected)
+
+
+def test_what_the_kernel_does_not_take_goes_the_eager_way_beside_it(
+    kernel: fused.Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One transposed or double weight must not cost the others their speed, nor be left out."""
+    sources = [
+        torch.randn(6, 4).t(),
+        torch.randn(24).bfloat16(),
+        torch.randn(2, 3, 2, 2).to(memory_format=torch.channels_last),
+        torch.randn(24).double(),
+        torch.randn(24),
+    ]
+    averages = [[torch.randn(24) for _ in range(5)] for _ in range(2)]
+    averages[0][4], averages[1][4] = torch.randn(24).double(), torch.randn(24).double()
+    before = [[shadow.clone() for shadow in average] for average in averages]
+    monkeypatch.setattr(fused, "_decided", [kernel])
+    ranges = [(0, 24)] * 5
+    _, rest = fused.lerp(
+        [[s.clone() for s in average] for average in averages], sources, ranges, [0.1, 0.9], fused.Table(), True
+    )
+    assert rest == [0, 2, 3, 4]
+    kernels.lerp(averages, sources, ranges, [0.1, 0.9], kernels.Scratch(), kernels.Guard())
+    for average, old, weight in zip(averages, before, (0.1, 0.9), strict=True):
+        for shadow, start, source in zip(average, old, sources, strict=True):
+            torch.testing.assert_close(shadow, start.lerp(source.flatten().to(start.dtype), weight), rtol=0, atol=1e-6)
+
+
+def test_table_follows_memory_dtype_and_layout(kernel: fused.Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The arguments are kept between updates; a parameter set anew through .data must be seen."""
+    monkeypatch.setattr(fused, "_decided", [kernel])
+    parameter = nn.Parameter(torch.full((4, 4), 1.0))
+    scratch, memory = kernels.Scratch(), parameter.data
+    changes: list[Callable[[], Tensor]] = [
+        lambda: torch.full((4, 4), 2.0),
+        lambda: memory.copy_(torch.arange(16.0).view(4, 4)),
+        lambda: memory.t(),  # the same address
+        lambda: memory.t().bfloat16(),
+        lambda: memory.view(torch.bfloat16)[:, :4].contiguous(),
+    ]
+    for change in changes:
+        parameter.data = change()
+        shadow = torch.zeros(16)
+        kernels.lerp([[shadow]], [parameter], [(0, 16)], [1.0], scratch, None)
+        assert torch.equal(shadow, parameter.detach().flatten().float())
+
+
+def test_too_few_weights_are_refused(kernel: fused.Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel would read past the end of the list."""
+    monkeypatch.setattr(fused, "_decided", [kernel])
+    with pytest.raises(ValueError, match="1 weights for 2 averages"):
+        kernels.lerp([[torch.ones(3)]] * 2, [torch.ones(3)], [(0, 3)], [0.5], kernels.Scratch(), None)
+
+
+@pytest.mark.parametrize("route", ["compiled", "eager"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_constant_weights_move_no_element(
+    route: str, dtype: torch.dtype, kernel: fused.Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """d * s + (1 - d) * p rounds twice, and drifts."""
+    monkeypatch.setattr(fused, "_decided", [kernel if route == "compiled" else None])
+    source = torch.randn(5000).to(dtype)
+    shadow = source.float()
+    for weight in (1e-7, 1e-4, 0.3, 0.7) * 50:
+        kernels.lerp([[shadow]], [source], [(0, 5000)], [weight], kernels.Scratch(), kernels.Guard())
+    assert torch.equal(shadow, source.float())
+
+
+def test_thousands_of_noisy_updates_stay_with_float64(kernel: fused.Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Errors of single updates must not add up in one direction."""
+    monkeypatch.setattr(fused, "_decided", [kernel])
+    torch.manual_seed(0)
+    start = torch.rand(256) + 1
+    noise = 0.1 * torch.randn(64, 256)
+    shadow, reference = start.clone(), start.double()
+    weight, scratch, guard = 1 - 0.9999, kernels.Scratch(), kernels.Guard()
+    for step in range(20_000):
+        source = start + noise[step % 64] + step * 1e-5
+        kernels.lerp([[shadow]], [source], [(0, 256)], [weight], scratch, guard)
+        reference.lerp_(source.double(), weight)
+    assert ((shadow.double() - reference) / reference).abs().max() < 1e-5
+
+
+# The choice.
+
+SCRIPT = """
+import logging, sys, torch
+logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+from dist_ema import ShardedEMA
+model = torch.nn.Linear(3, 3)
+ema = ShardedEMA(model, decay=0.5)
+for _ in range(3):
+    ema.update()
+assert torch.equal(ema.full_state_dict()["weight"], model.weight)
+"""
+
+
+def _run(**environment: str) -> subprocess.CompletedProcess[str]:
+    variables = {**os.environ, **environment}
+    return subprocess.run(
+        [sys.executable, "-c", SCRIPT], env=variables, capture_output=True, text=True, check=False, timeout=300
+    )
+
+
+def test_without_a_compiler_it_falls_back_and_says_so(tmp_path: Path) -> None:
+    """Containers often have none."""
+    result = _run(PATH="", CXX="", DIST_EMA_CACHE=str(tmp_path), DIST_EMA_KERNEL="")
+    assert result.returncode == 0, result.stderr
+    lines = [line for line in result.stdout.splitlines() if "route" in line]
+    assert len(lines) == 1
+    assert "eager route" in lines[0]
+    assert "no C++ compiler" in lines[0]
+    forced = _run(PATH="", CXX="", DIST_EMA_CACHE=str(tmp_path), DIST_EMA_KERNEL="compiled")
+    assert "EMAConfigError: DIST_EMA_KERNEL=compiled, but there is no compiled kernel: no C++ compiler" in forced.stderr
+
+
+def test_processes_that_build_at_once_leave_one_whole_library(tmp_path: Path, kernel: fused.Kernel) -> None:
+    """All ranks of a node start together, with an empty cache."""
+    variables = {**os.environ, "DIST_EMA_CACHE": str(tmp_path / "new"), "DIST_EMA_KERNEL": "compiled"}
+    started = [
+        subprocess.Popen([sys.executable, "-c", SCRIPT], env=variables, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    for process in started:
+        output = process.communicate(timeout=300)[0]
+        assert process.returncode == 0
+        assert f"compiled kernel, {tmp_path}/new/fused-" in output
+    assert len(list((tmp_path / "new").iterdir())) == 1
+
+
+@pytest.mark.usefixtures("undecided", "kernel")
+def test_choice_is_forced_by_the_environment(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """To compare, or where a compiler is not to be started."""
+    caplog.set_level(logging.INFO, "dist_ema.fused")
+    monkeypatch.setenv("DIST_EMA_KERNEL", "fast")
+    with pytest.raises(EMAConfigError, match="DIST_EMA_KERNEL='fast': it can be 'eager' or 'compiled'"):
+        fused.choice()
+    monkeypatch.setenv("DIST_EMA_KERNEL", "eager")
+    assert fused.choice() is None
+    monkeypatch.setenv("DIST_EMA_KERNEL", "compiled")
+    assert fused.choice() is None  # made once
+    assert [record.message for record in caplog.records] == ["Averages on the CPU: eager route (DIST_EMA_KERNEL=eager)"]
+    monkeypatch.setattr(fused, "_decided", [])
+    assert isinstance(fused.choice(), fused.Kernel)
+
+
+@pytest.mark.usefixtures("undecided", "kernel")
+def test_construction_and_import_start_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model on an accelerator needs none, and an import must not take seconds."""
+
+    def refuse() -> fused.Kernel:
+        raise AssertionError("built")
+
+    monkeypatch.setattr(fused, "build", refuse)
+    monkeypatch.setenv("DIST_EMA_KERNEL", "compiled")
+    ema = ShardedEMA(nn.Linear(2, 2), decay=0.5)
+    ema.update()
+    with pytest.raises(AssertionError, match="built"):
+        ema.update()
+
+
+def test_directory_that_cannot_hold_the_cache(
+    tmp_path: Path, kernel: fused.Kernel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Home is read-only, missing, or full on many clusters: then each process builds its own."""
+    caplog.set_level(logging.INFO, "dist_ema.fused")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("DIST_EMA_CACHE", str(tmp_path / "file" / "cache"))
+    fused._check(fused.build())
+    assert "not kept" in caplog.text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+@pytest.mark.usefixtures("undecided")
+def test_damaged_library_in_the_cache_is_built_again(
+    tmp_path: Path, kernel: fused.Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that was full, or a machine that lost power, leaves half a file."""
+    monkeypatch.setenv("DIST_EMA_CACHE", str(tmp_path))
+    damaged = tmp_path / kernel.path.name
+    damaged.write_bytes(kernel.path.read_bytes()[:1000])
+    monkeypatch.setenv("DIST_EMA_KERNEL", "compiled")
+    assert isinstance(fused.choice(), fused.Kernel)
+    assert damaged.stat().st_size > 1000
+
+
+@pytest.mark.usefixtures("undecided")
+@pytest.mark.parametrize("fault", ["fails", "hangs", "rounds otherwise"])
+def test_compiler_of_no_use_is_logged(
+    fault: str,
+    tmp_path: Path,
+    kernel: fused.Kernel,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A broken toolchain must cost speed, not the training run; nor may it cost the average its bits."""
+    compiler = tmp_path / "compiler"
+    endings = {
+        "fails": "echo no such header; exit 1",
+        "hangs": "sleep 60",
+        "rounds otherwise": f'exec {fused._compiler()[0]} "$@" -DDIST_EMA_NO_FMA',
+    }
+    reasons = {
+        "fails": "failed with 1: no such header",
+        "hangs": "took more than 1 s",
+        "rounds otherwise": "does not compute what torch does",
+    }
+    compiler.write_text(f'#!/bin/sh\n[ "$1" = --version ] && exit 0\n{endings[fault]}\n')
+    compiler.chmod(0o700)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("DIST_EMA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("DIST_EMA_KERNEL", raising=False)
+    if fault == "rounds otherwise" and "-DDIST_EMA_NO_FMA" in fused._machine_options():
+        pytest.skip("torch itself rounds so here")
+    if fault == "hangs":
+        monkeypatch.setattr(fused, "COMPILER_TIMEOUT", 1.0)
+    assert fused.choice() is None
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert reasons[fault] in caplog.text
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_child_forked_after_an_update_can_average(kernel: fused.Kernel) -> None:
+    """OpenMP's threads are gone in a forked child, and a parallel region would wait for them for ever."""
+    code = """
+import os, torch
+from dist_ema import fused, kernels
+shadow, source = torch.zeros(1 << 20), torch.ones(1 << 20)
+def update():
+    kernels.lerp([[shadow]], [source], [(0, 1 << 20)], [.5], kernels.Scratch(), None)
+torch.set_num_threads(2)
+update()
+child = os.fork()
+if child == 0:
+    update()
+    os._exit(0 if shadow[-1].item() == .75 else 1)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    variables = {**os.environ, "DIST_EMA_KERNEL": "compiled"}
+    subprocess.run([sys.executable, "-c", code], env=variables, check=True, timeout=120)
+
+
+# Pieces.
+
+
+@pytest.mark.parametrize("limit", [1, 4, 7, 24, 1000])
+def test_pieces_are_writable_views_in_row_major_order(limit: int) -> None:
+    """Of a tensor that is not contiguous a flat view would be a copy, and what is written to it lost."""
+    layouts = [
+        torch.zeros(2, 3, 4),
+        torch.zeros(4, 3, 2).permute(2, 1, 0),
+        torch.zeros(1, 4, 3, 2).to(memory_format=torch.channels_last),
+        torch.zeros(2, 3, 8)[:, :, ::2],
+        torch.zeros(4, 6).t(),
+    ]
+    for tensor, start, stop in itertools.product(layouts, (0, 1, 5, 12), (5, 13, 23, 24)):
+        tensor.zero_()
+        seen = 0
+        for offset, piece in kernels.pieces(tensor, start, stop, limit):
+            assert offset == seen
+            assert 0 < piece.numel() <= limit
+            piece.copy_(torch.arange(offset + 1, offset + 1 + piece.numel()).view(piece.shape))
+            seen += piece.numel()
+        assert seen == max(stop - start, 0)
+        expected = torch.zeros(24)
+        expected[start:stop] = torch.arange(1, max(stop - start, 0) + 1)
+        assert torch.equal(tensor.flatten(), expected)
+
+
+def test_pieces_of_empty_and_scalar_tensors() -> None:
+    assert list(kernels.pieces(torch.zeros(0, 3), 0, 0, 8)) == []
+    ((offset, piece),) = kernels.pieces(torch.tensor(3.0), 0, 1, 8)
+    assert (offset, piece.item()) == (0, 3.0)
