@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -362,17 +362,20 @@ class ShardedEMA:
         self._background.wait()
         group = self._control_group(timeout)
         with answering(f"save to {path}", timeout):
-            save = agree(lambda: self._save(path, group), group, f"save to {path}")
+            views = agree(self._views, group, f"save to {path}")
+            entries = self._catalogue(group)
+            started, skipped = self._shadow.started, self._skipped()
+            save = agree(lambda: Save(path, self._track, started, skipped, entries, views, group), group, "save")
             if block:
                 save.run()
                 return
             save.start()
         self._background.start(save.write_averages, save.finish, save.abandon)
 
-    def _save(self, path: object, group: dist.ProcessGroup | None) -> Save:
+    def _views(self) -> dict[str, Callable[[str], Held | None]]:
+        """What this rank holds of each tensor, for each average. Local."""
         sources = self._sources("save()")
-        views = {name: self._held(name, sources).get for name in self.names}
-        return Save(path, self._track, self._shadow.started, self._skipped(), self._catalogue(), views, group)
+        return {name: self._held(name, sources).get for name in self.names}
 
     def load(self, path: str | os.PathLike[str], *, strict: bool = True, verify: bool = True) -> None:
         """Reads a checkpoint, of any engine and world size, by ranges of its files. Collective.
@@ -395,7 +398,7 @@ class ShardedEMA:
         self._background.wait()
         group = self._engine.group
         sources = agree(lambda: self._sources("load()"), group, f"load from {path}")
-        entries = self._catalogue()
+        entries = self._catalogue(group)
         load = Load(path, entries, self.names, group)
         found = load.match(strict)
         manifest = load.manifest
@@ -456,7 +459,7 @@ class ShardedEMA:
         ``average_parameters()``, or if the model has changed.
         """
         sources = agree(lambda: self._sources("metrics()"), self._engine.group, "metrics()")
-        entries = {entry.name: entry for entry in self._catalogue()}
+        entries = {entry.name: entry for entry in self._catalogue(self._engine.group)}
         spoken = [speaks(entries[share.spec.name], share, self._engine.group) for share in self._shares]
         squares = [self._squared_distance(name, sources, spoken) for name in self._options.schedules]
         *squares, skipped = sum_floats([*squares, self._skipped()], self._engine.group)
@@ -514,13 +517,13 @@ class ShardedEMA:
             return self._held(self._name(name), self._sources(doing))
 
         held = agree(look, self._engine.group, doing)
-        return self._catalogue(), held
+        return self._catalogue(self._engine.group), held
 
-    def _catalogue(self) -> list[Entry]:
-        same_updates(self.num_updates, self._engine.group)
-        everywhere = all(gather_objects(self._entries is not None, self._engine.group))  # reset() is local
+    def _catalogue(self, group: dist.ProcessGroup | None) -> list[Entry]:
+        same_updates(self.num_updates, group)
+        everywhere = all(gather_objects(self._entries is not None, group))  # reset() is local
         if self._entries is None or not everywhere:
-            self._entries = catalogue(self._shares, self._engine.group)
+            self._entries = catalogue(self._shares, group)
         return self._entries
 
     def _sources(self, doing: str) -> list[Tensor]:
