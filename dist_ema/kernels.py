@@ -17,7 +17,7 @@ from dist_ema import fused
 
 #: Elements at a time: 1 MiB of fp32, which stays in the cache. On an accelerator a launch has to be worth its cost.
 CHUNK = 1 << 18
-ACCELERATOR_CHUNK = 1 << 24
+ACCELERATOR_CHUNK = 1 << 22
 
 
 def chunk_size(device: torch.device) -> int:

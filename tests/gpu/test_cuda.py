@@ -1,0 +1,135 @@
+"""What only an accelerator can show: no host sync, NCCL, bounded device memory. Everything else runs on the CPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from models import batch, build
+from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+from dist_ema import ShardedEMA
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.fixture
+def nccl() -> Iterator[None]:
+    """A group of one process."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK="0", WORLD_SIZE="1")
+    dist.init_process_group("nccl", rank=0, world_size=1, device_id=torch.device("cuda", 0))
+    yield
+    dist.destroy_process_group()
+
+
+def _wrap(kind: str) -> nn.Module:
+    model = build(scalar=False).cuda()
+    if kind == "ddp":
+        return DDP(model)
+    if kind == "fsdp1":
+        return FSDP(model, use_orig_params=True, device_id=0)
+    if kind == "fsdp2":
+        return fully_shard(model, mesh=init_device_mesh("cuda", (1,)))
+    return model
+
+
+@torch.no_grad()
+def _train(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.add_(torch.ones_like(parameter))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("skip_nonfinite", [True, False])
+def test_update_never_waits_for_the_device(dtype: torch.dtype, skip_nonfinite: bool) -> None:
+    """A host sync in each step costs more than the update."""
+    model = nn.Linear(3000, 3000).cuda().to(dtype)
+    ema = ShardedEMA(model, averages={"a": 0.9, "b": 0.99}, skip_nonfinite=skip_nonfinite)
+    ema.update()
+    ema.update()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            ema.update()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_average_on_the_device_equals_that_on_the_host(dtype: torch.dtype) -> None:
+    """Two routes of arithmetic must give one average, NaN and Inf included."""
+    host = nn.Linear(333, 777).to(dtype)
+    device = nn.Linear(333, 777).to(dtype).cuda()
+    device.load_state_dict(host.state_dict())
+    emas = [ShardedEMA(model, decay=0.9) for model in (host, device)]
+    for step in range(5):
+        for model, ema in zip((host, device), emas, strict=True):
+            _train(model)
+            if step == 2:
+                with torch.no_grad():
+                    model.weight[0, :3] = torch.tensor([float("nan"), float("inf"), -float("inf")])
+            ema.update()
+            if step == 2:
+                with torch.no_grad():
+                    model.weight[0, :3] = 1.0
+    first, second = (ema.full_state_dict() for ema in emas)
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, rtol=3e-7, atol=0)
+    assert [ema.metrics()["ema/skipped_elements"] for ema in emas] == [3, 3]
+
+
+def test_update_needs_no_device_memory_of_the_models_size() -> None:
+    """An fp32 copy of bf16 weights, or a mask of them, is memory that a full GPU does not have."""
+    model = nn.Linear(16384, 16384, bias=False, device="cuda", dtype=torch.bfloat16)  # 512 MiB
+    ema = ShardedEMA(model, decay=0.9)
+    ema.update()
+    ema.update()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    ema.update()
+    assert torch.cuda.max_memory_allocated() - before <= 128 << 20
+
+
+@pytest.mark.usefixtures("nccl")
+@pytest.mark.parametrize("kind", ["plain", "ddp", "fsdp1", "fsdp2"])
+def test_evaluation_export_and_checkpoint_through_nccl(kind: str, tmp_path: Path) -> None:
+    """NCCL sends no CPU tensor, and every gathering call has to know that."""
+    model = _wrap(kind)
+    ema = ShardedEMA(model, decay=0.5)
+    for _ in range(3):
+        _train(model)
+        ema.update()
+    model.eval()
+    tokens = batch(0).cuda()
+    with torch.no_grad():
+        live = model(tokens)
+        with ema.average_parameters():
+            averaged = model(tokens)
+        assert torch.equal(model(tokens), live)
+    state = ema.full_state_dict()
+    assert all(value.device.type == "cpu" for value in state.values())
+    plain = build(scalar=False)
+    plain.load_state_dict(state)
+    plain.cuda().eval()
+    torch.testing.assert_close(plain(tokens), averaged, rtol=1e-4, atol=1e-4)
+    ema.export(tmp_path / "export", gather=True)
+    exported = load_file(tmp_path / "export" / "model.safetensors")
+    assert all(torch.equal(exported[name], value) for name, value in state.items())
+    before = ema.fingerprint()
+    ema.save(tmp_path / "checkpoint", block=False)
+    _train(model)
+    ema.update()
+    assert ema.fingerprint() != before
+    ema.load(tmp_path / "checkpoint")
+    assert ema.fingerprint() == before
+    ema.close()
