@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, ShardingStrategy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecision, MixedPrecisionPolicy, ShardingStrategy, fully_shard
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -93,9 +93,14 @@ class Case:
         return self.wrap(self.plain())
 
 
-def _fsdp1(strategy: ShardingStrategy, use_orig_params: bool) -> Callable[[nn.Module], nn.Module]:
+def _fsdp1(strategy: ShardingStrategy, use_orig_params: bool, mixed: bool = False) -> Callable[[nn.Module], nn.Module]:
     def wrap(model: nn.Module) -> nn.Module:
         options: dict = {"use_orig_params": use_orig_params, "device_id": torch.device("cpu")}
+        if mixed:
+            model.norm = FSDP(model.norm, sharding_strategy=strategy, **options)  # its buffers are fp32
+            model.norm.register_forward_hook(lambda _module, _inputs, output: output.bfloat16())
+            model.norm.register_forward_pre_hook(lambda _module, inputs: (inputs[0].float(),))
+            options["mixed_precision"] = MixedPrecision(torch.bfloat16, torch.float32)
         if strategy is ShardingStrategy.HYBRID_SHARD:
             options["device_mesh"] = init_device_mesh("cpu", _replicate_by_shard(), mesh_dim_names=("rep", "shard"))
         for index, block in enumerate(model.module):
@@ -174,6 +179,10 @@ CASES: dict[str, Case] = {
     "ddp-checkpointed": Case(_checkpointed(DDP), group_sizes=(2,)),
     "fsdp1-full": Case(_fsdp1(ShardingStrategy.FULL_SHARD, False), scalar=False),
     "fsdp1-full-orig": Case(_fsdp1(ShardingStrategy.FULL_SHARD, True), scalar=False),
+    "fsdp1-full-mixed": Case(_fsdp1(ShardingStrategy.FULL_SHARD, False, True), scalar=False, group_sizes=(1, 2)),
+    "fsdp1-grad-op-orig-mixed": Case(
+        _fsdp1(ShardingStrategy.SHARD_GRAD_OP, True, True), scalar=False, group_sizes=(2, 3)
+    ),
     "fsdp1-grad-op": Case(_fsdp1(ShardingStrategy.SHARD_GRAD_OP, False), scalar=False),
     "fsdp1-grad-op-orig": Case(_fsdp1(ShardingStrategy.SHARD_GRAD_OP, True), scalar=False),
     "fsdp1-hybrid": Case(_fsdp1(ShardingStrategy.HYBRID_SHARD, False), scalar=False, group_sizes=(2, 4)),
