@@ -213,12 +213,12 @@ def _decide(wish: str) -> Kernel | None:
 
 def _check(kernel: Kernel) -> None:
     """A few elements against torch: another processor or compiler may round otherwise, and then is not used."""
-    source = torch.linspace(-3, 5, 99).tan_()
+    source = torch.linspace(-3, 5, 99, dtype=torch.float32, device="cpu").tan_()  # whatever the defaults are
     source[7], source[60] = float("nan"), float("inf")
     for dtype in _CODES:
         for weight in (1e-4, 0.7):
             values = source.to(dtype)
-            shadow = torch.linspace(1, -2, 99)
+            shadow = torch.linspace(1, -2, 99, dtype=torch.float32, device="cpu")
             expected = torch.where(values.isfinite(), torch.lerp(shadow, values.float(), weight), shadow)
             arrays, _ = Table().read([[shadow]], [values], [(0, 99)])
             skipped = kernel(arrays, [weight], True)
@@ -237,7 +237,7 @@ def build() -> Kernel:
         OSError: a file cannot be written, or the library not loaded.
     """
     compiler = _compiler()
-    command = [*compiler, *_OPTIONS, *_machine_options(), str(_SOURCE), "-o"]
+    command = [*compiler, *_OPTIONS, *_machine_options()]
     facts = [_SOURCE.read_text(), *command, _run([*compiler, "--version"]), _processor()]
     name = f"fused-{hashlib.sha256(repr(facts).encode()).hexdigest()[:20]}.so"
     try:
@@ -247,7 +247,7 @@ def build() -> Kernel:
     # Private, since in a shared directory somebody else could lay a library of that name. A loaded one can be deleted.
     with tempfile.TemporaryDirectory(prefix="dist_ema_") as folder:
         built = Path(folder) / name
-        _run([*command, str(built)])
+        _run([*command, str(_SOURCE), "-o", str(built)])
         try:
             return _kept(_keep(built))
         except (OSError, RuntimeError) as error:

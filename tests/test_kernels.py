@@ -281,6 +281,19 @@ def test_choice_is_forced_by_the_environment(monkeypatch: pytest.MonkeyPatch, ca
 
 
 @pytest.mark.usefixtures("undecided", "kernel")
+def test_defaults_of_torch_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first update may be made where tensors are double, or on the meta device, by default."""
+    monkeypatch.setenv("DIST_EMA_KERNEL", "compiled")
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            assert isinstance(fused.choice(), fused.Kernel)
+    finally:
+        torch.set_default_dtype(previous)
+
+
+@pytest.mark.usefixtures("undecided", "kernel")
 def test_construction_and_import_start_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model on an accelerator needs none, and an import must not take seconds."""
 
