@@ -133,7 +133,7 @@ def compile_axpy(folder: Path) -> ctypes.CDLL | None:
 def bound(model: Model) -> tuple[str, Callable[[], object]]:
     """Label and function of ``a += w * b`` over one flat array of as many elements."""
     source = torch.cat(weights(model))
-    target = source.float()
+    target = source.to(torch.float32, copy=True)
     if source.device.type == "cpu":
         with tempfile.TemporaryDirectory() as folder:
             library = compile_axpy(Path(folder))
