@@ -28,7 +28,8 @@ LAYERS = [
     {"dist_ema.shadow", "dist_ema.swap", "dist_ema.gather", "dist_ema.reading"},
     {"dist_ema.writing"},
     {"dist_ema.export", "dist_ema.checkpoint", "dist_ema.loading", "dist_ema.report", "dist_ema.functional"},
-    {"dist_ema.ema"},
+    {"dist_ema.ema", "dist_ema.audit"},
+    {"dist_ema.offline", "dist_ema.compare"},
 ]
 WRAPPERS = ("torch.distributed.fsdp", "torch.nn.parallel", "torch.distributed.tensor", "deepspeed")
 TRAINERS = ("composer", "lightning", "pytorch_lightning", "transformers", "accelerate")
@@ -185,6 +186,7 @@ def test_no_assert_and_no_print() -> None:
         ("import dist_ema", ["torch", "numpy"]),
         ("import dist_ema; dist_ema.schedules.HalfLife('10ba'); dist_ema.errors.EMAError", ["torch", "numpy"]),
         ("import dist_ema.geometry, dist_ema.timing", ["torch", "numpy"]),
+        ("import dist_ema.cli", ["torch", "numpy", "rich"]),
         ("import dist_ema.engines", ["deepspeed", *TRAINERS]),
         ("import dist_ema; dist_ema.ShardedEMA; dist_ema.compute_ema", ["deepspeed", *TRAINERS]),
     ],

@@ -1,0 +1,388 @@
+"""``dist-ema``: looks at checkpoints, checks them, exports from them and compares them. One process, no accelerator.
+
+Exit status: 0 good; 1 a finding (damage, a difference); 2 it could not be done (bad usage, no checkpoint, a full
+disk), with one line on stderr. What is asked for goes to stdout, progress and complaints to stderr. torch and rich are
+imported by the commands that need them, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dist_ema import __version__
+from dist_ema.errors import CheckpointCorruptError, EMAError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from dist_ema.compare import Difference
+    from dist_ema.manifest import Manifest
+
+app = typer.Typer(
+    help="Checkpoints of averages written by dist_ema. Status: 0 good, 1 a finding, 2 it could not be done.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+class Dtype(str, Enum):
+    """What ``export`` may write."""
+
+    bf16 = "bf16"
+    fp16 = "fp16"
+    fp32 = "fp32"
+    fp64 = "fp64"
+
+
+_TORCH_NAMES = {Dtype.bf16: "bfloat16", Dtype.fp16: "float16", Dtype.fp32: "float32", Dtype.fp64: "float64"}
+Checkpoint = Annotated[Path, typer.Argument(help="Directory of a checkpoint.", show_default=False)]
+AsJSON = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+Name = Annotated[str | None, typer.Option(help="Which average.", show_default=False)]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the program; returns its exit status.
+
+    Args:
+        arguments: of the command line; None means those of this process.
+    """
+    try:
+        status = app(args=arguments, prog_name="dist-ema", standalone_mode=False)
+    except typer.Abort:
+        return 130
+    except CheckpointCorruptError as error:
+        _complain(error)
+        return 1
+    except (EMAError, OSError) as error:
+        _complain(error)
+        return 2
+    except Exception as error:
+        # What typer raises for a wrong option; the class has different homes in different versions of it.
+        if not hasattr(error, "format_message"):
+            raise
+        _complain(f"{error.format_message()} (see dist-ema --help)")
+        return 2
+    return status if isinstance(status, int) else 0
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _program(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None: ...
+
+
+@app.command()
+def inspect(path: Checkpoint, as_json: AsJSON = False) -> None:
+    """Show what a checkpoint consists of. Reads its manifest alone; `verify` reads the rest."""
+    from dist_ema.reading import read_manifest
+
+    manifest = read_manifest(path)
+    if as_json:
+        _print_json(_describe(path, manifest))
+    else:
+        _show(path, manifest)
+
+
+@app.command()
+def verify(
+    path: Checkpoint,
+    threads: Annotated[int, typer.Option(min=1, help="Read and check with so many threads.")] = 4,
+    as_json: AsJSON = False,
+) -> None:
+    """Read every byte of a checkpoint and name all that is damaged. Status: 0 whole, 1 damaged, 2 no checkpoint."""
+    from dist_ema.audit import audit
+
+    with _progress("verify") as begin, _one_thread_an_operation():
+        manifest, findings = audit(path, threads=threads, begin=lambda manifest: begin(_totals(manifest)["bytes"]))
+    totals = _totals(manifest) if manifest else None
+    if as_json:
+        found = [asdict(finding) for finding in findings]
+        _print_json({"path": str(path), "whole": not findings, "findings": found, "totals": totals})
+    else:
+        for finding in findings:
+            where = finding.file if finding.tensor is None else f"{finding.file}: {finding.tensor}"
+            typer.echo(_line(f"{where}: {finding.problem}"))
+        summary = f"damaged: {len(findings)} findings"
+        if totals and not findings:
+            summary = f"whole: {totals['tensors']} tensors, {_size(totals['bytes'])}, {totals['files']} files"
+        typer.echo(_line(f"{path} is {summary}"))
+    if findings:
+        raise typer.Exit(1)
+
+
+@app.command()
+def export(
+    path: Checkpoint,
+    out: Annotated[Path, typer.Argument(help="Directory to make; must not exist.", show_default=False)],
+    name: Name = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Of floating-point tensors; else that of the checkpoint.", show_default=False)
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Bytes of one file at most, such as 5GB or 512MiB.")] = "5GB",
+    config_from: Annotated[
+        Path | None,
+        typer.Option(help="File, or directory whose configuration files are copied.", show_default=False),
+    ] = None,
+) -> None:
+    """Write an average, and all that is not averaged, as a Hugging Face directory of safetensors files."""
+    import torch
+
+    from dist_ema.offline import export_checkpoint
+
+    with _progress("export") as begin:
+        manifest = export_checkpoint(
+            path,
+            out,
+            name=name,
+            dtype=getattr(torch, _TORCH_NAMES[dtype]) if dtype else None,
+            max_shard_size=max_shard_size,
+            config_from=config_from,
+            begin=lambda _, size: begin(size),
+        )
+    if not manifest.started:
+        _complain(f"{path} was saved before the first update: these are the live weights of that moment")
+
+
+@app.command()
+def diff(a: Checkpoint, b: Checkpoint, name: Name = None, as_json: AsJSON = False) -> None:
+    """Compare the tensors of two checkpoints bit by bit. Status: 0 equal, 1 different, 2 not comparable.
+
+    Without --name, all averages. In JSON, numbers that are not finite are the strings "nan" and "inf".
+    """
+    from dist_ema.compare import compare
+
+    with _progress("diff") as begin:
+        found = compare(a, b, name=name, begin=begin)
+    differing = sum(not one.equal for one in found)
+    if as_json:
+        rows = [
+            {key: _finite(value) for key, value in (asdict(one) | {"relative": one.relative}).items()} for one in found
+        ]
+        _print_json({"a": str(a), "b": str(b), "equal": not differing, "differing": differing, "tensors": rows})
+    else:
+        _show_differences(found)
+        typer.echo(
+            f"{differing} of {len(found)} tensors differ" if differing else f"all {len(found)} tensors are equal"
+        )
+    if differing:
+        raise typer.Exit(1)
+
+
+# What is shown.
+
+
+def _describe(path: Path, manifest: Manifest) -> dict[str, Any]:
+    from dist_ema.manifest import VERSION
+
+    sizes = _bytes_of(manifest)
+    return {
+        "path": str(path),
+        "format_version": VERSION,
+        "library": manifest.library,
+        "started": manifest.started,
+        "skipped": manifest.skipped,
+        "updates": manifest.seen.updates,
+        "progress": {moment: asdict(progress) for moment, progress in _moments(manifest).items()},
+        "averages": {
+            name: {
+                "schedule": manifest.schedules[name].to_dict(),
+                "tensors": len(tensors),
+                "bytes": sizes[f"averages/{name}"],
+            }
+            for name, tensors in manifest.averages.items()
+        },
+        "tensors": _rows(manifest),
+        "files": {name: file.size for name, file in manifest.files.items()},
+        "totals": _totals(manifest),
+    }
+
+
+def _show(path: Path, manifest: Manifest) -> None:
+    console, sizes, rows = _console(), _bytes_of(manifest), _rows(manifest)
+    averages = [
+        (name, repr(manifest.schedules[name]), manifest.seen.updates, len(tensors), _size(sizes[f"averages/{name}"]))
+        for name, tensors in manifest.averages.items()
+    ]
+    _print_table(console, "Averages", ("name", "schedule", "updates:", "tensors:", "bytes:"), averages)
+    moments = [
+        (moment.replace("_", " "), *(f"{value:,}" for value in list(asdict(progress).values())[:4]))
+        for moment, progress in _moments(manifest).items()
+    ]
+    _print_table(console, "Progress", ("", "batches:", "samples:", "tokens:", "epochs:"), moments)
+    tensors = [
+        (
+            row["average"] or "not averaged",
+            " = ".join((row["name"], *row["aliases"])),
+            "x".join(map(str, row["shape"])) or "scalar",
+            row["dtype"],
+            _size(row["bytes"]),
+            row["file"],
+        )
+        for row in rows
+    ]
+    _print_table(console, "Tensors", ("average", "name", "shape", "dtype", "bytes:", "file"), tensors)
+    typer.echo(
+        _line(
+            f"{path}: {len(rows)} tensors, {_size(sum(sizes.values()))}, {len(manifest.files)} files; "
+            f"written by dist_ema {manifest.library}; {manifest.skipped:,} elements that were not finite left out"
+        )
+    )
+    if not manifest.started:
+        typer.echo("Saved before the first update: these are the live weights of that moment.")
+
+
+def _show_differences(found: Sequence[Difference]) -> None:
+    rows = [
+        (
+            one.average or "not averaged",
+            one.name,
+            f"{one.norm:.6g}",
+            f"{one.distance:.6g}",
+            f"{one.largest:.6g}",
+            "equal" if one.equal else f"{one.relative:.3g}",
+        )
+        for one in found
+    ]
+    columns = ("average", "name", "norm of A:", "norm of A - B:", "largest difference:", "relative:")
+    _print_table(_console(), "Differences", columns, rows)
+
+
+def _rows(manifest: Manifest) -> list[dict[str, Any]]:
+    """Every tensor as it is described in JSON."""
+    return [
+        {
+            "average": folder.removeprefix("averages/") if folder.startswith("averages/") else None,
+            "name": name,
+            "aliases": list(tensor.aliases),
+            "shape": list(tensor.shape),
+            "dtype": tensor.dtype,
+            "bytes": tensor.nbytes,
+            "file": tensor.file,
+            "fingerprint": f"{tensor.digest:016x}",
+        }
+        for folder, tensors in manifest.folders().items()
+        for name, tensor in tensors.items()
+    ]
+
+
+def _totals(manifest: Manifest) -> dict[str, int]:
+    return {
+        "tensors": sum(len(tensors) for tensors in manifest.folders().values()),
+        "bytes": sum(_bytes_of(manifest).values()),
+        "files": len(manifest.files),
+        "file_bytes": sum(file.size for file in manifest.files.values()),
+    }
+
+
+def _bytes_of(manifest: Manifest) -> dict[str, int]:
+    """Bytes of the tensors of each folder."""
+    return {folder: sum(tensor.nbytes for tensor in tensors.values()) for folder, tensors in manifest.folders().items()}
+
+
+def _moments(manifest: Manifest) -> dict[str, Any]:
+    """The clock of the training, at the first copy, and between the first copy and the last update."""
+    return {"training": manifest.clock, "first_copy": manifest.start, "averaged": manifest.seen}
+
+
+# How it is shown.
+
+
+def _console(error: bool = False) -> Console:
+    from rich.console import Console
+
+    stream = sys.stderr if error else sys.stdout
+    # Into a file or a pipe, lines as long as they need to be: nothing is cut or wrapped.
+    return Console(stderr=error, width=None if stream.isatty() else 1 << 14, highlight=False, markup=False)
+
+
+def _print_table(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """A column whose title ends with a colon is a number."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title, title_justify="left", box=box.SIMPLE)
+    for column in columns:
+        table.add_column(column.rstrip(":"), justify="right" if column.endswith(":") else "left", overflow="fold")
+    for row in rows:
+        # Text, so that brackets in names are no markup; names may come from anywhere.
+        table.add_row(*(Text(_line(str(cell))) for cell in row))
+    console.print(table)
+
+
+@contextmanager
+def _progress(doing: str) -> Iterator[Callable[[int], Callable[[int], None]]]:
+    """A bar on stderr if that is a terminal. Gives a function of all bytes that gives a function of those done."""
+    if not sys.stderr.isatty():
+        yield lambda _: lambda _: None
+        return
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn(doing), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=_console(error=True), transient=True) as bar:
+
+        def begin(total: int) -> Callable[[int], None]:
+            task = bar.add_task(doing, total=total)
+            return lambda done: bar.advance(task, done)
+
+        yield begin
+
+
+@contextmanager
+def _one_thread_an_operation() -> Iterator[None]:
+    """Threads that each use all cores for every operation would be in each other's way."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _print_json(value: object) -> None:
+    typer.echo(json.dumps(value, indent=2, allow_nan=False))
+
+
+def _finite(value: object) -> object:
+    """The value, or what JSON can say of it: it has no numbers that are not finite."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _complain(what: object) -> None:
+    typer.echo(_line(f"dist-ema: {what}"), err=True)
+
+
+def _line(text: str) -> str:
+    """The text on one line; what a terminal would obey is escaped, since paths and names may come from anywhere."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def _size(size: int) -> str:
+    """``"1.5 MB"``, decimal."""
+    value, unit = float(size), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 1000:
+            break
+        value, unit = value / 1000, larger
+    return f"{size} B" if unit == "B" else f"{value:.1f} {unit}"
