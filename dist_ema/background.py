@@ -13,6 +13,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from threading import Event, Thread
 
 logger = logging.getLogger(__name__)
@@ -71,6 +72,11 @@ class Background:
         try:
             self.wait()
         except BaseException as error:
-            logger.critical("A save in the background failed and nobody waited for it: %s", error)
-            sys.stderr.flush()
+            message = f"A save in the background failed and nobody waited for it: {error}"
+            logger.critical(message)
+            with suppress(Exception):  # a stream may be closed, or missing
+                sys.stderr.write(f"dist_ema: {message}\n")
+            for stream in (sys.stdout, sys.stderr):  # os._exit() does not
+                with suppress(Exception):
+                    stream.flush()
             os._exit(1)

@@ -19,6 +19,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -161,8 +162,10 @@ class Save:
             raise CheckpointError(f"{self._target} is not a directory: give another path, or remove it")
         remove_leftovers(parent)
         self._staging.mkdir()
-        self._lock = os.open(self._staging / _LOCK, os.O_CREAT | os.O_RDWR)
+        unlocked = self._staging / f"un{_LOCK}ed"
+        self._lock = os.open(unlocked, os.O_CREAT | os.O_RDWR)
         _try_lock(self._lock)
+        unlocked.rename(self._staging / _LOCK)  # whoever sees the lock sees it held
         for name, part in self._parts.items():
             directory = self._staging / self._data / name
             directory.mkdir(parents=True)
@@ -215,6 +218,7 @@ class Save:
         for found in self._target.iterdir():
             if _DATA.fullmatch(found.name) and found.name != self._data:
                 shutil.rmtree(found, ignore_errors=True)
+        (self._target / _LOCK).unlink(missing_ok=True)  # of a save that was killed just after its rename
 
 
 def remove_leftovers(parent: Path) -> None:
@@ -225,8 +229,9 @@ def remove_leftovers(parent: Path) -> None:
         try:
             lock = os.open(found / _LOCK, os.O_RDWR)
         except OSError:  # made a moment ago, or killed in that moment
-            if time.time() - found.lstat().st_mtime > _YOUNG:
-                shutil.rmtree(found, ignore_errors=True)
+            with suppress(FileNotFoundError):  # another save has put it in its place
+                if time.time() - found.lstat().st_mtime > _YOUNG:
+                    shutil.rmtree(found, ignore_errors=True)
             continue
         try:
             if _try_lock(lock):

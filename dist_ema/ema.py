@@ -360,8 +360,8 @@ class ShardedEMA:
             EMAStateError: inside ``average_parameters()``, or the model has changed.
         """
         self._background.wait()
-        group = self._control_group(timeout)
         with answering(f"save to {path}", timeout):
+            group = self._control_group(timeout)
             views = agree(self._views, group, f"save to {path}")
             entries = self._catalogue(group)
             started, skipped = self._shadow.started, self._skipped()
@@ -370,7 +370,8 @@ class ShardedEMA:
                 save.run()
                 return
             save.start()
-        self._background.start(save.write_averages, save.finish, save.abandon)
+        guard = answering(f"save to {path}", timeout)
+        self._background.start(guard(save.write_averages), guard(save.finish), save.abandon)
 
     def _views(self) -> dict[str, Callable[[str], Held | None]]:
         """What this rank holds of each tensor, for each average. Local."""

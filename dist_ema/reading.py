@@ -141,10 +141,10 @@ def _offsets(
     try:
         found = json.loads(header[8:])
         found.pop("__metadata__", None)
-        described = {
-            name: (entry["dtype"], tuple(entry["shape"]), *map(_size, entry["data_offsets"]))
-            for name, entry in found.items()
-        }
+        described = {}
+        for name, entry in found.items():
+            begin, end = map(_size, entry["data_offsets"])
+            described[name] = (entry["dtype"], tuple(map(_size, entry["shape"])), begin, end)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointCorruptError(f"{path} has a header that is none: {error!r}") from error
     listed = {name: (tensor.dtype, tensor.shape) for (_, name), tensor in tensors.items()}
@@ -164,8 +164,8 @@ def _offsets(
 
 
 def _size(number: object) -> int:
-    if not isinstance(number, int):
-        raise TypeError(f"{number!r} is not an offset")
+    if not isinstance(number, int) or isinstance(number, bool):
+        raise TypeError(f"{number!r} is not an offset or a size")
     return number
 
 
