@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,21 +56,25 @@ def partial_digest(values: Tensor, runs: Runs, dtype: torch.dtype | None = None,
 
 def _block_sum(values: Tensor, start: int, stop: int, inside: int, dtype: torch.dtype | None) -> int:
     table = _keys(values.device)
-    total = torch.zeros((), dtype=torch.int64, device=values.device)
+    total: int | Tensor = 0
     for offset, piece in pieces(values, start, stop, BLOCK):
         flat = piece.reshape(-1).to(dtype or piece.dtype)
         low = inside + offset
-        total += (_bits(flat) * table[low : low + flat.numel()]).sum()
+        keys = table[low : low + flat.numel()]
+        if flat.device.type == "cpu":  # numpy widens, multiplies and adds in one pass
+            total += int(np.einsum("i,i->", _bits(flat).numpy(), keys.numpy()))
+        else:
+            total += (_bits(flat).to(torch.int64) * keys).sum()
     return int(total)
 
 
 def _bits(flat: Tensor) -> Tensor:
-    """Each element's bits as int64."""
+    """Each element's bits as an integer; int64 for the widest."""
     if flat.element_size() == 16:
         low, high = flat.resolve_conj().contiguous().view(torch.int64).view(-1, 2).unbind(1)
         return low + high * COMPLEX
     bits = _BITS[flat.element_size()]
-    return flat.resolve_conj().contiguous().view(bits).to(torch.int64)
+    return flat.resolve_conj().contiguous().view(bits)
 
 
 @lru_cache(maxsize=8)
