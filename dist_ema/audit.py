@@ -24,6 +24,8 @@ Advance = Callable[[int], None]
 WRONG = "its data are not what was written"
 #: Elements that one thread takes at a time, chunk by chunk.
 _STRIPE = 16 * CHUNK
+#: Elements that :meth:`VerifiedTensor.chunks` gives at a time: few, as a caller has them in float64 several times over.
+_PIECE = CHUNK // 4
 
 
 @dataclass(frozen=True)
@@ -151,10 +153,10 @@ class VerifiedTensor:
             raise CheckpointCorruptError(f"{self._tensor.file}: {self._key[1]!r}: {WRONG}")
 
     def chunks(self) -> Iterator[Tensor]:
-        """The elements in order, :data:`~dist_ema.loading.CHUNK` at a time; each is overwritten by the next."""
-        scratch = torch.empty(min(CHUNK, self.numel), dtype=self.dtype)
-        for start in range(0, self.numel, CHUNK):
-            values = scratch[: min(CHUNK, self.numel - start)]
+        """The elements in order, :data:`_PIECE` at a time; each is overwritten by the next."""
+        scratch = torch.empty(min(_PIECE, self.numel), dtype=self.dtype)
+        for start in range(0, self.numel, _PIECE):
+            values = scratch[: min(_PIECE, self.numel - start)]
             self.read(start, values)
             yield values
 

@@ -121,9 +121,9 @@ def verify(
         for finding in findings:
             where = finding.file if finding.tensor is None else f"{finding.file}: {finding.tensor}"
             typer.echo(_line(f"{where}: {finding.problem}"))
-        summary = f"damaged: {len(findings)} findings"
+        summary = f"damaged: {_many(len(findings), 'finding')}"
         if totals and not findings:
-            summary = f"whole: {totals['tensors']} tensors, {_size(totals['bytes'])}, {totals['files']} files"
+            summary = f"whole: {_contents(totals)}"
         typer.echo(_line(f"{path} is {summary}"))
     if findings:
         raise typer.Exit(1)
@@ -148,7 +148,7 @@ def export(
 
     from dist_ema.offline import export_checkpoint
 
-    with _progress("export") as begin:
+    with _progress("export") as begin, _one_thread_an_operation():
         manifest = export_checkpoint(
             path,
             out,
@@ -170,7 +170,7 @@ def diff(a: Checkpoint, b: Checkpoint, name: Name = None, as_json: AsJSON = Fals
     """
     from dist_ema.compare import compare
 
-    with _progress("diff") as begin:
+    with _progress("diff") as begin, _one_thread_an_operation():
         found = compare(a, b, name=name, begin=begin)
     differing = sum(not one.equal for one in found)
     if as_json:
@@ -180,9 +180,7 @@ def diff(a: Checkpoint, b: Checkpoint, name: Name = None, as_json: AsJSON = Fals
         _print_json({"a": str(a), "b": str(b), "equal": not differing, "differing": differing, "tensors": rows})
     else:
         _show_differences(found)
-        typer.echo(
-            f"{differing} of {len(found)} tensors differ" if differing else f"all {len(found)} tensors are equal"
-        )
+        typer.echo(f"{differing} of {_many(len(found), 'tensor')} differ" if differing else "all tensors are equal")
     if differing:
         raise typer.Exit(1)
 
@@ -242,7 +240,7 @@ def _show(path: Path, manifest: Manifest) -> None:
     _print_table(console, "Tensors", ("average", "name", "shape", "dtype", "bytes:", "file"), tensors)
     typer.echo(
         _line(
-            f"{path}: {len(rows)} tensors, {_size(sum(sizes.values()))}, {len(manifest.files)} files; "
+            f"{path}: {_contents(_totals(manifest))}; "
             f"written by dist_ema {manifest.library}; {manifest.skipped:,} elements that were not finite left out"
         )
     )
@@ -349,7 +347,7 @@ def _progress(doing: str) -> Iterator[Callable[[int], Callable[[int], None]]]:
 
 @contextmanager
 def _one_thread_an_operation() -> Iterator[None]:
-    """Threads that each use all cores for every operation would be in each other's way."""
+    """On chunks this small torch's threads wait for each other, and are in the way of the threads of ``verify``."""
     import torch
 
     before = torch.get_num_threads()
@@ -376,6 +374,14 @@ def _complain(what: object) -> None:
 def _line(text: str) -> str:
     """The text on one line; what a terminal would obey is escaped, since paths and names may come from anywhere."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def _contents(totals: dict[str, int]) -> str:
+    return f"{_many(totals['tensors'], 'tensor')}, {_size(totals['bytes'])}, {_many(totals['files'], 'file')}"
+
+
+def _many(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
 def _size(size: int) -> str:

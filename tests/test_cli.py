@@ -361,7 +361,7 @@ def test_diff_measures_as_dense_tensors_do(capsys: pytest.CaptureFixture[str], t
         assert row["distance"] == pytest.approx(float((x - y).norm()))
         assert row["largest"] == pytest.approx(float((x - y).abs().max()) if x.numel() else 0)
     status, out, _ = run(capsys, "diff", tmp_path / "a", tmp_path / "b")
-    assert status == 1 and out.splitlines()[-1].endswith("tensors differ")
+    assert status == 1 and out.splitlines()[-1].endswith("differ")
 
 
 @torch.no_grad()
