@@ -35,6 +35,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from benchmark_checkpoint import add_checkpoint
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -496,6 +497,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     command.add_argument("--json", action="store_true", help="print the rows as JSON")
     command.set_defaults(run=update)
+    command = commands.add_parser("checkpoint", help="time and memory of a save and a load, beside the alternatives")
+    command.add_argument("--elements", type=positive, default=25_000_000, help="parameters in all (%(default)s)")
+    command.add_argument("--repeats", type=positive, default=5, help="rounds after a first one (%(default)s)")
+    add_checkpoint(command)
     parsed = parser.parse_args(arguments)
     if parsed.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this torch sees no CUDA device")
