@@ -51,11 +51,13 @@ class Background:
         self._thread.start()
 
     def settle(self) -> None:
-        """Waits until the shadow may be changed; raises what failed meanwhile. Local."""
-        if self._thread is None:
-            return
-        self._read.wait()
-        if not self._thread.is_alive():
+        """Waits until the shadow may be changed. Local; raises nothing, since other ranks may not have failed yet."""
+        if self._thread is not None:
+            self._read.wait()
+
+    def report(self) -> None:
+        """Raises what failed in work that has ended. Local; does not wait."""
+        if self._thread is not None and not self._thread.is_alive():
             self.wait()
 
     def wait(self) -> None:

@@ -34,7 +34,7 @@ def size_of(group: dist.ProcessGroup | None) -> int:
 def device_for(group: dist.ProcessGroup | None) -> torch.device:
     """Where a tensor must lie to be sent through ``group``: the accelerator under NCCL, else the CPU."""
     if group is not None and "nccl" in str(dist.get_backend_config(group)):
-        return torch.device("cuda", torch.cuda.current_device())
+        return getattr(group, "bound_device_id", None) or torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
 
 

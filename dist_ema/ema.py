@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -15,8 +16,17 @@ from torch import Tensor, nn
 from dist_ema import kernels
 from dist_ema.background import Background
 from dist_ema.checkpoint import Save
-from dist_ema.collectives import agree, answering, gather_objects, rank_in, same_updates, sum_floats, sum_integers
-from dist_ema.engines import RemovableHandle, detect
+from dist_ema.collectives import (
+    agree,
+    answering,
+    gather_objects,
+    rank_in,
+    same_updates,
+    size_of,
+    sum_floats,
+    sum_integers,
+)
+from dist_ema.engines import Attached, RemovableHandle, detect
 from dist_ema.errors import EMAConfigError, EMAStateError
 from dist_ema.export import export
 from dist_ema.fingerprint import partial_digest
@@ -32,6 +42,10 @@ from dist_ema.timing import Progress
 from dist_ema.track import Track
 
 logger = logging.getLogger(__name__)
+#: The average that a model computes with, where it is one: another object may average the same model.
+_inside: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+#: Bytes a second that every rank's disk is expected to write: time that a rank is not said to hang.
+_SLOW_DISK = 50e6
 
 
 class ShardedEMA:
@@ -110,9 +124,10 @@ class ShardedEMA:
             skip_nonfinite=skip_nonfinite,
         )
         self._engine = detect(target)
-        self._is_part = isinstance(target, (Sequence, nn.ModuleList))
-        self._inside: str | None = None
+        # A list may be one stage of several, whose patterns and trained parameters lie on other ranks.
+        self._is_part = isinstance(target, Sequence) and size_of(self._engine.group) > 1
         self._warned = False
+        self._attached: Attached | None = None
         self._background = Background()
         self._control: dist.ProcessGroup | None = None
         self._timeout = 0.0  # of the control group
@@ -150,6 +165,7 @@ class ShardedEMA:
             self._engine.reshard()
             self._average(self._engine.sources(), now)
         self._track.clock = now
+        self._background.report()  # last, so that no update is lost
         return due
 
     def _average(self, sources: Sequence[Tensor], now: Progress) -> None:
@@ -184,7 +200,14 @@ class ShardedEMA:
                 f"attach() can count batches only, and the options count in {', '.join(sorted(others))}: call "
                 "update(samples=..., tokens=..., epochs=...) after each step instead"
             )
-        return self._engine.attach(optimizer, self.update)
+        if self._attached is not None:
+            raise EMAStateError("attach(): a step would be counted twice; remove() the handle of the first call before")
+        inner = self._engine.attach(optimizer, self.update)
+        self._attached = Attached(inner, self._detach)
+        return self._attached
+
+    def _detach(self) -> None:
+        self._attached = None
 
     def reset(self) -> None:
         """Forgets the averages; the next due update copies the weights again, as the model is then. Local.
@@ -233,7 +256,8 @@ class ShardedEMA:
         """Inside, the live model computes with the average; afterwards the live weights are back bit for bit.
 
         Also when the body raises. No second copy of the model is made: live weights and shadow change places.
-        Collective for DDP, HSDP and DeepSpeed, local for the others. Not reentrant. Do not train inside.
+        Collective for DDP, HSDP and DeepSpeed, local for the others; where it is collective, the body has to raise on
+        every rank or on none. Not reentrant. Do not train inside.
 
         Args:
             name: which average; None means the only one.
@@ -245,7 +269,7 @@ class ShardedEMA:
         self._refuse_inside("average_parameters()")
         name = self._name(name)
         swap = self._swap(name, "average_parameters()")
-        self._inside = name
+        _inside.update(dict.fromkeys(self._engine.modules(), name))
         try:
             if swap is None:
                 yield
@@ -256,7 +280,8 @@ class ShardedEMA:
             finally:
                 swap.leave()
         finally:
-            self._inside = None
+            for module in self._engine.modules():
+                _inside.pop(module, None)
 
     def _swap(self, name: str, doing: str) -> Swap | None:
         """None before the first update, when the average is the live model. Collective where the swap is."""
@@ -353,7 +378,7 @@ class ShardedEMA:
             block: wait until all is on disk. If not, the next due update waits until the shadow has been read (not
                 until it is on disk), and what fails is raised by the next ``update``, ``save``, ``load``, ``reset``,
                 ``wait`` or ``close``, on every rank; at the end of the program it is logged, with exit status 1.
-            timeout: seconds to wait for a rank that does not answer.
+            timeout: seconds to wait for a rank that does not answer, beside what writing its part takes at 50 MB/s.
 
         Raises:
             CheckpointError: on every rank, whichever rank failed; nothing is left behind.
@@ -406,8 +431,8 @@ class ShardedEMA:
         shadow = Shadow(self._options.schedules, self._shares, self._options.skip_nonfinite)
         if manifest.started:
             agree(lambda: shadow.start(sources), group, f"load from {path}")
-            shadow.forget_skipped()
             load.read(load.wants(found, {share.spec.name: share for share in self._shares}, shadow), verify)
+            shadow.loaded()
         self._shadow = shadow
         self._track.restore(manifest.clock, manifest.start, manifest.seen)
         self._skipped_before = manifest.skipped if rank_in(group) == 0 else 0
@@ -431,7 +456,8 @@ class ShardedEMA:
         if self._control is None or self._timeout != timeout:
             self.close()
             self._timeout = timeout
-            self._control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+            writing = sum(share.numel * share.dtype.itemsize for share in self._shares) * len(self.names) / _SLOW_DISK
+            self._control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout + writing))
         return self._control
 
     def fingerprint(self, name: str | None = None) -> dict[str, int]:
@@ -551,8 +577,9 @@ class ShardedEMA:
         return name
 
     def _refuse_inside(self, doing: str) -> None:
-        if self._inside is not None:
+        inside = next((_inside[module] for module in self._engine.modules() if module in _inside), None)
+        if inside is not None:
             raise EMAStateError(
-                f"{doing} inside average_parameters({self._inside!r}): the live weights and the shadow have changed "
+                f"{doing} inside average_parameters({inside!r}): the live weights and the shadow have changed "
                 "places there; call it after the with block"
             )

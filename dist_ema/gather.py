@@ -87,9 +87,10 @@ def catalogue(shares: Sequence[Share], group: dist.ProcessGroup | None) -> list[
     stages). Raises EMAEngineError, on all ranks, if two of them disagree on a tensor.
     """
     mine = [_entry(share) for share in shares]
-    digest = hashlib.blake2b(repr(mine).encode(), digest_size=16).digest()
+    common = [replace(entry, team=share.spec.team) for entry, share in zip(mine, shares, strict=True)]
+    digest = hashlib.blake2b(repr(common).encode(), digest_size=16).digest()
     if len(set(gather_objects(digest, group))) == 1:
-        return mine  # rank 0 has every name, so its team, which is number 0, is heard
+        return common  # one team each; and where everyone holds a tensor whole, rank 0 does, which is heard
     teams = [_team(share, group) for share in shares]
     entries: dict[str, Entry] = {}
     for rank, found in enumerate(gather_objects(list(zip(mine, teams, strict=True)), group)):
@@ -138,7 +139,7 @@ def gather_each(
         take: called on rank 0 with a tensor, the first element of a window, and the values there.
         doing: for the error.
     """
-    window = Window(group)
+    window = agree(lambda: Window(group), group, doing)
     failure: Exception | None = None
     for entry in entries:
         dtype = dtypes[entry.name]

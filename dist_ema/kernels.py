@@ -42,10 +42,17 @@ def pieces(tensor: Tensor, start: int, stop: int, limit: int) -> Iterator[tuple[
         yield 0, tensor
     else:
         row = tensor.numel() // tensor.shape[0]
-        for index in range(start // row, -(-stop // row)):
+        index = start // row
+        while index * row < stop:
             low, high = max(start - index * row, 0), min(stop - index * row, row)
+            whole_rows = min(stop // row - index, limit // row) if low == 0 else 0
+            if whole_rows > 1:
+                yield index * row - start, tensor[index : index + whole_rows]
+                index += whole_rows
+                continue
             for offset, view in pieces(tensor[index], low, high, limit):
                 yield index * row + low - start + offset, view
+            index += 1
 
 
 class Scratch:
@@ -64,7 +71,8 @@ class Scratch:
         key = (dtype, values.device)
         if key not in self._buffers or self._buffers[key].numel() < values.numel():
             size = max(chunk_size(values.device), values.numel())
-            self._buffers[key] = torch.empty(size, dtype=dtype, device=values.device)
+            with torch.inference_mode(False):  # what is kept must serve outside of it too
+                self._buffers[key] = torch.empty(size, dtype=dtype, device=values.device)
         return self._buffers[key][: values.numel()].view(values.shape)
 
     def cast(self, values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -110,7 +118,8 @@ class Guard:
         """Adds the False elements of ``finite`` to the count."""
         device = finite.device
         if device not in self._counts:
-            self._counts[device] = torch.zeros((), dtype=torch.int64, device=device)
+            with torch.inference_mode(False):
+                self._counts[device] = torch.zeros((), dtype=torch.int64, device=device)
         self._counts[device].add_(finite.numel()).sub_(finite.sum())
 
     def total(self) -> int:
@@ -176,12 +185,15 @@ def _eager_lerp(
             guard.count(finite)
             for target, weight in zip(targets, weights, strict=True):
                 _guarded_lerp(target, values, weight, finite)
-    if guard is not None and index in guard.tainted and all(_is_finite(shadow) for shadow in shadows):
+    if guard is not None and index in guard.tainted and all(is_finite(shadow) for shadow in shadows):
         guard.tainted.discard(index)
 
 
-def _is_finite(shadow: Tensor) -> bool:
-    return all(bool(torch.isfinite(piece).all()) for _, piece in pieces(shadow, 0, shadow.numel(), CHUNK))
+def is_finite(shadow: Tensor) -> bool:
+    """Whether a shadow on the CPU has no NaN and no Inf; True elsewhere, where asking would wait. Local."""
+    return shadow.device.type != "cpu" or all(
+        bool(torch.isfinite(piece).all()) for _, piece in pieces(shadow, 0, shadow.numel(), CHUNK)
+    )
 
 
 def _guarded_lerp(target: Tensor, values: Tensor, weight: float, finite: Tensor) -> None:

@@ -41,10 +41,12 @@ class Shadow:
         self._averages = averages
         self._copy_buffers(sources)
 
-    def forget_skipped(self) -> None:
-        """Starts counting NaN and Inf from zero."""
+    def loaded(self) -> None:
+        """After the shadows were filled from a checkpoint: forgets what the first copy noticed, and looks anew."""
         if self.guard is not None:
             self.guard = kernels.Guard()
+            for tensors in self._averages.values():
+                self.guard.tainted |= {index for index, tensor in enumerate(tensors) if not kernels.is_finite(tensor)}
 
     def update(self, sources: Sequence[Tensor], weights: Sequence[float]) -> None:
         """Moves every average by its weight. Local; no host sync, no memory beyond the scratch."""
@@ -93,7 +95,8 @@ class Shadow:
                 raise EMAStateError(f"{share.spec.name!r} is on the meta device: materialise the model before update()")
             key = (share.dtype, device)
             totals[key] = totals.get(key, 0) + share.numel
-        flats = {key: torch.empty(total, dtype=key[0], device=key[1]) for key, total in totals.items()}
+        with torch.inference_mode(False):
+            flats = {key: torch.empty(total, dtype=key[0], device=key[1]) for key, total in totals.items()}
         used = dict.fromkeys(flats, 0)
         views = []
         for index in indices:

@@ -72,6 +72,7 @@ class Swap:
         the engine's ``publish`` is. If it raises, ``leave()`` undoes what was done."""
         self._engine.reshard()
         self._sources = self._engine.sources()
+        self._settle()
         self._keep()
         for index, share in enumerate(self._shares):
             shadow, source = self._shadows[index], self._sources[index]
@@ -84,6 +85,7 @@ class Swap:
             self._swapped.append(index)
         self._spread()
         self._engine.publish()
+        torch.clear_autocast_cache()  # it holds casts of the weights that were
 
     @torch.no_grad()
     def leave(self) -> None:
@@ -95,6 +97,7 @@ class Swap:
         except EMAStateError as error:  # the shadow is still in the tensors that there were
             replaced, sources = error, self._sources
         self._sources = sources
+        self._settle()
         for index in self._swapped:
             share, shadow = self._shares[index], self._shadows[index]
             if index in self._kept:
@@ -106,6 +109,7 @@ class Swap:
             for index, whole in self._diverged.items():
                 kernels.write(sources[index], 0, self._shares[index].spec.local_numel, whole)
             self._engine.publish()
+        torch.clear_autocast_cache()
         if replaced is not None:
             raise replaced
 
@@ -114,11 +118,18 @@ class Swap:
         """Writes the average into the live model for good; the shadow stays. Collective as ``enter``."""
         self._engine.reshard()
         self._sources = self._engine.sources()
+        self._settle()
         for share, shadow, source in zip(self._shares, self._shadows, self._sources, strict=True):
             if shadow is not None:
                 kernels.write(source, share.start, share.stop, shadow)
         self._spread()
         self._engine.publish()
+        torch.clear_autocast_cache()
+
+    def _settle(self) -> None:
+        """Waits for copies to the device that still read weights in host memory (CPU offload): they are written now."""
+        if torch.cuda.is_available() and any(source.device.type == "cpu" for source in self._sources):
+            torch.cuda.synchronize()
 
     def _keep(self) -> None:
         """Takes all memory that is needed before anything is changed."""

@@ -147,7 +147,6 @@ def _state_dict() -> object:
         (lambda: nn.Linear, ("cannot average a type", "pass the model itself", "an nn.Module")),
         (lambda: torch.ones(3), ("cannot average a Tensor", "an nn.Module")),
         (list, ("the list of modules is empty", "an nn.Module")),
-        (nn.ModuleList, ("the list of modules is empty", "an nn.Module")),
         (lambda: [build(), "model"], ("cannot average a str", "an nn.Module")),
         (lambda: [build(), build()], ("several modules of the list hold", "embed.weight", "pipeline stage")),
     ],

@@ -10,10 +10,14 @@ import torch
 import torch.distributed as dist
 from models import CASES, build
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from dist_ema import ShardedEMA, compute_ema, schedules
+from dist_ema.errors import EMAStateError
 
 
 def _model(*values: float) -> nn.Linear:
@@ -518,3 +522,128 @@ def test_functional_form_averages_two_models_sharded_alike(case: str, rank: int)
         factor = 1.5 if value.is_floating_point() and "running" not in name else 1.0
         wanted = torch.tensor(7) if name == "steps" else expected[name] * factor if factor != 1.0 else expected[name]
         torch.testing.assert_close(value, wanted, msg=name)
+
+
+# What a second look found.
+
+
+def test_a_shape_that_changed_before_the_first_update_is_noticed() -> None:
+    """resize_token_embeddings after construction: the wrong rows would be averaged."""
+    model = nn.Linear(2, 3)
+    ema = ShardedEMA(model, decay=0.5)
+    model.weight = nn.Parameter(torch.zeros(3, 4))
+    with pytest.raises(EMAStateError, match=r"'weight'.*\[3, 2\].*\[3, 4\]"):
+        ema.update()
+
+
+def test_a_buffer_that_went_away_does_not_shift_its_neighbours() -> None:
+    """Pairing by position would average each tensor with the next one."""
+    model = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 2))
+    ema = ShardedEMA(model, decay=0.5)
+    ema.update()
+    model[0].running_mean = None
+    with pytest.raises(EMAStateError, match=r"0\.running_mean"):
+        ema.update()
+
+
+def test_evaluation_under_inference_mode_leaves_nothing_unusable() -> None:
+    """Scratch made inside of it could never be written to outside."""
+    model = nn.Linear(4, 4)
+    ema = ShardedEMA(model, decay=0.5)
+    with torch.inference_mode():
+        ema.update()
+        with ema.average_parameters():
+            model(torch.ones(1, 4))
+    with ema.average_parameters():
+        pass
+    assert ema.update()
+
+
+def test_autocast_sees_the_swap() -> None:
+    """Inside one autocast region a forward would go on with the cast of the weights that were."""
+    model = nn.Linear(64, 64)
+    ema = ShardedEMA(model, decay=0.5)
+    ema.update()
+    with torch.no_grad():
+        model.weight.add_(1.0)
+    x = torch.ones(1, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        live = model(x)
+        with ema.average_parameters():
+            averaged = model(x)
+        again = model(x)
+    assert not torch.equal(live, averaged)
+    assert torch.equal(live, again)
+
+
+def test_two_averages_of_one_model_do_not_read_each_others_swap() -> None:
+    """b.update() while a's average stands in the model would average an average."""
+    model = _model(1.0)
+    first, second = ShardedEMA(model, decay=0.5), ShardedEMA(model, decay=0.9)
+    first.update()
+    second.update()
+    with first.average_parameters():
+        with pytest.raises(EMAStateError, match="inside average_parameters"):
+            second.update()
+        with pytest.raises(EMAStateError, match="inside average_parameters"), second.average_parameters():
+            pass
+    assert second.update()
+
+
+def test_attaching_twice_is_refused() -> None:
+    """Each step would count as two updates."""
+    model = _model(1.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ema = ShardedEMA(model, decay=0.5)
+    handle = ema.attach(optimizer)
+    with pytest.raises(EMAStateError, match="counted twice"):
+        ema.attach(optimizer)
+    handle.remove()
+    ema.attach(optimizer)
+
+
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize("kind", ["ddp", "fsdp1"])
+def test_groups_that_hold_the_same_names_are_not_added_up(kind: str, rank: int) -> None:
+    """Tied embeddings of the first and last stage, each with a group of its own: the lowest rank's are heard."""
+    groups = [dist.new_group([index]) for index in range(2)]
+    model = nn.Linear(2, 2, bias=False)
+    with torch.no_grad():
+        model.weight.fill_(1.0 + rank)
+    if kind == "ddp":
+        wrapped: nn.Module = DDP(model, process_group=groups[rank])
+    else:
+        wrapped = FSDP(model, process_group=groups[rank], device_id=torch.device("cpu"))
+    ema = ShardedEMA(wrapped, decay=0.5)
+    ema.update()
+    state = ema.full_state_dict()
+    if rank == 0:
+        assert torch.equal(state["weight"], torch.ones(2, 2))
+
+
+@pytest.mark.world_size(2)
+def test_a_mesh_without_rank_0_is_heard(rank: int) -> None:
+    """A tensor that rank 0 has no part of would come out as zeros."""
+    mesh = DeviceMesh("cpu", [1])
+    model = nn.Linear(2, 2, bias=False)
+    local = torch.full((2, 2), 7.0)
+    model.weight = nn.Parameter(DTensor.from_local(local, mesh, [Shard(0)], shape=(2, 2), stride=(2, 1)))
+    ema = ShardedEMA(model, decay=0.5)
+    ema.update()
+    state = ema.full_state_dict()
+    if rank == 0:
+        assert torch.equal(state["weight"], torch.full((2, 2), 7.0))
+
+
+@pytest.mark.world_size(2)
+def test_what_ddp_was_told_to_ignore_is_not_spliced_together(rank: int) -> None:
+    """Model-parallel tables differ from rank to rank, and are nobody's replicas."""
+    model = nn.ModuleDict({"table": nn.Embedding(4, 1), "linear": nn.Linear(2, 2)})
+    with torch.no_grad():
+        model["table"].weight.fill_(10.0 * (rank + 1))
+    DDP._set_params_and_buffers_to_ignore_for_model(model, ["table.weight"])
+    ema = ShardedEMA(DDP(model), decay=0.5)
+    ema.update()
+    state = ema.full_state_dict()
+    if rank == 0:
+        assert torch.equal(state["table.weight"], torch.full((4, 1), 10.0))

@@ -10,21 +10,21 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_ema.engines.base import Engine, RemovableHandle, Replicas, TensorSpec
+from dist_ema.engines.base import Attached, Engine, RemovableHandle, Replicas, TensorSpec
 from dist_ema.engines.composite import CompositeEngine
 from dist_ema.engines.dtensor import DTensorEngine
 from dist_ema.engines.flat_param import FlatParamEngine
 from dist_ema.engines.replicated import DataParallelEngine, PlainEngine
 from dist_ema.errors import EMAEngineError
 
-__all__ = ["Engine", "RemovableHandle", "Replicas", "TensorSpec", "detect"]
+__all__ = ["Attached", "Engine", "RemovableHandle", "Replicas", "TensorSpec", "detect"]
 
 _KNOWN = "an nn.Module (plain, DDP, FSDP, fully_shard, tensor parallel), a DeepSpeed engine, or a list of modules"
 
 
 def detect(target: object) -> Engine:
     """The engine for what the user trains. Local. Raises EMAEngineError for anything that cannot be averaged."""
-    if isinstance(target, (Sequence, nn.ModuleList)) and not isinstance(target, (str, bytes)):
+    if isinstance(target, Sequence) and not isinstance(target, (str, bytes)):
         if len(target) == 0:
             raise EMAEngineError(f"the list of modules is empty; pass {_KNOWN}")
         return CompositeEngine([detect(module) for module in target])

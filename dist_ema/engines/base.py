@@ -38,6 +38,19 @@ class RemovableHandle(Protocol):
     def remove(self) -> None: ...
 
 
+class Attached:
+    """A handle that also tells its maker that it was removed."""
+
+    def __init__(self, inner: RemovableHandle, removed: Callable[[], None]) -> None:
+        self._inner = inner
+        self._removed = removed
+
+    def remove(self) -> None:
+        """Stops the updates. Local."""
+        self._inner.remove()
+        self._removed()
+
+
 @dataclass(frozen=True)
 class Replicas:
     """Ranks that hold the same elements of a tensor, and so may share its shadow between them.

@@ -139,6 +139,7 @@ class FlatParamEngine(Engine):
             flat_param.dtype,
             held.runs(),
             kind="parameter" if held.trained else "frozen",
+            team=_team(held.unit),
             replicas=_replicas(held.unit, held.handle),
             aliases=aliases,
         )
@@ -182,6 +183,16 @@ def _add(names: dict[_Flat | Slot, list[str]], held: _Flat | Slot, prefix: str, 
     known = names.setdefault(held, [])
     if name not in known:
         known.append(name)
+
+
+def _team(unit: FullyShardedDataParallel) -> int:
+    """The lowest of the ranks over which a unit is sharded and replicated."""
+    lowest = min(dist.get_process_group_ranks(unit.process_group))
+    replicas = getattr(unit, "_inter_node_pg", None)
+    if replicas is None:
+        return lowest
+    # Replicas lie at equal distances, so the first one's lowest rank is as far below ours as its copy of us is.
+    return lowest - (dist.get_rank() - min(dist.get_process_group_ranks(replicas)))
 
 
 def _replicas(unit: FullyShardedDataParallel, handle: FlatParamHandle) -> Replicas | None:

@@ -56,11 +56,13 @@ class DataParallelEngine(PlainEngine):
         super().__init__(model)
         group = wrapper.process_group
         self._replicas = Replicas(group, dist.get_rank(group), dist.get_world_size(group))
+        self._team = min(dist.get_process_group_ranks(group))
+        self._ignored = set(wrapper.parameters_to_ignore)  # what the user told DDP to leave to each rank
 
     def spec(self, slot: Slot, tensor: Tensor) -> TensorSpec:
-        if kind_of(slot, tensor) != "parameter":
+        if kind_of(slot, tensor) != "parameter" or self._ignored.intersection((slot.name, *slot.aliases)):
             return super().spec(slot, tensor)
-        return TensorSpec.unsharded(slot.name, tensor, replicas=self._replicas, aliases=slot.aliases)
+        return TensorSpec.unsharded(slot.name, tensor, replicas=self._replicas, team=self._team, aliases=slot.aliases)
 
 
 def kind_of(slot: Slot, tensor: Tensor) -> Literal["parameter", "frozen", "buffer"]:

@@ -92,12 +92,22 @@ class Binding:
     """
 
     def __init__(self, slots: Iterable[Slot]) -> None:
-        self._slots = [slot for slot in slots if not slot.is_buffer]
+        self._all = list(slots)
+        self._shapes = [tensor.shape if (tensor := slot.get()) is not None else None for slot in self._all]
+        self._slots = [slot for slot in self._all if not slot.is_buffer]
         self._trained = [_is_trained(slot) for slot in self._slots]
         self._tensors: list[Tensor | None] | None = None
 
     def check(self) -> None:
         """Raises EMAStateError, naming the parameter, if a slot no longer holds what it held. Local; no host sync."""
+        for slot, shape in zip(self._all, self._shapes, strict=True):
+            held = slot.get()
+            now = None if held is None else held.shape
+            if now != shape and (held is not None or slot.is_buffer):
+                raise EMAStateError(
+                    f"{slot.name!r} had the shape {shape} when the average was made and has {now} now. "
+                    "Call reset() to start a new average of the model as it is now"
+                )
         found = [slot.get() for slot in self._slots]
         if self._tensors is None and not any(tensor is not None and tensor.is_meta for tensor in found):
             self._tensors = found

@@ -6,6 +6,7 @@ weights that the model computes with would stop moving from a decay of .99 on.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -82,7 +83,7 @@ class ZeroEngine(Engine):
         Collective at stages 1 to 3, local at stage 0. Accumulated gradients are left alone. A write to the live weights
         that never reached the masters is lost here, as it would be in DeepSpeed's next step.
         """
-        self._binding.check()
+        # No look at what was replaced or frozen: sources() has looked, and the way back must not be barred.
         self._masters.check_resident()
         self._masters.publish()
 
@@ -162,10 +163,18 @@ class _StepCounter:
                     f"the optimizer inside the DeepSpeed engine is a {type(optimizer).__name__}, not a "
                     "torch.optim.Optimizer, so its steps cannot be seen"
                 )
-            optimizer.register_step_post_hook(self._note)
+            self._listen(optimizer)
 
-    def _note(self, *_: object) -> None:
-        self._stepped = True
+    def _listen(self, optimizer: torch.optim.Optimizer) -> None:
+        """Hooks that go when this object goes."""
+        me = weakref.ref(self)
+
+        def note(*_: object) -> None:
+            counter = me()
+            if counter is not None:
+                counter._stepped = True
+
+        weakref.finalize(self, optimizer.register_step_post_hook(note).remove)
 
     def take(self) -> bool:
         """Was there a step since this was last asked? Always yes without an optimizer: then the caller steps."""
