@@ -430,7 +430,9 @@ class ShardedEMA:
         manifest = load.manifest
         shadow = Shadow(self._options.schedules, self._shares, self._options.skip_nonfinite)
         if manifest.started:
-            agree(lambda: shadow.start(sources), group, f"load from {path}")
+            # What a checkpoint lacks starts from the live weights; where it may lack nothing, none are copied.
+            begin = shadow.allocate if strict else shadow.start
+            agree(lambda: begin(sources), group, f"load from {path}")
             load.read(load.wants(found, {share.spec.name: share for share in self._shares}, shadow), verify)
             shadow.loaded()
         self._shadow = shadow

@@ -33,12 +33,17 @@ class Shadow:
         """Whether there is an average yet."""
         return bool(self._averages)
 
-    def start(self, sources: Sequence[Tensor]) -> None:
-        """Takes memory, and copies the sources into every average. Local."""
+    def allocate(self, sources: Sequence[Tensor]) -> None:
+        """Takes memory, uninitialised, beside the sources. Local."""
         averages = {name: self._allocate(sources, self._averaged) for name in self._names}
         self._buffers = self._allocate(sources, self._copied)
-        kernels.copy(list(averages.values()), self._pick(sources), self._ranges(self._averaged), self.guard)
         self._averages = averages
+
+    def start(self, sources: Sequence[Tensor]) -> None:
+        """Takes memory, and copies the sources into every average. Local."""
+        self.allocate(sources)
+        averages = list(self._averages.values())
+        kernels.copy(averages, self._pick(sources), self._ranges(self._averaged), self.guard)
         self._copy_buffers(sources)
 
     def loaded(self) -> None:

@@ -102,10 +102,10 @@ class Binding:
         """Raises EMAStateError, naming the parameter, if a slot no longer holds what it held. Local; no host sync."""
         for slot, shape in zip(self._all, self._shapes, strict=True):
             held = slot.get()
-            now = None if held is None else held.shape
-            if now != shape and (held is not None or slot.is_buffer):
+            found_shape = None if held is None else held.shape
+            if found_shape != shape and (held is not None or slot.is_buffer):
                 raise EMAStateError(
-                    f"{slot.name!r} had the shape {shape} when the average was made and has {now} now. "
+                    f"{slot.name!r} had the shape {shape} when the average was made and has {found_shape} now. "
                     "Call reset() to start a new average of the model as it is now"
                 )
         found = [slot.get() for slot in self._slots]
