@@ -8,9 +8,10 @@ a fine name for a user's own layer: there the type decides.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
@@ -88,21 +89,29 @@ class Binding:
     """Remembers which tensor object stood in each slot, to notice one that was replaced, frozen or unfrozen.
 
     The objects are noted at the first ``check()`` after the meta device, so that weights may be materialised or loaded
-    after construction; which parameters are trained is noted at construction.
+    after construction; which parameters are trained, and all shapes, are noted at construction.
+
+    Args:
+        slots: the places.
+        shape_of: the shape of what stands there, for engines that empty a parameter between uses.
     """
 
-    def __init__(self, slots: Iterable[Slot]) -> None:
+    def __init__(self, slots: Iterable[Slot], shape_of: Callable[[Tensor], torch.Size] = lambda t: t.shape) -> None:
+        self._shape_of = shape_of
         self._all = list(slots)
-        self._shapes = [tensor.shape if (tensor := slot.get()) is not None else None for slot in self._all]
+        self._shapes = [self._shape(slot.get()) for slot in self._all]
         self._slots = [slot for slot in self._all if not slot.is_buffer]
         self._trained = [_is_trained(slot) for slot in self._slots]
         self._tensors: list[Tensor | None] | None = None
+
+    def _shape(self, tensor: Tensor | None) -> torch.Size | None:
+        return None if tensor is None else self._shape_of(tensor)
 
     def check(self) -> None:
         """Raises EMAStateError, naming the parameter, if a slot no longer holds what it held. Local; no host sync."""
         for slot, shape in zip(self._all, self._shapes, strict=True):
             held = slot.get()
-            found_shape = None if held is None else held.shape
+            found_shape = self._shape(held)
             if found_shape != shape and (held is not None or slot.is_buffer):
                 raise EMAStateError(
                     f"{slot.name!r} had the shape {shape} when the average was made and has {found_shape} now. "

@@ -58,7 +58,7 @@ class ZeroEngine(Engine):
         """
         slots = walk_slots(self._engine.module)
         slices = self._masters.slices()
-        self._binding = Binding(slots)
+        self._binding = Binding(slots, _full_shape)
         self._entries = [(slot, self._slice_of(slot, slices)) for slot in slots]
         return [self._spec(slot, piece) for slot, piece in self._entries]
 
@@ -115,7 +115,7 @@ class ZeroEngine(Engine):
         tensor: Any = slot.get()
         if slot.is_buffer:
             return TensorSpec.unsharded(slot.name, tensor, kind="buffer", partitioned=False, aliases=slot.aliases)
-        shape = torch.Size(getattr(tensor, "ds_shape", tensor.shape))
+        shape = _full_shape(tensor)
         if piece is not None:
             replicas = self._replicas() if self._masters.replicated else None
             return TensorSpec(slot.name, shape, tensor.dtype, piece.runs, replicas=replicas, aliases=slot.aliases)
@@ -143,6 +143,11 @@ class ZeroEngine(Engine):
         if self.group is None or dist.get_world_size() == 1:
             return None
         return Replicas(self.group, dist.get_rank(), dist.get_world_size())
+
+
+def _full_shape(tensor: Tensor) -> torch.Size:
+    """Stage 3 empties a parameter between uses, and keeps its shape beside it."""
+    return torch.Size(getattr(tensor, "ds_shape", tensor.shape))
 
 
 class _StepCounter:
