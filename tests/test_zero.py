@@ -285,8 +285,7 @@ def test_a_changed_model_is_noticed(stage: int) -> None:
         parameter.requires_grad_(not parameter.requires_grad)
         with pytest.raises(EMAStateError, match=name):
             zero.sources()
-        with pytest.raises(EMAStateError, match=name):
-            zero.publish()
+        zero.publish()  # not barred: an average that is in use has to be got out again
         kinds = {spec.name: spec.kind for spec in zero.specs()}
         assert kinds[name] == "frozen"  # unfrozen too late to be trained, or frozen now
         assembled(zero)
