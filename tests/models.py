@@ -202,7 +202,7 @@ CASES: dict[str, Case] = {
     ),
     "fsdp2-keep": Case(_fsdp2(reshard_after_forward=False), scalar=False),
     "fsdp2-mixed": Case(_fsdp2(mixed=True), scalar=False),
-    "hsdp": Case(_hsdp, scalar=False, group_sizes=(2, 3, 4)),
-    "tp": Case(lambda model: _tensor_parallel(model, dist.get_world_size(), False), hidden=12, group_sizes=(1, 2, 3)),
+    "hsdp": Case(_hsdp, scalar=False),
+    "tp": Case(lambda model: _tensor_parallel(model, dist.get_world_size(), False), hidden=12),
     "fsdp2-tp": Case(lambda model: _tensor_parallel(model, 2, True), scalar=False, hidden=12, group_sizes=(2, 4)),
 }

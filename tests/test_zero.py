@@ -362,7 +362,7 @@ def test_wrappers_inside_the_engine_do_not_change_names(stage: int) -> None:
 
 
 EMA_CASES = [(case, 2) for case in CASES if "offload" not in case and "persistent" not in case] + [
-    (case, size) for size in (1, 3) for case in ("zero0-bf16", "zero1-bf16", "zero2-fp32", "zero3-bf16")
+    (case, size) for size in (1, 3, 4) for case in ("zero0-bf16", "zero1-bf16", "zero2-fp32", "zero3-bf16")
 ]
 
 
