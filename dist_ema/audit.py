@@ -15,7 +15,7 @@ from torch import Tensor
 from dist_ema.errors import CheckpointCorruptError
 from dist_ema.fingerprint import partial_digest
 from dist_ema.geometry import Runs, chunks, count, whole
-from dist_ema.loading import CHUNK, Key, stored_tensors
+from dist_ema.loading import CHUNK, Key, damaged_error, stored_tensors
 from dist_ema.manifest import NAME, Manifest, StoredTensor
 from dist_ema.reading import DTYPES, RunReader, read_manifest
 
@@ -50,7 +50,7 @@ def no_advance(_: int) -> None:
 def audit(
     path: str | Path, *, threads: int = 4, begin: Callable[[Manifest], Advance] | None = None
 ) -> tuple[Manifest | None, list[Finding]]:
-    """Reads all of a checkpoint and lists every damage, where :func:`~dist_ema.loading.verify_checkpoint` raises.
+    """Reads all of a checkpoint and lists every damage, where :func:`verify_checkpoint` raises.
 
     The chunks of one file at a time go to the threads, so a single large tensor keeps all of them busy. Memory: 8 MiB a
     thread and some scratch, whatever the checkpoint's size.
@@ -88,6 +88,29 @@ def audit(
     finally:
         pool.shutdown(cancel_futures=True)  # when interrupted, not after all that is waiting
     return manifest, findings
+
+
+def verify_checkpoint(path: str | Path, *, threads: int = 4) -> Manifest:
+    """Reads all of a checkpoint and checks every byte of it. One process; memory of some MiB a thread.
+
+    Args:
+        path: of the checkpoint.
+        threads: that read and digest side by side.
+
+    Returns:
+        What the checkpoint consists of.
+
+    Raises:
+        CheckpointError: there is none, or it has another format version.
+        CheckpointCorruptError: lists every file and tensor that is damaged, missing, or not the one that was written.
+    """
+    manifest, findings = audit(path, threads=threads)
+    if manifest is None or findings:
+        found = [
+            finding.problem if finding.tensor is None else f"{finding.file}: {finding.tensor!r}" for finding in findings
+        ]
+        raise damaged_error(Path(path), found)
+    return manifest
 
 
 def _audit_file(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,35 +52,6 @@ def open_reader(path: Path, manifest: Manifest) -> RunReader:
 # In one process.
 
 
-def verify_checkpoint(path: str | Path, *, threads: int = 4) -> Manifest:
-    """Reads all of a checkpoint and checks every byte of it. One process; memory of some MiB a thread.
-
-    Args:
-        path: of the checkpoint.
-        threads: that read and digest side by side.
-
-    Returns:
-        What the checkpoint consists of.
-
-    Raises:
-        CheckpointError: there is none, or it has another format version.
-        CheckpointCorruptError: lists every file and tensor that is damaged, missing, or not the one that was written.
-    """
-    folder = Path(path)
-    manifest = read_manifest(folder)
-    with open_reader(folder, manifest) as reader, ThreadPoolExecutor(threads) as pool:
-        tensors = stored_tensors(manifest)
-        digests = pool.map(lambda key: _digest(reader, key, tensors[key]), tensors)
-        damaged = [
-            f"{tensor.file}: {name!r}"
-            for ((_, name), tensor), digest in zip(tensors.items(), digests, strict=True)
-            if digest != tensor.digest
-        ]
-    if damaged:
-        raise _damaged(folder, damaged)
-    return manifest
-
-
 def read_checkpoint(path: str | Path, name: str | None = None) -> dict[str, Tensor]:
     """Full tensors of one average, with what is not averaged, by canonical name, tied ones under each. One process.
 
@@ -91,7 +61,7 @@ def read_checkpoint(path: str | Path, name: str | None = None) -> dict[str, Tens
 
     Raises:
         EMAConfigError: there is no such average, or there are several and none was named.
-        CheckpointError, CheckpointCorruptError: as :func:`verify_checkpoint`; what is returned has been verified.
+        CheckpointError, CheckpointCorruptError: there is none, or it is damaged; what is returned has been verified.
     """
     folder = Path(path)
     manifest = read_manifest(folder)
@@ -109,7 +79,7 @@ def read_checkpoint(path: str | Path, name: str | None = None) -> dict[str, Tens
                 damaged.append(f"{tensor.file}: {key[1]!r}")
             state |= dict.fromkeys((key[1], *tensor.aliases), full)
     if damaged:
-        raise _damaged(folder, damaged)
+        raise damaged_error(folder, damaged)
     return state
 
 
@@ -123,18 +93,8 @@ def choose_average(manifest: Manifest, name: str | None) -> str:
     return name
 
 
-def _digest(reader: RunReader, key: Key, tensor: StoredTensor) -> int:
-    runs = whole(torch.Size(tensor.shape).numel())
-    scratch = torch.empty(min(CHUNK, count(runs)), dtype=reader.dtype(key))
-    total = 0
-    for part in chunks(runs, CHUNK):
-        values = scratch[: count(part)]
-        reader.read(key, part, values)
-        total += partial_digest(values, part)
-    return total % (1 << 64)
-
-
-def _damaged(path: Path, found: Sequence[str]) -> CheckpointCorruptError:
+def damaged_error(path: Path, found: Sequence[str]) -> CheckpointCorruptError:
+    """The error for data that are not what was written."""
     return CheckpointCorruptError(f"{path} is damaged; its data are not what was written: {'; '.join(found)}")
 
 
@@ -263,7 +223,7 @@ class Load:
         ]
         every = sorted({text for texts in gather_objects(damaged, self._group) for text in texts})
         if every:
-            raise _damaged(self._path, every)
+            raise damaged_error(self._path, every)
 
     def _stored(self, want: Want) -> StoredTensor:
         return self.manifest.folders()[want.key[0]][want.key[1]]

@@ -44,11 +44,6 @@ class Slot:
         return (self.owner._buffers if self.is_buffer else self.owner._parameters).get(self.key)
 
 
-def canonical_name(name: str) -> str:
-    """``name`` without the attributes that torch.compile, activation checkpointing and FSDP1 put into it."""
-    return ".".join(part for part in name.split(".") if part not in _TOKENS)
-
-
 def walk_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Every module with its canonical name, wrappers under the name of what they wrap, in ``state_dict()`` order.
 
