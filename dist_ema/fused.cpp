@@ -1,6 +1,6 @@
 // shadow += weight * (source - shadow) over lists of tensors, for several averages at once, in one parallel region.
 //
-// Compiled on first use by fused.py, and loaded with ctypes: no torch headers, so that it takes a second.
+// Compiled on first use and loaded with ctypes: no torch headers, so that it takes a second.
 // The arithmetic is that of torch.lerp on the CPU, bit for bit: one subtraction and one fused multiply-add, from the
 // nearer end. Never compile it with -ffast-math: it would drop the tests for NaN and Inf.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dist_ema import native
 from dist_ema.fingerprint import BLOCK, COMPLEX, SALT, partial_digest
 from dist_ema.geometry import whole
 
@@ -34,6 +36,14 @@ DTYPES = [
     torch.complex64,
     torch.complex128,
 ]
+
+
+@pytest.fixture(autouse=True, scope="module", params=["compiled", "eager"])
+def route(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Both routes must give the same digests: a checkpoint may be written by one and read by the other."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "_decided", [native.build() if request.param == "compiled" else None])
+        yield
 
 
 def _random_bits(dtype: torch.dtype, count: int, seed: int = 0) -> Tensor:

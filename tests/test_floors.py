@@ -21,7 +21,9 @@ TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
 #: (command line, integrations) stands above.
 LAYERS = [
     {"dist_ema.errors"},
-    {"dist_ema.timing", "dist_ema.geometry", "dist_ema.fused", "dist_ema.background"},
+    {"dist_ema.timing", "dist_ema.geometry", "dist_ema.compiler", "dist_ema.background"},
+    {"dist_ema.native"},
+    {"dist_ema.fused"},
     {"dist_ema.schedules", "dist_ema.kernels"},
     {"dist_ema.fingerprint", "dist_ema.collectives", "dist_ema.engines", "dist_ema.options", "dist_ema.storage"},
     {"dist_ema.shares", "dist_ema.track", "dist_ema.manifest"},
@@ -39,8 +41,8 @@ FILE_CALLS |= {"read_text", "write_text", "read_bytes", "write_bytes", "copyfile
 FILE_CALLS |= {"save_file", "load_file", "safe_open", "mkdtemp", "NamedTemporaryFile", "TemporaryDirectory"}
 #: Of these modules only; other objects may have methods of such names.
 SERIALIZERS = {"torch.save", "torch.load", "pickle.dump", "pickle.load", "np.save", "np.load", "os.replace"}
-#: The files of checkpoints and exports; and ``fused``, which keeps a compiled kernel.
-OPENS_FILES = {"dist_ema.storage", "dist_ema.reading", "dist_ema.checkpoint", "dist_ema.fused"}
+#: The files of checkpoints and exports; and ``compiler``, which keeps what it builds.
+OPENS_FILES = {"dist_ema.storage", "dist_ema.reading", "dist_ema.checkpoint", "dist_ema.compiler"}
 OPENS_FILES |= {"dist_ema.cli", "dist_ema.integrations"}
 
 

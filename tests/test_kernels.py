@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dist_ema import ShardedEMA, fused, kernels
+from dist_ema import ShardedEMA, compiler, fused, kernels, native
 from dist_ema.errors import EMAConfigError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -25,18 +25,18 @@ NAN, INF = float("nan"), float("inf")
 
 
 @pytest.fixture
-def kernel() -> fused.Kernel:
-    return fused.build()
+def kernel() -> native.Library:
+    return native.build()
 
 
 @pytest.fixture
 def undecided(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a process that has not averaged yet."""
-    monkeypatch.setattr(fused, "_decided", [])
+    monkeypatch.setattr(native, "_decided", [])
 
 
 def _lerp(
-    chosen: fused.Kernel | None,
+    chosen: native.Library | None,
     averages: list[list[Tensor]],
     sources: list[Tensor],
     weights: list[float],
@@ -44,7 +44,7 @@ def _lerp(
     monkeypatch: pytest.MonkeyPatch,
 ) -> tuple[list[list[Tensor]], int]:
     """What becomes of copies of ``averages``, and how many elements were skipped."""
-    monkeypatch.setattr(fused, "_decided", [chosen])
+    monkeypatch.setattr(native, "_decided", [chosen])
     averages = [[shadow.clone() for shadow in average] for average in averages]
     guard = kernels.Guard() if guarded else None
     if guard is not None and chosen is None:
@@ -74,7 +74,7 @@ def _spoil(tensor: Tensor) -> Tensor:
 @pytest.mark.parametrize("guarded", [False, True])
 @pytest.mark.parametrize("spoilt", [False, True])
 def test_compiled_gives_the_eager_bits(
-    dtype: torch.dtype, guarded: bool, spoilt: bool, kernel: fused.Kernel, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, guarded: bool, spoilt: bool, kernel: native.Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ranks of one job may differ in having a compiler, and replicas must not."""
     torch.manual_seed(0)
@@ -95,7 +95,7 @@ def test_compiled_gives_the_eager_bits(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scale", [1e-44, 1e-39, 6e-8, 1e-5, 1e30, 1e38])
 def test_subnormal_and_huge_values_too(
-    dtype: torch.dtype, scale: float, kernel: fused.Kernel, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, scale: float, kernel: native.Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where conversions go wrong, and where a difference overflows to Inf without a source that is Inf."""
     torch.manual_seed(0)
@@ -110,7 +110,7 @@ def test_subnormal_and_huge_values_too(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_16_bit_value_is_converted_as_torch_does(
-    dtype: torch.dtype, kernel: fused.Kernel, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, kernel: native.Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
     (((copied,),), skipped) = _lerp(kernel, [[torch.zeros(2**16)]], [source], [1.0], True, monkeypatch)
@@ -119,9 +119,9 @@ def test_every_16_bit_value_is_converted_as_torch_does(
     assert skipped == int((~finite).sum())
 
 
-def test_cut_and_unaligned_views_are_averaged_in_place(kernel: fused.Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cut_and_unaligned_views_are_averaged_in_place(kernel: native.Library, monkeypatch: pytest.MonkeyPatch) -> None:
     """A share is a range of a parameter, at any offset of its memory; its neighbours must not be touched."""
-    monkeypatch.setattr(fused, "_decided", [kernel])
+    monkeypatch.setattr(native, "_decided", [kernel])
     for dtype, start, length in itertools.product(DTYPES, (0, 1, 3, 65535), (1, 15, 70001)):
         memory = torch.randn(150000).to(dtype)
         source = memory[7 : 7 + 140000]
@@ -134,7 +134,7 @@ def test_cut_and_unaligned_views_are_averaged_in_place(kernel: fused.Kernel, mon
 
 
 def test_what_the_kernel_does_not_take_goes_the_eager_way_beside_it(
-    kernel: fused.Kernel, monkeypatch: pytest.MonkeyPatch
+    kernel: native.Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One transposed or double weight must not cost the others their speed, nor be left out."""
     sources = [
@@ -147,7 +147,7 @@ def test_what_the_kernel_does_not_take_goes_the_eager_way_beside_it(
     averages = [[torch.randn(24) for _ in range(5)] for _ in range(2)]
     averages[0][4], averages[1][4] = torch.randn(24).double(), torch.randn(24).double()
     before = [[shadow.clone() for shadow in average] for average in averages]
-    monkeypatch.setattr(fused, "_decided", [kernel])
+    monkeypatch.setattr(native, "_decided", [kernel])
     ranges = [(0, 24)] * 5
     _, rest = fused.lerp(
         [[s.clone() for s in average] for average in averages], sources, ranges, [0.1, 0.9], fused.Table(), True
@@ -159,9 +159,9 @@ def test_what_the_kernel_does_not_take_goes_the_eager_way_beside_it(
             torch.testing.assert_close(shadow, start.lerp(source.flatten().to(start.dtype), weight), rtol=0, atol=1e-6)
 
 
-def test_table_follows_memory_dtype_and_layout(kernel: fused.Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_table_follows_memory_dtype_and_layout(kernel: native.Library, monkeypatch: pytest.MonkeyPatch) -> None:
     """The arguments are kept between updates; a parameter set anew through .data must be seen."""
-    monkeypatch.setattr(fused, "_decided", [kernel])
+    monkeypatch.setattr(native, "_decided", [kernel])
     parameter = nn.Parameter(torch.full((4, 4), 1.0))
     scratch, memory = kernels.Scratch(), parameter.data
     changes: list[Callable[[], Tensor]] = [
@@ -178,9 +178,9 @@ def test_table_follows_memory_dtype_and_layout(kernel: fused.Kernel, monkeypatch
         assert torch.equal(shadow, parameter.detach().flatten().float())
 
 
-def test_too_few_weights_are_refused(kernel: fused.Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_few_weights_are_refused(kernel: native.Library, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel would read past the end of the list."""
-    monkeypatch.setattr(fused, "_decided", [kernel])
+    monkeypatch.setattr(native, "_decided", [kernel])
     with pytest.raises(ValueError, match="1 weights for 2 averages"):
         kernels.lerp([[torch.ones(3)]] * 2, [torch.ones(3)], [(0, 3)], [0.5], kernels.Scratch(), None)
 
@@ -188,10 +188,10 @@ def test_too_few_weights_are_refused(kernel: fused.Kernel, monkeypatch: pytest.M
 @pytest.mark.parametrize("route", ["compiled", "eager"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_constant_weights_move_no_element(
-    route: str, dtype: torch.dtype, kernel: fused.Kernel, monkeypatch: pytest.MonkeyPatch
+    route: str, dtype: torch.dtype, kernel: native.Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """d * s + (1 - d) * p rounds twice, and drifts."""
-    monkeypatch.setattr(fused, "_decided", [kernel if route == "compiled" else None])
+    monkeypatch.setattr(native, "_decided", [kernel if route == "compiled" else None])
     source = torch.randn(5000).to(dtype)
     shadow = source.float()
     for weight in (1e-7, 1e-4, 0.3, 0.7) * 50:
@@ -199,9 +199,9 @@ def test_constant_weights_move_no_element(
     assert torch.equal(shadow, source.float())
 
 
-def test_thousands_of_noisy_updates_stay_with_float64(kernel: fused.Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_thousands_of_noisy_updates_stay_with_float64(kernel: native.Library, monkeypatch: pytest.MonkeyPatch) -> None:
     """Errors of single updates must not add up in one direction."""
-    monkeypatch.setattr(fused, "_decided", [kernel])
+    monkeypatch.setattr(native, "_decided", [kernel])
     torch.manual_seed(0)
     start = torch.rand(256) + 1
     noise = 0.1 * torch.randn(64, 256)
@@ -247,7 +247,7 @@ def test_without_a_compiler_it_falls_back_and_says_so(tmp_path: Path) -> None:
     assert "EMAConfigError: DIST_EMA_KERNEL=compiled, but there is no compiled kernel: no C++ compiler" in forced.stderr
 
 
-def test_processes_that_build_at_once_leave_one_whole_library(tmp_path: Path, kernel: fused.Kernel) -> None:
+def test_processes_that_build_at_once_leave_one_whole_library(tmp_path: Path, kernel: native.Library) -> None:
     """All ranks of a node start together, with an empty cache."""
     variables = {**os.environ, "DIST_EMA_CACHE": str(tmp_path / "new"), "DIST_EMA_KERNEL": "compiled"}
     started = [
@@ -257,24 +257,24 @@ def test_processes_that_build_at_once_leave_one_whole_library(tmp_path: Path, ke
     for process in started:
         output = process.communicate(timeout=300)[0]
         assert process.returncode == 0
-        assert f"compiled kernel, {tmp_path}/new/fused-" in output
+        assert f"compiled kernels, {tmp_path}/new/native-" in output
     assert len(list((tmp_path / "new").iterdir())) == 1
 
 
 @pytest.mark.usefixtures("undecided", "kernel")
 def test_choice_is_forced_by_the_environment(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """To compare, or where a compiler is not to be started."""
-    caplog.set_level(logging.INFO, "dist_ema.fused")
+    caplog.set_level(logging.INFO, "dist_ema.native")
     monkeypatch.setenv("DIST_EMA_KERNEL", "fast")
     with pytest.raises(EMAConfigError, match="DIST_EMA_KERNEL='fast': it can be 'eager' or 'compiled'"):
-        fused.choice()
+        native.choice()
     monkeypatch.setenv("DIST_EMA_KERNEL", "eager")
-    assert fused.choice() is None
+    assert native.choice() is None
     monkeypatch.setenv("DIST_EMA_KERNEL", "compiled")
-    assert fused.choice() is None  # made once
+    assert native.choice() is None  # made once
     assert [record.message for record in caplog.records] == ["Averages on the CPU: eager route (DIST_EMA_KERNEL=eager)"]
-    monkeypatch.setattr(fused, "_decided", [])
-    assert isinstance(fused.choice(), fused.Kernel)
+    monkeypatch.setattr(native, "_decided", [])
+    assert isinstance(native.choice(), native.Library)
 
 
 @pytest.mark.usefixtures("undecided", "kernel")
@@ -285,7 +285,7 @@ def test_defaults_of_torch_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> Non
     torch.set_default_dtype(torch.float64)
     try:
         with torch.device("meta"):
-            assert isinstance(fused.choice(), fused.Kernel)
+            assert isinstance(native.choice(), native.Library)
     finally:
         torch.set_default_dtype(previous)
 
@@ -294,10 +294,10 @@ def test_defaults_of_torch_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_construction_and_import_start_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model on an accelerator needs none, and an import must not take seconds."""
 
-    def refuse() -> fused.Kernel:
+    def refuse() -> native.Library:
         raise AssertionError("built")
 
-    monkeypatch.setattr(fused, "build", refuse)
+    monkeypatch.setattr(native, "build", refuse)
     monkeypatch.setenv("DIST_EMA_KERNEL", "compiled")
     ema = ShardedEMA(nn.Linear(2, 2), decay=0.5)
     ema.update()
@@ -306,27 +306,27 @@ def test_construction_and_import_start_no_compiler(monkeypatch: pytest.MonkeyPat
 
 
 def test_directory_that_cannot_hold_the_cache(
-    tmp_path: Path, kernel: fused.Kernel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, kernel: native.Library, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Home is read-only, missing, or full on many clusters: then each process builds its own."""
-    caplog.set_level(logging.INFO, "dist_ema.fused")
+    caplog.set_level(logging.INFO, "dist_ema.compiler")
     (tmp_path / "file").touch()
     monkeypatch.setenv("DIST_EMA_CACHE", str(tmp_path / "file" / "cache"))
-    fused._check(fused.build())
+    native._check(native.build())
     assert "not kept" in caplog.text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
 
 
 @pytest.mark.usefixtures("undecided")
 def test_damaged_library_in_the_cache_is_built_again(
-    tmp_path: Path, kernel: fused.Kernel, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, kernel: native.Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A disk that was full, or a machine that lost power, leaves half a file."""
     monkeypatch.setenv("DIST_EMA_CACHE", str(tmp_path))
     damaged = tmp_path / kernel.path.name
     damaged.write_bytes(kernel.path.read_bytes()[:1000])
     monkeypatch.setenv("DIST_EMA_KERNEL", "compiled")
-    assert isinstance(fused.choice(), fused.Kernel)
+    assert isinstance(native.choice(), native.Library)
     assert damaged.stat().st_size > 1000
 
 
@@ -335,38 +335,38 @@ def test_damaged_library_in_the_cache_is_built_again(
 def test_compiler_of_no_use_is_logged(
     fault: str,
     tmp_path: Path,
-    kernel: fused.Kernel,
+    kernel: native.Library,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """A broken toolchain must cost speed, not the training run; nor may it cost the average its bits."""
-    compiler = tmp_path / "compiler"
+    script = tmp_path / "compiler"
     endings = {
         "fails": "echo no such header; exit 1",
         "hangs": "sleep 60",
-        "rounds otherwise": f'exec {fused._compiler()[0]} "$@" -DDIST_EMA_NO_FMA',
+        "rounds otherwise": f'exec {compiler._compiler()[0]} "$@" -DDIST_EMA_NO_FMA',
     }
     reasons = {
         "fails": "failed with 1: no such header",
         "hangs": "took more than 1 s",
         "rounds otherwise": "does not compute what torch does",
     }
-    compiler.write_text(f'#!/bin/sh\n[ "$1" = --version ] && exit 0\n{endings[fault]}\n')
-    compiler.chmod(0o700)
-    monkeypatch.setenv("CXX", str(compiler))
+    script.write_text(f'#!/bin/sh\n[ "$1" = --version ] && exit 0\n{endings[fault]}\n')
+    script.chmod(0o700)
+    monkeypatch.setenv("CXX", str(script))
     monkeypatch.setenv("DIST_EMA_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("DIST_EMA_KERNEL", raising=False)
-    if fault == "rounds otherwise" and "-DDIST_EMA_NO_FMA" in fused._machine_options():
+    if fault == "rounds otherwise" and "-DDIST_EMA_NO_FMA" in compiler._machine_options():
         pytest.skip("torch itself rounds so here")
     if fault == "hangs":
-        monkeypatch.setattr(fused, "COMPILER_TIMEOUT", 1.0)
-    assert fused.choice() is None
+        monkeypatch.setattr(compiler, "COMPILER_TIMEOUT", 1.0)
+    assert native.choice() is None
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert reasons[fault] in caplog.text
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
-def test_child_forked_after_an_update_can_average(kernel: fused.Kernel) -> None:
+def test_child_forked_after_an_update_can_average(kernel: native.Library) -> None:
     """OpenMP's threads are gone in a forked child, and a parallel region would wait for them for ever."""
     code = """
 import os, torch

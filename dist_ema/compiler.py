@@ -1,0 +1,146 @@
+"""A C++ source into a shared library, compiled on first use and kept for the next process.
+
+What it is built from and for (sources, compiler, processor) names the file in the cache, ``$DIST_EMA_CACHE`` or
+``~/.cache/dist_ema``. Processes that start together each build and rename into place, so none sees half a file; where
+the directory cannot be written, the build goes to a temporary directory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import signal
+import subprocess
+import tempfile
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+#: Seconds that a compiler may take. It needs one or two.
+COMPILER_TIMEOUT = 120.0
+_OPTIONS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
+# No -ffast-math, which drops the tests for NaN; no contraction, so that only what is written as fused is.
+_OPTIONS += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
+
+
+class BuildError(Exception):
+    """The kernel could not be built or does not compute what it should; the message says why."""
+
+
+def build(sources: Sequence[Path]) -> tuple[Path, ctypes.CDLL]:
+    """Loads the library from the cache, or compiles it and puts it there. Returns its path and itself.
+
+    Raises:
+        BuildError: there is no compiler, it fails, or it takes too long.
+        OSError: a file cannot be written, or the library not loaded.
+    """
+    compiler = _compiler()
+    command = [*compiler, *_OPTIONS, *_machine_options()]
+    texts = [source.read_text() for source in sources]
+    facts = [*texts, *command, _run([*compiler, "--version"]), _processor()]
+    name = f"native-{hashlib.sha256(repr(facts).encode()).hexdigest()[:20]}.so"
+    try:
+        return _kept(_cache() / name)
+    except (OSError, RuntimeError):  # not there, damaged, or nobody knows where home is
+        pass
+    # Private, since in a shared directory somebody else could lay a library of that name. A loaded one can be deleted.
+    with tempfile.TemporaryDirectory(prefix="dist_ema_") as folder:
+        built = Path(folder) / name
+        _run([*command, *map(str, sources), "-o", str(built)])
+        try:
+            return _kept(_keep(built))
+        except (OSError, RuntimeError) as error:
+            logger.info("The compiled kernels are not kept for the next process: %s", error)
+            return built, ctypes.CDLL(str(built))
+
+
+def _cache() -> Path:
+    named = os.environ.get("DIST_EMA_CACHE")
+    return Path(named) if named else Path.home() / ".cache" / "dist_ema"
+
+
+def _keep(built: Path) -> Path:
+    """Copies it into the cache so that no process sees a part of it, and tells its path there. Raises OSError."""
+    folder = _cache()
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{uuid.uuid4().hex}.so"
+    code = built.read_bytes()
+    try:
+        temporary.write_bytes(code + hashlib.sha256(code).digest())  # the loader does not mind what follows
+        temporary.replace(folder / built.name)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return folder / built.name
+
+
+def _kept(path: Path) -> tuple[Path, ctypes.CDLL]:
+    """Loads what ``_keep`` wrote. Raises OSError: it is not there, or damaged; to load that could end the process."""
+    content = path.read_bytes()
+    if hashlib.sha256(content[:-32]).digest() != content[-32:]:
+        raise OSError(f"{path} is damaged")
+    return path, ctypes.CDLL(str(path))
+
+
+def _compiler() -> list[str]:
+    """``$CXX``, which may have arguments, or the first that is there."""
+    named = shlex.split(os.environ.get("CXX", ""))
+    if named and shutil.which(named[0]):
+        return named
+    for name in ("c++", "g++", "clang++"):
+        if found := shutil.which(name):
+            return [found]
+    raise BuildError("no C++ compiler ($CXX, c++, g++, clang++) was found")
+
+
+def _machine_options() -> list[str]:
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return []
+    options = ["-mprefer-vector-width=512"]  # compilers choose 256 by themselves, which is slower here
+    if torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+        options.append("-DDIST_EMA_NO_FMA")  # torch then multiplies and adds in two roundings
+    return options
+
+
+def _processor() -> str:
+    """What ``-march=native`` depends on, since a home directory may be shared by different machines."""
+    facts = [platform.system(), platform.machine(), *platform.libc_ver()]
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    except OSError:
+        lines = []
+    keys = ("model", "flags", "features", "cpu family", "cpu implementer", "cpu part")
+    return "\n".join([*facts, *(line for line in lines if line.lower().startswith(keys))])
+
+
+def _run(command: Sequence[str]) -> str:
+    """The end of what a compiler wrote. Raises BuildError: it fails, or takes too long."""
+    # Into a file and in a session of its own: a compiler's children would otherwise survive a timeout, and hold a pipe.
+    with tempfile.TemporaryFile() as output:
+        try:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+            )
+        except OSError as error:
+            raise BuildError(f"{command[0]}: {error}") from error
+        try:
+            code = process.wait(COMPILER_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            raise BuildError(f"{shlex.join(command)} took more than {COMPILER_TIMEOUT:.0f} s") from None
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        output.seek(0)
+        log = output.read().decode(errors="replace").strip()[-2000:]
+    if code:
+        raise BuildError(f"{shlex.join(command)} failed with {code}: {log}")
+    return log

@@ -1,0 +1,140 @@
+"""The compiled kernels on the CPU, called through ctypes: the choice is made once, and logged.
+
+``fused.cpp`` averages, ``digest.cpp`` takes fingerprints. Where there is no compiler, the callers' own routes give the
+same bits more slowly. ``DIST_EMA_KERNEL`` forces the choice: ``eager`` or ``compiled``.
+
+OpenMP is torch's own runtime where that is GNU's, so both share one set of threads. Its threads do not survive a fork:
+a child forked later (a worker of a data loader) computes with one thread.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import logging
+import os
+import threading
+from array import array
+from collections.abc import Sequence
+from ctypes import c_int64, c_void_p
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dist_ema import compiler
+from dist_ema.compiler import BuildError
+from dist_ema.errors import EMAConfigError
+
+logger = logging.getLogger(__name__)
+
+_SOURCES = [Path(__file__).with_name(name) for name in ("fused.cpp", "digest.cpp")]
+#: What the kernels call the dtypes of sources.
+CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class Library:
+    """The loaded kernels.
+
+    Attributes:
+        path: of the shared library.
+
+    Raises:
+        OSError: it is another library.
+    """
+
+    def __init__(self, path: Path, library: ctypes.CDLL) -> None:
+        self.path = path
+        try:
+            self._lerp, self._digest = library.dist_ema_lerp, library.dist_ema_digest
+        except AttributeError as error:
+            raise OSError(str(error)) from error
+        self._lerp.argtypes = [c_int64] * 2 + [c_void_p] * 5 + [c_int64] * 2
+        self._lerp.restype = c_int64
+        self._digest.argtypes = [c_void_p, c_int64, c_void_p, c_int64, c_void_p]
+        self._digest.restype = ctypes.c_uint64
+        self._process = os.getpid()
+
+    def lerp(self, arrays: Sequence[array[int]], weights: Sequence[float], guarded: bool) -> int:
+        """Averages; other Python threads run meanwhile.
+
+        Args:
+            arrays: for each tensor where it begins in all of them laid end to end, and the end; the address of its
+                source; the code of the source's dtype; and, average by average, the address of its shadow.
+            weights: of each average.
+            guarded: leave out what is not finite.
+
+        Returns:
+            How many source elements were left out.
+        """
+        threads = torch.get_num_threads() if os.getpid() == self._process else 1
+        given: list[array[int] | array[float]] = [*arrays, array("d", weights)]
+        addresses = [values.buffer_info()[0] for values in given]
+        skipped: int = self._lerp(len(arrays[1]), len(weights), *addresses, guarded, threads)
+        return skipped
+
+    def digest(self, address: int, width: int, runs: Sequence[tuple[int, int]], keys: Tensor) -> int:
+        """The digest's sum over ``runs``, by one thread; other Python threads run meanwhile.
+
+        Args:
+            address: of the elements of all runs, one after the other.
+            width: bytes of an element: 1, 2, 4 or 8.
+            runs: first position and number of elements of each, in the full tensor.
+            keys: of the places in a block, int64.
+        """
+        pairs = array("q", itertools.chain.from_iterable(runs))
+        total: int = self._digest(address, width, pairs.buffer_info()[0], len(runs), keys.data_ptr())
+        return total
+
+
+# The choice.
+
+_lock = threading.Lock()
+_decided: list[Library | None] = []
+
+
+def choice() -> Library | None:
+    """The kernels, or None for the eager route: decided, and logged, at the first call. Raises EMAConfigError."""
+    if not _decided:
+        with _lock:
+            if not _decided:
+                _decided.append(_decide(os.environ.get("DIST_EMA_KERNEL", "")))
+    return _decided[0]
+
+
+def _decide(wish: str) -> Library | None:
+    if wish not in ("", "eager", "compiled"):
+        raise EMAConfigError(f"DIST_EMA_KERNEL={wish!r}: it can be 'eager' or 'compiled', or unset for what is there")
+    if wish == "eager":
+        logger.info("Averages on the CPU: eager route (DIST_EMA_KERNEL=eager)")
+        return None
+    try:
+        library = build()
+        _check(library)
+    except (BuildError, OSError) as error:
+        if wish == "compiled":
+            raise EMAConfigError(f"DIST_EMA_KERNEL=compiled, but there is no compiled kernel: {error}") from error
+        logger.warning("Averages on the CPU: eager route, at about half the speed. No compiled kernel: %s", error)
+        return None
+    logger.info("Averages on the CPU: compiled kernels, %s", library.path)
+    return library
+
+
+def build() -> Library:
+    """The kernels, from the cache or newly compiled. Raises BuildError or OSError."""
+    return Library(*compiler.build(_SOURCES))
+
+
+def _check(library: Library) -> None:
+    """A few elements against torch: another processor or compiler may round otherwise, and then is not used."""
+    source = torch.linspace(-3, 5, 99, dtype=torch.float32, device="cpu").tan_()  # whatever the defaults are
+    source[7], source[60] = float("nan"), float("inf")
+    for dtype, code in CODES.items():
+        for weight in (1e-4, 0.7):
+            values = source.to(dtype)
+            shadow = torch.linspace(1, -2, 99, dtype=torch.float32, device="cpu")
+            expected = torch.where(values.isfinite(), torch.lerp(shadow, values.float(), weight), shadow)
+            arrays = [array("q", entries) for entries in ([0, 99], [values.data_ptr()], [code], [shadow.data_ptr()])]
+            skipped = library.lerp(arrays, [weight], True)
+            if skipped != 2 or not torch.equal(shadow, expected):
+                raise BuildError(f"{library.path} does not compute what torch does from {dtype}")
