@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -31,12 +32,13 @@ from dist_ema.errors import EMAConfigError, EMAStateError
 from dist_ema.export import export
 from dist_ema.fingerprint import partial_digest
 from dist_ema.gather import Entry, Held, catalogue, full_tensors, speaks
-from dist_ema.loading import Load
+from dist_ema.loading import Load, report_schedules
 from dist_ema.options import Options
 from dist_ema.report import memory_report
 from dist_ema.schedules import Schedule
 from dist_ema.shadow import Shadow
 from dist_ema.shares import plan
+from dist_ema.stateful import Moment, Restore, make_state_dict
 from dist_ema.swap import Swap
 from dist_ema.timing import Progress
 from dist_ema.track import Track
@@ -438,7 +440,71 @@ class ShardedEMA:
         self._shadow = shadow
         self._track.restore(manifest.clock, manifest.start, manifest.seen)
         self._skipped_before = manifest.skipped if rank_in(group) == 0 else 0
-        load.report_schedules(self._options.schedules)
+        report_schedules(manifest.schedules, self._options.schedules)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What ``torch.distributed.checkpoint`` saves, and loads into: ``dcp.save({"ema": ema}, ...)``. Collective.
+
+        Tensors only: this rank's parts of the averages, which have the full tensors' names and shapes and can be saved
+        and copied but not computed with (:class:`~dist_ema.boxed.BoxedTensor`), and clocks and schedules as text. Parts
+        are views of the shadow, as those of a module's ``state_dict()`` are of its weights. Before the first update
+        they are a copy of the live weights, which is one more shadow in memory until the dict is dropped.
+
+        Raises:
+            EMAStateError: on every rank, inside ``average_parameters()``, or the model has changed.
+        """
+        group, doing = self._engine.group, "state_dict()"
+        sources = agree(lambda: self._sources(doing), group, doing)
+        entries = {entry.name: entry for entry in self._catalogue(group)}
+        (skipped,) = sum_integers([self._skipped()], group)
+
+        def make() -> dict[str, Any]:
+            shadow, track = self._shadow, self._track
+            if not shadow.started:
+                shadow = Shadow(self._options.schedules, self._shares, self._options.skip_nonfinite)
+                shadow.start(sources)
+            moment = Moment(self._shadow.started, track.clock, track.start, track.seen, skipped)
+            spoken = [speaks(entries[share.spec.name], share, group) for share in self._shares]
+            spare = shadow is not self._shadow
+            return make_state_dict(moment, self._options.schedules, shadow, self._shares, spoken, spare)
+
+        return agree(make, group, doing)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Takes over a ``state_dict()`` that ``torch.distributed.checkpoint`` has filled. Collective.
+
+        The average is then bit for bit the saved one; the clock is the saved one, and the schedules are this object's,
+        as after ``load``. Values are copied, so the dict can be used again. ``dcp.load`` reads into memory of its own,
+        one more shadow while it lasts: if it fails, nothing has changed.
+
+        Args:
+            state_dict: also one that ``torch.save`` wrote on this rank of the same engine and world size, or one with
+                full tensors, which ``torch.distributed.checkpoint.format_utils.dcp_to_torch_save`` makes.
+
+        Raises:
+            CheckpointMismatchError: lists all that does not fit, on every rank; nothing has changed.
+            CheckpointError: it is damaged, or of a later version.
+            EMAStateError: inside ``average_parameters()``, or the model has changed.
+        """
+        self._background.wait()
+        group, doing = self._engine.group, "load_state_dict()"
+        sources = agree(lambda: self._sources(doing), group, doing)
+        known = {entry.name for entry in self._catalogue(group) if entry.mode != "live"}
+        restore = agree(lambda: Restore(state_dict, self._shares, self.names, known), group, doing)
+        moment = restore.moment
+        same_updates(moment.seen.updates, group)
+        shadow = self._shadow
+        if not (moment.started and shadow.started):
+            shadow = Shadow(self._options.schedules, self._shares, self._options.skip_nonfinite)
+        if moment.started:
+            if not shadow.started:
+                agree(lambda: shadow.allocate(sources), group, doing)
+            restore.fill(shadow)
+            shadow.loaded()
+        self._shadow = shadow
+        self._track.restore(moment.clock, moment.start, moment.seen)
+        self._skipped_before = moment.skipped if rank_in(group) == 0 else 0
+        report_schedules(restore.schedules, self._options.schedules)
 
     def wait(self) -> None:
         """Waits for a save in the background, and raises what failed in it. Local."""

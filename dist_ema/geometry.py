@@ -12,6 +12,8 @@ from math import prod
 
 Run = tuple[int, int]
 Runs = tuple[Run, ...]
+#: Offsets and sizes along each dimension of a full tensor.
+Box = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def whole(numel: int) -> Runs:
@@ -94,6 +96,56 @@ def box_runs(shape: Sequence[int], kept: Sequence[Runs]) -> Runs:
             runs = tuple((row * stride + begin, length) for row in rows for begin, length in runs)
         stride *= size
     return merge(runs) if prod(shape) else ()
+
+
+def boxes(runs: Runs, shape: Sequence[int]) -> list[Box]:
+    """The elements of ``runs``, in their order, as boxes of a tensor of shape ``shape``, each row-major in itself.
+
+    So box after box the local elements are contiguous. One run of a tensor of k dimensions is 2k - 1 boxes at most;
+    the rows of a tensor-parallel shard of columns come together in one.
+    """
+    found: list[Box] = []
+    for start, length in merge(runs):
+        for box in _run_boxes(start, start + length, tuple(shape)):
+            found.append(box)
+            while len(found) > 1 and (joined := _join(found[-2], found[-1])) is not None:
+                found[-2:] = [joined]
+    return found
+
+
+def _run_boxes(start: int, stop: int, shape: tuple[int, ...]) -> Iterator[Box]:
+    """The boxes of elements ``[start, stop)``, of which there is at least one."""
+    if not shape:
+        yield (), ()
+        return
+    row = prod(shape[1:])
+    first, last = -(-start // row), stop // row  # the whole rows
+    if first > last:  # within one row
+        yield from _in_row(last, start - last * row, stop - last * row, shape)
+        return
+    if start < first * row:
+        yield from _in_row(first - 1, start - (first - 1) * row, row, shape)
+    if first < last:
+        yield (first, *(0 for _ in shape[1:])), (last - first, *shape[1:])
+    if last * row < stop:
+        yield from _in_row(last, 0, stop - last * row, shape)
+
+
+def _in_row(index: int, start: int, stop: int, shape: tuple[int, ...]) -> Iterator[Box]:
+    for offsets, sizes in _run_boxes(start, stop, shape[1:]):
+        yield (index, *offsets), (1, *sizes)
+
+
+def _join(first: Box, second: Box) -> Box | None:
+    """Two boxes as one, if its elements are those of the first and then those of the second."""
+    (starts, sizes), (next_starts, next_sizes) = first, second
+    for dim, (start, size) in enumerate(zip(starts, sizes, strict=True)):
+        if next_starts[dim] == start + size:
+            rest_fits = (starts[dim + 1 :], sizes[dim + 1 :]) == (next_starts[dim + 1 :], next_sizes[dim + 1 :])
+            return (starts, (*sizes[:dim], size + next_sizes[dim], *sizes[dim + 1 :])) if rest_fits else None
+        if next_starts[dim] != start or size != 1 or next_sizes[dim] != 1:
+            return None
+    return None
 
 
 def merge(runs: Runs) -> Runs:

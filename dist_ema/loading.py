@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import threading
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -101,6 +104,14 @@ def damaged_error(path: Path, found: Sequence[str]) -> CheckpointCorruptError:
 # On every rank.
 
 
+def report_schedules(saved: Mapping[str, Schedule], schedules: Mapping[str, Schedule]) -> None:
+    """Logs where the saved schedules are not these. Local."""
+    for name, schedule in schedules.items():
+        before = saved.get(name)
+        if before is not None and before != schedule:
+            logger.warning("Average %r was saved with %s and goes on with %s.", name, before, schedule)
+
+
 @dataclass(frozen=True)
 class Want:
     """What this rank wants of one stored tensor: the elements of a share, into a flat shadow."""
@@ -189,80 +200,89 @@ class Load:
                     wants.append(Want(keys[entry.name], entry, shares.get(entry.name), out))
         return wants
 
-    def report_schedules(self, schedules: Mapping[str, Schedule]) -> None:
-        """Logs where the saved schedules are not these. Local."""
-        for name, schedule in schedules.items():
-            saved = self.manifest.schedules.get(name)
-            if saved is not None and saved != schedule:
-                logger.warning("Average %r was saved with %s and goes on with %s.", name, saved, schedule)
-
     def read(self, wants: Sequence[Want], verify: bool) -> None:
         """Fills what is wanted, the same tensors in the same order on every rank. Collective.
 
         Raises CheckpointCorruptError on every rank; what was filled is then not to be used.
         """
-        digests: list[int] = []
-        alone: list[str] = []
-
-        def open_and_read() -> None:
-            with open_reader(self._path, self.manifest) as reader:
-                for want in wants:
-                    digests.append(self._take(want, self._runs_of(reader, want), alone))
-
+        sums: list[int] = []  # of what this rank has read of each, for the digest
         if self._shared:
-            agree(open_and_read, self._group, self._doing)
+            agree(lambda: sums.extend(self._read_own(wants, verify)), self._group, self._doing)
         else:
-            self._read_sent(wants, digests, alone)
-        if not verify:
-            return
-        totals = sum_integers(digests, self._group)
-        damaged = [*alone] + [
-            f"{self._stored(want).file}: {want.key[1]!r}"
-            for want, total in zip(wants, totals, strict=True)
-            if total != self._stored(want).digest
-        ]
+            sums.extend(self._read_sent(wants, verify))
+        if verify:
+            self._compare(wants, sums)
+
+    def _compare(self, wants: Sequence[Want], sums: Sequence[int]) -> None:
+        """Raises CheckpointCorruptError, on every rank, if what was read is not what was written. Collective."""
+        damaged = []
+        spoken = []
+        for want, found in zip(wants, sums, strict=True):
+            heard = want.share is not None and speaks(want.entry, want.share, self._group)
+            spoken.append(found if heard else 0)
+            # Another rank's sum is counted; one that holds everything can check for itself.
+            whole_tensor = want.share is not None and want.share.numel == want.entry.numel
+            if not heard and whole_tensor and found % (1 << 64) != self._stored(want).digest:
+                damaged.append(self._name(want))
+        for want, total in zip(wants, sum_integers(spoken, self._group), strict=True):
+            if total != self._stored(want).digest:
+                damaged.append(self._name(want))
         every = sorted({text for texts in gather_objects(damaged, self._group) for text in texts})
         if every:
             raise damaged_error(self._path, every)
 
+    def _name(self, want: Want) -> str:
+        return f"{self._stored(want).file}: {want.key[1]!r}"
+
     def _stored(self, want: Want) -> StoredTensor:
         return self.manifest.folders()[want.key[0]][want.key[1]]
 
-    def _runs_of(self, reader: RunReader, want: Want) -> Iterator[tuple[Runs, Tensor]]:
-        """This rank's elements, chunk by chunk."""
-        runs = want.share.runs if want.share is not None else ()
-        scratch = torch.empty(min(CHUNK, count(runs)), dtype=reader.dtype(want.key))
-        for part in chunks(runs, CHUNK):
-            values = scratch[: count(part)]
-            reader.read(want.key, part, values)
-            yield part, values
+    def _read_own(self, wants: Sequence[Want], verify: bool) -> list[int]:
+        """Reads this rank's elements, with as many threads as torch has. Local."""
+        pool = ThreadPoolExecutor(torch.get_num_threads())
+        scratch = threading.local()
 
-    def _take(self, want: Want, parts: Iterator[tuple[Runs, Tensor]], alone: list[str]) -> int:
-        """Copies what arrives into place. Returns this rank's share of the digest."""
-        low, total = 0, 0
-        for runs, values in parts:
-            total += partial_digest(values, runs)
-            if want.out is not None:
-                want.out[low : low + values.numel()].copy_(values)
-            low += values.numel()
-        if want.share is None:
-            return 0
-        if speaks(want.entry, want.share, self._group):
-            return total
-        # Another rank's sum is counted; one that holds everything can check for itself.
-        if low == want.entry.numel and total % (1 << 64) != self._stored(want).digest:
-            alone.append(f"{self._stored(want).file}: {want.key[1]!r}")
-        return 0
+        def take(want: Want, runs: Runs, low: int) -> int:
+            out = want.out[low : low + count(runs)] if want.out is not None else None
+            dtype = reader.dtype(want.key)
+            if out is not None and out.is_cpu and out.dtype == dtype:  # straight into its place
+                reader.read(want.key, runs, out)
+                return partial_digest(out, runs) if verify else 0
+            if not hasattr(scratch, "bytes"):
+                scratch.bytes = torch.empty(CHUNK * 16, dtype=torch.uint8)
+            values = scratch.bytes[: count(runs) * dtype.itemsize].view(dtype)
+            reader.read(want.key, runs, values)
+            if out is not None:
+                out.copy_(values)
+            return partial_digest(values, runs) if verify else 0
 
-    def _read_sent(self, wants: Sequence[Want], digests: list[int], alone: list[str]) -> None:
+        try:
+            with open_reader(self._path, self.manifest) as reader:
+                jobs = []
+                for want in wants:
+                    parts = list(chunks(want.share.runs if want.share is not None else (), CHUNK))
+                    lows = accumulate(map(count, parts), initial=0)
+                    jobs.append([pool.submit(take, want, part, low) for part, low in zip(parts, lows, strict=False)])
+                return [sum(job.result() for job in parts) for parts in jobs]
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _read_sent(self, wants: Sequence[Want], verify: bool) -> list[int]:
         """Rank 0 reads and sends, window by window, where others do not see its disk. Collective."""
         reader = agree(
             lambda: open_reader(self._path, self.manifest) if self._first else None, self._group, self._doing
         )
         failures: list[Exception] = []
+        sums = []
         try:
             for want in wants:
-                digests.append(self._take(want, self._windows(reader, want, failures), alone))
+                low, total = 0, 0
+                for runs, values in self._windows(reader, want, failures):
+                    total += partial_digest(values, runs) if verify else 0
+                    if want.out is not None:
+                        want.out[low : low + values.numel()].copy_(values)
+                    low += values.numel()
+                sums.append(total)
         finally:
             if reader is not None:
                 reader.close()
@@ -272,6 +292,7 @@ class Load:
                 raise failures[0]
 
         agree(finish, self._group, self._doing)
+        return sums
 
     def _windows(
         self, reader: RunReader | None, want: Want, failures: list[Exception]

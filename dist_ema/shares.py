@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
 
 from dist_ema.engines.base import Replicas, TensorSpec
 from dist_ema.errors import EMAConfigError
-from dist_ema.geometry import Runs, cut, split_evenly
+from dist_ema.geometry import Box, Runs, boxes, cut, split_evenly
 from dist_ema.options import Options
 
 Mode = Literal["average", "copy", "live"]
@@ -51,6 +52,11 @@ class Share:
     def runs(self) -> Runs:
         """Where the kept elements lie in the full tensor."""
         return cut(self.spec.runs, self.start, self.stop)
+
+    @cached_property
+    def boxes(self) -> tuple[Box, ...]:
+        """The same as boxes; there may be a thousand runs to one of them."""
+        return tuple(boxes(self.runs, self.spec.shape))
 
 
 def plan(specs: Sequence[TensorSpec], options: Options) -> list[Share]:

@@ -21,14 +21,15 @@ TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
 #: (command line, integrations) stands above.
 LAYERS = [
     {"dist_ema.errors"},
-    {"dist_ema.timing", "dist_ema.geometry", "dist_ema.compiler", "dist_ema.background"},
+    {"dist_ema.timing", "dist_ema.geometry", "dist_ema.memory", "dist_ema.compiler", "dist_ema.background"},
     {"dist_ema.native"},
     {"dist_ema.fused"},
     {"dist_ema.schedules", "dist_ema.kernels"},
-    {"dist_ema.fingerprint", "dist_ema.collectives", "dist_ema.engines", "dist_ema.options", "dist_ema.storage"},
+    {"dist_ema.fingerprint", "dist_ema.collectives", "dist_ema.engines", "dist_ema.options", "dist_ema.storage"}
+    | {"dist_ema.boxed"},
     {"dist_ema.shares", "dist_ema.track", "dist_ema.manifest"},
     {"dist_ema.shadow", "dist_ema.swap", "dist_ema.gather", "dist_ema.reading"},
-    {"dist_ema.writing"},
+    {"dist_ema.writing", "dist_ema.stateful"},
     {"dist_ema.export", "dist_ema.checkpoint", "dist_ema.loading", "dist_ema.report", "dist_ema.functional"},
     {"dist_ema.ema", "dist_ema.audit"},
     {"dist_ema.offline", "dist_ema.compare"},

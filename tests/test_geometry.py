@@ -15,6 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+from dist_ema import geometry
 from dist_ema.engines.dtensor import shard_runs
 from dist_ema.geometry import Runs, box_runs, chunk, chunks, count, cut, merge, overlap, split_evenly, whole
 
@@ -182,3 +183,37 @@ def test_strided_shards_of_fsdp2_over_tensor_parallelism_keep_their_rows(
         _check_runs(name, parameter, full[name])
         kinds |= {type(placement).__name__ for placement in parameter.placements}
     assert "_StridedShard" in kinds, kinds
+
+
+@st.composite
+def runs_in_shape(draw: st.DrawFn) -> tuple[Runs, tuple[int, ...]]:
+    """Any runs of a tensor, or those of a box of it (what DTensors hold)."""
+    if draw(st.booleans()):
+        shape, kept = draw(boxes())
+        return box_runs(shape, kept), shape
+    shape = tuple(draw(st.lists(st.integers(0, 6), max_size=4)))
+    return draw(runs_of(int(np.prod(shape)))), shape
+
+
+@given(runs_in_shape())
+def test_boxes_are_the_elements_of_the_runs_in_their_order(case: tuple[Runs, tuple[int, ...]]) -> None:
+    """A box in the wrong place, or two in the wrong order, permutes a weight in every file."""
+    runs, shape = case
+    full = np.arange(int(np.prod(shape))).reshape(shape)
+    found = geometry.boxes(runs, shape)
+    taken = [
+        full[tuple(slice(start, start + size) for start, size in zip(*box, strict=True))].reshape(-1) for box in found
+    ]
+    assert [index for part in taken for index in part.tolist()] == places(runs)
+    assert all(part.size for part in taken), "an empty box"
+    assert len(found) <= len(merge(runs)) * max(2 * len(shape) - 1, 1)
+
+
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.data())
+def test_a_shard_that_is_a_box_is_one_box(shape: list[int], data: st.DataObject) -> None:
+    """The columns of a tensor-parallel weight would otherwise be thousands of pieces of a file."""
+    spans = [sorted(data.draw(st.tuples(st.integers(0, size - 1), st.integers(1, size)))) for size in shape]
+    kept = [((low, max(high - low, 1)),) for low, high in spans]
+    (box,) = geometry.boxes(box_runs(shape, kept), shape)
+    offsets = tuple(intervals[0][0] for intervals in kept)
+    assert box == (offsets, tuple(intervals[0][1] for intervals in kept))

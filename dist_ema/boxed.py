@@ -1,0 +1,124 @@
+"""A full tensor of which this rank holds some elements, in a form that ``torch.distributed.checkpoint`` carries.
+
+Its planner asks a tensor for three things: what of it this rank writes, which parts it wants to read, and the memory of
+a part. It asks by methods of names of its own (``torch/distributed/_checkpointable.py``, read in torch 2.13), and parts
+are boxes of the full tensor. So shards of every engine have one form, also those that are cut within a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+from dist_ema.geometry import Box
+
+_aten = torch.ops.aten
+#: What staging, ``copy.deepcopy`` and a move to another device do to a tensor: the same to each element.
+_ELEMENTWISE = {
+    _aten.detach.default,
+    _aten.clone.default,
+    _aten.empty_like.default,
+    _aten.zeros_like.default,
+    _aten._to_copy.default,
+}
+
+
+class BoxedTensor(Tensor):
+    """``size()`` is the full tensor's, ``held`` what there is of it. It can be copied and carried, not computed with.
+
+    Attributes:
+        held: this rank's elements, flat: those of the first box, then those of the second, and so on.
+        boxes: where they lie in the full tensor.
+        speaks: whether this rank writes them.
+        spare: whether ``held`` is memory that reading may overwrite. If not, it is copied as soon as a read is planned,
+            so that a read that fails has damaged nothing.
+    """
+
+    # No subclass-preserving layer in between: what comes out of __torch_dispatch__ is what it should be.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    held: Tensor
+    boxes: tuple[Box, ...]
+    speaks: bool
+    spare: bool
+
+    @staticmethod
+    def __new__(
+        cls: type[BoxedTensor], shape: Sequence[int], held: Tensor, boxes: Sequence[Box], *, speaks: bool, spare: bool
+    ) -> BoxedTensor:
+        # A tensor without memory of its own, as torch's DTensor is.
+        made: BoxedTensor = Tensor._make_wrapper_subclass(cls, torch.Size(shape), dtype=held.dtype, device=held.device)
+        made.held = held
+        made.boxes = tuple(boxes)
+        made.speaks = speaks
+        made.spare = spare
+        return made
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[Any, Any] | None = None
+    ) -> Any:
+        options = kwargs or {}
+        first = args[0]
+        if func in _ELEMENTWISE:
+            return first._with(func(first.held, *args[1:], **options))
+        if func is _aten.new_empty.default and torch.Size(args[1]) == first.size():
+            return first._with(first.held.new_empty(first.held.shape, **options))
+        if func is _aten.copy_.default and isinstance(args[1], BoxedTensor):
+            # FileSystemWriter's staging takes a 0-d tensor apart: it copies it to one of its own making.
+            target = first.held if isinstance(first, BoxedTensor) else first
+            if target.numel() == args[1].held.numel():
+                target.copy_(args[1].held.view(target.shape), *args[2:], **options)
+                return first
+        raise TypeError(
+            f"{func} on a part of an average, as ShardedEMA.state_dict() gives it to torch.distributed.checkpoint: it "
+            "can be saved, loaded and copied only. ShardedEMA.full_state_dict() gives whole tensors to compute with"
+        )
+
+    def _with(self, held: Tensor) -> BoxedTensor:
+        return BoxedTensor(self.size(), held, self.boxes, speaks=self.speaks, spare=True)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"BoxedTensor(shape={tuple(self.size())}, boxes={self.boxes}, held={self.held})"
+
+    def __create_write_items__(self, fqn: str, object: object) -> list[WriteItem]:
+        """What this rank writes: all boxes, or none where another rank speaks for them."""
+        if not self.speaks:
+            return []
+        return [
+            WriteItem(
+                index=MetadataIndex(fqn, chunk.offsets),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(chunk, TensorProperties.create_from_tensor(self.held), self.size()),
+            )
+            for chunk in self._chunks()
+        ]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        """What this rank reads; only a read asks for it."""
+        if not self.spare:
+            self.held, self.spare = self.held.clone(), True
+        return self._chunks()
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        """The memory of one box, to write from or to read into."""
+        low = 0
+        for offsets, sizes in self.boxes:
+            high = low + prod(sizes)
+            if index.offset == torch.Size(offsets):
+                return self.held[low:high].view(sizes)
+            low = high
+        raise ValueError(f"{index.fqn}: this rank holds nothing at {index.offset}, but {self.boxes}")
+
+    def _chunks(self) -> list[ChunkStorageMetadata]:
+        return [ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)) for offsets, sizes in self.boxes]
+
+
+# What torch.save() wrote of it, torch.load(weights_only=True) reads.
+torch.serialization.add_safe_globals([BoxedTensor])

@@ -1,0 +1,231 @@
+"""The state dict that ``torch.distributed.checkpoint`` saves and loads, and what comes back from it.
+
+::
+
+    {"progress": <uint8>,                      the clocks, as JSON
+     "schedules": {average: <uint8>},          as JSON
+     "averages": {average: {name: <part>}},    what is averaged
+     "buffers": {name: <part>}}                what is copied, once for all averages
+
+Parts are :class:`~dist_ema.boxed.BoxedTensor`: of each full tensor what this rank holds. Nothing is anything but a
+tensor, since DCP pickles all else, and loading that would run code.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_ema.boxed import BoxedTensor
+from dist_ema.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError, EMAError, EMAStateError
+from dist_ema.schedules import Schedule, from_dict
+from dist_ema.shadow import Shadow
+from dist_ema.shares import Share
+from dist_ema.timing import Progress
+
+VERSION = 1
+#: Bytes of a text, padded with blanks: what is loaded must have the size of what was saved.
+TEXT_BYTES = 2048
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Where an average stands; the same on every rank.
+
+    Attributes:
+        started: whether there is an average yet; if not, the tensors are those of the live model.
+        clock: of the training.
+        start: the clock at the first copy.
+        seen: the average's own clock at its last update.
+        skipped: NaN and Inf elements left out so far, over all ranks.
+    """
+
+    started: bool
+    clock: Progress
+    start: Progress
+    seen: Progress
+    skipped: int
+
+    def to_tensor(self) -> Tensor:
+        """As text."""
+        return _write_text({"version": VERSION, **asdict(self)})
+
+    @classmethod
+    def from_tensor(cls, text: object) -> Moment:
+        """Raises CheckpointCorruptError if ``to_tensor`` did not make it, CheckpointError if a later version did."""
+        body = _read_text(text, "progress")
+        if body.get("version") != VERSION:
+            raise CheckpointError(
+                f"the state dict has version {body.get('version')!r}; this library reads version {VERSION}"
+            )
+        try:
+            clocks = {name: _read_clock(body[name]) for name in ("clock", "start", "seen")}
+            return cls(started=bool(body["started"]), skipped=int(body["skipped"]), **clocks)
+        except (KeyError, TypeError, ValueError, EMAError) as error:
+            raise CheckpointCorruptError(f"'progress' of the state dict is damaged: {error!r}") from error
+
+
+def make_state_dict(
+    moment: Moment,
+    schedules: Mapping[str, Schedule],
+    shadow: Shadow,
+    shares: Sequence[Share],
+    spoken: Sequence[bool],
+    spare: bool,
+) -> dict[str, Any]:
+    """The state dict of one rank; its tensors share the shadow's memory. Local.
+
+    Args:
+        moment: where the average stands.
+        schedules: of each average.
+        shadow: the averages.
+        shares: what this rank keeps of each tensor.
+        spoken: for each of them, whether it is this rank that writes it.
+        spare: whether reading may overwrite the shadow, since it serves nothing else.
+    """
+    state: dict[str, Any] = {
+        "progress": moment.to_tensor(),
+        "schedules": {name: _write_text(schedule.to_dict()) for name, schedule in schedules.items()},
+        "averages": {},
+        "buffers": {},
+    }
+    speaks = {share.spec.name: speaks for share, speaks in zip(shares, spoken, strict=True)}
+    for path, share, held in _parts(shadow, shares, tuple(schedules)):
+        place = state
+        for key in path:
+            place = place.setdefault(key, {})
+        name = share.spec.name
+        place[name] = BoxedTensor(share.spec.shape, held, share.boxes, speaks=speaks[name], spare=spare)
+    return state
+
+
+class Restore:
+    """What came back: all of it is checked at construction, then ``fill()`` writes it into a shadow. Local.
+
+    Args:
+        state: what ``make_state_dict`` made, or the same with full tensors in place of parts.
+        shares: what this rank keeps of each tensor.
+        names: of the averages.
+        known: every tensor that is averaged or copied, on any rank.
+
+    Raises:
+        CheckpointMismatchError: lists what is missing, unexpected or misshapen, or not this rank's part.
+        CheckpointCorruptError, CheckpointError: it is damaged, or of a later version.
+    """
+
+    def __init__(
+        self, state: Mapping[str, Any], shares: Sequence[Share], names: Sequence[str], known: Container[str]
+    ) -> None:
+        if not isinstance(state, Mapping):
+            raise EMAStateError(f"load_state_dict() of a {type(state).__name__}: pass what state_dict() returned")
+        problems = [f"missing {key!r}" for key in ("progress", "schedules", "averages") if key not in state]
+        if problems:
+            raise CheckpointMismatchError(f"the state dict is not one of a ShardedEMA: {'; '.join(problems)}")
+        self.moment = Moment.from_tensor(state["progress"])
+        self.schedules = {name: _read_schedule(text, name) for name, text in state["schedules"].items()}
+        self._state = state
+        self._shares, self._names = shares, names
+        problems = [f"unexpected average {name!r}" for name in state["averages"] if name not in names]
+        for path, share in _wanted(shares, names):
+            problems += _problems(_look(state, path).get(share.spec.name), share, "/".join(path))
+        for path in [*(("averages", name) for name in names), ("buffers",)]:
+            problems += [f"unexpected {name!r} in {'/'.join(path)}" for name in _look(state, path) if name not in known]
+        if problems:
+            raise CheckpointMismatchError(f"the state dict does not fit this model: {'; '.join(problems)}")
+
+    @torch.no_grad()
+    def fill(self, shadow: Shadow) -> None:
+        """Copies the values into the shadow, which has its memory. Local."""
+        for path, share, out in _parts(shadow, self._shares, self._names):
+            value = _look(self._state, path)[share.spec.name]
+            if isinstance(value, BoxedTensor):
+                out.copy_(value.held)
+                continue
+            low, flat = 0, value.reshape(-1)
+            for start, length in share.runs:
+                out[low : low + length].copy_(flat[start : start + length])
+                low += length
+
+
+def _wanted(shares: Sequence[Share], names: Sequence[str]) -> Iterator[tuple[tuple[str, ...], Share]]:
+    """Where the parts of this rank lie in a state dict. What it holds no element of is not there."""
+    for share in shares:
+        if share.numel and share.mode == "average":
+            yield from ((("averages", name), share) for name in names)
+        elif share.numel and share.mode == "copy":
+            yield ("buffers",), share
+
+
+def _parts(
+    shadow: Shadow, shares: Sequence[Share], names: Sequence[str]
+) -> Iterator[tuple[tuple[str, ...], Share, Tensor]]:
+    """The same with the shadow of each."""
+    held = {
+        (name, share.spec.name): tensor
+        for name in names
+        for share, tensor in zip(shares, shadow.tensors(name), strict=True)
+    }
+    for path, share in _wanted(shares, names):
+        average = path[1] if path[0] == "averages" else names[0]
+        tensor = held[average, share.spec.name]
+        if tensor is not None:
+            yield path, share, tensor
+
+
+def _look(state: Mapping[str, Any], path: Sequence[str]) -> Mapping[str, Any]:
+    for key in path:
+        state = state.get(key, {})
+    return state
+
+
+def _problems(value: object, share: Share, where: str) -> list[str]:
+    """Why ``value`` is not what belongs to a share: its part, or the full tensor."""
+    name, shape = share.spec.name, share.spec.shape
+    if not isinstance(value, Tensor):
+        return [f"missing {name!r} in {where}"]
+    if value.size() != shape or value.dtype.is_floating_point != share.dtype.is_floating_point:
+        return [f"misshapen {name!r}: {tuple(value.size())} {value.dtype} instead of {tuple(shape)} {share.dtype}"]
+    if isinstance(value, BoxedTensor) and value.boxes != share.boxes:
+        return [
+            f"{name!r} is the part of another rank, or of another engine or world size: {value.boxes} instead of "
+            f"{share.boxes} (torch.distributed.checkpoint and ShardedEMA.save() reshard, torch.save() does not)"
+        ]
+    return []
+
+
+def _read_schedule(text: object, name: str) -> Schedule:
+    try:
+        return from_dict(_read_text(text, f"schedules/{name}"))
+    except CheckpointError:
+        raise
+    except EMAError as error:
+        raise CheckpointCorruptError(f"'schedules/{name}' of the state dict is damaged: {error}") from error
+
+
+def _read_clock(values: Mapping[str, Any]) -> Progress:
+    # advance() checks every number.
+    return Progress().advance(**{field.name: values[field.name] for field in fields(Progress)})
+
+
+def _write_text(body: Mapping[str, Any]) -> Tensor:
+    text = json.dumps(body, separators=(",", ":"), ensure_ascii=True).encode()
+    if len(text) > TEXT_BYTES:
+        raise EMAStateError(f"a state dict has room for {TEXT_BYTES} bytes of text, and {len(text)} are needed: {body}")
+    return torch.frombuffer(bytearray(text.ljust(TEXT_BYTES)), dtype=torch.uint8)
+
+
+def _read_text(text: object, what: str) -> dict[str, Any]:
+    try:
+        if not isinstance(text, Tensor) or text.dtype != torch.uint8 or text.numel() > TEXT_BYTES:
+            raise ValueError("not a text")
+        body = json.loads(bytes(text.tolist()))
+        if not isinstance(body, dict):
+            raise ValueError("not a JSON object")
+        return body
+    except (ValueError, RecursionError) as error:
+        raise CheckpointCorruptError(f"{what!r} of the state dict is damaged: {error}") from error
