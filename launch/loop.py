@@ -1,7 +1,8 @@
-"""The training loop, the same for every engine: train, average, evaluate both, export, and check the export."""
+"""The training loop, the same for every engine: train, average, evaluate both, save, export, and check."""
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -11,78 +12,142 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from options import EXPORT, Options
-from report import Report, Summary
+from report import Report, Summary, output_folder, say
+from resume import Resume, first
 from safetensors.torch import load_file
+from stop import Agreement, Stop
 from text import Text
 from torch import Tensor
 from wrap import Wrapped, plain, process_group, wrap
 
 from dist_ema import ShardedEMA
 
-LOG_EVERY = 10  # steps between two readings of loss and stop signal, each of which waits for the device
+LOG_EVERY = 10  # steps between two readings of the loss, each of which waits for the device
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}  # between the losses of the sharded average and of its export
 
 
-def train(options: Options, stop: Callable[[], bool]) -> Summary:
-    """One run, to its end or until ``stop()`` says so on any rank. Collective; the summary is the same on every rank.
+def train(options: Options, stop: Callable[[], int]) -> Summary | None:
+    """One run, from its newest checkpoint to its end or until any rank is asked to stop. Collective.
+
+    Args:
+        options: of the run.
+        stop: asked after each step; a :class:`stop.Stop`, where True is ``EXPORT``.
+
+    Returns:
+        How it ended, the same on every rank; also of a run that had been finished before. None if it was left with no
+        more than a checkpoint, as ``Stop.SAVE`` asks for.
 
     Raises:
-        ValueError: the text is too short.
+        ValueError: the text is too short, or not the one that the interrupted run was trained on.
         RuntimeError: the exported weights do not have the validation loss of the sharded average.
     """
     text = Text.read(options.data, options.context)
+    with process_group() as device:
+        out = output_folder(options)
+        finished = first(lambda: Summary.read(out), "looking for an earlier run")
+        if finished is not None and finished.steps == options.steps:
+            say(f"{out}: finished already, after step {finished.steps}\n\n{finished.table()}")
+            return finished
+        resume = Resume(options, out, text)
+        with closing(Report(options, out, resume.step, resume.curves)) as report:
+            return _run(options, Agreement(stop), device, text, out, resume, report)
+
+
+def _run(
+    options: Options, agreement: Agreement, device: torch.device, text: Text, out: Path, resume: Resume, report: Report
+) -> Summary | None:
     windows = text.windows(options.eval_windows, options.context)
-    with process_group() as device, closing(Report(options, dist.get_rank(), dist.get_world_size())) as report:
-        wrapped = wrap(options, device)
-        ema = ShardedEMA(
-            wrapped.model,
-            half_life=options.half_life,
-            update_interval=options.update_interval,
-            ema_start=options.ema_start,
-            max_duration=f"{options.steps}ba",
-        )
-        samples = options.batch * wrapped.data_size
-        batches = text.batches(options.batch, options.context, options.seed, wrapped.data_rank)
-        seconds, mark, stopped = 0.0, time.perf_counter(), False
-        for step, batch in zip(range(1, options.steps + 1), batches, strict=False):
-            loss = token_losses(wrapped.forward, batch.to(device)).mean()
-            wrapped.backward(loss)
-            wrapped.step()
-            # Where progress is counted in batches alone, ``ema.attach(optimizer)`` before the loop does the same.
-            ema.update(samples=samples, tokens=samples * options.context)
+    wrapped = wrap(options, device, resume.universal)
+    ema = ShardedEMA(
+        wrapped.model,
+        half_life=options.half_life,
+        update_interval=options.update_interval,
+        ema_start=options.ema_start,
+        max_duration=f"{options.steps}ba",
+    )
+    resume.load(wrapped, ema)
+    part, parts = wrapped.data_rank, wrapped.data_size
+    each = options.batch // parts
+    seconds, mark, stop, step = 0.0, time.perf_counter(), Stop.NO, resume.step
+    for step in range(resume.step + 1, options.steps + 1):
+        batch = text.batch(step, options.batch, options.context, options.seed, part, parts)
+        loss = token_losses(wrapped.forward, batch.to(device)).mean()
+        wrapped.backward(loss)
+        wrapped.step()
+        # Where progress is counted in batches alone, ``ema.attach(optimizer)`` before the loop does the same.
+        ema.update(samples=options.batch, tokens=options.batch * options.context)
 
-            due = step % options.eval_every == 0 or step == options.steps
-            if step % LOG_EVERY == 0 or due:
-                mean, stopped = _agree(loss, stop())
-                report.step(step, mean)
-            if due or stopped:
-                seconds += time.perf_counter() - mark
-                live = evaluate(wrapped, windows, options.batch, device)
-                with ema.average_parameters():
-                    averaged = evaluate(wrapped, windows, options.batch, device)
-                report.evaluation(step, live, averaged, ema.metrics())
-                mark = time.perf_counter()
-            if stopped:
-                break
-
-        export = report.out / EXPORT
-        ema.export(export)
-        exported = _evaluate_export(export, options, windows, device)
-        summary = Summary(
-            options.engine,
-            dist.get_world_size(),
-            step,
-            live,
-            averaged,
-            exported,
-            ema.memory_report(),
-            seconds / step,
-            export,
-        )
-        report.end(summary, stopped)
+        stop = agreement.stop()
+        due = step % options.eval_every == 0 or step == options.steps
+        if step % LOG_EVERY == 0 or due:
+            report.step(step, _mean(loss))
+        if due and stop != Stop.SAVE:
+            seconds += time.perf_counter() - mark
+            _evaluate_both(step, wrapped, ema, windows, each, device, report)
+            mark = time.perf_counter()
+        if resume.due(step) or (stop and options.checkpoint_every is not None):
+            seconds += time.perf_counter() - mark
+            resume.save(step, wrapped, ema, report.curves)
+            mark = time.perf_counter()
+        if stop:
+            break
+    seconds += time.perf_counter() - mark
+    if stop == Stop.SAVE:
+        report.left(step, saved=options.checkpoint_every is not None)
+        return None
+    if not report.curves or report.curves[-1][0] != step:  # stopped between two evaluations
+        _evaluate_both(step, wrapped, ema, windows, each, device, report)
+    _, live, averaged = report.curves[-1]
+    export = _export(ema, out)
+    exported = _evaluate_export(export, options, windows, each, device)
     if abs(exported - averaged) > TOLERANCE[options.precision]:
         raise RuntimeError(f"{export}: its validation loss is {exported}, but that of the sharded average {averaged}")
+    summary = Summary(
+        options.engine,
+        dist.get_world_size(),
+        step,
+        live,
+        averaged,
+        exported,
+        ema.memory_report(),
+        seconds / max(1, step - resume.step),
+        export,
+    )
+    if not stop:
+        first(lambda: summary.write(out), "writing the summary")
+    report.end(summary, stopped=bool(stop))
     return summary
+
+
+def _evaluate_both(
+    step: int,
+    wrapped: Wrapped,
+    ema: ShardedEMA,
+    windows: Tensor,
+    batch: int,
+    device: torch.device,
+    report: Report,
+) -> None:
+    """Evaluates live and averaged weights, for the report. Collective."""
+    live = evaluate(wrapped, windows, batch, device)
+    with ema.average_parameters():
+        averaged = evaluate(wrapped, windows, batch, device)
+    report.evaluation(step, live, averaged, ema.metrics())
+
+
+def _export(ema: ShardedEMA, out: Path) -> Path:
+    """Exports the average, in place of the export of a run that was stopped here before. Collective."""
+    export, earlier = out / EXPORT, out / f".{EXPORT}.earlier"
+
+    def move_away() -> None:
+        shutil.rmtree(earlier, ignore_errors=True)
+        if export.exists():
+            export.rename(earlier)
+
+    first(move_away, f"replacing {export}")
+    ema.export(export)
+    first(lambda: shutil.rmtree(earlier, ignore_errors=True), f"removing {earlier}")
+    return export
 
 
 def token_losses(forward: Callable[[Tensor], Tensor], windows: Tensor) -> Tensor:
@@ -113,16 +178,15 @@ def _sum_losses(
     return total
 
 
-def _agree(loss: Tensor, stop: bool) -> tuple[float, bool]:
-    """The mean of the ranks' losses, and whether any of them wants to stop. Collective."""
-    values = torch.stack([loss.detach().float(), torch.tensor(float(stop), device=loss.device)])
-    dist.all_reduce(values)
-    mean, stops = (values / dist.get_world_size()).tolist()
-    return mean, stops > 0
+def _mean(loss: Tensor) -> float:
+    """The mean of the ranks' losses. Collective."""
+    total = loss.detach().float()
+    dist.all_reduce(total)
+    return total.item() / dist.get_world_size()
 
 
 @torch.no_grad()
-def _evaluate_export(folder: Path, options: Options, windows: Tensor, device: torch.device) -> float:
+def _evaluate_export(folder: Path, options: Options, windows: Tensor, batch: int, device: torch.device) -> float:
     """Loads the exported files into a plain model on rank 0, as anyone would, and evaluates it. Collective."""
     loss = torch.zeros(1, dtype=torch.float64, device=device)
     if dist.get_rank() == 0:
@@ -132,7 +196,7 @@ def _evaluate_export(folder: Path, options: Options, windows: Tensor, device: to
         }
         model.load_state_dict(weights, strict=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16"):
-            total = _sum_losses(model, windows, options.batch, device, rank=0, size=1)
+            total = _sum_losses(model, windows, batch, device, rank=0, size=1)
         loss[0] = total[0] / total[1]
     dist.broadcast(loss, 0)
     return loss.item()

@@ -10,11 +10,13 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+from checkpoints import FOLDER, differences, latest
 from jsonargparse import ActionConfigFile, ArgumentParser
 from jsonargparse.typing import NonNegativeInt, Path_fr, PositiveFloat, PositiveInt
 
 from dist_ema.timing import Time
 
+UNITS = ("ba", "sp", "tok")  # of what train.py counts
 EXPORT = "export"  # the folder of the exported average, inside the output folder
 
 # Keys of DeepSpeed's JSON that other options decide, and what to use instead.
@@ -39,7 +41,7 @@ class Options:
         data: text to train on, a file or a folder; by default the Python standard library's own sources.
         out: folder for all that is written; by default a fresh ``runs/<engine>-<number>``.
         steps: optimizer steps.
-        batch: sequences per step and process (per tensor-parallel group under tp).
+        batch: sequences per step, of all processes together; under tp each tensor-parallel group counts as one.
         lr: learning rate of AdamW, constant.
         seed: of the initial weights and of the training batches.
         precision: what matrix products compute in; the average is fp32 in any case.
@@ -52,6 +54,9 @@ class Options:
         ema_start: when averaging starts, in the same units or as a part of the run (0.1dur).
         eval_every: steps between two evaluations of live and averaged weights.
         eval_windows: validation sequences, the same at every evaluation and world size.
+        checkpoint_every: how often to save all that a restart needs (100ba, or sp, tok; a number is of steps), or null.
+        keep_checkpoints: how many of the newest to keep.
+        resume: auto goes on from the newest checkpoint in out; never refuses an out that has one.
         replicas: hsdp only: copies of the model, each sharded over the rest; by default one a node, or two on one node.
         tensor_parallel: tp only: processes that share each layer; by default two.
         deepspeed: zero1, zero2 and zero3 only: DeepSpeed's JSON; a path in a YAML is relative to that YAML.
@@ -61,7 +66,7 @@ class Options:
     data: str | None = None
     out: str | None = None
     steps: PositiveInt = 300
-    batch: PositiveInt = 8
+    batch: PositiveInt = 16
     lr: PositiveFloat = 4e-3
     seed: NonNegativeInt = 0
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -74,6 +79,9 @@ class Options:
     ema_start: str = "0.1dur"
     eval_every: PositiveInt = 30
     eval_windows: PositiveInt = 128
+    checkpoint_every: PositiveInt | str | None = "100ba"
+    keep_checkpoints: PositiveInt = 2
+    resume: Literal["auto", "never"] = "auto"
     replicas: PositiveInt | None = None
     tensor_parallel: PositiveInt | None = None
     deepspeed: Path_fr | None = None
@@ -82,18 +90,42 @@ class Options:
         """What no single option can know by itself. Raises ValueError naming option, value and what is allowed."""
         if self.width % self.heads:
             raise ValueError(f"width={self.width}: must be a multiple of heads={self.heads}")
-        units = ("ba", "sp", "tok")  # of what train.py counts
-        Time.parse(self.half_life, option="half_life", units=units)
-        Time.parse(self.update_interval, option="update_interval", units=units)
-        Time.parse(self.ema_start, option="ema_start", units=(*units, "dur"), positive=False)
+        Time.parse(self.half_life, option="half_life", units=UNITS)
+        Time.parse(self.update_interval, option="update_interval", units=UNITS)
+        Time.parse(self.ema_start, option="ema_start", units=(*UNITS, "dur"), positive=False)
         if self.data is not None and not Path(self.data).exists():
             raise ValueError(f"data={self.data}: no such file or folder")
-        if self.out is not None and (Path(self.out) / EXPORT).exists():
+        self.checkpoint_interval()
+        self._check_out()
+        self._check_layout(world_size)
+        self._check_deepspeed()
+
+    def _check_out(self) -> None:
+        if self.out is None:
+            if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+                raise ValueError("out=None: is a fresh folder at each restart; torchrun's --max-restarts needs an out")
+            return
+        found = latest(Path(self.out))
+        if found is None and (Path(self.out) / EXPORT).exists():
             raise ValueError(
                 f"out={self.out}: holds the export of an earlier run; give another folder, or remove {EXPORT}"
             )
-        self._check_layout(world_size)
-        self._check_deepspeed()
+        if found is not None and self.resume == "never":
+            raise ValueError(
+                f"out={self.out}: holds checkpoints of an earlier run, and resume=never; give another folder, or "
+                f"remove {FOLDER} and {EXPORT}"
+            )
+        if found is not None and (why := differences(found, self)):
+            raise ValueError(
+                f"out={self.out}: its checkpoint {found.name} does not fit these options: {why}. Give those of the "
+                "earlier run, or another folder"
+            )
+
+    def checkpoint_interval(self) -> Time | None:
+        """Training between two checkpoints; None for no checkpoints."""
+        if self.checkpoint_every is None:
+            return None
+        return Time.parse(self.checkpoint_every, option="checkpoint_every", units=UNITS)
 
     def _check_layout(self, world_size: int) -> None:
         for name, engine in (("replicas", "hsdp"), ("tensor_parallel", "tp")):
@@ -107,6 +139,10 @@ class Options:
             for name in ("heads", "context"):
                 if getattr(self, name) % size:
                     raise ValueError(f"{name}={getattr(self, name)}: must be a multiple of tensor_parallel={size}")
+
+        parts = world_size // self.tensor_parallel_size(world_size) if self.engine == "tp" else world_size
+        if self.batch % parts:
+            raise ValueError(f"batch={self.batch}: must be a multiple of {parts}, the processes that share it out")
 
     def _check_deepspeed(self) -> None:
         if not self.engine.startswith("zero"):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
 from textwrap import indent, wrap
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from options import Options
 from tqdm import tqdm
 
+FINISHED = "summary.json"  # in the output folder of a run that has made all of its steps
 AVERAGED, LIVE = "#0b6e99", "#c2792d"
 
 
@@ -56,28 +58,47 @@ class Summary:
         }
         return "\n".join(f"{name:<26}  {indent(value, ' ' * 28).lstrip()}" for name, value in rows.items())
 
+    def write(self, out: Path) -> None:
+        """Marks the run in ``out`` as finished."""
+        new = out / f".{FINISHED}"
+        new.write_text(json.dumps(asdict(self) | {"export": str(self.export)}, indent=1))
+        new.rename(out / FINISHED)
+
+    @classmethod
+    def read(cls, out: Path) -> Summary | None:
+        """How the run in ``out`` ended; None if it has not."""
+        try:
+            values = json.loads((out / FINISHED).read_text())
+        except FileNotFoundError:
+            return None
+        return cls(**values | {"export": Path(values["export"])})
+
 
 class Report:
     """Shows and writes on rank 0; on other ranks its methods do nothing.
 
     Attributes:
-        out: the run's folder, the same on every rank.
+        curves: step, live and averaged validation loss of each evaluation.
     """
 
-    def __init__(self, options: Options, rank: int, world_size: int) -> None:
-        """Makes the folder. Collective."""
-        chosen = [_folder(options) if rank == 0 else None]
-        dist.broadcast_object_list(chosen)
-        self.out = Path(str(chosen[0]))
-        self._title = f"{options.engine} on {world_size} process" + "es" * (world_size > 1)
-        self._curves: list[tuple[int, float, float]] = []
-        self._main = rank == 0
-        self._bar = tqdm(total=options.steps, unit="step", disable=None if self._main else True)  # None: if no terminal
+    def __init__(self, options: Options, out: Path, step: int, curves: Sequence[tuple[int, float, float]]) -> None:
+        """Begins after ``step``, 0 for a new run, with the evaluations until then."""
+        size = dist.get_world_size()
+        self._title = f"{options.engine} on {size} process" + "es" * (size > 1)
+        self._out = out
+        self.curves = list(curves)
+        self._main = dist.get_rank() == 0
+        self._bar = tqdm(  # None: if no terminal
+            total=options.steps, initial=step, unit="step", disable=None if self._main else True
+        )
         if self._main:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(self.out / "tensorboard"))
-            tqdm.write(f"{self._title}; writing to {self.out}")
+            # What the interrupted run has logged after its checkpoint is made again.
+            self._board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1 if step else None)
+            tqdm.write(f"{self._title}; writing to {out}")
+            if step:
+                tqdm.write(f"resumed after step {step}")
 
     def step(self, step: int, loss: float) -> None:
         """Training loss, the mean over the ranks."""
@@ -88,7 +109,7 @@ class Report:
 
     def evaluation(self, step: int, live: float, averaged: float, metrics: Mapping[str, float]) -> None:
         """Validation losses, and the average's own figures."""
-        self._curves.append((step, live, averaged))
+        self.curves.append((step, live, averaged))
         if self._main:
             tqdm.write(f"step {step:>5}  validation loss: live {live:.4f}  averaged {averaged:.4f}")
             for name, value in {"validation/live": live, "validation/averaged": averaged, **metrics}.items():
@@ -104,6 +125,12 @@ class Report:
             tqdm.write(f"stopped by a signal after step {summary.steps}")
         tqdm.write("\n" + summary.table())
 
+    def left(self, step: int, saved: bool) -> None:
+        """Says where a run was left that ends without evaluation and export."""
+        if self._main:
+            what = "the same command goes on from there" if saved else "checkpoint_every=null: nothing saved"
+            tqdm.write(f"stopped by SIGTERM after step {step}; {what}")
+
     def close(self) -> None:
         """Ends bar and TensorBoard; also where the run failed."""
         self._bar.close()
@@ -116,7 +143,7 @@ class Report:
         matplotlib.use("Agg")  # no display on a cluster
         from matplotlib import pyplot
 
-        steps, live, averaged = zip(*self._curves, strict=True)
+        steps, live, averaged = zip(*self.curves, strict=True)
         figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
         axes.plot(steps, live, color=LIVE, marker="o", markersize=3, linewidth=1.4, label="live weights")
         axes.plot(steps, averaged, color=AVERAGED, marker="o", markersize=3, linewidth=1.8, label="averaged weights")
@@ -124,8 +151,21 @@ class Report:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", alpha=0.25)
         axes.legend(frameon=False)
-        figure.savefig(self.out / "curves.png", dpi=150)
+        figure.savefig(self._out / "curves.png", dpi=150)
         pyplot.close(figure)
+
+
+def say(text: str) -> None:
+    """A line of rank 0."""
+    if dist.get_rank() == 0:
+        tqdm.write(text)
+
+
+def output_folder(options: Options) -> Path:
+    """Makes the run's folder. Collective; the same on every rank."""
+    chosen = [_folder(options) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(chosen)
+    return Path(str(chosen[0]))
 
 
 def _folder(options: Options) -> Path:

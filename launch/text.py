@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sysconfig
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,12 +46,14 @@ class Text:
             )
         return text
 
-    def batches(self, size: int, context: int, seed: int, rank: int) -> Iterator[Tensor]:
-        """Endless random windows ``[size, context + 1]``, int64; each data parallel ``rank`` has its own."""
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + rank)
-        while True:
-            starts = torch.randint(len(self.training) - context, (size,), generator=generator)
-            yield _windows(self.training, starts, context)
+    def batch(self, step: int, size: int, context: int, seed: int, part: int = 0, parts: int = 1) -> Tensor:
+        """One of ``parts`` equal parts of a step's ``size`` random windows: ``[size / parts, context + 1]``, int64.
+
+        The windows follow from seed and step alone: they are the same at every world size, and after a restart.
+        """
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        starts = torch.randint(len(self.training) - context, (size,), generator=generator)
+        return _windows(self.training, starts.view(parts, -1)[part], context)
 
     def windows(self, count: int, context: int) -> Tensor:
         """Evenly spread windows ``[count, context + 1]``, int64: the same on every rank and at every world size."""

@@ -6,36 +6,43 @@ One process, or two, or with another engine, or with options of one's own::
     torchrun --nproc-per-node 2 launch/train.py --config configs/fsdp2.yaml
     torchrun --nproc-per-node 2 launch/train.py --config configs/zero3.yaml --data ~/books --steps 2000
 
+With ``--out`` the same command goes on where a run was interrupted, at any number of processes::
+
+    torchrun --nproc-per-node 2 --max-restarts 3 launch/train.py --config configs/fsdp2.yaml --out runs/mine
+
 GPUs and NCCL where there are any, else the CPU and gloo. ``--help`` lists the options.
 """
 
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from threading import Event
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).parent))  # for those who import this file instead of starting it
 
 from options import parse
+from stop import EXIT_STATUS, Signals
 
 if TYPE_CHECKING:
     from report import Summary
 
 
 def main(
-    argv: list[str] | None = None, *, world_size: int | None = None, stop: Callable[[], bool] = lambda: False
-) -> Summary:
+    argv: list[str] | None = None, *, world_size: int | None = None, stop: Callable[[], int] = lambda: False
+) -> Summary | None:
     """Runs on every process of a group, which is made here unless the caller has one.
 
     Args:
         argv: command line; by default this process's.
         world_size: number of processes; by default what torchrun says, or 1.
-        stop: asked now and then; True on any process ends training early, with evaluation and export.
+        stop: asked after each step; where any process says True or ``Stop.EXPORT``, training ends early, with a
+            checkpoint, evaluation and export, and where it says ``Stop.SAVE`` with a checkpoint only.
+
+    Returns:
+        How the run ended; None after ``Stop.SAVE``.
     """
     options = parse(argv, world_size or int(os.environ.get("WORLD_SIZE", "1")))
     from loop import train  # imports torch, which takes seconds: not before the options are known to be right
@@ -44,6 +51,5 @@ def main(
 
 
 if __name__ == "__main__":
-    stopping = Event()
-    signal.signal(signal.SIGUSR1, lambda *_: stopping.set())  # what Slurm sends before it ends the job
-    main(stop=stopping.is_set)
+    if main(stop=Signals().wanted) is None:
+        sys.exit(EXIT_STATUS)

@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
+import state
 import torch
 import torch.distributed as dist
 from gpt import GPT, Block
@@ -30,6 +32,8 @@ class Wrapped:
         forward: tokens ``[batch, time]`` to logits ``[batch, time, 256]``; collective.
         backward: takes the loss; collective.
         step: steps the optimizer and clears the gradients.
+        save: writes weights and optimizer states into a folder that does not exist; collective.
+        load: reads them back, into a model that was just made; collective.
         data_rank: which part of the data this process trains on; equal within a tensor-parallel group.
         data_size: how many parts there are.
     """
@@ -38,6 +42,8 @@ class Wrapped:
     forward: Callable[[Tensor], Tensor]
     backward: Callable[[Tensor], object]
     step: Callable[[], object]
+    save: Callable[[Path], object]
+    load: Callable[[Path], object]
     data_rank: int
     data_size: int
 
@@ -66,11 +72,17 @@ def plain(options: Options, device: torch.device) -> GPT:
     return GPT(options.layers, options.width, options.heads, options.context).to(device)
 
 
-def wrap(options: Options, device: torch.device) -> Wrapped:
-    """The model under ``options.engine``. Collective."""
+def wrap(options: Options, device: torch.device, universal: bool = False) -> Wrapped:
+    """The model under ``options.engine``. Collective.
+
+    Args:
+        options: what to make.
+        device: of this process.
+        universal: ``load`` will be given DeepSpeed's universal checkpoint, which its engine has to know beforehand.
+    """
     gpt = plain(options, device)
     if options.engine.startswith("zero"):
-        return _deepspeed(gpt, options)
+        return _deepspeed(gpt, options, universal)
     data_rank, data_size = dist.get_rank(), dist.get_world_size()
     model: nn.Module = gpt
     if options.engine == "ddp":
@@ -97,12 +109,22 @@ def wrap(options: Options, device: torch.device) -> Wrapped:
         optimizer.step()
         optimizer.zero_grad()
 
-    return Wrapped(model, forward, Tensor.backward, step, data_rank, data_size)
+    return Wrapped(
+        model,
+        forward,
+        Tensor.backward,
+        step,
+        functools.partial(state.save, model, optimizer),
+        functools.partial(state.load, model, optimizer),
+        data_rank,
+        data_size,
+    )
 
 
 def adamw(model: nn.Module, options: Options) -> torch.optim.Optimizer:
     """The optimizer of every engine, over the parameters that this rank holds."""
-    return torch.optim.AdamW(model.parameters(), lr=options.lr, betas=(0.9, 0.95), weight_decay=0.1)
+    # A plain float: the type that checks options would go into the checkpoints.
+    return torch.optim.AdamW(model.parameters(), lr=float(options.lr), betas=(0.9, 0.95), weight_decay=0.1)
 
 
 def _fsdp1(model: nn.Module, options: Options, device: torch.device) -> nn.Module:
@@ -174,7 +196,7 @@ def _parallelize(model: GPT, mesh: DeviceMesh) -> None:
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
 
 
-def _deepspeed(model: nn.Module, options: Options) -> Wrapped:
+def _deepspeed(model: nn.Module, options: Options, universal: bool) -> Wrapped:
     cpu = not torch.cuda.is_available()
     if cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it found no other
@@ -185,8 +207,19 @@ def _deepspeed(model: nn.Module, options: Options) -> Wrapped:
     deepspeed.logger.setLevel(logging.WARNING)
     # DeepSpeed calls them at every step; that torch renames them is not for users of this script to mend.
     warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
-    config = options.deepspeed_config() | {"train_micro_batch_size_per_gpu": options.batch}
+    config = options.deepspeed_config()
+    config["train_micro_batch_size_per_gpu"] = options.batch // dist.get_world_size()
+    config["checkpoint"] = config.get("checkpoint", {}) | {"load_universal": universal}
     if options.precision == "bf16":
         config["bf16"] = {"enabled": True}
     engine, *_ = deepspeed.initialize(model=model, optimizer=adamw(model, options), config=config)
-    return Wrapped(engine, engine, engine.backward, engine.step, dist.get_rank(), dist.get_world_size())
+
+    def save(path: Path) -> None:
+        engine.save_checkpoint(str(path.parent), tag=path.name, save_latest=False)
+
+    def load(path: Path) -> None:
+        loaded, _ = engine.load_checkpoint(str(path.parent), tag=path.name)
+        if loaded is None:
+            raise FileNotFoundError(f"{path}: DeepSpeed finds no checkpoint there")
+
+    return Wrapped(engine, engine, engine.backward, engine.step, save, load, dist.get_rank(), dist.get_world_size())
