@@ -40,6 +40,17 @@ class Held:
         """Puts kept elements ``[start, stop)`` into the flat ``out``, converted. Local."""
         kernels.read(self.values, self.start + start, self.start + stop, out)
 
+    def chunk(self, start: int, stop: int, scratch: Tensor) -> Tensor:
+        """Kept elements ``[start, stop)``, flat, on the CPU and in the dtype of ``scratch``. Local.
+
+        They are a view where that is how they lie, and else converted into ``scratch``.
+        """
+        values = self.values.detach()
+        if values.is_cpu and values.dtype == scratch.dtype and values.is_contiguous():
+            return values.view(-1)[self.start + start : self.start + stop]
+        self.read(start, stop, scratch[: stop - start])
+        return scratch[: stop - start]
+
 
 @dataclass(frozen=True)
 class Entry:

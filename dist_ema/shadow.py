@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from dist_ema import kernels
+from dist_ema import kernels, memory
 from dist_ema.errors import EMAStateError
 from dist_ema.shares import Share
 
@@ -47,11 +47,10 @@ class Shadow:
         self._copy_buffers(sources)
 
     def loaded(self) -> None:
-        """After the shadows were filled from a checkpoint: forgets what the first copy noticed, and looks anew."""
+        """After the shadows were filled from a checkpoint: forgets what the first copy noticed; an update looks."""
         if self.guard is not None:
             self.guard = kernels.Guard()
-            for tensors in self._averages.values():
-                self.guard.tainted |= {index for index, tensor in enumerate(tensors) if not kernels.is_finite(tensor)}
+            self.guard.tainted.update(range(len(self._averaged)))
 
     def update(self, sources: Sequence[Tensor], weights: Sequence[float]) -> None:
         """Moves every average by its weight. Local; no host sync, no memory beyond the scratch."""
@@ -100,8 +99,7 @@ class Shadow:
                 raise EMAStateError(f"{share.spec.name!r} is on the meta device: materialise the model before update()")
             key = (share.dtype, device)
             totals[key] = totals.get(key, 0) + share.numel
-        with torch.inference_mode(False):
-            flats = {key: torch.empty(total, dtype=key[0], device=key[1]) for key, total in totals.items()}
+        flats = {key: memory.empty(total, *key) for key, total in totals.items()}
         used = dict.fromkeys(flats, 0)
         views = []
         for index in indices:

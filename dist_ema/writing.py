@@ -106,8 +106,7 @@ class Folder:
             scratch = torch.empty(min(CHUNK, mine.share.numel), dtype=self.dtypes[entry.name])
             low, total = 0, 0
             for runs in chunks(mine.runs, CHUNK):
-                values = scratch[: count(runs)]
-                mine.read(low, low + values.numel(), values)
+                values = mine.chunk(low, low + count(runs), scratch)
                 low += values.numel()
                 total += partial_digest(values, runs) if digest else 0
                 if writer is not None:
