@@ -109,16 +109,18 @@ def wrap(options: Options, device: torch.device, universal: bool = False) -> Wra
         optimizer.step()
         optimizer.zero_grad()
 
-    return Wrapped(
-        model,
-        forward,
-        Tensor.backward,
-        step,
-        functools.partial(state.save, model, optimizer),
-        functools.partial(state.load, model, optimizer),
-        data_rank,
-        data_size,
-    )
+    def save(path: Path) -> None:
+        state.save(model, optimizer, path)
+
+    def load(path: Path) -> None:
+        state.load(model, optimizer, path)
+        if options.engine == "ddp":
+            # After its first backward DDP groups the gradients anew, and among three processes or more the groups decide
+            # in which order is summed. The interrupted run had that behind it: a backward that counts nothing.
+            forward(torch.zeros(1, options.context, dtype=torch.int64, device=device)).sum().backward()
+            optimizer.zero_grad()
+
+    return Wrapped(model, forward, Tensor.backward, step, save, load, data_rank, data_size)
 
 
 def adamw(model: nn.Module, options: Options) -> torch.optim.Optimizer:
