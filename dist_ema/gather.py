@@ -46,8 +46,10 @@ class Held:
         They are a view where that is how they lie, and else converted into ``scratch``.
         """
         values = self.values.detach()
-        if values.is_cpu and values.dtype == scratch.dtype and values.is_contiguous():
-            return values.view(-1)[self.start + start : self.start + stop]
+        first, last = self.start + start, self.start + stop
+        lies_there = values.is_cpu and values.numel() >= last and values.is_contiguous()  # else read() finds it
+        if lies_there and values.dtype == scratch.dtype:
+            return values.view(-1)[first:last]
         self.read(start, stop, scratch[: stop - start])
         return scratch[: stop - start]
 
