@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
+from dist_ema.errors import EMAStateError
 from dist_ema.geometry import Box
 
 _aten = torch.ops.aten
@@ -76,7 +77,7 @@ class BoxedTensor(Tensor):
             if target.numel() == args[1].held.numel():
                 target.copy_(args[1].held.view(target.shape), *args[2:], **options)
                 return first
-        raise TypeError(
+        raise EMAStateError(  # no TypeError: Python's operators would hide what it says
             f"{func} on a part of an average, as ShardedEMA.state_dict() gives it to torch.distributed.checkpoint: it "
             "can be saved, loaded and copied only. ShardedEMA.full_state_dict() gives whole tensors to compute with"
         )
