@@ -74,11 +74,15 @@ class Background:
         try:
             self.wait()
         except BaseException as error:
-            message = f"A save in the background failed and nobody waited for it: {error}"
-            logger.critical(message)
-            with suppress(Exception):  # a stream may be closed, or missing
-                sys.stderr.write(f"dist_ema: {message}\n")
-            for stream in (sys.stdout, sys.stderr):  # os._exit() does not
-                with suppress(Exception):
-                    stream.flush()
-            os._exit(1)
+            fail_at_exit(f"A save in the background failed and nobody waited for it: {error}")
+
+
+def fail_at_exit(message: str) -> None:
+    """Ends a process that is ending anyway, with a status of 1, and says why."""
+    logger.critical(message)
+    with suppress(Exception):  # a stream may be closed, or missing
+        sys.stderr.write(f"dist_ema: {message}\n")
+    for stream in (sys.stdout, sys.stderr):  # os._exit() does not
+        with suppress(Exception):
+            stream.flush()
+    os._exit(1)

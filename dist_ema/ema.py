@@ -33,6 +33,7 @@ from dist_ema.export import export
 from dist_ema.fingerprint import partial_digest
 from dist_ema.gather import Entry, Held, catalogue, full_tensors, speaks
 from dist_ema.loading import Load, report_schedules
+from dist_ema.offload import HostShadow, hold_back
 from dist_ema.options import Options
 from dist_ema.report import memory_report
 from dist_ema.schedules import Schedule
@@ -76,7 +77,12 @@ class ShardedEMA:
         ema_start: when averaging begins; ``"0.1dur"`` needs ``max_duration``.
         max_duration: of the training, for ``dur``.
         dtype: of the shadow; None keeps each parameter's own.
-        offload: None.
+        offload: ``"cpu"`` keeps the shadow in host memory. ``update()`` then only asks for copies of the weights, which
+            cross the link once, in their own dtype, and a thread averages them while training goes on; the next
+            optimizer step waits for the copies. Whoever writes weights by hand after ``update()`` calls ``wait()``
+            before. Every other call waits for the thread; what fails in it is raised by every call until ``reset()``
+            or ``load()``. Costs host memory for the copies besides, as many bytes as the weights.
+        offload_threads: of that thread's arithmetic; None means a quarter of ``torch.get_num_threads()``, at least 1.
         shard_replicas: where parameters are replicated, spread the shadow over the replicas.
         include, exclude: regular expressions, or lists of them, searched for in canonical names.
         buffers: ``"copy"`` them at each update, ``"average"`` those of floating point, or ``"ignore"`` them: the
@@ -101,7 +107,8 @@ class ShardedEMA:
         ema_start: str | int = "0ba",
         max_duration: str | int | None = None,
         dtype: torch.dtype | None = torch.float32,
-        offload: None = None,
+        offload: str | None = None,
+        offload_threads: int | None = None,
         shard_replicas: bool = True,
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
@@ -119,6 +126,7 @@ class ShardedEMA:
             max_duration=max_duration,
             dtype=dtype,
             offload=offload,
+            offload_threads=offload_threads,
             shard_replicas=shard_replicas,
             include=include,
             exclude=exclude,
@@ -154,10 +162,12 @@ class ShardedEMA:
             does nothing and returns False.
 
         Raises:
-            EMAStateError: inside ``average_parameters()``, or a parameter was replaced, frozen or unfrozen.
+            EMAStateError: inside ``average_parameters()``, or a parameter was replaced, frozen or unfrozen, or an
+                offloaded update has failed.
             EMAConfigError: a count is negative or not a number.
         """
         self._refuse_inside("update()")
+        self._shadow.report()
         now = self._track.clock.advance(batches=batches, samples=samples, tokens=tokens, epochs=epochs)
         if not self._engine.stepped():
             return False
@@ -165,7 +175,9 @@ class ShardedEMA:
         if due:
             self._background.settle()
             self._engine.reshard()
-            self._average(self._engine.sources(), now)
+            sources = self._engine.sources()
+            self._shadow.check(sources)
+            self._average(sources, now)
         self._track.clock = now
         self._background.report()  # last, so that no update is lost
         return due
@@ -219,7 +231,9 @@ class ShardedEMA:
         """
         self._refuse_inside("reset()")
         self._background.wait()
+        old = self._shadow
         self._plan(self._track.clock)
+        old.discard()
 
     def _plan(self, clock: Progress) -> None:
         specs = self._engine.specs()
@@ -236,9 +250,21 @@ class ShardedEMA:
         self._warn_if_coarse()
         self._warned = False
         self._track = Track(self._options, clock)
-        self._shadow: Shadow = Shadow(self._options.schedules, self._shares, self._options.skip_nonfinite)
+        self._shadow = self._new_shadow()
         self._skipped_before = 0  # of a run that was resumed; counted by rank 0
         self._entries: list[Entry] | None = None
+
+    def _take(self, shadow: Shadow) -> None:
+        """Puts a shadow in the place of the one that there was, if it is another."""
+        old, self._shadow = self._shadow, shadow
+        if old is not shadow:
+            old.discard()
+
+    def _new_shadow(self) -> Shadow:
+        options = self._options
+        if options.offload:
+            return HostShadow(options.schedules, self._shares, options.skip_nonfinite, options.offload_threads)
+        return Shadow(options.schedules, self._shares, options.skip_nonfinite)
 
     def _warn_if_coarse(self) -> None:
         coarse = [share for share in self._shares if share.mode == "average" and share.dtype.itemsize < 4]
@@ -289,9 +315,13 @@ class ShardedEMA:
         """None before the first update, when the average is the live model. Collective where the swap is."""
         self._background.settle()
         started = self._shadow.started
-        shadows = self._shadow.tensors(name) if started else [None] * len(self._shares)
+
+        def shadows() -> Sequence[Tensor | None]:
+            return self._shadow.tensors(name) if started else [None] * len(self._shares)
+
         swap = Swap(self._engine, self._shares, shadows, self._shadow.scratch)
         swap.agree(self.num_updates, doing)
+        hold_back()
         return swap if started else None
 
     def copy_to(self, name: str | None = None) -> None:
@@ -425,19 +455,20 @@ class ShardedEMA:
         """
         self._background.wait()
         group = self._engine.group
-        sources = agree(lambda: self._sources("load()"), group, f"load from {path}")
+        sources = agree(lambda: self._live("load()"), group, f"load from {path}")
         entries = self._catalogue(group)
         load = Load(path, entries, self.names, group)
         found = load.match(strict)
         manifest = load.manifest
-        shadow = Shadow(self._options.schedules, self._shares, self._options.skip_nonfinite)
+        shadow = self._new_shadow()
         if manifest.started:
             # What a checkpoint lacks starts from the live weights; where it may lack nothing, none are copied.
             begin = shadow.allocate if strict else shadow.start
             agree(lambda: begin(sources), group, f"load from {path}")
+            agree(shadow.wait, group, f"load from {path}")
             load.read(load.wants(found, {share.spec.name: share for share in self._shares}, shadow), verify)
             shadow.loaded()
-        self._shadow = shadow
+        self._take(shadow)
         self._track.restore(manifest.clock, manifest.start, manifest.seen)
         self._skipped_before = manifest.skipped if rank_in(group) == 0 else 0
         report_schedules(manifest.schedules, self._options.schedules)
@@ -461,7 +492,7 @@ class ShardedEMA:
         def make() -> dict[str, Any]:
             shadow, track = self._shadow, self._track
             if not shadow.started:
-                shadow = Shadow(self._options.schedules, self._shares, self._options.skip_nonfinite)
+                shadow = self._new_shadow()
                 shadow.start(sources)
             moment = Moment(self._shadow.started, track.clock, track.start, track.seen, skipped)
             spoken = [speaks(entries[share.spec.name], share, group) for share in self._shares]
@@ -488,34 +519,41 @@ class ShardedEMA:
         """
         self._background.wait()
         group, doing = self._engine.group, "load_state_dict()"
-        sources = agree(lambda: self._sources(doing), group, doing)
+        sources = agree(lambda: self._live(doing), group, doing)
         known = {entry.name for entry in self._catalogue(group) if entry.mode != "live"}
         restore = agree(lambda: Restore(state_dict, self._shares, self.names, known), group, doing)
         moment = restore.moment
         same_updates(moment.seen.updates, group)
         shadow = self._shadow
-        if not (moment.started and shadow.started):
-            shadow = Shadow(self._options.schedules, self._shares, self._options.skip_nonfinite)
+        if shadow.failed or not (moment.started and shadow.started):
+            shadow = self._new_shadow()
         if moment.started:
             if not shadow.started:
                 agree(lambda: shadow.allocate(sources), group, doing)
             restore.fill(shadow)
             shadow.loaded()
-        self._shadow = shadow
+        self._take(shadow)
         self._track.restore(moment.clock, moment.start, moment.seen)
         self._skipped_before = moment.skipped if rank_in(group) == 0 else 0
         report_schedules(restore.schedules, self._options.schedules)
 
     def wait(self) -> None:
-        """Waits for a save in the background, and raises what failed in it. Local."""
+        """Waits for a save in the background and for an offloaded update, and raises what failed in them. Local."""
+        self._shadow.drain()
         self._background.wait()
+        self._shadow.report()
 
     def close(self) -> None:
-        """``wait()``, and gives back what saving took. Collective if there was a save. The object stays usable."""
+        """``wait()``, and gives back what saving and offloading took, but not the average.
+
+        Collective if there was a save. The object stays usable. A failed update is raised if no call has raised it yet.
+        """
+        self._shadow.drain()
         self._background.wait()
         if self._control is not None and dist.is_initialized():
             dist.destroy_process_group(self._control)
         self._control = None
+        self._shadow.close()
 
     def _control_group(self, timeout: float) -> dist.ProcessGroup | None:
         """A group of our own on the CPU, so that a thread may use it and a rank that hangs is noticed. Collective."""
@@ -622,6 +660,11 @@ class ShardedEMA:
         return self._entries
 
     def _sources(self, doing: str) -> list[Tensor]:
+        """For a call that reads the average too."""
+        self._shadow.wait()
+        return self._live(doing)
+
+    def _live(self, doing: str) -> list[Tensor]:
         self._refuse_inside(doing)
         self._engine.reshard()
         return self._engine.sources()

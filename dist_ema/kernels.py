@@ -240,10 +240,10 @@ def write(source: Tensor, start: int, stop: int, values: Tensor) -> None:
 
 
 @torch.no_grad()
-def read(source: Tensor, start: int, stop: int, out: Tensor) -> None:
+def read(source: Tensor, start: int, stop: int, out: Tensor, non_blocking: bool = False) -> None:
     """Sets the flat ``out`` to elements ``[start, stop)`` of ``source``, flattened, converted. Local."""
     for offset, piece in pieces(source, start, stop, chunk_size(source.device)):
-        out[offset : offset + piece.numel()].view(piece.shape).copy_(piece)
+        out[offset : offset + piece.numel()].view(piece.shape).copy_(piece, non_blocking=non_blocking)
 
 
 @torch.no_grad()
@@ -251,6 +251,6 @@ def squared_distance(shadow: Tensor, source: Tensor, start: int, stop: int) -> T
     """Sum of ``(shadow - source)**2`` in float64, as a scalar on the source's device. Local."""
     total = torch.zeros((), dtype=torch.float64, device=source.device)
     for offset, piece in pieces(source, start, stop, chunk_size(source.device)):
-        target = shadow[offset : offset + piece.numel()].view(piece.shape)
+        target = shadow[offset : offset + piece.numel()].view(piece.shape).to(piece.device)
         total += (target.double() - piece.double()).square_().sum()
     return total

@@ -33,6 +33,8 @@ class Options:
         exclude: patterns, none of which a name may contain.
         buffers: ``"copy"``, ``"average"`` or ``"ignore"``.
         skip_nonfinite: leave out NaN and Inf.
+        offload: keep shadows in host memory, up to date by a thread.
+        offload_threads: how many threads that one computes with; None means a quarter of the caller's.
     """
 
     schedules: Mapping[str, Schedule]
@@ -44,6 +46,8 @@ class Options:
     exclude: tuple[re.Pattern[str], ...]
     buffers: str
     skip_nonfinite: bool
+    offload: bool
+    offload_threads: int | None
 
     @classmethod
     def parse(
@@ -59,6 +63,7 @@ class Options:
         max_duration: object,
         dtype: object,
         offload: object,
+        offload_threads: object,
         shard_replicas: object,
         include: object,
         exclude: object,
@@ -69,8 +74,8 @@ class Options:
         duration = None
         if max_duration is not None:
             duration = Time.parse(max_duration, option="max_duration", units=CLOCK_UNITS)
-        if offload is not None:
-            raise EMAConfigError(f"offload={offload!r}: allowed is None; this version keeps shadows beside the weights")
+        if not (offload is None or (isinstance(offload, str) and offload == "cpu")):
+            raise EMAConfigError(f"offload={offload!r}: allowed are None and 'cpu'")
         if buffers not in _BUFFERS:
             raise EMAConfigError(f"buffers={buffers!r}: allowed are {', '.join(map(repr, _BUFFERS))}")
         return cls(
@@ -83,6 +88,8 @@ class Options:
             _patterns("exclude", exclude),
             str(buffers),
             _flag("skip_nonfinite", skip_nonfinite),
+            offload is not None,
+            _threads(offload_threads, offload),
         )
 
     def selects(self, name: str) -> bool:
@@ -178,6 +185,14 @@ def _dtype(dtype: object) -> torch.dtype | None:
 def _flag(option: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise EMAConfigError(f"{option}={value!r}: allowed are True and False")
+    return value
+
+
+def _threads(value: object, offload: object) -> int | None:
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise EMAConfigError(f"offload_threads={value!r}: allowed are None and whole numbers from 1 on")
+    if value is not None and offload is None:
+        raise EMAConfigError(f"offload_threads={value!r}: it is for offload='cpu', and offload is None")
     return value
 
 

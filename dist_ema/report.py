@@ -23,6 +23,7 @@ def memory_report(shares: Sequence[Share], names: Collection[str], shadow: Shado
     if not shadow.started:
         lines.append("nothing is allocated before the first update")
     lines += [f"{device}: {_mebibytes(size)} in use" for device, size in shadow.nbytes().items()]
+    lines += shadow.notes()
     lines += [f"scratch: {_mebibytes(shadow.scratch.nbytes())}"]
     return "\n".join(lines)
 

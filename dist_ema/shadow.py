@@ -42,6 +42,10 @@ class Shadow:
     def start(self, sources: Sequence[Tensor]) -> None:
         """Takes memory, and copies the sources into every average. Local."""
         self.allocate(sources)
+        self.fill(sources)
+
+    def fill(self, sources: Sequence[Tensor]) -> None:
+        """Copies the sources into every average. Local."""
         averages = list(self._averages.values())
         kernels.copy(averages, self._pick(sources), self._ranges(self._averaged), self.guard)
         self._copy_buffers(sources)
@@ -80,6 +84,40 @@ class Shadow:
         for tensor in (tensor for tensors in lists for tensor in tensors):
             sizes[tensor.device] = sizes.get(tensor.device, 0) + tensor.nbytes
         return sizes
+
+    # What a shadow that is kept up to date by a thread does more.
+
+    #: Whether the averages cannot be used any more.
+    failed = False
+
+    def check(self, sources: Sequence[Tensor]) -> None:
+        """Raises EMAStateError if the next update cannot take these sources. Local."""
+        return
+
+    def drain(self) -> None:
+        """Waits until nothing works on the averages. Local; raises nothing."""
+        return
+
+    def report(self) -> None:
+        """Raises EMAStateError if work on the averages has failed. Local; does not wait."""
+        return
+
+    def wait(self) -> None:
+        """``drain()``, then ``report()``."""
+        self.drain()
+        self.report()
+
+    def close(self) -> None:
+        """Gives back what only updates need. Local. Raises what nobody has seen yet."""
+        return
+
+    def discard(self) -> None:
+        """Ends work on averages that nobody wants any more. Local; raises nothing."""
+        return
+
+    def notes(self) -> list[str]:
+        """Lines for a report on memory."""
+        return []
 
     def _pick(self, sources: Sequence[Tensor]) -> list[Tensor]:
         return [sources[index] for index in self._averaged]

@@ -10,7 +10,7 @@ what it had.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -29,11 +29,16 @@ class Swap:
     """One visit of an average to the live model: ``enter()``, then ``leave()``."""
 
     def __init__(
-        self, engine: Engine, shares: Sequence[Share], shadows: Sequence[Tensor | None], scratch: kernels.Scratch
+        self,
+        engine: Engine,
+        shares: Sequence[Share],
+        shadows: Callable[[], Sequence[Tensor | None]],
+        scratch: kernels.Scratch,
     ) -> None:
         self._engine = engine
         self._shares = shares
-        self._shadows = shadows
+        self._read_shadows = shadows
+        self._shadows: Sequence[Tensor | None] = []
         self._scratch = scratch
         self._sets = replica_sets([share.spec if share.split else None for share in shares])
         self._kept: dict[int, Tensor] = {}
@@ -44,9 +49,10 @@ class Swap:
     def agree(self, updates: int, doing: str) -> None:
         """Raises on every rank that a collective swap would wait for, if one of them cannot take part.
 
-        Collective where the swap is. Compares the number of updates too: a rank that has no average would stay away.
+        To be called first. Collective where the swap is. Compares the number of updates too: a rank that has no average
+        would stay away.
         """
-        groups = [self._group_of(members).group for members in self._sets]
+        groups: list[dist.ProcessGroup | None] = [self._group_of(members).group for members in self._sets]
         if self._engine.publish_is_collective and self._engine.group is not None:
             groups.append(self._engine.group)
         failure: EMAError | None = None
@@ -54,10 +60,11 @@ class Swap:
         def check() -> None:
             if failure is not None:
                 raise failure
+            self._shadows = self._read_shadows()
             self._engine.reshard()
             self._engine.sources()
 
-        for group in groups:
+        for group in groups or [None]:
             try:
                 agree(check, group, doing)
                 same_updates(updates, group)
@@ -136,7 +143,7 @@ class Swap:
         for index, (share, shadow) in enumerate(zip(self._shares, self._shadows, strict=True)):
             source = self._sources[index]
             if shadow is not None and shadow.dtype != source.dtype:
-                self._kept[index] = torch.empty(share.numel, dtype=source.dtype, device=source.device)
+                self._kept[index] = torch.empty(share.numel, dtype=source.dtype, device=shadow.device)
                 kernels.read(source, share.start, share.stop, self._kept[index])
         for members in self._sets:
             if not self._replicas_agree(members):

@@ -22,14 +22,16 @@ TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
 LAYERS = [
     {"dist_ema.errors"},
     {"dist_ema.timing", "dist_ema.geometry", "dist_ema.memory", "dist_ema.compiler", "dist_ema.background"},
+    {"dist_ema.worker"},
     {"dist_ema.native"},
     {"dist_ema.fused"},
     {"dist_ema.schedules", "dist_ema.kernels"},
+    {"dist_ema.staging"},
     {"dist_ema.fingerprint", "dist_ema.collectives", "dist_ema.engines", "dist_ema.options", "dist_ema.storage"}
     | {"dist_ema.boxed"},
     {"dist_ema.shares", "dist_ema.track", "dist_ema.manifest"},
     {"dist_ema.shadow", "dist_ema.swap", "dist_ema.gather", "dist_ema.reading"},
-    {"dist_ema.writing", "dist_ema.stateful"},
+    {"dist_ema.writing", "dist_ema.stateful", "dist_ema.offload"},
     {"dist_ema.export", "dist_ema.checkpoint", "dist_ema.loading", "dist_ema.report", "dist_ema.functional"},
     {"dist_ema.ema", "dist_ema.audit"},
     {"dist_ema.offline", "dist_ema.compare"},
@@ -94,7 +96,7 @@ def test_time_schedules_and_geometry_do_not_know_torch() -> None:
 
 def test_arithmetic_does_not_know_process_groups() -> None:
     found = importers("torch.distributed")
-    arithmetic = {"kernels", "fused", "fingerprint", "geometry", "shadow"}
+    arithmetic = {"kernels", "fused", "fingerprint", "geometry", "shadow", "offload", "staging", "worker"}
     assert not {f"dist_ema.{name}" for name in arithmetic} & found.keys()
 
 

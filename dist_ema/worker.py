@@ -1,0 +1,138 @@
+"""A thread that works for an average while training goes on: one job at a time, and no failure is lost."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from weakref import WeakSet
+
+import torch
+
+from dist_ema.background import fail_at_exit
+from dist_ema.errors import EMAStateError
+
+logger = logging.getLogger(__name__)
+
+
+class Worker:
+    """Jobs that change an average, in the order in which they are given.
+
+    A job that fails has left the average half changed, so the failure stays: every later call raises it.
+
+    Args:
+        threads: that torch and the compiled kernels use for a job; None means a quarter of the caller's, at least one.
+    """
+
+    def __init__(self, threads: int | None) -> None:
+        self._threads = threads
+        self._pool: ThreadPoolExecutor | None = None
+        self._job: Future[None] | None = None
+        self._error: BaseException | None = None
+        self._unseen = False
+        self._process = os.getpid()
+        #: Whether a job is under way. A plain attribute, since a forked child may find any lock taken for ever.
+        self.busy = False
+        _workers.add(self)
+
+    def start(self, work: Callable[[], None]) -> None:
+        """Runs ``work`` in the thread, when the job before has ended. Raises as ``report``."""
+        self.wait()
+        if self._pool is None:
+            self._pool = self._make_pool()
+        self.busy = True
+        self._job = self._pool.submit(self._run, work)
+
+    def _make_pool(self) -> ThreadPoolExecutor:
+        pool = ThreadPoolExecutor(1, "dist_ema offload")
+        callers = torch.get_num_threads()
+        pool.submit(torch.set_num_threads, self._threads or max(1, callers // 4)).result()
+        # The number is a thread's own, but the last one set is also what threads that start later begin with.
+        torch.set_num_threads(callers)
+        return pool
+
+    def _run(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except BaseException as error:
+            self._error, self._unseen = error, True
+            logger.exception("An update of the average failed in the background.")
+        finally:
+            self.busy = False
+
+    def drain(self) -> None:
+        """Waits for the end of the job; raises nothing."""
+        self._notice_fork()
+        job = self._job
+        if job is not None:
+            job.result()
+            self._job = None
+
+    def report(self) -> None:
+        """Raises EMAStateError if a job has failed; does not wait."""
+        self._notice_fork()
+        if self._error is not None:
+            self._unseen = False
+            raise EMAStateError(
+                f"an update of the average failed in the background, so the average cannot be used: {self._error!r}. "
+                "Call reset() to start anew from the live weights, or load() a checkpoint"
+            ) from self._error
+
+    def wait(self) -> None:
+        """Waits for the end of the job. Raises as ``report``."""
+        self.drain()
+        self.report()
+
+    @property
+    def failed(self) -> bool:
+        """Whether ``report`` would raise."""
+        self._notice_fork()
+        return self._error is not None
+
+    def close(self) -> None:
+        """Ends the thread; the next job starts another. Raises what nobody has seen yet."""
+        unseen = self._end()
+        if unseen:
+            self.report()
+
+    def discard(self) -> None:
+        """Ends the thread for good. What failed has been logged, and does not matter any more."""
+        self._end()
+        self._unseen = False
+
+    def _end(self) -> bool:
+        self.drain()
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
+        return self._unseen
+
+    def _notice_fork(self) -> None:
+        """A child has no thread, and of an average that was being changed it has neither the old nor the new state."""
+        if os.getpid() == self._process:
+            return
+        self._process = os.getpid()
+        self._pool = self._job = None
+        self._unseen = False
+        if self.busy:
+            self.busy = False
+            self._error = EMAStateError("the process was forked while an update was under way; call wait() before")
+
+    def unseen(self) -> BaseException | None:
+        """What failed and was never raised. Waits."""
+        self.drain()
+        return self._error if self._unseen else None
+
+
+_workers: WeakSet[Worker] = WeakSet()
+
+
+@atexit.register
+def _at_exit() -> None:
+    """A failure that nobody has seen ends the process with a status of 1: silence would look like success."""
+    for worker in list(_workers):
+        error = worker.unseen()
+        if error is not None:
+            fail_at_exit(f"An update of an average failed in the background and nobody looked: {error!r}")
