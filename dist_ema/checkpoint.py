@@ -95,6 +95,7 @@ class Save:
         folders = {f"averages/{name}": (tracked, held) for name, held in views.items()}
         if live:
             folders[LIVE] = (live, next(iter(views.values())))
+        self._data = "data-" + "0" * 32  # until a save begins
         self._parts: dict[str, _Part] = {}
         for name, (wanted, held) in folders.items():
             dtypes = {entry.name: entry.dtype for entry in wanted}
@@ -171,6 +172,13 @@ class Save:
             directory.mkdir(parents=True)
             for plan in part.plans:
                 create_file(directory, plan)
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every file of the checkpoint, by its path there, the manifest included. Pure; needs no group."""
+        digests = {name: {entry.name: 0 for entry in part.folder.entries} for name, part in self._parts.items()}
+        manifest = self._manifest(digests)
+        files = {f"{manifest.data}/{name}": file.size for name, file in manifest.files.items()}
+        return files | {NAME: len(manifest.to_bytes())}
 
     def _manifest(self, digests: Mapping[str, Mapping[str, int]]) -> Manifest:
         files: dict[str, StoredFile] = {}

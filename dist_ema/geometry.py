@@ -2,18 +2,62 @@
 
 One idea serves every engine: a local shard is a sorted tuple of *runs* ``(start, length)``, in elements, in the
 row-major flattening of the full tensor. FSDP1, ZeRO and ``Shard(0)`` hold one run, tensor-parallel columns one run per
-row, an empty shard none. The elements of the local tensor, flattened, are the runs one after the other.
+row, an empty shard none. The elements of the local tensor, flattened, are the runs one after the other. Runs are a
+tuple, or :class:`Rows`, which compare equal to the tuple of the same runs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from math import prod
+from typing import overload
 
 Run = tuple[int, int]
-Runs = tuple[Run, ...]
+Runs = Sequence[Run]
 #: Offsets and sizes along each dimension of a full tensor.
 Box = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+@dataclass(frozen=True, eq=False)
+class Rows(Sequence[Run]):
+    """Runs of one length at equal distances, as the columns of a matrix are.
+
+    Four numbers instead of a tuple each: an eighth of the columns of 256 experts are two million runs.
+
+    Attributes:
+        start: of the first run.
+        length: of each.
+        step: from one's start to the next one's; more than ``length``.
+        number: of runs.
+    """
+
+    start: int
+    length: int
+    step: int
+    number: int
+
+    def __len__(self) -> int:
+        return self.number
+
+    @overload
+    def __getitem__(self, index: int) -> Run: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Runs: ...
+
+    def __getitem__(self, index: int | slice) -> Run | Runs:
+        if isinstance(index, slice):
+            return tuple(self[place] for place in range(self.number)[index])
+        return self.start + range(self.number)[index] * self.step, self.length
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, (tuple, Rows)):
+            return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
+        return NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(tuple(self))
 
 
 def whole(numel: int) -> Runs:
@@ -23,11 +67,19 @@ def whole(numel: int) -> Runs:
 
 def count(runs: Runs) -> int:
     """Number of elements in ``runs``."""
+    if isinstance(runs, Rows):
+        return runs.number * runs.length
     return sum(length for _, length in runs)
 
 
 def cut(runs: Runs, start: int, stop: int) -> Runs:
     """The runs of local elements ``start <= i < stop``, where local elements are numbered through ``runs`` in order."""
+    if isinstance(runs, Rows):
+        if start <= 0 and stop >= count(runs):
+            return runs
+        first = max(start, 0) // runs.length
+        passed = first * runs.length
+        runs, start, stop = runs[first : -(-stop // runs.length)], start - passed, stop - passed
     pieces: list[Run] = []
     position = 0
     for begin, length in runs:
@@ -63,6 +115,10 @@ def overlap(runs: Runs, start: int, stop: int) -> Iterator[tuple[int, int, int]]
     element ``inside`` of the window.
     """
     position = 0
+    if isinstance(runs, Rows):
+        first = max((start - runs.start - runs.length) // runs.step + 1, 0)
+        position = first * runs.length
+        runs = runs[first : max(-(-(stop - runs.start) // runs.step), first)]
     for begin, length in runs:
         low, high = max(begin, start), min(begin + length, stop)
         if low < high:
@@ -92,10 +148,21 @@ def box_runs(shape: Sequence[int], kept: Sequence[Runs]) -> Runs:
         if inner_is_whole:
             runs = tuple((start * stride, length * stride) for start, length in intervals)
         else:
-            rows = (row for start, length in intervals for row in range(start, start + length))
-            runs = tuple((row * stride + begin, length) for row in rows for begin, length in runs)
+            runs = _in_each_row(runs, stride, intervals)
         stride *= size
     return merge(runs) if prod(shape) else ()
+
+
+def _in_each_row(runs: Runs, stride: int, intervals: Runs) -> Runs:
+    """``runs`` of the first row, which are not all of it, in each of the rows of ``intervals``; a row has ``stride``
+    elements."""
+    if len(runs) == 1:
+        runs = Rows(*runs[0], step=stride, number=1)
+    if len(intervals) == 1 and isinstance(runs, Rows) and runs.step * runs.number == stride:
+        ((first, rows),) = intervals
+        return Rows(first * stride + runs.start, runs.length, runs.step, rows * runs.number)
+    numbers = (row for start, length in intervals for row in range(start, start + length))
+    return tuple((row * stride + begin, length) for row in numbers for begin, length in runs)
 
 
 def boxes(runs: Runs, shape: Sequence[int]) -> list[Box]:
@@ -150,6 +217,8 @@ def _join(first: Box, second: Box) -> Box | None:
 
 def merge(runs: Runs) -> Runs:
     """Joins runs that touch. ``runs`` are sorted and do not overlap."""
+    if isinstance(runs, Rows):
+        return runs if len(runs) > 1 else runs[:]
     joined: list[Run] = []
     for start, length in runs:
         if joined and joined[-1][0] + joined[-1][1] == start:

@@ -17,7 +17,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from dist_ema import geometry
 from dist_ema.engines.dtensor import shard_runs
-from dist_ema.geometry import Runs, box_runs, chunk, chunks, count, cut, merge, overlap, split_evenly, whole
+from dist_ema.geometry import Rows, Runs, box_runs, chunk, chunks, count, cut, merge, overlap, split_evenly, whole
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=200)
 settings.load_profile("repeatable")
@@ -35,8 +35,22 @@ def check_canonical(runs: Runs) -> None:
 
 
 @st.composite
-def runs_of(draw: st.DrawFn, size: int) -> Runs:
-    """Sorted, disjoint runs inside ``range(size)``; they may touch, as the pieces of a cut do."""
+def rows_of(draw: st.DrawFn, size: int) -> Runs:
+    """Runs of one length at equal distances inside ``range(size)``."""
+    step = draw(st.integers(2, 9))
+    length = draw(st.integers(1, step - 1))
+    start = draw(st.integers(0, size - length))
+    return Rows(start, length, step, draw(st.integers(1, (size - start - length) // step + 1)))
+
+
+def runs_of(size: int) -> st.SearchStrategy[Runs]:
+    """Sorted, disjoint runs inside ``range(size)``."""
+    return st.one_of(pieces_of(size), rows_of(size)) if size > 9 else pieces_of(size)
+
+
+@st.composite
+def pieces_of(draw: st.DrawFn, size: int) -> Runs:
+    """Some that may touch, as the pieces of a cut do."""
     cuts = sorted(draw(st.sets(st.integers(0, size), max_size=8)))
     keep = draw(st.lists(st.booleans(), min_size=len(cuts), max_size=len(cuts)))
     return tuple((low, high - low) for (low, high), kept in zip(pairwise(cuts), keep, strict=False) if kept)
@@ -58,6 +72,16 @@ def test_box_runs_are_the_elements_that_indexing_takes(box: tuple[tuple[int, ...
     assert places(runs) == taken.reshape(-1).tolist()
     check_canonical(runs)
     assert merge(runs) == runs, "a shard of whole rows must be one run"
+
+
+def test_columns_are_kept_as_numbers_not_as_a_tuple_for_each_row() -> None:
+    """256 experts sharded along their columns have two million rows, in each of 58 layers."""
+    shape = (256, 7168, 2048)
+    runs = box_runs(shape, [whole(256), whole(7168), ((256, 256),)])
+    assert runs == Rows(256, 256, 2048, 256 * 7168)
+    assert box_runs(shape, [((3, 2),), whole(7168), ((0, 1),)]) == Rows(3 * 7168 * 2048, 1, 2048, 2 * 7168)
+    assert box_runs(shape, [((3, 2),), ((0, 7),), whole(2048)]) == Rows(3 * 7168 * 2048, 7 * 2048, 7168 * 2048, 2)
+    assert Rows(1, 2, 5, 3) == ((1, 2), (6, 2), (11, 2)) != Rows(1, 2, 5, 2)
 
 
 def test_box_runs_refuse_a_dimension_too_few() -> None:

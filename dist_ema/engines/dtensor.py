@@ -68,13 +68,18 @@ class DTensorEngine(PlainEngine):
 def shard_runs(shape: Sequence[int], mesh: DeviceMesh, placements: Sequence[Placement], name: str) -> Runs:
     """Runs of this rank's part of a DTensor; none on a rank outside of the mesh."""
     coordinate = mesh.get_coordinate()
-    if coordinate is None:
-        return ()
+    return () if coordinate is None else placed_runs(shape, mesh.shape, coordinate, placements, name)
+
+
+def placed_runs(
+    shape: Sequence[int], sizes: Sequence[int], coordinate: Sequence[int], placements: Sequence[Placement], name: str
+) -> Runs:
+    """Runs of the rank at ``coordinate`` of a mesh of shape ``sizes``. Pure."""
     kept: list[Runs] = [((0, size),) if size else () for size in shape]
     for mesh_dim in _sharding_order(placements):
         placement = placements[mesh_dim]
         if isinstance(placement, (Shard, StridedShard)):
-            kept[placement.dim] = chunk(kept[placement.dim], mesh.size(mesh_dim), coordinate[mesh_dim])
+            kept[placement.dim] = chunk(kept[placement.dim], sizes[mesh_dim], coordinate[mesh_dim])
         elif not isinstance(placement, Replicate):
             raise EMAEngineError(
                 f"parameter {name!r} is placed as {placement} on mesh dimension {mesh_dim}: only Shard and Replicate "
@@ -92,16 +97,25 @@ def _sharding_order(placements: Sequence[Placement]) -> list[int]:
 
 
 def replicas_of(mesh: DeviceMesh, placements: Sequence[Placement]) -> tuple[Replicas | None, bool]:
-    """The largest mesh dimension over which a DTensor is replicated, and whether this rank is first in the others."""
+    """The ranks that share a DTensor's shadow with this one, and whether this rank speaks for them."""
     coordinate = mesh.get_coordinate()
     if coordinate is None:
         return None, False
+    shared, primary = shared_dimension(mesh.shape, coordinate, placements)
+    if shared is None:
+        return None, primary
+    group = mesh.get_group(shared)
+    return Replicas(group, dist.get_rank(group), dist.get_world_size(group)), primary
+
+
+def shared_dimension(
+    sizes: Sequence[int], coordinate: Sequence[int], placements: Sequence[Placement]
+) -> tuple[int | None, bool]:
+    """The largest mesh dimension over which a DTensor is replicated, and whether this rank is first in the others."""
     replicated = [
-        dim for dim, placement in enumerate(placements) if isinstance(placement, Replicate) and mesh.size(dim) > 1
+        dim for dim, placement in enumerate(placements) if isinstance(placement, Replicate) and sizes[dim] > 1
     ]
     if not replicated:
         return None, True
-    shared = max(replicated, key=mesh.size)
-    primary = all(coordinate[dim] == 0 for dim in replicated if dim != shared)
-    group = mesh.get_group(shared)
-    return Replicas(group, dist.get_rank(group), dist.get_world_size(group)), primary
+    shared = max(replicated, key=lambda dim: sizes[dim])
+    return shared, all(coordinate[dim] == 0 for dim in replicated if dim != shared)

@@ -1,0 +1,154 @@
+"""The tensors of a model that nobody has built: from a Hugging Face config.json, or from a number of parameters.
+
+transformers builds the model on the meta device, where it has shapes and no memory: 671 billion parameters take less
+than a second. It is imported by the one function that needs it; nothing else here knows it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dist_ema.engines.base import TensorSpec
+from dist_ema.engines.replicated import PlainEngine
+from dist_ema.errors import EMAConfigError
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+_DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float64": torch.float64,
+}
+#: The dimension of a linear layer's weight, counted from the end, that a style of transformers' plans shards.
+_COLWISE, _ROWWISE = -2, -1
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The tensors of a plain model.
+
+    Attributes:
+        tensors: its parameters and persistent buffers, unsharded.
+        styles: which dimension tensor parallelism shards, of the parameters that it touches; None: replicated.
+    """
+
+    tensors: list[TensorSpec]
+    styles: Mapping[str, int | None] = field(default_factory=dict)
+
+    @property
+    def parameters(self) -> int:
+        """Elements of all parameters, tied ones counted once."""
+        return sum(spec.numel for spec in self.tensors if spec.kind != "buffer")
+
+
+def parse_count(text: str) -> int:
+    """``"70B"``, ``"1.5b"`` or ``"125000000"`` as a number. Raises EMAConfigError for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMBT]?)\s*", text.upper())
+    number = int(Decimal(match[1]) * _UNITS[match[2]]) if match else 0
+    if number < 1:
+        raise EMAConfigError(f"parameters={text!r}: allowed is a positive number, such as 70B, 1.5B, 350M or 125000000")
+    return number
+
+
+def of_count(count: int, dtype: torch.dtype) -> Architecture:
+    """One flat tensor of ``count`` elements, which every engine divides evenly up to rounding."""
+    spec = TensorSpec.unsharded("parameters", torch.empty(count, dtype=dtype, device="meta"), partitioned=False)
+    return Architecture([spec], {spec.name: 0})
+
+
+def of_module(model: nn.Module) -> Architecture:
+    """The tensors of a plain module, on any device, with transformers' plan of tensor parallelism if it has one."""
+    tensors = PlainEngine(model).specs()
+    plan: Mapping[str, str] = getattr(model, "tp_plan", None) or {}
+    return Architecture(tensors, _styles(tensors, plan))
+
+
+def of_config(path: Path, dtype: torch.dtype | None) -> Architecture:
+    """The model that a config.json of Hugging Face describes. Reads nothing else, and never runs code from beside it.
+
+    Args:
+        path: the file, or the directory that it lies in.
+        dtype: of the parameters; None for what the file says, else fp32.
+
+    Raises:
+        EMAConfigError: it cannot be read, is not such a file, or transformers is missing or does not know the model.
+    """
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EMAConfigError(f"{file} cannot be read as a config.json: {error}") from error
+    if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
+        raise EMAConfigError(f"{file} has no model_type: it is not the config.json of a Hugging Face model")
+    if dtype is None:
+        name = values.get("dtype") or values.get("torch_dtype") or "float32"
+        if name not in _DTYPES:
+            raise EMAConfigError(f"{file} has the dtype {name!r}: give --param-dtype")
+        dtype = _DTYPES[name]
+    try:
+        return of_module(_build(values, dtype))
+    except EMAConfigError:
+        raise
+    except Exception as error:  # whatever a model's own code raises for numbers that do not fit
+        raise EMAConfigError(f"{file}: transformers cannot build this model: {error}") from error
+
+
+def _build(values: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
+    """The model on the meta device."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise EMAConfigError(
+            "a config.json needs transformers, which is not installed: pip install transformers, or give --parameters"
+        ) from error
+    # How the published weights were quantized, and code from elsewhere, say nothing of a model in training.
+    rest = {key: value for key, value in values.items() if key not in ("model_type", "quantization_config", "auto_map")}
+    config = transformers.AutoConfig.for_model(values["model_type"], **rest)
+    names = values.get("architectures") or [None]
+    build: Callable[[Any], nn.Module] = getattr(
+        transformers, str(names[0]), transformers.AutoModelForCausalLM.from_config
+    )
+    with torch.device("meta"), _default_dtype(dtype):
+        return build(config)
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _styles(tensors: list[TensorSpec], plan: Mapping[str, str]) -> dict[str, int | None]:
+    """What a plan of transformers shards. It names layers, or parameters themselves, with ``*`` for a number.
+
+    Styles that leave a parameter whole (of norms, of routers) are no DTensors there either, and are left out.
+    """
+    patterns = [(re.escape(name).replace(r"\*", r"\d+"), style) for name, style in plan.items()]
+    styles: dict[str, int | None] = {}
+    for spec in tensors:
+        layer, _, key = spec.name.rpartition(".")
+        for pattern, style in patterns:
+            if spec.kind == "buffer" or not (re.fullmatch(pattern, layer) or re.fullmatch(pattern, spec.name)):
+                continue
+            dims = len(spec.shape)
+            if style == "embedding_rowwise":
+                styles[spec.name] = 0
+            elif "colwise" in style:
+                styles[spec.name] = max(dims + _COLWISE, 0)
+            elif "rowwise" in style:
+                styles[spec.name] = None if key == "bias" else dims + _ROWWISE
+    return styles

@@ -1,0 +1,157 @@
+"""What an average will cost in a run that has not begun: memory, bytes moved and time per rank, and the checkpoint.
+
+Not a formula beside the library: the shares of each rank are computed by :mod:`dist_ema.shares` from the geometry that
+an engine would have, and the files by :class:`dist_ema.checkpoint.Save`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from dist_ema.architecture import Architecture
+from dist_ema.checkpoint import Save
+from dist_ema.engines.simulated import Layout, simulate
+from dist_ema.gather import catalogue
+from dist_ema.kernels import ACCELERATOR_CHUNK, CHUNK
+from dist_ema.manifest import NAME
+from dist_ema.options import Options
+from dist_ema.shares import Share, plan
+from dist_ema.timing import Progress
+from dist_ema.track import Track
+
+#: Of larger runs this many ranks are looked at, at equal distances, the first and the last among them.
+SAMPLE = 64
+#: Chunks that an update holds at a time on an accelerator, where each step of it leaves a tensor behind.
+_ACCELERATOR_CHUNKS = 4
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """Bytes per second.
+
+    Attributes:
+        memory: of the memory that holds the shadow, for one rank.
+        link: from the accelerator to the host, for one rank; of use with offload only.
+        disk: of the file system, for all ranks together.
+    """
+
+    memory: float
+    link: float
+    disk: float
+
+
+@dataclass(frozen=True)
+class RankCost:
+    """What one rank pays, in bytes.
+
+    Attributes:
+        rank: which.
+        shadow: the averages, as long as the run lasts.
+        buffers: the last copy of the model's buffers.
+        scratch: what an update holds besides, at most.
+        in_use: what is kept beside all that while the live model computes with an average.
+        update: read and written by one update.
+        link: of those, sent to the host.
+        checkpoint: what this rank writes.
+    """
+
+    rank: int
+    shadow: int
+    buffers: int
+    scratch: int
+    in_use: int
+    update: int
+    link: int
+    checkpoint: int
+
+    def update_seconds(self, speeds: Speeds) -> float:
+        """Time of an update, if copies to the host and arithmetic there take turns."""
+        return self.update / speeds.memory + self.link / speeds.link
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a run would cost.
+
+    Attributes:
+        ranks: those that were looked at, in order; rank 0 is the first.
+        files: bytes of each file of the checkpoint, by its path.
+    """
+
+    ranks: list[RankCost]
+    files: dict[str, int]
+
+    @property
+    def checkpoint(self) -> int:
+        """Bytes of the checkpoint."""
+        return sum(self.files.values())
+
+    @property
+    def manifest(self) -> int:
+        """Bytes of its manifest. The clocks in it may take a few more as they grow."""
+        return self.files[NAME]
+
+    def worst(self, cost: Callable[[RankCost], float]) -> RankCost:
+        """The first of the ranks that pay most."""
+        return max(self.ranks, key=cost)
+
+    def mean(self, cost: Callable[[RankCost], float]) -> float:
+        """Over the ranks that were looked at."""
+        return sum(map(cost, self.ranks)) / len(self.ranks)
+
+
+def predict(model: Architecture, layout: Layout, options: Options, offload: bool) -> Prediction:
+    """Looks at all ranks, or a sample of them. Pure. Raises EMAConfigError if the model cannot be spread like that."""
+    ranks = [rank_cost(model, layout, options, offload, rank) for rank in sample(layout.world_size)]
+    return Prediction(ranks, checkpoint_files(rank_shares(model, layout, options, 0), options))
+
+
+def sample(world_size: int) -> list[int]:
+    """All ranks up to ``SAMPLE`` of them; else that many, the first and the last among them."""
+    number = min(world_size, SAMPLE)
+    return [index * (world_size - 1) // max(number - 1, 1) for index in range(number)]
+
+
+def rank_shares(model: Architecture, layout: Layout, options: Options, rank: int) -> list[Share]:
+    """What one rank keeps of each tensor. Pure."""
+    return plan(simulate(model.tensors, layout, rank, model.styles), options)
+
+
+def rank_cost(model: Architecture, layout: Layout, options: Options, offload: bool, rank: int) -> RankCost:
+    """The costs of one rank. Pure."""
+    shares = rank_shares(model, layout, options, rank)
+    number = len(options.schedules)
+    shadow = buffers = in_use = update = link = checkpoint = widest = 0
+    for share in shares:
+        if share.mode == "live":
+            checkpoint += share.spec.local_numel * share.dtype.itemsize if _writes(share, rank) else 0
+            continue
+        kept, source = share.numel * share.dtype.itemsize, layout.source_dtype(share.spec)
+        read = share.numel * source.itemsize
+        link += read if offload else 0
+        if share.mode == "average":
+            shadow += number * kept
+            update += read + 2 * number * kept
+            in_use += read if source != share.dtype else 0
+            widest = max(widest, share.dtype.itemsize)
+        else:
+            buffers += kept
+            update += read + kept
+        checkpoint += number * kept if _writes(share, rank) else 0
+    scratch = widest * (CHUNK if offload else _ACCELERATOR_CHUNKS * ACCELERATOR_CHUNK)
+    return RankCost(rank, shadow, buffers, scratch, in_use, update, link, checkpoint)
+
+
+def _writes(share: Share, rank: int) -> bool:
+    """Whether this rank writes what it holds of a tensor: the lowest team does, and of what is not spread, rank 0."""
+    return share.owned and (share.spec.team if share.spec.partitioned else rank) == 0
+
+
+def checkpoint_files(shares: Sequence[Share], options: Options) -> dict[str, int]:
+    """Bytes of every file of a checkpoint, by its path. Pure: any rank's shares give the same."""
+    track = Track(options)
+    track.begin(Progress().advance(batches=1))
+    entries = catalogue(shares, None)
+    save = Save("plan", track, True, 0, entries, dict.fromkeys(options.schedules, lambda _: None), None)
+    return save.sizes()
