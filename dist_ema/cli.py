@@ -1,4 +1,4 @@
-"""``dist-ema``: looks at checkpoints, checks them, exports from them and compares them. One process, no accelerator.
+"""``dist-ema``: looks at checkpoints, checks, exports, compares and imports them. One process, no accelerator.
 
 Exit status: 0 good; 1 a finding (damage, a difference); 2 it could not be done (bad usage, no checkpoint, a full
 disk), with one line on stderr. What is asked for goes to stdout, progress and complaints to stderr. torch and rich are
@@ -183,6 +183,60 @@ def diff(a: Checkpoint, b: Checkpoint, name: Name = None, as_json: AsJSON = Fals
         typer.echo(f"{differing} of {_many(len(found), 'tensor')} differ" if differing else "all tensors are equal")
     if differing:
         raise typer.Exit(1)
+
+
+@app.command("import")
+def import_(
+    source: Annotated[Path, typer.Argument(help="File or directory of another library.", show_default=False)],
+    path: Annotated[Path, typer.Argument(help="Directory of the checkpoint to write.", show_default=False)],
+    format: Annotated[
+        str,
+        typer.Option(help="auto, composer, diffusers, timm, ema-pytorch, lightning, nemo or torchtitan."),
+    ] = "auto",
+    model: Annotated[
+        Path | None,
+        typer.Option(help="State dict of the same model, for names and buffers that SOURCE lacks.", show_default=False),
+    ] = None,
+    frozen: Annotated[
+        str | None, typer.Option(help="Regular expression: parameters that are not trained.", show_default=False)
+    ] = None,
+    decay: Annotated[
+        float | None, typer.Option(help="Kept per batch, where SOURCE does not say.", show_default=False)
+    ] = None,
+    half_life: Annotated[str | None, typer.Option(help="In its place, such as 1000ba.", show_default=False)] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Of floating-point tensors; else that of SOURCE.", show_default=False)
+    ] = None,
+    as_json: AsJSON = False,
+) -> None:
+    """Make a checkpoint of an average that another library saved. Runs no code of the file.
+
+    `load` then reads it under any engine. Few files tell frozen parameters from trained ones: see --frozen.
+    """
+    import torch
+
+    from dist_ema.importing import import_checkpoint
+    from dist_ema.reading import read_manifest
+
+    with _progress("import") as begin, _one_thread_an_operation():
+        imported = import_checkpoint(
+            source,
+            path,
+            format=format,
+            model=model,
+            frozen=frozen,
+            decay=decay,
+            half_life=half_life,
+            dtype=getattr(torch, _TORCH_NAMES[dtype]) if dtype else None,
+            begin=begin,
+        )
+    manifest = read_manifest(path)
+    if as_json:
+        _print_json(_describe(path, manifest) | {"format": imported.format, "notes": list(imported.notes)})
+        return
+    for note in imported.notes:
+        _complain(note)
+    typer.echo(_line(f"{path}: {_contents(_totals(manifest))}; from {imported.format}"))
 
 
 # What is shown.

@@ -30,12 +30,14 @@ LAYERS = [
     {"dist_ema.fingerprint", "dist_ema.collectives", "dist_ema.engines", "dist_ema.options", "dist_ema.storage"}
     | {"dist_ema.boxed"},
     {"dist_ema.shares", "dist_ema.track", "dist_ema.manifest"},
-    {"dist_ema.shadow", "dist_ema.swap", "dist_ema.gather", "dist_ema.reading"},
+    {"dist_ema.shadow", "dist_ema.swap", "dist_ema.gather", "dist_ema.reading", "dist_ema.importers"},
     {"dist_ema.writing", "dist_ema.stateful", "dist_ema.offload"},
     {"dist_ema.export", "dist_ema.checkpoint", "dist_ema.loading", "dist_ema.report", "dist_ema.functional"},
     {"dist_ema.ema", "dist_ema.audit"},
-    {"dist_ema.offline", "dist_ema.compare"},
+    {"dist_ema.offline", "dist_ema.compare", "dist_ema.importing"},
 ]
+#: Modules of one may import each other.
+PACKAGES = ("dist_ema.engines", "dist_ema.importers")
 WRAPPERS = ("torch.distributed.fsdp", "torch.nn.parallel", "torch.distributed.tensor", "deepspeed")
 TRAINERS = ("composer", "lightning", "pytorch_lightning", "transformers", "accelerate")
 #: Calls that touch the file system.
@@ -46,7 +48,7 @@ FILE_CALLS |= {"save_file", "load_file", "safe_open", "mkdtemp", "NamedTemporary
 SERIALIZERS = {"torch.save", "torch.load", "pickle.dump", "pickle.load", "np.save", "np.load", "os.replace"}
 #: The files of checkpoints and exports; and ``compiler``, which keeps what it builds.
 OPENS_FILES = {"dist_ema.storage", "dist_ema.reading", "dist_ema.checkpoint", "dist_ema.compiler"}
-OPENS_FILES |= {"dist_ema.cli", "dist_ema.integrations"}
+OPENS_FILES |= {"dist_ema.cli", "dist_ema.integrations", "dist_ema.importers.files", "dist_ema.importers.dcp"}
 
 
 def imports(name: str) -> Iterator[str]:
@@ -138,7 +140,7 @@ def test_imports_go_downwards_only() -> None:
         for module in imports(name):
             if module == "dist_ema" or module not in MODULES:
                 continue
-            same_package = inside(name, "dist_ema.engines") and inside(module, "dist_ema.engines")
+            same_package = any(inside(name, package) and inside(module, package) for package in PACKAGES)
             above = layer(module) >= layer(name) and layer(name) < len(LAYERS)
             if above and not same_package and module != name:
                 upwards.append(f"{name} imports {module}")

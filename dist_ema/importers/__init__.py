@@ -1,0 +1,60 @@
+"""Averages that other libraries saved: one module for each format, and finding out which one a file has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from dist_ema.errors import CheckpointError, EMAConfigError
+from dist_ema.importers import composer, diffusers, ema_pytorch, lightning, nemo, timm, torchtitan
+from dist_ema.importers.foreign import Content, Foreign, Model
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class Format:
+    """One library's way of saving an average.
+
+    Attributes:
+        matches: whether a file has it.
+        read: its average; the state dict of the model is needed where a file has no names.
+    """
+
+    matches: Callable[[Content], bool]
+    read: Callable[[Content, Model | None], Foreign]
+
+
+FORMATS = {
+    "composer": Format(composer.matches, composer.read),
+    "diffusers": Format(diffusers.matches, diffusers.read),
+    "timm": Format(timm.matches, timm.read),
+    "ema-pytorch": Format(ema_pytorch.matches, ema_pytorch.read),
+    "lightning": Format(lightning.matches, lightning.read),
+    "nemo": Format(nemo.matches, nemo.read),
+    "torchtitan": Format(torchtitan.matches, torchtitan.read),
+}
+#: Formats of which some files can only be told by who wrote them.
+_PLAIN = {"timm"}
+
+
+def recognise(content: Content, name: str, where: str) -> str:
+    """The format of a file, checked if the caller named one.
+
+    Raises:
+        EMAConfigError: there is no format of that name.
+        CheckpointError: the file has none of the formats, or not the one; says what is in it.
+    """
+    if name != AUTO and name not in FORMATS:
+        raise EMAConfigError(f"format={name!r}: allowed are {AUTO}, {', '.join(FORMATS)}")
+    found = next((known for known, format_ in FORMATS.items() if format_.matches(content)), None)
+    if name != AUTO and name != found and not (name in _PLAIN and content.kind == "file"):
+        raise CheckpointError(f"{where} is not a file of {name}{f', but of {found}' if found else ''}: {_has(content)}")
+    if name == AUTO and found is None:
+        raise CheckpointError(f"{where} has none of the known formats ({', '.join(FORMATS)}): {_has(content)}")
+    return found or name
+
+
+def _has(content: Content) -> str:
+    keys = [repr(key) for key in (*content.values, *content.tensors)]
+    return f"it has {', '.join(keys[:8]) or 'nothing'}" + (", ..." if len(keys) > 8 else "")

@@ -1,0 +1,56 @@
+"""diffusers' ``EMAModel``: the directory of ``save_pretrained``, or its state dict, whose tensors have no names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dist_ema.errors import CheckpointCorruptError, EMAConfigError
+from dist_ema.importers.foreign import Content, Foreign, LazyTensor, Model, integer, name_by_position, search, ties
+from dist_ema.options import ONLY
+from dist_ema.schedules import NumUpdatesWarmup, Schedule, Warmup
+from dist_ema.timing import Progress
+
+_KEYS = {"decay", "optimization_step", "update_after_step", "use_ema_warmup"}
+
+
+def matches(content: Content) -> bool:
+    """Whether this is such a file or directory."""
+    keys = _KEYS | ({"shadow_params"} if content.kind == "file" else set())
+    return content.kind != "dcp" and search(content.values, keys) is not None
+
+
+def read(content: Content, model: Model | None) -> Foreign:
+    """The average; it covers parameters only. Raises CheckpointError, also where names are needed and missing."""
+    values = search(content.values, _KEYS) or {}
+    average = dict(content.tensors)
+    if content.kind == "file":
+        if not isinstance(values["shadow_params"], list):
+            raise CheckpointCorruptError("'shadow_params' is not a list")
+        shadows = [LazyTensor.of(f"shadow_params[{i}]", value) for i, value in enumerate(values["shadow_params"])]
+        average = name_by_position(shadows, model, "'shadow_params'")
+    # The first step that is past update_after_step copies the weights; those before it do as well.
+    steps = integer(values["optimization_step"], "optimization_step")
+    first = min(steps, integer(values["update_after_step"], "update_after_step") + 1)
+    schedule, note = _schedule(values)
+    return Foreign(
+        averages={ONLY: average},
+        tied=ties(average),
+        schedule=schedule,
+        usual=NumUpdatesWarmup(0.9999),
+        clock=Progress(batches=steps),
+        start=Progress(batches=first),
+        updates=steps - first + 1 if steps else 0,
+        notes=note,
+    )
+
+
+def _schedule(values: Mapping[str, Any]) -> tuple[Schedule | None, list[str]]:
+    if values.get("min_decay"):
+        return None, [f"min_decay={values['min_decay']} has no schedule here"]
+    try:
+        if values["use_ema_warmup"]:
+            return Warmup(values["decay"], inv_gamma=values["inv_gamma"], power=values["power"]), []
+        return NumUpdatesWarmup(values["decay"]), []
+    except (EMAConfigError, KeyError) as error:
+        return None, [f"the file's schedule cannot be used: {error}"]

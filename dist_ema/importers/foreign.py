@@ -1,0 +1,212 @@
+"""What an importer makes of a foreign file: named tensors that are read when they are wanted, and a clock."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from dist_ema import kernels
+from dist_ema.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError
+from dist_ema.schedules import Schedule
+from dist_ema.timing import Progress
+
+#: What wrappers put into names; see :mod:`dist_ema.engines.walk`.
+_TOKENS = re.compile(r"(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+#: Buffers that a state dict does not tell from parameters of the same shape.
+_BATCH_NORM = re.compile(r"(^|\.)(running_mean|running_var|num_batches_tracked)$")
+
+
+class LazyTensor:
+    """A tensor of a foreign file, loaded at its first read and let go after its last element has been read.
+
+    Attributes:
+        shape, dtype: of the full tensor.
+        place: equal for two tensors of one file that are the same memory (tied weights); None if that cannot be known.
+    """
+
+    def __init__(
+        self, shape: Sequence[int], dtype: torch.dtype, load: Callable[[], Tensor], place: object = None
+    ) -> None:
+        self.shape = tuple(shape)
+        self.dtype = dtype
+        self.place = place
+        self._load = load
+        self._loaded: Tensor | None = None
+
+    @classmethod
+    def of(cls, name: str, value: Any) -> LazyTensor:
+        """A tensor that was mapped, or is in memory. Raises CheckpointCorruptError if it is not one to be stored."""
+        if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_quantized or value.is_nested:
+            raise CheckpointCorruptError(f"{name!r} is a {type(value).__name__} where a plain tensor is expected")
+        value = value.detach()
+        if value.device.type != "cpu" or value.numel() * value.itemsize > value.untyped_storage().nbytes():
+            raise CheckpointCorruptError(f"{name!r} has {value.numel()} elements, more than the file holds for it")
+        place = (value.untyped_storage().data_ptr(), value.storage_offset(), value.shape, value.stride(), value.dtype)
+        return cls(value.shape, value.dtype, lambda: value, place if value.numel() else None)
+
+    @property
+    def numel(self) -> int:
+        """Elements."""
+        return torch.Size(self.shape).numel()
+
+    def read(self, start: int, stop: int, out: Tensor) -> None:
+        """Puts elements ``[start, stop)`` into the flat ``out``, converted."""
+        if self._loaded is None:
+            self._loaded = self._load()
+        kernels.read(self._loaded, start, stop, out)
+        if stop == self.numel:
+            self._loaded = None
+
+
+Tensors = Mapping[str, LazyTensor]
+
+
+@dataclass(frozen=True)
+class Content:
+    """A foreign file or directory, opened.
+
+    Attributes:
+        kind: a ``"file"`` of torch.save, a ``"pretrained"`` directory of safetensors files and a configuration, or a
+            ``"dcp"`` directory of torch.distributed.checkpoint.
+        values: what is in the file; the configuration; the entries that are no tensors.
+        tensors: of a directory.
+    """
+
+    kind: Literal["file", "pretrained", "dcp"]
+    values: Mapping[str, Any]
+    tensors: Tensors = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A state dict of the model, for names and for what an average's file lacks.
+
+    Attributes:
+        tensors: by name.
+        ordered: whether their order is that of the model; safetensors files sort theirs.
+        frozen: matches the names of parameters that are not averaged.
+    """
+
+    tensors: Tensors
+    ordered: bool
+    frozen: re.Pattern[str] | None = None
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """An average of another library.
+
+    Attributes:
+        averages: its tensors, buffers among them, by the name of the average and of the tensor.
+        usual: the schedule that its library uses unless told otherwise.
+        schedule: the one that the file gives, if it does.
+        live: tensors that are known not to be averaged.
+        tied: names of the same tensor, the first name first.
+        clock: of the training; ``updates`` is not looked at.
+        start: the clock at the first copy.
+        updates: sets of weights in the average; 0 if averaging had not started.
+        notes: what a user should know.
+    """
+
+    averages: Mapping[str, Tensors]
+    usual: Schedule
+    schedule: Schedule | None = None
+    live: Tensors = field(default_factory=dict)
+    tied: Sequence[tuple[str, ...]] = ()
+    clock: Progress = field(default_factory=Progress)
+    start: Progress = field(default_factory=Progress)
+    updates: int = 1
+    notes: Sequence[str] = ()
+
+
+def search(values: Mapping[str, Any], keys: Iterable[str]) -> Mapping[str, Any] | None:
+    """The mapping that has all of the keys: the file's own, or one in it."""
+    wanted = set(keys)
+    inner = (value for value in values.values() if isinstance(value, Mapping))
+    return next((found for found in (values, *inner) if wanted <= found.keys()), None)
+
+
+def read_tensors(values: Any, what: str) -> dict[str, LazyTensor]:
+    """The tensors of a state dict by canonical name; what is no tensor (``_extra_state``) is left out.
+
+    Raises CheckpointCorruptError if there are none.
+    """
+    found = values if isinstance(values, Mapping) else {}
+    names = [name for name, value in found.items() if isinstance(name, str) and isinstance(value, Tensor)]
+    if not names:
+        raise CheckpointCorruptError(f"{what} is not a state dict with tensors in it")
+    prefix = "module." if all(name.startswith("module.") for name in names) else ""  # of DistributedDataParallel
+    tensors: dict[str, LazyTensor] = {}
+    for name in names:
+        plain = _TOKENS.sub("", name.removeprefix(prefix))
+        if plain in tensors:
+            raise CheckpointError(f"{what}: two names become {plain!r} without the parts that wrappers add")
+        tensors[plain] = LazyTensor.of(name, found[name])
+    return tensors
+
+
+def ties(*states: Tensors) -> list[tuple[str, ...]]:
+    """Names of the same tensor in any of the state dicts."""
+    groups: dict[str, list[str]] = {}
+    for state in states:
+        by_place: dict[object, str] = {}
+        for name, tensor in state.items():
+            first = by_place.setdefault(tensor.place, name) if tensor.place is not None else name
+            group = groups.setdefault(first, [first])
+            if name not in group:
+                group.append(name)
+                groups[name] = group
+    return [tuple(group) for name, group in groups.items() if name == group[0] and len(group) > 1]
+
+
+def name_by_position(tensors: Sequence[LazyTensor], model: Model | None, what: str) -> dict[str, LazyTensor]:
+    """Names for a library's plain list of ``model.parameters()``, from a state dict of the same model.
+
+    Raises:
+        CheckpointError: there is no state dict, or it has no order.
+        CheckpointMismatchError: it is not of the same model; lists where the shapes differ.
+    """
+    if model is None or not model.ordered:
+        raise CheckpointError(
+            f"{what} has {len(tensors)} tensors without names: give --model, a file of torch.save(model.state_dict()) "
+            "of the same model" + ("" if model is None else "; safetensors files do not keep the model's order")
+        )
+    aliases = {name for group in ties(model.tensors) for name in group[1:]}
+    names = [
+        name
+        for name, tensor in model.tensors.items()
+        if name not in aliases and tensor.dtype.is_floating_point and not _BATCH_NORM.search(name)
+    ]
+    if len(names) != len(tensors) and model.frozen is not None:
+        names = [name for name in names if not model.frozen.search(name)]
+    if len(names) != len(tensors):
+        raise CheckpointMismatchError(
+            f"{what} has {len(tensors)} tensors, and the model has {len(names)} parameters: {', '.join(names[:8])}. "
+            "If it averages trained parameters only, --frozen tells which ones are not"
+        )
+    check_shapes(dict(zip(names, tensors, strict=True)), model.tensors, what)
+    return dict(zip(names, tensors, strict=True))
+
+
+def check_shapes(tensors: Tensors, model: Tensors, what: str) -> None:
+    """Raises CheckpointMismatchError listing every name whose shape is not that of the model."""
+    problems = [
+        f"{name!r} is {tensor.shape} and in the model {model[name].shape}"
+        for name, tensor in tensors.items()
+        if name in model and tensor.shape != model[name].shape
+    ]
+    if problems:
+        raise CheckpointMismatchError(f"{what} is not of this model: {'; '.join(problems)}")
+
+
+def integer(value: Any, what: str) -> int:
+    """A count in a file, 0 or more, be it a number or a tensor of one. Raises CheckpointCorruptError."""
+    plain = value.item() if isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta else value
+    if not isinstance(plain, int) or isinstance(plain, bool) or not 0 <= plain < 1 << 62:
+        raise CheckpointCorruptError(f"{what} is {plain!r}, which is not a count")
+    return plain

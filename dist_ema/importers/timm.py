@@ -1,0 +1,27 @@
+"""timm: the checkpoint of its training script (``state_dict_ema``), or the state dict of a ``ModelEma``."""
+
+from __future__ import annotations
+
+from dist_ema.importers.foreign import Content, Foreign, Model, integer, read_tensors, ties
+from dist_ema.options import ONLY
+from dist_ema.schedules import ConstantDecay
+from dist_ema.timing import Progress
+
+_KEY = "state_dict_ema"
+
+
+def matches(content: Content) -> bool:
+    """Whether this is such a checkpoint; the state dict of a ModelEma alone looks like any model's."""
+    return content.kind == "file" and _KEY in content.values
+
+
+def read(content: Content, model: Model | None) -> Foreign:
+    """The average, which does not say what is frozen. Raises CheckpointCorruptError."""
+    average = read_tensors(content.values.get(_KEY, content.values), _KEY)
+    epoch = content.values.get("epoch")
+    return Foreign(
+        averages={ONLY: average},
+        tied=ties(average),
+        usual=ConstantDecay(0.9999),
+        clock=Progress(epochs=float(integer(epoch, "epoch") + 1) if epoch is not None else 0.0),
+    )
