@@ -48,7 +48,7 @@ class Worker:
     def _make_pool(self) -> ThreadPoolExecutor:
         pool = ThreadPoolExecutor(1, "dist_ema offload")
         callers = torch.get_num_threads()
-        pool.submit(torch.set_num_threads, self._threads or max(1, callers // 4)).result()
+        pool.submit(_limit, self._threads or max(1, callers // 4)).result()
         # The number is a thread's own, but the last one set is also what threads that start later begin with.
         torch.set_num_threads(callers)
         return pool
@@ -124,6 +124,12 @@ class Worker:
         """What failed and was never raised. Waits."""
         self.drain()
         return self._error if self._unseen else None
+
+
+def _limit(threads: int) -> None:
+    """Of torch, in this thread. A thread takes the process's number when it first asks, so it asks before."""
+    torch.get_num_threads()
+    torch.set_num_threads(threads)
 
 
 _workers: WeakSet[Worker] = WeakSet()
