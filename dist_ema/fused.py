@@ -11,77 +11,33 @@ import itertools
 from array import array
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from dist_ema import native
-from dist_ema.native import CODES
-
-_pointer = Tensor.data_ptr
+from dist_ema.table import CODES, Averages, Ranges, Table, address
 
 
-class Table:
-    """The kernel's arguments, kept from one update to the next: making them takes longer than a small update.
-
-    Addresses, dtypes and layouts are compared at every update, since a parameter's memory may move.
-    """
-
-    def __init__(self) -> None:
-        self._seen: list[object] = []
-        self._arrays: list[array[int]] = []
-        self._rest: list[int] = []
-
-    def read(
-        self, averages: Sequence[Sequence[Tensor]], sources: Sequence[Tensor], ranges: Sequence[tuple[int, int]]
-    ) -> tuple[list[array[int]], list[int]]:
-        """The arrays for :meth:`dist_ema.native.Library.lerp`, and the indices of the tensors that it cannot take."""
-        seen: list[object] = [
-            [source.dtype for source in sources],
-            *(list(map(read, sources)) for read in (_pointer, Tensor.numel, Tensor.is_contiguous)),
-            *(list(map(_pointer, average)) for average in averages),
-            list(ranges),
-        ]
-        if seen != self._seen:
-            self._make(averages, sources, ranges)
-            self._seen = seen
-        return self._arrays, self._rest
-
-    def _make(
-        self, averages: Sequence[Sequence[Tensor]], sources: Sequence[Tensor], ranges: Sequence[tuple[int, int]]
-    ) -> None:
-        taken = []
-        self._rest = []
-        for index, (source, (start, stop)) in enumerate(zip(sources, ranges, strict=True)):
-            shadows = [average[index] for average in averages]
-            if source.dtype in CODES and _lies_flat(source, stop) and all(_fits(s, stop - start) for s in shadows):
-                taken.append(index)
-            else:
-                self._rest.append(index)
-        counts = [ranges[index][1] - ranges[index][0] for index in taken]
-        starts = [_pointer(sources[index]) + ranges[index][0] * sources[index].itemsize for index in taken]
-        codes = [CODES[sources[index].dtype] for index in taken]
-        targets = [_pointer(average[index]) for average in averages for index in taken]
-        offsets = itertools.accumulate(counts, initial=0)
-        self._arrays = [array("q", values) for values in (offsets, starts, codes, targets)]
+def table() -> Table[list[array[int]]]:
+    """An empty table, to be kept beside one list of tensors."""
+    return Table("cpu", _arrays)
 
 
-def _lies_flat(tensor: Tensor, count: int) -> bool:
-    """Whether its first ``count`` elements lie one after the other, aligned, in the CPU's memory."""
-    plain = type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__  # not a wrapper around other tensors
-    flat = plain and tensor.is_cpu and tensor.is_contiguous() and tensor.numel() >= count
-    return flat and tensor.data_ptr() % tensor.itemsize == 0
-
-
-def _fits(shadow: Tensor, count: int) -> bool:
-    return shadow.dtype == torch.float32 and _lies_flat(shadow, count)
+def _arrays(taken: list[int], averages: Averages, sources: Sequence[Tensor], ranges: Ranges) -> list[array[int]]:
+    """What :meth:`dist_ema.native.Library.lerp` asks for."""
+    counts = [ranges[index][1] - ranges[index][0] for index in taken]
+    starts = [address(sources[index], ranges[index][0]) for index in taken]
+    codes = [CODES[sources[index].dtype] for index in taken]
+    targets = [average[index].data_ptr() for average in averages for index in taken]
+    offsets = itertools.accumulate(counts, initial=0)
+    return [array("q", values) for values in (offsets, starts, codes, targets)]
 
 
 def lerp(
-    averages: Sequence[Sequence[Tensor]],
+    averages: Averages,
     sources: Sequence[Tensor],
-    ranges: Sequence[tuple[int, int]],
+    ranges: Ranges,
     weights: Sequence[float],
-    table: Table,
+    table: Table[list[array[int]]],
     guarded: bool,
 ) -> tuple[int, list[int]]:
     """``shadow += weight * (source - shadow)`` for the tensors that the kernel takes. Local.

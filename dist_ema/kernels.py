@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from dist_ema import fused
+from dist_ema import fused, multi_tensor
 
 #: Elements at a time: 1 MiB of fp32, which stays in the cache. On an accelerator a launch has to be worth its cost.
 CHUNK = 1 << 18
@@ -59,11 +59,11 @@ class Scratch:
     """One chunk of memory per dtype and device, made when it is first needed and then kept.
 
     Attributes:
-        table: what the compiled kernel was last called with.
+        tables: what the compiled kernels were last called with, on the CPU and on GPUs.
     """
 
     def __init__(self) -> None:
-        self.table = fused.Table()
+        self.tables = fused.table(), multi_tensor.table()
         self._buffers: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
     def like(self, values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -106,11 +106,14 @@ class Guard:
 
     def count(self, finite: Tensor) -> None:
         """Adds the False elements of ``finite`` to the count."""
-        device = finite.device
+        self.counter(finite.device).add_(finite.numel()).sub_(finite.sum())
+
+    def counter(self, device: torch.device) -> Tensor:
+        """The count on this device, int64."""
         if device not in self._counts:
             with torch.inference_mode(False):
                 self._counts[device] = torch.zeros((), dtype=torch.int64, device=device)
-        self._counts[device].add_(finite.numel()).sub_(finite.sum())
+        return self._counts[device]
 
     def total(self) -> int:
         """Elements skipped so far. Waits for the device."""
@@ -128,7 +131,7 @@ def lerp(
 ) -> None:
     """``shadow += weight * (source - shadow)``, in the shadow's dtype, for every average and tensor. Local.
 
-    Tensors that the compiled kernel takes go through it, all in one pass; the others chunk by chunk. Both give the same
+    Tensors that a compiled kernel takes go through it, all in one pass; the others chunk by chunk. Both give the same
     bits.
 
     Args:
@@ -145,10 +148,13 @@ def lerp(
     """
     if not averages:
         return
-    skipped, rest = fused.lerp(averages, sources, ranges, weights, scratch.table, guard is not None)
+    on_host, on_device = scratch.tables
+    skipped, left = fused.lerp(averages, sources, ranges, weights, on_host, guard is not None)
     if guard is not None:
         guard.skipped += skipped
-    for index in rest:
+    counter = guard.counter if guard is not None else None
+    remaining = set(left).intersection(multi_tensor.lerp(averages, sources, ranges, weights, on_device, counter))
+    for index in sorted(remaining):
         shadows = [average[index] for average in averages]
         _eager_lerp(shadows, sources[index], ranges[index], weights, scratch, guard, index)
 

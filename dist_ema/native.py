@@ -13,7 +13,6 @@ import ctypes
 import itertools
 import logging
 import os
-import threading
 from array import array
 from collections.abc import Sequence
 from ctypes import c_int64, c_void_p
@@ -23,14 +22,13 @@ import torch
 from torch import Tensor
 
 from dist_ema import compiler
+from dist_ema.choice import choose
 from dist_ema.compiler import BuildError
-from dist_ema.errors import EMAConfigError
+from dist_ema.table import CODES
 
 logger = logging.getLogger(__name__)
 
 _SOURCES = [Path(__file__).with_name(name) for name in ("fused.cpp", "digest.cpp")]
-#: What the kernels call the dtypes of sources.
-CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 class Library:
@@ -54,6 +52,9 @@ class Library:
         self._digest.argtypes = [c_void_p, c_int64, c_void_p, c_int64, c_void_p]
         self._digest.restype = ctypes.c_uint64
         self._process = os.getpid()
+
+    def __str__(self) -> str:
+        return str(self.path)
 
     def lerp(self, arrays: Sequence[array[int]], weights: Sequence[float], guarded: bool) -> int:
         """Averages; other Python threads run meanwhile.
@@ -89,34 +90,17 @@ class Library:
 
 # The choice.
 
-_lock = threading.Lock()
 _decided: list[Library | None] = []
 
 
 def choice() -> Library | None:
     """The kernels, or None for the eager route: decided, and logged, at the first call. Raises EMAConfigError."""
-    if not _decided:
-        with _lock:
-            if not _decided:
-                _decided.append(_decide(os.environ.get("DIST_EMA_KERNEL", "")))
-    return _decided[0]
+    return choose(_decided, "the CPU", _build_and_check, logger)
 
 
-def _decide(wish: str) -> Library | None:
-    if wish not in ("", "eager", "compiled"):
-        raise EMAConfigError(f"DIST_EMA_KERNEL={wish!r}: it can be 'eager' or 'compiled', or unset for what is there")
-    if wish == "eager":
-        logger.info("Averages on the CPU: eager route (DIST_EMA_KERNEL=eager)")
-        return None
-    try:
-        library = build()
-        _check(library)
-    except (BuildError, OSError) as error:
-        if wish == "compiled":
-            raise EMAConfigError(f"DIST_EMA_KERNEL=compiled, but there is no compiled kernel: {error}") from error
-        logger.warning("Averages on the CPU: eager route, at about half the speed. No compiled kernel: %s", error)
-        return None
-    logger.info("Averages on the CPU: compiled kernels, %s", library.path)
+def _build_and_check() -> Library:
+    library = build()
+    _check(library)
     return library
 
 

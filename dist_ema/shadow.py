@@ -136,7 +136,7 @@ class Shadow:
             if device.type == "meta":
                 raise EMAStateError(f"{share.spec.name!r} is on the meta device: materialise the model before update()")
             key = (share.dtype, device)
-            totals[key] = totals.get(key, 0) + share.numel
+            totals[key] = totals.get(key, 0) + _room(share.numel)
         flats = {key: memory.empty(total, *key) for key, total in totals.items()}
         used = dict.fromkeys(flats, 0)
         views = []
@@ -144,5 +144,10 @@ class Shadow:
             share = self._shares[index]
             key = (share.dtype, sources[index].device)
             views.append(flats[key][used[key] : used[key] + share.numel])
-            used[key] += share.numel
+            used[key] += _room(share.numel)
         return views
+
+
+def _room(numel: int) -> int:
+    """Elements to the next tensor, so that all begin where wide loads can: at a multiple of 16 bytes and more."""
+    return -(-numel // 16) * 16

@@ -150,7 +150,7 @@ def test_what_the_kernel_does_not_take_goes_the_eager_way_beside_it(
     monkeypatch.setattr(native, "_decided", [kernel])
     ranges = [(0, 24)] * 5
     _, rest = fused.lerp(
-        [[s.clone() for s in average] for average in averages], sources, ranges, [0.1, 0.9], fused.Table(), True
+        [[s.clone() for s in average] for average in averages], sources, ranges, [0.1, 0.9], fused.table(), True
     )
     assert rest == [0, 2, 3, 4]
     kernels.lerp(averages, sources, ranges, [0.1, 0.9], kernels.Scratch(), kernels.Guard())

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from dist_ema import ShardedEMA
+from dist_ema import ShardedEMA, kernels, multi_tensor
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -86,6 +86,53 @@ def test_average_on_the_device_equals_that_on_the_host(dtype: torch.dtype) -> No
     for name, value in first.items():
         torch.testing.assert_close(second[name], value, rtol=3e-7, atol=0)
     assert [ema.metrics()["ema/skipped_elements"] for ema in emas] == [3, 3]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("guarded", [True, False])
+def test_triton_kernel_gives_the_eager_route_to_one_unit(dtype: torch.dtype, guarded: bool) -> None:
+    """Hundreds of uneven tensors, three averages, two of them unaligned; 2**-23 of the larger of shadow and source."""
+    kernel = multi_tensor.choice()
+    assert kernel is not None
+    torch.manual_seed(0)
+    sizes = [(37 * index * index) % 5000 for index in range(300)] + [3_000_001]
+    sources = [torch.randn(size, device="cuda").to(dtype) for size in sizes]
+    for source in sources:
+        source[::97] = float("nan") if guarded else 1.0
+    flats = [torch.randn(sum(sizes), device="cuda") for _ in range(2)]
+    averages = [list(flat.split(sizes)) for flat in flats] + [[torch.randn(size, device="cuda") for size in sizes]]
+    ranges = [(0, size) for size in sizes]
+    for weights in ([1e-7, 1e-4, 0.3], [0.5, 0.7, 1.0]):
+        counts, results = [], []
+        for chosen in (kernel, None):
+            guard = kernels.Guard() if guarded else None
+            copies = [[shadow.clone() for shadow in average] for average in averages]
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(multi_tensor, "_decided", [chosen])
+                kernels.lerp(copies, sources, ranges, weights, kernels.Scratch(), guard)
+            counts.append(guard.total() if guard is not None else 0)
+            results.append(copies)
+        assert counts[0] == counts[1]
+        for first, second, before in zip(*results, averages, strict=True):
+            for a, b, start, source in zip(first, second, before, sources, strict=True):
+                unit = torch.maximum(start.abs(), source.float().nan_to_num(0).abs()) * 2**-23
+                assert bool(((a - b).abs() <= unit).all()), weights
+
+
+def test_update_can_be_captured_into_a_graph() -> None:
+    """Whole training steps are captured; what waits for the device would end the capture."""
+    model = nn.Linear(300, 300).cuda()
+    ema = ShardedEMA(model, decay=0.5)
+    for _ in range(2):
+        ema.update()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ema.update()
+    with torch.no_grad():
+        model.weight.fill_(3.0)
+    for _ in range(40):
+        graph.replay()
+    assert torch.equal(ema.full_state_dict()["weight"], torch.full((300, 300), 3.0))
 
 
 def test_update_needs_no_device_memory_of_the_models_size() -> None:

@@ -1,0 +1,212 @@
+"""The update of averages on a GPU: one launch for all tensors of a dtype, instead of some for each of hundreds.
+
+Each source element is read once, the guard is inside, and nothing waits for the device. The kernel is Triton's, which
+comes with CUDA builds of torch and is compiled at the first update; :mod:`dist_ema.triton_kernels` has its arithmetic.
+The choice is made once, logged, and forced by ``DIST_EMA_KERNEL``. An update may be captured into a CUDA graph (which
+repeats its weights) once it has run with the same tensors.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dist_ema.choice import choose
+from dist_ema.compiler import BuildError
+from dist_ema.table import CODES, Averages, Ranges, Table, address
+
+logger = logging.getLogger(__name__)
+
+#: Elements of one program, and at a time. Small enough that a few large tensors keep every processor of a GPU busy.
+CHUNK = 1 << 14
+BLOCK = 1 << 11
+#: Bytes that a thread loads at once, where addresses are multiples of them.
+_ALIGNMENT = 16
+_WARPS = 8
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What one launch of the kernel is given.
+
+    Attributes:
+        device: where all of it lies.
+        dtype: of the sources.
+        aligned: every address is a multiple of 16 bytes.
+        chunks: int64, (programs, 2), on the device: of each program its tensor, and the element where it begins.
+        tensors: int64, (tensors, 2 + averages), on the device: elements, and addresses of source and shadows.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    aligned: bool
+    chunks: Tensor
+    tensors: Tensor
+
+
+def table(device_type: str = "cuda") -> Table[list[Launch]]:
+    """An empty table, to be kept beside one list of tensors. Another device's type is for Triton's interpreter."""
+    return Table(device_type, _launches)
+
+
+def _launches(taken: list[int], averages: Averages, sources: Sequence[Tensor], ranges: Ranges) -> list[Launch]:
+    rows: dict[tuple[torch.device, torch.dtype, bool], list[list[int]]] = {}
+    for index in taken:
+        start, stop = ranges[index]
+        places = [address(sources[index], start), *(average[index].data_ptr() for average in averages)]
+        aligned = all(place % _ALIGNMENT == 0 for place in places)
+        if start < stop:
+            group = rows.setdefault((sources[index].device, sources[index].dtype, aligned), [])
+            group.append([stop - start, *places])
+    return [Launch(*key, *_on_device(group, key[0])) for key, group in rows.items()]
+
+
+def _on_device(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Chunks and tensors of a launch, sent without waiting."""
+    with torch.inference_mode(False):
+        tensors = torch.tensor(rows, dtype=torch.int64, device="cpu")
+        parts = (tensors[:, 0] + CHUNK - 1) // CHUNK
+        owners = torch.repeat_interleave(torch.arange(len(rows), device="cpu"), parts)
+        firsts = torch.cumsum(parts, 0) - parts
+        lows = (torch.arange(len(owners), device="cpu") - firsts[owners]) * CHUNK
+        chunks = torch.stack([owners, lows], dim=1)
+        return _send(chunks, device), _send(tensors, device)
+
+
+def _send(values: Tensor, device: torch.device) -> Tensor:
+    # From pinned memory, which the allocator does not give to others before the copy has been made.
+    return values if device.type == "cpu" else values.pin_memory().to(device, non_blocking=True)
+
+
+class Kernel:
+    """The Triton kernel.
+
+    Raises:
+        BuildError: there is no Triton.
+    """
+
+    def __init__(self) -> None:
+        try:
+            import triton
+            import triton.language as tl
+
+            from dist_ema import triton_kernels
+        except Exception as error:  # ImportError, or what a Triton for another torch runs into
+            raise BuildError(f"triton cannot be imported: {error}") from error
+        self._version = triton.__version__
+        self._dtypes = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+        self._lerp = triton_kernels.lerp
+
+    def __str__(self) -> str:
+        return f"Triton {self._version}"
+
+    def lerp(self, launch: Launch, weights: Sequence[float], skipped: Tensor | None) -> None:
+        """Averages the tensors of one launch; does not wait for it.
+
+        Args:
+            launch: the tensors.
+            weights: of each average.
+            skipped: int64, on the device; source elements left out are added to it. None takes them as they are.
+        """
+        device = launch.device
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            self._lerp[(len(launch.chunks),)](
+                launch.chunks,
+                launch.tensors,
+                skipped,
+                tuple(map(float, weights)),
+                len(weights),
+                self._dtypes[launch.dtype],
+                launch.aligned,
+                CHUNK,
+                BLOCK,
+                num_warps=_WARPS,
+            )
+
+
+def lerp(
+    averages: Averages,
+    sources: Sequence[Tensor],
+    ranges: Ranges,
+    weights: Sequence[float],
+    table: Table[list[Launch]],
+    counter: Callable[[torch.device], Tensor] | None,
+) -> list[int]:
+    """``shadow += weight * (source - shadow)`` for the tensors that the kernel takes. Local; no host sync.
+
+    It takes what lies contiguously on a CUDA device: fp32 shadows, and sources in fp32, bf16 or fp16. Arguments are
+    those of :func:`dist_ema.kernels.lerp`; ``table`` is kept by the caller for these tensors, and ``counter`` gives the
+    device's count of source elements that were not finite, or is None for no guard.
+
+    Returns:
+        The indices of the tensors that it did not take: all of them where there is no kernel.
+
+    Raises:
+        EMAConfigError: ``DIST_EMA_KERNEL`` is not a choice, or asks for a kernel that is not there.
+    """
+    if not any(source.is_cuda for source in sources) or (kernel := choice()) is None:
+        return list(range(len(sources)))
+    return run(kernel, averages, sources, ranges, weights, table, counter)
+
+
+def run(
+    kernel: Kernel,
+    averages: Averages,
+    sources: Sequence[Tensor],
+    ranges: Ranges,
+    weights: Sequence[float],
+    table: Table[list[Launch]],
+    counter: Callable[[torch.device], Tensor] | None,
+) -> list[int]:
+    """:func:`lerp` by this kernel."""
+    if len(weights) != len(averages):
+        raise ValueError(f"{len(weights)} weights for {len(averages)} averages")
+    launches, rest = table.read(averages, sources, ranges)
+    for launch in launches:
+        kernel.lerp(launch, weights, counter(launch.device) if counter is not None else None)
+    return rest
+
+
+# The choice.
+
+_decided: list[Kernel | None] = []
+
+
+def choice() -> Kernel | None:
+    """The kernel, or None for the eager route: decided, and logged, at the first call. Raises EMAConfigError."""
+    return choose(_decided, "CUDA", _build_and_check, logger)
+
+
+def _build_and_check() -> Kernel:
+    kernel = Kernel()
+    check(kernel, torch.device("cuda", torch.cuda.current_device()))
+    return kernel
+
+
+def check(kernel: Kernel, device: torch.device) -> None:
+    """A few elements against torch on this device. Waits for it, once.
+
+    Raises:
+        BuildError: the kernel does not compile, or differs by more than one unit in the last place.
+    """
+    table_ = table(device.type)
+    for dtype in CODES:
+        source = torch.linspace(-3, 5, 99, dtype=torch.float32, device=device).tan_().to(dtype)
+        source[7], source[60] = float("nan"), float("inf")
+        for weight in (1e-4, 0.7):
+            shadow = torch.linspace(1, -2, 99, dtype=torch.float32, device=device)
+            end = torch.where(source.isfinite(), source.float(), 0.0)
+            expected = torch.where(source.isfinite(), torch.lerp(shadow, end, weight), shadow)
+            unit = torch.maximum(shadow.abs(), end.abs()) * torch.finfo(torch.float32).eps
+            counts = {device: torch.zeros((), dtype=torch.int64, device=device)}
+            try:
+                run(kernel, [[shadow]], [source], [(0, 99)], [weight], table_, counts.__getitem__)
+            except Exception as error:  # Triton's compiler raises all kinds
+                raise BuildError(f"{kernel} does not compile: {error!r}") from error
+            if int(counts[device]) != 2 or not bool(((shadow - expected).abs() <= unit).all()):
+                raise BuildError(f"{kernel} does not compute what torch does from {dtype}")

@@ -1,0 +1,75 @@
+"""What one pass over many tensors is called with, kept from one update to the next: making it takes longer than that.
+
+Addresses, dtypes and layouts are compared at every update, since a parameter's memory may move.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+Averages = Sequence[Sequence[Tensor]]
+Ranges = Sequence[tuple[int, int]]
+Made = TypeVar("Made")
+
+#: Dtypes of the sources that kernels take, and what the compiled ones call them.
+CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_pointer = Tensor.data_ptr
+
+
+class Table(Generic[Made]):
+    """The arguments of one kernel for one list of tensors.
+
+    Args:
+        device_type: ``"cpu"`` or ``"cuda"``: where the tensors that the kernel takes lie.
+        make: the arguments for the tensors of these indices, from the lists of all.
+    """
+
+    def __init__(self, device_type: str, make: Callable[[list[int], Averages, Sequence[Tensor], Ranges], Made]) -> None:
+        self._device_type = device_type
+        self._make = make
+        self._seen: list[object] = []
+        self._made: Made | None = None
+        self._rest: list[int] = []
+
+    def read(self, averages: Averages, sources: Sequence[Tensor], ranges: Ranges) -> tuple[Made, list[int]]:
+        """The arguments, and the indices of the tensors that the kernel cannot take. Local."""
+        seen: list[object] = [
+            [source.dtype for source in sources],
+            *(list(map(read, sources)) for read in (_pointer, Tensor.numel, Tensor.is_contiguous)),
+            *(list(map(_pointer, average)) for average in averages),
+            list(ranges),
+        ]
+        if self._made is None or seen != self._seen:
+            taken = self._taken(averages, sources, ranges)
+            self._made = self._make(taken, averages, sources, ranges)
+            self._rest = sorted(set(range(len(sources))).difference(taken))
+            self._seen = seen
+        return self._made, self._rest
+
+    def _taken(self, averages: Averages, sources: Sequence[Tensor], ranges: Ranges) -> list[int]:
+        return [
+            index
+            for index, (source, (start, stop)) in enumerate(zip(sources, ranges, strict=True))
+            if source.dtype in CODES
+            and self._lies_flat(source, stop)
+            and all(self._fits(average[index], source, stop - start) for average in averages)
+        ]
+
+    def _fits(self, shadow: Tensor, source: Tensor, count: int) -> bool:
+        beside = shadow.device == source.device
+        return beside and shadow.dtype == torch.float32 and self._lies_flat(shadow, count)
+
+    def _lies_flat(self, tensor: Tensor, count: int) -> bool:
+        """Whether its first ``count`` elements lie one after the other, aligned, in the memory of the device."""
+        plain = type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__  # not a wrapper around other tensors
+        here = plain and tensor.device.type == self._device_type
+        return here and tensor.is_contiguous() and tensor.numel() >= count and tensor.data_ptr() % tensor.itemsize == 0
+
+
+def address(source: Tensor, start: int) -> int:
+    """Of its element ``start``, in bytes."""
+    return _pointer(source) + start * source.itemsize

@@ -1,0 +1,282 @@
+"""Checks of the Triton kernel, run by Triton's interpreter on the CPU: ``TRITON_INTERPRET=1 python interpreted.py``.
+
+In a process of its own, since Triton looks at the variable when it is imported. Prints one line of JSON: for each check
+the traceback of its failure, or null. ``test_triton.py`` asks for it once, and reports each check as a test.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+import traceback
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dist_ema import ShardedEMA, kernels, multi_tensor, native
+from dist_ema.compiler import BuildError
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+#: Around a block and a chunk of the kernel, and empty. The interpreter takes a millisecond or two for a block.
+SIZES = (0, 1, 2048, 0, 2049, 16385, 7, 0)
+NAN, INF = float("nan"), float("inf")
+
+
+def _lerp(
+    averages: list[list[Tensor]],
+    sources: list[Tensor],
+    weights: list[float],
+    guarded: bool,
+    ranges: list[tuple[int, int]] | None = None,
+) -> tuple[list[list[Tensor]], int, list[int]]:
+    """What the kernel makes of copies of ``averages``, how many elements it skipped, and what it did not take."""
+    averages = [[shadow.clone() for shadow in average] for average in averages]
+    guard = kernels.Guard()
+    ranges = ranges or [(0, source.numel()) for source in sources]
+    counter = guard.counter if guarded else None
+    table = multi_tensor.table("cpu")
+    rest = multi_tensor.run(multi_tensor.Kernel(), averages, sources, ranges, weights, table, counter)
+    return averages, guard.total(), rest
+
+
+def _eager(
+    averages: list[list[Tensor]], sources: list[Tensor], weights: list[float], guarded: bool
+) -> tuple[list[list[Tensor]], int]:
+    native._decided[:] = [None]
+    averages = [[shadow.clone() for shadow in average] for average in averages]
+    guard = kernels.Guard() if guarded else None
+    if guard is not None:
+        guard.tainted.update(range(len(sources)))  # as where shadows may hold NaN from the first copy
+    ranges = [(0, source.numel()) for source in sources]
+    kernels.lerp(averages, sources, ranges, weights, kernels.Scratch(), guard)
+    return averages, guard.total() if guard is not None else 0
+
+
+def _make(dtype: torch.dtype, count: int, sizes: tuple[int, ...] = SIZES) -> tuple[list[list[Tensor]], list[Tensor]]:
+    torch.manual_seed(0)
+    sources = [torch.randn(size).to(dtype) for size in sizes]
+    return [[torch.randn(size) for size in sizes] for _ in range(count)], sources
+
+
+def _spoil(tensor: Tensor) -> Tensor:
+    for offset, value in enumerate((NAN, INF, -INF)):
+        tensor[torch.rand(tensor.shape) < 0.01 / (offset + 1)] = value
+    return tensor
+
+
+def _same(first: list[list[Tensor]], second: list[list[Tensor]]) -> bool:
+    """Of one bit pattern; all NaN are one, and zeros whatever their sign."""
+    for a, b in zip(itertools.chain(*first), itertools.chain(*second), strict=True):
+        same = (a.view(torch.int32) == b.view(torch.int32)) | (a.isnan() & b.isnan()) | ((a == 0) & (b == 0))
+        if not bool(same.all()):
+            return False
+    return True
+
+
+class _Fused:
+    """The interpreter multiplies and adds as a GPU does: rounding once. A product of two fp32 is exact in fp64."""
+
+    def __enter__(self) -> None:
+        from triton.runtime import interpreter
+
+        self._builder = interpreter.InterpreterBuilder
+        self._plain = self._builder.create_fma
+
+        def create_fma(_: object, x: object, y: object, z: object) -> object:
+            exact = x.data.astype("float64") * y.data.astype("float64") + z.data.astype("float64")
+            return interpreter.TensorHandle(exact.astype("float32"), z.dtype.scalar)
+
+        self._builder.create_fma = create_fma
+
+    def __exit__(self, *_: object) -> None:
+        self._builder.create_fma = self._plain
+
+
+def check_bits_are_those_of_the_eager_route() -> None:
+    """Three averages in one pass, every dtype of sources, with and without the guard."""
+    for dtype, guarded in [(DTYPES[0], False), *((dtype, True) for dtype in DTYPES)]:
+        averages, sources = _make(dtype, 3)
+        for weights in ([0.0, 1e-7, 0.5], [0.3, 0.7, 1.0]):
+            expected, _ = _eager(averages, sources, weights, guarded)
+            with _Fused():
+                found, skipped, rest = _lerp(averages, sources, weights, guarded)
+            assert _same(found, expected), (dtype, guarded, weights)
+            assert (skipped, rest) == (0, [])
+
+
+def check_two_roundings_differ_by_one_unit_at_most() -> None:
+    """Where a processor does not fuse, the stated bound holds: 2**-23 of the larger of shadow and source."""
+    averages, sources = _make(torch.float32, 1)
+    for weight in (1e-7, 0.3, 0.49, 0.5, 0.7):
+        expected, _ = _eager(averages, sources, [weight], True)
+        found, _, _ = _lerp(averages, sources, [weight], True)
+        for a, b, start, end in zip(found[0], expected[0], averages[0], sources, strict=True):
+            assert bool(((a - b).abs() <= 2**-23 * torch.maximum(start.abs(), end.abs())).all()), weight
+
+
+def check_nan_and_inf_are_left_out_and_counted_once() -> None:
+    """In the source: the shadow stays. In the shadow alone: it takes the source. Once, whatever the averages."""
+    for dtype in DTYPES:
+        averages, sources = _make(dtype, 3)
+        sources = [_spoil(source) for source in sources]
+        averages = [[_spoil(shadow) for shadow in average] for average in averages]
+        expected, count = _eager(averages, sources, [1e-4, 0.5, 1.0], True)
+        with _Fused():
+            found, skipped, _ = _lerp(averages, sources, [1e-4, 0.5, 1.0], True)
+        assert _same(found, expected), dtype
+        assert skipped == count > 100
+
+
+def check_a_blend_that_overflows_is_no_reason_to_skip() -> None:
+    averages, sources = [[torch.full((40,), -3e38)]], [torch.full((40,), 3e38)]
+    for weight in (0.3, 0.7):
+        found, skipped, _ = _lerp(averages, sources, [weight], True)
+        assert _same(found, _eager(averages, sources, [weight], True)[0])
+        assert skipped == 0
+
+
+def check_hundreds_of_uneven_tensors() -> None:
+    """One launch for each dtype, and none for what is empty."""
+    sizes = tuple((37 * index * index) % 900 for index in range(200))
+    averages, sources = _make(torch.float32, 1, sizes)
+    sources = [source.to(DTYPES[index % 3]) for index, source in enumerate(sources)]
+    expected, _ = _eager(averages, sources, [0.1], True)
+    with _Fused():
+        found, _, rest = _lerp(averages, sources, [0.1], True)
+    assert _same(found, expected)
+    assert not rest
+
+
+def check_ranges_and_unaligned_views_touch_no_neighbour() -> None:
+    """A share is a range of a parameter, at any offset of its memory."""
+    kernel = multi_tensor.Kernel()
+    for dtype, start, length in itertools.product(DTYPES, (0, 3, 4096), (1, 15, 17001)):
+        source = torch.randn(30000).to(dtype)[7:]
+        flat = torch.randn(length + 8)
+        shadow, before = flat[3 : 3 + length], flat.clone()
+        table, spans = multi_tensor.table("cpu"), [(start, start + length)]
+        with _Fused():
+            rest = multi_tensor.run(kernel, [[shadow]], [source], spans, [0.25], table, kernels.Guard().counter)
+        expected = before.clone()
+        expected[3 : 3 + length].lerp_(source[start : start + length].float(), 0.25)
+        assert torch.equal(flat, expected), (dtype, start, length)
+        assert not rest
+
+
+def check_what_does_not_lie_flat_is_left_to_the_eager_route() -> None:
+    sources = [torch.randn(6, 4).t(), torch.randn(24), torch.randn(24).double()]
+    averages = [[torch.randn(24) for _ in sources]]
+    found, _, rest = _lerp(averages, sources, [0.5], True)
+    assert rest == [0, 2]
+    assert torch.equal(found[0][0], averages[0][0])
+
+
+def check_table_is_kept_until_memory_or_dtype_changes() -> None:
+    """Made anew for each update, it would cost more than the update; kept too long, it would read freed memory."""
+    kernel, table = multi_tensor.Kernel(), multi_tensor.table("cpu")
+    parameter, shadow = nn.Parameter(torch.ones(40)), torch.zeros(40)
+    launches = []
+    for values in (None, torch.full((40,), 2.0), torch.full((40,), 3.0).bfloat16()):
+        if values is not None:
+            parameter.data = values
+        for _ in range(2):
+            shadow.zero_()
+            multi_tensor.run(kernel, [[shadow]], [parameter], [(0, 40)], [1.0], table, None)
+            assert torch.equal(shadow, parameter.detach().float())
+            launches.append(table.read([[shadow]], [parameter], [(0, 40)])[0])
+    assert [a is b for a, b in itertools.pairwise(launches)] == [True, False, True, False, True]
+
+
+def check_tensors_of_more_than_two_to_the_31_elements() -> None:
+    """Offsets in 32 bits would wrap. Two bytes of memory stand for 5 GB: only the table is looked at."""
+    launch = multi_tensor._on_device([[2**31 + 2 * multi_tensor.CHUNK, 0, 0]], torch.device("cpu"))[0]
+    assert launch[-1].tolist() == [0, 2**31 + multi_tensor.CHUNK]
+    source = torch.ones(40)
+    shadow = torch.zeros(40)
+    low = 2**33  # elements
+    chunks = torch.tensor([[0, low]])
+    tensors = torch.tensor([[low + 40, source.data_ptr() - 4 * low, shadow.data_ptr() - 4 * low]])
+    made = multi_tensor.Launch(torch.device("cpu"), torch.float32, False, chunks, tensors)
+    multi_tensor.Kernel().lerp(made, [1.0], None)
+    assert torch.equal(shadow, source)
+
+
+def check_weights_fit_averages() -> None:
+    """The kernel would read past the end of the list."""
+    with pytest.raises(ValueError, match="1 weights for 2 averages"):
+        _lerp([[torch.ones(3)]] * 2, [torch.ones(3)], [0.5], True)
+
+
+def check_self_check_notices_a_wrong_kernel() -> None:
+    """What the first update on a GPU does before it trusts the kernel."""
+    device = torch.device("cpu")
+    kernel = multi_tensor.Kernel()
+    multi_tensor.check(kernel, device)
+    right = kernel._lerp
+
+    class Wrong:
+        def __getitem__(self, grid: tuple[int]) -> object:
+            return lambda chunks, tensors, skipped, weights, *rest, **options: right[grid](
+                chunks, tensors, skipped, tuple(weight * 1.001 for weight in weights), *rest, **options
+            )
+
+    class Broken:
+        def __getitem__(self, grid: tuple[int]) -> object:
+            raise RuntimeError("no ptxas")
+
+    for double, why in ((Wrong(), "does not compute what torch does"), (Broken(), "does not compile: RuntimeError")):
+        kernel._lerp = double
+        with pytest.raises(BuildError, match=why):
+            multi_tensor.check(kernel, device)
+
+
+def check_a_whole_average_goes_through_it() -> None:
+    """As on a GPU, from ``ShardedEMA.update`` down: the CPU's tensors are passed off as CUDA's."""
+    model = nn.Sequential(nn.Linear(30, 50), nn.Linear(50, 7))
+    averages, kernel = {"fast": 0.5, "slow": 0.999}, multi_tensor.Kernel()
+    fast, slow = ShardedEMA(model, averages=averages), ShardedEMA(model, averages=averages)
+    calls = []
+
+    def lerp(*arguments: object) -> list[int]:
+        calls.append(1)
+        *most, _, counter = arguments
+        return multi_tensor.run(kernel, *most, multi_tensor.table("cpu"), counter)
+
+    native._decided[:] = [None]
+    for step in range(4):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.25)
+            model[0].weight[0, 0] = NAN if step == 2 else 1.0
+        slow.update()
+        plain, kernels.multi_tensor.lerp = kernels.multi_tensor.lerp, lerp
+        try:
+            with _Fused():
+                fast.update()
+        finally:
+            kernels.multi_tensor.lerp = plain
+    assert len(calls) == 3
+    assert all(fast.fingerprint(name) == slow.fingerprint(name) for name in averages)
+    assert fast.metrics()["ema/skipped_elements"] == slow.metrics()["ema/skipped_elements"] == 1
+
+
+CHECKS = {name: value for name, value in globals().items() if name.startswith("check_")}
+
+
+def main() -> None:
+    np.seterr(all="ignore")  # of NaN and Inf
+    results = {}
+    for name, check in CHECKS.items():
+        try:
+            check()
+            results[name] = None
+        except Exception:
+            results[name] = traceback.format_exc()
+    sys.stdout.write(json.dumps(results) + "\n")
+
+
+if __name__ == "__main__":
+    main()
