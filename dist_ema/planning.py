@@ -9,13 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from dist_ema.architecture import Architecture
 from dist_ema.checkpoint import Save
 from dist_ema.engines.simulated import Layout, simulate
+from dist_ema.errors import EMAConfigError
 from dist_ema.gather import catalogue
 from dist_ema.kernels import ACCELERATOR_CHUNK, CHUNK
 from dist_ema.manifest import NAME
-from dist_ema.options import Options
+from dist_ema.options import ONLY, Options
+from dist_ema.schedules import HalfLife
 from dist_ema.shares import Share, plan
 from dist_ema.timing import Progress
 from dist_ema.track import Track
@@ -49,16 +53,18 @@ class RankCost:
         rank: which.
         shadow: the averages, as long as the run lasts.
         buffers: the last copy of the model's buffers.
+        staging: with offload, copies of the weights in host memory, which the thread averages.
         scratch: what an update holds besides, at most.
         in_use: what is kept beside all that while the live model computes with an average.
-        update: read and written by one update.
-        link: of those, sent to the host.
+        update: read and written by one update, in the memory that holds the shadow.
+        link: sent to the host by one update.
         checkpoint: what this rank writes.
     """
 
     rank: int
     shadow: int
     buffers: int
+    staging: int
     scratch: int
     in_use: int
     update: int
@@ -66,7 +72,7 @@ class RankCost:
     checkpoint: int
 
     def update_seconds(self, speeds: Speeds) -> float:
-        """Time of an update, if copies to the host and arithmetic there take turns."""
+        """Time of an update, in which copies to the host and averaging there take turns."""
         return self.update / speeds.memory + self.link / speeds.link
 
 
@@ -77,10 +83,12 @@ class Prediction:
     Attributes:
         ranks: those that were looked at, in order; rank 0 is the first.
         files: bytes of each file of the checkpoint, by its path.
+        offload: whether the shadow is in host memory.
     """
 
     ranks: list[RankCost]
     files: dict[str, int]
+    offload: bool
 
     @property
     def checkpoint(self) -> int:
@@ -101,10 +109,46 @@ class Prediction:
         return sum(map(cost, self.ranks)) / len(self.ranks)
 
 
-def predict(model: Architecture, layout: Layout, options: Options, offload: bool) -> Prediction:
+def make_options(
+    *, averages: int = 1, dtype: torch.dtype | None = torch.float32, offload: str | None = None, shard: bool = True
+) -> Options:
+    """Those options of :class:`ShardedEMA` that cost something, the others as they are by default.
+
+    Args:
+        averages: how many.
+        dtype: of the shadows; None for each parameter's own.
+        offload: None or ``"cpu"``.
+        shard: spread shadows of replicated parameters over the replicas.
+    """
+    if averages < 1:
+        raise EMAConfigError(f"averages={averages}: must be at least 1")
+    schedule = HalfLife("1000ba")
+    names = [ONLY] if averages == 1 else [f"{ONLY}{number}" for number in range(1, averages + 1)]
+    return Options.parse(
+        decay=None,
+        half_life=None,
+        smoothing=None,
+        schedule=None,
+        averages=dict.fromkeys(names, schedule),
+        update_interval="1ba",
+        ema_start="0ba",
+        max_duration=None,
+        dtype=dtype,
+        offload=offload,
+        offload_threads=None,
+        shard_replicas=shard,
+        include=None,
+        exclude=None,
+        buffers="copy",
+        skip_nonfinite=True,
+    )
+
+
+def predict(model: Architecture, layout: Layout, options: Options) -> Prediction:
     """Looks at all ranks, or a sample of them. Pure. Raises EMAConfigError if the model cannot be spread like that."""
-    ranks = [rank_cost(model, layout, options, offload, rank) for rank in sample(layout.world_size)]
-    return Prediction(ranks, checkpoint_files(rank_shares(model, layout, options, 0), options))
+    ranks = [rank_cost(model, layout, options, rank) for rank in sample(layout.world_size)]
+    files = checkpoint_files(rank_shares(model, layout, options, 0), options)
+    return Prediction(ranks, files, options.offload)
 
 
 def sample(world_size: int) -> list[int]:
@@ -118,18 +162,18 @@ def rank_shares(model: Architecture, layout: Layout, options: Options, rank: int
     return plan(simulate(model.tensors, layout, rank, model.styles), options)
 
 
-def rank_cost(model: Architecture, layout: Layout, options: Options, offload: bool, rank: int) -> RankCost:
-    """The costs of one rank. Pure."""
+def rank_cost(model: Architecture, layout: Layout, options: Options, rank: int) -> RankCost:
+    """The costs of one rank whose weights are on an accelerator. Pure."""
     shares = rank_shares(model, layout, options, rank)
     number = len(options.schedules)
-    shadow = buffers = in_use = update = link = checkpoint = widest = 0
+    shadow = buffers = staging = in_use = update = checkpoint = widest = 0
     for share in shares:
         if share.mode == "live":
             checkpoint += share.spec.local_numel * share.dtype.itemsize if _writes(share, rank) else 0
             continue
         kept, source = share.numel * share.dtype.itemsize, layout.source_dtype(share.spec)
         read = share.numel * source.itemsize
-        link += read if offload else 0
+        staging += read if options.offload else 0
         if share.mode == "average":
             shadow += number * kept
             update += read + 2 * number * kept
@@ -139,8 +183,8 @@ def rank_cost(model: Architecture, layout: Layout, options: Options, offload: bo
             buffers += kept
             update += read + kept
         checkpoint += number * kept if _writes(share, rank) else 0
-    scratch = widest * (CHUNK if offload else _ACCELERATOR_CHUNKS * ACCELERATOR_CHUNK)
-    return RankCost(rank, shadow, buffers, scratch, in_use, update, link, checkpoint)
+    scratch = widest * (CHUNK if options.offload else _ACCELERATOR_CHUNKS * ACCELERATOR_CHUNK)
+    return RankCost(rank, shadow, buffers, staging, scratch, in_use, update, staging, checkpoint)
 
 
 def _writes(share: Share, rank: int) -> bool:
