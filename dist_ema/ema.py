@@ -494,10 +494,14 @@ class ShardedEMA:
             if not shadow.started:
                 shadow = self._new_shadow()
                 shadow.start(sources)
+                shadow.wait()
             moment = Moment(self._shadow.started, track.clock, track.start, track.seen, skipped)
             spoken = [speaks(entries[share.spec.name], share, group) for share in self._shares]
             spare = shadow is not self._shadow
-            return make_state_dict(moment, self._options.schedules, shadow, self._shares, spoken, spare)
+            state = make_state_dict(moment, self._options.schedules, shadow, self._shares, spoken, spare)
+            if spare:
+                shadow.discard()  # what keeps it up to date; its memory is the dict's
+            return state
 
         return agree(make, group, doing)
 

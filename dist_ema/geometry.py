@@ -171,13 +171,26 @@ def boxes(runs: Runs, shape: Sequence[int]) -> list[Box]:
     So box after box the local elements are contiguous. One run of a tensor of k dimensions is 2k - 1 boxes at most;
     the rows of a tensor-parallel shard of columns come together in one.
     """
-    found: list[Box] = []
+    found = _boxes_of_rows(runs, tuple(shape)) if isinstance(runs, Rows) else []
+    if found:
+        return found
     for start, length in merge(runs):
         for box in _run_boxes(start, start + length, tuple(shape)):
             found.append(box)
             while len(found) > 1 and (joined := _join(found[-2], found[-1])) is not None:
                 found[-2:] = [joined]
     return found
+
+
+def _boxes_of_rows(rows: Rows, shape: tuple[int, ...]) -> list[Box]:
+    """The same without a look at each run, where one is one box of what lies between two; else none."""
+    dim = next((dim for dim in range(1, len(shape)) if prod(shape[dim:]) == rows.step), len(shape))
+    first, start = divmod(rows.start, rows.step)
+    inner = list(_run_boxes(start, start + rows.length, shape[dim:]))
+    if dim == len(shape) or len(inner) != 1 or start + rows.length > rows.step:
+        return []
+    outer = _run_boxes(first, first + rows.number, shape[:dim])
+    return [((*offsets, *inner[0][0]), (*sizes, *inner[0][1])) for offsets, sizes in outer]
 
 
 def _run_boxes(start: int, stop: int, shape: tuple[int, ...]) -> Iterator[Box]:

@@ -139,6 +139,27 @@ def test_model_and_average_go_together_and_memory_is_shared(rank: int, tmp_path:
 
 
 @pytest.mark.world_size(2)
+def test_an_average_in_host_memory_is_saved_and_loaded_as_any_other(rank: int, tmp_path: Path) -> None:
+    """A thread may still be at work on what is saved, and must not be at work on what is loaded into."""
+    offloaded, beside = (ShardedEMA(CASES["fsdp2"].model(), decay=0.5, offload=offload) for offload in ("cpu", None))
+    _save(tmp_path / "live", offloaded)
+    for step in range(3):
+        _perturb(offloaded, step)
+        offloaded.update()
+    _save(tmp_path / "c", offloaded)
+    _load(tmp_path / "c", beside)
+    assert beside.fingerprint() == offloaded.fingerprint() and beside.num_updates == 3
+    expected = beside.fingerprint()
+    _perturb(offloaded, 3)
+    offloaded.update()
+    _load(tmp_path / "c", offloaded)
+    assert offloaded.fingerprint() == expected and offloaded.num_updates == 3
+    _load(tmp_path / "live", offloaded)
+    assert not offloaded._shadow.started
+    offloaded.close()
+
+
+@pytest.mark.world_size(2)
 def test_a_load_that_fails_midway_changes_nothing(rank: int, tmp_path: Path) -> None:
     """DCP reads tensor by tensor into what it is given; a half-read average would be used without a word."""
     ema = _make("fsdp2")
