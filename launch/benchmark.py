@@ -36,9 +36,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from benchmark_checkpoint import add_checkpoint
-from benchmark_scale import add_scale
-from benchmark_scale import add_scale
 from benchmark_offload import add_offload
+from benchmark_scale import add_scale
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -508,7 +507,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     command.add_argument("--elements", type=positive, default=20_000_000, help="parameters in all (%(default)s)")
     command.add_argument("--repeats", type=positive, default=5, help="rounds (%(default)s)")
     add_offload(command)
-    add_scale(commands.add_parser("scale", help="planning for 70 B and 671 B parameters on 8 to 8,192 ranks"), positive)
     add_scale(commands.add_parser("scale", help="planning for 70 B and 671 B parameters on 8 to 8,192 ranks"), positive)
     parsed = parser.parse_args(arguments)
     if parsed.device == "cuda" and not torch.cuda.is_available():

@@ -110,7 +110,7 @@ def temporary(out: Path, record: Record, purpose: str) -> Path:
 
 
 def commit(out: Path, record: Record, keep: int) -> None:
-    """Puts a fully written directory in its place, on disk, and only then removes all but the newest ``keep``."""
+    """Puts a fully written directory in its place, on disk, and only then removes what is older than ``keep`` whole ones."""
     staging, target = temporary(out, record, "saving"), out / FOLDER / record.name
     files = {str(file.relative_to(staging)): file.stat().st_size for file in staging.rglob("*") if file.is_file()}
     (staging / RECORD).write_text(json.dumps(asdict(record) | {"files": files}, indent=1))
@@ -121,9 +121,11 @@ def commit(out: Path, record: Record, keep: int) -> None:
         _discard(target, temporary(out, record, "deleting"))
     staging.rename(target)
     _sync(target.parent)
-    whole = [found for path in _paths(out) if (found := _read(path)) is not None]
-    for old in whole[:-keep]:
-        _discard(out / FOLDER / old.name, temporary(out, old, "deleting"))
+    older = [path for path in _paths(out) if _step(path) <= record.step]
+    kept = [path for path in older if _read(path) is not None][-keep:]
+    for path in older:
+        if path not in kept:
+            _discard(path, path.with_name(f".{path.name}.deleting"))
 
 
 def clean(out: Path) -> None:
@@ -144,7 +146,11 @@ def _paths(out: Path) -> Sequence[Path]:
     """All directories with a checkpoint's name, oldest first."""
     folder = out / FOLDER
     found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)] if folder.is_dir() else []
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(found, key=_step)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def _read(path: Path) -> Record | None:

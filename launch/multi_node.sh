@@ -12,9 +12,10 @@ set -euo pipefail
 : "${PORT:=29500}"      # a free port on HEAD
 : "${RUN_ID:=dist_ema}" # the same on all nodes; another for each run that shares HEAD and PORT
 : "${ADDRESS:=}"        # of this node, where the others cannot resolve its host name
+: "${RESTARTS:=0}"      # how often all processes start again, from the newest checkpoint, when one dies; needs --out
 
 # torchrun would die of the signal that announces preemption. It ignores it from here on, while train.py catches it.
 trap '' USR1
 
 exec torchrun --nnodes="$NNODES" --nproc-per-node="$NPROC" --rdzv-backend=c10d --rdzv-endpoint="$HEAD:$PORT" \
-    --rdzv-id="$RUN_ID" ${ADDRESS:+--local-addr="$ADDRESS"} "$(dirname "$0")/train.py" "$@"
+    --rdzv-id="$RUN_ID" --max-restarts="$RESTARTS" ${ADDRESS:+--local-addr="$ADDRESS"} "$(dirname "$0")/train.py" "$@"

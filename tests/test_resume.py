@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import random
+import subprocess
 import sys
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,9 +22,12 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "launch"))
 
+import loop  # noqa: E402
+from checkpoints import SAME, Record, begin, commit, latest  # noqa: E402
+from options import EXPORT, parse  # noqa: E402
 from report import FINISHED  # noqa: E402
 from stop import Stop  # noqa: E402
-from test_launch import ENGINES, arguments  # noqa: E402
+from test_launch import ENGINES, arguments, environment  # noqa: E402
 from train import main  # noqa: E402
 from zero_models import reset_deepspeed  # noqa: E402
 
@@ -29,7 +37,7 @@ STEPS = 6
 RUN = {"batch": 12, "steps": STEPS, "eval_every": 100, "checkpoint_every": 3}
 
 
-def checkpoint(out: Path, step: int = STEPS) -> Path:
+def checkpoint(out: Path, step: int) -> Path:
     return out / "checkpoints" / f"step-{step:08}"
 
 
@@ -41,10 +49,10 @@ def tensors(value: object, name: str = "") -> dict[str, torch.Tensor]:
     return {path: found for key, part in items for path, found in tensors(part, f"{name}/{key}").items()}
 
 
-def saved(out: Path, scratch: Path) -> dict[str, torch.Tensor]:
+def saved(out: Path, steps: int, scratch: Path) -> dict[str, torch.Tensor]:
     """All tensors of a run's last checkpoint: averages, weights and optimizer states."""
-    found: dict[str, Any] = {"ema": read_checkpoint(checkpoint(out) / "ema")}
-    model = checkpoint(out) / "model"
+    found: dict[str, Any] = {"ema": read_checkpoint(checkpoint(out, steps) / "ema")}
+    model = checkpoint(out, steps) / "model"
     if (model / ".metadata").exists():
         scratch.mkdir()
         dcp_to_torch_save(model, scratch / "model.pt")
@@ -54,32 +62,35 @@ def saved(out: Path, scratch: Path) -> dict[str, torch.Tensor]:
     return tensors(found)
 
 
-def assert_same_end(interrupted: Path, uninterrupted: Path, scratch: Path, exactly: bool = True) -> None:
+def assert_same_end(
+    interrupted: Path, uninterrupted: Path, scratch: Path, exactly: bool = True, steps: int = STEPS
+) -> None:
     """Exactly: all tensors of the last checkpoint. Else to rounding: the averages, and the validation losses."""
     if not exactly:
-        ours, theirs = (read_checkpoint(checkpoint(out) / "ema") for out in (interrupted, uninterrupted))
+        ours, theirs = (read_checkpoint(checkpoint(out, steps) / "ema") for out in (interrupted, uninterrupted))
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
         ends = [json.loads((out / FINISHED).read_text()) for out in (interrupted, uninterrupted)]
         assert ends[0]["live"] == pytest.approx(ends[1]["live"], abs=1e-5)
         return
-    ours, theirs = saved(interrupted, scratch / "ours"), saved(uninterrupted, scratch / "theirs")
+    ours, theirs = saved(interrupted, steps, scratch / "ours"), saved(uninterrupted, steps, scratch / "theirs")
     assert list(ours) == list(theirs)
     assert len(ours) > 30
     for name, value in ours.items():
         assert torch.equal(value, theirs[name]), name
 
 
-def run(engine: str, out: Path, stop_after: int = 0, **options: object) -> None:
-    """One run in the pool, ended with nothing but a checkpoint after ``stop_after`` steps. Collective."""
+def run(engine: str, out: Path, stop_after: int = 0, stop: int = Stop.SAVE, **options: object) -> None:
+    """One run in the pool. After ``stop_after`` steps its last rank, and no other, is asked to ``stop``. Collective."""
     if engine.startswith("zero"):
         reset_deepspeed()
     asked = count(1)
-    summary = main(
-        arguments(engine, **(RUN | options), out=out),
-        world_size=dist.get_world_size(),
-        stop=lambda: Stop.SAVE if next(asked) == stop_after else Stop.NO,
-    )
-    assert (summary is None) == bool(stop_after)
+    size = dist.get_world_size()
+
+    def wanted() -> int:
+        return stop if next(asked) == stop_after and dist.get_rank() == size - 1 else Stop.NO
+
+    summary = main(arguments(engine, **(RUN | options), out=out), world_size=size, stop=wanted)
+    assert (summary is None) == (stop_after > 0 and stop == Stop.SAVE)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -91,10 +102,190 @@ def test_every_engine_resumes_bit_for_bit(engine: str, tmp_path: Path, on_ranks:
     assert_same_end(parts, whole, tmp_path)
 
 
-@pytest.mark.parametrize(("engine", "before", "now"), [(e, b, n) for e in ENGINES for b, n in ((2, 3), (3, 1),(4,2),(1,4))])
-def test_world(engine: str, before: int, now: int, tmp_path: Path, on_ranks: Callable[..., None]) -> None:
+def test_ddp_sums_gradients_in_the_order_of_the_uninterrupted_run(
+    tmp_path: Path, on_ranks: Callable[..., None]
+) -> None:
+    """It groups them anew after its first backward, which shows where three ranks or more add up."""
+    on_ranks(run, 3, engine="ddp", out=tmp_path / "whole")
+    on_ranks(run, 3, engine="ddp", out=tmp_path / "parts", stop_after=4)
+    on_ranks(run, 3, engine="ddp", out=tmp_path / "parts")
+    assert_same_end(tmp_path / "parts", tmp_path / "whole", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("engine", "before", "now", "engine_now"),
+    [
+        ("fsdp1", 2, 3, "fsdp1"),
+        ("fsdp2", 2, 1, "ddp"),
+        ("tp", 2, 3, "tp"),
+        ("zero1", 2, 3, "zero1"),
+        ("zero2", 1, 2, "zero2"),
+        ("zero3", 3, 2, "zero3"),
+    ],
+)
+def test_another_world_size_or_engine_changes_nothing_but_rounding(
+    engine: str, before: int, now: int, engine_now: str, tmp_path: Path, on_ranks: Callable[..., None]
+) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     on_ranks(run, before, engine=engine, out=whole)
     on_ranks(run, before, engine=engine, out=parts, stop_after=4)
-    on_ranks(run, now, engine=engine, out=parts)
+    on_ranks(run, now, engine=engine_now, out=parts)
     assert_same_end(parts, whole, tmp_path, exactly=False)
+    assert not list((parts / "checkpoints").glob(".*"))
+
+
+def start(command: list[str], engine: str, out: Path, **options: object) -> psutil.Popen:
+    """A real run, with the output in ``out``'s sibling ``log``."""
+    arguments_ = arguments(engine, **(RUN | options), out=out)
+    with (out.parent / "log").open("a") as log:
+        return psutil.Popen(
+            [*command, str(ROOT / "launch" / "train.py"), *arguments_],
+            env=environment(),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+
+
+def wait_for_checkpoint(process: psutil.Popen, out: Path) -> None:
+    """Returns at a random moment after the first one."""
+    deadline = time.monotonic() + 90
+    while latest(out) is None:
+        assert process.poll() is None, (out.parent / "log").read_text()
+        assert time.monotonic() < deadline, (out.parent / "log").read_text()
+        time.sleep(0.02)
+    time.sleep(random.uniform(0, 0.3))
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "zero2"])
+def test_torchrun_restarts_after_kill_9_of_a_rank(engine: str, tmp_path: Path, on_ranks: Callable[..., None]) -> None:
+    """Killed at any moment, within a save too: the run that torchrun starts again ends bit for bit like this one."""
+    options = {"steps": 300, "checkpoint_every": 7}
+    out = tmp_path / "killed"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1"]
+    job = start([*torchrun, "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"], engine, out, **options)
+    try:
+        wait_for_checkpoint(job, out)
+        ranks = [child for child in job.children() if "train.py" in " ".join(child.cmdline())]
+        assert len(ranks) == 2
+        random.choice(ranks).kill()
+        assert not (out / FINISHED).exists(), "it ended before it was killed"
+        on_ranks(run, 2, engine=engine, out=tmp_path / "whole", **options)
+        assert job.wait(timeout=120) == 0, (tmp_path / "log").read_text()
+    finally:
+        end(job)
+    assert "resumed after step" in (tmp_path / "log").read_text()
+    assert_same_end(out, tmp_path / "whole", tmp_path, steps=300)
+
+
+def end(job: psutil.Popen) -> None:
+    """Kills what is left of a run."""
+    with suppress(psutil.NoSuchProcess):
+        for process in [*job.children(recursive=True), job]:
+            process.kill()
+
+
+def test_kill_9_of_a_whole_job_and_a_start_on_more_processes(tmp_path: Path, on_ranks: Callable[..., None]) -> None:
+    options = {"steps": 300, "checkpoint_every": 7}
+    out = tmp_path / "killed"
+    job = start([sys.executable], "fsdp2", out, **options)
+    try:
+        wait_for_checkpoint(job, out)
+        assert not (out / FINISHED).exists(), "it ended before it was killed"
+    finally:
+        end(job)
+    on_ranks(run, 2, engine="fsdp2", out=out, **options)
+    on_ranks(run, 1, engine="fsdp2", out=tmp_path / "whole", **options)
+    assert_same_end(out, tmp_path / "whole", tmp_path, exactly=False, steps=300)
+
+
+def test_sigterm_saves_and_is_no_success(tmp_path: Path, on_ranks: Callable[..., None]) -> None:
+    """A scheduler takes exit status 0 for a finished run, and would not start it again."""
+    out = tmp_path / "stopped"
+    job = start([sys.executable], "ddp", out, steps=10**6, checkpoint_every=50)
+    try:
+        wait_for_checkpoint(job, out)
+        job.terminate()
+        assert job.wait(timeout=30) == 143, (tmp_path / "log").read_text()
+    finally:
+        end(job)
+    found = latest(out)
+    assert found is not None
+    assert f"stopped by SIGTERM after step {found.step};" in (tmp_path / "log").read_text()
+    assert not (out / EXPORT).exists()
+    steps = found.step + 3
+    on_ranks(run, 1, engine="ddp", out=out, steps=steps)
+    on_ranks(run, 1, engine="ddp", out=tmp_path / "whole", steps=steps)
+    assert_same_end(out, tmp_path / "whole", tmp_path, steps=steps)
+
+
+def test_the_newest_whole_checkpoints_are_kept_and_found(tmp_path: Path, on_ranks: Callable[..., None]) -> None:
+    out, folder = tmp_path / "parts", tmp_path / "parts" / "checkpoints"
+    options = {"engine": "fsdp2", "checkpoint_every": f"{2 * 12}sp", "keep_checkpoints": 3}
+    on_ranks(run, 1, out=out, stop_after=9, steps=12, **options)
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000006", "step-00000008", "step-00000009"]
+    next((folder / "step-00000009" / "ema").rglob("*.safetensors")).write_bytes(b"damaged")
+    (folder / "step-00000012" / "model").mkdir(parents=True)  # copied in part
+    (folder / ".step-00000010.saving" / "model").mkdir(parents=True)  # killed
+    found = latest(out)
+    assert found is not None
+    assert found.step == 8
+    on_ranks(run, 1, out=out, steps=12, **options)
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000008", "step-00000010", "step-00000012"]
+    on_ranks(run, 1, out=tmp_path / "whole", steps=12, **options)
+    assert_same_end(out, tmp_path / "whole", tmp_path, steps=12)
+
+
+def train_no_more(out: Path, **options: object) -> None:
+    """A finished run is started again. Collective."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "_run", lambda *_: pytest.fail("trains anew"))
+        summary = main(arguments("fsdp2", **(RUN | options), out=out), world_size=dist.get_world_size())
+    assert summary is not None
+    assert summary.steps == STEPS
+
+
+def test_a_finished_run_says_so_and_a_longer_one_goes_on(tmp_path: Path, on_ranks: Callable[..., None]) -> None:
+    on_ranks(run, 2, engine="fsdp2", out=tmp_path / "parts", stop_after=4, stop=Stop.EXPORT)
+    early = (tmp_path / "parts" / EXPORT / "model.safetensors").read_bytes()
+    on_ranks(run, 2, engine="fsdp2", out=tmp_path / "parts")
+    assert (tmp_path / "parts" / EXPORT / "model.safetensors").read_bytes() != early
+    on_ranks(train_no_more, 2, out=tmp_path / "parts")
+    on_ranks(run, 2, engine="fsdp2", out=tmp_path / "parts", steps=STEPS + 3)
+    on_ranks(run, 2, engine="fsdp2", out=tmp_path / "whole", steps=STEPS + 3)
+    assert_same_end(tmp_path / "parts", tmp_path / "whole", tmp_path, steps=STEPS + 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--width=8"], "width was 16 and is 8"),
+        (["--seed=1"], "seed was 0 and is 1"),
+        (["--steps=3"], "it has made 4 steps already, and steps is 3"),
+        (
+            ["--config", str(ROOT / "configs" / "zero1.yaml")],
+            "engine was ddp, whose optimizer states zero1 cannot read",
+        ),
+        (["--resume=never"], "holds checkpoints of an earlier run, and resume=never"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused_before_torch_is_imported(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [*arguments("ddp", **RUN, out=tmp_path)]
+    ours = parse(argv, world_size=2)
+    record = Record(4, "ddp", 2, {name: getattr(ours, name) for name in SAME}, 0, [])
+    begin(tmp_path, record)
+    commit(tmp_path, record, keep=1)
+    assert parse(argv, world_size=3) == ours
+    with pytest.raises(SystemExit):
+        parse([*argv, *options], world_size=2)
+    assert message in capsys.readouterr().err
+
+
+def test_restarts_by_torchrun_need_a_folder_to_come_back_to(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    with pytest.raises(SystemExit):
+        parse([], world_size=1)
+    assert "torchrun's --max-restarts needs an out" in capsys.readouterr().err
