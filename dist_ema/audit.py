@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from dist_ema.fingerprint import partial_digest
 from dist_ema.geometry import Runs, chunks, count, whole
 from dist_ema.loading import CHUNK, Key, damaged_error, stored_tensors
 from dist_ema.manifest import NAME, Manifest, StoredTensor
+from dist_ema.places import StrPath
 from dist_ema.reading import DTYPES, RunReader, read_manifest
 
 #: Told how many more bytes of tensors are done; may be called from any thread.
@@ -48,7 +48,7 @@ def no_advance(_: int) -> None:
 
 
 def audit(
-    path: str | Path, *, threads: int = 4, begin: Callable[[Manifest], Advance] | None = None
+    path: StrPath, *, threads: int = 4, begin: Callable[[Manifest], Advance] | None = None
 ) -> tuple[Manifest | None, list[Finding]]:
     """Reads all of a checkpoint and lists every damage, where :func:`verify_checkpoint` raises.
 
@@ -66,9 +66,8 @@ def audit(
     Raises:
         CheckpointError: there is no checkpoint, or it has another format version.
     """
-    folder = Path(path)
     try:
-        manifest = read_manifest(folder)
+        manifest = read_manifest(path)
     except CheckpointCorruptError as error:
         return None, [Finding(NAME, None, str(error))]
     advance = begin(manifest) if begin is not None else no_advance
@@ -80,7 +79,7 @@ def audit(
     try:
         for name, file in manifest.files.items():
             try:
-                with RunReader(folder / manifest.data, {name: file}, by_file[name]) as reader:
+                with RunReader(path, manifest.data, {name: file}, by_file[name]) as reader:
                     findings += _audit_file(reader, by_file[name], pool, advance)
             except CheckpointCorruptError as error:
                 findings.append(Finding(name, None, str(error)))
@@ -90,7 +89,7 @@ def audit(
     return manifest, findings
 
 
-def verify_checkpoint(path: str | Path, *, threads: int = 4) -> Manifest:
+def verify_checkpoint(path: StrPath, *, threads: int = 4) -> Manifest:
     """Reads all of a checkpoint and checks every byte of it. One process; memory of some MiB a thread.
 
     Args:
@@ -109,7 +108,7 @@ def verify_checkpoint(path: str | Path, *, threads: int = 4) -> Manifest:
         found = [
             finding.problem if finding.tensor is None else f"{finding.file}: {finding.tensor!r}" for finding in findings
         ]
-        raise damaged_error(Path(path), found)
+        raise damaged_error(path, found)
     return manifest
 
 

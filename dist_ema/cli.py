@@ -60,7 +60,7 @@ class AverageDtype(str, Enum):
 
 _OF_AVERAGES = {AverageDtype.fp32: Dtype.fp32, AverageDtype.fp64: Dtype.fp64, AverageDtype.own: None}
 _TORCH_NAMES = {Dtype.bf16: "bfloat16", Dtype.fp16: "float16", Dtype.fp32: "float32", Dtype.fp64: "float64"}
-Checkpoint = Annotated[Path, typer.Argument(help="Directory of a checkpoint.", show_default=False)]
+Checkpoint = Annotated[str, typer.Argument(help="Directory of a checkpoint, or a URL.", show_default=False)]
 AsJSON = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 Name = Annotated[str | None, typer.Option(help="Which average.", show_default=False)]
 
@@ -130,7 +130,7 @@ def verify(
     totals = _totals(manifest) if manifest else None
     if as_json:
         found = [asdict(finding) for finding in findings]
-        _print_json({"path": str(path), "whole": not findings, "findings": found, "totals": totals})
+        _print_json({"path": path, "whole": not findings, "findings": found, "totals": totals})
     else:
         for finding in findings:
             where = finding.file if finding.tensor is None else f"{finding.file}: {finding.tensor}"
@@ -202,7 +202,7 @@ def diff(a: Checkpoint, b: Checkpoint, name: Name = None, as_json: AsJSON = Fals
 @app.command("import")
 def import_(
     source: Annotated[Path, typer.Argument(help="File or directory of another library.", show_default=False)],
-    path: Annotated[Path, typer.Argument(help="Directory of the checkpoint to write.", show_default=False)],
+    path: Annotated[str, typer.Argument(help="The checkpoint to write: a directory, or a URL.", show_default=False)],
     format: Annotated[
         str,
         typer.Option(help="auto, composer, diffusers, timm, ema-pytorch, lightning, nemo or torchtitan."),
@@ -335,12 +335,12 @@ def _torch(dtype: Dtype | None) -> torch.dtype | None:
 # What is shown.
 
 
-def _describe(path: Path, manifest: Manifest) -> dict[str, Any]:
+def _describe(path: str, manifest: Manifest) -> dict[str, Any]:
     from dist_ema.manifest import VERSION
 
     sizes = _bytes_of(manifest)
     return {
-        "path": str(path),
+        "path": path,
         "format_version": VERSION,
         "library": manifest.library,
         "started": manifest.started,
@@ -361,7 +361,7 @@ def _describe(path: Path, manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def _show(path: Path, manifest: Manifest) -> None:
+def _show(path: str, manifest: Manifest) -> None:
     console, sizes, rows = _console(), _bytes_of(manifest), _rows(manifest)
     averages = [
         (name, repr(manifest.schedules[name]), manifest.seen.updates, len(tensors), _size(sizes[f"averages/{name}"]))

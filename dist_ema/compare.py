@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from dist_ema.audit import Advance, VerifiedTensor, no_advance
 from dist_ema.errors import CheckpointMismatchError
 from dist_ema.loading import Key, choose_average, stored_tensors
 from dist_ema.manifest import LIVE, Manifest, StoredTensor
+from dist_ema.places import StrPath
 from dist_ema.reading import RunReader, read_manifest
 
 
@@ -46,7 +46,7 @@ class Difference:
 
 
 def compare(
-    a: str | Path, b: str | Path, *, name: str | None = None, begin: Callable[[int], Advance] | None = None
+    a: StrPath, b: StrPath, *, name: str | None = None, begin: Callable[[int], Advance] | None = None
 ) -> list[Difference]:
     """Compares the tensors of two checkpoints; neither their clocks nor their schedules. One process.
 
@@ -65,7 +65,7 @@ def compare(
         CheckpointError, CheckpointCorruptError: one of them is none, or is damaged.
         EMAConfigError: one of them has no average ``name``.
     """
-    paths = (Path(a), Path(b))
+    paths = (a, b)
     first, second = (read_manifest(path) for path in paths)
     ours, theirs = _chosen(first, name), _chosen(second, name)
     pairs = _match(paths, ours, theirs)
@@ -85,12 +85,14 @@ def _chosen(manifest: Manifest, name: str | None) -> dict[Key, StoredTensor]:
     return {key: tensor for key, tensor in stored_tensors(manifest).items() if wanted is None or key[0] in wanted}
 
 
-def _reader(path: Path, manifest: Manifest, tensors: dict[Key, StoredTensor]) -> RunReader:
+def _reader(path: StrPath, manifest: Manifest, tensors: dict[Key, StoredTensor]) -> RunReader:
     files = {tensor.file: manifest.files[tensor.file] for tensor in tensors.values()}
-    return RunReader(path / manifest.data, files, tensors)
+    return RunReader(path, manifest.data, files, tensors)
 
 
-def _match(paths: tuple[Path, Path], ours: dict[Key, StoredTensor], theirs: dict[Key, StoredTensor]) -> dict[Key, Key]:
+def _match(
+    paths: tuple[StrPath, StrPath], ours: dict[Key, StoredTensor], theirs: dict[Key, StoredTensor]
+) -> dict[Key, Key]:
     """The key in B for each key in A."""
     by_name = {(key[0], known): key for key, tensor in theirs.items() for known in (key[1], *tensor.aliases)}
     pairs: dict[Key, Key] = {}

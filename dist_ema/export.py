@@ -14,7 +14,8 @@ from torch import nn
 from dist_ema.collectives import agree, gather_objects, rank_in
 from dist_ema.errors import CheckpointError, EMAConfigError
 from dist_ema.gather import Entry, Held
-from dist_ema.storage import FilePlan, Staging, create_file, index_json, parse_size, write_text
+from dist_ema.places import is_url
+from dist_ema.storage import FilePlan, RunWriter, Staging, create_file, index_json, parse_size, write_text
 from dist_ema.writing import Folder
 
 INDEX = "model.safetensors.index.json"
@@ -43,7 +44,7 @@ def export(
         shared = all(gather_objects(staging.is_visible(), group))
         if gather is False and not shared:
             raise CheckpointError(f"{doing}: gather=False, but not all ranks see {staging.target.parent} of rank 0")
-        folder.write(staging.path, plans, group, shared and not gather, False, doing)
+        folder.write(RunWriter(staging.path, plans), plans, group, shared and not gather, False, doing)
         agree(lambda: staging.commit() if first else None, group, doing)
     except BaseException:
         if first:
@@ -61,6 +62,8 @@ def _plan(
 ) -> tuple[Folder, list[FilePlan]]:
     if not isinstance(path, (str, os.PathLike)):
         raise EMAConfigError(f"path={path!r}: allowed is a str or a path of the directory to make")
+    if is_url(path):
+        raise EMAConfigError(f"path={path!r}: an export is a directory of this machine; save() takes URLs")
     if gather not in (None, True, False):
         raise EMAConfigError(f"gather={gather!r}: allowed are None, True and False")
     dtypes = {entry.name: entry.live_dtype if dtype is None else entry.cast(dtype) for entry in entries}

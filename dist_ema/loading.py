@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -29,6 +28,7 @@ from dist_ema.fingerprint import partial_digest
 from dist_ema.gather import Entry, speaks
 from dist_ema.geometry import Runs, chunks, count, overlap, whole
 from dist_ema.manifest import Manifest, StoredTensor
+from dist_ema.places import StrPath
 from dist_ema.reading import DTYPES, RunReader, read_manifest, read_manifest_bytes
 from dist_ema.schedules import Schedule
 from dist_ema.shadow import Shadow
@@ -47,31 +47,30 @@ def stored_tensors(manifest: Manifest) -> dict[Key, StoredTensor]:
     }
 
 
-def open_reader(path: Path, manifest: Manifest) -> RunReader:
+def open_reader(path: StrPath, manifest: Manifest) -> RunReader:
     """Opens and checks every file of a checkpoint; see :class:`RunReader`. Local."""
-    return RunReader(path / manifest.data, manifest.files, stored_tensors(manifest))
+    return RunReader(path, manifest.data, manifest.files, stored_tensors(manifest))
 
 
 # In one process.
 
 
-def read_checkpoint(path: str | Path, name: str | None = None) -> dict[str, Tensor]:
+def read_checkpoint(path: StrPath, name: str | None = None) -> dict[str, Tensor]:
     """Full tensors of one average, with what is not averaged, by canonical name, tied ones under each. One process.
 
     Args:
-        path: of the checkpoint.
+        path: of the checkpoint, a directory or a URL.
         name: which average; None means the only one.
 
     Raises:
         EMAConfigError: there is no such average, or there are several and none was named.
         CheckpointError, CheckpointCorruptError: there is none, or it is damaged; what is returned has been verified.
     """
-    folder = Path(path)
-    manifest = read_manifest(folder)
+    manifest = read_manifest(path)
     chosen = choose_average(manifest, name)
     state: dict[str, Tensor] = {}
     damaged = []
-    with open_reader(folder, manifest) as reader:
+    with open_reader(path, manifest) as reader:
         for key, tensor in stored_tensors(manifest).items():
             if key[0].startswith("averages/") and key[0] != f"averages/{chosen}":
                 continue
@@ -82,7 +81,7 @@ def read_checkpoint(path: str | Path, name: str | None = None) -> dict[str, Tens
                 damaged.append(f"{tensor.file}: {key[1]!r}")
             state |= dict.fromkeys((key[1], *tensor.aliases), full)
     if damaged:
-        raise damaged_error(folder, damaged)
+        raise damaged_error(path, damaged)
     return state
 
 
@@ -96,7 +95,7 @@ def choose_average(manifest: Manifest, name: str | None) -> str:
     return name
 
 
-def damaged_error(path: Path, found: Sequence[str]) -> CheckpointCorruptError:
+def damaged_error(path: StrPath, found: Sequence[str]) -> CheckpointCorruptError:
     """The error for data that are not what was written."""
     return CheckpointCorruptError(f"{path} is damaged; its data are not what was written: {'; '.join(found)}")
 
@@ -133,9 +132,9 @@ class Load:
     """
 
     def __init__(
-        self, path: object, entries: Sequence[Entry], names: Sequence[str], group: dist.ProcessGroup | None
+        self, path: StrPath, entries: Sequence[Entry], names: Sequence[str], group: dist.ProcessGroup | None
     ) -> None:
-        self._path = Path(str(path)).absolute()
+        self._path = path
         self._group = group
         self._first = rank_in(group) == 0
         self._doing = f"load from {path}"

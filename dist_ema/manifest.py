@@ -26,7 +26,8 @@ VERSION = 1
 MAX_BYTES = 1 << 28
 #: The folder of what is not averaged, beside those of the averages.
 LIVE = "live"
-_DATA = re.compile(r"data-[0-9a-f]{32}")
+#: Names of data folders.
+DATA = re.compile(r"data-[0-9a-f]{32}")
 _FILE = re.compile(r"(averages/[A-Za-z0-9_][A-Za-z0-9_.-]*|live)/model(-\d{5}-of-\d{5})?\.safetensors")
 _DIGEST = re.compile(r"[0-9a-f]{16}")
 _CHECKSUM = re.compile(r"[0-9a-f]{64}")
@@ -135,7 +136,7 @@ class Manifest:
             if not _FILE.fullmatch(name) or _is_odd(file["size"]) or not _CHECKSUM.fullmatch(file["header"]):
                 _refuse(f"the file {name!r} has a name, size or checksum that none has")
             files[name] = StoredFile(file["size"], file["header"])
-        if not _DATA.fullmatch(body["data"]):
+        if not DATA.fullmatch(body["data"]):
             _refuse(f"the data folder {body['data']!r} has a name that none has")
         averages = body["averages"]
         manifest = cls(

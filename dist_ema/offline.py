@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,12 +17,13 @@ from dist_ema.gather import Entry, Held
 from dist_ema.geometry import whole
 from dist_ema.loading import Key, choose_average, stored_tensors
 from dist_ema.manifest import LIVE, Manifest, StoredTensor
+from dist_ema.places import StrPath
 from dist_ema.reading import DTYPES, RunReader, read_manifest
 from dist_ema.shares import Mode, Share
 
 
 def export_checkpoint(
-    path: str | os.PathLike[str],
+    path: StrPath,
     out: str | os.PathLike[str],
     *,
     name: str | None = None,
@@ -57,12 +57,11 @@ def export_checkpoint(
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise EMAConfigError(f"dtype={dtype!r}: allowed is a floating-point torch.dtype, or None")
-    folder = Path(path)
-    manifest = read_manifest(folder)
+    manifest = read_manifest(path)
     wanted = {f"averages/{choose_average(manifest, name)}", LIVE}
     tensors = {key: tensor for key, tensor in stored_tensors(manifest).items() if key[0] in wanted}
     files = {tensor.file: manifest.files[tensor.file] for tensor in tensors.values()}
-    with RunReader(folder / manifest.data, files, tensors) as reader:
+    with RunReader(path, manifest.data, files, tensors) as reader:
         advance = begin(manifest, sum(tensor.nbytes for tensor in tensors.values())) if begin else no_advance
         held = {key[1]: _hold(reader, key, tensor, advance) for key, tensor in tensors.items()}
         export(

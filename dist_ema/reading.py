@@ -1,15 +1,9 @@
-"""Elements of full tensors out of safetensors files that a manifest lists, by range; nothing in them is believed.
-
-With :mod:`dist_ema.storage`, the only module that opens files.
-"""
+"""Elements of full tensors out of safetensors files that a manifest lists, by range; nothing in them is believed."""
 
 from __future__ import annotations
 
 import json
-import os
-import stat
 from collections.abc import Mapping
-from pathlib import Path
 from types import TracebackType
 
 import torch
@@ -18,6 +12,7 @@ from torch import Tensor
 from dist_ema.errors import CheckpointCorruptError, CheckpointError
 from dist_ema.geometry import Runs
 from dist_ema.manifest import MAX_BYTES, NAME, Manifest, StoredFile, StoredTensor, checksum
+from dist_ema.places import OpenFile, StrPath, place
 from dist_ema.storage import DTYPE_NAMES
 
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
@@ -25,8 +20,8 @@ DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 _MAX_HEADER = 100_000_000
 
 
-def read_manifest(path: Path) -> Manifest:
-    """The manifest of the checkpoint ``path``. Local.
+def read_manifest(path: StrPath) -> Manifest:
+    """The manifest of the checkpoint at ``path``, a directory or a URL. Local.
 
     Raises:
         CheckpointError: there is none, or it cannot be read, or it has another format version.
@@ -35,17 +30,23 @@ def read_manifest(path: Path) -> Manifest:
     return Manifest.from_bytes(read_manifest_bytes(path))
 
 
-def read_manifest_bytes(path: Path) -> bytes:
+def read_manifest_bytes(path: StrPath) -> bytes:
     """The text of a manifest, unchecked. Raises as :func:`read_manifest`."""
-    file = path / NAME
     try:
-        descriptor = _open_regular(file)
+        file = place(path).file(NAME)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is no checkpoint: it has no {NAME}") from error
     except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from error
-    with os.fdopen(descriptor, "rb") as opened:
-        return opened.read(MAX_BYTES + 1)
+        raise CheckpointError(f"{NAME} of {path} cannot be read: {error}") from error
+    try:
+        text = bytearray(min(file.size, MAX_BYTES + 1))
+        if not file.read([(0, memoryview(text))]):
+            raise CheckpointCorruptError(f"{NAME} of {path} became shorter while it was read")
+    except OSError as error:
+        raise CheckpointError(f"{NAME} of {path} cannot be read: {error}") from error
+    finally:
+        file.close()
+    return bytes(text)
 
 
 class RunReader:
@@ -56,7 +57,8 @@ class RunReader:
     byte of a file belongs to its header or to a tensor, which has a fingerprint.
 
     Args:
-        folder: the checkpoint's data folder.
+        path: of the checkpoint, a directory or a URL.
+        data: the manifest's data folder.
         files: of the manifest.
         tensors: what to look for: the tensors of all folders, by ``(folder, name)``.
 
@@ -65,10 +67,14 @@ class RunReader:
     """
 
     def __init__(
-        self, folder: Path, files: Mapping[str, StoredFile], tensors: Mapping[tuple[str, str], StoredTensor]
+        self,
+        path: StrPath,
+        data: str,
+        files: Mapping[str, StoredFile],
+        tensors: Mapping[tuple[str, str], StoredTensor],
     ) -> None:
-        self._folder = folder
-        self._open: dict[str, int] = {}
+        self._folder = place(path) / data
+        self._open: dict[str, OpenFile] = {}
         self._offsets: dict[tuple[str, str], int] = {}
         self._tensors = tensors
         try:
@@ -84,40 +90,38 @@ class RunReader:
         return DTYPES[self._tensors[key].dtype]
 
     def read(self, key: tuple[str, str], runs: Runs, out: Tensor) -> None:
-        """Puts the elements ``runs`` of a tensor into the flat CPU tensor ``out`` of the dtype in the file."""
+        """Puts the elements ``runs`` of a tensor into the flat CPU tensor ``out`` of the dtype in the file.
+
+        Raises CheckpointCorruptError if the file ends too early, OSError if it cannot be read.
+        """
         tensor = self._tensors[key]
         data = memoryview(out.view(torch.uint8).numpy().data)
         item = out.element_size()
+        parts = []
+        position = 0
         for start, length in runs:
-            position = self._offsets[key] + start * item
-            part, data = data[: length * item], data[length * item :]
-            while part:
-                count = os.preadv(self._open[tensor.file], [part], position)
-                if count == 0:
-                    raise CheckpointCorruptError(f"{tensor.file} ends before {key[1]!r} does")
-                part, position = part[count:], position + count
+            parts.append((self._offsets[key] + start * item, data[position : position + length * item]))
+            position += length * item
+        if not self._open[tensor.file].read(parts):
+            raise CheckpointCorruptError(f"{tensor.file} ends before {key[1]!r} does")
 
     def _check_file(
         self, name: str, file: StoredFile, tensors: Mapping[tuple[str, str], StoredTensor]
     ) -> dict[tuple[str, str], int]:
-        path = self._folder / name
-        for parent in (self._folder, *(self._folder / folder for folder in list(Path(name).parents)[:-1])):
-            if parent.is_symlink():
-                raise CheckpointCorruptError(f"{parent} is a symbolic link: not followed")
+        path = f"{self._folder}/{name}"
         try:
-            descriptor = self._open[name] = _open_regular(path)
+            opened = self._open[name] = self._folder.file(name)
+            if opened.size != file.size:
+                raise CheckpointCorruptError(f"{path} has {opened.size} bytes, but {file.size} were written")
+            length = int.from_bytes(_head(opened, 8), "little")
+            if length > min(_MAX_HEADER, file.size - 8):
+                raise CheckpointCorruptError(f"{path} has a damaged header: {length} bytes long")
+            header = _head(opened, 8 + length)
         except OSError as error:
             raise CheckpointCorruptError(f"{path} is listed but cannot be read: {error}") from error
-        size = os.fstat(descriptor).st_size
-        if size != file.size:
-            raise CheckpointCorruptError(f"{path} has {size} bytes, but {file.size} were written")
-        length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
-        if length > min(_MAX_HEADER, size - 8):
-            raise CheckpointCorruptError(f"{path} has a damaged header: {length} bytes long")
-        header = os.pread(descriptor, 8 + length, 0)
         if len(header) != 8 + length or checksum(header) != file.header:
             raise CheckpointCorruptError(f"{path} has a damaged header, or that of another file")
-        return _offsets(path, header, size, tensors)
+        return _offsets(path, header, file.size, tensors)
 
     def __enter__(self) -> RunReader:
         return self
@@ -129,13 +133,19 @@ class RunReader:
 
     def close(self) -> None:
         """Closes the files."""
-        for descriptor in self._open.values():
-            os.close(descriptor)
+        for file in self._open.values():
+            file.close()
         self._open.clear()
 
 
+def _head(file: OpenFile, length: int) -> bytes:
+    """The first bytes of a file; fewer where it has fewer."""
+    head = bytearray(min(length, file.size))
+    return bytes(head) if file.read([(0, memoryview(head))]) else b""
+
+
 def _offsets(
-    path: Path, header: bytes, size: int, tensors: Mapping[tuple[str, str], StoredTensor]
+    path: str, header: bytes, size: int, tensors: Mapping[tuple[str, str], StoredTensor]
 ) -> dict[tuple[str, str], int]:
     """Where each tensor begins, after checking that the header says what the manifest says, and covers the file."""
     try:
@@ -167,12 +177,3 @@ def _size(number: object) -> int:
     if not isinstance(number, int) or isinstance(number, bool):
         raise TypeError(f"{number!r} is not an offset or a size")
     return number
-
-
-def _open_regular(path: Path) -> int:
-    """Opens a plain file for reading; never through a symbolic link, and without waiting for a pipe."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(f"{path} is not a plain file")
-    return descriptor

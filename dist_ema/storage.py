@@ -14,12 +14,13 @@ import re
 import shutil
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -217,11 +218,18 @@ def create_file(directory: Path, plan: FilePlan) -> None:
         file.truncate(plan.size)
 
 
-class RunWriter:
-    """Writes elements of full tensors into files that exist, at the places that the plans give. A context manager.
+class Writer(AbstractContextManager["Writer"], Protocol):
+    """Takes elements of full tensors. Leaving it gives back what it holds; only what was synced is there for good."""
 
-    Leaving it without an error syncs every file that was written to.
-    """
+    def write(self, name: str, runs: Runs, values: Tensor) -> None:
+        """Puts flat CPU ``values``, of the planned dtype, into the elements ``runs`` of the tensor ``name``."""
+
+    def sync(self) -> None:
+        """Waits until what was written is there for good."""
+
+
+class RunWriter:
+    """Writes elements of full tensors into files that exist, at the places that the plans give. A context manager."""
 
     def __init__(self, directory: Path, plans: Sequence[FilePlan]) -> None:
         self._directory = directory
@@ -254,11 +262,7 @@ class RunWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            if kind is None:
-                self.sync()
-        finally:
-            self.close()
+        self.close()
 
     def sync(self) -> None:
         """Waits until what was written is on disk."""

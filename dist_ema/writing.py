@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_ema.collectives import agree, sum_integers
+from dist_ema.collectives import agree, rank_in, sum_integers
 from dist_ema.fingerprint import partial_digest
 from dist_ema.gather import Entry, Held, gather_each, speaks
 from dist_ema.geometry import Runs, chunks, count
-from dist_ema.storage import FilePlan, RunWriter, TensorPlan, plan_files
+from dist_ema.storage import FilePlan, TensorPlan, Writer, plan_files
 
 #: Elements that are converted, digested and written at a time.
 CHUNK = 1 << 20
@@ -55,7 +54,7 @@ class Folder:
 
     def write(
         self,
-        directory: Path,
+        writer: Writer,
         plans: Sequence[FilePlan],
         group: dist.ProcessGroup | None,
         shared: bool,
@@ -65,20 +64,21 @@ class Folder:
         """Fills the files, which exist, and syncs them. Collective; an error of one rank is raised on all.
 
         Args:
-            directory: the folder.
+            writer: of the files.
             plans: what ``plan()`` gave.
             group: the ranks.
-            shared: every rank sees the directory and writes its own elements; else rank 0 writes all of them.
+            shared: every rank sees the files and writes its own elements; else rank 0 writes all of them, tensor by
+                tensor in the order of the files where no tensor is tied.
             digest: take the fingerprint of what is written.
             doing: for the error.
         """
-        with RunWriter(directory, plans) as writer:
+        with writer:
             if shared:
                 agree(lambda: self.write_own(writer, group, digest), group, doing)
             else:
-                self._write_gathered(writer, group, digest, doing)
+                self._write_gathered(writer, plans, group, digest, doing)
 
-    def write_own(self, writer: RunWriter, group: dist.ProcessGroup | None, digest: bool) -> None:
+    def write_own(self, writer: Writer, group: dist.ProcessGroup | None, digest: bool) -> None:
         """Writes the elements that this rank speaks for, and syncs. Local."""
         self._each_chunk(group, digest, writer)
         writer.sync()
@@ -88,17 +88,22 @@ class Folder:
         names = [entry.name for entry in self.entries]
         return dict(zip(names, sum_integers([self.digests.get(name, 0) for name in names], group), strict=True))
 
-    def _write_gathered(self, writer: RunWriter, group: dist.ProcessGroup | None, digest: bool, doing: str) -> None:
+    def _write_gathered(
+        self, writer: Writer, plans: Sequence[FilePlan], group: dist.ProcessGroup | None, digest: bool, doing: str
+    ) -> None:
         def take(entry: Entry, start: int, values: Tensor) -> None:
             for name in self.names(entry):
                 writer.write(name, ((start, values.numel()),), values.cpu())
 
         if digest:
             agree(lambda: self._each_chunk(group, digest, None), group, doing)
-        gather_each(self.entries, self.held, self.dtypes, group, take, doing)
-        agree(writer.sync, group, doing)
+        tensors = (tensor for plan in plans for tensor in plan.tensors)
+        places = {tensor.name: place for place, tensor in enumerate(tensors)}
+        ordered = sorted(self.entries, key=lambda entry: places[entry.name])
+        gather_each(ordered, self.held, self.dtypes, group, take, doing)
+        agree(lambda: writer.sync() if rank_in(group) == 0 else None, group, doing)
 
-    def _each_chunk(self, group: dist.ProcessGroup | None, digest: bool, writer: RunWriter | None) -> None:
+    def _each_chunk(self, group: dist.ProcessGroup | None, digest: bool, writer: Writer | None) -> None:
         for entry in self.entries:
             mine = self.held(entry.name)
             if mine is None or not speaks(entry, mine.share, group):
@@ -113,6 +118,6 @@ class Folder:
                     self._write(writer, entry, runs, values)
             self.digests[entry.name] = total
 
-    def _write(self, writer: RunWriter, entry: Entry, runs: Runs, values: Tensor) -> None:
+    def _write(self, writer: Writer, entry: Entry, runs: Runs, values: Tensor) -> None:
         for name in self.names(entry):
             writer.write(name, runs, values)

@@ -29,9 +29,11 @@ LAYERS = [
     {"dist_ema.schedules", "dist_ema.kernels"},
     {"dist_ema.staging"},
     {"dist_ema.fingerprint", "dist_ema.collectives", "dist_ema.engines", "dist_ema.options", "dist_ema.storage"}
-    | {"dist_ema.boxed"},
+    | {"dist_ema.boxed", "dist_ema.places"},
     {"dist_ema.shares", "dist_ema.track", "dist_ema.manifest", "dist_ema.architecture"},
     {"dist_ema.shadow", "dist_ema.swap", "dist_ema.gather", "dist_ema.reading", "dist_ema.importers"},
+    {"dist_ema.upload"},
+    {"dist_ema.destination"},
     {"dist_ema.writing", "dist_ema.stateful", "dist_ema.offload"},
     {"dist_ema.export", "dist_ema.checkpoint", "dist_ema.loading", "dist_ema.report", "dist_ema.functional"},
     {"dist_ema.ema", "dist_ema.audit", "dist_ema.planning"},
@@ -48,7 +50,7 @@ FILE_CALLS |= {"save_file", "load_file", "safe_open", "mkdtemp", "NamedTemporary
 #: Of these modules only; other objects may have methods of such names.
 SERIALIZERS = {"torch.save", "torch.load", "pickle.dump", "pickle.load", "np.save", "np.load", "os.replace"}
 #: The files of checkpoints and exports; and ``compiler``, which keeps what it builds.
-OPENS_FILES = {"dist_ema.storage", "dist_ema.reading", "dist_ema.checkpoint", "dist_ema.compiler"}
+OPENS_FILES = {"dist_ema.storage", "dist_ema.places", "dist_ema.destination", "dist_ema.upload", "dist_ema.compiler"}
 OPENS_FILES |= {"dist_ema.architecture"}
 OPENS_FILES |= {"dist_ema.cli", "dist_ema.integrations", "dist_ema.importers.files", "dist_ema.importers.dcp"}
 OPENS_FILES |= {"dist_ema.importers.pickles"}
