@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dist_ema.errors import CheckpointCorruptError, CheckpointError
 from dist_ema.importers.foreign import Content, LazyTensor
+from dist_ema.importers.pickles import load_bytes
 
 METADATA = ".metadata"
 _MODULE = "torch.distributed.checkpoint.metadata"
@@ -235,8 +236,6 @@ def _load_part(part: _Part) -> Any:
         with part.file.open("rb") as file:
             file.seek(part.begin)
             data = file.read(part.length)
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{part.file} at {part.begin} holds more than data, and was not read: {error}") from error
-    except Exception as error:  # damaged files make torch.load raise nearly anything
-        raise CheckpointCorruptError(f"{part.file} at {part.begin} is damaged: {error!r}") from error
+    except OSError as error:
+        raise CheckpointCorruptError(f"{part.file} cannot be read: {error}") from error
+    return load_bytes(data, f"{part.file} at {part.begin}")

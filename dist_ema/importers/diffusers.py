@@ -6,7 +6,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from dist_ema.errors import CheckpointCorruptError, EMAConfigError
-from dist_ema.importers.foreign import Content, Foreign, LazyTensor, Model, integer, name_by_position, search, ties
+from dist_ema.importers.foreign import (
+    BATCH_NORM,
+    Content,
+    Foreign,
+    LazyTensor,
+    Model,
+    integer,
+    name_by_position,
+    search,
+    ties,
+)
 from dist_ema.options import ONLY
 from dist_ema.schedules import NumUpdatesWarmup, Schedule, Warmup
 from dist_ema.timing import Progress
@@ -21,9 +31,15 @@ def matches(content: Content) -> bool:
 
 
 def read(content: Content, model: Model | None) -> Foreign:
-    """The average; it covers parameters only. Raises CheckpointError, also where names are needed and missing."""
+    """The average of the parameters. Raises CheckpointError, also where names are needed and missing."""
     values = search(content.values, _KEYS) or {}
-    average = dict(content.tensors)
+    schedule, notes = _schedule(values)
+    # save_pretrained makes a new model for the average, so these are not the buffers of the one that was trained.
+    fresh = [name for name in content.tensors if BATCH_NORM.search(name)]
+    given = set(fresh) & (model.tensors.keys() if model is not None else set())
+    average = {name: tensor for name, tensor in content.tensors.items() if name not in given}
+    if set(fresh) - given:
+        notes.append(f"{fresh[0]!r} and the like are those of a new model: --model supplies those that were trained")
     if content.kind == "file":
         if not isinstance(values["shadow_params"], list):
             raise CheckpointCorruptError("'shadow_params' is not a list")
@@ -32,7 +48,6 @@ def read(content: Content, model: Model | None) -> Foreign:
     # The first step that is past update_after_step copies the weights; those before it do as well.
     steps = integer(values["optimization_step"], "optimization_step")
     first = min(steps, integer(values["update_after_step"], "update_after_step") + 1)
-    schedule, note = _schedule(values)
     return Foreign(
         averages={ONLY: average},
         tied=ties(average),
@@ -41,7 +56,7 @@ def read(content: Content, model: Model | None) -> Foreign:
         clock=Progress(batches=steps),
         start=Progress(batches=first),
         updates=steps - first + 1 if steps else 0,
-        notes=note,
+        notes=notes,
     )
 
 

@@ -1,9 +1,4 @@
-"""Opens foreign files. Of the importers, this and :mod:`dist_ema.importers.dcp` alone do; both map what they can.
-
-Pickles are read with ``weights_only=True``: tensors and plain values. Real files also hold leftovers of their trainer
-(arguments, times, generators' states). A class on the list below becomes an empty stand-in, so it is never imported and
-none of its code runs; a file that names anything else is refused.
-"""
+"""Opens foreign files and directories; with the modules for pickles and for DCP, the importers' only one that does."""
 
 from __future__ import annotations
 
@@ -11,32 +6,17 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from dist_ema.errors import CheckpointCorruptError, CheckpointError
 from dist_ema.importers import dcp
 from dist_ema.importers.foreign import Content, LazyTensor, Model, read_tensors
+from dist_ema.importers.pickles import load_file
 from dist_ema.manifest import NAME
 
-#: Classes of values that no average needs.
-_LEFTOVERS = re.compile(
-    r"(numpy|omegaconf|composer|lightning|lightning_fabric|pytorch_lightning|nemo|timm|datetime|pathlib|typing)\..+"
-    r"|argparse\.Namespace|torch\.torch_version\.TorchVersion|collections\.defaultdict"
-    r"|(builtins|__builtin__)\.(dict|list|tuple|set|int|float|str|bool|bytes|object)"
-)
 _CONFIG_BYTES = 1 << 24
-
-
-class _Leftover:
-    """Stands in for an object of a class that is not imported."""
-
-    def __init__(self, *_: object, **__: object) -> None: ...
-
-    def __setstate__(self, _: object) -> None: ...
 
 
 def open_foreign(path: Path) -> Content:
@@ -55,7 +35,7 @@ def open_foreign(path: Path) -> Content:
         return Content("pretrained", config, _open_safetensors(path))
     if not path.exists():
         raise CheckpointError(f"{path} does not exist")
-    values = load_pickle(path)
+    values = load_file(path)
     if not isinstance(values, Mapping):
         raise CheckpointError(f"{path} holds a {type(values).__name__}, where every known format has a dict")
     return Content("file", values)
@@ -64,44 +44,15 @@ def open_foreign(path: Path) -> Content:
 def open_model(path: Path, frozen: re.Pattern[str] | None) -> Model:
     """A model's state dict: a safetensors file, a directory of those, or a file of torch.save. Raises as above."""
     if path.is_dir() or path.suffix == ".safetensors":
-        return Model(_open_safetensors(path), ordered=False, frozen=frozen)
+        tensors = _open_safetensors(path)
+        if not tensors:
+            raise CheckpointError(f"{path} has no safetensors files")
+        return Model(tensors, ordered=False, frozen=frozen)
     values = open_foreign(path).values
     inner = values.get("state") if isinstance(values.get("state"), Mapping) else {}
     found = (*(values.get(key) for key in ("state_dict", "model")), inner.get("model"))  # type: ignore[union-attr]
     state = next((value for value in found if isinstance(value, Mapping)), values)
     return Model(read_tensors(state, str(path)), ordered=True, frozen=frozen)
-
-
-def load_pickle(path: Path) -> Any:
-    """What torch.save wrote, mapped and not read, where the file is of the kind that can be."""
-    try:
-        with path.open("rb") as file:
-            mapped = file.read(4) == b"PK\x03\x04"
-        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path) if mapped else []
-        with torch.serialization.safe_globals([_stand_in(name) for name in unknown if _LEFTOVERS.fullmatch(name)]):
-            return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    except UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} was not read, since it holds more than data, and no code of a file is run: {_first_line(error)} "
-            "If you trust it, load it where its library is installed, and save with torch.save only the dict that has "
-            "the average"
-        ) from error
-    except Exception as error:  # damaged files make torch.load raise nearly anything
-        raise CheckpointCorruptError(f"{path} is damaged, or not a file of torch.save: {_first_line(error)}") from error
-
-
-def _stand_in(full_name: str) -> type:
-    module, _, name = full_name.rpartition(".")
-    return type(name, (_Leftover,), {"__module__": module, "__qualname__": name})
-
-
-def _first_line(error: Exception) -> str:
-    """What torch says is wrong, without its advice to switch the protection off."""
-    lines = [line.strip() for line in str(error).splitlines() if "GLOBAL" in line or "lobal" in line]
-    text = next(iter(lines or str(error).splitlines() or [repr(error)]))
-    return text.split(" Please use")[0].split(" was not an allowed")[0].removeprefix("WeightsUnpickler error: ")[:300]
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
@@ -131,6 +82,4 @@ def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
         if twice := found.keys() & tensors.keys():
             raise CheckpointCorruptError(f"{path}: {min(twice)!r} is in two files")
         tensors |= read_tensors(found, str(file))
-    if not tensors:
-        raise CheckpointError(f"{path} has no safetensors files")
     return tensors

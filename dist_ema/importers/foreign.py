@@ -18,7 +18,7 @@ from dist_ema.timing import Progress
 #: What wrappers put into names; see :mod:`dist_ema.engines.walk`.
 _TOKENS = re.compile(r"(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 #: Buffers that a state dict does not tell from parameters of the same shape.
-_BATCH_NORM = re.compile(r"(^|\.)(running_mean|running_var|num_batches_tracked)$")
+BATCH_NORM = re.compile(r"(^|\.)(running_mean|running_var|num_batches_tracked)$")
 
 
 class LazyTensor:
@@ -180,7 +180,7 @@ def name_by_position(tensors: Sequence[LazyTensor], model: Model | None, what: s
     names = [
         name
         for name, tensor in model.tensors.items()
-        if name not in aliases and tensor.dtype.is_floating_point and not _BATCH_NORM.search(name)
+        if name not in aliases and tensor.dtype.is_floating_point and not BATCH_NORM.search(name)
     ]
     if len(names) != len(tensors) and model.frozen is not None:
         names = [name for name in names if not model.frozen.search(name)]
