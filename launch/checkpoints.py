@@ -110,7 +110,7 @@ def temporary(out: Path, record: Record, purpose: str) -> Path:
 
 
 def commit(out: Path, record: Record, keep: int) -> None:
-    """Puts a fully written directory in its place, on disk, and only then removes what is older than ``keep`` whole ones."""
+    """Puts a fully written directory in its place, on disk; only then removes all older than ``keep`` whole ones."""
     staging, target = temporary(out, record, "saving"), out / FOLDER / record.name
     files = {str(file.relative_to(staging)): file.stat().st_size for file in staging.rglob("*") if file.is_file()}
     (staging / RECORD).write_text(json.dumps(asdict(record) | {"files": files}, indent=1))

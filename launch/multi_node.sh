@@ -17,5 +17,8 @@ set -euo pipefail
 # torchrun would die of the signal that announces preemption. It ignores it from here on, while train.py catches it.
 trap '' USR1
 
+# At a restart, processes would find the addresses of those that died: torchrun is to make a store for each start.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+
 exec torchrun --nnodes="$NNODES" --nproc-per-node="$NPROC" --rdzv-backend=c10d --rdzv-endpoint="$HEAD:$PORT" \
     --rdzv-id="$RUN_ID" --max-restarts="$RESTARTS" ${ADDRESS:+--local-addr="$ADDRESS"} "$(dirname "$0")/train.py" "$@"

@@ -60,10 +60,27 @@ def process_group() -> Iterator[torch.device]:
     if cuda:
         torch.cuda.set_device(device)
     if ours:
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT, device_id=device if cuda else None)
+        store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        dist.init_process_group(
+            "nccl" if cuda else "gloo",
+            store=dist.PrefixStore(f"restart-{_restarts()}", store),
+            rank=rank,
+            world_size=size,
+            timeout=TIMEOUT,
+            device_id=device if cuda else None,
+        )
     yield device
     if ours:  # not after an error: other ranks may be inside a collective call, and this would wait for them
         dist.destroy_process_group()
+
+
+def _restarts() -> str:
+    """How often torchrun has started these processes again.
+
+    All starts share one store, so that without it a process may find the addresses of processes that are gone. Agents
+    of several nodes count differently: launch/multi_node.sh makes torchrun use a store for each start instead.
+    """
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if os.environ.get("GROUP_WORLD_SIZE") == "1" else "0"
 
 
 def plain(options: Options, device: torch.device) -> GPT:
@@ -115,8 +132,8 @@ def wrap(options: Options, device: torch.device, universal: bool = False) -> Wra
     def load(path: Path) -> None:
         state.load(model, optimizer, path)
         if options.engine == "ddp":
-            # After its first backward DDP groups the gradients anew, and among three processes or more the groups decide
-            # in which order is summed. The interrupted run had that behind it: a backward that counts nothing.
+            # After its first backward DDP groups the gradients anew, and among three processes or more the groups
+            # decide in which order is summed. The interrupted run had that behind it: a backward that counts nothing.
             forward(torch.zeros(1, options.context, dtype=torch.int64, device=device)).sum().backward()
             optimizer.zero_grad()
 
