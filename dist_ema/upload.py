@@ -22,6 +22,8 @@ from dist_ema.manifest import DATA, NAME
 from dist_ema.storage import FilePlan
 
 logger = logging.getLogger(__name__)
+#: Bytes that are kept in memory and then sent.
+_BLOCK = 16 << 20
 
 
 class Upload:
@@ -113,7 +115,7 @@ class UploadWriter:
         if not self._plans:
             raise CheckpointError(f"{self._folder}: more was written than was planned")
         self._plan = self._plans.pop()
-        self._file = self._system.open(f"{self._folder}/{self._plan.name}", "wb")
+        self._file = self._system.open(f"{self._folder}/{self._plan.name}", "wb", block_size=_BLOCK)
         self._position = 0
         self._put(memoryview(self._plan.header))
 
