@@ -38,6 +38,7 @@ class Save:
         entries: every full tensor of the model.
         views: what this rank holds of each, for each average.
         group: the ranks.
+        seed: of the averages' rounding, if they are rounded stochastically.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Save:
         entries: Sequence[Entry],
         views: Mapping[str, Callable[[str], Held | None]],
         group: dist.ProcessGroup | None,
+        seed: int | None = None,
     ) -> None:
         check_path(path)
         self._doing = f"save to {os.fspath(path)}"
@@ -68,6 +70,7 @@ class Save:
             averages={},
             live={},
             files={},
+            seed=seed,
         )
         tracked = [entry for entry in entries if entry.mode != "live"]
         live = [entry for entry in entries if entry.mode == "live"]

@@ -76,7 +76,8 @@ class ShardedEMA:
         update_interval: time between updates; an update is due when the clock passes a multiple of it.
         ema_start: when averaging begins; ``"0.1dur"`` needs ``max_duration``.
         max_duration: of the training, for ``dur``.
-        dtype: of the shadow; None keeps each parameter's own.
+        dtype: of the shadow; None keeps each parameter's own. ``torch.bfloat16`` takes half the memory of fp32 and is
+            rounded stochastically, so that a slow average goes on moving; see :mod:`dist_ema.rounding`.
         offload: ``"cpu"`` keeps the shadow in host memory. ``update()`` then only asks for copies of the weights, which
             cross the link once, in their own dtype, and a thread averages them while training goes on; the next
             optimizer step waits for the copies. Whoever writes weights by hand after ``update()`` calls ``wait()``
@@ -88,6 +89,8 @@ class ShardedEMA:
         buffers: ``"copy"`` them at each update, ``"average"`` those of floating point, or ``"ignore"`` them: the
             average then goes with the live ones.
         skip_nonfinite: a NaN or Inf source element leaves its shadow element as it was, and is counted.
+        seed: of that rounding. The bits of an average follow from it, whatever the sharding. A loaded checkpoint brings
+            its own.
 
     Raises:
         EMAConfigError: an option is wrong.
@@ -114,6 +117,7 @@ class ShardedEMA:
         exclude: str | Sequence[str] | None = None,
         buffers: str = "copy",
         skip_nonfinite: bool = True,
+        seed: int = 0,
     ) -> None:
         self._options = Options.parse(
             decay=decay,
@@ -132,6 +136,7 @@ class ShardedEMA:
             exclude=exclude,
             buffers=buffers,
             skip_nonfinite=skip_nonfinite,
+            seed=seed,
         )
         self._engine = detect(target)
         # A list may be one stage of several, whose patterns and trained parameters lie on other ranks.
@@ -189,7 +194,7 @@ class ShardedEMA:
         else:
             weights = self._track.step(now)
             self._warn_if_still(weights)
-            self._shadow.update(sources, weights)
+            self._shadow.update(sources, weights, self._track.seen.updates)
 
     def _warn_if_still(self, weights: Sequence[float]) -> None:
         units = self._options.units() - {"ba"}
@@ -260,15 +265,24 @@ class ShardedEMA:
         if old is not shadow:
             old.discard()
 
-    def _new_shadow(self) -> Shadow:
-        options = self._options
+    def _new_shadow(self, saved_seed: int | None = None) -> Shadow:
+        options, seed = self._options, self._seed(saved_seed)
         if options.offload:
-            return HostShadow(options.schedules, self._shares, options.skip_nonfinite, options.offload_threads)
-        return Shadow(options.schedules, self._shares, options.skip_nonfinite)
+            return HostShadow(options.schedules, self._shares, options.skip_nonfinite, options.offload_threads, seed)
+        return Shadow(options.schedules, self._shares, options.skip_nonfinite, seed)
+
+    def _seed(self, saved: int | None) -> int | None:
+        """Of the rounding: that of the loaded checkpoint, if there is one and this average is rounded."""
+        own = self._options.seed
+        if own is None or saved is None:
+            return own
+        if saved != own:
+            logger.info("The average was saved with seed=%d and goes on with it, not with seed=%d.", saved, own)
+        return saved
 
     def _warn_if_coarse(self) -> None:
         coarse = [share for share in self._shares if share.mode == "average" and share.dtype.itemsize < 4]
-        if coarse:
+        if coarse and self._options.dtype is None:  # else it is rounded stochastically
             logger.warning(
                 "dtype=None keeps %d shadows in %s, %r among them. A slow average of that precision stops moving, "
                 "since its steps are smaller than its last bit: dtype=torch.float32 does not.",
@@ -421,8 +435,8 @@ class ShardedEMA:
             group = self._control_group(timeout)
             views = agree(self._views, group, f"save to {path}")
             entries = self._catalogue(group)
-            started, skipped = self._shadow.started, self._skipped()
-            save = agree(lambda: Save(path, self._track, started, skipped, entries, views, group), group, "save")
+            started, skipped, seed = self._shadow.started, self._skipped(), self._shadow.seed
+            save = agree(lambda: Save(path, self._track, started, skipped, entries, views, group, seed), group, "save")
             if block:
                 save.run()
                 return
@@ -460,7 +474,7 @@ class ShardedEMA:
         load = Load(path, entries, self.names, group)
         found = load.match(strict)
         manifest = load.manifest
-        shadow = self._new_shadow()
+        shadow = self._new_shadow(manifest.seed)
         if manifest.started:
             # What a checkpoint lacks starts from the live weights; where it may lack nothing, none are copied.
             begin = shadow.allocate if strict else shadow.start
@@ -495,7 +509,7 @@ class ShardedEMA:
                 shadow = self._new_shadow()
                 shadow.start(sources)
                 shadow.wait()
-            moment = Moment(self._shadow.started, track.clock, track.start, track.seen, skipped)
+            moment = Moment(self._shadow.started, track.clock, track.start, track.seen, skipped, shadow.seed)
             spoken = [speaks(entries[share.spec.name], share, group) for share in self._shares]
             spare = shadow is not self._shadow
             state = make_state_dict(moment, self._options.schedules, shadow, self._shares, spoken, spare)
@@ -536,6 +550,7 @@ class ShardedEMA:
                 agree(lambda: shadow.allocate(sources), group, doing)
             restore.fill(shadow)
             shadow.loaded()
+        shadow.seed = self._seed(moment.seed)
         self._take(shadow)
         self._track.restore(moment.clock, moment.start, moment.seen)
         self._skipped_before = moment.skipped if rank_in(group) == 0 else 0

@@ -116,6 +116,66 @@ int64_t blend(int64_t dtype, float *shadow, const void *source, int64_t low, int
     }
 }
 
+// Rounding to bf16 at random: dist_ema/rounding.py says what and why, and gives the same bits.
+
+inline uint64_t element_key(uint64_t tensor, uint64_t average) {
+    uint64_t key = tensor + average;
+    key = (key ^ key >> 30) * 0xbf58476d1ce4e5b9u;
+    key = (key ^ key >> 27) * 0x94d049bb133111ebu;
+    return key ^ key >> 31;
+}
+
+inline uint32_t mix(uint32_t bits) {
+    bits = (bits ^ bits >> 16) * 0x7feb352du;
+    bits = (bits ^ bits >> 15) * 0x846ca68bu;
+    return bits ^ bits >> 16;
+}
+
+inline uint16_t rounded(float value, uint32_t draw) {
+    const uint32_t bits = to_bits(value);
+    const uint32_t up = bits + draw;
+    const bool keeps = !is_finite(value) || (up & 0x7f800000u) == 0x7f800000u;
+    const uint32_t quiet = (bits & 0x7fffffffu) > 0x7f800000u ? 0x40u : 0u;
+    return static_cast<uint16_t>(keeps ? bits >> 16 | quiet : up >> 16);
+}
+
+// One piece of a run: its elements follow each other in the full tensor too, from `position` on.
+template <typename Source>
+int64_t blend_rounded(uint16_t *__restrict shadow, const void *given, int64_t count, float weight, bool guarded,
+                      int64_t position, uint64_t key) {
+    const auto *__restrict source = static_cast<const typename Source::type *>(given);
+    const bool near = (weight < 0 ? -weight : weight) < 0.5f;
+    const float coefficient = near ? weight : weight - 1.0f;
+    const auto first = static_cast<uint32_t>(key), second = static_cast<uint32_t>(key >> 32);
+    int32_t skipped = 0;
+#pragma omp simd reduction(+ : skipped)
+    for (int64_t i = 0; i < count; i++) {
+        const uint64_t place = static_cast<uint64_t>(position + i);
+        const uint32_t half = mix(static_cast<uint32_t>(place) ^ first);
+        const uint32_t draw = mix((half + static_cast<uint32_t>(place >> 32)) ^ second) >> 16;
+        const float start = BFloat16::load(shadow[i]);
+        const float end = Source::load(source[i]);
+        const float blended = multiply_add(coefficient, end - start, near ? start : end);
+        const uint16_t value = rounded(guarded && !is_finite(start) ? end : blended, draw);
+        const bool skips = guarded && !is_finite(end);
+        shadow[i] = skips ? shadow[i] : value;
+        skipped += skips;
+    }
+    return skipped;
+}
+
+int64_t blend_rounded(int64_t dtype, uint16_t *shadow, const void *source, int64_t low, int64_t count, float weight,
+                      bool guarded, int64_t position, uint64_t key) {
+    const auto *wide = static_cast<const float *>(source) + low;
+    const auto *narrow = static_cast<const uint16_t *>(source) + low;
+    shadow += low;
+    switch (dtype) {
+        case 0: return blend_rounded<Float32>(shadow, wide, count, weight, guarded, position, key);
+        case 1: return blend_rounded<BFloat16>(shadow, narrow, count, weight, guarded, position, key);
+        default: return blend_rounded<Float16>(shadow, narrow, count, weight, guarded, position, key);
+    }
+}
+
 }  // namespace
 
 // tensors, averages: how many.
@@ -140,6 +200,45 @@ extern "C" int64_t dist_ema_lerp(int64_t tensors, int64_t averages, const int64_
             for (int64_t average = 0; average < averages; average++) {
                 const int64_t found = blend(dtypes[tensor], shadows[average * tensors + tensor], sources[tensor], low,
                                             count, static_cast<float>(weights[average]), guarded != 0);
+                skipped += average == 0 ? found : 0;
+            }
+            position += count;
+            while (position < stop && position >= offsets[tensor + 1]) tensor++;  // empty tensors too
+        }
+    }
+    return skipped;
+}
+
+// As above for bf16 shadows, rounded at random. Besides:
+// names: hash of each tensor's name; keys: of each average, for this update.
+// indices: the number of each tensor among those that names and runs are of; runs: where each one's runs begin, and the
+// end; locals, fulls: the element of the shadow, and of the full tensor, that each run begins at.
+extern "C" int64_t dist_ema_lerp_rounded(int64_t tensors, int64_t averages, const int64_t *offsets,
+                                         const void *const *sources, const int64_t *dtypes, uint16_t *const *shadows,
+                                         const int64_t *indices, const double *weights, const uint64_t *keys,
+                                         const uint64_t *names, const int64_t *runs, const int64_t *locals,
+                                         const int64_t *fulls, int64_t guarded, int64_t threads) {
+    const int64_t total = offsets[tensors];
+    const int64_t chunks = (total + kChunk - 1) / kChunk;
+    int64_t skipped = 0;
+#pragma omp parallel for schedule(dynamic) reduction(+ : skipped) num_threads(threads) if (threads > 1 && chunks > 1)
+    for (int64_t chunk = 0; chunk < chunks; chunk++) {
+        int64_t position = chunk * kChunk;
+        const int64_t stop = std::min(position + kChunk, total);
+        int64_t tensor = std::upper_bound(offsets, offsets + tensors + 1, position) - offsets - 1;
+        while (position < stop) {
+            const int64_t low = position - offsets[tensor];
+            const int64_t *first = locals + runs[indices[tensor]];
+            const int64_t *last = locals + runs[indices[tensor] + 1];
+            const int64_t *run = std::upper_bound(first, last, low) - 1;
+            const int64_t end = std::min(stop, offsets[tensor + 1]) - offsets[tensor];
+            const int64_t count = std::min({kBlock, end - low, run + 1 < last ? run[1] - low : end - low});
+            const int64_t place = fulls[run - locals] + low - *run;
+            for (int64_t average = 0; average < averages; average++) {
+                const int64_t found = blend_rounded(
+                    dtypes[tensor], shadows[average * tensors + tensor], sources[tensor], low, count,
+                    static_cast<float>(weights[average]), guarded != 0, place,
+                    element_key(names[indices[tensor]], keys[average]));
                 skipped += average == 0 ? found : 0;
             }
             position += count;

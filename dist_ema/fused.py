@@ -11,9 +11,11 @@ import itertools
 from array import array
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from dist_ema import native
+from dist_ema.rounding import Rounding
 from dist_ema.table import CODES, Averages, Ranges, Table, address
 
 
@@ -30,6 +32,11 @@ def _arrays(taken: list[int], averages: Averages, sources: Sequence[Tensor], ran
     targets = [average[index].data_ptr() for average in averages for index in taken]
     offsets = itertools.accumulate(counts, initial=0)
     return [array("q", values) for values in (offsets, starts, codes, targets)]
+
+
+def rounded_table() -> Table[list[array[int]]]:
+    """An empty table for :func:`lerp_rounded`."""
+    return Table("cpu", lambda taken, *lists: [*_arrays(taken, *lists), array("q", taken)], torch.bfloat16)
 
 
 def lerp(
@@ -58,3 +65,21 @@ def lerp(
         raise ValueError(f"{len(weights)} weights for {len(averages)} averages")
     arrays, rest = table.read(averages, sources, ranges)
     return kernel.lerp(arrays, weights, guarded), rest
+
+
+def lerp_rounded(
+    averages: Averages,
+    sources: Sequence[Tensor],
+    ranges: Ranges,
+    weights: Sequence[float],
+    table: Table[list[array[int]]],
+    guarded: bool,
+    rounding: Rounding,
+) -> tuple[int, list[int]]:
+    """:func:`lerp` for bf16 shadows, which are rounded stochastically: by ``rounding``, of the same tensors."""
+    if not any(source.is_cpu for source in sources) or (kernel := native.choice()) is None:
+        return 0, list(range(len(sources)))
+    if not len(weights) == len(averages) == len(rounding.keys):
+        raise ValueError(f"{len(weights)} weights and {len(rounding.keys)} keys for {len(averages)} averages")
+    arrays, rest = table.read(averages, sources, ranges)
+    return kernel.lerp_rounded(arrays, weights, guarded, rounding), rest

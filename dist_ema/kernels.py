@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dist_ema import fused, multi_tensor
+from dist_ema.rounding import Rounding
 
 #: Elements at a time: 1 MiB of fp32, which stays in the cache. On an accelerator a launch has to be worth its cost.
 CHUNK = 1 << 18
@@ -60,10 +61,12 @@ class Scratch:
 
     Attributes:
         tables: what the compiled kernels were last called with, on the CPU and on GPUs.
+        rounded_table: the same for bf16 shadows on the CPU.
     """
 
     def __init__(self) -> None:
         self.tables = fused.table(), multi_tensor.table()
+        self.rounded_table = fused.rounded_table()
         self._buffers: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
     def like(self, values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -159,6 +162,44 @@ def lerp(
         _eager_lerp(shadows, sources[index], ranges[index], weights, scratch, guard, index)
 
 
+@torch.no_grad()
+def lerp_rounded(
+    averages: Sequence[Sequence[Tensor]],
+    sources: Sequence[Tensor],
+    ranges: Sequence[tuple[int, int]],
+    weights: Sequence[float],
+    scratch: Scratch,
+    guard: Guard | None,
+    rounding: Rounding,
+) -> None:
+    """:func:`lerp` for bf16 shadows: computed in fp32, then rounded stochastically. Local.
+
+    The compiled route and the one in torch's operations give the same bits.
+
+    Args:
+        averages, sources, ranges, weights, scratch, guard: as there.
+        rounding: of this update of these tensors.
+    """
+    guarded = guard is not None
+    skipped, left = fused.lerp_rounded(averages, sources, ranges, weights, scratch.rounded_table, guarded, rounding)
+    if guard is not None:
+        guard.skipped += skipped
+    for index in left:
+        for offset, piece in pieces(sources[index], *ranges[index], chunk_size(sources[index].device)):
+            values = scratch.cast(piece, torch.float32).reshape(-1)
+            finite = torch.isfinite(values)
+            if guard is not None:
+                guard.count(finite)
+            for number, (average, weight) in enumerate(zip(averages, weights, strict=True)):
+                target = average[index][offset : offset + values.numel()]
+                start = target.float()
+                blended = torch.lerp(start, values, weight)
+                if guard is not None:
+                    blended = torch.where(start.isfinite(), blended, values)
+                result = rounding.apply(number, index, offset, blended)
+                target.copy_(result if guard is None else torch.where(finite, result, target))
+
+
 def _eager_lerp(
     shadows: Sequence[Tensor],
     source: Tensor,
@@ -216,16 +257,24 @@ def copy(
     sources: Sequence[Tensor],
     ranges: Sequence[tuple[int, int]],
     guard: Guard | None,
+    rounding: Rounding | None = None,
 ) -> None:
-    """Sets every shadow to its source, converted. Non-finite elements are counted, and copied for want of a better."""
+    """Sets every shadow to its source, converted. Non-finite elements are counted, and copied for want of a better.
+
+    With ``rounding`` shadows are bf16, and what does not fit is rounded stochastically.
+    """
     for index, (source, (start, stop)) in enumerate(zip(sources, ranges, strict=True)):
         for offset, piece in pieces(source, start, stop, chunk_size(source.device)):
             if guard is not None and piece.is_floating_point() and not guard.passes(piece):
                 guard.count(torch.isfinite(piece))
                 if piece.device.type == "cpu":
                     guard.tainted.add(index)
-            for average in averages:
-                average[index][offset : offset + piece.numel()].view(piece.shape).copy_(piece)
+            for number, average in enumerate(averages):
+                target = average[index][offset : offset + piece.numel()]
+                if rounding is None or piece.dtype == target.dtype:
+                    target.view(piece.shape).copy_(piece)
+                else:
+                    target.copy_(rounding.apply(number, index, offset, piece.float().reshape(-1)))
 
 
 @torch.no_grad()

@@ -31,6 +31,8 @@ DATA = re.compile(r"data-[0-9a-f]{32}")
 _FILE = re.compile(r"(averages/[A-Za-z0-9_][A-Za-z0-9_.-]*|live)/model(-\d{5}-of-\d{5})?\.safetensors")
 _DIGEST = re.compile(r"[0-9a-f]{16}")
 _CHECKSUM = re.compile(r"[0-9a-f]{64}")
+_FIELDS = {"format", "version", "library", "data", "started", "clock", "start", "seen", "skipped", "averages", "live"}
+_FIELDS |= {"files", "seed"}
 _ITEM_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I16": 2}
 _ITEM_SIZES |= {"I8": 1, "U8": 1, "U16": 2, "U32": 4, "U64": 8, "BOOL": 1, "C64": 8}
 
@@ -83,6 +85,7 @@ class Manifest:
         live: tensors that are not averaged.
         files: every file.
         library: version of the library that wrote it.
+        seed: of the rounding of bf16 averages; None, which is not written, where they are rounded to nearest.
     """
 
     data: str
@@ -96,6 +99,7 @@ class Manifest:
     live: Mapping[str, StoredTensor]
     files: Mapping[str, StoredFile]
     library: str = __version__
+    seed: int | None = None
 
     def to_bytes(self) -> bytes:
         """The text of ``ema.json``."""
@@ -116,7 +120,7 @@ class Manifest:
             "live": _write_tensors(self.live),
             "files": {name: asdict(file) for name, file in self.files.items()},
         }
-        return _seal(body)
+        return _seal(body if self.seed is None else {**body, "seed": self.seed})
 
     @classmethod
     def from_bytes(cls, text: bytes) -> Manifest:
@@ -131,6 +135,10 @@ class Manifest:
 
     @classmethod
     def _from_body(cls, body: dict[str, Any]) -> Manifest:
+        if unknown := body.keys() - _FIELDS:
+            _refuse(f"no version of it has {sorted(unknown)[:3]}")
+        if "seed" in body and _is_odd(body["seed"], 63):
+            _refuse(f"the seed {body['seed']!r} is none")
         files = {}
         for name, file in body["files"].items():
             if not _FILE.fullmatch(name) or _is_odd(file["size"]) or not _CHECKSUM.fullmatch(file["header"]):
@@ -153,6 +161,7 @@ class Manifest:
             live=_read_tensors(body["live"], LIVE, files),
             files=files,
             library=str(body["library"]),
+            seed=body.get("seed"),
         )
         used = {tensor.file for tensors in manifest.folders().values() for tensor in tensors.values()}
         if used != files.keys():
@@ -229,9 +238,9 @@ def _read_progress(values: Mapping[str, Any]) -> Progress:
     return Progress().advance(**values)
 
 
-def _is_odd(number: object) -> bool:
-    """Whether this is not a size: a whole number from 0 to 2**62."""
-    return not isinstance(number, int) or isinstance(number, bool) or not 0 <= number <= 1 << 62
+def _is_odd(number: object, bits: int = 62) -> bool:
+    """Whether this is not a size: a whole number from 0 to 2**62. (A seed has 63 bits.)"""
+    return not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 1 << bits
 
 
 def _refuse(why: str) -> NoReturn:

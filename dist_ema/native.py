@@ -24,6 +24,7 @@ from torch import Tensor
 from dist_ema import compiler
 from dist_ema.choice import choose
 from dist_ema.compiler import BuildError
+from dist_ema.rounding import Places, Rounding, average_key
 from dist_ema.table import CODES
 
 logger = logging.getLogger(__name__)
@@ -45,10 +46,13 @@ class Library:
         self.path = path
         try:
             self._lerp, self._digest = library.dist_ema_lerp, library.dist_ema_digest
+            self._lerp_rounded = library.dist_ema_lerp_rounded
         except AttributeError as error:
             raise OSError(str(error)) from error
         self._lerp.argtypes = [c_int64] * 2 + [c_void_p] * 5 + [c_int64] * 2
         self._lerp.restype = c_int64
+        self._lerp_rounded.argtypes = [c_int64] * 2 + [c_void_p] * 11 + [c_int64] * 2
+        self._lerp_rounded.restype = c_int64
         self._digest.argtypes = [c_void_p, c_int64, c_void_p, c_int64, c_void_p]
         self._digest.restype = ctypes.c_uint64
         self._process = os.getpid()
@@ -68,11 +72,34 @@ class Library:
         Returns:
             How many source elements were left out.
         """
-        threads = torch.get_num_threads() if os.getpid() == self._process else 1
-        given: list[array[int] | array[float]] = [*arrays, array("d", weights)]
-        addresses = [values.buffer_info()[0] for values in given]
-        skipped: int = self._lerp(len(arrays[1]), len(weights), *addresses, guarded, threads)
+        scale = array("d", weights)
+        given = _addresses([*arrays, scale])
+        skipped: int = self._lerp(len(arrays[1]), len(weights), *given, guarded, self._threads())
         return skipped
+
+    def lerp_rounded(
+        self, arrays: Sequence[array[int]], weights: Sequence[float], guarded: bool, rounding: Rounding
+    ) -> int:
+        """:meth:`lerp` for bf16 shadows, rounded stochastically.
+
+        Args:
+            arrays: as there, and the number of each tensor in ``rounding``.
+            weights: of each average.
+            guarded: leave out what is not finite.
+            rounding: of this update.
+
+        Returns:
+            How many source elements were left out.
+        """
+        places = rounding.places
+        tables = [array("Q", rounding.keys), places.names, places.first, places.local, places.full]
+        scale = array("d", weights)
+        given = _addresses([*arrays, scale, *tables])
+        skipped: int = self._lerp_rounded(len(arrays[1]), len(weights), *given, guarded, self._threads())
+        return skipped
+
+    def _threads(self) -> int:
+        return torch.get_num_threads() if os.getpid() == self._process else 1
 
     def digest(self, address: int, width: int, runs: Sequence[tuple[int, int]], keys: Tensor) -> int:
         """The digest's sum over ``runs``, by one thread; other Python threads run meanwhile.
@@ -86,6 +113,11 @@ class Library:
         pairs = array("q", itertools.chain.from_iterable(runs))
         total: int = self._digest(address, width, pairs.buffer_info()[0], len(runs), keys.data_ptr())
         return total
+
+
+def _addresses(arrays: Sequence[array[int] | array[float]]) -> list[int]:
+    """Of what the caller holds on to."""
+    return [values.buffer_info()[0] for values in arrays]
 
 
 # The choice.
@@ -122,3 +154,15 @@ def _check(library: Library) -> None:
             skipped = library.lerp(arrays, [weight], True)
             if skipped != 2 or not torch.equal(shadow, expected):
                 raise BuildError(f"{library.path} does not compute what torch does from {dtype}")
+            _check_rounding(library, values, code, weight)
+
+
+def _check_rounding(library: Library, values: Tensor, code: int, weight: float) -> None:
+    rounding = Rounding(Places(["check"], [((2**32 - 50, 99),)]), [average_key(0, 1, "check")])
+    shadow = torch.linspace(1, -2, 99, dtype=torch.float32, device="cpu").bfloat16()
+    blended = rounding.apply(0, 0, 0, torch.lerp(shadow.float(), values.float(), weight))
+    expected = torch.where(values.isfinite(), blended, shadow)
+    entries = ([0, 99], [values.data_ptr()], [code], [shadow.data_ptr()], [0])
+    skipped = library.lerp_rounded([array("q", entry) for entry in entries], [weight], True, rounding)
+    if skipped != 2 or not torch.equal(shadow, expected):
+        raise BuildError(f"{library.path} does not round as torch's operations do")

@@ -35,12 +35,18 @@ class HostShadow(Shadow):
 
     Args:
         threads: of the worker; see :class:`Worker`.
+        seed: see :class:`Shadow`.
     """
 
     def __init__(
-        self, names: Iterable[str], shares: Sequence[Share], skip_nonfinite: bool, threads: int | None
+        self,
+        names: Iterable[str],
+        shares: Sequence[Share],
+        skip_nonfinite: bool,
+        threads: int | None,
+        seed: int | None = None,
     ) -> None:
-        super().__init__(names, shares, skip_nonfinite)
+        super().__init__(names, shares, skip_nonfinite, seed)
         self._worker = Worker(threads)
         self._kept = [*self._averaged, *self._copied]
         self._links: dict[torch.device, Link] = {}
@@ -67,10 +73,10 @@ class HostShadow(Shadow):
         self.allocate(sources)
         self._submit(sources, self.fill)
 
-    def update(self, sources: Sequence[Tensor], weights: Sequence[float]) -> None:
+    def update(self, sources: Sequence[Tensor], weights: Sequence[float], number: int) -> None:
         """Has every average moved by its weight. Local; waits for the update before, not for this one."""
         update = super().update
-        self._submit(sources, lambda taken: update(taken, weights))
+        self._submit(sources, lambda taken: update(taken, weights, number))
 
     def tensors(self, name: str) -> list[Tensor | None]:
         """The flat shadow of every share, None where it is live. Waits for the thread."""

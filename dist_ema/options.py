@@ -16,6 +16,8 @@ from dist_ema.timing import CLOCK_UNITS, Time
 #: The name of the average where there is only one.
 ONLY = "ema"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+_DTYPES_TEXT = "torch.float32, torch.float64 and torch.bfloat16 (stochastically rounded)"
 _BUFFERS = ("copy", "average", "ignore")
 
 
@@ -35,6 +37,7 @@ class Options:
         skip_nonfinite: leave out NaN and Inf.
         offload: keep shadows in host memory, up to date by a thread.
         offload_threads: how many threads that one computes with; None means a quarter of the caller's.
+        seed: of stochastic rounding, for bf16 shadows; None for those of other dtypes.
     """
 
     schedules: Mapping[str, Schedule]
@@ -48,6 +51,7 @@ class Options:
     skip_nonfinite: bool
     offload: bool
     offload_threads: int | None
+    seed: int | None
 
     @classmethod
     def parse(
@@ -69,6 +73,7 @@ class Options:
         exclude: object,
         buffers: object,
         skip_nonfinite: object,
+        seed: object = 0,
     ) -> Options:
         """Checks every option. Raises EMAConfigError naming the first that is wrong, its value and what is allowed."""
         duration = None
@@ -90,6 +95,7 @@ class Options:
             _flag("skip_nonfinite", skip_nonfinite),
             offload is not None,
             _threads(offload_threads, offload),
+            _seed(seed, dtype),
         )
 
     def selects(self, name: str) -> bool:
@@ -173,13 +179,19 @@ def _dtype(dtype: object) -> torch.dtype | None:
     if dtype is None:
         return None
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise EMAConfigError(f"dtype={dtype!r}: allowed are None, torch.float32 and torch.float64")
-    if dtype not in (torch.float32, torch.float64):
+        raise EMAConfigError(f"dtype={dtype!r}: allowed are None and {_DTYPES_TEXT}")
+    if dtype not in _DTYPES:
         raise EMAConfigError(
             f"dtype={dtype}: a shadow of this precision stops moving, since each step of a slow average is smaller "
-            "than its last bit; allowed are torch.float32 and torch.float64"
+            f"than its last bit; allowed are {_DTYPES_TEXT}, and None for each parameter's own"
         )
     return dtype
+
+
+def _seed(value: object, dtype: object) -> int | None:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 63:
+        raise EMAConfigError(f"seed={value!r}: allowed are whole numbers from 0 to 2**63 - 1")
+    return value if dtype == torch.bfloat16 else None
 
 
 def _flag(option: str, value: object) -> bool:

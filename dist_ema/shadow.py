@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dist_ema import kernels, memory
 from dist_ema.errors import EMAStateError
+from dist_ema.rounding import Places, Rounding, average_key
 from dist_ema.shares import Share
 
 
@@ -16,9 +17,19 @@ class Shadow:
     """The averages of one model on this rank, and the last copy of its buffers, which all averages have in common.
 
     Memory is taken at the first update, since a model may still be on the meta device before.
+
+    Args:
+        names: of the averages.
+        shares: what this rank keeps of each tensor.
+        skip_nonfinite: leave out NaN and Inf.
+        seed: of stochastic rounding, for bf16 shadows; None rounds to nearest.
     """
 
-    def __init__(self, names: Iterable[str], shares: Sequence[Share], skip_nonfinite: bool) -> None:
+    def __init__(
+        self, names: Iterable[str], shares: Sequence[Share], skip_nonfinite: bool, seed: int | None = None
+    ) -> None:
+        self.seed = seed
+        self._places: Places | None = None
         self.guard = kernels.Guard() if skip_nonfinite else None
         self.scratch = kernels.Scratch()
         self._names = tuple(names)
@@ -47,7 +58,8 @@ class Shadow:
     def fill(self, sources: Sequence[Tensor]) -> None:
         """Copies the sources into every average. Local."""
         averages = list(self._averages.values())
-        kernels.copy(averages, self._pick(sources), self._ranges(self._averaged), self.guard)
+        rounding = self._rounding(1)
+        kernels.copy(averages, self._pick(sources), self._ranges(self._averaged), self.guard, rounding)
         self._copy_buffers(sources)
 
     def loaded(self) -> None:
@@ -56,17 +68,29 @@ class Shadow:
             self.guard = kernels.Guard()
             self.guard.tainted.update(range(len(self._averaged)))
 
-    def update(self, sources: Sequence[Tensor], weights: Sequence[float]) -> None:
-        """Moves every average by its weight. Local; no host sync, no memory beyond the scratch."""
-        kernels.lerp(
-            list(self._averages.values()),
-            self._pick(sources),
-            self._ranges(self._averaged),
-            weights,
-            self.scratch,
-            self.guard,
-        )
+    def update(self, sources: Sequence[Tensor], weights: Sequence[float], number: int) -> None:
+        """Moves every average by its weight. Local; no host sync, no memory beyond the scratch.
+
+        Args:
+            sources: the live tensors.
+            weights: of each average.
+            number: of this update; the first copy was number 1. Rounding depends on it.
+        """
+        averages, ranges = list(self._averages.values()), self._ranges(self._averaged)
+        taken, rounding = self._pick(sources), self._rounding(number)
+        if rounding is None:
+            kernels.lerp(averages, taken, ranges, weights, self.scratch, self.guard)
+        else:
+            kernels.lerp_rounded(averages, taken, ranges, weights, self.scratch, self.guard, rounding)
         self._copy_buffers(sources)
+
+    def _rounding(self, update: int) -> Rounding | None:
+        if self.seed is None:
+            return None
+        if self._places is None:
+            shares = [self._shares[index] for index in self._averaged]
+            self._places = Places([share.spec.name for share in shares], [share.runs for share in shares])
+        return Rounding(self._places, [average_key(self.seed, update, name) for name in self._names])
 
     def tensors(self, name: str) -> list[Tensor | None]:
         """The flat shadow of every share, None where it is live."""

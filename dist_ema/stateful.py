@@ -43,6 +43,7 @@ class Moment:
         start: the clock at the first copy.
         seen: the average's own clock at its last update.
         skipped: NaN and Inf elements left out so far, over all ranks.
+        seed: of the rounding of bf16 averages; None where they are rounded to nearest.
     """
 
     started: bool
@@ -50,6 +51,7 @@ class Moment:
     start: Progress
     seen: Progress
     skipped: int
+    seed: int | None = None
 
     def to_tensor(self) -> Tensor:
         """As text."""
@@ -65,7 +67,8 @@ class Moment:
             )
         try:
             clocks = {name: _read_clock(body[name]) for name in ("clock", "start", "seen")}
-            return cls(started=bool(body["started"]), skipped=int(body["skipped"]), **clocks)
+            seed = None if body.get("seed") is None else int(body["seed"])
+            return cls(started=bool(body["started"]), skipped=int(body["skipped"]), seed=seed, **clocks)
         except (KeyError, TypeError, ValueError, EMAError) as error:
             raise CheckpointCorruptError(f"'progress' of the state dict is damaged: {error!r}") from error
 

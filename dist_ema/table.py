@@ -26,10 +26,17 @@ class Table(Generic[Made]):
     Args:
         device_type: ``"cpu"`` or ``"cuda"``: where the tensors that the kernel takes lie.
         make: the arguments for the tensors of these indices, from the lists of all.
+        dtype: of the shadows that it takes.
     """
 
-    def __init__(self, device_type: str, make: Callable[[list[int], Averages, Sequence[Tensor], Ranges], Made]) -> None:
+    def __init__(
+        self,
+        device_type: str,
+        make: Callable[[list[int], Averages, Sequence[Tensor], Ranges], Made],
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self._device_type = device_type
+        self._dtype = dtype
         self._make = make
         self._seen: list[object] = []
         self._made: Made | None = None
@@ -61,7 +68,7 @@ class Table(Generic[Made]):
 
     def _fits(self, shadow: Tensor, source: Tensor, count: int) -> bool:
         beside = shadow.device == source.device
-        return beside and shadow.dtype == torch.float32 and self._lies_flat(shadow, count)
+        return beside and shadow.dtype == self._dtype and self._lies_flat(shadow, count)
 
     def _lies_flat(self, tensor: Tensor, count: int) -> bool:
         """Whether its first ``count`` elements lie one after the other, aligned, in the memory of the device."""

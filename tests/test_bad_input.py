@@ -29,6 +29,7 @@ def says(error: BaseException, *parts: str) -> None:
 # Options: the option's name, the value that was found, what is allowed.
 
 UNITS = "ba, sp, tok, ep"
+DTYPES = "torch.float32, torch.float64 and torch.bfloat16"
 WRONG_OPTIONS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"decay": 1.0}, ("decay=1.0", "[0, 1)")),
     ({"decay": -0.1}, ("decay=-0.1", "[0, 1)")),
@@ -68,10 +69,13 @@ WRONG_OPTIONS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"ema_start": "0.1dur"}, ("ema_start='0.1dur'", "needs max_duration")),
     ({"max_duration": "0ep"}, ("max_duration='0ep'", "not positive", UNITS)),
     ({"max_duration": "1dur"}, ("max_duration='1dur'", "'dur' is not allowed here", UNITS)),
-    ({"dtype": "float32"}, ("dtype='float32'", "torch.float32 and torch.float64")),
-    ({"dtype": torch.int32}, ("dtype=torch.int32", "torch.float32 and torch.float64")),
-    ({"dtype": torch.bool}, ("dtype=torch.bool", "torch.float32 and torch.float64")),
-    ({"dtype": torch.bfloat16}, ("dtype=torch.bfloat16", "stops moving", "torch.float32 and torch.float64")),
+    ({"dtype": "float32"}, ("dtype='float32'", DTYPES)),
+    ({"dtype": torch.int32}, ("dtype=torch.int32", DTYPES)),
+    ({"dtype": torch.bool}, ("dtype=torch.bool", DTYPES)),
+    ({"dtype": torch.float16}, ("dtype=torch.float16", "stops moving", DTYPES)),
+    ({"seed": -1}, ("seed=-1", "from 0 to 2**63 - 1")),
+    ({"seed": 1 << 63}, ("seed=9223372036854775808", "from 0 to 2**63 - 1")),
+    ({"dtype": torch.bfloat16, "seed": True}, ("seed=True", "from 0 to 2**63 - 1")),
     ({"offload": "gpu"}, ("offload='gpu'", "allowed")),
     ({"offload": True}, ("offload=True", "None and 'cpu'")),
     ({"offload": "cpu", "offload_threads": 0}, ("offload_threads=0", "from 1 on")),

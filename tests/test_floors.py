@@ -23,7 +23,7 @@ LAYERS = [
     {"dist_ema.errors"},
     {"dist_ema.timing", "dist_ema.geometry", "dist_ema.memory", "dist_ema.compiler", "dist_ema.background"},
     {"dist_ema.worker"},
-    {"dist_ema.choice", "dist_ema.table"},
+    {"dist_ema.choice", "dist_ema.table", "dist_ema.rounding"},
     {"dist_ema.native", "dist_ema.triton_kernels"},
     {"dist_ema.fused", "dist_ema.multi_tensor"},
     {"dist_ema.schedules", "dist_ema.kernels"},
@@ -103,7 +103,7 @@ def test_time_schedules_and_geometry_do_not_know_torch() -> None:
 
 def test_arithmetic_does_not_know_process_groups() -> None:
     found = importers("torch.distributed")
-    arithmetic = {"kernels", "fused", "multi_tensor", "fingerprint", "geometry", "shadow"}
+    arithmetic = {"kernels", "fused", "multi_tensor", "rounding", "fingerprint", "geometry", "shadow"}
     arithmetic |= {"offload", "staging", "worker"}
     assert not {f"dist_ema.{name}" for name in arithmetic} & found.keys()
 
