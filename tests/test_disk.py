@@ -1,0 +1,105 @@
+"""Saves on disks that are full or read-only: real ones, mounted for a process of their own."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+UNSHARE = ["unshare", "--mount", "--map-root-user"]
+
+#: Fills the disk so far that the save fails at another place each time.
+FULL = """
+import os, random, subprocess, sys, torch
+from pathlib import Path
+from torch import nn
+from dist_ema import ShardedEMA, verify_checkpoint
+from dist_ema.errors import CheckpointError
+
+disk = Path(sys.argv[1])
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", disk], check=True)
+torch.manual_seed(0)
+model = nn.Sequential(*(nn.Linear(100, 100) for _ in range(20)))  # 0.8 MB, and less than a file system's page each
+ema = ShardedEMA(model, averages={"fast": .5, "slow": .9})
+ema.update()
+ema.save(disk / "c")
+taken = sum(file.stat().st_size for file in disk.rglob("*") if file.is_file())
+generator = random.Random(0)
+failed = 0
+for attempt in range(25):
+    before = ema.num_updates
+    block = attempt % 2 == 0
+    free = os.statvfs(disk).f_bavail * 4096
+    (disk / "filler").write_bytes(bytes(max(free - generator.randrange(int(1.1 * taken)), 0)))
+    old = verify_checkpoint(disk / "c").seen.updates
+    ema.update()
+    try:
+        ema.save(disk / "c", block=block)
+        ema.wait()
+        expected = ema.num_updates
+    except CheckpointError as error:
+        assert "No space left on device" in str(error), error
+        failed += 1
+        expected = old
+    assert verify_checkpoint(disk / "c").seen.updates == expected
+    assert sorted(found.name for found in disk.iterdir()) == ["c", "filler"], list(disk.iterdir())
+    assert len(list((disk / "c").iterdir())) == 2
+    (disk / "filler").unlink()
+ema.save(disk / "c")
+assert verify_checkpoint(disk / "c").seen.updates == ema.num_updates
+assert 10 <= failed < 25, failed
+print("failed", failed)
+"""
+
+READ_ONLY = """
+import subprocess, sys
+from pathlib import Path
+from torch import nn
+from dist_ema import ShardedEMA, verify_checkpoint
+from dist_ema.errors import CheckpointError
+
+disk = Path(sys.argv[1])
+subprocess.run(["mount", "-t", "tmpfs", "none", disk], check=True)
+ema = ShardedEMA(nn.Linear(3, 3), decay=.5)
+ema.update()
+ema.save(disk / "c")
+subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+for path in (disk / "c", disk / "new"):
+    for block in (True, False):
+        ema.update()
+        try:
+            ema.save(path, block=block)
+            ema.wait()
+            raise SystemExit("saved")
+        except CheckpointError as error:
+            assert "Read-only file system" in str(error), error
+ema.load(disk / "c")
+assert ema.num_updates == 1
+assert [found.name for found in disk.iterdir()] == ["c"]
+verify_checkpoint(disk / "c")
+"""
+
+
+def _can_mount(directory: Path) -> bool:
+    if not shutil.which("unshare"):
+        return False
+    script = f'mount -t tmpfs none "{directory}"'
+    return subprocess.run([*UNSHARE, "sh", "-c", script], capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("script", [FULL, READ_ONLY], ids=["full", "read-only"])
+def test_a_disk_that_cannot_be_written_to_costs_no_checkpoint(script: str, tmp_path: Path) -> None:
+    """The error is raised, the old checkpoint stands whole, and nothing half-written is left to fill the disk."""
+    if not _can_mount(tmp_path):
+        pytest.skip("this user may not mount a file system here")
+    result = subprocess.run(
+        [*UNSHARE, sys.executable, "-c", script, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
