@@ -12,9 +12,13 @@ import pytest
 SCRIPT = Path(__file__).parent.parent / "launch" / "benchmark.py"
 
 
+def script(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SCRIPT), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SCRIPT), "update", "--elements", "3000", "--tensors", "7", "--repeats", "1"]
-    return subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=300, check=False)
+    return script("update", "--elements", "3000", "--tensors", "7", "--repeats", "1", *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -64,3 +68,12 @@ def test_bad_usage(arguments: list[str]) -> None:
     done = run(*arguments)
     assert done.returncode == 2
     assert arguments[0] in done.stderr
+
+
+def test_the_benchmark_of_offloading_has_every_way_to_offload() -> None:
+    done = script("offload", "--elements", "1000000", "--steps", "1", "--repeats", "1", "--json")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)["rows"]
+    assert [row["contender"] for row in rows][:2] == ["no average", "ShardedEMA"]
+    assert len([row for row in rows if row["contender"].startswith("offload")]) == 3
+    assert all(row["step"] > 0 and row["loader"] > 0 for row in rows)

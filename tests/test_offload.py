@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import random
 import subprocess
 import sys
 import threading
@@ -342,6 +343,47 @@ def test_a_write_by_other_hands_is_logged_once_unless_it_waited(route: str, capl
         assert "wait()" in caplog.text
 
 
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("seed", range(2))
+def test_no_order_of_calls_makes_a_difference(seed: int, route: str, tmp_path: Path) -> None:
+    """Whatever follows whatever, at once: the bits, the live weights and the numbers are those of the other average."""
+    draw = random.Random(seed)
+    model, twin = build(), build()
+    offloaded = ShardedEMA(model, decay=0.5, offload="cpu")
+    plain = ShardedEMA(twin, decay=0.5)
+    sides = [(model, trained(model, 0.1), offloaded), (twin, trained(twin, 0.1), plain)]
+    offloaded.save(tmp_path / "offloaded"), plain.save(tmp_path / "plain")
+
+    def evaluate(model: nn.Module, _: object, ema: ShardedEMA) -> None:
+        with ema.average_parameters(), torch.no_grad():
+            model.eval()(batch(1))
+
+    def save(_model: object, _optimizer: object, ema: ShardedEMA) -> None:
+        ema.save(tmp_path / ("plain" if ema is plain else "offloaded"), block=False)
+
+    def load(_model: object, _optimizer: object, ema: ShardedEMA) -> None:
+        ema.load(tmp_path / ("plain" if ema is plain else "offloaded"), strict=False)
+
+    def forward(model: nn.Module, *_: object) -> None:
+        model.train()(batch(2))
+
+    def adopt(model: nn.Module, _optimizer: object, ema: ShardedEMA) -> None:
+        ema.copy_to()
+
+    actions: list[Callable[..., object]] = [evaluate, save, load, forward, adopt]
+    actions += [lambda *side: side[2].reset(), lambda *side: side[2].close(), lambda *side: side[2].metrics()]
+    actions += [lambda *side: step(side[0], side[1], 3), lambda *side: side[2].update()] * 6
+    with slowly(route):
+        for action in draw.choices(actions, k=25):
+            for side in sides:
+                action(*side)
+        assert offloaded.num_updates == plain.num_updates
+        assert offloaded.fingerprint() == plain.fingerprint()
+        assert offloaded.metrics() == plain.metrics()
+    for mine, other in zip(model.state_dict().values(), twin.state_dict().values(), strict=True):
+        assert torch.equal(mine, other)
+
+
 # Failures.
 
 
@@ -523,26 +565,23 @@ def test_the_threads_are_those_that_were_given_and_nobody_elses_change() -> None
 
 
 def test_the_thread_ends_with_close_and_with_its_average() -> None:
-    def count() -> int:
-        return sum(thread.name.startswith("dist_ema offload") for thread in threading.enumerate())
+    def started(ema: ShardedEMA) -> threading.Thread:
+        before = set(threading.enumerate())
+        ema.update()
+        (new,) = set(threading.enumerate()) - before
+        return new
 
-    gc.collect()
-    before = count()
     ema = ShardedEMA(build(), offload="cpu")
-    ema.update()
-    assert count() == before + 1
+    thread = started(ema)
     ema.close()
-    assert count() == before
-    ema.update()
+    assert not thread.is_alive()
+    thread = started(ema)
     ema.wait()
-    assert ema.num_updates == 2
-    assert count() == before + 1
+    assert (ema.num_updates, thread.is_alive()) == (2, True)
     del ema
     gc.collect()
-    deadline = time.monotonic() + 10
-    while count() > before and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert count() == before
+    thread.join(10)
+    assert not thread.is_alive()
 
 
 def test_reset_and_load_during_an_update(tmp_path: Path) -> None:
