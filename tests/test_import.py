@@ -257,6 +257,7 @@ def test_options_replace_what_the_file_says(capsys: pytest.CaptureFixture[str], 
         name: value.bfloat16() if value.is_floating_point() else value for name, value in expected("nemo").items()
     }
     equal(read_checkpoint(tmp_path / "out"), wanted)
+    assert verify_checkpoint(tmp_path / "out").schedules["ema"] == schedules.HalfLife("2ep")
     # Over itself: the checkpoint is replaced by the next.
     assert run(capsys, "import", DATA / "timm.pth.tar", tmp_path / "out", "--decay", ".5")[0] == 0
     equal(read_checkpoint(tmp_path / "out"), expected("timm"))
