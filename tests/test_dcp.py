@@ -139,6 +139,21 @@ def test_model_and_average_go_together_and_memory_is_shared(rank: int, tmp_path:
 
 
 @pytest.mark.world_size(2)
+def test_what_each_rank_holds_for_itself_is_rank_0s(rank: int, tmp_path: Path) -> None:
+    """DCP takes what several ranks offer from any of them: a BatchNorm's statistics would be from two of them."""
+    model = CASES["plain"].model()
+    names = ("norm.running_mean", "norm.running_var", "norm.num_batches_tracked", "steps")
+    for name in names:
+        model.get_buffer(name).fill_(rank + 5)
+    ema = ShardedEMA(model, decay=0.5)
+    ema.update()
+    _save(tmp_path / "c", ema)
+    _load(tmp_path / "c", ema)
+    parts = ema.state_dict()["buffers"]
+    assert all((parts[name].held == 5).all() for name in names)
+
+
+@pytest.mark.world_size(2)
 def test_an_average_in_host_memory_is_saved_and_loaded_as_any_other(rank: int, tmp_path: Path) -> None:
     """A thread may still be at work on what is saved, and must not be at work on what is loaded into."""
     offloaded, beside = (ShardedEMA(CASES["fsdp2"].model(), decay=0.5, offload=offload) for offload in ("cpu", None))
