@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from dist_ema import fused, multi_tensor
-from dist_ema.rounding import Rounding
+from dist_ema.rounding import Places, Rounding
+from dist_ema.table import Table
 
 #: Elements at a time: 1 MiB of fp32, which stays in the cache. On an accelerator a launch has to be worth its cost.
 CHUNK = 1 << 18
@@ -67,6 +68,7 @@ class Scratch:
     def __init__(self) -> None:
         self.tables = fused.table(), multi_tensor.table()
         self.rounded_table = fused.rounded_table()
+        self._rounded_on_device: tuple[Places, Table[list[multi_tensor.RoundedLaunch]]] | None = None
         self._buffers: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
     def like(self, values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -81,6 +83,12 @@ class Scratch:
     def cast(self, values: Tensor, dtype: torch.dtype) -> Tensor:
         """``values`` themselves if they have this dtype, else a converted copy in the scratch."""
         return values if values.dtype == dtype else self.like(values, dtype).copy_(values)
+
+    def rounded_on_device(self, places: Places) -> Table[list[multi_tensor.RoundedLaunch]]:
+        """What the kernel for bf16 shadows on GPUs was last called with, for tensors of these places."""
+        if self._rounded_on_device is None or self._rounded_on_device[0] is not places:
+            self._rounded_on_device = places, multi_tensor.rounded_table(places)
+        return self._rounded_on_device[1]
 
     def nbytes(self) -> int:
         """Bytes held."""
@@ -174,7 +182,7 @@ def lerp_rounded(
 ) -> None:
     """:func:`lerp` for bf16 shadows: computed in fp32, then rounded stochastically. Local.
 
-    The compiled route and the one in torch's operations give the same bits.
+    The compiled routes and the one in torch's operations give the same bits.
 
     Args:
         averages, sources, ranges, weights, scratch, guard: as there.
@@ -184,7 +192,9 @@ def lerp_rounded(
     skipped, left = fused.lerp_rounded(averages, sources, ranges, weights, scratch.rounded_table, guarded, rounding)
     if guard is not None:
         guard.skipped += skipped
-    for index in left:
+    table, counter = scratch.rounded_on_device(rounding.places), guard.counter if guard is not None else None
+    rest = multi_tensor.lerp_rounded(averages, sources, ranges, weights, table, counter, rounding.keys)
+    for index in sorted(set(left).intersection(rest)):
         for offset, piece in pieces(sources[index], *ranges[index], chunk_size(sources[index].device)):
             values = scratch.cast(piece, torch.float32).reshape(-1)
             finite = torch.isfinite(values)

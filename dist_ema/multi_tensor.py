@@ -9,7 +9,7 @@ repeats its weights) once it has run with the same tensors.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dist_ema.choice import choose
 from dist_ema.compiler import BuildError
+from dist_ema.rounding import Places
 from dist_ema.table import CODES, Averages, Ranges, Table, address
 
 logger = logging.getLogger(__name__)
@@ -66,6 +67,59 @@ def _launches(taken: list[int], averages: Averages, sources: Sequence[Tensor], r
     return [Launch(*key, *_on_device(group, key[0])) for key, group in rows.items()]
 
 
+@dataclass(frozen=True)
+class RoundedLaunch:
+    """What one launch of the kernel for bf16 shadows is given.
+
+    Attributes:
+        device: where all of it lies.
+        dtype: of the sources.
+        chunks: int64, (programs, 4), on the device: of each program its tensor, the element where it begins, its number
+            of elements, and the position of the first in the full tensor.
+        tensors: int64, (tensors, 2 + averages), on the device: hash of the name, addresses of source and shadows.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    chunks: Tensor
+    tensors: Tensor
+
+
+def rounded_table(places: Places, device_type: str = "cuda") -> Table[list[RoundedLaunch]]:
+    """An empty table for :func:`lerp_rounded`, for tensors whose elements have these places."""
+
+    def make(taken: list[int], averages: Averages, sources: Sequence[Tensor], ranges: Ranges) -> list[RoundedLaunch]:
+        groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+        for index in taken:
+            groups.setdefault((sources[index].device, sources[index].dtype), []).append(index)
+        launches = []
+        for (device, dtype), group in groups.items():
+            rows, chunks = [], []
+            for row, index in enumerate(group):
+                start, stop = ranges[index]
+                # Unsigned, and the kernel's integers are signed.
+                name = places.names[index] - ((places.names[index] >> 63) << 64)
+                shadows = [average[index].data_ptr() for average in averages]
+                rows.append([name, address(sources[index], start), *shadows])
+                chunks += [[row, *chunk] for chunk in _run_chunks(places, index, stop - start)]
+            if chunks:
+                tables = [torch.tensor(values, dtype=torch.int64, device="cpu") for values in (chunks, rows)]
+                launches.append(RoundedLaunch(device, dtype, *(_send(values, device) for values in tables)))
+        return launches
+
+    return Table(device_type, make, torch.bfloat16)
+
+
+def _run_chunks(places: Places, tensor: int, numel: int) -> Iterator[tuple[int, int, int]]:
+    """Each run of a tensor, cut: first element, number of elements, position of the first."""
+    first, last = places.first[tensor], places.first[tensor + 1]
+    for run in range(first, last):
+        local, full = places.local[run], places.full[run]
+        end = places.local[run + 1] if run + 1 < last else numel
+        for low in range(local, end, CHUNK):
+            yield low, min(CHUNK, end - low), full + low - local
+
+
 def _on_device(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """Chunks and tensors of a launch, sent without waiting."""
     with torch.inference_mode(False):
@@ -100,7 +154,7 @@ class Kernel:
             raise BuildError(f"triton cannot be imported: {error}") from error
         self._version = triton.__version__
         self._dtypes = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-        self._lerp = triton_kernels.lerp
+        self._lerp, self._lerp_rounded = triton_kernels.lerp, triton_kernels.lerp_rounded
 
     def __str__(self) -> str:
         return f"Triton {self._version}"
@@ -124,6 +178,25 @@ class Kernel:
                 self._dtypes[launch.dtype],
                 launch.aligned,
                 CHUNK,
+                BLOCK,
+                num_warps=_WARPS,
+            )
+
+    def lerp_rounded(
+        self, launch: RoundedLaunch, weights: Sequence[float], skipped: Tensor | None, keys: Sequence[int]
+    ) -> None:
+        """:meth:`lerp` for bf16 shadows; ``keys`` of each average, for this update."""
+        device = launch.device
+        signed = torch.tensor([key - ((key >> 63) << 64) for key in keys], dtype=torch.int64, device="cpu")
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            self._lerp_rounded[(len(launch.chunks),)](
+                launch.chunks,
+                launch.tensors,
+                _send(signed, device),
+                skipped,
+                tuple(map(float, weights)),
+                len(weights),
+                self._dtypes[launch.dtype],
                 BLOCK,
                 num_warps=_WARPS,
             )
@@ -169,6 +242,40 @@ def run(
     launches, rest = table.read(averages, sources, ranges)
     for launch in launches:
         kernel.lerp(launch, weights, counter(launch.device) if counter is not None else None)
+    return rest
+
+
+def lerp_rounded(
+    averages: Averages,
+    sources: Sequence[Tensor],
+    ranges: Ranges,
+    weights: Sequence[float],
+    table: Table[list[RoundedLaunch]],
+    counter: Callable[[torch.device], Tensor] | None,
+    keys: Sequence[int],
+) -> list[int]:
+    """:func:`lerp` for bf16 shadows, which are rounded stochastically by these keys of the averages."""
+    if not any(source.is_cuda for source in sources) or (kernel := choice()) is None:
+        return list(range(len(sources)))
+    return run_rounded(kernel, averages, sources, ranges, weights, table, counter, keys)
+
+
+def run_rounded(
+    kernel: Kernel,
+    averages: Averages,
+    sources: Sequence[Tensor],
+    ranges: Ranges,
+    weights: Sequence[float],
+    table: Table[list[RoundedLaunch]],
+    counter: Callable[[torch.device], Tensor] | None,
+    keys: Sequence[int],
+) -> list[int]:
+    """:func:`lerp_rounded` by this kernel."""
+    if not len(weights) == len(averages) == len(keys):
+        raise ValueError(f"{len(weights)} weights and {len(keys)} keys for {len(averages)} averages")
+    launches, rest = table.read(averages, sources, ranges)
+    for launch in launches:
+        kernel.lerp_rounded(launch, weights, counter(launch.device) if counter is not None else None, keys)
     return rest
 
 

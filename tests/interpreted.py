@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dist_ema import ShardedEMA, kernels, multi_tensor, native
 from dist_ema.compiler import BuildError
+from dist_ema.rounding import Places, Rounding, average_key
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: Around a block and a chunk of the kernel, and empty. The interpreter takes a millisecond or two for a block.
@@ -261,6 +262,37 @@ def check_a_whole_average_goes_through_it() -> None:
     assert len(calls) == 3
     assert all(fast.fingerprint(name) == slow.fingerprint(name) for name in averages)
     assert fast.metrics()["ema/skipped_elements"] == slow.metrics()["ema/skipped_elements"] == 1
+
+
+def check_bf16_shadows_are_rounded_to_the_eager_bits() -> None:
+    """Short and long runs, positions past 2**32, ranges of sources, two averages, NaN and Inf on both sides."""
+    native._decided[:] = [None]
+    torch.manual_seed(0)
+    runs = [((5, 20_001),), (), tuple((2**32 - 90 + 7 * row, 3) for row in range(30)), ((2**40, 1),)]
+    sizes = [sum(length for _, length in found) for found in runs]
+    rounding = Rounding(Places(list("abcd"), runs), [average_key(7, 3, name) for name in "xy"])
+    ranges = [(4, 4 + size) for size in sizes]
+    modes = ([0.0, 1e-4], True), ([0.5, 0.3], True), ([0.7, 1.0], False)
+    for dtype, (weights, guarded) in zip(DTYPES, modes, strict=True):
+        sources = [_spoil(torch.randn(size + 9).to(dtype)) for size in sizes]
+        averages = [[_spoil(torch.randn(size).bfloat16()) for size in sizes] for _ in range(2)]
+        results, guards = [], []
+        for table in (None, multi_tensor.rounded_table(rounding.places, "cpu")):
+            copies = [[shadow.clone() for shadow in average] for average in averages]
+            guard = kernels.Guard()
+            if table is None:
+                chosen = guard if guarded else None
+                kernels.lerp_rounded(copies, sources, ranges, weights, kernels.Scratch(), chosen, rounding)
+            else:
+                counter = guard.counter if guarded else None
+                given = (copies, sources, ranges, weights, table, counter, rounding.keys)
+                with _Fused():
+                    assert multi_tensor.run_rounded(multi_tensor.Kernel(), *given) == []
+            guards.append(guard.total())
+            results.append([[shadow.float() for shadow in average] for average in copies])
+        assert _same(*results), (dtype, weights)
+        assert guards[0] == guards[1]
+        assert (guards[0] > 100) == guarded
 
 
 CHECKS = {name: value for name, value in globals().items() if name.startswith("check_")}

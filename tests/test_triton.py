@@ -46,23 +46,32 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from dist_ema import multi_tensor, triton_kernels
 
-def build(averages, source, aligned, guarded, capability):
-    arguments = {"chunks": "*i64", "tensors": "*i64", "skipped": "*i64", "weights": ("fp32",) * averages}
-    constants = {"AVERAGES": averages, "SOURCE": source, "ALIGNED": aligned}
-    constants |= {"CHUNK": multi_tensor.CHUNK, "BLOCK": multi_tensor.BLOCK}
+def build(kernel, arguments, constants, guarded, capability):
     if not guarded:
         constants["skipped"] = None
     signature = {**arguments, **dict.fromkeys(constants, "constexpr")}
     names = list(signature)
     constants = {(names.index(name),): value for name, value in constants.items()}
     attributes = {(index,): [["tt.divisibility", 16]] for index in range(2)}
-    code = ASTSource(triton_kernels.lerp, signature, constants, attributes)
+    code = ASTSource(kernel, signature, constants, attributes)
     return compile(code, target=GPUTarget("cuda", capability, 32), options={"num_warps": 8}).asm
 
-one = build(1, tl.float32, True, True, 80)
-three = build(3, tl.bfloat16, True, False, 90)
-unaligned = build(2, tl.float16, False, True, 90)
-print(json.dumps([[len(asm["cubin"]), asm["ptx"]] for asm in (one, three, unaligned)]))
+def plain(averages, source, aligned, guarded, capability):
+    arguments = {"chunks": "*i64", "tensors": "*i64", "skipped": "*i64", "weights": ("fp32",) * averages}
+    constants = {"AVERAGES": averages, "SOURCE": source, "ALIGNED": aligned}
+    constants |= {"CHUNK": multi_tensor.CHUNK, "BLOCK": multi_tensor.BLOCK}
+    return build(triton_kernels.lerp, arguments, constants, guarded, capability)
+
+def rounded(averages, source, guarded, capability):
+    arguments = dict.fromkeys(["chunks", "tensors", "keys", "skipped"], "*i64") | {"weights": ("fp32",) * averages}
+    constants = {"AVERAGES": averages, "SOURCE": source, "BLOCK": multi_tensor.BLOCK}
+    return build(triton_kernels.lerp_rounded, arguments, constants, guarded, capability)
+
+one = plain(1, tl.float32, True, True, 80)
+three = plain(3, tl.bfloat16, True, False, 90)
+unaligned = plain(2, tl.float16, False, True, 90)
+bf16 = [rounded(1, tl.bfloat16, True, 80), rounded(2, tl.float32, False, 90)]
+print(json.dumps([[len(asm["cubin"]), asm["ptx"]] for asm in (one, three, unaligned, *bf16)]))
 """
 
 
@@ -79,7 +88,8 @@ def test_compiles_for_cuda_to_fused_arithmetic_and_wide_loads(tmp_path: Path) ->
         timeout=300,
     )
     assert result.returncode == 0, result.stderr
-    for (size, code), wide in zip(json.loads(result.stdout.splitlines()[-1]), (True, True, False), strict=True):
+    built = json.loads(result.stdout.splitlines()[-1])
+    for (size, code), wide in zip(built, (True, True, False, False, False), strict=True):
         assert size > 1000
         assert "fma.rn.f32" in code
         assert not re.search(r"\.ftz", code), "subnormal numbers are flushed to zero"
