@@ -1,33 +1,43 @@
-"""What a checkpoint costs, beside writing the same bytes and beside what people use today. One process."""
+"""What a checkpoint costs, beside writing the same bytes and beside what people use today, as ranks and sizes grow.
+
+Every number of ranks and every size is a run of its own under torchrun, in which all contenders take turns: an FSDP2
+model, cut over the ranks. A contender's time is that of its slowest rank, from a barrier on.
+"""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from dist_ema import ShardedEMA, verify_checkpoint
 
 BLOCK = 16 << 20
-
-
-def _timed(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
+TENSORS = 8
+#: Contenders that read, and what they are compared with.
+READS = {"raw read", "raw read into new memory", "load", "load, verify=False", "verify, one thread"}
 
 
 def _peak(function: Callable[[], object]) -> int:
@@ -50,93 +60,197 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _write_raw(tensors: dict[str, Tensor], path: Path) -> None:
-    with path.open("wb") as file:
-        for tensor in tensors.values():
-            file.write(memoryview(tensor.view(torch.uint8).numpy().data))
-    _sync(path)
+def _bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy().data)
+
+
+def _write_raw(tensors: list[Tensor], path: Path) -> None:
+    with path.open("wb", buffering=0) as file:
+        for tensor in tensors:
+            data = _bytes(tensor)
+            while data:
+                data = data[file.write(data[:BLOCK]) :]
+        os.fsync(file.fileno())
 
 
 def _read_raw(path: Path, out: Tensor) -> None:
-    data = memoryview(out.view(torch.uint8).numpy().data)
+    data = _bytes(out)
     with path.open("rb", buffering=0) as file:
         while data and (count := file.readinto(data[:BLOCK])):
             data = data[count:]
 
 
+class Contenders:
+    """A sharded model, its average, and everyone who writes or reads it."""
+
+    def __init__(self, folder: Path, elements: int) -> None:
+        self.folder = folder
+        self.rank, ranks = dist.get_rank(), dist.get_world_size()
+        rows = elements // TENSORS // 1024
+        self.elements = rows * 1024 * TENSORS
+        torch.manual_seed(self.rank)
+        with torch.device("meta"):
+            self.model: nn.Module = nn.ParameterList(torch.empty(rows, 1024) for _ in range(TENSORS))
+        fully_shard(self.model, mesh=init_device_mesh("cpu", (ranks,)))
+        self.model.to_empty(device="cpu")
+        self.own = [parameter.to_local().detach() for parameter in self.model.parameters()]  # type: ignore[attr-defined]
+        for tensor in self.own:
+            tensor.normal_()
+        self.ema = ShardedEMA(self.model, decay=0.9)
+        self.ema.update()
+        self.out = torch.zeros(sum(tensor.numel() for tensor in self.own))
+
+    def all(self) -> dict[str, Callable[[], object]]:
+        """By name, in the order in which they take turns."""
+        raw = self.folder / f"raw-{self.rank}"
+        return {
+            "raw write + fsync": lambda: _write_raw(self.own, raw),
+            "safetensors save_file + fsync, a file a rank": self._safetensors,
+            "dcp.save": lambda: dcp.save(dict(self.model.state_dict()), checkpoint_id=self.folder / "dcp"),
+            "FSDP full state dict + torch.save + fsync": self._full,
+            "dcp.save to Hugging Face files, consolidated": self._consolidated,
+            "save": lambda: self.ema.save(self.folder / "ours"),
+            "save, no digests": self._undigested,
+            "export": self._export,
+            "raw read": lambda: _read_raw(raw, self.out),
+            "raw read into new memory": lambda: _read_raw(raw, torch.empty_like(self.out)),
+            "load": lambda: self.ema.load(self.folder / "ours"),
+            "load, verify=False": lambda: self.ema.load(self.folder / "ours", verify=False),
+            "verify, one thread": lambda: self.rank or verify_checkpoint(self.folder / "ours", threads=1),
+        }
+
+    def clear(self, name: str) -> None:
+        """Removes what a contender would not write over."""
+        dist.barrier()
+        if self.rank == 0:
+            for folder in ("dcp", "hf", "export") if name.startswith(("dcp", "export")) else ():
+                shutil.rmtree(self.folder / folder, ignore_errors=True)
+        dist.barrier()
+
+    def _safetensors(self) -> None:
+        path = self.folder / f"safetensors-{self.rank}"
+        save_file({f"t{index}": tensor for index, tensor in enumerate(self.own)}, path)
+        _sync(path)
+
+    def _full(self) -> None:
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_model_state_dict(self.model, options=options)
+        if self.rank == 0:
+            torch.save(state, self.folder / "full")
+            _sync(self.folder / "full")
+
+    def _consolidated(self) -> None:
+        names = dict.fromkeys(self.model.state_dict(), 1)
+        writer = dcp.HuggingFaceStorageWriter(
+            str(self.folder / "hf"), fqn_to_index_mapping=names, save_distributed=True, enable_consolidation=True
+        )
+        dcp.save(dict(self.model.state_dict()), storage_writer=writer)
+        if self.rank == 0:
+            _sync(self.folder / "hf")
+
+    def _undigested(self) -> None:
+        with mock.patch("dist_ema.writing.partial_digest", lambda *_: 0):
+            self.ema.save(self.folder / "plain")
+
+    def _export(self) -> None:
+        self.ema.export(self.folder / "export", dtype=torch.float32)
+
+
+def worker(arguments: argparse.Namespace) -> None:
+    """One rank of one run; rank 0 prints the figures as JSON."""
+    dist.init_process_group("gloo")
+    logs = contextlib.redirect_stderr(None) if dist.get_rank() else contextlib.nullcontext()
+    warnings.simplefilter("ignore")
+    with logs:
+        contenders = Contenders(arguments.folder, arguments.elements[0])
+        threads = torch.get_num_threads()
+        times: dict[str, list[float]] = {name: [] for name in contenders.all()}
+        for _, (name, function) in itertools.product(range(arguments.repeats + 1), contenders.all().items()):
+            contenders.clear(name)
+            torch.set_num_threads(1 if name.startswith("verify") else threads)
+            start = time.perf_counter()
+            function()
+            dist.barrier()
+            times[name].append(time.perf_counter() - start)
+        torch.set_num_threads(threads)
+        peaks = [_peak(contenders.all()["save"])]
+        contenders.clear("export")
+        peaks.append(_peak(contenders.all()["export"]))
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, peaks)
+    if dist.get_rank() == 0:
+        medians = {name: statistics.median(rounds[1:]) for name, rounds in times.items()}  # the first round warms up
+        save_peak, export_peak = (max(ranks) / 2**20 for ranks in zip(*found, strict=True))
+        size = contenders.elements * 4
+        print(json.dumps({"bytes": size, "seconds": medians, "save_mib": save_peak, "export_mib": export_peak}))
+    dist.destroy_process_group()
+
+
+def _run(elements: int, ranks: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(prefix="dist_ema_benchmark_", dir=arguments.folder) as folder:
+        program = [str(Path(__file__).with_name("benchmark.py")), "checkpoint", "--worker", "--folder", folder]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *program]
+        command += ["--elements", str(elements), "--repeats", str(arguments.repeats)]
+        threads = str(max(1, (os.cpu_count() or 1) // ranks))
+        environment = {**os.environ, "OMP_NUM_THREADS": threads}
+        load = os.getloadavg()[0]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found | {"ranks": ranks, "load_average": load}
+
+
+def _rows(found: dict[str, Any]) -> list[dict[str, Any]]:
+    seconds = found["seconds"]
+    rows = []
+    for name, taken in seconds.items():
+        raw = seconds["raw read" if name in READS else "raw write + fsync"]
+        of_new = taken / seconds["raw read into new memory"] if name in READS else None
+        rows.append(
+            {
+                "contender": name,
+                "ms": taken * 1e3,
+                "mb_per_s": found["bytes"] / taken / 1e6,
+                "of_raw": taken / raw,
+                "of_raw_new": of_new,
+            }
+        )
+    return rows
+
+
 def checkpoint(arguments: argparse.Namespace) -> None:
     """Measures, everyone in turn in each round, and prints medians."""
-    folder = Path(tempfile.mkdtemp(prefix="dist_ema_benchmark_", dir=arguments.folder))
-    size = arguments.elements // 8
-    model = nn.ParameterList(torch.randn(size) for _ in range(8))
-    ema = ShardedEMA(model, decay=0.9)
-    ema.update()
-    tensors = {f"t{index}": torch.randn(size) for index in range(8)}
-    out = torch.empty(size * 8)
-    without = mock.patch("dist_ema.writing.partial_digest", lambda *_: 0)
-    threads = torch.get_num_threads()
-
-    def save(name: str, digests: bool) -> None:
-        with contextlib.nullcontext() if digests else without:
-            ema.save(folder / name)
-
-    def dcp_save() -> None:
-        dcp.save(tensors, checkpoint_id=folder / "dcp", no_dist=True)
-        _sync(folder / "dcp")
-
-    def safetensors_save() -> None:
-        save_file(tensors, folder / "safetensors")
-        _sync(folder / "safetensors")
-
-    def torch_save() -> None:
-        torch.save(tensors, folder / "torch")
-        _sync(folder / "torch")
-
-    contenders: dict[str, Callable[[], object]] = {
-        "raw write + fsync": lambda: _write_raw(tensors, folder / "raw"),
-        "safetensors save_file + fsync": safetensors_save,
-        "dcp.save + fsync": dcp_save,
-        "torch.save + fsync": torch_save,
-        "save": lambda: save("ours", True),
-        "save, no digests": lambda: save("plain", False),
-        "raw read": lambda: _read_raw(folder / "raw", out),
-        "load": lambda: ema.load(folder / "ours"),
-        "load, verify=False": lambda: ema.load(folder / "ours", verify=False),
-        "verify, one thread": lambda: verify_checkpoint(folder / "ours", threads=1),
-    }
-    load = os.getloadavg()[0]
-    try:
-        times: dict[str, list[float]] = {name: [] for name in contenders}
-        for _ in range(arguments.repeats + 1):
-            for name, function in contenders.items():
-                shutil.rmtree(folder / "dcp", ignore_errors=True)
-                torch.set_num_threads(1 if name.startswith("verify") else threads)
-                times[name].append(_timed(function))
-        torch.set_num_threads(threads)
-        peak = _peak(contenders["save"])
-    finally:
-        shutil.rmtree(folder)
-    medians = {name: statistics.median(found[1:]) for name, found in times.items()}  # the first round warms up
-    rows = [
-        {
-            "contender": name,
-            "ms": seconds * 1e3,
-            "mb_per_s": size * 8 * 4 / seconds / 1e6,
-            "of_raw": seconds / medians["raw read" if "read" in name or name[0] in "lv" else "raw write + fsync"],
-        }
-        for name, seconds in medians.items()
-    ]
-    if arguments.json:
-        print(json.dumps({"rows": rows, "extra_mib": peak / 2**20, "load_average": load}, indent=1))
+    if arguments.worker:
+        worker(arguments)
         return
-    print(f"{size * 32 / 1e6:.0f} MB, medians of {arguments.repeats} rounds, load average before {load:.1f}")
-    for row in rows:
-        print(f"{row['contender']:30} {row['ms']:9.1f} ms {row['mb_per_s']:8.0f} MB/s  {row['of_raw']:5.2f} x raw")
-    print(f"extra peak memory of save: {peak / 2**20:.1f} MiB")
+    runs = []
+    for elements, ranks in itertools.product(arguments.elements, arguments.ranks):
+        found = _run(elements, ranks, arguments)
+        found["rows"] = _rows(found)
+        runs.append(found)
+        if not arguments.json:
+            _print(found, arguments.repeats)
+    if arguments.json:
+        print(json.dumps(runs, indent=1))
 
 
-def add_checkpoint(command: argparse.ArgumentParser) -> None:
-    """The options of the subcommand, beside ``--elements`` and ``--repeats``."""
+def _print(found: dict[str, Any], repeats: int) -> None:
+    size, ranks, load = found["bytes"] / 1e6, found["ranks"], found["load_average"]
+    print(f"{size:.0f} MB, {ranks} rank(s), medians of {repeats} rounds, load average before {load:.1f}")
+    for row in found["rows"]:
+        new = f"  {row['of_raw_new']:5.2f} x into new memory" if row["of_raw_new"] else ""
+        print(f"{row['contender']:46} {row['ms']:9.1f} ms {row['mb_per_s']:7.0f} MB/s  {row['of_raw']:5.2f} x raw{new}")
+    print(f"extra peak memory a rank: save {found['save_mib']:.1f} MiB, export {found['export_mib']:.1f} MiB\n")
+
+
+def add_checkpoint(command: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
+    """The options of the subcommand."""
+    sizes, ranks = [25_000_000], [1, 2, 4]
+    command.add_argument("--elements", type=positive, nargs="+", default=sizes, help="fp32 parameters (%(default)s)")
+    command.add_argument("--ranks", type=positive, nargs="+", default=ranks, help="processes (%(default)s)")
+    command.add_argument("--repeats", type=positive, default=5, help="rounds after a first one (%(default)s)")
     command.add_argument("--folder", type=Path, help="a directory on the disk to measure (the temporary one)")
     command.add_argument("--json", action="store_true", help="print the figures as JSON")
+    command.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     command.set_defaults(run=checkpoint, device="cpu")

@@ -77,3 +77,14 @@ def test_the_benchmark_of_offloading_has_every_way_to_offload() -> None:
     assert [row["contender"] for row in rows][:2] == ["no average", "ShardedEMA"]
     assert len([row for row in rows if row["contender"].startswith("offload")]) == 3
     assert all(row["step"] > 0 and row["loader"] > 0 for row in rows)
+
+
+def test_checkpoints_are_compared_on_several_ranks() -> None:
+    """Everyone writes and reads in every run; a contender that fails ends it."""
+    done = script("checkpoint", "--elements", "100000", "--ranks", "2", "--repeats", "1", "--json")
+    assert done.returncode == 0, done.stderr
+    (found,) = json.loads(done.stdout)
+    assert found["ranks"] == 2
+    assert found["bytes"] == 4 * 1024 * 8 * (100000 // 8 // 1024)
+    assert len(found["rows"]) == 13
+    assert all(row["ms"] > 0 and row["of_raw"] > 0 for row in found["rows"])
