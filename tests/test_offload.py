@@ -384,6 +384,31 @@ def test_no_order_of_calls_makes_a_difference(seed: int, route: str, tmp_path: P
         assert torch.equal(mine, other)
 
 
+def test_a_step_that_was_asked_for_after_the_copies_is_no_write_by_other_hands(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A GPU does things in their order: the optimizer has counted its writes before the thread has seen the copies."""
+
+    stepped = threading.Event()
+
+    class Asked(HostLink):
+        def join(self) -> None:
+            assert stepped.wait(10)
+
+    with mock.patch.dict(staging.LINKS, {"cpu": Asked}):
+        model = build()
+        optimizer = trained(model)
+        offloaded, plain = both(model, decay=0.5)
+        for number in range(3):
+            stepped.clear()
+            offloaded.update(), plain.update()
+            step(model, optimizer, number)
+            stepped.set()
+            offloaded.wait()
+        assert offloaded.fingerprint() == plain.fingerprint()
+    assert "written while" not in caplog.text
+
+
 # Failures.
 
 
@@ -415,6 +440,15 @@ def test_a_failed_update_is_raised_by_every_call_until_reset(error: BaseExceptio
     ema.close()
 
 
+def test_a_failed_update_is_raised_by_the_next_call_even_if_no_update_is_due() -> None:
+    ema = ShardedEMA(build(), update_interval=2, offload="cpu")
+    with failing(MemoryError()):
+        assert [ema.update() for _ in range(4)] == [False, True, False, True]
+        ema._shadow.drain()
+    with pytest.raises(EMAStateError, match="MemoryError"):
+        ema.update()
+
+
 def test_a_failed_update_is_forgotten_by_a_load(tmp_path: Path) -> None:
     good = ShardedEMA(build(), decay=0.5)
     good.update()
@@ -436,6 +470,18 @@ def test_close_raises_a_failure_that_nobody_has_seen_and_only_that(caplog: pytes
     with pytest.raises(EMAStateError, match="no memory"):
         ema.close()
     ema.close()
+
+
+def test_a_failure_that_was_reset_is_not_reported_any_more(tmp_path: Path) -> None:
+    good = ShardedEMA(build(), decay=0.5)
+    good.update()
+    good.save(tmp_path / "checkpoint")
+    for forget in (lambda ema: ema.reset(), lambda ema: ema.load(tmp_path / "checkpoint")):
+        _, _, ema = broken(MemoryError())
+        worker = ema._shadow._worker  # type: ignore[attr-defined]
+        assert worker.unseen() is not None
+        forget(ema)
+        assert worker.unseen() is None
 
 
 def test_a_failed_first_copy_is_no_average() -> None:
