@@ -21,8 +21,8 @@ from dist_ema.compiler import BuildError
 from dist_ema.rounding import Places, Rounding, average_key
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-#: Around a block and a chunk of the kernel, and empty. The interpreter takes a millisecond or two for a block.
-SIZES = (0, 1, 2048, 0, 2049, 16385, 7, 0)
+#: Around a block and a chunk of the kernel, which has two blocks here, and empty.
+SIZES = (0, 1, 2048, 0, 2049, 4097, 7, 0)
 NAN, INF = float("nan"), float("inf")
 
 
@@ -128,7 +128,7 @@ def check_nan_and_inf_are_left_out_and_counted_once() -> None:
         with _Fused():
             found, skipped, _ = _lerp(averages, sources, [1e-4, 0.5, 1.0], True)
         assert _same(found, expected), dtype
-        assert skipped == count > 100
+        assert skipped == count > 50
 
 
 def check_a_blend_that_overflows_is_no_reason_to_skip() -> None:
@@ -141,7 +141,7 @@ def check_a_blend_that_overflows_is_no_reason_to_skip() -> None:
 
 def check_hundreds_of_uneven_tensors() -> None:
     """One launch for each dtype, and none for what is empty."""
-    sizes = tuple((37 * index * index) % 900 for index in range(200))
+    sizes = tuple((37 * index * index) % 900 for index in range(150))
     averages, sources = _make(torch.float32, 1, sizes)
     sources = [source.to(DTYPES[index % 3]) for index, source in enumerate(sources)]
     expected, _ = _eager(averages, sources, [0.1], True)
@@ -154,8 +154,8 @@ def check_hundreds_of_uneven_tensors() -> None:
 def check_ranges_and_unaligned_views_touch_no_neighbour() -> None:
     """A share is a range of a parameter, at any offset of its memory."""
     kernel = multi_tensor.Kernel()
-    for dtype, start, length in itertools.product(DTYPES, (0, 3, 4096), (1, 15, 17001)):
-        source = torch.randn(30000).to(dtype)[7:]
+    for dtype, start, length in itertools.product(DTYPES, (0, 3, 4096), (1, 15, 4999)):
+        source = torch.randn(9999).to(dtype)[7:]
         flat = torch.randn(length + 8)
         shadow, before = flat[3 : 3 + length], flat.clone()
         table, spans = multi_tensor.table("cpu"), [(start, start + length)]
@@ -268,7 +268,7 @@ def check_bf16_shadows_are_rounded_to_the_eager_bits() -> None:
     """Short and long runs, positions past 2**32, ranges of sources, two averages, NaN and Inf on both sides."""
     native._decided[:] = [None]
     torch.manual_seed(0)
-    runs = [((5, 20_001),), (), tuple((2**32 - 90 + 7 * row, 3) for row in range(30)), ((2**40, 1),)]
+    runs = [((5, 4_099),), (), tuple((2**32 - 30 + 7 * row, 3) for row in range(9)), ((2**40, 1),)]
     sizes = [sum(length for _, length in found) for found in runs]
     rounding = Rounding(Places(list("abcd"), runs), [average_key(7, 3, name) for name in "xy"])
     ranges = [(4, 4 + size) for size in sizes]
@@ -292,7 +292,7 @@ def check_bf16_shadows_are_rounded_to_the_eager_bits() -> None:
             results.append([[shadow.float() for shadow in average] for average in copies])
         assert _same(*results), (dtype, weights)
         assert guards[0] == guards[1]
-        assert (guards[0] > 100) == guarded
+        assert (guards[0] > 20) == guarded
 
 
 CHECKS = {name: value for name, value in globals().items() if name.startswith("check_")}
@@ -300,6 +300,7 @@ CHECKS = {name: value for name, value in globals().items() if name.startswith("c
 
 def main() -> None:
     np.seterr(all="ignore")  # of NaN and Inf
+    multi_tensor.CHUNK = 2 * multi_tensor.BLOCK  # the interpreter takes milliseconds for a block
     results = {}
     for name, check in CHECKS.items():
         try:
