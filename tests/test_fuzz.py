@@ -139,7 +139,7 @@ def test_a_forged_manifest_is_refused_or_read_as_what_it_says(saved: Path, data:
     assert isinstance(manifest, Manifest)
     assert Manifest.from_bytes(manifest.to_bytes()) == manifest
     with contextlib.suppress(CheckpointError):  # the readers meet what the parser let through
-        RunReader(saved / manifest.data, manifest.files, stored_tensors(manifest)).close()
+        RunReader(saved, manifest.data, manifest.files, stored_tensors(manifest)).close()
 
 
 def _read(path: Path, header: bytes, content: bytes, tensor: StoredTensor) -> None:
@@ -148,7 +148,7 @@ def _read(path: Path, header: bytes, content: bytes, tensor: StoredTensor) -> No
     data = header + content
     (path / tensor.file).write_bytes(data)
     files = {tensor.file: StoredFile(len(data), checksum(header))}
-    with RunReader(path, files, {KEY: tensor}) as reader:
+    with RunReader(path.parent, path.name, files, {KEY: tensor}) as reader:
         out = torch.empty(tensor.shape, dtype=reader.dtype(KEY)).view(-1)
         reader.read(KEY, ((0, out.numel()),), out)
 
