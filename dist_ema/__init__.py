@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dist_ema import errors as errors
     from dist_ema import schedules as schedules
-    from dist_ema.audit import verify_checkpoint as verify_checkpoint
+    from dist_ema.checkpoints.audit import verify_checkpoint as verify_checkpoint
+    from dist_ema.checkpoints.loading import read_checkpoint as read_checkpoint
     from dist_ema.ema import ShardedEMA as ShardedEMA
     from dist_ema.functional import compute_ema as compute_ema
-    from dist_ema.loading import read_checkpoint as read_checkpoint
 
 __version__ = "0.1.0"
 __all__ = ["ShardedEMA", "compute_ema", "errors", "read_checkpoint", "schedules", "verify_checkpoint"]
@@ -23,8 +23,8 @@ __all__ = ["ShardedEMA", "compute_ema", "errors", "read_checkpoint", "schedules"
 _HOMES = {
     "ShardedEMA": "dist_ema.ema",
     "compute_ema": "dist_ema.functional",
-    "read_checkpoint": "dist_ema.loading",
-    "verify_checkpoint": "dist_ema.audit",
+    "read_checkpoint": "dist_ema.checkpoints.loading",
+    "verify_checkpoint": "dist_ema.checkpoints.audit",
 }
 
 

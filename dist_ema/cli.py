@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
-    from dist_ema.architecture import Architecture
-    from dist_ema.compare import Difference
+    from dist_ema.checkpoints.compare import Difference
+    from dist_ema.checkpoints.manifest import Manifest
     from dist_ema.engines.simulated import Layout
-    from dist_ema.manifest import Manifest
-    from dist_ema.planning import Prediction, RankCost, Speeds
+    from dist_ema.planning.architecture import Architecture
+    from dist_ema.planning.plan import Prediction, RankCost, Speeds
 
 app = typer.Typer(
     help="Checkpoints of averages written by dist_ema. Status: 0 good, 1 a finding, 2 it could not be done.",
@@ -107,7 +107,7 @@ def _program(
 @app.command()
 def inspect(path: Checkpoint, as_json: AsJSON = False) -> None:
     """Show what a checkpoint consists of. Reads its manifest alone; `verify` reads the rest."""
-    from dist_ema.reading import read_manifest
+    from dist_ema.checkpoints.reading import read_manifest
 
     manifest = read_manifest(path)
     if as_json:
@@ -123,7 +123,7 @@ def verify(
     as_json: AsJSON = False,
 ) -> None:
     """Read every byte of a checkpoint and name all that is damaged. Status: 0 whole, 1 damaged, 2 no checkpoint."""
-    from dist_ema.audit import audit
+    from dist_ema.checkpoints.audit import audit
 
     with _progress("verify") as begin, _one_thread_an_operation():
         manifest, findings = audit(path, threads=threads, begin=lambda manifest: begin(_totals(manifest)["bytes"]))
@@ -160,7 +160,7 @@ def export(
     """Write an average, and all that is not averaged, as a Hugging Face directory of safetensors files."""
     import torch
 
-    from dist_ema.offline import export_checkpoint
+    from dist_ema.checkpoints.offline import export_checkpoint
 
     with _progress("export") as begin, _one_thread_an_operation():
         manifest = export_checkpoint(
@@ -182,7 +182,7 @@ def diff(a: Checkpoint, b: Checkpoint, name: Name = None, as_json: AsJSON = Fals
 
     Without --name, all averages. In JSON, numbers that are not finite are the strings "nan" and "inf".
     """
-    from dist_ema.compare import compare
+    from dist_ema.checkpoints.compare import compare
 
     with _progress("diff") as begin, _one_thread_an_operation():
         found = compare(a, b, name=name, begin=begin)
@@ -229,8 +229,8 @@ def import_(
     """
     import torch
 
+    from dist_ema.checkpoints.reading import read_manifest
     from dist_ema.importing import import_checkpoint
-    from dist_ema.reading import read_manifest
 
     with _progress("import") as begin, _one_thread_an_operation():
         imported = import_checkpoint(
@@ -293,7 +293,7 @@ def plan(
     GB are 10^9 bytes. Times are bytes over bandwidth.
     """
     from dist_ema.engines.simulated import Layout
-    from dist_ema.planning import Speeds, make_options, predict
+    from dist_ema.planning.plan import Speeds, make_options, predict
 
     layout = Layout(engine, world_size, replicate, tensor_parallel)
     options = make_options(averages=averages, dtype=_torch(_OF_AVERAGES[dtype]), offload=offload, shard=shard_replicas)
@@ -317,7 +317,7 @@ def _positive(rate: float) -> float:
 def _architecture(model: Path | None, parameters: str | None, dtype: Dtype | None) -> Architecture:
     import torch
 
-    from dist_ema.architecture import of_config, of_count, parse_count
+    from dist_ema.planning.architecture import of_config, of_count, parse_count
 
     if (model is None) == (parameters is None):
         raise EMAConfigError("give either MODEL, a config.json, or --parameters, a number such as 70B")
@@ -336,7 +336,7 @@ def _torch(dtype: Dtype | None) -> torch.dtype | None:
 
 
 def _describe(path: str, manifest: Manifest) -> dict[str, Any]:
-    from dist_ema.manifest import VERSION
+    from dist_ema.checkpoints.manifest import VERSION
 
     sizes = _bytes_of(manifest)
     return {

@@ -14,9 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dist_ema import kernels
+from dist_ema.arithmetic import kernels
+from dist_ema.arithmetic.fingerprint import partial_digest
 from dist_ema.background import Background
-from dist_ema.checkpoint import Save
+from dist_ema.checkpoints.export import export
+from dist_ema.checkpoints.loading import Load, report_schedules
+from dist_ema.checkpoints.saving import Save
 from dist_ema.collectives import (
     agree,
     answering,
@@ -27,19 +30,16 @@ from dist_ema.collectives import (
     sum_floats,
     sum_integers,
 )
+from dist_ema.dcp.stateful import Moment, Restore, make_state_dict
 from dist_ema.engines import Attached, RemovableHandle, detect
 from dist_ema.errors import EMAConfigError, EMAStateError
-from dist_ema.export import export
-from dist_ema.fingerprint import partial_digest
 from dist_ema.gather import Entry, Held, catalogue, full_tensors, speaks
-from dist_ema.loading import Load, report_schedules
-from dist_ema.offload import HostShadow, hold_back
+from dist_ema.offload.host_shadow import HostShadow, hold_back
 from dist_ema.options import Options
 from dist_ema.report import memory_report
 from dist_ema.schedules import Schedule
 from dist_ema.shadow import Shadow
 from dist_ema.shares import plan
-from dist_ema.stateful import Moment, Restore, make_state_dict
 from dist_ema.swap import Swap
 from dist_ema.timing import Progress
 from dist_ema.track import Track
@@ -77,7 +77,7 @@ class ShardedEMA:
         ema_start: when averaging begins; ``"0.1dur"`` needs ``max_duration``.
         max_duration: of the training, for ``dur``.
         dtype: of the shadow; None keeps each parameter's own. ``torch.bfloat16`` takes half the memory of fp32 and is
-            rounded stochastically, so that a slow average goes on moving; see :mod:`dist_ema.rounding`.
+            rounded stochastically, so that a slow average goes on moving; see :mod:`dist_ema.arithmetic.rounding`.
         offload: ``"cpu"`` keeps the shadow in host memory. ``update()`` then only asks for copies of the weights, which
             cross the link once, in their own dtype, and a thread averages them while training goes on; the next
             optimizer step waits for the copies. Whoever writes weights by hand after ``update()`` calls ``wait()``
@@ -491,7 +491,7 @@ class ShardedEMA:
         """What ``torch.distributed.checkpoint`` saves, and loads into: ``dcp.save({"ema": ema}, ...)``. Collective.
 
         Tensors only: this rank's parts of the averages, which have the full tensors' names and shapes and can be saved
-        and copied but not computed with (:class:`~dist_ema.boxed.BoxedTensor`), and clocks and schedules as text. Parts
+        and copied but not computed with (``dist_ema.dcp.boxed``), and clocks and schedules as text. Parts
         are views of the shadow, as those of a module's ``state_dict()`` are of its weights. Before the first update
         they are a copy of the live weights, which is one more shadow in memory until the dict is dropped.
 
@@ -589,7 +589,7 @@ class ShardedEMA:
         """A 64-bit digest of each full tensor, by canonical name, which does not depend on how it is sharded.
 
         Collective, 8 bytes a tensor; the same dict on every rank. Digests the shadow's own dtype. See
-        :mod:`dist_ema.fingerprint` for the formula. Raises as ``full_state_dict``.
+        :mod:`dist_ema.arithmetic.fingerprint` for the formula. Raises as ``full_state_dict``.
         """
         entries, held = self._view(name, None, "fingerprint()")
         partial = []

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_ema import kernels
+from dist_ema.arithmetic import kernels
 from dist_ema.collectives import Window, agree, gather_objects, rank_in
 from dist_ema.errors import EMAEngineError
 from dist_ema.geometry import Runs, overlap

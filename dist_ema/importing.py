@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dist_ema.checkpoint import Save
+from dist_ema.checkpoints.saving import Save
 from dist_ema.engines.base import TensorSpec
 from dist_ema.errors import CheckpointCorruptError, CheckpointMismatchError, EMAConfigError
 from dist_ema.gather import Entry, Held

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from dist_ema import kernels, memory
+from dist_ema.arithmetic import kernels, memory
+from dist_ema.arithmetic.rounding import Places, Rounding, average_key
 from dist_ema.errors import EMAStateError
-from dist_ema.rounding import Places, Rounding, average_key
 from dist_ema.shares import Share
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_ema import kernels
+from dist_ema.arithmetic import kernels
 from dist_ema.collectives import agree, broadcast_flat, gather_objects, same_updates
 from dist_ema.engines.base import Engine, Replicas
 from dist_ema.errors import EMAError, EMAStateError

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from dist_ema import ShardedEMA, staging
-from dist_ema.offload import hold_back
+from dist_ema import ShardedEMA
+from dist_ema.offload import staging
+from dist_ema.offload.host_shadow import hold_back
 
 WIDTH = 1024
 BATCH = 64

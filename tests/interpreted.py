@@ -16,9 +16,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dist_ema import ShardedEMA, kernels, multi_tensor, native
-from dist_ema.compiler import BuildError
-from dist_ema.rounding import Places, Rounding, average_key
+from dist_ema import ShardedEMA
+from dist_ema.arithmetic import kernels, multi_tensor, native
+from dist_ema.arithmetic.compiler import BuildError
+from dist_ema.arithmetic.rounding import Places, Rounding, average_key
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: Around a block and a chunk of the kernel, which has two blocks here, and empty.

@@ -16,9 +16,9 @@ from torch import nn
 from zero_models import make_engine
 
 from dist_ema import ShardedEMA, read_checkpoint, schedules, verify_checkpoint
+from dist_ema.checkpoints.manifest import NAME, Manifest
+from dist_ema.checkpoints.storage import RunWriter
 from dist_ema.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError, EMAConfigError
-from dist_ema.manifest import NAME, Manifest
-from dist_ema.storage import RunWriter
 
 PAIRS = [
     ("plain", 1),
@@ -292,7 +292,7 @@ def test_two_equal_shaped_tensors_that_changed_places_are_found(tmp_path: Path) 
 
 def _forged(path: Path, **changes: object) -> None:
     """Writes a manifest that has been tampered with, with a checksum that fits."""
-    from dist_ema.manifest import _seal
+    from dist_ema.checkpoints.manifest import _seal
 
     body = json.loads((path / NAME).read_bytes())
     body.pop("checksum")
@@ -358,7 +358,7 @@ def test_a_malicious_checkpoint_is_refused(attack: str, tmp_path: Path) -> None:
 
 def _attack_header(attack: str, file: Path, body: dict, path: Path) -> None:
     """A header that fits the manifest's checksum and lies."""
-    from dist_ema.manifest import checksum
+    from dist_ema.checkpoints.manifest import checksum
 
     data = file.read_bytes()
     length = int.from_bytes(data[:8], "little")
@@ -409,7 +409,7 @@ def test_a_failed_background_save_is_raised_on_every_rank(rank: int, tmp_path: P
     ema.save(tmp_path / "c")
     kept = (tmp_path / "c" / NAME).read_bytes()
     if rank == 1:
-        monkeypatch.setattr("dist_ema.storage.RunWriter.sync", _full_disk)
+        monkeypatch.setattr("dist_ema.checkpoints.storage.RunWriter.sync", _full_disk)
     ema.save(tmp_path / "c", block=False)
     with pytest.raises(CheckpointError, match=r"rank 1.*No space left"):
         ema.wait()

@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from dist_ema import ShardedEMA, read_checkpoint, schedules
+from dist_ema.checkpoints.export import INDEX
+from dist_ema.checkpoints.manifest import NAME, Manifest
+from dist_ema.checkpoints.storage import RunWriter
 from dist_ema.cli import main
-from dist_ema.export import INDEX
-from dist_ema.manifest import NAME, Manifest
-from dist_ema.storage import RunWriter
 
 LARGE = 1 << 28
 
@@ -197,8 +197,8 @@ def test_verify_checks_every_chunk_of_a_large_tensor(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A tensor is cut into stripes for threads, and these into chunks: none may be left out or counted twice."""
-    monkeypatch.setattr("dist_ema.audit.CHUNK", 1 << 10)
-    monkeypatch.setattr("dist_ema.audit._STRIPE", 3 << 10)
+    monkeypatch.setattr("dist_ema.checkpoints.audit.CHUNK", 1 << 10)
+    monkeypatch.setattr("dist_ema.checkpoints.audit._STRIPE", 3 << 10)
     ema = ShardedEMA(nn.Linear(100, 101, bias=False))
     ema.update()
     ema.save(tmp_path / "saved")
@@ -465,8 +465,9 @@ def test_memory_does_not_grow_with_the_checkpoint(large: Path, arguments: list[s
     code = f"""
 import sys
 from pathlib import Path
-import torch, dist_ema.cli, dist_ema.audit, dist_ema.offline, dist_ema.compare, rich.console, rich.table
-from dist_ema.fingerprint import partial_digest
+import torch, dist_ema.cli, rich.console, rich.table
+from dist_ema.checkpoints import audit, compare, offline
+from dist_ema.arithmetic.fingerprint import partial_digest
 partial_digest(torch.zeros(8), ((0, 8),))
 def status(entry):
     lines = Path("/proc/self/status").read_text().splitlines()

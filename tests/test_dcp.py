@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 from dist_ema import ShardedEMA, schedules
-from dist_ema.boxed import BoxedTensor
+from dist_ema.dcp.boxed import BoxedTensor
 from dist_ema.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError, EMAStateError
 
 WRITERS = [

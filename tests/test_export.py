@@ -24,8 +24,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from dist_ema import ShardedEMA
+from dist_ema.checkpoints.storage import RunWriter, TensorPlan, parse_size, plan_files
 from dist_ema.errors import CheckpointError, EMAConfigError, EMAError
-from dist_ema.storage import RunWriter, TensorPlan, parse_size, plan_files
 
 INDEX = "model.safetensors.index.json"
 ENGINES = ["plain", "ddp", "fsdp1-full", "fsdp1-full-orig", "fsdp2"]
@@ -573,7 +573,7 @@ import os, signal, sys
 sys.path.insert(0, sys.argv[2])
 from models import build
 from dist_ema import ShardedEMA
-from dist_ema.storage import RunWriter
+from dist_ema.checkpoints.storage import RunWriter
 
 write, calls = RunWriter.write, []
 def dying(self, *args):

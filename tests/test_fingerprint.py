@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dist_ema import native
-from dist_ema.fingerprint import BLOCK, COMPLEX, SALT, partial_digest
+from dist_ema.arithmetic import native
+from dist_ema.arithmetic.fingerprint import BLOCK, COMPLEX, SALT, partial_digest
 from dist_ema.geometry import whole
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=100)

@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dist_ema import ShardedEMA, compiler, fused, kernels, native
+from dist_ema import ShardedEMA
+from dist_ema.arithmetic import compiler, fused, kernels, native
 from dist_ema.errors import EMAConfigError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -264,7 +265,7 @@ def test_processes_that_build_at_once_leave_one_whole_library(tmp_path: Path, ke
 @pytest.mark.usefixtures("undecided", "kernel")
 def test_choice_is_forced_by_the_environment(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """To compare, or where a compiler is not to be started."""
-    caplog.set_level(logging.INFO, "dist_ema.native")
+    caplog.set_level(logging.INFO, "dist_ema.arithmetic.native")
     monkeypatch.setenv("DIST_EMA_KERNEL", "fast")
     with pytest.raises(EMAConfigError, match="DIST_EMA_KERNEL='fast': it can be 'eager' or 'compiled'"):
         native.choice()
@@ -309,7 +310,7 @@ def test_directory_that_cannot_hold_the_cache(
     tmp_path: Path, kernel: native.Library, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Home is read-only, missing, or full on many clusters: then each process builds its own."""
-    caplog.set_level(logging.INFO, "dist_ema.compiler")
+    caplog.set_level(logging.INFO, "dist_ema.arithmetic.compiler")
     (tmp_path / "file").touch()
     monkeypatch.setenv("DIST_EMA_CACHE", str(tmp_path / "file" / "cache"))
     native._check(native.build())
@@ -370,7 +371,7 @@ def test_child_forked_after_an_update_can_average(kernel: native.Library) -> Non
     """OpenMP's threads are gone in a forked child, and a parallel region would wait for them for ever."""
     code = """
 import os, torch
-from dist_ema import fused, kernels
+from dist_ema.arithmetic import fused, kernels
 shadow, source = torch.zeros(1 << 20), torch.ones(1 << 20)
 def update():
     kernels.lerp([[shadow]], [source], [(0, 1 << 20)], [.5], kernels.Scratch(), None)

@@ -30,8 +30,8 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from dist_ema import ShardedEMA, verify_checkpoint
+from dist_ema.checkpoints.manifest import NAME, Manifest
 from dist_ema.errors import CheckpointError
-from dist_ema.manifest import NAME, Manifest
 
 KILLS = 200
 KILLS_OF_A_RANK = 12
@@ -45,7 +45,7 @@ LEFTOVER = re.compile(r"\.c\.saving-[0-9a-f]{32}")
 @pytest.fixture(scope="module")
 def server() -> multiprocessing.context.BaseContext:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "torch.distributed.fsdp", "dist_ema.ema", "dist_ema.loading"])
+    context.set_forkserver_preload(["pytest", "torch.distributed.fsdp", "dist_ema.ema", "dist_ema.checkpoints.loading"])
     return context
 
 
@@ -330,7 +330,7 @@ def test_a_killed_rank_is_an_error_on_the_other_and_the_checkpoint_is_whole(
 SCRIPT = """
 import logging, sys, torch
 from dist_ema import ShardedEMA
-from dist_ema.storage import RunWriter
+from dist_ema.checkpoints.storage import RunWriter
 logging.basicConfig(filename={log!r})
 ema = ShardedEMA(torch.nn.Linear(3, 2), decay=0.5)
 ema.update()

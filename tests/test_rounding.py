@@ -12,13 +12,14 @@ from models import CASES
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dist_ema import ShardedEMA, kernels, native
-from dist_ema import manifest as format_
-from dist_ema.checkpoint import NAME
+from dist_ema import ShardedEMA
+from dist_ema.arithmetic import kernels, native
+from dist_ema.arithmetic.rounding import Places, Rounding, average_key, draws, element_key, rounded
+from dist_ema.checkpoints import manifest as format_
+from dist_ema.checkpoints.manifest import Manifest
+from dist_ema.checkpoints.saving import NAME
 from dist_ema.errors import CheckpointCorruptError
 from dist_ema.geometry import Rows, Runs
-from dist_ema.manifest import Manifest
-from dist_ema.rounding import Places, Rounding, average_key, draws, element_key, rounded
 
 BF16 = torch.bfloat16
 NAN, INF = float("nan"), float("inf")

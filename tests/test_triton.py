@@ -14,7 +14,7 @@ import interpreted
 import pytest
 import torch
 
-from dist_ema import multi_tensor
+from dist_ema.arithmetic import multi_tensor
 from dist_ema.errors import EMAConfigError
 
 
@@ -44,7 +44,7 @@ import json
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from dist_ema import multi_tensor, triton_kernels
+from dist_ema.arithmetic import multi_tensor, triton_kernels
 
 def build(kernel, arguments, constants, guarded, capability):
     if not guarded:
@@ -104,7 +104,7 @@ def test_without_triton_it_falls_back_and_says_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Builds of torch for other systems have none."""
-    caplog.set_level(logging.INFO, "dist_ema.multi_tensor")
+    caplog.set_level(logging.INFO, "dist_ema.arithmetic.multi_tensor")
     monkeypatch.setattr(multi_tensor, "_decided", [])
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.setenv("DIST_EMA_KERNEL", "")

@@ -15,10 +15,11 @@ from fsspec.implementations.memory import MemoryFileSystem
 from test_checkpoint import AVERAGES, _average, _digests, _make, _reference
 from torch import nn
 
-from dist_ema import ShardedEMA, places, read_checkpoint, verify_checkpoint
+from dist_ema import ShardedEMA, read_checkpoint, verify_checkpoint
+from dist_ema.checkpoints import places
+from dist_ema.checkpoints.manifest import NAME
 from dist_ema.cli import main
 from dist_ema.errors import CheckpointCorruptError, CheckpointError, EMAConfigError
-from dist_ema.manifest import NAME
 
 
 @pytest.fixture

@@ -10,11 +10,11 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from dist_ema.checkpoints.manifest import NAME
 from dist_ema.errors import CheckpointCorruptError, CheckpointError
 from dist_ema.importers import dcp
 from dist_ema.importers.foreign import Content, LazyTensor, Model, read_tensors
 from dist_ema.importers.pickles import load_file
-from dist_ema.manifest import NAME
 
 _CONFIG_BYTES = 1 << 24
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dist_ema import kernels
+from dist_ema.arithmetic import kernels
 from dist_ema.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError
 from dist_ema.schedules import Schedule
 from dist_ema.timing import Progress

@@ -17,7 +17,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from dist_ema import ShardedEMA, kernels, multi_tensor
+from dist_ema import ShardedEMA
+from dist_ema.arithmetic import kernels, multi_tensor
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

@@ -1,6 +1,6 @@
 """Where checkpoints lie, for reading: a directory, or a URL of any kind that fsspec knows (``s3://``, ``gs://``).
 
-With :mod:`dist_ema.storage` and what writes to these places, the only modules that open files.
+With :mod:`dist_ema.checkpoints.storage` and what writes to these places, the only modules that open files.
 """
 
 from __future__ import annotations

@@ -11,12 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from dist_ema.checkpoints.places import is_url
+from dist_ema.checkpoints.storage import FilePlan, RunWriter, Staging, create_file, index_json, parse_size, write_text
+from dist_ema.checkpoints.writing import Folder
 from dist_ema.collectives import agree, gather_objects, rank_in
 from dist_ema.errors import CheckpointError, EMAConfigError
 from dist_ema.gather import Entry, Held
-from dist_ema.places import is_url
-from dist_ema.storage import FilePlan, RunWriter, Staging, create_file, index_json, parse_size, write_text
-from dist_ema.writing import Folder
 
 INDEX = "model.safetensors.index.json"
 _CONFIG_SUFFIXES = {".json", ".txt", ".model", ".jinja"}

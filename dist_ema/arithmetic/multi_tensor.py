@@ -1,8 +1,8 @@
 """The update of averages on a GPU: one launch for all tensors of a dtype, instead of some for each of hundreds.
 
 Each source element is read once, the guard is inside, and nothing waits for the device. The kernel is Triton's, which
-comes with CUDA builds of torch and is compiled at the first update; :mod:`dist_ema.triton_kernels` has its arithmetic.
-The choice is made once, logged, and forced by ``DIST_EMA_KERNEL``. An update may be captured into a CUDA graph (which
+comes with CUDA builds of torch and is compiled at the first update; its arithmetic is in ``triton_kernels.py``. The
+choice is made once, logged, and forced by ``DIST_EMA_KERNEL``. An update may be captured into a CUDA graph (which
 repeats its weights) once it has run with the same tensors.
 """
 
@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dist_ema.choice import choose
-from dist_ema.compiler import BuildError
-from dist_ema.rounding import Places
-from dist_ema.table import CODES, Averages, Ranges, Table, address
+from dist_ema.arithmetic.choice import choose
+from dist_ema.arithmetic.compiler import BuildError
+from dist_ema.arithmetic.rounding import Places
+from dist_ema.arithmetic.table import CODES, Averages, Ranges, Table, address
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +149,7 @@ class Kernel:
             import triton
             import triton.language as tl
 
-            from dist_ema import triton_kernels
+            from dist_ema.arithmetic import triton_kernels
         except Exception as error:  # ImportError, or what a Triton for another torch runs into
             raise BuildError(f"triton cannot be imported: {error}") from error
         self._version = triton.__version__
@@ -213,7 +213,7 @@ def lerp(
     """``shadow += weight * (source - shadow)`` for the tensors that the kernel takes. Local; no host sync.
 
     It takes what lies contiguously on a CUDA device: fp32 shadows, and sources in fp32, bf16 or fp16. Arguments are
-    those of :func:`dist_ema.kernels.lerp`; ``table`` is kept by the caller for these tensors, and ``counter`` gives the
+    those of ``kernels.lerp``; ``table`` is kept by the caller for these tensors, and ``counter`` gives the
     device's count of source elements that were not finite, or is None for no guard.
 
     Returns:

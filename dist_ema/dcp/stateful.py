@@ -7,7 +7,7 @@
      "averages": {average: {name: <part>}},    what is averaged
      "buffers": {name: <part>}}                what is copied, once for all averages
 
-Parts are :class:`~dist_ema.boxed.BoxedTensor`: of each full tensor what this rank holds. Nothing is anything but a
+Parts are :class:`~dist_ema.dcp.boxed.BoxedTensor`: of each full tensor what this rank holds. Nothing is anything but a
 tensor, since DCP pickles all else, and loading that would run code.
 """
 
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_ema.boxed import BoxedTensor
+from dist_ema.dcp.boxed import BoxedTensor
 from dist_ema.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError, EMAError, EMAStateError
 from dist_ema.schedules import Schedule, from_dict
 from dist_ema.shadow import Shadow

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dist_ema import native
+from dist_ema.arithmetic import native
+from dist_ema.arithmetic.kernels import pieces
 from dist_ema.geometry import Runs
-from dist_ema.kernels import pieces
 
 BLOCK = 1 << 16
 _MASK = (1 << 64) - 1

@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dist_ema.arithmetic.fingerprint import partial_digest
+from dist_ema.checkpoints.storage import FilePlan, TensorPlan, Writer, plan_files
 from dist_ema.collectives import agree, rank_in, sum_integers
-from dist_ema.fingerprint import partial_digest
 from dist_ema.gather import Entry, Held, gather_each, speaks
 from dist_ema.geometry import Runs, chunks, count
-from dist_ema.storage import FilePlan, TensorPlan, Writer, plan_files
 
 #: Elements that are converted, digested and written at a time.
 CHUNK = 1 << 20

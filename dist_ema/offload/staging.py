@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dist_ema import kernels, memory
+from dist_ema.arithmetic import kernels, memory
 
 logger = logging.getLogger(__name__)
 #: Bytes of one allocation at most, unless one tensor is larger: torch rounds pinned memory up to a power of two.

@@ -4,7 +4,7 @@ Imports triton, so it is imported itself only where that is there. One program h
 arithmetic is that of ``torch.lerp`` on CUDA: one subtraction and one fused multiply-add, from the nearer end. A GPU
 gives its bits; Triton's interpreter, which multiplies and adds in two roundings, differs by at most one unit in the
 last place of the larger of shadow and source. For bf16 shadows there is a second kernel, which rounds stochastically:
-:mod:`dist_ema.rounding` says how.
+:mod:`dist_ema.arithmetic.rounding` says how.
 """
 
 from __future__ import annotations

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dist_ema.audit import Advance, VerifiedTensor, no_advance
+from dist_ema.checkpoints.audit import Advance, VerifiedTensor, no_advance
+from dist_ema.checkpoints.loading import Key, choose_average, stored_tensors
+from dist_ema.checkpoints.manifest import LIVE, Manifest, StoredTensor
+from dist_ema.checkpoints.places import StrPath
+from dist_ema.checkpoints.reading import RunReader, read_manifest
 from dist_ema.errors import CheckpointMismatchError
-from dist_ema.loading import Key, choose_average, stored_tensors
-from dist_ema.manifest import LIVE, Manifest, StoredTensor
-from dist_ema.places import StrPath
-from dist_ema.reading import RunReader, read_manifest
 
 
 @dataclass(frozen=True)

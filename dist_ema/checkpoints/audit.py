@@ -11,13 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dist_ema.arithmetic.fingerprint import partial_digest
+from dist_ema.checkpoints.loading import CHUNK, Key, damaged_error, stored_tensors
+from dist_ema.checkpoints.manifest import NAME, Manifest, StoredTensor
+from dist_ema.checkpoints.places import StrPath
+from dist_ema.checkpoints.reading import DTYPES, RunReader, read_manifest
 from dist_ema.errors import CheckpointCorruptError
-from dist_ema.fingerprint import partial_digest
 from dist_ema.geometry import Runs, chunks, count, whole
-from dist_ema.loading import CHUNK, Key, damaged_error, stored_tensors
-from dist_ema.manifest import NAME, Manifest, StoredTensor
-from dist_ema.places import StrPath
-from dist_ema.reading import DTYPES, RunReader, read_manifest
 
 #: Told how many more bytes of tensors are done; may be called from any thread.
 Advance = Callable[[int], None]

@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from dist_ema.errors import EMAStateError
+from dist_ema.offload.staging import LINKS, HostLink, Link, Take, carve, pageable, pinned
+from dist_ema.offload.worker import Worker
 from dist_ema.shadow import Shadow
 from dist_ema.shares import Share
-from dist_ema.staging import LINKS, HostLink, Link, Take, carve, pageable, pinned
-from dist_ema.worker import Worker
 
 logger = logging.getLogger(__name__)
 

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dist_ema.checkpoints.manifest import DATA, NAME
+from dist_ema.checkpoints.storage import FilePlan
 from dist_ema.errors import CheckpointError
 from dist_ema.geometry import Runs
-from dist_ema.manifest import DATA, NAME
-from dist_ema.storage import FilePlan
 
 logger = logging.getLogger(__name__)
 #: Bytes that are kept in memory and then sent.
@@ -27,7 +27,7 @@ _BLOCK = 16 << 20
 
 
 class Upload:
-    """A checkpoint in a file system of fsspec, written by rank 0; see :class:`dist_ema.destination.Destination`.
+    """A checkpoint in a file system of fsspec, written by rank 0; a ``destination.Destination``.
 
     What saves left that were killed is removed by the next one to the same place, so no two may run at a time.
 

@@ -21,11 +21,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dist_ema import compiler
-from dist_ema.choice import choose
-from dist_ema.compiler import BuildError
-from dist_ema.rounding import Places, Rounding, average_key
-from dist_ema.table import CODES
+from dist_ema.arithmetic import compiler
+from dist_ema.arithmetic.choice import choose
+from dist_ema.arithmetic.compiler import BuildError
+from dist_ema.arithmetic.rounding import Places, Rounding, average_key
+from dist_ema.arithmetic.table import CODES
 
 logger = logging.getLogger(__name__)
 

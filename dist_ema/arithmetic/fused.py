@@ -14,9 +14,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dist_ema import native
-from dist_ema.rounding import Rounding
-from dist_ema.table import CODES, Averages, Ranges, Table, address
+from dist_ema.arithmetic import native
+from dist_ema.arithmetic.rounding import Rounding
+from dist_ema.arithmetic.table import CODES, Averages, Ranges, Table, address
 
 
 def table() -> Table[list[array[int]]]:
@@ -25,7 +25,7 @@ def table() -> Table[list[array[int]]]:
 
 
 def _arrays(taken: list[int], averages: Averages, sources: Sequence[Tensor], ranges: Ranges) -> list[array[int]]:
-    """What :meth:`dist_ema.native.Library.lerp` asks for."""
+    """What :meth:`dist_ema.arithmetic.native.Library.lerp` asks for."""
     counts = [ranges[index][1] - ranges[index][0] for index in taken]
     starts = [address(sources[index], ranges[index][0]) for index in taken]
     codes = [CODES[sources[index].dtype] for index in taken]
@@ -50,7 +50,7 @@ def lerp(
     """``shadow += weight * (source - shadow)`` for the tensors that the kernel takes. Local.
 
     It takes what lies contiguously in the CPU's memory: fp32 shadows, and sources in fp32, bf16 or fp16. Arguments are
-    those of :func:`dist_ema.kernels.lerp`; ``table`` is kept by the caller for these tensors.
+    those of :func:`dist_ema.arithmetic.kernels.lerp`; ``table`` is kept by the caller for these tensors.
 
     Returns:
         How many source elements were skipped since they were not finite, and the indices of the tensors that it did not

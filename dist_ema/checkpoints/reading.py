@@ -9,11 +9,11 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from dist_ema.checkpoints.manifest import MAX_BYTES, NAME, Manifest, StoredFile, StoredTensor, checksum
+from dist_ema.checkpoints.places import OpenFile, StrPath, place
+from dist_ema.checkpoints.storage import DTYPE_NAMES
 from dist_ema.errors import CheckpointCorruptError, CheckpointError
 from dist_ema.geometry import Runs
-from dist_ema.manifest import MAX_BYTES, NAME, Manifest, StoredFile, StoredTensor, checksum
-from dist_ema.places import OpenFile, StrPath, place
-from dist_ema.storage import DTYPE_NAMES
 
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 #: The longest header that safetensors itself reads.

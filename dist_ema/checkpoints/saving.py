@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 
 import torch.distributed as dist
 
+from dist_ema.checkpoints.destination import Destination, destination
+from dist_ema.checkpoints.manifest import LIVE, NAME, Manifest, StoredFile, StoredTensor, checksum
+from dist_ema.checkpoints.places import StrPath, check_path
+from dist_ema.checkpoints.storage import DTYPE_NAMES, FilePlan
+from dist_ema.checkpoints.writing import Folder
 from dist_ema.collectives import agree, broadcast_object, gather_objects, rank_in, sum_integers
-from dist_ema.destination import Destination, destination
 from dist_ema.gather import Entry, Held
-from dist_ema.manifest import LIVE, NAME, Manifest, StoredFile, StoredTensor, checksum
-from dist_ema.places import StrPath, check_path
-from dist_ema.storage import DTYPE_NAMES, FilePlan
 from dist_ema.track import Track
-from dist_ema.writing import Folder
 
 #: Bytes of one file at most.
 FILE_LIMIT = 5 * 10**9

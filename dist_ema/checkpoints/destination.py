@@ -23,11 +23,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
+from dist_ema.checkpoints.manifest import DATA, NAME
+from dist_ema.checkpoints.places import StrPath, file_system, is_remote, local_path
+from dist_ema.checkpoints.storage import FilePlan, RunWriter, Writer, create_file, sync
+from dist_ema.checkpoints.upload import Upload
 from dist_ema.errors import CheckpointError
-from dist_ema.manifest import DATA, NAME
-from dist_ema.places import StrPath, file_system, is_remote, local_path
-from dist_ema.storage import FilePlan, RunWriter, Writer, create_file, sync
-from dist_ema.upload import Upload
 
 _LOCK = "lock"
 #: Seconds in which a staging directory may have no lock yet.

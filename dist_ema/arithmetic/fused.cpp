@@ -116,7 +116,7 @@ int64_t blend(int64_t dtype, float *shadow, const void *source, int64_t low, int
     }
 }
 
-// Rounding to bf16 at random: dist_ema/rounding.py says what and why, and gives the same bits.
+// Rounding to bf16 at random: dist_ema/arithmetic/rounding.py says what and why, and gives the same bits.
 
 inline uint64_t element_key(uint64_t tensor, uint64_t average) {
     uint64_t key = tensor + average;

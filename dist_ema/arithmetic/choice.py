@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
-from dist_ema.compiler import BuildError
+from dist_ema.arithmetic.compiler import BuildError
 from dist_ema.errors import EMAConfigError
 
 Kernels = TypeVar("Kernels")

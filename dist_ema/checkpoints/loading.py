@@ -14,6 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dist_ema.arithmetic.fingerprint import partial_digest
+from dist_ema.checkpoints.manifest import Manifest, StoredTensor
+from dist_ema.checkpoints.places import StrPath
+from dist_ema.checkpoints.reading import DTYPES, RunReader, read_manifest, read_manifest_bytes
 from dist_ema.collectives import (
     WINDOW_BYTES,
     agree,
@@ -24,12 +28,8 @@ from dist_ema.collectives import (
     sum_integers,
 )
 from dist_ema.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError, EMAConfigError
-from dist_ema.fingerprint import partial_digest
 from dist_ema.gather import Entry, speaks
 from dist_ema.geometry import Runs, chunks, count, overlap, whole
-from dist_ema.manifest import Manifest, StoredTensor
-from dist_ema.places import StrPath
-from dist_ema.reading import DTYPES, RunReader, read_manifest, read_manifest_bytes
 from dist_ema.schedules import Schedule
 from dist_ema.shadow import Shadow
 from dist_ema.shares import Share

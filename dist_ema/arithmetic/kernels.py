@@ -13,9 +13,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from dist_ema import fused, multi_tensor
-from dist_ema.rounding import Places, Rounding
-from dist_ema.table import Table
+from dist_ema.arithmetic import fused, multi_tensor
+from dist_ema.arithmetic.rounding import Places, Rounding
+from dist_ema.arithmetic.table import Table
 
 #: Elements at a time: 1 MiB of fp32, which stays in the cache. On an accelerator a launch has to be worth its cost.
 CHUNK = 1 << 18

@@ -9,16 +9,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dist_ema.audit import Advance, VerifiedTensor, no_advance
+from dist_ema.checkpoints.audit import Advance, VerifiedTensor, no_advance
+from dist_ema.checkpoints.export import export
+from dist_ema.checkpoints.loading import Key, choose_average, stored_tensors
+from dist_ema.checkpoints.manifest import LIVE, Manifest, StoredTensor
+from dist_ema.checkpoints.places import StrPath
+from dist_ema.checkpoints.reading import DTYPES, RunReader, read_manifest
 from dist_ema.engines.base import TensorSpec
 from dist_ema.errors import EMAConfigError
-from dist_ema.export import export
 from dist_ema.gather import Entry, Held
 from dist_ema.geometry import whole
-from dist_ema.loading import Key, choose_average, stored_tensors
-from dist_ema.manifest import LIVE, Manifest, StoredTensor
-from dist_ema.places import StrPath
-from dist_ema.reading import DTYPES, RunReader, read_manifest
 from dist_ema.shares import Mode, Share
 
 

@@ -1,0 +1,1 @@
+"""Averages in ``torch.distributed.checkpoint``."""

@@ -1,0 +1,1 @@
+"""Averages in host memory, which a thread keeps up to date."""

@@ -1,0 +1,1 @@
+"""What averages will cost, before there is a run."""
