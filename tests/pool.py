@@ -30,6 +30,7 @@ COLLECTIVE_TIMEOUT = timedelta(seconds=60)
 def _serve(index: int, pipe: Connection) -> None:
     import torch
     import torch.distributed as dist
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache  # torch 2.13
 
     torch.set_num_threads(1)
     faulthandler.register(signal.SIGUSR1, all_threads=True)
@@ -55,6 +56,8 @@ def _serve(index: int, pipe: Connection) -> None:
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
+            # It would give the next test tensors on an equal mesh of this one, whose groups are gone.
+            _clear_sharding_prop_cache()
         pipe.send(failure)
 
 
