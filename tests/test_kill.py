@@ -315,10 +315,11 @@ def test_a_killed_rank_is_an_error_on_the_other_and_the_checkpoint_is_whole(
     server: multiprocessing.context.BaseContext, tmp_path: Path
 ) -> None:
     """The survivors must neither hang nor commit a checkpoint without the dead rank's part."""
-    with ThreadPoolExecutor(LANES) as pool:
+    lanes = 6  # they mostly wait for a rank that is gone
+    with ThreadPoolExecutor(lanes) as pool:
         done = [
-            pool.submit(_kill_a_rank, server, tmp_path / str(lane), lane, KILLS_OF_A_RANK // LANES)
-            for lane in range(LANES)
+            pool.submit(_kill_a_rank, server, tmp_path / str(lane), lane, KILLS_OF_A_RANK // lanes)
+            for lane in range(lanes)
         ]
         for each in done:
             each.result()
