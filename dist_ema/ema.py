@@ -189,7 +189,11 @@ class ShardedEMA:
 
     def _average(self, sources: Sequence[Tensor], now: Progress) -> None:
         if not self._shadow.started:
-            self._shadow.start(sources)
+            try:
+                self._shadow.start(sources)
+            except BaseException:
+                self._take(self._new_shadow())  # it may have memory, but no average in it
+                raise
             self._track.begin(now)
         else:
             weights = self._track.step(now)
@@ -535,6 +539,7 @@ class ShardedEMA:
             CheckpointError: it is damaged, or of a later version.
             EMAStateError: inside ``average_parameters()``, or the model has changed.
         """
+        self._shadow.drain()  # what fails in it does not matter any more
         self._background.wait()
         group, doing = self._engine.group, "load_state_dict()"
         sources = agree(lambda: self._live(doing), group, doing)
@@ -545,11 +550,15 @@ class ShardedEMA:
         shadow = self._shadow
         if shadow.failed or not (moment.started and shadow.started):
             shadow = self._new_shadow()
-        if moment.started:
+
+        def fill() -> None:  # some ranks may need memory, and others not: those whose update failed
             if not shadow.started:
-                agree(lambda: shadow.allocate(sources), group, doing)
+                shadow.allocate(sources)
             restore.fill(shadow)
             shadow.loaded()
+
+        if moment.started:
+            agree(fill, group, doing)
         shadow.seed = self._seed(moment.seed)
         self._take(shadow)
         self._track.restore(moment.clock, moment.start, moment.seen)
@@ -569,9 +578,7 @@ class ShardedEMA:
         """
         self._shadow.drain()
         self._background.wait()
-        if self._control is not None and dist.is_initialized():
-            dist.destroy_process_group(self._control)
-        self._control = None
+        self._drop_control_group()
         self._shadow.close()
 
     def _control_group(self, timeout: float) -> dist.ProcessGroup | None:
@@ -579,11 +586,17 @@ class ShardedEMA:
         if self._engine.group is None:
             return None
         if self._control is None or self._timeout != timeout:
-            self.close()
+            self._drop_control_group()
             self._timeout = timeout
             writing = sum(share.numel * share.dtype.itemsize for share in self._shares) * len(self.names) / _SLOW_DISK
             self._control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout + writing))
         return self._control
+
+    def _drop_control_group(self) -> None:
+        """Collective if there is one."""
+        if self._control is not None and dist.is_initialized():
+            dist.destroy_process_group(self._control)
+        self._control = None
 
     def fingerprint(self, name: str | None = None) -> dict[str, int]:
         """A 64-bit digest of each full tensor, by canonical name, which does not depend on how it is sharded.

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -492,6 +493,56 @@ def test_a_failed_first_copy_is_no_average() -> None:
         ema.update()
         with pytest.raises(EMAStateError, match="first"):
             ema.full_state_dict()
+
+
+def test_a_first_copy_that_could_not_be_asked_for_is_no_average() -> None:
+    """Its memory was there, uninitialised, and was taken for an average."""
+    model = build()
+    ema = ShardedEMA(model, offload="cpu")
+    with (
+        mock.patch.object(ThreadPoolExecutor, "submit", mock.Mock(side_effect=RuntimeError("can't start new thread"))),
+        pytest.raises(RuntimeError, match="can't start"),
+    ):
+        ema.update()
+    assert ema.num_updates == 0
+    for name, value in ema.full_state_dict().items():
+        assert torch.equal(value, model.state_dict()[name])
+    ema.update()
+    assert ema.metrics()["ema/distance"] == 0
+
+
+@pytest.mark.world_size(2)
+def test_a_failure_on_one_rank_is_raised_on_all_by_the_first_save(rank: int, tmp_path: Path) -> None:
+    """The save makes its group first; a rank that raised before left the others waiting for it."""
+    ema = ShardedEMA(nn.parallel.DistributedDataParallel(build()), offload="cpu")
+    ema.update()
+    with failing(MemoryError("no memory")) if rank == 1 else contextlib.nullcontext():
+        ema.update()
+        ema._shadow.drain()
+    with pytest.raises(EMAStateError, match=r"rank 1: EMAStateError: .*no memory"):
+        ema.save(tmp_path / "checkpoint")
+    ema.reset()
+    ema.update()
+    ema.save(tmp_path / "checkpoint")
+
+
+@pytest.mark.world_size(2)
+def test_a_failure_that_comes_during_a_restore_is_forgotten_by_it(rank: int) -> None:
+    """One rank raised, and the others had restored."""
+    ema = ShardedEMA(nn.parallel.DistributedDataParallel(build()), offload="cpu")
+    ema.update()
+    ema.wait()
+    state = ema.state_dict()
+    expected = ema.fingerprint()
+
+    def fail(*_: Any) -> None:
+        time.sleep(0.2)
+        raise MemoryError("late")
+
+    with mock.patch.object(kernels, "lerp", fail) if rank == 1 else contextlib.nullcontext():
+        ema.update()
+        ema.load_state_dict(state)
+    assert ema.fingerprint() == expected
 
 
 @pytest.mark.parametrize("to", [torch.bfloat16, torch.device("meta")], ids=str)
