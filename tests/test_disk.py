@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
+
+from dist_ema.checkpoints.destination import Directory, remove_leftovers
 
 UNSHARE = ["unshare", "--mount", "--map-root-user"]
 
@@ -88,6 +94,26 @@ def _can_mount(directory: Path) -> bool:
         return False
     script = f'mount -t tmpfs none "{directory}"'
     return subprocess.run([*UNSHARE, "sh", "-c", script], capture_output=True, check=False).returncode == 0
+
+
+def test_a_save_under_way_is_no_leftover_if_its_lock_cannot_be_opened(tmp_path: Path) -> None:
+    """A process that has too many files open cannot open a lock; it took the save of another for a dead one."""
+    other = Directory(tmp_path / "other", "0" * 32)
+    other.create({})
+    (staging,) = tmp_path.iterdir()
+    os.utime(staging, (0, 0))
+    real = os.open
+
+    def full(path: object, *arguments: Any, **options: Any) -> int:
+        if str(path).endswith("lock"):
+            raise OSError(errno.EMFILE, "Too many open files")
+        return real(path, *arguments, **options)  # type: ignore[arg-type]
+
+    with mock.patch.object(os, "open", full):
+        remove_leftovers(tmp_path)
+    assert list(tmp_path.iterdir()) == [staging]
+    other.abandon()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("script", [FULL, READ_ONLY], ids=["full", "read-only"])

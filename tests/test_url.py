@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import fsspec
 import pytest
@@ -61,6 +63,21 @@ def test_ranks_save_to_and_load_from_a_store_that_rank_0_alone_sees(rank: int) -
         manifest = verify_checkpoint(url)
         assert [_digests(manifest, name) for name in AVERAGES] == reference
         MemoryFileSystem().rm("/shared", recursive=True)
+    ema.close()
+
+
+@pytest.mark.world_size(2)
+def test_a_rank_that_cannot_open_urls_is_sent_to(rank: int) -> None:
+    """The package of a file system may be missing on one node: its error left the others waiting."""
+    url = "memory://opened/by/one"
+    ema = _make("fsdp2")
+    _average(ema, range(3))
+    ema.save(url)
+    other = _make("fsdp2")
+    missing = mock.Mock(side_effect=EMAConfigError("Install s3fs to access S3"))
+    with mock.patch.object(places, "file_system", missing) if rank == 1 else nullcontext():
+        other.load(url)
+    assert [other.fingerprint(name) for name in AVERAGES] == _reference(3)
     ema.close()
 
 

@@ -99,7 +99,7 @@ class Directory:
 
     def is_visible(self) -> bool:
         """As :meth:`Destination.is_visible`."""
-        return (self._staging / _LOCK).exists()
+        return os.path.exists(self._staging / _LOCK)  # noqa: PTH110 - Path's raises where access is denied
 
     def writer(self, folder: str, plans: Sequence[FilePlan]) -> RunWriter:
         """As :meth:`Destination.writer`."""
@@ -151,10 +151,12 @@ def remove_leftovers(parent: Path) -> None:
             continue
         try:
             lock = os.open(found / _LOCK, os.O_RDWR)
-        except OSError:  # made a moment ago, or killed in that moment
+        except FileNotFoundError:  # made a moment ago, or killed in that moment
             with suppress(FileNotFoundError):  # another save has put it in its place
                 if time.time() - found.lstat().st_mtime > _YOUNG:
                     shutil.rmtree(found, ignore_errors=True)
+            continue
+        except OSError:  # nobody can tell whether it is under way
             continue
         try:
             if _try_lock(lock):
