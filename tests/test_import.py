@@ -7,10 +7,13 @@ import json
 import os
 import pickle
 import random
+import resource
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,6 +31,7 @@ from dist_ema import ShardedEMA, read_checkpoint, schedules, verify_checkpoint
 from dist_ema.cli import main
 from dist_ema.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError, EMAConfigError
 from dist_ema.importers import FORMATS
+from dist_ema.importers import dcp as dcp_import
 from dist_ema.importers.pickles import LEFTOVERS
 from dist_ema.importing import import_checkpoint
 
@@ -512,6 +516,28 @@ def test_metadata_that_cannot_be_are_refused(
     with pytest.raises(CheckpointError, match=why):
         import_checkpoint(path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_metadata_of_a_few_bytes_take_no_gigabytes(tmp_path: Path) -> None:
+    """Python's unpickler in C makes room for as many memos as a number in the file says, here eight gigabytes."""
+    (tmp_path / ".metadata").write_bytes(b"\x80\x02]r\xff\xff\xff\x1f.")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CheckpointCorruptError, match="holds no metadata"):
+        import_checkpoint(tmp_path, tmp_path / "out")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + (1 << 20)  # kibibytes
+
+
+@pytest.mark.parametrize("grid", [(4096, 1), (1, 512), (128, 16)], ids=str)
+def test_parts_of_thousands_of_ranks_are_compared_in_no_time(tmp_path: Path, grid: tuple[int, int]) -> None:
+    """Each with each took a minute a tensor. One that overlaps its neighbour is found among them."""
+    rows, columns = grid
+    parts = [dcp_import._Part((2 * i, 2 * j), (2, 2), tmp_path, 0, 16) for j in range(columns) for i in range(rows)]
+    begin = time.process_time()
+    dcp_import._check_parts(tmp_path, "a", (2 * rows, 2 * columns), torch.float32, parts)
+    assert time.process_time() - begin < 5
+    moved = replace(parts[-1], offsets=tuple(max(offset - 1, 0) for offset in parts[-1].offsets))
+    with pytest.raises(CheckpointCorruptError, match="overlap"):
+        dcp_import._check_parts(tmp_path, "a", (2 * rows, 2 * columns), torch.float32, [*parts[:-1], moved])
 
 
 def test_a_tensor_that_claims_more_than_the_file_has_is_refused(tmp_path: Path) -> None:
