@@ -12,8 +12,12 @@ from typing import Any
 from unittest import mock
 
 import pytest
+from torch import nn
 
+from dist_ema import ShardedEMA, verify_checkpoint
+from dist_ema.checkpoints import destination
 from dist_ema.checkpoints.destination import Directory, remove_leftovers
+from dist_ema.errors import CheckpointError
 
 UNSHARE = ["unshare", "--mount", "--map-root-user"]
 
@@ -114,6 +118,31 @@ def test_a_save_under_way_is_no_leftover_if_its_lock_cannot_be_opened(tmp_path: 
     assert list(tmp_path.iterdir()) == [staging]
     other.abandon()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_save_that_fails_in_its_last_steps_leaves_whole_data_and_no_other(step: int, tmp_path: Path) -> None:
+    """The new data are in the old checkpoint's directory then, and named by its manifest or not."""
+    ema = ShardedEMA(nn.Linear(3, 3))
+    ema.update()
+    ema.save(tmp_path / "c")
+    ema.update()
+    synced = []
+
+    def fail(path: Path) -> None:
+        synced.append(path)
+        if path == tmp_path / "c" and synced.count(path) == step:
+            raise OSError(errno.EIO, "Input/output error")
+
+    with mock.patch.object(destination, "sync", fail), pytest.raises(CheckpointError, match="Input/output error"):
+        ema.save(tmp_path / "c")
+    manifest = verify_checkpoint(tmp_path / "c")
+    assert manifest.seen.updates == step
+    others = {path.name for path in (tmp_path / "c").iterdir()} - {manifest.data, "ema.json"}
+    assert len(others) == step - 1  # the old data, if the new are named: the next save removes them
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+    ema.save(tmp_path / "c")
+    assert len(list((tmp_path / "c").iterdir())) == 2
 
 
 @pytest.mark.parametrize("script", [FULL, READ_ONLY], ids=["full", "read-only"])

@@ -136,6 +136,8 @@ class Directory:
         """As :meth:`Destination.abandon`."""
         if self._lock is not None:
             self._unlock()
+            if (self._staging / NAME).exists():  # so the old one stands, and does not name the new data
+                shutil.rmtree(self._target / self.data, ignore_errors=True)
             shutil.rmtree(self._staging, ignore_errors=True)
 
     def _unlock(self) -> None:
