@@ -182,7 +182,7 @@ def test_counts(text: str, count: int) -> None:
     assert parse_count(text) == count
 
 
-@pytest.mark.parametrize("text", ["", "B", "-7B", "7 billion", "0", "nan", "1e9"])
+@pytest.mark.parametrize("text", ["", "B", "-7B", "7 billion", "0", "nan", "1e9", "100001T"])
 def test_a_count_that_is_none(text: str) -> None:
     with pytest.raises(EMAConfigError, match="parameters="):
         parse_count(text)

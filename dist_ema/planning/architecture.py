@@ -23,6 +23,7 @@ from dist_ema.engines.replicated import PlainEngine
 from dist_ema.errors import EMAConfigError
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+_MOST = 10**17  # whose bytes torch can still count
 _DTYPES = {
     "float32": torch.float32,
     "float16": torch.float16,
@@ -55,8 +56,10 @@ def parse_count(text: str) -> int:
     """``"70B"``, ``"1.5b"`` or ``"125000000"`` as a number. Raises EMAConfigError for anything else."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMBT]?)\s*", text.upper())
     number = int(Decimal(match[1]) * _UNITS[match[2]]) if match else 0
-    if number < 1:
-        raise EMAConfigError(f"parameters={text!r}: allowed is a positive number, such as 70B, 1.5B, 350M or 125000000")
+    if not 1 <= number <= _MOST:
+        raise EMAConfigError(
+            f"parameters={text!r}: allowed is a number from 1 to 100000T, such as 70B, 1.5B, 350M or 125000000"
+        )
     return number
 
 
