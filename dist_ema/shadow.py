@@ -37,6 +37,7 @@ class Shadow:
         self._copied = [index for index, share in enumerate(shares) if share.mode == "copy"]
         self._shares = shares
         self._averages: dict[str, list[Tensor]] = {}
+        self._spans: list[tuple[int, int]] | None = None  # of what is averaged, once it is known where that lies
         self._buffers: list[Tensor] = []
 
     @property
@@ -48,7 +49,7 @@ class Shadow:
         """Takes memory, uninitialised, beside the sources. Local."""
         averages = {name: self._allocate(sources, self._averaged) for name in self._names}
         self._buffers = self._allocate(sources, self._copied)
-        self._averages = averages
+        self._averages, self._spans = averages, None
 
     def start(self, sources: Sequence[Tensor]) -> None:
         """Takes memory, and copies the sources into every average. Local."""
@@ -76,12 +77,13 @@ class Shadow:
             weights: of each average.
             number: of this update; the first copy was number 1. Rounding depends on it.
         """
-        averages, ranges = list(self._averages.values()), self._ranges(self._averaged)
-        taken, rounding = self._pick(sources), self._rounding(number)
+        if self._spans is None:
+            self._spans = self._ranges(self._averaged)
+        averages, taken, rounding = list(self._averages.values()), self._pick(sources), self._rounding(number)
         if rounding is None:
-            kernels.lerp(averages, taken, ranges, weights, self.scratch, self.guard)
+            kernels.lerp(averages, taken, self._spans, weights, self.scratch, self.guard)
         else:
-            kernels.lerp_rounded(averages, taken, ranges, weights, self.scratch, self.guard, rounding)
+            kernels.lerp_rounded(averages, taken, self._spans, weights, self.scratch, self.guard, rounding)
         self._copy_buffers(sources)
 
     def _rounding(self, update: int) -> Rounding | None:

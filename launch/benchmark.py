@@ -11,16 +11,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import ctypes
+import functools
 import gc
-import importlib
-import importlib.util
 import json
 import math
 import multiprocessing
 import os
-import random
 import shutil
 import statistics
 import subprocess
@@ -32,46 +29,37 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from benchmark_checkpoint import add_checkpoint
 from benchmark_offload import add_offload
+from benchmark_peers import DECAY, Contender, Entry, Model, peers, weights
 from benchmark_scale import add_scale
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import DTensor, Shard
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.distributed.fsdp import fully_shard
 
 from dist_ema import ShardedEMA
+from dist_ema.arithmetic import multi_tensor, native
 
-DECAY = 0.9999
-WEIGHT = 1 - DECAY
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CHECKED = 8  # tensors that are compared with a float64 average
+THREE = {"fast": 0.999, "middle": DECAY, "slow": 0.99999}
+SMALL = 1000  # tensors of one element, for what an update costs in Python
 
 NOTES = """\
-GB/s counts the necessary bytes: the weights read once, the shadow read and written. "of bound" is the bound's time
-over this time. "extra MiB" is the peak of temporaries during updates. "off by" is the largest error against a float64
-average, over the largest distance that it moved: at this decay a bf16 shadow does not follow.
+GB/s counts the necessary bytes: the weights read once, each shadow read and written. "of bound" is the bound's time
+over this time; three averages have a bound of their own, which reads the weights once. "extra MiB" is the peak of
+temporaries during updates. "off by" is the largest error against a float64 average, over the largest distance that it
+moved: at this decay a bf16 shadow does not follow.
 Contenders with a bf16 shadow cannot average bf16 weights into an fp32 one; they move fewer bytes than the others.
 Composer gathers the whole model for each update: one process shows its arithmetic, not that communication.
 DeepSpeed-Chat's form is that of ZeRO-0 to 2; under ZeRO-3 its average does not move at all.
+"The form of" a project is its arithmetic written out, where the package itself was not called.
 On a machine whose cores are taken (load average) threads wait for each other, tensor by tensor: measure on an idle one,
 or with OMP_NUM_THREADS=1."""
-
-
-class Model(nn.Module):
-    """Nothing but parameters: ``tensors`` flat ones of very different sizes, ``elements`` in all."""
-
-    def __init__(self, elements: int, tensors: int, dtype: torch.dtype, device: str) -> None:
-        super().__init__()
-        draw = random.Random(0)
-        shares = [draw.lognormvariate(0, 1.5) for _ in range(tensors)]
-        sizes = [max(1, int(share / sum(shares) * elements)) for share in shares]
-        torch.manual_seed(0)
-        self.tensors = nn.ParameterList(torch.randn(size, device=device).to(dtype) for size in sizes)
 
 
 @torch.no_grad()
@@ -82,50 +70,39 @@ def train(model: nn.Module) -> None:
         parameter.add_(torch.randn_like(parameter))
 
 
-@dataclass
-class Contender:
-    """One way to average.
-
-    Attributes:
-        update: averages the weights of ``live`` once.
-        shadows: the averages, in the order of the model's parameters.
-        live: the model that it averages, where that cannot be the common one.
-    """
-
-    update: Callable[[], object]
-    shadows: Callable[[], Sequence[Tensor]]
-    live: nn.Module | None = None
-
-
-Builder = Callable[[Model], Contender]
-
-
-def weights(model: Model) -> list[Tensor]:
-    return [parameter.detach() for parameter in model.tensors]
-
-
 # The bound.
 
 
 def compile_axpy(folder: Path) -> ctypes.CDLL | None:
-    """``a += w * b`` for fp32 and for bf16 ``b``, compiled; None where there is no compiler."""
+    """``a += w * b`` for fp32 and for bf16 ``b``, into one and into three ``a``; None where there is no compiler."""
     compiler = shutil.which("cc") or shutil.which("c++")
     if compiler is None:
         return None
     source = """
     #include <stdint.h>
     #include <string.h>
-    void fp32(float *restrict a, const float *restrict b, int64_t n, float w) {
-        for (int64_t i = 0; i < n; i++) a[i] += w * b[i];
+    static inline float wide(uint16_t value) {
+        uint32_t bits = (uint32_t)value << 16;
+        float result;
+        memcpy(&result, &bits, 4);
+        return result;
     }
-    void bf16(float *restrict a, const uint16_t *restrict b, int64_t n, float w) {
-        for (int64_t i = 0; i < n; i++) {
-            uint32_t bits = (uint32_t)b[i] << 16;
-            float value;
-            memcpy(&value, &bits, 4);
-            a[i] += w * value;
+    #define AXPY(name, type, load) \\
+        void name##_1(float *restrict a, const type *restrict b, int64_t n, float w) { \\
+            for (int64_t i = 0; i < n; i++) a[i] += w * load(b[i]); \\
+        } \\
+        void name##_3(float *restrict a, float *restrict c, float *restrict d, const type *restrict b, int64_t n, \\
+                      float w) { \\
+            for (int64_t i = 0; i < n; i++) { \\
+                const float value = w * load(b[i]); \\
+                a[i] += value; \\
+                c[i] += value; \\
+                d[i] += value; \\
+            } \\
         }
-    }"""
+    AXPY(fp32, float, )
+    AXPY(bf16, uint16_t, wide)
+    """
     (folder / "axpy.c").write_text(source)
     command = [compiler, "-O3", "-march=native", "-shared", "-fPIC", "-x", "c", "axpy.c", "-o", "axpy.so"]
     if subprocess.run(command, cwd=folder, capture_output=True, check=False).returncode:
@@ -133,156 +110,93 @@ def compile_axpy(folder: Path) -> ctypes.CDLL | None:
     return ctypes.CDLL(str(folder / "axpy.so"))
 
 
-def bound(model: Model) -> tuple[str, Callable[[], object]]:
-    """Label and function of ``a += w * b`` over one flat array of as many elements."""
+def bound(model: Model, averages: int = 1) -> tuple[str, Callable[[], object]]:
+    """Label and function of ``a += w * b`` from one flat array of as many elements, into one or three others."""
     source = torch.cat(weights(model))
-    target = source.to(torch.float32, copy=True)
+    targets = [source.to(torch.float32, copy=True) for _ in range(averages)]
+    name = "bound: a += w * b" if averages == 1 else f"bound of {averages} averages: a += w * b"
     if source.device.type == "cpu":
         with tempfile.TemporaryDirectory() as folder:
             library = compile_axpy(Path(folder))
         if library is not None:
-            name = "fp32" if source.dtype == torch.float32 else "bf16"
-            function = getattr(library, name)
-            function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_float)
+            dtype = "fp32" if source.dtype == torch.float32 else "bf16"
+            function = getattr(library, f"{dtype}_{averages}")
+            function.argtypes = (*[ctypes.c_void_p] * (averages + 1), ctypes.c_int64, ctypes.c_float)
             function.restype = None
             # Python threads: a second OpenMP runtime would spin against that of torch. The caller does its part as
             # with OpenMP: on a busy machine a fresh thread is scheduled before one that has been working.
             threads = torch.get_num_threads()
-            parts = list(zip(target.chunk(threads), source.chunk(threads), strict=True))
+            parts = list(zip(*(values.chunk(threads) for values in (*targets, source)), strict=True))
             pool = ThreadPoolExecutor(threads)
 
-            def part(a: Tensor, b: Tensor) -> None:
-                function(a.data_ptr(), b.data_ptr(), a.numel(), 1e-9)
+            def part(*values: Tensor) -> None:
+                function(*(each.data_ptr() for each in values), values[0].numel(), 1e-9)
 
             def run() -> None:
-                others = [pool.submit(part, *pair) for pair in parts[1:]]
+                others = [pool.submit(part, *group) for group in parts[1:]]
                 part(*parts[0])
                 for other in others:
                     other.result()
 
-            return "bound: a += w * b, C, one array", run
-        if source.dtype != torch.float32:  # torch would convert the whole array first
-            size = 1 << 18
-            scratch = torch.empty(size)
+            return f"{name}, C, one array", run
+    # One step of torch's reads the weights again for each average, and would convert the whole array first: in chunks
+    # they come from the cache.
+    chunked = source.device.type == "cpu" and (averages > 1 or source.dtype != torch.float32)
+    size = 1 << 18 if chunked else max(source.numel(), 1)
+    scratch = torch.empty(size if chunked else 0)
 
-            def chunked() -> None:
-                for a, b in zip(torch.split(target, size), torch.split(source, size), strict=True):
-                    a.add_(scratch[: b.numel()].copy_(b), alpha=1e-9)
+    def steps() -> None:
+        for b, *parts in zip(*(torch.split(values, size) for values in (source, *targets)), strict=True):
+            wide = scratch[: b.numel()].copy_(b) if chunked else b
+            for a in parts:
+                a.add_(wide, alpha=1e-9)
 
-            return "bound: a += w * b, torch, chunks", chunked
-    return "bound: a += w * b, torch, one array", lambda: target.add_(source, alpha=1e-9)
-
-
-# The contenders. Each builder makes the first copy, so that every ``update`` averages.
+    return f"{name}, torch, {'chunks' if chunked else 'one array'}", steps
 
 
-def ours(model: Model, **options: Any) -> Contender:
-    ema = ShardedEMA(model, decay=DECAY, **options)
-    ema.update()
+# Ours.
+
+
+def ours(model: Model, guard: bool = True, averages: int = 1, eager: bool = False) -> Contender:
+    schedules: dict[str, Any] = {"decay": DECAY} if averages == 1 else {"averages": THREE}
+    ema = ShardedEMA(model, skip_nonfinite=guard, **schedules)
+
+    def update() -> None:
+        with forced_eager() if eager else contextlib.nullcontext():
+            ema.update()
 
     def shadows() -> list[Tensor]:
-        full = ema.full_state_dict()
+        full = ema.full_state_dict(None if averages == 1 else "middle")  # the one with everybody's decay
         return [full[name] for name, _ in model.named_parameters()]
 
-    return Contender(ema.update, shadows)
+    update()
+    return Contender(update, shadows)
 
 
-def ours_unguarded(model: Model) -> Contender:
-    return ours(model, skip_nonfinite=False)
+@contextlib.contextmanager
+def forced_eager() -> Iterator[None]:
+    """What ``DIST_EMA_KERNEL=eager`` does, which is read once in a process."""
+    with mock.patch.object(native, "_decided", [None]), mock.patch.object(multi_tensor, "_decided", [None]):
+        yield
 
 
-def composer(model: Model) -> Contender:
-    """Composer's compute_ema under FSDP: every update gathers the model and visits a full copy."""
-    average = copy.deepcopy(model).float()
-    live = FullyShardedDataParallel(
-        copy.deepcopy(model), use_orig_params=True, device_id=torch.device(weights(model)[0].device)
-    )
-
-    @torch.no_grad()
-    def form() -> None:
-        for shadow, parameter in zip(average.parameters(), live.parameters(), strict=True):
-            shadow.copy_(shadow * DECAY + (1.0 - DECAY) * parameter.detach())
-
-    def update() -> None:
-        with FullyShardedDataParallel.summon_full_params(live):
-            form()
-
-    return Contender(update, lambda: [parameter.detach() for parameter in average.parameters()], live)
+#: Options of ``ours`` whose guard is measured: with and without it.
+GUARDED: dict[str, dict[str, Any]] = {
+    "ShardedEMA": {},
+    "ShardedEMA, three averages": {"averages": 3},
+    "ShardedEMA, eager route": {"eager": True},
+}
+UNGUARDED = ", skip_nonfinite=False"
 
 
-def averaged_model(model: Model) -> Contender:
-    """torch's own class. It copies the model, dtype and all."""
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(DECAY))  # type: ignore[no-untyped-call]
-    average.update_parameters(model)
-    return Contender(
-        lambda: average.update_parameters(model), lambda: [p.detach() for p in average.module.parameters()]
-    )
-
-
-def diffusers_class() -> Any:
-    """diffusers' EMAModel, or None."""
-    if importlib.util.find_spec("diffusers") is None:
-        return None
-    with contextlib.suppress(Exception):  # whatever an optional package's import may raise
-        return importlib.import_module("diffusers.training_utils").EMAModel
-    return None
-
-
-def diffusers(model: Model) -> Contender:
-    """diffusers' EMAModel with fp32 shadows, as its training scripts use it (no foreach)."""
-    cls = diffusers_class()
-    if cls is not None:
-        average = cls(model.parameters(), decay=DECAY, min_decay=DECAY)  # min_decay: no warm-up
-        average.to(dtype=torch.float32)
-        average.step(model.parameters())  # its first step copies
-        return Contender(lambda: average.step(model.parameters()), lambda: average.shadow_params)
-    shadows = [source.float().clone() for source in weights(model)]
-
-    @torch.no_grad()
-    def step() -> None:
-        for shadow, parameter in zip(shadows, model.tensors, strict=True):
-            shadow.sub_(WEIGHT * (shadow - parameter))
-
-    return Contender(step, lambda: shadows)
-
-
-def deepspeed_chat(model: Model) -> Contender:
-    """DeepSpeed-Chat's moving_average: out of place and copied, in the model's dtype, tensor by tensor."""
-    average = copy.deepcopy(model)
-
-    @torch.no_grad()
-    def update() -> None:
-        for parameter, shadow in zip(model.parameters(), average.parameters(), strict=True):
-            shadow.data.copy_(torch.lerp(parameter.data, shadow.data, DECAY))
-
-    return Contender(update, lambda: weights(average))
-
-
-def torchtitan(model: Model) -> Contender:
-    """torchtitan's: one foreach over DTensors, in the model's dtype."""
-    mesh = init_device_mesh(weights(model)[0].device.type, (1,))
-
-    def shard(local: Tensor) -> Tensor:
-        return DTensor.from_local(local, mesh, [Shard(0)], run_check=False)
-
-    averages = [source.clone() for source in weights(model)]
-    live, shadows = [[shard(local) for local in side] for side in (weights(model), averages)]
-    return Contender(lambda: torch._foreach_lerp_(shadows, live, WEIGHT), lambda: list(averages))
-
-
-def contenders(dtype: torch.dtype) -> dict[str, tuple[Builder, torch.dtype]]:
-    """Label, builder and shadow dtype of each, in the table's order."""
-    real = "EMAModel" if diffusers_class() is not None else "EMAModel's form"
-    own = f" ({'fp32' if dtype == torch.float32 else 'bf16'} shadow)" if dtype != torch.float32 else ""
-    return {
-        "ShardedEMA": (ours, torch.float32),
-        "ShardedEMA, skip_nonfinite=False": (ours_unguarded, torch.float32),
-        f"torchtitan's form, DTensors{own}": (torchtitan, dtype),
-        f"torch AveragedModel{own}": (averaged_model, dtype),
-        f"diffusers {real}": (diffusers, torch.float32),
-        f"DeepSpeed-Chat's form{own}": (deepspeed_chat, dtype),
-        "Composer compute_ema's form, FSDP": (composer, torch.float32),
-    }
+def contenders(dtype: torch.dtype) -> dict[str, Entry]:
+    """Label and contender of everyone, in the table's order."""
+    entries = {}
+    for label, given in GUARDED.items():
+        for ending, guard in (("", True), (UNGUARDED, False)):
+            builder = functools.partial(ours, guard=guard, **given)
+            entries[label + ending] = Entry(builder, averages=given.get("averages", 1))
+    return entries | peers(dtype)
 
 
 # Measuring.
@@ -329,7 +243,7 @@ def peak_of_updates(label: str, elements: int, tensors: int, dtype: torch.dtype,
     """Bytes by which memory grows during updates, past what stays from before the first. None if it cannot be known."""
     with one_process(device):
         model = Model(elements, tensors, dtype, device)
-        contender = contenders(dtype)[label][0](model)
+        contender = contenders(dtype)[label].builder(model)
         gc.collect()
         if device != "cpu":
             torch.cuda.reset_peak_memory_stats()
@@ -363,6 +277,15 @@ class Row:
     off_by: float | None
 
 
+@dataclass
+class Guard:
+    """What leaving out NaN and Inf adds to an update, as a part of it: the median of rounds side by side."""
+
+    contender: str
+    source: str
+    cost: float
+
+
 def off_by(contender: Contender, before: Sequence[Tensor], after: Sequence[Tensor], updates: int) -> float:
     """Largest error over largest movement, on the first tensors, against a float64 average."""
     kept = DECAY**updates
@@ -374,20 +297,25 @@ def off_by(contender: Contender, before: Sequence[Tensor], after: Sequence[Tenso
     return error / movement
 
 
-def measure(elements: int, tensors: int, repeats: int, device: str, dtype: torch.dtype, memory: Any) -> list[Row]:
-    """The rows for sources of one dtype. ``memory`` is an executor of processes for what each contender takes."""
+def measure(
+    elements: int, tensors: int, repeats: int, device: str, dtype: torch.dtype, memory: Any
+) -> tuple[list[Row], list[Guard]]:
+    """The rows for sources of one dtype, and what the guard costs.
+
+    ``memory`` runs :func:`peak_of_updates` in a process of its own.
+    """
     name = next(name for name, value in DTYPES.items() if value == dtype)
     with one_process(device):
         model = Model(elements, tensors, dtype, device)
         entries = contenders(dtype)
-        built = {label: builder(model) for label, (builder, _) in entries.items()}
+        built = {label: entry.builder(model) for label, entry in entries.items()}
         before = [source.clone() for source in weights(model)[:CHECKED]]
         for each in [model, *(contender.live for contender in built.values() if contender.live is not None)]:
             train(each)
         after = weights(model)[:CHECKED]
         total = sum(source.numel() for source in weights(model))
-        label, run = bound(model)
-        functions = {label: run} | {other: contender.update for other, contender in built.items()}
+        bounds = {averages: bound(model, averages) for averages in (1, len(THREE))}
+        functions = dict(bounds.values()) | {label: contender.update for label, contender in built.items()}
         times: dict[str, list[float]] = {key: [] for key in functions}
         for _ in range(repeats + 1):
             for key, function in functions.items():
@@ -395,23 +323,54 @@ def measure(elements: int, tensors: int, repeats: int, device: str, dtype: torch
         # The first round is left out: memory is touched and scratch made there.
         medians = {key: statistics.median(values[1:]) for key, values in times.items()}
         errors = {key: off_by(contender, before, after, repeats + 1) for key, contender in built.items()}
+    counts = {label: averages for averages, (label, _) in bounds.items()}
+    counts |= {label: entry.averages for label, entry in entries.items()}
     rows = []
     for key, seconds in medians.items():
-        shadow = entries[key][1] if key in entries else torch.float32
+        shadow = entries[key].shadow if key in entries else torch.float32
         extra = memory(key, elements, tensors, dtype, device) if key in entries else None
         rows.append(
             Row(
                 key,
                 name,
                 seconds * 1e3,
-                total * (dtype.itemsize + 2 * shadow.itemsize) / seconds / 1e9,
-                medians[label] / seconds,
+                total * (dtype.itemsize + 2 * shadow.itemsize * counts[key]) / seconds / 1e9,
+                medians[bounds[counts[key]][0]] / seconds,
                 seconds / medians["ShardedEMA"],
                 None if extra is None else extra / 2**20,
                 errors.get(key),
             )
         )
-    return rows
+    guards = []
+    for key in GUARDED:
+        ratios = [a / b for a, b in zip(times[key][1:], times[key + UNGUARDED][1:], strict=True)]
+        guards.append(Guard(key, name, statistics.median(ratios) - 1))
+    return rows, guards
+
+
+class Small(nn.Module):
+    """Nothing but tensors of one element: averaging them is Python's work alone."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.tensors = nn.ParameterList(torch.randn(1, device=device) for _ in range(SMALL))
+
+
+def overhead(device: str, rounds: int = 300) -> dict[str, float]:
+    """Milliseconds that ``update()`` keeps the calling thread for 1,000 tensors: the least of many, by engine."""
+    with one_process(device):
+        mesh = init_device_mesh(device, (1,))
+        models: dict[str, nn.Module] = {"plain": Small(device), "FSDP2": fully_shard(Small(device), mesh=mesh)}
+        found = {}
+        for name, model in models.items():
+            ema = ShardedEMA(model, decay=DECAY)
+            times = []
+            for _ in range(rounds + 2):
+                start = time.perf_counter()  # not synchronised: a GPU works on its own
+                ema.update()
+                times.append(time.perf_counter() - start)
+            found[name] = min(times[2:]) * 1e3
+    return found
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -460,21 +419,29 @@ def update(arguments: argparse.Namespace) -> None:
             return result
 
     load = os.getloadavg()[0]
-    rows = []
+    calling = overhead(arguments.device)
+    rows, guards = [], []
     for name in arguments.dtype:
-        rows += measure(
+        found = measure(
             arguments.elements, arguments.tensors, arguments.repeats, arguments.device, DTYPES[name], memory
         )
+        rows += found[0]
+        guards += found[1]
         gc.collect()
     if arguments.json:
-        print(json.dumps([asdict(row) for row in rows], indent=1))
+        lists = {"rows": [asdict(row) for row in rows], "guard": [asdict(guard) for guard in guards]}
+        print(json.dumps({**lists, "calling_thread_ms": calling}, indent=1))
         return
     where = f"{torch.get_num_threads()} threads" if arguments.device == "cpu" else torch.cuda.get_device_name()
     print(
         f"EMA update, {arguments.elements:,} elements in {arguments.tensors} uneven tensors, fp32 shadow, "
         f"decay {DECAY}\n{where}, torch {torch.__version__}, medians of {arguments.repeats} rounds, "
-        f"load average before {load:.1f}\n\n{table(rows)}\n\n{NOTES}"
+        f"load average before {load:.1f}\n\n{table(rows)}\n"
     )
+    for guard in guards:
+        print(f"guard of {guard.contender}, {guard.source} weights: {guard.cost:+.1%} of the update without it")
+    each = ", ".join(f"{name} {ms:.2f} ms" for name, ms in calling.items())
+    print(f"update() of {SMALL:,} tensors of one element keeps its caller: {each}\n\n{NOTES}")
 
 
 def positive(text: str) -> int:

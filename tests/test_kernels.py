@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+from array import array
 from collections.abc import Callable
 from pathlib import Path
 
@@ -200,19 +201,41 @@ def test_constant_weights_move_no_element(
     assert torch.equal(shadow, source.float())
 
 
-def test_thousands_of_noisy_updates_stay_with_float64(kernel: native.Library, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Errors of single updates must not add up in one direction."""
-    monkeypatch.setattr(native, "_decided", [kernel])
-    torch.manual_seed(0)
-    start = torch.rand(256) + 1
-    noise = 0.1 * torch.randn(64, 256)
-    shadow, reference = start.clone(), start.double()
-    weight, scratch, guard = 1 - 0.9999, kernels.Scratch(), kernels.Guard()
-    for step in range(20_000):
-        source = start + noise[step % 64] + step * 1e-5
-        kernels.lerp([[shadow]], [source], [(0, 256)], [weight], scratch, guard)
-        reference.lerp_(source.double(), weight)
-    assert ((shadow.double() - reference) / reference).abs().max() < 1e-5
+def test_200_000_noisy_updates_stay_with_float64(kernel: native.Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Errors of single updates must not add up: d * s + (1 - d) * p leaves these limits behind in both averages.
+
+    The compiled route makes all updates; the eager one follows it for some blocks and has to end at the same bits, so
+    the limits hold for it too. The float64 averages are those of whole blocks at a time.
+    """
+    numel, block, blocks = 256, 1000, 200
+    limits = {0.9999: 1e-5, 0.99999: 2e-5}  # of each element, relative to it
+    weights = [1 - decay for decay in limits]
+    noise = torch.Generator().manual_seed(0)
+    center = torch.rand(numel, generator=noise) + 1
+    shadows = [center.clone() for _ in limits]
+    references = [center.double() for _ in limits]
+    ages = torch.arange(block, dtype=torch.float64).flip(0)
+    for number in range(blocks):
+        sources = torch.randn(block, numel, generator=noise).mul_(0.1).add_(center)
+        follows = number % 100 == 99
+        before = [[shadow.clone()] for shadow in shadows]
+        offsets, starts, codes, targets = (
+            array("q", entries) for entries in ([0, numel], [0], [0], [shadow.data_ptr() for shadow in shadows])
+        )
+        for row in range(block):
+            starts[0] = sources.data_ptr() + row * numel * sources.itemsize
+            kernel.lerp([offsets, starts, codes, targets], weights, True)
+        if follows:
+            monkeypatch.setattr(native, "_decided", [None])
+            scratch, guard = kernels.Scratch(), kernels.Guard()
+            for source in sources:
+                kernels.lerp(before, [source], [(0, numel)], weights, scratch, guard)
+            assert all(torch.equal(eager, shadow) for (eager,), shadow in zip(before, shadows, strict=True))
+        for reference, weight in zip(references, weights, strict=True):
+            shares = weight * (1 - weight) ** ages
+            reference.mul_((1 - weight) ** block).add_(shares @ sources.double())
+    for shadow, reference, limit in zip(shadows, references, limits.values(), strict=True):
+        assert ((shadow.double() - reference) / reference).abs().max() < limit
 
 
 # The choice.

@@ -163,6 +163,8 @@ def lerp(
     skipped, left = fused.lerp(averages, sources, ranges, weights, on_host, guard is not None)
     if guard is not None:
         guard.skipped += skipped
+    if not left:
+        return
     counter = guard.counter if guard is not None else None
     remaining = set(left).intersection(multi_tensor.lerp(averages, sources, ranges, weights, on_device, counter))
     for index in sorted(remaining):
@@ -192,6 +194,8 @@ def lerp_rounded(
     skipped, left = fused.lerp_rounded(averages, sources, ranges, weights, scratch.rounded_table, guarded, rounding)
     if guard is not None:
         guard.skipped += skipped
+    if not left:
+        return
     table, counter = scratch.rounded_on_device(rounding.places), guard.counter if guard is not None else None
     rest = multi_tensor.lerp_rounded(averages, sources, ranges, weights, table, counter, rounding.keys)
     for index in sorted(set(left).intersection(rest)):

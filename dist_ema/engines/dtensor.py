@@ -34,11 +34,11 @@ class DTensorEngine(PlainEngine):
             return super().spec(slot, tensor)
         mesh, placements = tensor.device_mesh, tensor.placements
         runs = shard_runs(tensor.shape, mesh, placements, slot.name)
-        if count(runs) != self.local(tensor).numel():
+        if count(runs) != _local(tensor).numel():
             raise EMAEngineError(
                 f"parameter {slot.name!r}: {placements} on a mesh of shape {tuple(mesh.shape)} should leave "
                 f"{count(runs)} of {tensor.numel()} elements on this rank, but it holds "
-                f"{self.local(tensor).numel()}. Shard it with fully_shard, parallelize_module or distribute_tensor"
+                f"{_local(tensor).numel()}. Shard it with fully_shard, parallelize_module or distribute_tensor"
             )
         replicas, primary = replicas_of(mesh, placements)
         return TensorSpec(
@@ -53,9 +53,8 @@ class DTensorEngine(PlainEngine):
             aliases=slot.aliases,
         )
 
-    def local(self, tensor: Tensor) -> Tensor:
-        # to_local() outside of no_grad would record a graph; the attribute is what it returns (torch 2.13).
-        return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    def sources(self) -> list[Tensor]:
+        return [_local(tensor) for tensor in super().sources()]
 
     def reshard(self) -> None:
         """After a forward without backward the root's parameters are full plain tensors, and a write to the shards
@@ -63,6 +62,12 @@ class DTensorEngine(PlainEngine):
         for module in self._model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's part of a parameter or buffer, as a plain tensor. Local, no copy."""
+    # to_local() outside of no_grad would record a graph; the attribute is what it returns (torch 2.13).
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
 def shard_runs(shape: Sequence[int], mesh: DeviceMesh, placements: Sequence[Placement], name: str) -> Runs:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -39,14 +38,8 @@ class PlainEngine(Engine):
             slot.name, tensor, kind=kind_of(slot, tensor), partitioned=False, aliases=slot.aliases
         )
 
-    @torch.no_grad()
     def sources(self) -> list[Tensor]:
-        self._binding.check()
-        return [self.local(tensor) for slot in self._slots if (tensor := slot.get()) is not None]
-
-    def local(self, tensor: Tensor) -> Tensor:
-        """This rank's part of a parameter or buffer, as a plain tensor. Local, no copy."""
-        return tensor
+        return self._binding.check()
 
 
 class DataParallelEngine(PlainEngine):

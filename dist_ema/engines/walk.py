@@ -8,7 +8,9 @@ a fine name for a user's own layer: there the type decides.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import itertools
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -91,42 +93,57 @@ class Binding:
         shape_of: the shape of what stands there, for engines that empty a parameter between uses.
     """
 
-    def __init__(self, slots: Iterable[Slot], shape_of: Callable[[Tensor], torch.Size] = lambda t: t.shape) -> None:
+    def __init__(self, slots: Iterable[Slot], shape_of: Callable[[Tensor], torch.Size] = Tensor.size) -> None:
         self._shape_of = shape_of
         self._all = list(slots)
-        self._shapes = [self._shape(slot.get()) for slot in self._all]
-        self._slots = [slot for slot in self._all if not slot.is_buffer]
-        self._trained = [_is_trained(slot) for slot in self._slots]
-        self._tensors: list[Tensor | None] | None = None
+        self._shapes = [None if (tensor := slot.get()) is None else shape_of(tensor) for slot in self._all]
+        self._are_parameters = [not slot.is_buffer for slot in self._all]
+        self._trained = [_is_trained(slot) for slot in self._all if not slot.is_buffer]
+        self._bound: list[Tensor] | None = None
 
-    def _shape(self, tensor: Tensor | None) -> torch.Size | None:
-        return None if tensor is None else self._shape_of(tensor)
+    def check(self) -> list[Tensor]:
+        """What every slot holds. Local; no host sync.
 
-    def check(self) -> None:
-        """Raises EMAStateError, naming the parameter, if a slot no longer holds what it held. Local; no host sync."""
-        for slot, shape in zip(self._all, self._shapes, strict=True):
-            held = slot.get()
-            found_shape = self._shape(held)
-            if found_shape != shape and (held is not None or slot.is_buffer):
-                raise EMAStateError(
-                    f"{slot.name!r} had the shape {shape} when the average was made and has {found_shape} now. "
-                    "Call reset() to start a new average of the model as it is now"
+        Raises EMAStateError, naming the parameter, if one no longer holds what it held.
+        """
+        # Whole lists are compared: at every update, for thousands of tensors, a loop in Python would take longer than
+        # the update itself. So would asking each DTensor whether it handles the reading of an attribute.
+        with torch._C.DisableTorchFunctionSubclass():
+            held = [slot.get() for slot in self._all]
+            tensors = [tensor for tensor in held if tensor is not None]
+            if len(tensors) < len(held) or list(map(self._shape_of, tensors)) != self._shapes:
+                raise self._complaint(held)
+            parameters = list(itertools.compress(tensors, self._are_parameters))
+            if self._bound is None and not any(tensor.is_meta for tensor in parameters):
+                self._bound = parameters
+            same = self._bound is None or all(map(operator.is_, parameters, self._bound))
+            if not same or [tensor.requires_grad for tensor in parameters] != self._trained:
+                raise self._complaint(held)
+            return tensors
+
+    def _complaint(self, held: Sequence[Tensor | None]) -> EMAStateError:
+        """What is wrong with the first slot that changed."""
+        advice = "Call reset() to start a new average of the model as it is now"
+        for slot, tensor, shape in zip(self._all, held, self._shapes, strict=True):
+            found = None if tensor is None else self._shape_of(tensor)
+            if found != shape and (tensor is not None or slot.is_buffer):
+                return EMAStateError(
+                    f"{slot.name!r} had the shape {shape} when the average was made and has {found} now. {advice}"
                 )
-        found = [slot.get() for slot in self._slots]
-        if self._tensors is None and not any(tensor is not None and tensor.is_meta for tensor in found):
-            self._tensors = found
-        for slot, tensor, bound, trained in zip(self._slots, found, self._tensors or found, self._trained, strict=True):
-            if tensor is not bound or tensor is None:
-                raise EMAStateError(
-                    f"parameter {slot.name!r} is another tensor than the one that is averaged: it was replaced since. "
-                    "Call reset() to start a new average of the model as it is now"
+        places = [(slot.name, tensor) for slot, tensor in zip(self._all, held, strict=True) if not slot.is_buffer]
+        bound: Sequence[Tensor | None] = self._bound or [tensor for _, tensor in places]
+        for (name, tensor), old, trained in zip(places, bound, self._trained, strict=True):
+            if tensor is not old or tensor is None:
+                return EMAStateError(
+                    f"parameter {name!r} is another tensor than the one that is averaged: it was replaced since. "
+                    f"{advice}"
                 )
             if tensor.requires_grad is not trained:
                 was, now = ("trained", "frozen") if trained else ("frozen", "trained")
-                raise EMAStateError(
-                    f"parameter {slot.name!r} was {was} when the average was made and is {now} now. "
-                    "Call reset() to start a new average of the model as it is now"
+                return EMAStateError(
+                    f"parameter {name!r} was {was} when the average was made and is {now} now. {advice}"
                 )
+        return EMAStateError(f"the model changed while it was read. {advice}")
 
 
 def _is_trained(slot: Slot) -> bool:
