@@ -60,11 +60,15 @@ class Background:
         if self._thread is not None and not self._thread.is_alive():
             self.wait()
 
-    def wait(self) -> None:
-        """Waits for the end of the work; raises what failed in it, once. Local."""
+    def drain(self) -> None:
+        """Waits for the end of the work; raises nothing. Local."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+
+    def wait(self) -> None:
+        """Waits for the end of the work; raises what failed in it, once. Local."""
+        self.drain()
         if self._error is not None:
             error, self._error = self._error, None
             raise error

@@ -19,6 +19,7 @@ from dist_ema.arithmetic.fingerprint import partial_digest
 from dist_ema.background import Background
 from dist_ema.checkpoints.export import export
 from dist_ema.checkpoints.loading import Load, report_schedules
+from dist_ema.checkpoints.reading import REREADS
 from dist_ema.checkpoints.saving import Save
 from dist_ema.collectives import (
     agree,
@@ -32,7 +33,7 @@ from dist_ema.collectives import (
 )
 from dist_ema.dcp.stateful import Moment, Restore, make_state_dict
 from dist_ema.engines import Attached, RemovableHandle, detect
-from dist_ema.errors import EMAConfigError, EMAStateError
+from dist_ema.errors import CheckpointCorruptError, EMAConfigError, EMAStateError
 from dist_ema.gather import Entry, Held, catalogue, full_tensors, speaks
 from dist_ema.offload.host_shadow import HostShadow, hold_back
 from dist_ema.options import Options
@@ -434,9 +435,10 @@ class ShardedEMA:
             CheckpointError: on every rank, whichever rank failed; nothing is left behind.
             EMAStateError: inside ``average_parameters()``, or the model has changed.
         """
-        self._background.wait()
+        self._background.drain()
         with answering(f"save to {path}", timeout):
             group = self._control_group(timeout)
+            agree(self._background.wait, group, "the save before")  # a rank may have raised its failure already
             views = agree(self._views, group, f"save to {path}")
             entries = self._catalogue(group)
             started, skipped, seed = self._shadow.started, self._skipped(), self._shadow.seed
@@ -471,25 +473,37 @@ class ShardedEMA:
             CheckpointError: there is no checkpoint, or one of another format version.
             EMAStateError: inside ``average_parameters()``, or the model has changed.
         """
-        self._background.wait()
+        self._background.drain()
         group = self._engine.group
+        agree(self._background.wait, group, "the save before")  # a rank may have raised its failure already
         sources = agree(lambda: self._live("load()"), group, f"load from {path}")
         entries = self._catalogue(group)
-        load = Load(path, entries, self.names, group)
-        found = load.match(strict)
+        for attempt in range(REREADS + 1):
+            load = Load(path, entries, self.names, group)
+            try:
+                shadow = self._filled(load, sources, strict, verify)
+                break
+            except CheckpointCorruptError:
+                if attempt == REREADS or not load.was_replaced():
+                    raise
         manifest = load.manifest
-        shadow = self._new_shadow(manifest.seed)
-        if manifest.started:
-            # What a checkpoint lacks starts from the live weights; where it may lack nothing, none are copied.
-            begin = shadow.allocate if strict else shadow.start
-            agree(lambda: begin(sources), group, f"load from {path}")
-            agree(shadow.wait, group, f"load from {path}")
-            load.read(load.wants(found, {share.spec.name: share for share in self._shares}, shadow), verify)
-            shadow.loaded()
         self._take(shadow)
         self._track.restore(manifest.clock, manifest.start, manifest.seen)
         self._skipped_before = manifest.skipped if rank_in(group) == 0 else 0
         report_schedules(manifest.schedules, self._options.schedules)
+
+    def _filled(self, load: Load, sources: Sequence[Tensor], strict: bool, verify: bool) -> Shadow:
+        """A new shadow with what a checkpoint holds. Collective; raises as ``load()``, on every rank."""
+        found = load.match(strict)
+        shadow = self._new_shadow(load.manifest.seed)
+        if load.manifest.started:
+            # What a checkpoint lacks starts from the live weights; where it may lack nothing, none are copied.
+            begin = shadow.allocate if strict else shadow.start
+            agree(lambda: begin(sources), self._engine.group, "load()")
+            agree(shadow.wait, self._engine.group, "load()")
+            load.read(load.wants(found, {share.spec.name: share for share in self._shares}, shadow), verify)
+            shadow.loaded()
+        return shadow
 
     def state_dict(self) -> dict[str, Any]:
         """What ``torch.distributed.checkpoint`` saves, and loads into: ``dcp.save({"ema": ema}, ...)``. Collective.
@@ -540,8 +554,9 @@ class ShardedEMA:
             EMAStateError: inside ``average_parameters()``, or the model has changed.
         """
         self._shadow.drain()  # what fails in it does not matter any more
-        self._background.wait()
+        self._background.drain()
         group, doing = self._engine.group, "load_state_dict()"
+        agree(self._background.wait, group, "the save before")  # a rank may have raised its failure already
         sources = agree(lambda: self._live(doing), group, doing)
         known = {entry.name for entry in self._catalogue(group) if entry.mode != "live"}
         restore = agree(lambda: Restore(state_dict, self._shares, self.names, known), group, doing)

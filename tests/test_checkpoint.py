@@ -7,6 +7,7 @@ import json
 import os
 import random
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,9 @@ from torch import nn
 from zero_models import make_engine
 
 from dist_ema import ShardedEMA, read_checkpoint, schedules, verify_checkpoint
+from dist_ema.checkpoints.compare import compare
 from dist_ema.checkpoints.manifest import NAME, Manifest
+from dist_ema.checkpoints.offline import export_checkpoint
 from dist_ema.checkpoints.storage import RunWriter
 from dist_ema.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError, EMAConfigError
 
@@ -455,3 +458,86 @@ def test_ranks_that_share_no_disk_save_and_load_through_rank_0(rank: int, tmp_pa
     assert other.fingerprint("slow") == ema.fingerprint("slow")
     if rank == 0:
         verify_checkpoint(own / "c")
+
+
+@pytest.mark.world_size(2)
+def test_a_failed_save_that_one_rank_has_seen_already_keeps_no_other_waiting(rank: int, tmp_path: Path) -> None:
+    """Threads end at different moments, so update() may raise the failure on one rank before the others have it."""
+    for attempt, call in enumerate(("save", "load", "load_state_dict")):
+        ema = _make("fsdp2")
+        _average(ema, range(1))
+        ema.save(tmp_path / "c")
+        state = ema.state_dict()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("dist_ema.checkpoints.storage.RunWriter.sync", _full_disk)
+            ema.save(tmp_path / "c", block=False)
+            if rank == 0:
+                with pytest.raises(CheckpointError, match="No space left"):
+                    ema.wait()
+            else:
+                ema._background.drain()
+        argument = state if call == "load_state_dict" else tmp_path / "c"
+        with pytest.raises(CheckpointError, match=r"the save before failed: rank 1.*No space left"):
+            getattr(ema, call)(argument)
+        getattr(ema, call)(argument)  # told once
+        assert verify_checkpoint(tmp_path / "c").seen.updates == 1, attempt
+
+
+def test_the_next_update_does_not_wait_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An fsync takes seconds on a busy disk; the shadow has been read long before."""
+    ema = ShardedEMA(nn.Linear(3, 2), averages=AVERAGES)
+    ema.update()
+    synced, real = threading.Event(), os.fsync
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (synced.wait(30), real(descriptor))[1])
+    ema.save(tmp_path / "c", block=False)
+    ema.update()
+    assert not (tmp_path / "c").exists()
+    synced.set()
+    ema.wait()
+    assert verify_checkpoint(tmp_path / "c").seen.updates == 1
+
+
+def _replace_while_reading(ema: ShardedEMA, path: Path, patch: pytest.MonkeyPatch, times: int) -> None:
+    """The next readers find the manifest of a checkpoint whose data are gone when they open them."""
+    from dist_ema.checkpoints.reading import RunReader
+
+    left = [times]
+    original = RunReader.__init__
+
+    def init(self: RunReader, *args: object) -> None:
+        if left[0]:
+            left[0] -= 1
+            ema.update()
+            with pytest.MonkeyPatch.context() as inner:
+                inner.setattr(RunReader, "__init__", original)
+                ema.save(path)
+        original(self, *args)  # type: ignore[arg-type]
+
+    patch.setattr(RunReader, "__init__", init)
+
+
+def test_a_checkpoint_that_is_replaced_while_it_is_read_is_read_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Evaluation jobs read while training saves; a healthy checkpoint must not be called damaged."""
+    path = tmp_path / "c"
+    ema = ShardedEMA(nn.Linear(3, 2), decay=0.5)
+    ema.update()
+    ema.save(path)
+    other = ShardedEMA(nn.Linear(3, 2), decay=0.5)
+    readers = {
+        "load": lambda: other.load(path),
+        "read": lambda: read_checkpoint(path),
+        "verify": lambda: verify_checkpoint(path),
+        "export": lambda: export_checkpoint(path, tmp_path / "out"),
+        "diff": lambda: compare(path, path),
+    }
+    for read in readers.values():
+        with monkeypatch.context() as patch:
+            _replace_while_reading(ema, path, patch, 1)
+            read()
+    assert other.num_updates == 2
+    with monkeypatch.context() as patch:  # there is an end to it
+        _replace_while_reading(ema, path, patch, 9)
+        with pytest.raises(CheckpointCorruptError):
+            read_checkpoint(path)

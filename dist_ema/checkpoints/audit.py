@@ -15,7 +15,7 @@ from dist_ema.arithmetic.fingerprint import partial_digest
 from dist_ema.checkpoints.loading import CHUNK, Key, damaged_error, stored_tensors
 from dist_ema.checkpoints.manifest import NAME, Manifest, StoredTensor
 from dist_ema.checkpoints.places import StrPath
-from dist_ema.checkpoints.reading import DTYPES, RunReader, read_manifest
+from dist_ema.checkpoints.reading import DTYPES, REREADS, RunReader, read_manifest_bytes
 from dist_ema.errors import CheckpointCorruptError
 from dist_ema.geometry import Runs, chunks, count, whole
 
@@ -66,10 +66,22 @@ def audit(
     Raises:
         CheckpointError: there is no checkpoint, or it has another format version.
     """
-    try:
-        manifest = read_manifest(path)
-    except CheckpointCorruptError as error:
-        return None, [Finding(NAME, None, str(error))]
+    attempts = REREADS
+    while True:
+        text = read_manifest_bytes(path)
+        try:
+            manifest = Manifest.from_bytes(text)
+        except CheckpointCorruptError as error:
+            return None, [Finding(NAME, None, str(error))]
+        findings = _audit(path, manifest, threads, begin)
+        attempts -= 1
+        if not findings or attempts < 0 or read_manifest_bytes(path) == text:
+            return manifest, findings
+
+
+def _audit(
+    path: StrPath, manifest: Manifest, threads: int, begin: Callable[[Manifest], Advance] | None
+) -> list[Finding]:
     advance = begin(manifest) if begin is not None else no_advance
     by_file: dict[str, dict[Key, StoredTensor]] = defaultdict(dict)
     for key, tensor in stored_tensors(manifest).items():
@@ -86,7 +98,7 @@ def audit(
                 advance(sum(tensor.nbytes for tensor in by_file[name].values()))
     finally:
         pool.shutdown(cancel_futures=True)  # when interrupted, not after all that is waiting
-    return manifest, findings
+    return findings
 
 
 def verify_checkpoint(path: StrPath, *, threads: int = 4) -> Manifest:

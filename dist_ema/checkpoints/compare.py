@@ -13,7 +13,7 @@ from dist_ema.checkpoints.audit import Advance, VerifiedTensor, no_advance
 from dist_ema.checkpoints.loading import Key, choose_average, stored_tensors
 from dist_ema.checkpoints.manifest import LIVE, Manifest, StoredTensor
 from dist_ema.checkpoints.places import StrPath
-from dist_ema.checkpoints.reading import RunReader, read_manifest
+from dist_ema.checkpoints.reading import RunReader, reread
 from dist_ema.errors import CheckpointMismatchError
 
 
@@ -65,8 +65,16 @@ def compare(
         CheckpointError, CheckpointCorruptError: one of them is none, or is damaged.
         EMAConfigError: one of them has no average ``name``.
     """
-    paths = (a, b)
-    first, second = (read_manifest(path) for path in paths)
+    return reread(a, lambda first: reread(b, lambda second: _compare((a, b), first, second, name, begin)))
+
+
+def _compare(
+    paths: tuple[StrPath, StrPath],
+    first: Manifest,
+    second: Manifest,
+    name: str | None,
+    begin: Callable[[int], Advance] | None,
+) -> list[Difference]:
     ours, theirs = _chosen(first, name), _chosen(second, name)
     pairs = _match(paths, ours, theirs)
     with _reader(paths[0], first, ours) as left, _reader(paths[1], second, theirs) as right:

@@ -44,7 +44,9 @@ def export(
         shared = all(gather_objects(staging.is_visible(), group))
         if gather is False and not shared:
             raise CheckpointError(f"{doing}: gather=False, but not all ranks see {staging.target.parent} of rank 0")
-        folder.write(RunWriter(staging.path, plans), plans, group, shared and not gather, False, doing)
+        with RunWriter(staging.path, plans) as writer:
+            folder.write(writer, plans, group, shared and not gather, False, doing)
+            agree(writer.sync, group, doing)
         agree(lambda: staging.commit() if first else None, group, doing)
     except BaseException:
         if first:

@@ -17,7 +17,7 @@ from torch import Tensor
 from dist_ema.arithmetic.fingerprint import partial_digest
 from dist_ema.checkpoints.manifest import Manifest, StoredTensor
 from dist_ema.checkpoints.places import StrPath
-from dist_ema.checkpoints.reading import DTYPES, RunReader, read_manifest, read_manifest_bytes
+from dist_ema.checkpoints.reading import DTYPES, RunReader, read_manifest_bytes, reread
 from dist_ema.collectives import (
     WINDOW_BYTES,
     agree,
@@ -66,7 +66,10 @@ def read_checkpoint(path: StrPath, name: str | None = None) -> dict[str, Tensor]
         EMAConfigError: there is no such average, or there are several and none was named.
         CheckpointError, CheckpointCorruptError: there is none, or it is damaged; what is returned has been verified.
     """
-    manifest = read_manifest(path)
+    return reread(path, lambda manifest: _read_all(path, manifest, name))
+
+
+def _read_all(path: StrPath, manifest: Manifest, name: str | None) -> dict[str, Tensor]:
     chosen = choose_average(manifest, name)
     state: dict[str, Tensor] = {}
     damaged = []
@@ -139,7 +142,7 @@ class Load:
         self._first = rank_in(group) == 0
         self._doing = f"load from {path}"
         text = agree(lambda: read_manifest_bytes(self._path) if self._first else b"", group, self._doing)
-        text = broadcast_object(text, group)
+        self._text = text = broadcast_object(text, group)
         self.manifest = Manifest.from_bytes(text)
         self._shared = all(gather_objects(self._sees(text), group))
         self._entries = [entry for entry in entries if entry.mode != "live"]
@@ -151,6 +154,10 @@ class Load:
             return hashlib.sha256(read_manifest_bytes(self._path)).digest() == hashlib.sha256(text).digest()
         except EMAError:  # what reads URLs may be missing on this rank alone
             return False
+
+    def was_replaced(self) -> bool:
+        """Whether a save has put another checkpoint there since, which then has to be read. Collective."""
+        return broadcast_object(self._first and not self._sees(self._text), self._group)
 
     def match(self, strict: bool) -> dict[str, dict[str, Key]]:
         """Where each tensor of each average is stored, by average and canonical name. The same on every rank.
@@ -238,7 +245,6 @@ class Load:
 
     def _read_own(self, wants: Sequence[Want], verify: bool) -> list[int]:
         """Reads this rank's elements, with as many threads as torch has. Local."""
-        pool = ThreadPoolExecutor(torch.get_num_threads())
         scratch = threading.local()
 
         def take(want: Want, runs: Runs, low: int) -> int:
@@ -255,31 +261,36 @@ class Load:
                 out.copy_(values)
             return partial_digest(values, runs) if verify else 0
 
-        try:
-            with open_reader(self._path, self.manifest) as reader:
+        with open_reader(self._path, self.manifest) as reader:
+            pool = ThreadPoolExecutor(torch.get_num_threads())
+            try:
                 jobs = []
                 for want in wants:
                     parts = list(chunks(want.share.runs if want.share is not None else (), CHUNK))
                     lows = accumulate(map(count, parts), initial=0)
                     jobs.append([pool.submit(take, want, part, low) for part, low in zip(parts, lows, strict=False)])
                 return [sum(job.result() for job in parts) for parts in jobs]
-        finally:
-            pool.shutdown(cancel_futures=True)
+            finally:  # before the files are closed
+                pool.shutdown(cancel_futures=True)
 
     def _read_sent(self, wants: Sequence[Want], verify: bool) -> list[int]:
         """Rank 0 reads and sends, window by window, where others do not see its disk. Collective."""
         reader = agree(
             lambda: open_reader(self._path, self.manifest) if self._first else None, self._group, self._doing
         )
-        failures: list[Exception] = []
+        buffer = agree(lambda: torch.empty(WINDOW_BYTES, dtype=torch.uint8), self._group, self._doing)
+        failures: list[Exception] = []  # a rank that fails goes on sending and receiving, so that no other waits
         sums = []
         try:
             for want in wants:
                 low, total = 0, 0
-                for runs, values in self._windows(reader, want, failures):
-                    total += partial_digest(values, runs) if verify else 0
-                    if want.out is not None:
-                        want.out[low : low + values.numel()].copy_(values)
+                for runs, values in self._windows(reader, want, buffer, failures):
+                    try:
+                        total += partial_digest(values, runs) if verify else 0
+                        if want.out is not None:
+                            want.out[low : low + values.numel()].copy_(values)
+                    except Exception as error:
+                        failures.append(error)
                     low += values.numel()
                 sums.append(total)
         finally:
@@ -294,18 +305,17 @@ class Load:
         return sums
 
     def _windows(
-        self, reader: RunReader | None, want: Want, failures: list[Exception]
+        self, reader: RunReader | None, want: Want, buffer: Tensor, failures: list[Exception]
     ) -> Iterator[tuple[Runs, Tensor]]:
         dtype = DTYPES[self._stored(want).dtype]
         size = WINDOW_BYTES // dtype.itemsize
-        buffer = torch.empty(min(size, want.entry.numel) * dtype.itemsize, dtype=torch.uint8)
         for start in range(0, want.entry.numel, size):
             stop = min(start + size, want.entry.numel)
             values = buffer[: (stop - start) * dtype.itemsize].view(dtype)
             if reader is not None and not failures:
                 try:
                     reader.read(want.key, ((start, stop - start),), values)
-                except Exception as error:  # goes on sending, so that no rank waits; raised on all at the end
+                except Exception as error:
                     failures.append(error)
             _broadcast_bytes(values, self._group)
             runs = want.share.runs if want.share is not None else ()

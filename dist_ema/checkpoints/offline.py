@@ -14,7 +14,7 @@ from dist_ema.checkpoints.export import export
 from dist_ema.checkpoints.loading import Key, choose_average, stored_tensors
 from dist_ema.checkpoints.manifest import LIVE, Manifest, StoredTensor
 from dist_ema.checkpoints.places import StrPath
-from dist_ema.checkpoints.reading import DTYPES, RunReader, read_manifest
+from dist_ema.checkpoints.reading import DTYPES, RunReader, reread
 from dist_ema.engines.base import TensorSpec
 from dist_ema.errors import EMAConfigError
 from dist_ema.gather import Entry, Held
@@ -57,7 +57,24 @@ def export_checkpoint(
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise EMAConfigError(f"dtype={dtype!r}: allowed is a floating-point torch.dtype, or None")
-    manifest = read_manifest(path)
+
+    def export_it(manifest: Manifest) -> Manifest:
+        _export(path, manifest, out, name, dtype, max_shard_size, config_from, begin)
+        return manifest
+
+    return reread(path, export_it)
+
+
+def _export(
+    path: StrPath,
+    manifest: Manifest,
+    out: str | os.PathLike[str],
+    name: str | None,
+    dtype: torch.dtype | None,
+    max_shard_size: int | str,
+    config_from: object,
+    begin: Callable[[Manifest, int], Advance] | None,
+) -> None:
     wanted = {f"averages/{choose_average(manifest, name)}", LIVE}
     tensors = {key: tensor for key, tensor in stored_tensors(manifest).items() if key[0] in wanted}
     files = {tensor.file: manifest.files[tensor.file] for tensor in tensors.values()}
@@ -74,7 +91,6 @@ def export_checkpoint(
             config_from=config_from,
             gather=False,
         )
-    return manifest
 
 
 @dataclass(frozen=True)

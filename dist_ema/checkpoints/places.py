@@ -172,6 +172,8 @@ class Remote:
             raise OSError(f"{path}: {type(error).__name__}: {error}") from error
         if facts["type"] != "file":
             raise OSError(f"{path} is not a file")
+        if facts.get("size") is None:
+            raise OSError(f"{path}: nobody says how many bytes it has")
         return RemoteFile(self._system, path, int(facts["size"]))
 
 

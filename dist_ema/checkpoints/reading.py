@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,7 +16,10 @@ from dist_ema.checkpoints.storage import DTYPE_NAMES
 from dist_ema.errors import CheckpointCorruptError, CheckpointError
 from dist_ema.geometry import Runs
 
+T = TypeVar("T")
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+#: How often a reader begins anew since the checkpoint was replaced while it was read.
+REREADS = 2
 #: The longest header that safetensors itself reads.
 _MAX_HEADER = 100_000_000
 
@@ -47,6 +51,22 @@ def read_manifest_bytes(path: StrPath) -> bytes:
     finally:
         file.close()
     return bytes(text)
+
+
+def reread(path: StrPath, read: Callable[[Manifest], T]) -> T:
+    """``read(manifest)``; again, up to :data:`REREADS` times, where a save has replaced what the manifest names.
+
+    Raises as :func:`read_manifest`, and what ``read`` raises.
+    """
+    attempts = REREADS
+    while True:
+        text = read_manifest_bytes(path)
+        try:
+            return read(Manifest.from_bytes(text))
+        except CheckpointCorruptError:
+            attempts -= 1
+            if attempts < 0 or read_manifest_bytes(path) == text:
+                raise
 
 
 class RunReader:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from dist_ema.checkpoints.destination import Destination, destination
 from dist_ema.checkpoints.manifest import LIVE, NAME, Manifest, StoredFile, StoredTensor, checksum
 from dist_ema.checkpoints.places import StrPath, check_path
-from dist_ema.checkpoints.storage import DTYPE_NAMES, FilePlan
+from dist_ema.checkpoints.storage import DTYPE_NAMES, FilePlan, Writer
 from dist_ema.checkpoints.writing import Folder
 from dist_ema.collectives import agree, broadcast_object, gather_objects, rank_in, sum_integers
 from dist_ema.gather import Entry, Held
@@ -56,6 +56,7 @@ class Save:
         self._doing = f"save to {os.fspath(path)}"
         self._path = path
         self._destination: Destination | None = None
+        self._writers: list[Writer] = []
         self._group = group
         self._first = rank_in(group) == 0
         self._skipped = skipped
@@ -125,10 +126,23 @@ class Save:
         for name, part in self._parts.items():
             if name.startswith(prefix):
                 writer = self._to.writer(name, part.plans)
+                self._writers.append(writer)
                 part.folder.write(writer, part.plans, self._group, self._shared, True, self._doing)
 
+    def _sync(self) -> None:
+        """Waits until what this rank wrote is there for good. Local."""
+        for writer in self._writers:
+            if self._shared or self._first:
+                writer.sync()
+        self._close()
+
+    def _close(self) -> None:
+        while self._writers:
+            self._writers.pop().close()
+
     def finish(self) -> None:
-        """Writes the manifest and puts the checkpoint in its place. Collective."""
+        """Waits for the disk, writes the manifest and puts the checkpoint in its place. Collective."""
+        agree(self._sync, self._group, self._doing)
         digests = {name: part.folder.total_digests(self._group) for name, part in self._parts.items()}
         (skipped,) = sum_integers([self._skipped], self._group)
         self._record = replace(self._record, skipped=skipped)
@@ -141,6 +155,7 @@ class Save:
 
     def abandon(self) -> None:
         """Removes what was written. Local; harmless after ``finish()``."""
+        self._close()
         if self._first and self._destination is not None:
             self._destination.abandon()
 

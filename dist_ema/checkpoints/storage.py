@@ -14,7 +14,6 @@ import re
 import shutil
 import uuid
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import lru_cache
@@ -48,6 +47,7 @@ DTYPE_NAMES = {
 }
 #: Bytes after which a file's writing to disk begins, while more is made ready.
 _WRITE_BEHIND = 4 << 20
+_OPEN_FILES = 8
 _SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -218,14 +218,17 @@ def create_file(directory: Path, plan: FilePlan) -> None:
         file.truncate(plan.size)
 
 
-class Writer(AbstractContextManager["Writer"], Protocol):
-    """Takes elements of full tensors. Leaving it gives back what it holds; only what was synced is there for good."""
+class Writer(Protocol):
+    """Takes elements of full tensors."""
 
     def write(self, name: str, runs: Runs, values: Tensor) -> None:
         """Puts flat CPU ``values``, of the planned dtype, into the elements ``runs`` of the tensor ``name``."""
 
     def sync(self) -> None:
         """Waits until what was written is there for good."""
+
+    def close(self) -> None:
+        """Gives back what it holds. What was not synced need not be there."""
 
 
 class RunWriter:
@@ -237,24 +240,33 @@ class RunWriter:
             tensor.name: (plan.name, plan.offsets[tensor.name], tensor) for plan in plans for tensor in plan.tensors
         }
         self._open: dict[str, int] = {}
-        self._waiting: dict[str, int] = {}  # bytes that the system was not yet told to bring to the disk
+        self._waiting: dict[
+            str, int
+        ] = {}  # bytes of each file that was written to and not yet brought to disk
 
     def write(self, name: str, runs: Runs, values: Tensor) -> None:
         """Puts flat CPU ``values``, of the planned dtype, into the elements ``runs`` of the tensor ``name``."""
         file, offset, tensor = self._places[name]
         if values.dtype != tensor.dtype:
             raise CheckpointError(f"{name!r} is planned as {tensor.dtype}, got {values.dtype}")
-        if file not in self._open:
-            self._open[file] = os.open(self._directory / file, os.O_WRONLY)
+        descriptor = self._descriptor(file)
         data = memoryview(values.contiguous().view(torch.uint8).numpy().data)
         item = tensor.dtype.itemsize
         for start, length in runs:
-            _pwrite(self._open[file], data[: length * item], offset + start * item)
+            _pwrite(descriptor, data[: length * item], offset + start * item)
             data = data[length * item :]
         self._waiting[file] = self._waiting.get(file, 0) + values.nbytes
         if self._waiting[file] >= _WRITE_BEHIND:
-            _write_behind(self._open[file])
+            _write_behind(descriptor)
             self._waiting[file] = 0
+
+    def _descriptor(self, file: str) -> int:
+        """Of an open file. Only a few are open at a time: tensors come in the order of the files, of which are many."""
+        if file not in self._open:
+            if len(self._open) >= _OPEN_FILES:
+                os.close(self._open.pop(next(iter(self._open))))
+            self._open[file] = os.open(self._directory / file, os.O_WRONLY)
+        return self._open[file]
 
     def __enter__(self) -> RunWriter:
         return self
@@ -266,8 +278,8 @@ class RunWriter:
 
     def sync(self) -> None:
         """Waits until what was written is on disk."""
-        for descriptor in self._open.values():
-            os.fsync(descriptor)
+        for file in self._waiting:
+            os.fsync(self._descriptor(file))
 
     def close(self) -> None:
         """Closes the files."""

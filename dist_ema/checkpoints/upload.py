@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -84,7 +83,7 @@ class Upload:
 
 
 class UploadWriter:
-    """Writes tensors in the order of the files, each from its first element to its last. A context manager."""
+    """Writes tensors in the order of the files, each from its first element to its last."""
 
     def __init__(self, system: Any, folder: str, plans: Sequence[FilePlan]) -> None:
         self._system = system
@@ -114,10 +113,11 @@ class UploadWriter:
         self._finish()
         if not self._plans:
             raise CheckpointError(f"{self._folder}: more was written than was planned")
-        self._plan = self._plans.pop()
-        self._file = self._system.open(f"{self._folder}/{self._plan.name}", "wb", block_size=_BLOCK)
+        plan = self._plans.pop()
+        self._file = self._system.open(f"{self._folder}/{plan.name}", "wb", block_size=_BLOCK)
+        self._plan = plan
         self._position = 0
-        self._put(memoryview(self._plan.header))
+        self._put(memoryview(plan.header))
 
     def _put(self, data: memoryview) -> None:
         self._file.write(data)
@@ -127,20 +127,16 @@ class UploadWriter:
         """Completes a file, and looks whether it is there as it should be."""
         if self._plan is None:
             return
-        plan, self._plan = self._plan, None
-        self._file.close()
+        plan, file, self._plan, self._file = self._plan, self._file, None, None
+        file.close()
         path = f"{self._folder}/{plan.name}"
         self._system.invalidate_cache(self._folder)
         if (found := self._system.size(path)) != plan.size:
             raise CheckpointError(f"{path} has {found} bytes after writing {self._position}; {plan.size} were planned")
 
-    def __enter__(self) -> UploadWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._plan is not None:
-            self._plan = None
-            with suppress(Exception):  # an upload of which half is done must not become an object
-                self._file.discard()
+    def close(self) -> None:
+        """Gives up a file that is not complete: an upload of which half is done must not become an object."""
+        file, self._file, self._plan = self._file, None, None
+        if file is not None:
+            with suppress(Exception):
+                file.discard()

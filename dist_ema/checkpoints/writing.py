@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dist_ema.arithmetic.fingerprint import partial_digest
 from dist_ema.checkpoints.storage import FilePlan, TensorPlan, Writer, plan_files
-from dist_ema.collectives import agree, rank_in, sum_integers
+from dist_ema.collectives import agree, sum_integers
 from dist_ema.gather import Entry, Held, gather_each, speaks
 from dist_ema.geometry import Runs, chunks, count
 
@@ -61,7 +61,7 @@ class Folder:
         digest: bool,
         doing: str,
     ) -> None:
-        """Fills the files, which exist, and syncs them. Collective; an error of one rank is raised on all.
+        """Fills the files. Collective; an error of one rank is raised on all. What was written has to be synced yet.
 
         Args:
             writer: of the files.
@@ -72,16 +72,10 @@ class Folder:
             digest: take the fingerprint of what is written.
             doing: for the error.
         """
-        with writer:
-            if shared:
-                agree(lambda: self.write_own(writer, group, digest), group, doing)
-            else:
-                self._write_gathered(writer, plans, group, digest, doing)
-
-    def write_own(self, writer: Writer, group: dist.ProcessGroup | None, digest: bool) -> None:
-        """Writes the elements that this rank speaks for, and syncs. Local."""
-        self._each_chunk(group, digest, writer)
-        writer.sync()
+        if shared:
+            agree(lambda: self._each_chunk(group, digest, writer), group, doing)
+        else:
+            self._write_gathered(writer, plans, group, digest, doing)
 
     def total_digests(self, group: dist.ProcessGroup | None) -> dict[str, int]:
         """Fingerprints of the full tensors. Collective."""
@@ -101,7 +95,6 @@ class Folder:
         places = {tensor.name: place for place, tensor in enumerate(tensors)}
         ordered = sorted(self.entries, key=lambda entry: places[entry.name])
         gather_each(ordered, self.held, self.dtypes, group, take, doing)
-        agree(lambda: writer.sync() if rank_in(group) == 0 else None, group, doing)
 
     def _each_chunk(self, group: dist.ProcessGroup | None, digest: bool, writer: Writer | None) -> None:
         for entry in self.entries:
