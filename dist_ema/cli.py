@@ -53,12 +53,13 @@ class Dtype(str, Enum):
 class AverageDtype(str, Enum):
     """What averages may be kept in."""
 
+    bf16 = "bf16"
     fp32 = "fp32"
     fp64 = "fp64"
     own = "own"
 
 
-_OF_AVERAGES = {AverageDtype.fp32: Dtype.fp32, AverageDtype.fp64: Dtype.fp64, AverageDtype.own: None}
+_OF_AVERAGES = {choice: None if choice == AverageDtype.own else Dtype(choice.value) for choice in AverageDtype}
 _TORCH_NAMES = {Dtype.bf16: "bfloat16", Dtype.fp16: "float16", Dtype.fp32: "float32", Dtype.fp64: "float64"}
 Checkpoint = Annotated[str, typer.Argument(help="Directory of a checkpoint, or a URL.", show_default=False)]
 AsJSON = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]

@@ -425,9 +425,9 @@ class ShardedEMA:
         moment there is the old or the new one, on disk. Extra memory: some MiB a rank.
 
         Args:
-            path: the directory; its parent must exist.
+            path: the directory, whose parent must exist, or a URL that fsspec opens.
             block: wait until all is on disk. If not, the next due update waits until the shadow has been read (not
-                until it is on disk), and what fails is raised by the next ``update``, ``save``, ``load``, ``reset``,
+                until it is on disk; to a URL, until it has been sent), and what fails is raised by the next ``update``, ``save``, ``load``, ``reset``,
                 ``wait`` or ``close``, on every rank; at the end of the program it is logged, with exit status 1.
             timeout: seconds to wait for a rank that does not answer, beside what writing its part takes at 50 MB/s.
 
@@ -462,7 +462,7 @@ class ShardedEMA:
         saved one, the schedules are this object's; where they differ, that is logged.
 
         Args:
-            path: of the checkpoint.
+            path: of the checkpoint, a directory or a URL.
             strict: every tensor must fit. If not, what does not is left out, which is logged, and starts from the live
                 weights.
             verify: check the fingerprints of what is read.

@@ -229,10 +229,13 @@ def check_self_check_notices_a_wrong_kernel() -> None:
         def __getitem__(self, grid: tuple[int]) -> object:
             raise RuntimeError("no ptxas")
 
-    for double, why in ((Wrong(), "does not compute what torch does"), (Broken(), "does not compile: RuntimeError")):
-        kernel._lerp = double
-        with pytest.raises(BuildError, match=why):
-            multi_tensor.check(kernel, device)
+    wrong = Wrong()  # its arguments are those of one kernel only, so the other fails in another way
+    for double, why in ((wrong, "does not compute what torch does"), (Broken(), "does not compile: RuntimeError")):
+        for name in ("_lerp", "_lerp_rounded"):
+            kernel = multi_tensor.Kernel()
+            setattr(kernel, name, double)
+            with pytest.raises(BuildError, match=why if double is not wrong or name == "_lerp" else "compile"):
+                multi_tensor.check(kernel, device)
 
 
 def check_a_whole_average_goes_through_it() -> None:

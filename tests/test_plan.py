@@ -247,7 +247,7 @@ def test_the_table_names_the_rank_that_pays_most(capsys: pytest.CaptureFixture[s
         (["--parameters", "7B", "--averages", "-1"], "averages=-1"),
         (["--parameters", "7B", "--disk-bandwidth", "0"], "must be above 0"),
         (["--parameters", "7B", "--memory-bandwidth", "nan"], "must be above 0"),
-        (["--parameters", "7B", "--dtype", "bf16"], "--dtype"),
+        (["--parameters", "7B", "--dtype", "fp16"], "--dtype"),
         (["--parameters", "7B", "--offload", "disk"], "offload='disk'"),
     ],
 )

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dist_ema.arithmetic.choice import choose
 from dist_ema.arithmetic.compiler import BuildError
-from dist_ema.arithmetic.rounding import Places
+from dist_ema.arithmetic.rounding import Places, Rounding, average_key
 from dist_ema.arithmetic.table import CODES, Averages, Ranges, Table, address
 
 logger = logging.getLogger(__name__)
@@ -299,9 +299,11 @@ def check(kernel: Kernel, device: torch.device) -> None:
     """A few elements against torch on this device. Waits for it, once.
 
     Raises:
-        BuildError: the kernel does not compile, or differs by more than one unit in the last place.
+        BuildError: a kernel does not compile, or differs by more than one unit in the last place.
     """
     table_ = table(device.type)
+    rounding = Rounding(Places(["check"], [((2**32 - 50, 99),)]), [average_key(0, 1, "check")])
+    rounded_table_ = rounded_table(rounding.places, device.type)
     for dtype in CODES:
         source = torch.linspace(-3, 5, 99, dtype=torch.float32, device=device).tan_().to(dtype)
         source[7], source[60] = float("nan"), float("inf")
@@ -310,10 +312,19 @@ def check(kernel: Kernel, device: torch.device) -> None:
             end = torch.where(source.isfinite(), source.float(), 0.0)
             expected = torch.where(source.isfinite(), torch.lerp(shadow, end, weight), shadow)
             unit = torch.maximum(shadow.abs(), end.abs()) * torch.finfo(torch.float32).eps
+            before = shadow.bfloat16()
+            halved = before.clone()
+            blended = rounding.apply(0, 0, 0, torch.lerp(before.float(), end, weight))
+            wanted = torch.where(source.isfinite(), blended, before).float()
             counts = {device: torch.zeros((), dtype=torch.int64, device=device)}
+            given = [source], [(0, 99)], [weight]
             try:
-                run(kernel, [[shadow]], [source], [(0, 99)], [weight], table_, counts.__getitem__)
+                run(kernel, [[shadow]], *given, table_, counts.__getitem__)
+                run_rounded(kernel, [[halved]], *given, rounded_table_, counts.__getitem__, rounding.keys)
             except Exception as error:  # Triton's compiler raises all kinds
                 raise BuildError(f"{kernel} does not compile: {error!r}") from error
-            if int(counts[device]) != 2 or not bool(((shadow - expected).abs() <= unit).all()):
+            near = (shadow - expected).abs() <= unit
+            # A blend that differs in its last bit may round to the next bf16 number.
+            near &= (halved.float() - wanted).abs() <= wanted.abs() * torch.finfo(torch.bfloat16).eps
+            if int(counts[device]) != 4 or not bool(near.all()):
                 raise BuildError(f"{kernel} does not compute what torch does from {dtype}")

@@ -1,6 +1,6 @@
 """The safetensors files of full tensors, laid out before anyone writes, and written in place by whoever has the bytes.
 
-The only module, with its callers' staging directory, that opens files. The format (safetensors 0.4 and later): eight
+The format (safetensors 0.4 and later): eight
 bytes with the length of the header, little-endian; the header, JSON that gives each tensor's dtype, shape and byte
 range; then the tensors, without a gap.
 """
@@ -240,9 +240,7 @@ class RunWriter:
             tensor.name: (plan.name, plan.offsets[tensor.name], tensor) for plan in plans for tensor in plan.tensors
         }
         self._open: dict[str, int] = {}
-        self._waiting: dict[
-            str, int
-        ] = {}  # bytes of each file that was written to and not yet brought to disk
+        self._waiting: dict[str, int] = {}  # bytes of each file that was written to and not yet brought to disk
 
     def write(self, name: str, runs: Runs, values: Tensor) -> None:
         """Puts flat CPU ``values``, of the planned dtype, into the elements ``runs`` of the tensor ``name``."""

@@ -178,7 +178,7 @@ def rank_cost(model: Architecture, layout: Layout, options: Options, rank: int) 
             shadow += number * kept
             update += read + 2 * number * kept
             in_use += read if source != share.dtype else 0
-            widest = max(widest, share.dtype.itemsize)
+            widest = max(widest, share.dtype.itemsize, 4)  # bf16 averages are blended in fp32
         else:
             buffers += kept
             update += read + kept
