@@ -427,8 +427,9 @@ class ShardedEMA:
         Args:
             path: the directory, whose parent must exist, or a URL that fsspec opens.
             block: wait until all is on disk. If not, the next due update waits until the shadow has been read (not
-                until it is on disk; to a URL, until it has been sent), and what fails is raised by the next ``update``, ``save``, ``load``, ``reset``,
-                ``wait`` or ``close``, on every rank; at the end of the program it is logged, with exit status 1.
+                until it is on disk; to a URL, until it has been sent), and what fails is raised by the next ``update``,
+                ``save``, ``load``, ``reset``, ``wait`` or ``close``, on every rank; at the end of the program it is
+                logged, with exit status 1.
             timeout: seconds to wait for a rank that does not answer, beside what writing its part takes at 50 MB/s.
 
         Raises:

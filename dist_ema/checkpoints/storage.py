@@ -1,8 +1,7 @@
 """The safetensors files of full tensors, laid out before anyone writes, and written in place by whoever has the bytes.
 
-The format (safetensors 0.4 and later): eight
-bytes with the length of the header, little-endian; the header, JSON that gives each tensor's dtype, shape and byte
-range; then the tensors, without a gap.
+The format (safetensors 0.4 and later): eight bytes with the length of the header, little-endian; the header, JSON that
+gives each tensor's dtype, shape and byte range; then the tensors, without a gap.
 """
 
 from __future__ import annotations
