@@ -23,9 +23,9 @@ from dist_ema.geometry import Runs, chunks, count, whole
 Advance = Callable[[int], None]
 WRONG = "its data are not what was written"
 #: Elements that one thread takes at a time, chunk by chunk.
-_STRIPE = 16 * CHUNK
+_STRIPE = 32 * CHUNK
 #: Elements that :meth:`VerifiedTensor.chunks` gives at a time: few, as a caller has them in float64 several times over.
-_PIECE = CHUNK // 4
+_PIECE = CHUNK // 2
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from dist_ema.shares import Share
 
 logger = logging.getLogger(__name__)
 #: Elements that are read, digested and converted at a time.
-CHUNK = 1 << 20
+CHUNK = 1 << 19
 Key = tuple[str, str]
 
 

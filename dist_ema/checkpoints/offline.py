@@ -35,7 +35,7 @@ def export_checkpoint(
     """Writes an average of a checkpoint as :meth:`ShardedEMA.export` would have. One process.
 
     What is read is checked against its fingerprint while it is written, and only the files that are needed are opened:
-    damage to another average does not matter. Memory: some chunks of a million elements, whatever the size.
+    damage to another average does not matter. Memory: some chunks of half a million elements, whatever the size.
 
     Args:
         path: of the checkpoint.

@@ -16,7 +16,7 @@ from dist_ema.gather import Entry, Held, gather_each, speaks
 from dist_ema.geometry import Runs, chunks, count
 
 #: Elements that are converted, digested and written at a time.
-CHUNK = 1 << 20
+CHUNK = 1 << 19
 
 
 @dataclass
