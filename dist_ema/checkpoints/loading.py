@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -142,22 +141,22 @@ class Load:
         self._first = rank_in(group) == 0
         self._doing = f"load from {path}"
         text = agree(lambda: read_manifest_bytes(self._path) if self._first else b"", group, self._doing)
-        self._text = text = broadcast_object(text, group)
-        self.manifest = Manifest.from_bytes(text)
-        self._shared = all(gather_objects(self._sees(text), group))
+        self._text = broadcast_object(text, group)
+        self.manifest = Manifest.from_bytes(self._text)
+        self._shared = all(gather_objects(self._sees_it(), group))
         self._entries = [entry for entry in entries if entry.mode != "live"]
         self._names = names
 
-    def _sees(self, text: bytes) -> bool:
-        """Whether this process sees the checkpoint that rank 0 sees."""
+    def _sees_it(self) -> bool:
+        """Whether this process sees the checkpoint that rank 0 saw."""
         try:
-            return hashlib.sha256(read_manifest_bytes(self._path)).digest() == hashlib.sha256(text).digest()
+            return read_manifest_bytes(self._path) == self._text
         except EMAError:  # what reads URLs may be missing on this rank alone
             return False
 
     def was_replaced(self) -> bool:
         """Whether a save has put another checkpoint there since, which then has to be read. Collective."""
-        return broadcast_object(self._first and not self._sees(self._text), self._group)
+        return broadcast_object(self._first and not self._sees_it(), self._group)
 
     def match(self, strict: bool) -> dict[str, dict[str, Key]]:
         """Where each tensor of each average is stored, by average and canonical name. The same on every rank.
