@@ -5,6 +5,7 @@ Everything takes ``group=None`` for a run without a process group, and is then l
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
@@ -19,6 +20,9 @@ from dist_ema.errors import EMAStateError
 T = TypeVar("T")
 #: Bytes of one message, and of the scratch that each rank holds for it.
 WINDOW_BYTES = 16 << 20
+#: Bytes of a small message, its length among them: most that ranks tell each other fits, and takes one round.
+_NOTE_BYTES = 256
+_LENGTH_BYTES = 8
 
 
 def rank_in(group: dist.ProcessGroup | None) -> int:
@@ -39,9 +43,24 @@ def device_for(group: dist.ProcessGroup | None) -> torch.device:
 
 
 def gather_objects(value: T, group: dist.ProcessGroup | None) -> list[T]:
-    """``value`` of every rank, in the order of the ranks. Collective. For small things only: they are pickled."""
+    """``value`` of every rank, in the order of the ranks. Collective. For small things only: they are pickled.
+
+    One round where all values are short; ``all_gather_object`` would first exchange their lengths.
+    """
     if group is None:
         return [value]
+    text = pickle.dumps(value)
+    note = torch.zeros(_NOTE_BYTES, dtype=torch.uint8)
+    note[:_LENGTH_BYTES].view(torch.int64).fill_(len(text))
+    if len(text) <= _NOTE_BYTES - _LENGTH_BYTES:
+        note[_LENGTH_BYTES : _LENGTH_BYTES + len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    note = note.to(device_for(group))
+    notes = [torch.empty_like(note) for _ in range(size_of(group))]
+    dist.all_gather(notes, note, group=group)
+    texts = [bytes(found.numpy(force=True)) for found in notes]
+    lengths = [int.from_bytes(found[:_LENGTH_BYTES], "little") for found in texts]
+    if max(lengths) <= _NOTE_BYTES - _LENGTH_BYTES:
+        return [pickle.loads(found[_LENGTH_BYTES:]) for found in texts]  # it stops where its length says
     values: list[T | None] = [None] * size_of(group)
     dist.all_gather_object(values, value, group=group)
     return values  # type: ignore[return-value]
@@ -62,16 +81,26 @@ def agree(action: Callable[[], T], group: dist.ProcessGroup | None, doing: str) 
     The error has the class of the first failure where that is one of this library's, else it is a CheckpointError, and
     names the ranks that failed.
     """
+    results: list[T] = []
+    exchange(lambda: results.append(action()), group, doing)
+    return results[0]
+
+
+def exchange(action: Callable[[], T], group: dist.ProcessGroup | None, doing: str) -> list[T]:
+    """As :func:`agree`, and gives what ``action`` returned on every rank, in the order of the ranks. For small things.
+
+    Collective, in one round where what is returned is short.
+    """
     failure: Exception | None = None
     result: T | None = None
     try:
         result = action()
     except Exception as error:
         failure = error
-    found = gather_objects(None if failure is None else (type(failure).__name__, str(failure)), group)
-    failed = {rank: what for rank, what in enumerate(found) if what is not None}
+    found = gather_objects((result, None if failure is None else (type(failure).__name__, str(failure))), group)
+    failed = {rank: what for rank, (_, what) in enumerate(found) if what is not None}
     if not failed:
-        return result  # type: ignore[return-value]
+        return [result for result, _ in found]  # type: ignore[misc]
     if failure is not None and size_of(group) == 1 and isinstance(failure, errors.EMAError):
         raise failure
     first_class, _ = next(iter(failed.values()))
@@ -95,9 +124,8 @@ def answering(doing: str, timeout: float) -> Iterator[None]:
         ) from error
 
 
-def same_updates(updates: int, group: dist.ProcessGroup | None) -> None:
-    """Raises EMAStateError, on every rank, unless all ranks have averaged equally often. Collective."""
-    found = gather_objects(updates, group)
+def check_same_updates(found: Sequence[int]) -> None:
+    """Raises EMAStateError unless all ranks have averaged equally often. Local; ``found`` is what each rank says."""
     if len(set(found)) > 1:
         raise EMAStateError(
             f"ranks have averaged different numbers of times: {', '.join(map(str, found))}. Call update() on every "

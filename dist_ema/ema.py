@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -24,16 +24,17 @@ from dist_ema.checkpoints.saving import Save
 from dist_ema.collectives import (
     agree,
     answering,
+    check_same_updates,
+    exchange,
     gather_objects,
     rank_in,
-    same_updates,
     size_of,
     sum_floats,
     sum_integers,
 )
 from dist_ema.dcp.stateful import Moment, Restore, make_state_dict
 from dist_ema.engines import Attached, RemovableHandle, detect
-from dist_ema.errors import CheckpointCorruptError, EMAConfigError, EMAStateError
+from dist_ema.errors import CheckpointCorruptError, CheckpointError, EMAConfigError, EMAStateError
 from dist_ema.gather import Entry, Held, catalogue, full_tensors, speaks
 from dist_ema.offload.host_shadow import HostShadow, hold_back
 from dist_ema.options import Options
@@ -46,6 +47,7 @@ from dist_ema.timing import Progress
 from dist_ema.track import Track
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 #: The average that a model computes with, where it is one: another object may average the same model.
 _inside: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 #: Bytes a second that every rank's disk is expected to write: time that a rank is not said to hang.
@@ -439,11 +441,9 @@ class ShardedEMA:
         self._background.drain()
         with answering(f"save to {path}", timeout):
             group = self._control_group(timeout)
-            agree(self._background.wait, group, "the save before")  # a rank may have raised its failure already
-            views = agree(self._views, group, f"save to {path}")
-            entries = self._catalogue(group)
+            views, entries = self._begun(self._views, group, f"save to {path}")
             started, skipped, seed = self._shadow.started, self._skipped(), self._shadow.seed
-            save = agree(lambda: Save(path, self._track, started, skipped, entries, views, group, seed), group, "save")
+            save = Save(path, self._track, started, skipped, entries, views, group, seed)
             if block:
                 save.run()
                 return
@@ -476,9 +476,7 @@ class ShardedEMA:
         """
         self._background.drain()
         group = self._engine.group
-        agree(self._background.wait, group, "the save before")  # a rank may have raised its failure already
-        sources = agree(lambda: self._live("load()"), group, f"load from {path}")
-        entries = self._catalogue(group)
+        sources, entries = self._begun(lambda: self._live("load()"), group, f"load from {path}")
         for attempt in range(REREADS + 1):
             load = Load(path, entries, self.names, group)
             try:
@@ -500,8 +498,12 @@ class ShardedEMA:
         if load.manifest.started:
             # What a checkpoint lacks starts from the live weights; where it may lack nothing, none are copied.
             begin = shadow.allocate if strict else shadow.start
-            agree(lambda: begin(sources), self._engine.group, "load()")
-            agree(shadow.wait, self._engine.group, "load()")
+
+            def make() -> None:
+                begin(sources)
+                shadow.wait()
+
+            agree(make, self._engine.group, "load()")
             load.read(load.wants(found, {share.spec.name: share for share in self._shares}, shadow), verify)
             shadow.loaded()
         return shadow
@@ -518,8 +520,8 @@ class ShardedEMA:
             EMAStateError: on every rank, inside ``average_parameters()``, or the model has changed.
         """
         group, doing = self._engine.group, "state_dict()"
-        sources = agree(lambda: self._sources(doing), group, doing)
-        entries = {entry.name: entry for entry in self._catalogue(group)}
+        sources, every = self._joined(lambda: self._sources(doing), group, doing)
+        entries = {entry.name: entry for entry in every}
         (skipped,) = sum_integers([self._skipped()], group)
 
         def make() -> dict[str, Any]:
@@ -557,12 +559,11 @@ class ShardedEMA:
         self._shadow.drain()  # what fails in it does not matter any more
         self._background.drain()
         group, doing = self._engine.group, "load_state_dict()"
-        agree(self._background.wait, group, "the save before")  # a rank may have raised its failure already
-        sources = agree(lambda: self._live(doing), group, doing)
-        known = {entry.name for entry in self._catalogue(group) if entry.mode != "live"}
+        sources, entries = self._begun(lambda: self._live(doing), group, doing)
+        known = {entry.name for entry in entries if entry.mode != "live"}
         restore = agree(lambda: Restore(state_dict, self._shares, self.names, known), group, doing)
         moment = restore.moment
-        same_updates(moment.seen.updates, group)
+        check_same_updates(gather_objects(moment.seen.updates, group))
         shadow = self._shadow
         if shadow.failed or not (moment.started and shadow.started):
             shadow = self._new_shadow()
@@ -639,8 +640,8 @@ class ShardedEMA:
         ``distance`` are ``ema/<name>/decay`` and ``ema/<name>/distance``. Raises EMAStateError, on every rank, inside
         ``average_parameters()``, or if the model has changed.
         """
-        sources = agree(lambda: self._sources("metrics()"), self._engine.group, "metrics()")
-        entries = {entry.name: entry for entry in self._catalogue(self._engine.group)}
+        sources, every = self._joined(lambda: self._sources("metrics()"), self._engine.group, "metrics()")
+        entries = {entry.name: entry for entry in every}
         spoken = [speaks(entries[share.spec.name], share, self._engine.group) for share in self._shares]
         squares = [self._squared_distance(name, sources, spoken) for name in self._options.schedules]
         *squares, skipped = sum_floats([*squares, self._skipped()], self._engine.group)
@@ -697,15 +698,35 @@ class ShardedEMA:
                 raise EMAConfigError(f"dtype={dtype!r}: allowed is a floating-point torch.dtype, or None")
             return self._held(self._name(name), self._sources(doing))
 
-        held = agree(look, self._engine.group, doing)
-        return self._catalogue(self._engine.group), held
+        held, entries = self._joined(look, self._engine.group, doing)
+        return entries, held
 
-    def _catalogue(self, group: dist.ProcessGroup | None) -> list[Entry]:
-        same_updates(self.num_updates, group)
-        everywhere = all(gather_objects(self._entries is not None, group))  # reset() is local
-        if self._entries is None or not everywhere:
+    def _joined(self, look: Callable[[], T], group: dist.ProcessGroup | None, doing: str) -> tuple[T, list[Entry]]:
+        """What ``look`` gives, and every full tensor. Collective; a rank's failure, or another number of updates, is
+        raised on all."""
+        looked: list[T] = []
+
+        def join() -> tuple[int, bool]:
+            looked.append(look())
+            return self.num_updates, self._entries is not None
+
+        updates, known = zip(*exchange(join, group, doing), strict=True)
+        check_same_updates(updates)
+        if self._entries is None or not all(known):  # reset() is local
             self._entries = catalogue(self._shares, group)
-        return self._entries
+        return looked[0], self._entries
+
+    def _begun(self, look: Callable[[], T], group: dist.ProcessGroup | None, doing: str) -> tuple[T, list[Entry]]:
+        """As ``_joined``, and raises what failed in the background, which some ranks may have raised already."""
+
+        def look_after_save() -> T:
+            try:
+                self._background.wait()
+            except Exception as error:
+                raise CheckpointError(f"the save before failed: {error}") from error
+            return look()
+
+        return self._joined(look_after_save, group, doing)
 
     def _sources(self, doing: str) -> list[Tensor]:
         """For a call that reads the average too."""

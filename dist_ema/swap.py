@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_ema.arithmetic import kernels
-from dist_ema.collectives import agree, broadcast_flat, gather_objects, same_updates
+from dist_ema.collectives import broadcast_flat, check_same_updates, exchange, gather_objects
 from dist_ema.engines.base import Engine, Replicas
 from dist_ema.errors import EMAError, EMAStateError
 from dist_ema.shares import Share, replica_sets, split_over
@@ -57,17 +57,17 @@ class Swap:
             groups.append(self._engine.group)
         failure: EMAError | None = None
 
-        def check() -> None:
+        def check() -> int:
             if failure is not None:
                 raise failure
             self._shadows = self._read_shadows()
             self._engine.reshard()
             self._engine.sources()
+            return updates
 
         for group in groups or [None]:
             try:
-                agree(check, group, doing)
-                same_updates(updates, group)
+                check_same_updates(exchange(check, group, doing))
             except EMAError as error:
                 failure = error
         if failure is not None:

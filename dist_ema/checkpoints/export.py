@@ -45,8 +45,16 @@ def export(
         if gather is False and not shared:
             raise CheckpointError(f"{doing}: gather=False, but not all ranks see {staging.target.parent} of rank 0")
         with RunWriter(staging.path, plans) as writer:
-            folder.write(writer, plans, group, shared and not gather, False, doing)
-            agree(writer.sync, group, doing)
+
+            def fill() -> None:
+                folder.write(writer, plans, group, True, False, doing)
+                writer.sync()
+
+            if shared and not gather:
+                agree(fill, group, doing)
+            else:
+                folder.write(writer, plans, group, False, False, doing)
+                agree(writer.sync, group, doing)
         agree(lambda: staging.commit() if first else None, group, doing)
     except BaseException:
         if first:

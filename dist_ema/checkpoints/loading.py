@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_ema.arithmetic.fingerprint import partial_digest
-from dist_ema.checkpoints.manifest import Manifest, StoredTensor
+from dist_ema.checkpoints.manifest import Manifest, StoredTensor, checksum
 from dist_ema.checkpoints.places import StrPath
 from dist_ema.checkpoints.reading import DTYPES, RunReader, read_manifest_bytes, reread
 from dist_ema.collectives import (
@@ -22,6 +22,7 @@ from dist_ema.collectives import (
     agree,
     broadcast_object,
     device_for,
+    exchange,
     gather_objects,
     rank_in,
     sum_integers,
@@ -140,10 +141,20 @@ class Load:
         self._group = group
         self._first = rank_in(group) == 0
         self._doing = f"load from {path}"
-        text = agree(lambda: read_manifest_bytes(self._path) if self._first else b"", group, self._doing)
-        self._text = broadcast_object(text, group)
+        self._text = b""
+
+        def look() -> str:
+            try:
+                self._text = read_manifest_bytes(self._path)
+            except EMAError:  # others may not see the disk, or lack what reads URLs
+                if self._first:
+                    raise
+            return checksum(self._text)
+
+        self._shared = len(set(exchange(look, group, self._doing))) == 1
+        if not self._shared:
+            self._text = broadcast_object(self._text, group)
         self.manifest = Manifest.from_bytes(self._text)
-        self._shared = all(gather_objects(self._sees_it(), group))
         self._entries = [entry for entry in entries if entry.mode != "live"]
         self._names = names
 
@@ -210,31 +221,36 @@ class Load:
 
         Raises CheckpointCorruptError on every rank; what was filled is then not to be used.
         """
-        sums: list[int] = []  # of what this rank has read of each, for the digest
         if self._shared:
-            agree(lambda: sums.extend(self._read_own(wants, verify)), self._group, self._doing)
+            sums = agree(lambda: self._read_own(wants, verify), self._group, self._doing)
         else:
-            sums.extend(self._read_sent(wants, verify))
+            sums = self._read_sent(wants, verify)
         if verify:
             self._compare(wants, sums)
 
     def _compare(self, wants: Sequence[Want], sums: Sequence[int]) -> None:
-        """Raises CheckpointCorruptError, on every rank, if what was read is not what was written. Collective."""
+        """Raises CheckpointCorruptError, on every rank, if what was read is not what was written. Collective.
+
+        Args:
+            wants: what was read.
+            sums: of what this rank has read of each, for the digest.
+        """
         damaged = []
         spoken = []
-        for want, found in zip(wants, sums, strict=True):
+        for want, own in zip(wants, sums, strict=True):
             heard = want.share is not None and speaks(want.entry, want.share, self._group)
-            spoken.append(found if heard else 0)
+            spoken.append(own if heard else 0)
             # Another rank's sum is counted; one that holds everything can check for itself.
             whole_tensor = want.share is not None and want.share.numel == want.entry.numel
-            if not heard and whole_tensor and found % (1 << 64) != self._stored(want).digest:
+            if not heard and whole_tensor and own % (1 << 64) != self._stored(want).digest:
                 damaged.append(self._name(want))
-        for want, total in zip(wants, sum_integers(spoken, self._group), strict=True):
-            if total != self._stored(want).digest:
-                damaged.append(self._name(want))
-        every = sorted({text for texts in gather_objects(damaged, self._group) for text in texts})
-        if every:
-            raise damaged_error(self._path, every)
+        count_damaged, *totals = sum_integers([len(damaged), *spoken], self._group)
+        read = zip(wants, totals, strict=True)
+        found = {self._name(want) for want, total in read if total != self._stored(want).digest}
+        if count_damaged:
+            found.update(*gather_objects(damaged, self._group))
+        if found:
+            raise damaged_error(self._path, sorted(found))
 
     def _name(self, want: Want) -> str:
         return f"{self._stored(want).file}: {want.key[1]!r}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch.distributed as dist
 
@@ -13,7 +14,7 @@ from dist_ema.checkpoints.manifest import LIVE, NAME, Manifest, StoredFile, Stor
 from dist_ema.checkpoints.places import StrPath, check_path
 from dist_ema.checkpoints.storage import DTYPE_NAMES, FilePlan, Writer
 from dist_ema.checkpoints.writing import Folder
-from dist_ema.collectives import agree, broadcast_object, gather_objects, rank_in, sum_integers
+from dist_ema.collectives import agree, exchange, rank_in, sum_integers
 from dist_ema.gather import Entry, Held
 from dist_ema.track import Track
 
@@ -52,10 +53,10 @@ class Save:
         group: dist.ProcessGroup | None,
         seed: int | None = None,
     ) -> None:
-        check_path(path)
         self._doing = f"save to {os.fspath(path)}"
         self._path = path
         self._destination: Destination | None = None
+        self._failure: Exception | None = None  # of this rank's writing, until the ranks agree
         self._writers: list[Writer] = []
         self._group = group
         self._first = rank_in(group) == 0
@@ -73,16 +74,23 @@ class Save:
             files={},
             seed=seed,
         )
-        tracked = [entry for entry in entries if entry.mode != "live"]
-        live = [entry for entry in entries if entry.mode == "live"]
-        folders = {f"averages/{name}": (tracked, held) for name, held in views.items()}
+        self._entries = entries
+        self._views = views
+
+    @cached_property
+    def _parts(self) -> dict[str, _Part]:
+        """The folders and their files. Raises CheckpointError for what cannot be stored."""
+        tracked = [entry for entry in self._entries if entry.mode != "live"]
+        live = [entry for entry in self._entries if entry.mode == "live"]
+        folders = {f"averages/{name}": (tracked, held) for name, held in self._views.items()}
         if live:
-            folders[LIVE] = (live, next(iter(views.values())))
-        self._parts: dict[str, _Part] = {}
+            folders[LIVE] = (live, next(iter(self._views.values())))
+        parts = {}
         for name, (wanted, held) in folders.items():
             dtypes = {entry.name: entry.dtype for entry in wanted}
             folder = Folder(wanted, held, dtypes, FILE_LIMIT, tied=False)
-            self._parts[name] = _Part(folder, folder.plan())
+            parts[name] = _Part(folder, folder.plan())
+        return parts
 
     def run(self) -> None:
         """The whole save; an error of one rank is raised on all, and nothing is left behind. Collective."""
@@ -99,38 +107,58 @@ class Save:
         try:
             self._prepare()
             self._write(LIVE if self._record.started else "")
+            if self._writers:
+                agree(self._report, self._group, self._doing)
         except BaseException:
             self.abandon()
             raise
 
     def write_averages(self) -> None:
-        """Writes the averages. Collective."""
+        """Writes the averages. Collective; local where ranks share the files, and ``finish()`` reports what failed."""
         if self._record.started:
             self._write("averages/")
 
     def _prepare(self) -> None:
         """Makes the files, or what is needed to make them. Collective."""
-        token = broadcast_object(os.urandom(16).hex(), self._group)
+        own = os.urandom(16).hex()
 
-        def create() -> Destination:
-            self._destination = destination(self._path, token)
+        def create() -> str:
+            check_path(self._path)
+            plans = {name: part.plans for name, part in self._parts.items()}
             if self._first:
-                self._destination.create({name: part.plans for name, part in self._parts.items()})
-            return self._destination
+                self._destination = destination(self._path, own)
+                self._destination.create(plans)
+            return own
 
-        self._to = agree(create, self._group, self._doing)
-        self._shared = all(gather_objects(self._to.is_visible(), self._group))
+        token, *_ = exchange(create, self._group, self._doing)
+
+        def look() -> bool:
+            self._to = self._destination or destination(self._path, token)
+            return self._to.is_visible()
+
+        self._shared = all(exchange(look, self._group, self._doing))
 
     def _write(self, prefix: str) -> None:
-        """Fills the files of the folders whose names begin so. Collective."""
+        """Fills the files of the folders whose names begin so. Collective, or local as ``write_averages``."""
         for name, part in self._parts.items():
-            if name.startswith(prefix):
-                writer = self._to.writer(name, part.plans)
-                self._writers.append(writer)
-                part.folder.write(writer, part.plans, self._group, self._shared, True, self._doing)
+            if name.startswith(prefix) and self._failure is None:
+                try:
+                    writer = self._to.writer(name, part.plans)
+                    self._writers.append(writer)
+                    part.folder.write(writer, part.plans, self._group, self._shared, True, self._doing)
+                except Exception as error:
+                    if not self._shared:
+                        raise
+                    self._failure = error
+
+    def _report(self) -> None:
+        """Raises what failed on this rank. Local."""
+        if self._failure is not None:
+            raise self._failure
 
     def _sync(self) -> None:
         """Waits until what this rank wrote is there for good. Local."""
+        self._report()
         for writer in self._writers:
             if self._shared or self._first:
                 writer.sync()
@@ -143,15 +171,24 @@ class Save:
     def finish(self) -> None:
         """Waits for the disk, writes the manifest and puts the checkpoint in its place. Collective."""
         agree(self._sync, self._group, self._doing)
-        digests = {name: part.folder.total_digests(self._group) for name, part in self._parts.items()}
-        (skipped,) = sum_integers([self._skipped], self._group)
-        self._record = replace(self._record, skipped=skipped)
+        digests = self._total_digests()
 
         def commit() -> None:
             if self._first:
                 self._to.commit(self._manifest(digests, self._to.data).to_bytes())
 
         agree(commit, self._group, self._doing)
+
+    def _total_digests(self) -> dict[str, dict[str, int]]:
+        """Fingerprints of all full tensors, by folder and name, and all elements that were left out. Collective."""
+        names = [(part, entry.name) for part, found in self._parts.items() for entry in found.folder.entries]
+        own = [self._parts[part].folder.digests.get(name, 0) for part, name in names]
+        skipped, *totals = sum_integers([self._skipped, *own], self._group)
+        self._record = replace(self._record, skipped=skipped)
+        digests: dict[str, dict[str, int]] = {part: {} for part in self._parts}
+        for (part, name), total in zip(names, totals, strict=True):
+            digests[part][name] = total
+        return digests
 
     def abandon(self) -> None:
         """Removes what was written. Local; harmless after ``finish()``."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dist_ema.arithmetic.fingerprint import partial_digest
 from dist_ema.checkpoints.storage import FilePlan, TensorPlan, Writer, plan_files
-from dist_ema.collectives import agree, sum_integers
+from dist_ema.collectives import agree
 from dist_ema.gather import Entry, Held, gather_each, speaks
 from dist_ema.geometry import Runs, chunks, count
 
@@ -61,7 +61,10 @@ class Folder:
         digest: bool,
         doing: str,
     ) -> None:
-        """Fills the files. Collective; an error of one rank is raised on all. What was written has to be synced yet.
+        """Fills the files; what was written has to be synced yet. Collective unless ``shared``.
+
+        An error of one rank is raised on all; where they share the files, on that rank alone, since no other waits for
+        it yet.
 
         Args:
             writer: of the files.
@@ -73,14 +76,9 @@ class Folder:
             doing: for the error.
         """
         if shared:
-            agree(lambda: self._each_chunk(group, digest, writer), group, doing)
+            self._each_chunk(group, digest, writer)
         else:
             self._write_gathered(writer, plans, group, digest, doing)
-
-    def total_digests(self, group: dist.ProcessGroup | None) -> dict[str, int]:
-        """Fingerprints of the full tensors. Collective."""
-        names = [entry.name for entry in self.entries]
-        return dict(zip(names, sum_integers([self.digests.get(name, 0) for name in names], group), strict=True))
 
     def _write_gathered(
         self, writer: Writer, plans: Sequence[FilePlan], group: dist.ProcessGroup | None, digest: bool, doing: str
