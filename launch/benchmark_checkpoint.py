@@ -38,6 +38,8 @@ BLOCK = 16 << 20
 TENSORS = 8
 #: Contenders that read, and what they are compared with.
 READS = {"raw read", "raw read into new memory", "load", "load, verify=False", "verify, one thread"}
+#: What is read from the disk, and not from the system's copy of it in memory, as after a restart on another machine.
+UNCACHED = ", not cached"
 
 
 def _peak(function: Callable[[], object]) -> int:
@@ -62,6 +64,16 @@ def _sync(path: Path) -> None:
 
 def _bytes(tensor: Tensor) -> memoryview:
     return memoryview(tensor.view(-1).view(torch.uint8).numpy().data)
+
+
+def _forget(path: Path) -> None:
+    """Has the system drop its copy in memory of what is on the disk."""
+    for file in [path, *path.rglob("*")]:
+        if file.is_file():
+            descriptor = os.open(file, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
 
 
 def _write_raw(tensors: list[Tensor], path: Path) -> None:
@@ -117,14 +129,18 @@ class Contenders:
             "load": lambda: self.ema.load(self.folder / "ours"),
             "load, verify=False": lambda: self.ema.load(self.folder / "ours", verify=False),
             "verify, one thread": lambda: self.rank or verify_checkpoint(self.folder / "ours", threads=1),
+            "raw read" + UNCACHED: lambda: _read_raw(raw, self.out),
+            "load" + UNCACHED: lambda: self.ema.load(self.folder / "ours"),
         }
 
     def clear(self, name: str) -> None:
-        """Removes what a contender would not write over."""
+        """Removes what a contender would not write over, or must not find in memory."""
         dist.barrier()
         if self.rank == 0:
             for folder in ("dcp", "hf", "export") if name.startswith(("dcp", "export")) else ():
                 shutil.rmtree(self.folder / folder, ignore_errors=True)
+            for file in self.folder.glob("raw-*" if name.startswith("raw") else "ours") if UNCACHED in name else ():
+                _forget(file)
         dist.barrier()
 
     def _safetensors(self) -> None:
@@ -205,7 +221,7 @@ def _rows(found: dict[str, Any]) -> list[dict[str, Any]]:
     seconds = found["seconds"]
     rows = []
     for name, taken in seconds.items():
-        raw = seconds["raw read" if name in READS else "raw write + fsync"]
+        raw = seconds[_baseline(name)]
         of_new = taken / seconds["raw read into new memory"] if name in READS else None
         rows.append(
             {
@@ -217,6 +233,12 @@ def _rows(found: dict[str, Any]) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _baseline(name: str) -> str:
+    if UNCACHED in name:
+        return "raw read" + UNCACHED
+    return "raw read" if name in READS else "raw write + fsync"
 
 
 def checkpoint(arguments: argparse.Namespace) -> None:
