@@ -146,7 +146,7 @@ class Shadow:
         return []
 
     def _pick(self, sources: Sequence[Tensor]) -> list[Tensor]:
-        return [sources[index] for index in self._averaged]
+        return list(map(sources.__getitem__, self._averaged))
 
     def _ranges(self, indices: Iterable[int]) -> list[tuple[int, int]]:
         return [(self._shares[index].start, self._shares[index].stop) for index in indices]

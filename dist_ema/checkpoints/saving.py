@@ -53,7 +53,7 @@ class Save:
         group: dist.ProcessGroup | None,
         seed: int | None = None,
     ) -> None:
-        self._doing = f"save to {os.fspath(path)}"
+        self._doing = f"save to {path}"
         self._path = path
         self._destination: Destination | None = None
         self._failure: Exception | None = None  # of this rank's writing, until the ranks agree

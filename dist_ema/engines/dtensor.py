@@ -53,15 +53,18 @@ class DTensorEngine(PlainEngine):
             aliases=slot.aliases,
         )
 
+    def specs(self) -> list[TensorSpec]:
+        self._wrapped = [module for module in self._model.modules() if isinstance(module, FSDPModule)]
+        return super().specs()
+
     def sources(self) -> list[Tensor]:
         return [_local(tensor) for tensor in super().sources()]
 
     def reshard(self) -> None:
         """After a forward without backward the root's parameters are full plain tensors, and a write to the shards
         would be ignored by the next forward."""
-        for module in self._model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        for module in self._wrapped:
+            module.reshard()
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -41,9 +41,15 @@ class Slot:
     is_buffer: bool
     aliases: tuple[str, ...] = ()
 
+    @property
+    def field(self) -> str:
+        """The owner's attribute that has the key."""
+        return "_buffers" if self.is_buffer else "_parameters"
+
     def get(self) -> Tensor | None:
         """What the place holds now."""
-        return (self.owner._buffers if self.is_buffer else self.owner._parameters).get(self.key)
+        held: Tensor | None = getattr(self.owner, self.field).get(self.key)
+        return held
 
 
 def walk_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -96,6 +102,9 @@ class Binding:
     def __init__(self, slots: Iterable[Slot], shape_of: Callable[[Tensor], torch.Size] = Tensor.size) -> None:
         self._shape_of = shape_of
         self._all = list(slots)
+        self._owners = [slot.owner for slot in self._all]
+        self._fields = [slot.field for slot in self._all]
+        self._keys = [slot.key for slot in self._all]
         self._shapes = [None if (tensor := slot.get()) is None else shape_of(tensor) for slot in self._all]
         self._are_parameters = [not slot.is_buffer for slot in self._all]
         self._trained = [_is_trained(slot) for slot in self._all if not slot.is_buffer]
@@ -109,7 +118,7 @@ class Binding:
         # Whole lists are compared: at every update, for thousands of tensors, a loop in Python would take longer than
         # the update itself. So would asking each DTensor whether it handles the reading of an attribute.
         with torch._C.DisableTorchFunctionSubclass():
-            held = [slot.get() for slot in self._all]
+            held: list[Tensor | None] = list(map(dict.get, map(getattr, self._owners, self._fields), self._keys))
             tensors = [tensor for tensor in held if tensor is not None]
             if len(tensors) < len(held) or list(map(self._shape_of, tensors)) != self._shapes:
                 raise self._complaint(held)
