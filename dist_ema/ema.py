@@ -199,9 +199,11 @@ class ShardedEMA:
                 raise
             self._track.begin(now)
         else:
-            weights = self._track.step(now)
+            after = self._track.after(now)
+            weights = self._track.weights(after)
             self._warn_if_still(weights)
-            self._shadow.update(sources, weights, self._track.seen.updates)
+            self._shadow.update(sources, weights, after.updates)
+            self._track.step(after)
 
     def _warn_if_still(self, weights: Sequence[float]) -> None:
         units = self._options.units() - {"ba"}
@@ -317,7 +319,7 @@ class ShardedEMA:
         """
         self._refuse_inside("average_parameters()")
         name = self._name(name)
-        swap = self._swap(name, "average_parameters()")
+        swap = self._swap(name, "average_parameters()", keep=True)
         _inside.update(dict.fromkeys(self._engine.modules(), name))
         try:
             if swap is None:
@@ -332,7 +334,7 @@ class ShardedEMA:
             for module in self._engine.modules():
                 _inside.pop(module, None)
 
-    def _swap(self, name: str, doing: str) -> Swap | None:
+    def _swap(self, name: str, doing: str, keep: bool) -> Swap | None:
         """None before the first update, when the average is the live model. Collective where the swap is."""
         self._background.settle()
         started = self._shadow.started
@@ -341,7 +343,7 @@ class ShardedEMA:
             return self._shadow.tensors(name) if started else [None] * len(self._shares)
 
         swap = Swap(self._engine, self._shares, shadows, self._shadow.scratch)
-        swap.agree(self.num_updates, doing)
+        swap.agree(self.num_updates, doing, keep=keep and started)
         hold_back()
         return swap if started else None
 
@@ -351,7 +353,7 @@ class ShardedEMA:
         Collective as ``average_parameters``. Raises as it does. Does nothing before the first update.
         """
         self._refuse_inside("copy_to()")
-        swap = self._swap(self._name(name), "copy_to()")
+        swap = self._swap(self._name(name), "copy_to()", keep=False)
         if swap is not None:
             swap.copy()
 

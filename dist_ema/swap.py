@@ -46,11 +46,11 @@ class Swap:
         self._swapped: list[int] = []
         self._sources: list[Tensor] = []
 
-    def agree(self, updates: int, doing: str) -> None:
+    def agree(self, updates: int, doing: str, keep: bool) -> None:
         """Raises on every rank that a collective swap would wait for, if one of them cannot take part.
 
         To be called first. Collective where the swap is. Compares the number of updates too: a rank that has no average
-        would stay away.
+        would stay away. With ``keep`` takes the memory that ``enter()`` needs: also where one rank's is short.
         """
         groups: list[dist.ProcessGroup | None] = [self._group_of(members).group for members in self._sets]
         if self._engine.publish_is_collective and self._engine.group is not None:
@@ -62,7 +62,9 @@ class Swap:
                 raise failure
             self._shadows = self._read_shadows()
             self._engine.reshard()
-            self._engine.sources()
+            sources = self._engine.sources()
+            if keep and not self._kept:
+                self._kept = self._room(sources)
             return updates
 
         for group in groups or [None]:
@@ -138,13 +140,18 @@ class Swap:
         if torch.cuda.is_available() and any(source.device.type == "cpu" for source in self._sources):
             torch.cuda.synchronize()
 
+    def _room(self, sources: Sequence[Tensor]) -> dict[int, Tensor]:
+        """Memory for live weights that cannot change places with their shadow, whose dtype is another."""
+        return {
+            index: torch.empty(share.numel, dtype=source.dtype, device=shadow.device)
+            for index, (share, shadow, source) in enumerate(zip(self._shares, self._shadows, sources, strict=True))
+            if shadow is not None and shadow.dtype != source.dtype
+        }
+
     def _keep(self) -> None:
-        """Takes all memory that is needed before anything is changed."""
-        for index, (share, shadow) in enumerate(zip(self._shares, self._shadows, strict=True)):
-            source = self._sources[index]
-            if shadow is not None and shadow.dtype != source.dtype:
-                self._kept[index] = torch.empty(share.numel, dtype=source.dtype, device=shadow.device)
-                kernels.read(source, share.start, share.stop, self._kept[index])
+        """Copies what could not be brought back, before anything is changed."""
+        for index, kept in self._kept.items():
+            kernels.read(self._sources[index], self._shares[index].start, self._shares[index].stop, kept)
         for members in self._sets:
             if not self._replicas_agree(members):
                 logger.warning(

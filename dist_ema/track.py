@@ -34,13 +34,18 @@ class Track:
         """The first copy."""
         self.start, self.seen = now, Progress(updates=1)
 
-    def step(self, now: Progress) -> list[float]:
-        """An update: how much of each average is new, in the order of the schedules."""
-        after = now.since(self.start).advance(batches=0, updates=self.seen.updates + 1)
-        weights = [schedule.weight(self.seen, after) for schedule in self.schedules.values()]
+    def after(self, now: Progress) -> Progress:
+        """Training since the first copy, once the weights of ``now`` have been taken into the averages too."""
+        return now.since(self.start).advance(batches=0, updates=self.seen.updates + 1)
+
+    def weights(self, after: Progress) -> list[float]:
+        """How much of each average the update at ``after`` makes new, in the order of the schedules."""
+        return [schedule.weight(self.seen, after) for schedule in self.schedules.values()]
+
+    def step(self, after: Progress) -> None:
+        """The update at ``after`` has been made."""
         self.decays = {name: schedule.retain(self.seen, after) for name, schedule in self.schedules.items()}
         self.seen = after
-        return weights
 
     def restore(self, clock: Progress, start: Progress, seen: Progress) -> None:
         """Goes on where another run stopped."""

@@ -520,3 +520,46 @@ def test_an_unforeseen_error_of_one_rank_keeps_its_words(rank: int) -> None:
     with pytest.raises(EMAError, match="trying failed: rank 1: KeyError: 'a bug'") as caught:
         agree(fail, dist.group.WORLD, "trying")
     assert (caught.value.__cause__ is not None) == (rank == 1)
+
+
+@pytest.mark.world_size(2)
+def test_memory_that_one_rank_lacks_for_a_swap_is_an_error_on_every_rank(
+    rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Taken after the ranks have agreed, the others would wait in the exchange between replicas."""
+    model = DDP(build().to(torch.bfloat16))
+    ema = ShardedEMA(model, decay=0.5)
+    ema.update()
+    digest = ema.fingerprint()
+
+    def full(*_: object) -> None:
+        raise MemoryError("no room")
+
+    with monkeypatch.context() as patch:
+        if rank == 1:
+            patch.setattr("dist_ema.swap.Swap._room", full)
+        with pytest.raises(EMAError, match=r"average_parameters\(\) failed: rank 1: MemoryError: no room"):
+            ema.average_parameters().__enter__()
+        ema.copy_to()  # needs none
+    with ema.average_parameters():
+        pass
+    assert ema.fingerprint() == digest
+
+
+def test_an_update_that_failed_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A warmup would go on without it, and ranks would no longer have averaged equally often."""
+    model = build()
+    ema = ShardedEMA(model, decay=0.5)
+    ema.update()
+    state, metrics = ema.full_state_dict(), ema.metrics()
+
+    def full(*_: object) -> None:
+        raise MemoryError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dist_ema.arithmetic.kernels.lerp", full)
+        with pytest.raises(MemoryError):
+            ema.update()
+    assert (ema.num_updates, ema.progress.batches) == (1, 0)
+    torch.testing.assert_close(ema.full_state_dict(), state, rtol=0, atol=0)
+    assert ema.metrics() == metrics

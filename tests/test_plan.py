@@ -113,7 +113,7 @@ def test_what_is_kept_while_an_average_is_in_use() -> None:
         ema = ShardedEMA(model, decay=0.5)
         ema.update()
         cost = rank_cost(of_module(model), Layout("plain", 1), make_options(), 0)
-        swap = ema._swap("ema", "test")
+        swap = ema._swap("ema", "test", keep=True)
         swap.enter()
         assert sum(tensor.nbytes for tensor in swap._kept.values()) == cost.in_use
         swap.leave()
