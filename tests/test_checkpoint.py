@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from zero_models import make_engine
 
 from dist_ema import ShardedEMA, read_checkpoint, schedules, verify_checkpoint
 from dist_ema.checkpoints.compare import compare
+from dist_ema.checkpoints.loading import open_reader, stored_tensors
 from dist_ema.checkpoints.manifest import NAME, Manifest
 from dist_ema.checkpoints.offline import export_checkpoint
 from dist_ema.checkpoints.storage import RunWriter
@@ -541,3 +543,40 @@ def test_a_checkpoint_that_is_replaced_while_it_is_read_is_read_anew(
         _replace_while_reading(ema, path, patch, 9)
         with pytest.raises(CheckpointCorruptError):
             read_checkpoint(path)
+
+
+def test_a_checkpoint_of_more_files_than_a_process_may_open_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large model has hundreds of files of each average; threads must not close what others read from."""
+    monkeypatch.setattr("dist_ema.checkpoints.saving.FILE_LIMIT", 300)  # a tensor a file
+    monkeypatch.setattr("dist_ema.checkpoints.loading.CHUNK", 5)
+    monkeypatch.setattr("dist_ema.checkpoints.reading._OPEN_FILES", 2)
+    most, real = 0, os.preadv
+
+    def read(*arguments: object) -> int:
+        nonlocal most
+        count = 0
+        for link in Path("/proc/self/fd").iterdir():
+            with suppress(FileNotFoundError):  # another thread has closed it
+                count += link.readlink().suffix == ".safetensors"
+        most = max(most, count)
+        return real(*arguments)  # type: ignore[arg-type]
+
+    ema = _make("plain")
+    _average(ema, range(3))
+    ema.save(tmp_path / "c")
+    manifest = verify_checkpoint(tmp_path / "c")
+    assert len(manifest.files) > 20
+    other = _make("plain")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", read)
+        patch.setattr(torch, "get_num_threads", lambda: 4)
+        other.load(tmp_path / "c")
+    assert 2 <= most <= 2 + 4
+    assert [other.fingerprint(name) for name in AVERAGES] == _reference(3)
+    with open_reader(tmp_path / "c", manifest) as reader:
+        shutil.rmtree(tmp_path / "c" / manifest.data)  # by a save that replaces it: to be read anew
+        key = next(iter(stored_tensors(manifest)))
+        with pytest.raises(CheckpointCorruptError, match="listed but cannot be read"):
+            reader.read(key, ((0, 1),), torch.empty(1))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TypeVar
 
@@ -22,6 +25,8 @@ DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 REREADS = 2
 #: The longest header that safetensors itself reads.
 _MAX_HEADER = 100_000_000
+#: Files that one reader keeps open: far fewer than a process may have, and enough for all of most checkpoints.
+_OPEN_FILES = 256
 
 
 def read_manifest(path: StrPath) -> Manifest:
@@ -74,7 +79,8 @@ class RunReader:
 
     Opening it checks that every file is there, a plain file of the size that the manifest gives, with the very header
     that was written, and that the header describes the manifest's tensors, one after the other without a gap. So every
-    byte of a file belongs to its header or to a tensor, which has a fingerprint.
+    byte of a file belongs to its header or to a tensor, which has a fingerprint. Files stay open, so that a save that
+    replaces them meanwhile does not disturb the reader; of more than :data:`_OPEN_FILES` some are opened again.
 
     Args:
         path: of the checkpoint, a directory or a URL.
@@ -95,6 +101,8 @@ class RunReader:
     ) -> None:
         self._folder = place(path) / data
         self._open: dict[str, OpenFile] = {}
+        self._users: Counter[str] = Counter()
+        self._lock = threading.Lock()
         self._offsets: dict[tuple[str, str], int] = {}
         self._tensors = tensors
         try:
@@ -112,7 +120,7 @@ class RunReader:
     def read(self, key: tuple[str, str], runs: Runs, out: Tensor) -> None:
         """Puts the elements ``runs`` of a tensor into the flat CPU tensor ``out`` of the dtype in the file.
 
-        Raises CheckpointCorruptError if the file ends too early, OSError if it cannot be read.
+        Raises CheckpointCorruptError if the file ends too early or is gone, OSError if it cannot be read.
         """
         tensor = self._tensors[key]
         data = memoryview(out.view(torch.uint8).numpy().data)
@@ -122,15 +130,43 @@ class RunReader:
         for start, length in runs:
             parts.append((self._offsets[key] + start * item, data[position : position + length * item]))
             position += length * item
-        if not self._open[tensor.file].read(parts):
-            raise CheckpointCorruptError(f"{tensor.file} ends before {key[1]!r} does")
+        with self._file(tensor.file) as file:
+            if not file.read(parts):
+                raise CheckpointCorruptError(f"{tensor.file} ends before {key[1]!r} does")
+
+    @contextmanager
+    def _file(self, name: str) -> Iterator[OpenFile]:
+        """An open file, which no other thread closes meanwhile."""
+        with self._lock:
+            file = self._open.pop(name) if name in self._open else self._opened(name)
+            self._open[name] = file  # the last that will be closed
+            self._users[name] += 1
+            self._close_some()
+        try:
+            yield file
+        finally:
+            with self._lock:
+                self._users[name] -= 1
+
+    def _opened(self, name: str) -> OpenFile:
+        try:
+            return self._folder.file(name)
+        except OSError as error:
+            raise CheckpointCorruptError(f"{self._folder}/{name} is listed but cannot be read: {error}") from error
+
+    def _close_some(self) -> None:
+        """Of too many open files, those that were not used for longest."""
+        unused = (name for name in list(self._open) if not self._users[name])
+        while len(self._open) > _OPEN_FILES and (name := next(unused, None)) is not None:
+            self._open.pop(name).close()
 
     def _check_file(
         self, name: str, file: StoredFile, tensors: Mapping[tuple[str, str], StoredTensor]
     ) -> dict[tuple[str, str], int]:
         path = f"{self._folder}/{name}"
         try:
-            opened = self._open[name] = self._folder.file(name)
+            self._close_some()
+            opened = self._open[name] = self._opened(name)
             if opened.size != file.size:
                 raise CheckpointCorruptError(f"{path} has {opened.size} bytes, but {file.size} were written")
             length = int.from_bytes(_head(opened, 8), "little")
