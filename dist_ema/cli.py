@@ -215,6 +215,9 @@ def import_(
     frozen: Annotated[
         str | None, typer.Option(help="Regular expression: parameters that are not trained.", show_default=False)
     ] = None,
+    prefix: Annotated[
+        str | None, typer.Option(help="Take what is under it, without it, such as net.", show_default=False)
+    ] = None,
     decay: Annotated[
         float | None, typer.Option(help="Kept per batch, where SOURCE does not say.", show_default=False)
     ] = None,
@@ -240,6 +243,7 @@ def import_(
             format=format,
             model=model,
             frozen=frozen,
+            prefix=prefix,
             decay=decay,
             half_life=half_life,
             dtype=getattr(torch, _TORCH_NAMES[dtype]) if dtype else None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -48,6 +48,7 @@ def import_checkpoint(
     format: str = AUTO,
     model: str | os.PathLike[str] | None = None,
     frozen: str | None = None,
+    prefix: str | None = None,
     decay: float | None = None,
     half_life: str | None = None,
     dtype: torch.dtype | None = None,
@@ -65,6 +66,8 @@ def import_checkpoint(
         model: a state dict of the same model, by torch.save or safetensors. It gives names to a list of tensors that
             has none (torch.save only, since safetensors files sort), and supplies what the file lacks: buffers.
         frozen: regular expression on names: those are parameters that are not trained, which few files tell.
+        prefix: of the names of the part of the file that is wanted, such as ``"net."`` for the module ``net`` of a
+            LightningModule: dropped from its names, and what does not begin so is left out.
         decay: kept fraction per batch, where the file does not say.
         half_life: in its place, such as ``"1000ba"``.
         dtype: of the floating-point tensors of the average; None means the file's own.
@@ -83,6 +86,8 @@ def import_checkpoint(
     name = recognise(content, format, str(source))
     state = open_model(Path(model), pattern) if model is not None else None
     foreign = FORMATS[name].read(content, state)
+    if prefix is not None:
+        foreign = _part(foreign, prefix)
     whole_model = _Assembly(foreign, state, pattern)
     schedule = given or foreign.schedule or foreign.usual
     _save(target, foreign, whole_model, schedule, dtype, begin)
@@ -94,6 +99,23 @@ def _pattern(frozen: str | None) -> re.Pattern[str] | None:
         return re.compile(frozen) if frozen is not None else None
     except re.error as error:
         raise EMAConfigError(f"frozen={frozen!r} is not a regular expression: {error}") from error
+
+
+def _part(foreign: Foreign, prefix: str) -> Foreign:
+    """What stands under a prefix, without it."""
+
+    def cut(names: Iterable[str]) -> dict[str, str]:
+        return {name: name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+
+    def cut_tensors(tensors: Tensors) -> dict[str, LazyTensor]:
+        return {new: tensors[old] for old, new in cut(tensors).items()}
+
+    averages = {average: cut_tensors(tensors) for average, tensors in foreign.averages.items()}
+    if not all(averages.values()):
+        names = next(iter(foreign.averages.values()))
+        raise EMAConfigError(f"prefix={prefix!r} begins no name; names are {', '.join(names)[:200]}")
+    tied = [tuple(cut(group).values()) for group in foreign.tied]
+    return replace(foreign, averages=averages, live=cut_tensors(foreign.live), tied=[group for group in tied if group])
 
 
 def _schedule(decay: float | None, half_life: str | None) -> Schedule | None:

@@ -419,6 +419,21 @@ def test_a_class_of_a_missing_package_is_no_obstacle(tmp_path: Path) -> None:
     equal(read_checkpoint(tmp_path / "out"), expected("lightning"))
 
 
+def test_the_part_of_a_larger_module_is_imported_under_its_own_names(tmp_path: Path) -> None:
+    """A LightningModule holds the model as an attribute; ``load`` would find none of its names."""
+    checkpoint = torch.load(DATA / "timm.pth.tar", weights_only=False)  # a file of ours
+    inner = checkpoint["state_dict_ema"]
+    checkpoint["state_dict_ema"] = {"loss.weight": torch.ones(3)} | {f"net.{name}": inner[name] for name in inner}
+    torch.save(checkpoint, tmp_path / "timm.pth.tar")
+    import_checkpoint(tmp_path / "timm.pth.tar", tmp_path / "out", prefix="net.")
+    import_checkpoint(DATA / "timm.pth.tar", tmp_path / "plain")
+    found, wanted = read_checkpoint(tmp_path / "out"), read_checkpoint(tmp_path / "plain")
+    assert found.keys() == wanted.keys()
+    equal(found, wanted)
+    with pytest.raises(EMAConfigError, match=r"prefix='encoder.' begins no name; names are loss.weight, net"):
+        import_checkpoint(tmp_path / "timm.pth.tar", tmp_path / "out", prefix="encoder.")
+
+
 def edited(shelf: Path, target: Path, edit: Callable[[Any], None]) -> Path:
     """A copy of torchtitan's directory whose metadata were changed."""
     shutil.copytree(shelf / "titan", target)
