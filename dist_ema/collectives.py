@@ -20,7 +20,7 @@ from dist_ema.errors import EMAStateError
 T = TypeVar("T")
 #: Bytes of one message, and of the scratch that each rank holds for it.
 WINDOW_BYTES = 16 << 20
-#: Bytes of a small message, its length among them: most that ranks tell each other fits, and takes one round.
+#: Bytes of a short message, its length included: most that ranks tell each other fits.
 _NOTE_BYTES = 256
 _LENGTH_BYTES = 8
 
@@ -50,17 +50,17 @@ def gather_objects(value: T, group: dist.ProcessGroup | None) -> list[T]:
     if group is None:
         return [value]
     text = pickle.dumps(value)
-    note = torch.zeros(_NOTE_BYTES, dtype=torch.uint8)
-    note[:_LENGTH_BYTES].view(torch.int64).fill_(len(text))
-    if len(text) <= _NOTE_BYTES - _LENGTH_BYTES:
-        note[_LENGTH_BYTES : _LENGTH_BYTES + len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    note = note.to(device_for(group))
-    notes = [torch.empty_like(note) for _ in range(size_of(group))]
-    dist.all_gather(notes, note, group=group)
-    texts = [bytes(found.numpy(force=True)) for found in notes]
-    lengths = [int.from_bytes(found[:_LENGTH_BYTES], "little") for found in texts]
-    if max(lengths) <= _NOTE_BYTES - _LENGTH_BYTES:
-        return [pickle.loads(found[_LENGTH_BYTES:]) for found in texts]  # it stops where its length says
+    message = len(text).to_bytes(_LENGTH_BYTES, "little") + text
+    note = torch.frombuffer(bytearray(message[:_NOTE_BYTES].ljust(_NOTE_BYTES)), dtype=torch.uint8).to(
+        device_for(group)
+    )
+    notes = note.new_empty(size_of(group), _NOTE_BYTES)
+    dist.all_gather(list(notes.unbind()), note, group=group)
+    messages = [row.tobytes() for row in notes.cpu().numpy()]
+    lengths = [_LENGTH_BYTES + int.from_bytes(message[:_LENGTH_BYTES], "little") for message in messages]
+    if max(lengths) <= _NOTE_BYTES:
+        whole = zip(messages, lengths, strict=True)
+        return [pickle.loads(message[_LENGTH_BYTES:length]) for message, length in whole]
     values: list[T | None] = [None] * size_of(group)
     dist.all_gather_object(values, value, group=group)
     return values  # type: ignore[return-value]

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from dist_ema import ShardedEMA, compute_ema
+from dist_ema.collectives import gather_objects
 from dist_ema.errors import EMAConfigError, EMAEngineError, EMAError, EMAStateError
 from dist_ema.schedules import HalfLife, Uniform
 
@@ -563,3 +564,11 @@ def test_an_update_that_failed_is_not_counted(monkeypatch: pytest.MonkeyPatch) -
     assert (ema.num_updates, ema.progress.batches) == (1, 0)
     torch.testing.assert_close(ema.full_state_dict(), state, rtol=0, atol=0)
     assert ema.metrics() == metrics
+
+
+@pytest.mark.world_size(3)
+def test_what_ranks_tell_each_other_arrives_whole_however_long_it_is(rank: int) -> None:
+    """Short messages share one exchange of fixed size; a longer one of a single rank must not be cut off."""
+    for length in (0, *range(200, 260), 1000):  # of 256 bytes
+        found = gather_objects("x" * length if rank == 1 else rank, dist.group.WORLD)
+        assert found == [0, "x" * length, 2]
