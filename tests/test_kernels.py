@@ -20,8 +20,8 @@ from dist_ema.arithmetic import compiler, fused, kernels, native
 from dist_ema.errors import EMAConfigError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-#: 65,536 elements are a thread's chunk, 2,048 go through all averages at a time.
-SIZES = (0, 1, 7, 4096, 0, 2047, 2049, 65536 - 4096, 1, 65537, 131072, 33, 0)
+#: 65,536 elements are a thread's chunk, 512 go through all averages at a time.
+SIZES = (0, 1, 7, 4096, 0, 511, 2049, 65536 - 4096, 1, 65537, 131072, 33, 0)
 WEIGHTS = (1e-7, 1e-4, 0.3, 0.5, 0.7, 1.0)
 NAN, INF = float("nan"), float("inf")
 
@@ -92,6 +92,23 @@ def test_compiled_gives_the_eager_bits(
         assert _differing(compiled, eager) == 0, weights
         assert skipped == expected
         assert (skipped > 0) == (guarded and spoilt)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count", range(1, 11))
+def test_averages_that_share_a_loop_do_not_share_more(
+    count: int, dtype: torch.dtype, kernel: native.Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A weight, a shadow or what the guard keeps of one average that goes to another; one that no loop takes."""
+    random, sizes = torch.Generator().manual_seed(count), (1500, 37)
+    sources = [_spoil(torch.randn(size)).to(dtype) for size in sizes]
+    averages = [[_spoil(torch.randn(size)) for size in sizes] for _ in range(count)]
+    for guarded, largest in itertools.product((False, True), (0.4, 1.0)):  # below .5, where all share; and mixed
+        weights = (torch.rand(count, generator=random) * largest).tolist()
+        compiled, skipped = _lerp(kernel, averages, sources, weights, guarded, monkeypatch)
+        eager, expected = _lerp(None, averages, sources, weights, guarded, monkeypatch)
+        assert _differing(compiled, eager) == 0, weights
+        assert skipped == expected
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

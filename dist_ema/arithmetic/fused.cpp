@@ -1,6 +1,6 @@
 // shadow += weight * (source - shadow) over lists of tensors, for several averages at once, in one parallel region.
 //
-// Compiled on first use and loaded with ctypes: no torch headers, so that it takes a second.
+// Compiled on first use and loaded with ctypes: no torch headers, so that it takes seconds.
 // The arithmetic is that of torch.lerp on the CPU, bit for bit: one subtraction and one fused multiply-add, from the
 // nearer end. Never compile it with -ffast-math: it would drop the tests for NaN and Inf.
 
@@ -12,8 +12,13 @@ namespace {
 
 // Elements that a thread takes at a time: few enough that threads which lose their core do not keep the others waiting.
 constexpr int64_t kChunk = 1 << 16;
-// Elements that go through all averages before the next ones: the source stays in the first-level cache.
-constexpr int64_t kBlock = 1 << 11;
+// Elements that go through all averages before the next ones: the source, and what the guard keeps of the shadows, stay
+// in the first-level cache.
+constexpr int64_t kBlock = 1 << 9;
+// The same where they are rounded: nothing is kept, and what a block has to look up is more.
+constexpr int64_t kRoundedBlock = 1 << 11;
+// Averages that share one loop at most.
+constexpr int64_t kTogether = 4;
 
 inline float from_bits(uint32_t bits) {
     float value;
@@ -63,56 +68,84 @@ struct Float16 {
     }
 };
 
+// Several averages share one loop: their weights are loaded once, and as many streams of memory as there are averages
+// are under way at a time, which one after the other are slower than memory (measured: by a quarter for three).
+//
 // The loop has no branch, so it is vectorised. The guard costs it a store into the first-level cache and one operation:
 // a result times zero is zero unless the result is NaN or Inf, and no result is finite whose source or shadow is not.
 // (A finite blend may overflow too; then the second loop changes nothing.) Returns how many sources were not finite.
-template <typename Source, bool guarded, bool near>
-int64_t blend(float *__restrict shadow, const typename Source::type *__restrict source, int64_t count, float weight) {
-    const float coefficient = near ? weight : weight - 1.0f;
-    float before[guarded ? kBlock : 1];
+template <typename Source, bool guarded, bool near, int averages>
+int64_t blend(float *const *shadows, const typename Source::type *__restrict source, int64_t count,
+              const float *weights) {
+    float *shadow[averages];
+    float coefficient[averages];
+    for (int k = 0; k < averages; k++) {
+        shadow[k] = shadows[k];
+        coefficient[k] = near ? weights[k] : weights[k] - 1.0f;
+    }
+    float before[averages][guarded ? kBlock : 1];
     float check = 0.0f;
 #pragma omp simd reduction(+ : check)
     for (int64_t i = 0; i < count; i++) {
-        const float start = shadow[i];
         const float end = Source::load(source[i]);
-        const float value = multiply_add(coefficient, end - start, near ? start : end);
-        if (guarded) {
-            before[i] = start;
-            check = multiply_add(value, 0.0f, check);
+        for (int k = 0; k < averages; k++) {
+            const float start = shadow[k][i];
+            const float value = multiply_add(coefficient[k], end - start, near ? start : end);
+            if (guarded) {
+                before[k][i] = start;
+                check = multiply_add(value, 0.0f, check);
+            }
+            shadow[k][i] = value;
         }
-        shadow[i] = value;
     }
     if (!guarded || check == 0.0f) return 0;
     int64_t skipped = 0;
     for (int64_t i = 0; i < count; i++) {
         const float end = Source::load(source[i]);
-        if (!is_finite(end)) {
-            shadow[i] = before[i];
-            skipped++;
-        } else if (!is_finite(before[i])) {
-            shadow[i] = end;
+        skipped += !is_finite(end);
+        for (int k = 0; k < averages; k++) {
+            if (!is_finite(end)) {
+                shadow[k][i] = before[k][i];
+            } else if (!is_finite(before[k][i])) {
+                shadow[k][i] = end;
+            }
         }
     }
     return skipped;
 }
 
-template <typename Source>
-int64_t blend(float *shadow, const void *source, int64_t low, int64_t count, float weight, bool guarded) {
-    const auto *values = static_cast<const typename Source::type *>(source) + low;
-    const bool near = (weight < 0 ? -weight : weight) < 0.5f;
-    if (guarded) {
-        return near ? blend<Source, true, true>(shadow + low, values, count, weight)
-                    : blend<Source, true, false>(shadow + low, values, count, weight);
+// The averages from the first on that can share a loop: those of weights below one half, which torch blends from the
+// shadow's end. One of another weight is alone. Sets `taken` to their number.
+template <typename Source, bool guarded>
+int64_t blend_some(float *const *shadows, const void *given, int64_t low, int64_t count, const float *weights,
+                   int64_t averages, int64_t *taken) {
+    const auto *source = static_cast<const typename Source::type *>(given) + low;
+    const auto is_near = [&](int64_t k) { return (weights[k] < 0 ? -weights[k] : weights[k]) < 0.5f; };
+    int64_t together = is_near(0) ? 1 : 0;
+    while (together && together < averages && is_near(together)) together++;
+    *taken = std::max<int64_t>(together, 1);
+    switch (together) {
+        case 0: return blend<Source, guarded, false, 1>(shadows, source, count, weights);
+        case 1: return blend<Source, guarded, true, 1>(shadows, source, count, weights);
+        case 2: return blend<Source, guarded, true, 2>(shadows, source, count, weights);
+        case 3: return blend<Source, guarded, true, 3>(shadows, source, count, weights);
+        default: return blend<Source, guarded, true, kTogether>(shadows, source, count, weights);
     }
-    return near ? blend<Source, false, true>(shadow + low, values, count, weight)
-                : blend<Source, false, false>(shadow + low, values, count, weight);
 }
 
-int64_t blend(int64_t dtype, float *shadow, const void *source, int64_t low, int64_t count, float weight, bool guarded) {
+template <typename Source>
+int64_t blend_some(float *const *shadows, const void *source, int64_t low, int64_t count, const float *weights,
+                   int64_t averages, bool guarded, int64_t *taken) {
+    return guarded ? blend_some<Source, true>(shadows, source, low, count, weights, averages, taken)
+                   : blend_some<Source, false>(shadows, source, low, count, weights, averages, taken);
+}
+
+int64_t blend_some(int64_t dtype, float *const *shadows, const void *source, int64_t low, int64_t count,
+                   const float *weights, int64_t averages, bool guarded, int64_t *taken) {
     switch (dtype) {
-        case 0: return blend<Float32>(shadow, source, low, count, weight, guarded);
-        case 1: return blend<BFloat16>(shadow, source, low, count, weight, guarded);
-        default: return blend<Float16>(shadow, source, low, count, weight, guarded);
+        case 0: return blend_some<Float32>(shadows, source, low, count, weights, averages, guarded, taken);
+        case 1: return blend_some<BFloat16>(shadows, source, low, count, weights, averages, guarded, taken);
+        default: return blend_some<Float16>(shadows, source, low, count, weights, averages, guarded, taken);
     }
 }
 
@@ -197,9 +230,16 @@ extern "C" int64_t dist_ema_lerp(int64_t tensors, int64_t averages, const int64_
         while (position < stop) {
             const int64_t low = position - offsets[tensor];
             const int64_t count = std::min({kBlock, stop - position, offsets[tensor + 1] - position});
-            for (int64_t average = 0; average < averages; average++) {
-                const int64_t found = blend(dtypes[tensor], shadows[average * tensors + tensor], sources[tensor], low,
-                                            count, static_cast<float>(weights[average]), guarded != 0);
+            for (int64_t average = 0, taken = 0; average < averages; average += taken) {
+                float *targets[kTogether];
+                float parts[kTogether];
+                const int64_t most = std::min(kTogether, averages - average);
+                for (int64_t k = 0; k < most; k++) {
+                    targets[k] = shadows[(average + k) * tensors + tensor] + low;
+                    parts[k] = static_cast<float>(weights[average + k]);
+                }
+                const int64_t found = blend_some(dtypes[tensor], targets, sources[tensor], low, count, parts,
+                                                 most, guarded != 0, &taken);
                 skipped += average == 0 ? found : 0;
             }
             position += count;
@@ -232,7 +272,7 @@ extern "C" int64_t dist_ema_lerp_rounded(int64_t tensors, int64_t averages, cons
             const int64_t *last = locals + runs[indices[tensor] + 1];
             const int64_t *run = std::upper_bound(first, last, low) - 1;
             const int64_t end = std::min(stop, offsets[tensor + 1]) - offsets[tensor];
-            const int64_t count = std::min({kBlock, end - low, run + 1 < last ? run[1] - low : end - low});
+            const int64_t count = std::min({kRoundedBlock, end - low, run + 1 < last ? run[1] - low : end - low});
             const int64_t place = fulls[run - locals] + low - *run;
             for (int64_t average = 0; average < averages; average++) {
                 const int64_t found = blend_rounded(
