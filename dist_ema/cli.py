@@ -216,7 +216,7 @@ def import_(
         str | None, typer.Option(help="Regular expression: parameters that are not trained.", show_default=False)
     ] = None,
     prefix: Annotated[
-        str | None, typer.Option(help="Take what is under it, without it, such as net.", show_default=False)
+        str | None, typer.Option(help="Import this module of a larger one: 'net' takes net.*", show_default=False)
     ] = None,
     decay: Annotated[
         float | None, typer.Option(help="Kept per batch, where SOURCE does not say.", show_default=False)

@@ -42,6 +42,11 @@ def device_for(group: dist.ProcessGroup | None) -> torch.device:
     return torch.device("cpu")
 
 
+def _note_device(group: dist.ProcessGroup) -> torch.device:
+    """The CPU where the group can, so that a rank may tell that its accelerator has no memory left."""
+    return torch.device("cpu") if "cpu:" in str(dist.get_backend_config(group)) else device_for(group)
+
+
 def gather_objects(value: T, group: dist.ProcessGroup | None) -> list[T]:
     """``value`` of every rank, in the order of the ranks. Collective. For small things only: they are pickled.
 
@@ -50,10 +55,8 @@ def gather_objects(value: T, group: dist.ProcessGroup | None) -> list[T]:
     if group is None:
         return [value]
     text = pickle.dumps(value)
-    message = len(text).to_bytes(_LENGTH_BYTES, "little") + text
-    note = torch.frombuffer(bytearray(message[:_NOTE_BYTES].ljust(_NOTE_BYTES)), dtype=torch.uint8).to(
-        device_for(group)
-    )
+    own = (len(text).to_bytes(_LENGTH_BYTES, "little") + text)[:_NOTE_BYTES].ljust(_NOTE_BYTES)
+    note = torch.frombuffer(bytearray(own), dtype=torch.uint8).to(_note_device(group))
     notes = note.new_empty(size_of(group), _NOTE_BYTES)
     dist.all_gather(list(notes.unbind()), note, group=group)
     messages = [row.tobytes() for row in notes.cpu().numpy()]

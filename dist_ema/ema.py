@@ -173,6 +173,9 @@ class ShardedEMA:
             EMAStateError: inside ``average_parameters()``, or a parameter was replaced, frozen or unfrozen, or an
                 offloaded update has failed.
             EMAConfigError: a count is negative or not a number.
+
+        An update that raises is not counted. Where memory was short in the middle of it, some tensors may have moved:
+        ``reset()``, or ``load()`` a checkpoint.
         """
         self._refuse_inside("update()")
         self._shadow.report()
@@ -314,7 +317,7 @@ class ShardedEMA:
             name: which average; None means the only one.
 
         Raises:
-            EMAStateError: already inside.
+            EMAStateError: already inside; where it is collective, also whatever keeps another rank from taking part.
             EMAConfigError: there is no such average, or there are several and none was named.
         """
         self._refuse_inside("average_parameters()")
@@ -478,7 +481,7 @@ class ShardedEMA:
         """
         self._background.drain()
         group = self._engine.group
-        sources, entries = self._begun(lambda: self._live("load()"), group, f"load from {path}")
+        sources, entries = self._begun(lambda: self._live("load()"), group, f"load from {path}", replaces=True)
         for attempt in range(REREADS + 1):
             load = Load(path, entries, self.names, group)
             try:
@@ -561,7 +564,7 @@ class ShardedEMA:
         self._shadow.drain()  # what fails in it does not matter any more
         self._background.drain()
         group, doing = self._engine.group, "load_state_dict()"
-        sources, entries = self._begun(lambda: self._live(doing), group, doing)
+        sources, entries = self._begun(lambda: self._live(doing), group, doing, replaces=True)
         known = {entry.name for entry in entries if entry.mode != "live"}
         restore = agree(lambda: Restore(state_dict, self._shares, self.names, known), group, doing)
         moment = restore.moment
@@ -693,7 +696,7 @@ class ShardedEMA:
     # Views of an average.
 
     def _view(self, name: str | None, dtype: object, doing: str) -> tuple[list[Entry], dict[str, Held]]:
-        """All full tensors, and what this rank holds of them in one average. Collective at its first call."""
+        """All full tensors, and what this rank holds of them in one average. Collective."""
 
         def look() -> dict[str, Held]:
             if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
@@ -703,9 +706,14 @@ class ShardedEMA:
         held, entries = self._joined(look, self._engine.group, doing)
         return entries, held
 
-    def _joined(self, look: Callable[[], T], group: dist.ProcessGroup | None, doing: str) -> tuple[T, list[Entry]]:
-        """What ``look`` gives, and every full tensor. Collective; a rank's failure, or another number of updates, is
-        raised on all."""
+    def _joined(
+        self, look: Callable[[], T], group: dist.ProcessGroup | None, doing: str, replaces: bool = False
+    ) -> tuple[T, list[Entry]]:
+        """What ``look`` gives, and every full tensor. Collective; a rank's failure is raised on all.
+
+        So are different numbers of updates, unless the average is to be replaced: by a ``load()`` after one that failed
+        on some ranks.
+        """
         looked: list[T] = []
 
         def join() -> tuple[int, bool]:
@@ -713,12 +721,15 @@ class ShardedEMA:
             return self.num_updates, self._entries is not None
 
         updates, known = zip(*exchange(join, group, doing), strict=True)
-        check_same_updates(updates)
+        if not replaces:
+            check_same_updates(updates)
         if self._entries is None or not all(known):  # reset() is local
             self._entries = catalogue(self._shares, group)
         return looked[0], self._entries
 
-    def _begun(self, look: Callable[[], T], group: dist.ProcessGroup | None, doing: str) -> tuple[T, list[Entry]]:
+    def _begun(
+        self, look: Callable[[], T], group: dist.ProcessGroup | None, doing: str, replaces: bool = False
+    ) -> tuple[T, list[Entry]]:
         """As ``_joined``, and raises what failed in the background, which some ranks may have raised already."""
 
         def look_after_save() -> T:
@@ -728,7 +739,7 @@ class ShardedEMA:
                 raise CheckpointError(f"the save before failed: {error}") from error
             return look()
 
-        return self._joined(look_after_save, group, doing)
+        return self._joined(look_after_save, group, doing, replaces)
 
     def _sources(self, doing: str) -> list[Tensor]:
         """For a call that reads the average too."""

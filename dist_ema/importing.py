@@ -66,8 +66,8 @@ def import_checkpoint(
         model: a state dict of the same model, by torch.save or safetensors. It gives names to a list of tensors that
             has none (torch.save only, since safetensors files sort), and supplies what the file lacks: buffers.
         frozen: regular expression on names: those are parameters that are not trained, which few files tell.
-        prefix: of the names of the part of the file that is wanted, such as ``"net."`` for the module ``net`` of a
-            LightningModule: dropped from its names, and what does not begin so is left out.
+        prefix: the module that is wanted of a larger one, such as ``"net"`` of a LightningModule: its names lose
+            ``net.``, and what has other names is left out. A ``model`` is cut likewise if it is the larger one too.
         decay: kept fraction per batch, where the file does not say.
         half_life: in its place, such as ``"1000ba"``.
         dtype: of the floating-point tensors of the average; None means the file's own.
@@ -87,7 +87,7 @@ def import_checkpoint(
     state = open_model(Path(model), pattern) if model is not None else None
     foreign = FORMATS[name].read(content, state)
     if prefix is not None:
-        foreign = _part(foreign, prefix)
+        foreign, state = _part(foreign, state, prefix.removesuffix(".") + ".")
     whole_model = _Assembly(foreign, state, pattern)
     schedule = given or foreign.schedule or foreign.usual
     _save(target, foreign, whole_model, schedule, dtype, begin)
@@ -101,21 +101,28 @@ def _pattern(frozen: str | None) -> re.Pattern[str] | None:
         raise EMAConfigError(f"frozen={frozen!r} is not a regular expression: {error}") from error
 
 
-def _part(foreign: Foreign, prefix: str) -> Foreign:
+def _part(foreign: Foreign, model: Model | None, prefix: str) -> tuple[Foreign, Model | None]:
     """What stands under a prefix, without it."""
 
-    def cut(names: Iterable[str]) -> dict[str, str]:
-        return {name: name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+    def cut(tensors: Tensors) -> dict[str, LazyTensor]:
+        return {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
 
-    def cut_tensors(tensors: Tensors) -> dict[str, LazyTensor]:
-        return {new: tensors[old] for old, new in cut(tensors).items()}
-
-    averages = {average: cut_tensors(tensors) for average, tensors in foreign.averages.items()}
-    if not all(averages.values()):
+    averages = {average: dict(tensors) for average, tensors in foreign.averages.items()}
+    live = dict(foreign.live)
+    for group in foreign.tied:  # the name that is averaged may be one of those that are left out
+        for tensors in averages.values():
+            if (held := next((tensors[name] for name in group if name in tensors), None)) is not None:
+                tensors.update(dict.fromkeys(group, held))
+                live = {name: tensor for name, tensor in live.items() if name not in group}
+    found = {average: cut(tensors) for average, tensors in averages.items()}
+    if not all(found.values()):
         names = next(iter(foreign.averages.values()))
         raise EMAConfigError(f"prefix={prefix!r} begins no name; names are {', '.join(names)[:200]}")
-    tied = [tuple(cut(group).values()) for group in foreign.tied]
-    return replace(foreign, averages=averages, live=cut_tensors(foreign.live), tied=[group for group in tied if group])
+    inside = [tuple(name.removeprefix(prefix) for name in group if name.startswith(prefix)) for group in foreign.tied]
+    tied = [group for group in inside if len(group) > 1]
+    if model is not None and (known := cut(model.tensors)):
+        model = replace(model, tensors=known)
+    return replace(foreign, averages=found, live=cut(live), tied=tied), model
 
 
 def _schedule(decay: float | None, half_life: str | None) -> Schedule | None:

@@ -52,7 +52,7 @@ class Swap:
         To be called first. Collective where the swap is. Compares the number of updates too: a rank that has no average
         would stay away. With ``keep`` takes the memory that ``enter()`` needs: also where one rank's is short.
         """
-        groups: list[dist.ProcessGroup | None] = [self._group_of(members).group for members in self._sets]
+        groups = [self._group_of(members).group for members in self._sets]
         if self._engine.publish_is_collective and self._engine.group is not None:
             groups.append(self._engine.group)
         failure: EMAError | None = None
@@ -64,15 +64,28 @@ class Swap:
             self._engine.reshard()
             sources = self._engine.sources()
             if keep and not self._kept:
-                self._kept = self._room(sources)
+                self._kept = self._spare(sources)
             return updates
 
-        for group in groups or [None]:
+        def tell() -> int:
             try:
-                check_same_updates(exchange(check, group, doing))
+                return check()
+            except EMAError:
+                raise
+            except Exception as error:  # no memory, for one
+                raise EMAStateError(f"{type(error).__name__}: {error}") from error
+
+        if not groups:
+            check()
+            return
+
+        for group in groups:
+            try:
+                check_same_updates(exchange(tell, group, doing))
             except EMAError as error:
                 failure = error
         if failure is not None:
+            self._kept = {}  # the failure's traceback would hold it
             raise failure
 
     @torch.no_grad()
@@ -140,7 +153,7 @@ class Swap:
         if torch.cuda.is_available() and any(source.device.type == "cpu" for source in self._sources):
             torch.cuda.synchronize()
 
-    def _room(self, sources: Sequence[Tensor]) -> dict[int, Tensor]:
+    def _spare(self, sources: Sequence[Tensor]) -> dict[int, Tensor]:
         """Memory for live weights that cannot change places with their shadow, whose dtype is another."""
         return {
             index: torch.empty(share.numel, dtype=source.dtype, device=shadow.device)

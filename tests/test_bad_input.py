@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -538,8 +540,8 @@ def test_memory_that_one_rank_lacks_for_a_swap_is_an_error_on_every_rank(
 
     with monkeypatch.context() as patch:
         if rank == 1:
-            patch.setattr("dist_ema.swap.Swap._room", full)
-        with pytest.raises(EMAError, match=r"average_parameters\(\) failed: rank 1: MemoryError: no room"):
+            patch.setattr("dist_ema.swap.Swap._spare", full)
+        with pytest.raises(EMAStateError, match=r"average_parameters\(\) failed: rank 1: .*MemoryError: no room"):
             ema.average_parameters().__enter__()
         ema.copy_to()  # needs none
     with ema.average_parameters():
@@ -564,6 +566,32 @@ def test_an_update_that_failed_is_not_counted(monkeypatch: pytest.MonkeyPatch) -
     assert (ema.num_updates, ema.progress.batches) == (1, 0)
     torch.testing.assert_close(ema.full_state_dict(), state, rtol=0, atol=0)
     assert ema.metrics() == metrics
+
+
+@pytest.mark.world_size(2)
+def test_a_load_ends_what_an_update_that_failed_on_one_rank_began(
+    rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That rank has averaged less often than the other; and it is told to load a checkpoint."""
+    ema = ShardedEMA(CASES["fsdp2"].model(), decay=0.5)
+    ema.update()
+    digest = ema.fingerprint()
+    ema.save(tmp_path / "c")
+    state = copy.deepcopy(ema.state_dict())
+
+    def full(*_: object) -> None:
+        raise MemoryError("no room")
+
+    for restore in (lambda: ema.load(tmp_path / "c"), lambda: ema.load_state_dict(state)):
+        with monkeypatch.context() as patch:
+            if rank == 1:
+                patch.setattr("dist_ema.arithmetic.kernels.lerp", full)
+            with pytest.raises(MemoryError) if rank == 1 else nullcontext():
+                ema.update()
+        with pytest.raises(EMAStateError, match="different numbers of times: 2, 1"):
+            ema.save(tmp_path / "d")
+        restore()
+        assert (ema.num_updates, ema.fingerprint()) == (1, digest)
 
 
 @pytest.mark.world_size(3)

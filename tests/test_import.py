@@ -425,7 +425,7 @@ def test_the_part_of_a_larger_module_is_imported_under_its_own_names(tmp_path: P
     inner = checkpoint["state_dict_ema"]
     checkpoint["state_dict_ema"] = {"loss.weight": torch.ones(3)} | {f"net.{name}": inner[name] for name in inner}
     torch.save(checkpoint, tmp_path / "timm.pth.tar")
-    import_checkpoint(tmp_path / "timm.pth.tar", tmp_path / "out", prefix="net.")
+    import_checkpoint(tmp_path / "timm.pth.tar", tmp_path / "out", prefix="net")
     import_checkpoint(DATA / "timm.pth.tar", tmp_path / "plain")
     found, wanted = read_checkpoint(tmp_path / "out"), read_checkpoint(tmp_path / "plain")
     assert found.keys() == wanted.keys()

@@ -29,6 +29,8 @@ from dist_ema.arithmetic.table import CODES
 
 logger = logging.getLogger(__name__)
 
+#: Every loop of the kernel: one to four averages together, and one of a large weight behind them.
+_CHECKED_WEIGHTS = ((1e-4,), (1e-4, 0.3), (1e-4, 0.3, 0.01), (1e-4, 0.3, 0.01, 0.2, 0.7))
 _SOURCES = [Path(__file__).with_name(name) for name in ("fused.cpp", "digest.cpp")]
 
 
@@ -146,14 +148,20 @@ def _check(library: Library) -> None:
     source = torch.linspace(-3, 5, 99, dtype=torch.float32, device="cpu").tan_()  # whatever the defaults are
     source[7], source[60] = float("nan"), float("inf")
     for dtype, code in CODES.items():
-        for weight in (1e-4, 0.7):
-            values = source.to(dtype)
-            shadow = torch.linspace(1, -2, 99, dtype=torch.float32, device="cpu")
-            expected = torch.where(values.isfinite(), torch.lerp(shadow, values.float(), weight), shadow)
-            arrays = [array("q", entries) for entries in ([0, 99], [values.data_ptr()], [code], [shadow.data_ptr()])]
-            skipped = library.lerp(arrays, [weight], True)
-            if skipped != 2 or not torch.equal(shadow, expected):
+        values = source.to(dtype)
+        for weights in _CHECKED_WEIGHTS:
+            shadows = [
+                torch.linspace(1, -2 - number, 99, dtype=torch.float32, device="cpu") for number in range(len(weights))
+            ]
+            lerped = [
+                torch.lerp(shadow, values.float(), weight) for shadow, weight in zip(shadows, weights, strict=True)
+            ]
+            expected = torch.where(values.isfinite(), torch.stack(lerped), torch.stack(shadows))
+            entries = [[0, 99], [values.data_ptr()], [code], [shadow.data_ptr() for shadow in shadows]]
+            skipped = library.lerp([array("q", entry) for entry in entries], weights, True)
+            if skipped != 2 or not torch.equal(torch.stack(shadows), expected):
                 raise BuildError(f"{library.path} does not compute what torch does from {dtype}")
+        for weight in (1e-4, 0.7):
             _check_rounding(library, values, code, weight)
 
 

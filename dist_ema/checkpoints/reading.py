@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dist_ema.checkpoints.manifest import MAX_BYTES, NAME, Manifest, StoredFile, StoredTensor, checksum
-from dist_ema.checkpoints.places import OpenFile, StrPath, place
+from dist_ema.checkpoints.places import OpenFile, StrPath, is_remote, place
 from dist_ema.checkpoints.storage import DTYPE_NAMES
 from dist_ema.errors import CheckpointCorruptError, CheckpointError
 from dist_ema.geometry import Runs
@@ -102,6 +103,7 @@ class RunReader:
         self._folder = place(path) / data
         self._open: dict[str, OpenFile] = {}
         self._users: Counter[str] = Counter()
+        self._limit = sys.maxsize if is_remote(path) else _OPEN_FILES  # objects are not kept open
         self._lock = threading.Lock()
         self._offsets: dict[tuple[str, str], int] = {}
         self._tensors = tensors
@@ -151,13 +153,13 @@ class RunReader:
     def _opened(self, name: str) -> OpenFile:
         try:
             return self._folder.file(name)
-        except OSError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:  # removed by a save, and then to be read anew
             raise CheckpointCorruptError(f"{self._folder}/{name} is listed but cannot be read: {error}") from error
 
     def _close_some(self) -> None:
         """Of too many open files, those that were not used for longest."""
         unused = (name for name in list(self._open) if not self._users[name])
-        while len(self._open) > _OPEN_FILES and (name := next(unused, None)) is not None:
+        while len(self._open) > self._limit and (name := next(unused, None)) is not None:
             self._open.pop(name).close()
 
     def _check_file(
@@ -165,8 +167,8 @@ class RunReader:
     ) -> dict[tuple[str, str], int]:
         path = f"{self._folder}/{name}"
         try:
+            opened = self._open[name] = self._folder.file(name)
             self._close_some()
-            opened = self._open[name] = self._opened(name)
             if opened.size != file.size:
                 raise CheckpointCorruptError(f"{path} has {opened.size} bytes, but {file.size} were written")
             length = int.from_bytes(_head(opened, 8), "little")

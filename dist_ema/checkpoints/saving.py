@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -106,8 +107,9 @@ class Save:
         """Makes the files, and writes what training may change at any time: all that is live. Collective."""
         try:
             self._prepare()
-            self._write(LIVE if self._record.started else "")
-            if self._writers:
+            prefix = LIVE if self._record.started else ""
+            self._write(prefix)
+            if any(name.startswith(prefix) for name in self._parts):
                 agree(self._report, self._group, self._doing)
         except BaseException:
             self.abandon()
@@ -192,7 +194,9 @@ class Save:
 
     def abandon(self) -> None:
         """Removes what was written. Local; harmless after ``finish()``."""
-        self._close()
+        while self._writers:
+            with suppress(OSError):  # it is another failure that is told
+                self._writers.pop().close()
         if self._first and self._destination is not None:
             self._destination.abandon()
 

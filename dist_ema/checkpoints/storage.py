@@ -13,6 +13,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import lru_cache
@@ -279,10 +280,10 @@ class RunWriter:
             os.fsync(self._descriptor(file))
 
     def close(self) -> None:
-        """Closes the files."""
-        for descriptor in self._open.values():
-            os.close(descriptor)
-        self._open.clear()
+        """Closes the files, all of them even if one cannot be (a quota that only closing shows)."""
+        with ExitStack() as stack:
+            while self._open:
+                stack.callback(os.close, self._open.popitem()[1])
 
 
 def _write_behind(descriptor: int) -> None:
