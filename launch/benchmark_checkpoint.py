@@ -41,6 +41,14 @@ READS = {"raw read", "raw read into new memory", "load", "load, verify=False", "
 #: What is read from the disk, and not from the system's copy of it in memory, as after a restart on another machine.
 UNCACHED = ", not cached"
 
+#: Folders of contenders that write no place twice; the others remove within their time what they wrote before.
+ANEW = {
+    "dcp.save": ["dcp"],
+    "dcp.save to Hugging Face files, consolidated": ["hf"],
+    "save to a new place": ["new"],
+    "export": ["export"],
+}
+
 
 def _peak(function: Callable[[], object]) -> int:
     """Bytes of memory above those before (Linux)."""
@@ -123,6 +131,7 @@ class Contenders:
             "dcp.save to Hugging Face files, consolidated": self._consolidated,
             "save": lambda: self.ema.save(self.folder / "ours"),
             "save, no digests": self._undigested,
+            "save to a new place": lambda: self.ema.save(self.folder / "new"),
             "export": self._export,
             "raw read": lambda: _read_raw(raw, self.out),
             "raw read into new memory": lambda: _read_raw(raw, torch.empty_like(self.out)),
@@ -137,7 +146,7 @@ class Contenders:
         """Removes what a contender would not write over, or must not find in memory."""
         dist.barrier()
         if self.rank == 0:
-            for folder in ("dcp", "hf", "export") if name.startswith(("dcp", "export")) else ():
+            for folder in ANEW.get(name, ()):
                 shutil.rmtree(self.folder / folder, ignore_errors=True)
             for file in self.folder.glob("raw-*" if name.startswith("raw") else "ours") if UNCACHED in name else ():
                 _forget(file)
