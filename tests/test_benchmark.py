@@ -138,5 +138,5 @@ def test_checkpoints_are_compared_on_several_ranks() -> None:
     (found,) = json.loads(done.stdout)
     assert found["ranks"] == 2
     assert found["bytes"] == 4 * 1024 * 8 * (100000 // 8 // 1024)
-    assert len(found["rows"]) == 13
+    assert len(found["rows"]) == 16
     assert all(row["ms"] > 0 and row["of_raw"] > 0 for row in found["rows"])
