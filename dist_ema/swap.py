@@ -78,7 +78,6 @@ class Swap:
         if not groups:
             check()
             return
-
         for group in groups:
             try:
                 check_same_updates(exchange(tell, group, doing))

@@ -21,7 +21,7 @@ from dist_ema.errors import EMAConfigError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: 65,536 elements are a thread's chunk, 512 go through all averages at a time.
-SIZES = (0, 1, 7, 4096, 0, 511, 2049, 65536 - 4096, 1, 65537, 131072, 33, 0)
+SIZES = (0, 1, 7, 4096, 0, 511, 2047, 2049, 65536 - 4096, 1, 65537, 131072, 33, 0)
 WEIGHTS = (1e-7, 1e-4, 0.3, 0.5, 0.7, 1.0)
 NAN, INF = float("nan"), float("inf")
 

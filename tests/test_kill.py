@@ -302,7 +302,7 @@ def _kill_a_rank(server: multiprocessing.context.BaseContext, folder: Path, seed
             dead = draw.randrange(2)
             ranks[dead][0].kill()
             survivor, pipe = ranks[1 - dead]
-            survivor.join(60)  # gloo tries again to connect to a rank that died while the group was made
+            survivor.join(25)
             said = _drain(pipe)
             assert survivor.exitcode == 7, said
         assert "is gone" in said[-1][0]

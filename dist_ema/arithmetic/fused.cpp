@@ -68,8 +68,8 @@ struct Float16 {
     }
 };
 
-// Several averages share one loop: their weights are loaded once, and as many streams of memory as there are averages
-// are under way at a time, which one after the other are slower than memory (measured: by a quarter for three).
+// Several averages share one loop: the source is loaded once, and all shadows stream from memory at the same time. One
+// after the other, block by block, they stay behind the memory's speed (measured: by a quarter for three).
 //
 // The loop has no branch, so it is vectorised. The guard costs it a store into the first-level cache and one operation:
 // a result times zero is zero unless the result is NaN or Inf, and no result is finite whose source or shadow is not.
