@@ -11,6 +11,7 @@ import importlib
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -27,7 +28,7 @@ GRACE_AFTER_FAILURE = 10.0
 COLLECTIVE_TIMEOUT = timedelta(seconds=60)
 
 
-def _serve(index: int, pipe: Connection) -> None:
+def _serve(index: int, pipe: Connection, port: int) -> None:
     import torch
     import torch.distributed as dist
     from torch.distributed.tensor.debug import _clear_sharding_prop_cache  # torch 2.13
@@ -35,7 +36,7 @@ def _serve(index: int, pipe: Connection) -> None:
     torch.set_num_threads(1)
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     sys.path.insert(0, str(Path(__file__).parent))
-    os.environ.update(RANK=str(index), LOCAL_RANK=str(index), MASTER_ADDR="127.0.0.1", MASTER_PORT="29511")
+    os.environ.update(RANK=str(index), LOCAL_RANK=str(index), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     while True:
         try:
             module, function, arguments, world_size, rendezvous = pipe.recv()
@@ -109,10 +110,10 @@ class Pool:
         return failures
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context, port = multiprocessing.get_context("spawn"), _free_port()
         for index in range(SIZE):
             ours, theirs = context.Pipe()
-            worker = context.Process(target=_serve, args=(index, theirs), daemon=True)
+            worker = context.Process(target=_serve, args=(index, theirs, port), daemon=True)
             worker.start()
             theirs.close()
             self._workers.append(worker)
@@ -124,3 +125,10 @@ class Pool:
             worker.kill()
             worker.join()
         self._workers, self._pipes = [], []
+
+
+def _free_port() -> int:
+    """A fixed one would make two runs of the suite on one machine disturb each other."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
