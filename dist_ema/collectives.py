@@ -5,9 +5,12 @@ Everything takes ``group=None`` for a run without a process group, and is then l
 
 from __future__ import annotations
 
+import hashlib
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -47,10 +50,11 @@ def _note_device(group: dist.ProcessGroup) -> torch.device:
     return torch.device("cpu") if "cpu:" in str(dist.get_backend_config(group)) else device_for(group)
 
 
-def gather_objects(value: T, group: dist.ProcessGroup | None) -> list[T]:
+def gather_objects(value: T, group: dist.ProcessGroup | None, timeout: float | None = None) -> list[T]:
     """``value`` of every rank, in the order of the ranks. Collective. For small things only: they are pickled.
 
-    One round where all values are short; ``all_gather_object`` would first exchange their lengths.
+    One round where all values are short; ``all_gather_object`` would first exchange their lengths. The others are
+    awaited for ``timeout`` seconds; None means as long as the group waits.
     """
     if group is None:
         return [value]
@@ -58,7 +62,9 @@ def gather_objects(value: T, group: dist.ProcessGroup | None) -> list[T]:
     own = (len(text).to_bytes(_LENGTH_BYTES, "little") + text)[:_NOTE_BYTES].ljust(_NOTE_BYTES)
     note = torch.frombuffer(bytearray(own), dtype=torch.uint8).to(_note_device(group))
     notes = note.new_empty(size_of(group), _NOTE_BYTES)
-    dist.all_gather(list(notes.unbind()), note, group=group)
+    work = dist.all_gather(list(notes.unbind()), note, group=group, async_op=True)
+    if work is not None:  # else this rank is no member
+        work.wait() if timeout is None else work.wait(timedelta(seconds=timeout))
     messages = [row.tobytes() for row in notes.cpu().numpy()]
     lengths = [_LENGTH_BYTES + int.from_bytes(message[:_LENGTH_BYTES], "little") for message in messages]
     if max(lengths) <= _NOTE_BYTES:
@@ -94,24 +100,101 @@ def exchange(action: Callable[[], T], group: dist.ProcessGroup | None, doing: st
 
     Collective, in one round where what is returned is short.
     """
-    failure: Exception | None = None
-    result: T | None = None
+    result, failure = _tried(action)
+    found = gather_objects((result, _told(failure)), group)
+    _raise_failures([what for _, what in found], failure, doing)
+    return [result for result, _ in found]  # type: ignore[misc]
+
+
+@dataclass(frozen=True)
+class Call:
+    """A collective call of the library as one rank makes it.
+
+    Ranks that make different calls would wait for each other, or mix what they send into one result.
+
+    Attributes:
+        name: the method, such as ``"export()"``.
+        facts: arguments and options that have to be the same on every rank, by name, in words.
+        doing: for errors; may differ from rank to rank, as a path may. Empty means ``name``.
+    """
+
+    name: str
+    facts: Mapping[str, str]
+    doing: str = ""
+
+    def __str__(self) -> str:
+        return self.doing or self.name
+
+    @property
+    def digest(self) -> bytes:
+        """The same for the same call. 8 bytes."""
+        return hashlib.blake2b(repr((self.name, list(self.facts.items()))).encode(), digest_size=8).digest()
+
+
+def meet(call: Call, action: Callable[[], T], group: dist.ProcessGroup | None, timeout: float | None = None) -> list[T]:
+    """As :func:`exchange`, and raises EMAStateError on every rank unless all make the same ``call``. Collective.
+
+    Every collective call of the library begins with this, in the group of the model, so that also a ``metrics()`` and a
+    ``save()`` meet here. In one round where what is returned is short; only ranks that differ tell each other how.
+    """
+    result, failure = _tried(action)
+    found = gather_objects((call.digest, result, _told(failure)), group, timeout)
+    if len({digest for digest, _, _ in found}) > 1:
+        calls = gather_objects((call.name, dict(call.facts)), group, timeout)
+        raise EMAStateError(f"{call} on this rank: {_difference(calls)}. Make the same call on every rank") from failure
+    _raise_failures([what for _, _, what in found], failure, str(call))
+    return [result for _, result, _ in found]  # type: ignore[misc]
+
+
+def _difference(calls: Sequence[tuple[str, Mapping[str, str]]]) -> str:
+    """In what the calls of the ranks differ; if they are different ones, just that."""
+    names = [name for name, _ in calls]
+    if len(set(names)) > 1:
+        return f"ranks make different calls: {_by_rank(names)}"
+    facts = [facts for _, facts in calls]
+    keys = list(dict.fromkeys(key for found in facts for key in found))
+    differing = [key for key in keys if len({found.get(key) for found in facts}) > 1]
+    details = [f"{key}={_by_rank([found.get(key, 'not given') for found in facts])}" for key in differing]
+    return "ranks differ in " + ("; ".join(details) or "the order of their options")
+
+
+def _by_rank(values: Sequence[str]) -> str:
+    """``"a on rank 0, b on ranks 1, 2"``, for any number of ranks on one line."""
+    ranks: dict[str, list[int]] = {}
+    for rank, value in enumerate(values):
+        ranks.setdefault(value, []).append(rank)
+    shown = []
+    for value, where in ranks.items():
+        listed = ", ".join(map(str, where[:4])) + (f" and {len(where) - 4} more" if len(where) > 4 else "")
+        shown.append(f"{value} on rank{'s' if len(where) > 1 else ''} {listed}")
+    return ", ".join(shown)
+
+
+def _tried(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    """What ``action`` returned, or what it raised: other ranks wait to be told."""
     try:
-        result = action()
+        return action(), None
     except Exception as error:
-        failure = error
-    found = gather_objects((result, None if failure is None else (type(failure).__name__, str(failure))), group)
-    failed = {rank: what for rank, (_, what) in enumerate(found) if what is not None}
+        return None, error
+
+
+def _told(failure: Exception | None) -> tuple[str, str] | None:
+    return None if failure is None else (type(failure).__name__, str(failure))
+
+
+def _raise_failures(found: Sequence[tuple[str, str] | None], own: Exception | None, doing: str) -> None:
+    """Raises what failed on any rank, if anything did. ``found`` is what each rank told, ``own`` is this rank's."""
+    failed = {rank: what for rank, what in enumerate(found) if what is not None}
     if not failed:
-        return [result for result, _ in found]  # type: ignore[misc]
-    if failure is not None and size_of(group) == 1 and isinstance(failure, errors.EMAError):
-        raise failure
+        return
+    if own is not None and len(found) == 1 and isinstance(own, errors.EMAError):
+        raise own
     first_class, _ = next(iter(failed.values()))
     kind = getattr(errors, first_class, None)
     if not (isinstance(kind, type) and issubclass(kind, errors.EMAError)):
         kind = errors.CheckpointError
     details = "; ".join(f"rank {rank}: {name}: {text}" for rank, (name, text) in failed.items())
-    raise kind(f"{doing} failed: {details}") from failure
+    raise kind(f"{doing} failed: {details}") from own
 
 
 @contextmanager
@@ -134,6 +217,18 @@ def check_same_updates(found: Sequence[int]) -> None:
             f"ranks have averaged different numbers of times: {', '.join(map(str, found))}. Call update() on every "
             "rank with the same counts (samples, tokens and epochs are those of all ranks together)"
         )
+
+
+def check_same_clocks(found: Sequence[Mapping[str, float]]) -> None:
+    """Raises EMAStateError unless all ranks have counted the same training. Local; ``found`` is what each rank says,
+    by unit."""
+    for unit in found[0]:
+        readings = [f"{reading.get(unit)}{unit}" for reading in found]
+        if len(set(readings)) > 1:
+            raise EMAStateError(
+                f"ranks have counted different training: {_by_rank(readings)}. Call update() on every rank with the "
+                "same counts (samples, tokens and epochs are those of all ranks together)"
+            )
 
 
 def sum_integers(values: Sequence[int], group: dist.ProcessGroup | None) -> list[int]:

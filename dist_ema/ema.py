@@ -22,11 +22,13 @@ from dist_ema.checkpoints.loading import Load, report_schedules
 from dist_ema.checkpoints.reading import REREADS
 from dist_ema.checkpoints.saving import Save
 from dist_ema.collectives import (
+    Call,
     agree,
     answering,
+    check_same_clocks,
     check_same_updates,
-    exchange,
     gather_objects,
+    meet,
     rank_in,
     size_of,
     sum_floats,
@@ -42,7 +44,7 @@ from dist_ema.report import memory_report
 from dist_ema.schedules import Schedule
 from dist_ema.shadow import Shadow
 from dist_ema.shares import plan
-from dist_ema.swap import Swap
+from dist_ema.swap import Swap, swaps_together
 from dist_ema.timing import Progress
 from dist_ema.track import Track
 
@@ -320,10 +322,8 @@ class ShardedEMA:
             EMAStateError: already inside; where it is collective, also whatever keeps another rank from taking part.
             EMAConfigError: there is no such average, or there are several and none was named.
         """
-        self._refuse_inside("average_parameters()")
-        name = self._name(name)
-        swap = self._swap(name, "average_parameters()", keep=True)
-        _inside.update(dict.fromkeys(self._engine.modules(), name))
+        swap = self._swap(self._call("average_parameters()", name=name), name, keep=True)
+        _inside.update(dict.fromkeys(self._engine.modules(), self._name(name)))
         try:
             if swap is None:
                 yield
@@ -337,16 +337,19 @@ class ShardedEMA:
             for module in self._engine.modules():
                 _inside.pop(module, None)
 
-    def _swap(self, name: str, doing: str, keep: bool) -> Swap | None:
+    def _swap(self, call: Call, name: str | None, keep: bool) -> Swap | None:
         """None before the first update, when the average is the live model. Collective where the swap is."""
         self._background.settle()
+
+        def look() -> Swap:
+            self._refuse_inside(call.name)
+            shadows = self._shadow.tensors(self._name(name)) if started else [None] * len(self._shares)
+            swap = Swap(self._engine, self._shares, shadows, self._shadow.scratch)
+            swap.prepare(keep and started)
+            return swap
+
         started = self._shadow.started
-
-        def shadows() -> Sequence[Tensor | None]:
-            return self._shadow.tensors(name) if started else [None] * len(self._shares)
-
-        swap = Swap(self._engine, self._shares, shadows, self._shadow.scratch)
-        swap.agree(self.num_updates, doing, keep=keep and started)
+        swap = self._met(call, look)[0] if swaps_together(self._engine, self._shares) else look()
         hold_back()
         return swap if started else None
 
@@ -355,8 +358,7 @@ class ShardedEMA:
 
         Collective as ``average_parameters``. Raises as it does. Does nothing before the first update.
         """
-        self._refuse_inside("copy_to()")
-        swap = self._swap(self._name(name), "copy_to()", keep=False)
+        swap = self._swap(self._call("copy_to()", name=name), name, keep=False)
         if swap is not None:
             swap.copy()
 
@@ -379,7 +381,8 @@ class ShardedEMA:
             EMAStateError: inside ``average_parameters()``, or the model has changed.
             EMAConfigError: no such average, or ``dtype`` is not a floating-point dtype.
         """
-        entries, held = self._view(name, dtype, "full_state_dict()")
+        call = self._call("full_state_dict()", name=name, dtype=dtype, include_untracked=include_untracked)
+        entries, held = self._view(call, name, dtype)
         wanted = [entry for entry in entries if include_untracked or entry.mode != "live"]
         return full_tensors(wanted, held.get, dtype, self._engine.group, "full_state_dict()")
 
@@ -412,7 +415,8 @@ class ShardedEMA:
             CheckpointError: on every rank, whichever rank failed; nothing is left behind.
             EMAStateError, EMAConfigError: as ``full_state_dict``.
         """
-        entries, held = self._view(name, dtype, "export()")
+        arguments = {"name": name, "dtype": dtype, "max_shard_size": max_shard_size, "gather": gather}
+        entries, held = self._view(self._call("export()", f"export to {path}", **arguments), name, dtype)
         export(
             path,
             entries,
@@ -445,8 +449,9 @@ class ShardedEMA:
         """
         self._background.drain()
         with answering(f"save to {path}", timeout):
+            call = self._call("save()", f"save to {path}", block=block, timeout=timeout)
+            views, entries = self._begun(call, self._views, timeout=timeout)
             group = self._control_group(timeout)
-            views, entries = self._begun(self._views, group, f"save to {path}")
             started, skipped, seed = self._shadow.started, self._skipped(), self._shadow.seed
             save = Save(path, self._track, started, skipped, entries, views, group, seed)
             if block:
@@ -481,7 +486,8 @@ class ShardedEMA:
         """
         self._background.drain()
         group = self._engine.group
-        sources, entries = self._begun(lambda: self._live("load()"), group, f"load from {path}", replaces=True)
+        call = self._call("load()", f"load from {path}", strict=strict, verify=verify)
+        sources, entries = self._begun(call, lambda: self._live("load()"), replaces=True)
         for attempt in range(REREADS + 1):
             load = Load(path, entries, self.names, group)
             try:
@@ -525,7 +531,7 @@ class ShardedEMA:
             EMAStateError: on every rank, inside ``average_parameters()``, or the model has changed.
         """
         group, doing = self._engine.group, "state_dict()"
-        sources, every = self._joined(lambda: self._sources(doing), group, doing)
+        sources, every = self._joined(self._call(doing), lambda: self._sources(doing))
         entries = {entry.name: entry for entry in every}
         (skipped,) = sum_integers([self._skipped()], group)
 
@@ -564,7 +570,7 @@ class ShardedEMA:
         self._shadow.drain()  # what fails in it does not matter any more
         self._background.drain()
         group, doing = self._engine.group, "load_state_dict()"
-        sources, entries = self._begun(lambda: self._live(doing), group, doing, replaces=True)
+        sources, entries = self._begun(self._call(doing), lambda: self._live(doing), replaces=True)
         known = {entry.name for entry in entries if entry.mode != "live"}
         restore = agree(lambda: Restore(state_dict, self._shares, self.names, known), group, doing)
         moment = restore.moment
@@ -626,7 +632,7 @@ class ShardedEMA:
         Collective, 8 bytes a tensor; the same dict on every rank. Digests the shadow's own dtype. See
         :mod:`dist_ema.arithmetic.fingerprint` for the formula. Raises as ``full_state_dict``.
         """
-        entries, held = self._view(name, None, "fingerprint()")
+        entries, held = self._view(self._call("fingerprint()", name=name), name, None)
         partial = []
         for entry in entries:
             mine = held.get(entry.name)
@@ -645,7 +651,7 @@ class ShardedEMA:
         ``distance`` are ``ema/<name>/decay`` and ``ema/<name>/distance``. Raises EMAStateError, on every rank, inside
         ``average_parameters()``, or if the model has changed.
         """
-        sources, every = self._joined(lambda: self._sources("metrics()"), self._engine.group, "metrics()")
+        sources, every = self._joined(self._call("metrics()"), lambda: self._sources("metrics()"))
         entries = {entry.name: entry for entry in every}
         spoken = [speaks(entries[share.spec.name], share, self._engine.group) for share in self._shares]
         squares = [self._squared_distance(name, sources, spoken) for name in self._options.schedules]
@@ -695,40 +701,60 @@ class ShardedEMA:
 
     # Views of an average.
 
-    def _view(self, name: str | None, dtype: object, doing: str) -> tuple[list[Entry], dict[str, Held]]:
+    def _call(self, call: str, doing: str = "", /, **arguments: object) -> Call:
+        """A collective call, with the arguments that all ranks have to give alike. (A path is rank 0's.) Local."""
+        facts = {argument: repr(value) for argument, value in arguments.items()}
+        options = {f"ShardedEMA's {option}": value for option, value in self._options.facts().items()}
+        return Call(call, facts | options, doing)
+
+    def _view(self, call: Call, name: str | None, dtype: object) -> tuple[list[Entry], dict[str, Held]]:
         """All full tensors, and what this rank holds of them in one average. Collective."""
 
         def look() -> dict[str, Held]:
             if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
                 raise EMAConfigError(f"dtype={dtype!r}: allowed is a floating-point torch.dtype, or None")
-            return self._held(self._name(name), self._sources(doing))
+            return self._held(self._name(name), self._sources(call.name))
 
-        held, entries = self._joined(look, self._engine.group, doing)
+        held, entries = self._joined(call, look)
         return entries, held
 
     def _joined(
-        self, look: Callable[[], T], group: dist.ProcessGroup | None, doing: str, replaces: bool = False
+        self, call: Call, look: Callable[[], T], replaces: bool = False, timeout: float | None = None
     ) -> tuple[T, list[Entry]]:
-        """What ``look`` gives, and every full tensor. Collective; a rank's failure is raised on all.
+        """As ``_met``, and every full tensor."""
+        looked, known = self._met(call, look, replaces, timeout)
+        if not known:
+            self._entries = catalogue(self._shares, self._engine.group)
+        return looked, self._entries or []
 
-        So are different numbers of updates, unless the average is to be replaced: by a ``load()`` after one that failed
-        on some ranks.
+    def _met(
+        self, call: Call, look: Callable[[], T], replaces: bool = False, timeout: float | None = None
+    ) -> tuple[T, bool]:
+        """What ``look`` gives, and whether all ranks know all full tensors. Collective; a rank's failure is raised on
+        all.
+
+        So are calls that differ between ranks, and clocks that do, unless the average is to be replaced: by a
+        ``load()`` after an update that failed on some ranks. ``timeout`` is that of this round.
         """
         looked: list[T] = []
 
-        def join() -> tuple[int, bool]:
+        def join() -> tuple[int, dict[str, float], bool]:
             looked.append(look())
-            return self.num_updates, self._entries is not None
+            clock = self._track.clock
+            return self.num_updates, {unit: clock.value(unit) for unit in units}, self._entries is not None
 
-        updates, known = zip(*exchange(join, group, doing), strict=True)
-        if not replaces:
-            check_same_updates(updates)
-        if self._entries is None or not all(known):  # reset() is local
-            self._entries = catalogue(self._shares, group)
-        return looked[0], self._entries
+        units = sorted(self._options.units())
+        try:
+            updates, clocks, known = zip(*meet(call, join, self._engine.group, timeout), strict=True)
+            if not replaces:
+                check_same_updates(updates)
+                check_same_clocks(clocks)
+            return looked.pop(), all(known)  # reset() is local
+        finally:
+            looked.clear()  # memory that it holds would live as long as the traceback
 
     def _begun(
-        self, look: Callable[[], T], group: dist.ProcessGroup | None, doing: str, replaces: bool = False
+        self, call: Call, look: Callable[[], T], replaces: bool = False, timeout: float | None = None
     ) -> tuple[T, list[Entry]]:
         """As ``_joined``, and raises what failed in the background, which some ranks may have raised already."""
 
@@ -739,7 +765,7 @@ class ShardedEMA:
                 raise CheckpointError(f"the save before failed: {error}") from error
             return look()
 
-        return self._joined(look_after_save, group, doing, replaces)
+        return self._joined(call, look_after_save, replaces, timeout)
 
     def _sources(self, doing: str) -> list[Tensor]:
         """For a call that reads the average too."""

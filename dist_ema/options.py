@@ -112,6 +112,21 @@ class Options:
                     shown = ", ".join(known[:5]) + (", ..." if len(known) > 5 else "")
                     raise EMAConfigError(f"{option}={pattern.pattern!r} matches no name; names are {shown}")
 
+    def facts(self) -> dict[str, str]:
+        """What has to be the same on every rank, in words. Where a shadow lies, and its threads, may differ."""
+        return {
+            "averages": repr({name: schedule.to_dict() for name, schedule in self.schedules.items()}),
+            "update_interval": repr(str(self.interval)),
+            "ema_start": repr(str(self.start)),
+            "dtype": repr(self.dtype),
+            "shard_replicas": repr(self.shard_replicas),
+            "include": repr([pattern.pattern for pattern in self.include]),
+            "exclude": repr([pattern.pattern for pattern in self.exclude]),
+            "buffers": repr(self.buffers),
+            "skip_nonfinite": repr(self.skip_nonfinite),
+            "seed": repr(self.seed),
+        }
+
     def units(self) -> set[str]:
         """Units of the clock that the options depend on."""
         units = {self.interval.unit, self.start.unit if self.start.value else "ba"}

@@ -10,19 +10,24 @@ what it had.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from dist_ema.arithmetic import kernels
-from dist_ema.collectives import broadcast_flat, check_same_updates, exchange, gather_objects
+from dist_ema.collectives import broadcast_flat, gather_objects
 from dist_ema.engines.base import Engine, Replicas
 from dist_ema.errors import EMAError, EMAStateError
 from dist_ema.shares import Share, replica_sets, split_over
 
 logger = logging.getLogger(__name__)
+
+
+def swaps_together(engine: Engine, shares: Sequence[Share]) -> bool:
+    """Whether a swap is collective, in the engine's group: replicas send each other their parts, or it publishes."""
+    return engine.group is not None and (engine.publish_is_collective or any(share.split for share in shares))
 
 
 class Swap:
@@ -32,13 +37,12 @@ class Swap:
         self,
         engine: Engine,
         shares: Sequence[Share],
-        shadows: Callable[[], Sequence[Tensor | None]],
+        shadows: Sequence[Tensor | None],
         scratch: kernels.Scratch,
     ) -> None:
         self._engine = engine
         self._shares = shares
-        self._read_shadows = shadows
-        self._shadows: Sequence[Tensor | None] = []
+        self._shadows = shadows
         self._scratch = scratch
         self._sets = replica_sets([share.spec if share.split else None for share in shares])
         self._kept: dict[int, Tensor] = {}
@@ -46,46 +50,21 @@ class Swap:
         self._swapped: list[int] = []
         self._sources: list[Tensor] = []
 
-    def agree(self, updates: int, doing: str, keep: bool) -> None:
-        """Raises on every rank that a collective swap would wait for, if one of them cannot take part.
+    def prepare(self, keep: bool) -> None:
+        """Looks whether this rank can take part; with ``keep`` takes the memory that ``enter()`` needs. Local.
 
-        To be called first. Collective where the swap is. Compares the number of updates too: a rank that has no average
-        would stay away. With ``keep`` takes the memory that ``enter()`` needs: also where one rank's is short.
+        Raises EMAStateError. To be called first, and where the swap is collective by all ranks, which then agree to go
+        on: the others would wait for one that cannot.
         """
-        groups = [self._group_of(members).group for members in self._sets]
-        if self._engine.publish_is_collective and self._engine.group is not None:
-            groups.append(self._engine.group)
-        failure: EMAError | None = None
-
-        def check() -> int:
-            if failure is not None:
-                raise failure
-            self._shadows = self._read_shadows()
+        try:
             self._engine.reshard()
             sources = self._engine.sources()
-            if keep and not self._kept:
+            if keep:
                 self._kept = self._spare(sources)
-            return updates
-
-        def tell() -> int:
-            try:
-                return check()
-            except EMAError:
-                raise
-            except Exception as error:  # no memory, for one
-                raise EMAStateError(f"{type(error).__name__}: {error}") from error
-
-        if not groups:
-            check()
-            return
-        for group in groups:
-            try:
-                check_same_updates(exchange(tell, group, doing))
-            except EMAError as error:
-                failure = error
-        if failure is not None:
-            self._kept = {}  # the failure's traceback would hold it
-            raise failure
+        except EMAError:
+            raise
+        except Exception as error:  # no memory, for one
+            raise EMAStateError(f"{type(error).__name__}: {error}") from error
 
     @torch.no_grad()
     def enter(self) -> None:
