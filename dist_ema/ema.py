@@ -343,7 +343,8 @@ class ShardedEMA:
 
         def look() -> Swap:
             self._refuse_inside(call.name)
-            shadows = self._shadow.tensors(self._name(name)) if started else [None] * len(self._shares)
+            average = self._name(name)
+            shadows = self._shadow.tensors(average) if started else [None] * len(self._shares)
             swap = Swap(self._engine, self._shares, shadows, self._shadow.scratch)
             swap.prepare(keep and started)
             return swap
@@ -416,7 +417,7 @@ class ShardedEMA:
             EMAStateError, EMAConfigError: as ``full_state_dict``.
         """
         arguments = {"name": name, "dtype": dtype, "max_shard_size": max_shard_size, "gather": gather}
-        entries, held = self._view(self._call("export()", f"export to {path}", **arguments), name, dtype)
+        entries, held = self._view(self._call("export()", **arguments), name, dtype)
         export(
             path,
             entries,
