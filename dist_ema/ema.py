@@ -35,7 +35,7 @@ from dist_ema.collectives import (
     sum_integers,
 )
 from dist_ema.dcp.stateful import Moment, Restore, make_state_dict
-from dist_ema.engines import Attached, RemovableHandle, detect
+from dist_ema.engines import Attached, RemovableHandle, detect_in
 from dist_ema.errors import CheckpointCorruptError, CheckpointError, EMAConfigError, EMAStateError
 from dist_ema.gather import Entry, Held, catalogue, full_tensors, speaks
 from dist_ema.offload.host_shadow import HostShadow, hold_back
@@ -96,6 +96,8 @@ class ShardedEMA:
         skip_nonfinite: a NaN or Inf source element leaves its shadow element as it was, and is counted.
         seed: of that rounding. The bits of an average follow from it, whatever the sharding. A loaded checkpoint brings
             its own.
+        group: the ranks that hold this model, where they are a part of the world: all collective calls are among them,
+            and what is said of rank 0 is said of the first of them. None means all ranks.
 
     Raises:
         EMAConfigError: an option is wrong.
@@ -123,6 +125,7 @@ class ShardedEMA:
         buffers: str = "copy",
         skip_nonfinite: bool = True,
         seed: int = 0,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         self._options = Options.parse(
             decay=decay,
@@ -143,7 +146,7 @@ class ShardedEMA:
             skip_nonfinite=skip_nonfinite,
             seed=seed,
         )
-        self._engine = detect(target)
+        self._engine = detect_in(target, group)
         # A list may be one stage of several, whose patterns and trained parameters lie on other ranks.
         self._is_part = isinstance(target, Sequence) and size_of(self._engine.group) > 1
         self._warned = False
@@ -618,7 +621,12 @@ class ShardedEMA:
             self._drop_control_group()
             self._timeout = timeout
             writing = sum(share.numel * share.dtype.itemsize for share in self._shares) * len(self.names) / _SLOW_DISK
-            self._control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout + writing))
+            self._control = dist.new_group(
+                dist.get_process_group_ranks(self._engine.group),
+                backend="gloo",
+                timeout=timedelta(seconds=timeout + writing),
+                use_local_synchronization=True,  # ranks that hold another model make no such call
+            )
         return self._control
 
     def _drop_control_group(self) -> None:

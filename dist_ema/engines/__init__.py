@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
@@ -15,9 +16,9 @@ from dist_ema.engines.composite import CompositeEngine
 from dist_ema.engines.dtensor import DTensorEngine
 from dist_ema.engines.flat_param import FlatParamEngine
 from dist_ema.engines.replicated import DataParallelEngine, PlainEngine
-from dist_ema.errors import EMAEngineError
+from dist_ema.errors import EMAConfigError, EMAEngineError
 
-__all__ = ["Attached", "Engine", "RemovableHandle", "Replicas", "TensorSpec", "detect"]
+__all__ = ["Attached", "Engine", "RemovableHandle", "Replicas", "TensorSpec", "detect", "detect_in"]
 
 _KNOWN = "an nn.Module (plain, DDP, FSDP, fully_shard, tensor parallel), a DeepSpeed engine, or a list of modules"
 
@@ -38,6 +39,32 @@ def detect(target: object) -> Engine:
         hint = ": pass the model itself" if hasattr(target, "parameters") or callable(target) else ""
         raise EMAEngineError(f"cannot average a {type(target).__name__}{hint}; pass {_KNOWN}")
     return _detect_module(target)
+
+
+def detect_in(target: object, group: object) -> Engine:
+    """The engine for a model that the ranks of ``group`` hold; None means all ranks. Local.
+
+    Raises EMAConfigError for what is no group of this rank's, and EMAEngineError for a model that is spread over ranks
+    outside of it.
+    """
+    engine = detect(target)
+    if group is None:
+        return engine
+    if not isinstance(group, dist.ProcessGroup):
+        allowed = (
+            "allowed are None and a torch.distributed.ProcessGroup, such as dist.new_group(...) or mesh.get_group()"
+        )
+        if group == dist.GroupMember.NON_GROUP_MEMBER:
+            allowed = "this rank is not a member of it, and has no part in an average of its model"
+        raise EMAConfigError(f"group={group!r}: {allowed}")
+    members = dist.get_process_group_ranks(group)
+    if others := sorted(engine.ranks() - set(members)):
+        raise EMAEngineError(
+            f"group= has the ranks {members}, but the model is spread over ranks {others[:8]} too: pass a group of all "
+            "ranks that hold a part of the model"
+        )
+    engine.group = group
+    return engine
 
 
 def _detect_module(model: nn.Module) -> Engine:

@@ -138,6 +138,10 @@ class Engine(ABC):
     def modules(self) -> list[nn.Module]:
         """The modules whose forward pass computes with the weights. Local."""
 
+    def ranks(self) -> frozenset[int]:
+        """Global ranks over which the wrapper spreads the weights; empty where it knows of no other rank. Local."""
+        return frozenset()
+
     def stepped(self) -> bool:
         """False if the optimizer was not stepped since the last call that returned True. Local."""
         return True

@@ -35,6 +35,9 @@ class CompositeEngine(Engine):
     def sources(self) -> list[Tensor]:
         return [source for engine in self._engines for source in engine.sources()]
 
+    def ranks(self) -> frozenset[int]:
+        return frozenset().union(*(engine.ranks() for engine in self._engines))
+
     def stepped(self) -> bool:
         stepped = [engine.stepped() for engine in self._engines]  # every engine is asked, whatever the others say
         return all(stepped)

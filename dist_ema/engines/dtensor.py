@@ -57,6 +57,11 @@ class DTensorEngine(PlainEngine):
         self._wrapped = [module for module in self._model.modules() if isinstance(module, FSDPModule)]
         return super().specs()
 
+    def ranks(self) -> frozenset[int]:
+        tensors = [*self._model.parameters(), *self._model.buffers()]
+        meshes = {tensor.device_mesh for tensor in tensors if isinstance(tensor, DTensor)}
+        return frozenset(rank for mesh in meshes for rank in mesh.mesh.flatten().tolist())
+
     def sources(self) -> list[Tensor]:
         # As _local() does, without a thousand calls of it.
         return [tensor._local_tensor if isinstance(tensor, DTensor) else tensor for tensor in super().sources()]

@@ -65,6 +65,11 @@ class FlatParamEngine(Engine):
         self._units = FullyShardedDataParallel.fsdp_modules(model)
         self._held: list[_Flat | Slot] = []
 
+    def ranks(self) -> frozenset[int]:
+        groups = [unit.process_group for unit in self._units]
+        groups += [unit._inter_node_pg for unit in self._units if hasattr(unit, "_inter_node_pg")]
+        return frozenset(rank for group in groups for rank in dist.get_process_group_ranks(group))
+
     def modules(self) -> list[nn.Module]:
         return [self._model]
 

@@ -52,6 +52,9 @@ class DataParallelEngine(PlainEngine):
         self._team = min(dist.get_process_group_ranks(group))
         self._ignored = set(wrapper.parameters_to_ignore)  # what the user told DDP to leave to each rank
 
+    def ranks(self) -> frozenset[int]:
+        return frozenset(dist.get_process_group_ranks(self._replicas.group))
+
     def spec(self, slot: Slot, tensor: Tensor) -> TensorSpec:
         if kind_of(slot, tensor) != "parameter" or self._ignored.intersection((slot.name, *slot.aliases)):
             return super().spec(slot, tensor)

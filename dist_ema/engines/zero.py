@@ -69,6 +69,10 @@ class ZeroEngine(Engine):
         flats = [flat.detach() for flat in self._masters.flats()]
         return [self._source(slot, piece, flats) for slot, piece in self._entries]
 
+    def ranks(self) -> frozenset[int]:
+        """All of them: DeepSpeed partitions over the world."""
+        return frozenset(range(dist.get_world_size())) if dist.is_initialized() else frozenset()
+
     def modules(self) -> list[nn.Module]:
         """The model that DeepSpeed wraps. Local."""
         return [self._engine.module]
