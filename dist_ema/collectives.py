@@ -271,9 +271,14 @@ class Window:
         """Elements that fit."""
         return WINDOW_BYTES // dtype.itemsize
 
-    def collect(self) -> None:
-        """Brings the parts together on rank 0. Collective; elsewhere the contents are undefined afterwards."""
-        if self._group is not None and size_of(self._group) > 1 and self._used:
+    def collect(self, everywhere: bool = False) -> None:
+        """Brings the parts together on rank 0, whereupon the others' contents are undefined, or on every rank.
+        Collective."""
+        if self._group is None or size_of(self._group) == 1 or not self._used:
+            return
+        if everywhere:
+            dist.all_reduce(self._words[: self._used], group=self._group)
+        else:
             dist.reduce(self._words[: self._used], group=self._group, group_dst=0)
 
 

@@ -35,15 +35,16 @@ from dist_ema.collectives import (
     sum_integers,
 )
 from dist_ema.dcp.stateful import Moment, Restore, make_state_dict
-from dist_ema.engines import Attached, RemovableHandle, detect_in
+from dist_ema.engines import Attached, Engine, RemovableHandle, detect_in
 from dist_ema.errors import CheckpointCorruptError, CheckpointError, EMAConfigError, EMAStateError
 from dist_ema.gather import Entry, Held, catalogue, full_tensors, speaks
 from dist_ema.offload.host_shadow import HostShadow, hold_back
 from dist_ema.options import Options
 from dist_ema.report import memory_report
+from dist_ema.resharding import check_same_model, move
 from dist_ema.schedules import Schedule
 from dist_ema.shadow import Shadow
-from dist_ema.shares import plan
+from dist_ema.shares import Share, plan
 from dist_ema.swap import Swap, swaps_together
 from dist_ema.timing import Progress
 from dist_ema.track import Track
@@ -146,6 +147,7 @@ class ShardedEMA:
             skip_nonfinite=skip_nonfinite,
             seed=seed,
         )
+        self._group = group
         self._engine = detect_in(target, group)
         # A list may be one stage of several, whose patterns and trained parameters lie on other ranks.
         self._is_part = isinstance(target, Sequence) and size_of(self._engine.group) > 1
@@ -276,17 +278,64 @@ class ShardedEMA:
         self._skipped_before = 0  # of a run that was resumed; counted by rank 0
         self._entries: list[Entry] | None = None
 
+    def rebind(self, target: object) -> None:
+        """Goes on with another wrapping of the model: the same names and shapes, under any engine. Collective.
+
+        For trainers that wrap a model anew, around an evaluation say. The average moves in memory to where the new
+        wrapping wants it: without communication where each rank holds those elements already, else through one window
+        of 16 MiB at a time. Clocks and counts go on. ``attach()`` again if the optimizer is another one, or a DeepSpeed
+        engine.
+
+        Args:
+            target: as for the constructor; of the same ``group``.
+
+        Raises:
+            EMAEngineError: it cannot be averaged, or is not the same model (all differences are listed).
+            EMAStateError: inside ``average_parameters()``, or an offloaded update has failed. Nothing has changed then.
+        """
+        self._background.drain()
+        doing = "rebind()"
+
+        def look() -> tuple[Engine, list[Share], list[Tensor]]:
+            self._refuse_inside(doing)
+            self._shadow.wait()
+            engine = detect_in(target, self._group)
+            shares = plan(engine.specs(), self._options)
+            engine.reshard()
+            return engine, shares, engine.sources()
+
+        group = self._engine.group
+        (engine, shares, sources), known = self._met(self._call(doing), self._after_save(look))
+        old = self._entries if known and self._entries is not None else catalogue(self._shares, group)
+        new = catalogue(shares, group)
+        check_same_model(old, new, doing)
+        shadow = self._new_shadow(self._shadow.seed, shares)
+        if self._shadow.started:
+            agree(lambda: shadow.allocate(sources), group, doing)
+            for name in self.names:
+                held = {
+                    share.spec.name: Held(share, values, 0)
+                    for share, values in zip(self._shares, self._shadow.tensors(name), strict=True)
+                    if values is not None
+                }
+                move(old, held.get, shares, shadow.tensors(name), group, doing)
+            shadow.loaded()
+        self._skipped_before = self._skipped()
+        self._engine, self._shares, self._entries = engine, shares, new
+        self._take(shadow)
+
     def _take(self, shadow: Shadow) -> None:
         """Puts a shadow in the place of the one that there was, if it is another."""
         old, self._shadow = self._shadow, shadow
         if old is not shadow:
             old.discard()
 
-    def _new_shadow(self, saved_seed: int | None = None) -> Shadow:
+    def _new_shadow(self, saved_seed: int | None = None, shares: Sequence[Share] | None = None) -> Shadow:
         options, seed = self._options, self._seed(saved_seed)
+        shares = self._shares if shares is None else shares
         if options.offload:
-            return HostShadow(options.schedules, self._shares, options.skip_nonfinite, options.offload_threads, seed)
-        return Shadow(options.schedules, self._shares, options.skip_nonfinite, seed)
+            return HostShadow(options.schedules, shares, options.skip_nonfinite, options.offload_threads, seed)
+        return Shadow(options.schedules, shares, options.skip_nonfinite, seed)
 
     def _seed(self, saved: int | None) -> int | None:
         """Of the rounding: that of the loaded checkpoint, if there is one and this average is rounded."""
@@ -766,6 +815,10 @@ class ShardedEMA:
         self, call: Call, look: Callable[[], T], replaces: bool = False, timeout: float | None = None
     ) -> tuple[T, list[Entry]]:
         """As ``_joined``, and raises what failed in the background, which some ranks may have raised already."""
+        return self._joined(call, self._after_save(look), replaces, timeout)
+
+    def _after_save(self, look: Callable[[], T]) -> Callable[[], T]:
+        """``look``, once a save in the background has ended; raises if it failed."""
 
         def look_after_save() -> T:
             try:
@@ -774,7 +827,7 @@ class ShardedEMA:
                 raise CheckpointError(f"the save before failed: {error}") from error
             return look()
 
-        return self._joined(call, look_after_save, replaces, timeout)
+        return look_after_save
 
     def _sources(self, doing: str) -> list[Tensor]:
         """For a call that reads the average too."""

@@ -138,8 +138,9 @@ def gather_each(
     group: dist.ProcessGroup | None,
     take: Callable[[Entry, int, Tensor], None],
     doing: str,
+    everywhere: bool = False,
 ) -> None:
-    """Brings full tensors to rank 0, one window at a time. Collective.
+    """Brings full tensors to rank 0, or to every rank, one window at a time. Collective.
 
     A rank that fails, be it in reading or in ``take``, goes on to send and to receive, so that no other rank waits for
     it, and its error is raised on every rank at the end.
@@ -151,6 +152,7 @@ def gather_each(
         group: the ranks.
         take: called on rank 0 with a tensor, the first element of a window, and the values there.
         doing: for the error.
+        everywhere: call ``take`` on every rank.
     """
     window = agree(lambda: Window(group), group, doing)
     failure: Exception | None = None
@@ -164,10 +166,10 @@ def gather_each(
                     _read_window(entry, held(entry.name), start, stop, values, group)
             except Exception as error:
                 failure = error
-            if entry.partitioned or entry.team != 0:  # else rank 0 has it already, and all ranks know that
-                window.collect()
+            if everywhere or entry.partitioned or entry.team != 0:  # else rank 0 has it, and all ranks know that
+                window.collect(everywhere)
             try:
-                if failure is None and rank_in(group) == 0:
+                if failure is None and (everywhere or rank_in(group) == 0):
                     take(entry, start, values)
             except Exception as error:
                 failure = error

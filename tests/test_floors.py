@@ -31,7 +31,7 @@ ORDER = [
     "checkpoints.storage checkpoints.places",
     "shares track checkpoints.manifest planning.architecture",
     "shadow swap gather checkpoints.reading importers",
-    "checkpoints.upload offload.host_shadow dcp.stateful",
+    "checkpoints.upload offload.host_shadow dcp.stateful resharding",
     "checkpoints.destination checkpoints.writing",
     "checkpoints.export checkpoints.saving checkpoints.loading report functional",
     "ema checkpoints.audit planning.plan",
