@@ -16,6 +16,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from threading import Event, Thread
 
+from dist_ema.interrupts import Uninterrupted
+
 logger = logging.getLogger(__name__)
 
 
@@ -47,12 +49,13 @@ class Background:
             finally:
                 self._read.set()
 
-        self._thread = Thread(target=work, name="dist_ema save")
-        self._thread.start()
+        with Uninterrupted():
+            self._thread = Thread(target=work, name="dist_ema save")
+            self._thread.start()
 
     def settle(self) -> None:
         """Waits until the shadow may be changed. Local; raises nothing, since other ranks may not have failed yet."""
-        if self._thread is not None:
+        if self._thread is not None and self._thread.ident is not None:  # None: interrupted before it could start
             self._read.wait()
 
     def report(self) -> None:
@@ -63,7 +66,8 @@ class Background:
     def drain(self) -> None:
         """Waits for the end of the work; raises nothing. Local."""
         if self._thread is not None:
-            self._thread.join()
+            if self._thread.ident is not None:
+                self._thread.join()
             self._thread = None
 
     def wait(self) -> None:

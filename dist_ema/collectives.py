@@ -28,6 +28,21 @@ _NOTE_BYTES = 256
 _LENGTH_BYTES = 8
 
 
+class PeerLost(EMAStateError):
+    """Another rank did not take part in what torch.distributed was asked for; the group is of no use afterwards."""
+
+
+@contextmanager
+def answered() -> Iterator[None]:
+    """Around calls of torch.distributed: what they raise becomes PeerLost."""
+    try:
+        yield
+    except errors.EMAError:
+        raise
+    except RuntimeError as error:  # also DistBackendError, DistNetworkError, DistStoreError
+        raise PeerLost(f"a rank did not answer in time, or is gone: {error}") from error
+
+
 def rank_in(group: dist.ProcessGroup | None) -> int:
     """This rank's place in ``group``."""
     return 0 if group is None else dist.get_rank(group)
@@ -62,16 +77,18 @@ def gather_objects(value: T, group: dist.ProcessGroup | None, timeout: float | N
     own = (len(text).to_bytes(_LENGTH_BYTES, "little") + text)[:_NOTE_BYTES].ljust(_NOTE_BYTES)
     note = torch.frombuffer(bytearray(own), dtype=torch.uint8).to(_note_device(group))
     notes = note.new_empty(size_of(group), _NOTE_BYTES)
-    work = dist.all_gather(list(notes.unbind()), note, group=group, async_op=True)
-    if work is not None:  # else this rank is no member
-        work.wait() if timeout is None else work.wait(timedelta(seconds=timeout))
+    with answered():
+        work = dist.all_gather(list(notes.unbind()), note, group=group, async_op=True)
+        if work is not None:  # else this rank is no member
+            work.wait() if timeout is None else work.wait(timedelta(seconds=timeout))
     messages = [row.tobytes() for row in notes.cpu().numpy()]
     lengths = [_LENGTH_BYTES + int.from_bytes(message[:_LENGTH_BYTES], "little") for message in messages]
     if max(lengths) <= _NOTE_BYTES:
         whole = zip(messages, lengths, strict=True)
         return [pickle.loads(message[_LENGTH_BYTES:length]) for message, length in whole]
     values: list[T | None] = [None] * size_of(group)
-    dist.all_gather_object(values, value, group=group)
+    with answered():
+        dist.all_gather_object(values, value, group=group)
     return values  # type: ignore[return-value]
 
 
@@ -80,7 +97,8 @@ def broadcast_object(value: T, group: dist.ProcessGroup | None) -> T:
     if group is None:
         return value
     values = [value]
-    dist.broadcast_object_list(values, group=group, group_src=0)
+    with answered():
+        dist.broadcast_object_list(values, group=group, group_src=0)
     return values[0]
 
 
@@ -198,13 +216,20 @@ def _raise_failures(found: Sequence[tuple[str, str] | None], own: Exception | No
 
 
 @contextmanager
-def answering(doing: str, timeout: float) -> Iterator[None]:
-    """Turns the error of a collective call that a rank did not join in time into one that says so."""
+def answering(doing: str, timeout: float | None = None) -> Iterator[None]:
+    """Names the call in the error of a collective that a rank did not join; also a decorator.
+
+    EMAStateError; with a ``timeout`` CheckpointError, which says how long was waited, and which anything becomes that
+    torch.distributed raises.
+    """
     try:
         yield
-    except errors.EMAError:
-        raise
-    except RuntimeError as error:  # what torch.distributed raises; the group is of no use afterwards
+    except RuntimeError as error:  # EMAStateError is one too
+        lost = isinstance(error, PeerLost)
+        if not lost and (timeout is None or isinstance(error, errors.EMAError)):
+            raise
+        if timeout is None:
+            raise EMAStateError(f"{doing} failed: {error}") from error
         raise errors.CheckpointError(
             f"{doing} failed: a rank did not answer within {timeout:g} s, or is gone: {error}"
         ) from error
@@ -237,7 +262,8 @@ def sum_integers(values: Sequence[int], group: dist.ProcessGroup | None) -> list
         return [value % (1 << 64) for value in values]
     signed = [value - (1 << 64) if value >> 63 else value for value in (value % (1 << 64) for value in values)]
     tensor = torch.tensor(signed, dtype=torch.int64, device=device_for(group))
-    dist.all_reduce(tensor, group=group)
+    with answered():
+        dist.all_reduce(tensor, group=group)
     return [value % (1 << 64) for value in tensor.tolist()]
 
 
@@ -245,7 +271,8 @@ def sum_floats(values: Sequence[float], group: dist.ProcessGroup | None) -> list
     """Element-wise sum over the ranks in float64. Collective."""
     tensor = torch.tensor(values, dtype=torch.float64, device=device_for(group))
     if group is not None:
-        dist.all_reduce(tensor, group=group)
+        with answered():
+            dist.all_reduce(tensor, group=group)
     return [float(value) for value in tensor.tolist()]
 
 
@@ -276,10 +303,11 @@ class Window:
         Collective."""
         if self._group is None or size_of(self._group) == 1 or not self._used:
             return
-        if everywhere:
-            dist.all_reduce(self._words[: self._used], group=self._group)
-        else:
-            dist.reduce(self._words[: self._used], group=self._group, group_dst=0)
+        with answered():
+            if everywhere:
+                dist.all_reduce(self._words[: self._used], group=self._group)
+            else:
+                dist.reduce(self._words[: self._used], group=self._group, group_dst=0)
 
 
 @torch.no_grad()
@@ -311,7 +339,8 @@ def broadcast_flat(
         if mine:
             for index, start, stop, view in views:
                 read(index, start, stop, view)
-        dist.broadcast(buffer[:used], group=group, group_src=owner)
+        with answered():
+            dist.broadcast(buffer[:used], group=group, group_src=owner)
         if not mine:
             for index, start, stop, view in views:
                 write(index, start, stop, view)

@@ -38,6 +38,7 @@ from dist_ema.dcp.stateful import Moment, Restore, make_state_dict
 from dist_ema.engines import Attached, Engine, RemovableHandle, detect_in
 from dist_ema.errors import CheckpointCorruptError, CheckpointError, EMAConfigError, EMAStateError
 from dist_ema.gather import Entry, Held, catalogue, full_tensors, speaks
+from dist_ema.interrupts import Uninterrupted
 from dist_ema.offload.host_shadow import HostShadow, hold_back
 from dist_ema.options import Options
 from dist_ema.report import memory_report
@@ -45,14 +46,14 @@ from dist_ema.resharding import check_same_model, move
 from dist_ema.schedules import Schedule
 from dist_ema.shadow import Shadow
 from dist_ema.shares import Share, plan
-from dist_ema.swap import Swap, swaps_together
+from dist_ema.swap import Swap, Visit, swaps_together
 from dist_ema.timing import Progress
 from dist_ema.track import Track
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-#: The average that a model computes with, where it is one: another object may average the same model.
-_inside: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+#: The last visit of an average to a model: another object may average the same one.
+_visits: WeakKeyDictionary[nn.Module, Visit] = WeakKeyDictionary()
 #: Bytes a second that every rank's disk is expected to write: time that a rank is not said to hang.
 _SLOW_DISK = 50e6
 
@@ -156,6 +157,7 @@ class ShardedEMA:
         self._background = Background()
         self._control: dist.ProcessGroup | None = None
         self._timeout = 0.0  # of the control group
+        self._broken: str | None = None  # the call that has changed a part of the average only
         self._plan(Progress())
 
     # Averaging: local.
@@ -181,10 +183,10 @@ class ShardedEMA:
                 offloaded update has failed.
             EMAConfigError: a count is negative or not a number.
 
-        An update that raises is not counted. Where memory was short in the middle of it, some tensors may have moved:
-        ``reset()``, or ``load()`` a checkpoint.
+        A signal's handler waits until the average has moved. An update that raises is not counted. If it was in the
+        middle of it, every call that needs the average raises EMAStateError until ``reset()`` or ``load()``.
         """
-        self._refuse_inside("update()")
+        self._refuse("update()")
         self._shadow.report()
         now = self._track.clock.advance(batches=batches, samples=samples, tokens=tokens, epochs=epochs)
         if not self._engine.stepped():
@@ -195,24 +197,38 @@ class ShardedEMA:
             self._engine.reshard()
             sources = self._engine.sources()
             self._shadow.check(sources)
-            self._average(sources, now)
-        self._track.clock = now
+            with Uninterrupted():
+                self._average(sources, now)
+                self._track.clock = now
+                self._broken = None
+        else:
+            self._track.clock = now
         self._background.report()  # last, so that no update is lost
         return due
 
     def _average(self, sources: Sequence[Tensor], now: Progress) -> None:
         if not self._shadow.started:
+            self._broken = "update()"
             try:
                 self._shadow.start(sources)
+                self._track.begin(now)
             except BaseException:
                 self._take(self._new_shadow())  # it may have memory, but no average in it
+                self._track.restore(self._track.clock, Progress(), Progress())
+                self._broken = None
                 raise
-            self._track.begin(now)
         else:
             after = self._track.after(now)
             weights = self._track.weights(after)
             self._warn_if_still(weights)
-            self._shadow.update(sources, weights, after.updates)
+            self._shadow.scratch.touched = False
+            self._broken = "update()"
+            try:
+                self._shadow.update(sources, weights, after.updates)
+            except BaseException:
+                if not self._shadow.scratch.touched:
+                    self._broken = None
+                raise
             self._track.step(after)
 
     def _warn_if_still(self, weights: Sequence[float]) -> None:
@@ -250,34 +266,41 @@ class ShardedEMA:
     def reset(self) -> None:
         """Forgets the averages; the next due update copies the weights again, as the model is then. Local.
 
-        Reads anew which parameters there are and which are trained. The clock goes on. Raises EMAStateError inside
+        Reads anew which parameters there are and which are trained. The clock goes on. After a failure inside
+        ``average_parameters()`` that left the live weights torn, load them first. Raises EMAStateError inside
         ``average_parameters()``.
         """
-        self._refuse_inside("reset()")
+        self._refuse("reset()", mends=True)
         self._background.wait()
         old = self._shadow
-        self._plan(self._track.clock)
-        old.discard()
+        with Uninterrupted():
+            self._plan(self._track.clock)
+            old.discard()
+            self._mended()
 
     def _plan(self, clock: Progress) -> None:
         specs = self._engine.specs()
         names = [spec.name for spec in specs]
         if not self._is_part:  # a pattern may be meant for another rank's stage
             self._options.check_patterns(names)
-        self._shares = plan(specs, self._options)
-        if not self._is_part and not any(share.mode == "average" for share in self._shares):
+        shares = plan(specs, self._options)
+        if not self._is_part and not any(share.mode == "average" for share in shares):
             trained = sum(spec.kind == "parameter" for spec in specs)
             raise EMAConfigError(
                 f"nothing to average: the model has {trained} trained of {len(specs)} parameters and buffers, and "
                 "include and exclude leave none of them"
             )
+        self._broken = "reset()"
+        self._shares = shares
         self._warn_if_coarse()
         self._warned = False
         self._track = Track(self._options, clock)
         self._shadow = self._new_shadow()
         self._skipped_before = 0  # of a run that was resumed; counted by rank 0
         self._entries: list[Entry] | None = None
+        self._broken = None
 
+    @answering("rebind()")
     def rebind(self, target: object) -> None:
         """Goes on with another wrapping of the model: the same names and shapes, under any engine. Collective.
 
@@ -297,7 +320,7 @@ class ShardedEMA:
         doing = "rebind()"
 
         def look() -> tuple[Engine, list[Share], list[Tensor]]:
-            self._refuse_inside(doing)
+            self._refuse(doing)
             self._shadow.wait()
             engine = detect_in(target, self._group)
             shares = plan(engine.specs(), self._options)
@@ -320,9 +343,10 @@ class ShardedEMA:
                 }
                 move(old, held.get, shares, shadow.tensors(name), group, doing)
             shadow.loaded()
-        self._skipped_before = self._skipped()
-        self._engine, self._shares, self._entries = engine, shares, new
-        self._take(shadow)
+        with Uninterrupted():
+            self._skipped_before = self._skipped()
+            self._engine, self._shares, self._entries = engine, shares, new
+            self._take(shadow)
 
     def _take(self, shadow: Shadow) -> None:
         """Puts a shadow in the place of the one that there was, if it is another."""
@@ -374,49 +398,60 @@ class ShardedEMA:
             EMAStateError: already inside; where it is collective, also whatever keeps another rank from taking part.
             EMAConfigError: there is no such average, or there are several and none was named.
         """
-        swap = self._swap(self._call("average_parameters()", name=name), name, keep=True)
-        _inside.update(dict.fromkeys(self._engine.modules(), self._name(name)))
+        swap: Swap | None = None
+        visit = Visit("")
         try:
-            if swap is None:
-                yield
-                return
             try:
-                swap.enter()
+                with Uninterrupted():  # other ranks would go on alone, with weights half of which are to come from here
+                    swap = self._swap(self._call("average_parameters()", name=name), name, visit, keep=True)
+                    visit.open = True
+                    if swap is not None:
+                        with answering("average_parameters()"):
+                            swap.enter()
                 yield
             finally:
-                swap.leave()
-        finally:
-            for module in self._engine.modules():
-                _inside.pop(module, None)
+                _end(swap, visit)
+        finally:  # an exception between any two lines above ends here, and what has been done is not done again
+            _end(swap, visit)
 
-    def _swap(self, call: Call, name: str | None, keep: bool) -> Swap | None:
+    def _swap(self, call: Call, name: str | None, visit: Visit, keep: bool) -> Swap | None:
         """None before the first update, when the average is the live model. Collective where the swap is."""
         self._background.settle()
 
         def look() -> Swap:
-            self._refuse_inside(call.name)
-            average = self._name(name)
-            shadows = self._shadow.tensors(average) if started else [None] * len(self._shares)
-            swap = Swap(self._engine, self._shares, shadows, self._shadow.scratch)
+            self._refuse(call.name)
+            visit.name = self._name(name)
+            shadows = self._shadow.tensors(visit.name) if started else [None] * len(self._shares)
+            swap = Swap(self._engine, self._shares, shadows, self._shadow.scratch, visit)
             swap.prepare(keep and started)
             return swap
 
         started = self._shadow.started
-        swap = self._met(call, look)[0] if swaps_together(self._engine, self._shares) else look()
+        if self._is_part or swaps_together(self._engine, self._shares):  # another rank's stage may have buffers
+            with answering(call.name):
+                swap, entries = self._joined(call, look)
+            swap.entries = entries
+        else:
+            swap = look()
+        _visits.update(dict.fromkeys(self._engine.modules(), visit))
         hold_back()
         return swap if started else None
 
     def copy_to(self, name: str | None = None) -> None:
         """Writes the average into the live model for good, and into fp32 masters where the engine has them.
 
-        Collective as ``average_parameters``. Raises as it does. Does nothing before the first update.
+        Collective as ``average_parameters``. Raises as it does. Does nothing before the first update. An interrupt is
+        raised when all is written.
         """
-        swap = self._swap(self._call("copy_to()", name=name), name, keep=False)
-        if swap is not None:
-            swap.copy()
+        with Uninterrupted():
+            swap = self._swap(self._call("copy_to()", name=name), name, Visit(""), keep=False)
+            if swap is not None:
+                with answering("copy_to()"):
+                    swap.copy()
 
     # Full tensors: collective.
 
+    @answering("full_state_dict()")
     def full_state_dict(
         self, name: str | None = None, *, dtype: torch.dtype | None = None, include_untracked: bool = True
     ) -> dict[str, Tensor]:
@@ -439,6 +474,7 @@ class ShardedEMA:
         wanted = [entry for entry in entries if include_untracked or entry.mode != "live"]
         return full_tensors(wanted, held.get, dtype, self._engine.group, "full_state_dict()")
 
+    @answering("export()")
     def export(
         self,
         path: str | os.PathLike[str],
@@ -519,6 +555,7 @@ class ShardedEMA:
         sources = self._sources("save()")
         return {name: self._held(name, sources).get for name in self.names}
 
+    @answering("load()")
     def load(self, path: str | os.PathLike[str], *, strict: bool = True, verify: bool = True) -> None:
         """Reads a checkpoint, of any engine and world size, by ranges of its files. Collective.
 
@@ -550,9 +587,12 @@ class ShardedEMA:
                 if attempt == REREADS or not load.was_replaced():
                     raise
         manifest = load.manifest
-        self._take(shadow)
-        self._track.restore(manifest.clock, manifest.start, manifest.seen)
-        self._skipped_before = manifest.skipped if rank_in(group) == 0 else 0
+        with Uninterrupted():
+            self._broken = "load()"
+            self._take(shadow)
+            self._track.restore(manifest.clock, manifest.start, manifest.seen)
+            self._skipped_before = manifest.skipped if rank_in(group) == 0 else 0
+            self._mended()
         report_schedules(manifest.schedules, self._options.schedules)
 
     def _filled(self, load: Load, sources: Sequence[Tensor], strict: bool, verify: bool) -> Shadow:
@@ -572,6 +612,7 @@ class ShardedEMA:
             shadow.loaded()
         return shadow
 
+    @answering("state_dict()")
     def state_dict(self) -> dict[str, Any]:
         """What ``torch.distributed.checkpoint`` saves, and loads into: ``dcp.save({"ema": ema}, ...)``. Collective.
 
@@ -604,6 +645,7 @@ class ShardedEMA:
 
         return agree(make, group, doing)
 
+    @answering("load_state_dict()")
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Takes over a ``state_dict()`` that ``torch.distributed.checkpoint`` has filled. Collective.
 
@@ -638,12 +680,15 @@ class ShardedEMA:
             restore.fill(shadow)
             shadow.loaded()
 
-        if moment.started:
-            agree(fill, group, doing)
-        shadow.seed = self._seed(moment.seed)
-        self._take(shadow)
-        self._track.restore(moment.clock, moment.start, moment.seen)
-        self._skipped_before = moment.skipped if rank_in(group) == 0 else 0
+        with Uninterrupted():
+            self._broken = doing
+            if moment.started:
+                agree(fill, group, doing)
+            shadow.seed = self._seed(moment.seed)
+            self._take(shadow)
+            self._track.restore(moment.clock, moment.start, moment.seen)
+            self._skipped_before = moment.skipped if rank_in(group) == 0 else 0
+            self._mended()
         report_schedules(restore.schedules, self._options.schedules)
 
     def wait(self) -> None:
@@ -684,6 +729,7 @@ class ShardedEMA:
             dist.destroy_process_group(self._control)
         self._control = None
 
+    @answering("fingerprint()")
     def fingerprint(self, name: str | None = None) -> dict[str, int]:
         """A 64-bit digest of each full tensor, by canonical name, which does not depend on how it is sharded.
 
@@ -701,6 +747,7 @@ class ShardedEMA:
         totals = sum_integers(partial, self._engine.group)
         return {entry.name: total for entry, total in zip(entries, totals, strict=True)}
 
+    @answering("metrics()")
     def metrics(self) -> dict[str, float]:
         """Numbers to log. Collective, a few bytes.
 
@@ -794,6 +841,8 @@ class ShardedEMA:
         So are calls that differ between ranks, and clocks that do, unless the average is to be replaced: by a
         ``load()`` after an update that failed on some ranks. ``timeout`` is that of this round.
         """
+        if not replaces:
+            self._refuse_torn(call.name)
         looked: list[T] = []
 
         def join() -> tuple[int, dict[str, float], bool]:
@@ -831,11 +880,12 @@ class ShardedEMA:
 
     def _sources(self, doing: str) -> list[Tensor]:
         """For a call that reads the average too."""
+        self._refuse(doing)
         self._shadow.wait()
         return self._live(doing)
 
     def _live(self, doing: str) -> list[Tensor]:
-        self._refuse_inside(doing)
+        self._refuse(doing, mends=True)
         self._engine.reshard()
         return self._engine.sources()
 
@@ -857,10 +907,43 @@ class ShardedEMA:
             raise EMAConfigError(f"name={name!r}: allowed are {', '.join(map(repr, names))}")
         return name
 
-    def _refuse_inside(self, doing: str) -> None:
-        inside = next((_inside[module] for module in self._engine.modules() if module in _inside), None)
-        if inside is not None:
+    def _refuse(self, doing: str, mends: bool = False) -> None:
+        """Raises EMAStateError inside ``average_parameters()``, and if the average or the live weights are not whole,
+        unless the call ``mends`` them. Local."""
+        visits = [_visits[module] for module in self._engine.modules() if module in _visits]
+        for visit in visits:
+            if visit.open:
+                raise EMAStateError(
+                    f"{doing} inside average_parameters({visit.name!r}): the live weights and the shadow have changed "
+                    "places there; call it after the with block"
+                )
+        if mends:
+            return
+        for visit in visits:
+            if visit.torn is not None:
+                raise EMAStateError(f"{doing}: {visit.torn}")
+        if self._broken is not None:
             raise EMAStateError(
-                f"{doing} inside average_parameters({inside!r}): the live weights and the shadow have changed "
-                "places there; call it after the with block"
+                f"{doing}: the average is not whole, since {self._broken} broke off when it had changed a part of it. "
+                "Call reset() to start anew from the live weights, or load() a checkpoint"
             )
+
+    def _refuse_torn(self, doing: str) -> None:
+        """As ``_refuse``, before a collective call that other ranks cannot answer any more. Local."""
+        if any(_visits[module].torn is not None for module in self._engine.modules() if module in _visits):
+            self._refuse(doing)
+
+    def _mended(self) -> None:
+        """The average is whole, and the user says that the live weights are. Local."""
+        self._broken = None
+        for module in self._engine.modules():
+            _visits.pop(module, None)
+
+
+def _end(swap: Swap | None, visit: Visit) -> None:
+    """Leaves the model, unless that is done. Collective where the swap is."""
+    try:
+        if swap is not None:
+            swap.leave()
+    finally:
+        visit.open = False

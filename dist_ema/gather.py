@@ -67,6 +67,7 @@ class Entry:
         mode: whether it is averaged, copied or live.
         partitioned: whether its elements are spread over several ranks.
         team: the lowest of the ranks that are heard; where the tensor is not partitioned, the only one.
+        buffer: whether it is a buffer.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Entry:
     mode: Mode
     partitioned: bool
     team: int = 0
+    buffer: bool = False
 
     @property
     def numel(self) -> int:
@@ -119,7 +121,16 @@ def catalogue(shares: Sequence[Share], group: dist.ProcessGroup | None) -> list[
 
 def _entry(share: Share) -> Entry:
     spec = share.spec
-    return Entry(spec.name, spec.aliases, tuple(spec.shape), share.dtype, spec.dtype, share.mode, spec.partitioned)
+    return Entry(
+        spec.name,
+        spec.aliases,
+        tuple(spec.shape),
+        share.dtype,
+        spec.dtype,
+        share.mode,
+        spec.partitioned,
+        buffer=spec.kind == "buffer",
+    )
 
 
 def _team(share: Share, group: dist.ProcessGroup | None) -> int:

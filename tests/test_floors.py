@@ -20,7 +20,7 @@ TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
 #: From the bottom up. A module imports what stands below it; a package's modules, also each other. What is not listed
 #: (command line, integrations) stands above.
 ORDER = [
-    "errors",
+    "errors interrupts",
     "timing geometry background arithmetic.memory arithmetic.compiler",
     "offload.worker",
     "arithmetic.choice arithmetic.table arithmetic.rounding",
@@ -30,8 +30,8 @@ ORDER = [
     "arithmetic.fingerprint offload.staging collectives engines options dcp.boxed",
     "checkpoints.storage checkpoints.places",
     "shares track checkpoints.manifest planning.architecture",
-    "shadow swap gather checkpoints.reading importers",
-    "checkpoints.upload offload.host_shadow dcp.stateful resharding",
+    "shadow gather checkpoints.reading importers",
+    "swap checkpoints.upload offload.host_shadow dcp.stateful resharding",
     "checkpoints.destination checkpoints.writing",
     "checkpoints.export checkpoints.saving checkpoints.loading report functional",
     "ema checkpoints.audit planning.plan",

@@ -63,21 +63,23 @@ class Scratch:
     Attributes:
         tables: what the compiled kernels were last called with, on the CPU and on GPUs.
         rounded_table: the same for bf16 shadows on the CPU.
+        touched: set before the first shadow is written; whoever wants to know sets it back.
     """
 
     def __init__(self) -> None:
+        self.touched = False
         self.tables = fused.table(), multi_tensor.table()
         self.rounded_table = fused.rounded_table()
         self._rounded_on_device: tuple[Places, Table[list[multi_tensor.RoundedLaunch]]] | None = None
         self._buffers: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
-    def like(self, values: Tensor, dtype: torch.dtype) -> Tensor:
-        """Uninitialised memory of the shape of ``values``, which has at most a chunk of elements."""
-        key = (dtype, values.device)
+    def like(self, values: Tensor, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
+        """Uninitialised memory of the shape of ``values``, at most a chunk of elements; beside them, if not said."""
+        key = (dtype, values.device if device is None else device)
         if key not in self._buffers or self._buffers[key].numel() < values.numel():
-            size = max(chunk_size(values.device), values.numel())
+            size = max(chunk_size(key[1]), values.numel())
             with torch.inference_mode(False):  # what is kept must serve outside of it too
-                self._buffers[key] = torch.empty(size, dtype=dtype, device=values.device)
+                self._buffers[key] = torch.empty(size, dtype=dtype, device=key[1])
         return self._buffers[key][: values.numel()].view(values.shape)
 
     def cast(self, values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -159,6 +161,7 @@ def lerp(
     """
     if not averages:
         return
+    scratch.touched = True
     on_host, on_device = scratch.tables
     skipped, left = fused.lerp(averages, sources, ranges, weights, on_host, guard is not None)
     if guard is not None:
@@ -191,6 +194,7 @@ def lerp_rounded(
         rounding: of this update of these tensors.
     """
     guarded = guard is not None
+    scratch.touched = True
     skipped, left = fused.lerp_rounded(averages, sources, ranges, weights, scratch.rounded_table, guarded, rounding)
     if guard is not None:
         guard.skipped += skipped
@@ -291,14 +295,42 @@ def copy(
                     target.copy_(rounding.apply(number, index, offset, piece.float().reshape(-1)))
 
 
-@torch.no_grad()
-def exchange(shadow: Tensor, source: Tensor, start: int, stop: int, scratch: Scratch) -> None:
-    """Shadow and source, of one dtype, change places, a chunk at a time. Local."""
-    for offset, piece in pieces(source, start, stop, chunk_size(source.device)):
-        target = shadow[offset : offset + piece.numel()].view(piece.shape)
-        held = scratch.like(piece, piece.dtype).copy_(piece)
-        piece.copy_(target)
-        target.copy_(held)
+class Exchange:
+    """A shadow and elements ``[start, stop)`` of a source, of one dtype, that change places, a chunk at a time.
+
+    It may be interrupted anywhere, also by an exception between any two lines here: the next call goes on where it was.
+    Every copy may be made twice, and how far it has come is told by one attribute, which changes after each copy.
+
+    Args:
+        shadow: flat, ``stop - start`` elements.
+        start, stop: of the source, flattened.
+        scratch: for one chunk; nothing else may use it until a call that was interrupted has been repeated.
+    """
+
+    def __init__(self, shadow: Tensor, start: int, stop: int, scratch: Scratch) -> None:
+        self._shadow, self._start, self._stop, self._scratch = shadow, start, stop, scratch
+        # (a, copies, b): the first a elements have changed places; after three copies it will be the first b.
+        self._at = (0, 0, 0)
+
+    @torch.no_grad()
+    def go(self, source: Tensor, inside: bool) -> None:
+        """Afterwards the source holds what the shadow held before the first call (``inside``), or its own. Local."""
+        size, goal = chunk_size(source.device), self._stop - self._start if inside else 0
+        while self._at != (goal, 0, goal):
+            here, copies, there = self._at
+            if not copies:
+                there = min(here + size, goal) if inside else max(here - 1, 0) // size * size
+            low, high = min(here, there), max(here, there)
+            target = self._shadow[low:high]
+            held = self._scratch.like(target, source.dtype, source.device)
+            if copies < 1:
+                read(source, self._start + low, self._start + high, held)
+                self._at = (here, 1, there)
+            if copies < 2:
+                write(source, self._start + low, self._start + high, target)
+                self._at = (here, 2, there)
+            target.copy_(held)
+            self._at = (there, 0, there)
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from dist_ema.checkpoints.reading import DTYPES, RunReader, read_manifest_bytes,
 from dist_ema.collectives import (
     WINDOW_BYTES,
     agree,
+    answered,
     broadcast_object,
     device_for,
     exchange,
@@ -340,5 +341,6 @@ class Load:
 
 def _broadcast_bytes(values: Tensor, group: dist.ProcessGroup | None) -> None:
     sent = values.view(torch.uint8).to(device_for(group))
-    dist.broadcast(sent, group=group, group_src=0)
+    with answered():
+        dist.broadcast(sent, group=group, group_src=0)
     values.view(torch.uint8).copy_(sent)

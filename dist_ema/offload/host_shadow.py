@@ -113,6 +113,7 @@ class HostShadow(Shadow):
             if self._shares[index].spec.kind != "buffer"
         }
         self._released = False
+        self.scratch.touched = True
         self._worker.start(lambda: self._work(taken, work))
 
     def _work(self, taken: Sequence[Tensor], work: Callable[[Sequence[Tensor]], None]) -> None:
