@@ -155,6 +155,8 @@ class ShardedEMA:
         self._warned = False
         self._attached: Attached | None = None
         self._background = Background()
+        self._visit: Visit | None = None  # of an average of ours to the model
+        self._swap_inside: Swap | None = None  # that brought it in, if there is one yet
         self._control: dist.ProcessGroup | None = None
         self._timeout = 0.0  # of the control group
         self._broken: str | None = None  # the call that has changed a part of the average only
@@ -388,8 +390,11 @@ class ShardedEMA:
         """Inside, the live model computes with the average; afterwards the live weights are back bit for bit.
 
         Also when the body raises. No second copy of the model is made: live weights and shadow change places.
-        Collective for DDP, HSDP and DeepSpeed, local for the others; where it is collective, the body has to raise on
-        every rank or on none. Not reentrant. Do not train inside.
+        Collective for DDP, HSDP and DeepSpeed, and where a model that is spread over ranks has buffers in its average:
+        all ranks then compute with those that ``export`` writes. Local for the others, where every rank has to give the
+        same ``name``. Where it is collective, the body has to raise on every rank or on none. Not reentrant. Do not
+        train inside. ``save``, ``export``, ``full_state_dict``, ``state_dict`` and ``fingerprint`` give there what they
+        give outside; ``update``, ``load`` and the others raise EMAStateError.
 
         Args:
             name: which average; None means the only one.
@@ -405,6 +410,7 @@ class ShardedEMA:
                 with Uninterrupted():  # other ranks would go on alone, with weights half of which are to come from here
                     swap = self._swap(self._call("average_parameters()", name=name), name, visit, keep=True)
                     visit.open = True
+                    self._visit, self._swap_inside = visit, swap
                     if swap is not None:
                         with answering("average_parameters()"):
                             swap.enter()
@@ -413,6 +419,7 @@ class ShardedEMA:
                 _end(swap, visit)
         finally:  # an exception between any two lines above ends here, and what has been done is not done again
             _end(swap, visit)
+            self._visit = self._swap_inside = None
 
     def _swap(self, call: Call, name: str | None, visit: Visit, keep: bool) -> Swap | None:
         """None before the first update, when the average is the live model. Collective where the swap is."""
@@ -422,7 +429,7 @@ class ShardedEMA:
             self._refuse(call.name)
             visit.name = self._name(name)
             shadows = self._shadow.tensors(visit.name) if started else [None] * len(self._shares)
-            swap = Swap(self._engine, self._shares, shadows, self._shadow.scratch, visit)
+            swap = Swap(self._engine, self._shares, shadows, self._shadow.scratch, visit, self._background.settle)
             swap.prepare(keep and started)
             return swap
 
@@ -466,7 +473,7 @@ class ShardedEMA:
             include_untracked: with frozen and excluded parameters and ignored buffers, as they are in the model.
 
         Raises:
-            EMAStateError: inside ``average_parameters()``, or the model has changed.
+            EMAStateError: the model has changed, or another object's average is in it.
             EMAConfigError: no such average, or ``dtype`` is not a floating-point dtype.
         """
         call = self._call("full_state_dict()", name=name, dtype=dtype, include_untracked=include_untracked)
@@ -534,7 +541,7 @@ class ShardedEMA:
 
         Raises:
             CheckpointError: on every rank, whichever rank failed; nothing is left behind.
-            EMAStateError: inside ``average_parameters()``, or the model has changed.
+            EMAStateError: the model has changed, or another object's average is in it.
         """
         self._background.drain()
         with answering(f"save to {path}", timeout):
@@ -618,11 +625,13 @@ class ShardedEMA:
 
         Tensors only: this rank's parts of the averages, which have the full tensors' names and shapes and can be saved
         and copied but not computed with (``dist_ema.dcp.boxed``), and clocks and schedules as text. Parts
-        are views of the shadow, as those of a module's ``state_dict()`` are of its weights. Before the first update
-        they are a copy of the live weights, which is one more shadow in memory until the dict is dropped.
+        are views of the shadow, as those of a module's ``state_dict()`` are of its weights; inside
+        ``average_parameters()`` they are views of the model, where the average is as long as the block lasts. Before
+        the first update they are a copy of the live weights, which is one more shadow in memory until the dict is
+        dropped.
 
         Raises:
-            EMAStateError: on every rank, inside ``average_parameters()``, or the model has changed.
+            EMAStateError: on every rank: the model has changed, or another object's average is in it.
         """
         group, doing = self._engine.group, "state_dict()"
         sources, every = self._joined(self._call(doing), lambda: self._sources(doing))
@@ -638,7 +647,8 @@ class ShardedEMA:
             moment = Moment(self._shadow.started, track.clock, track.start, track.seen, skipped, shadow.seed)
             spoken = [speaks(entries[share.spec.name], share, group) for share in self._shares]
             spare = shadow is not self._shadow
-            state = make_state_dict(moment, self._options.schedules, shadow, self._shares, spoken, spare)
+            averaged = shadow.tensors if spare else lambda name: self._flat(name, sources)
+            state = make_state_dict(moment, self._options.schedules, averaged, self._shares, spoken, spare)
             if spare:
                 shadow.discard()  # what keeps it up to date; its memory is the dict's
             return state
@@ -756,7 +766,7 @@ class ShardedEMA:
         ``distance`` are ``ema/<name>/decay`` and ``ema/<name>/distance``. Raises EMAStateError, on every rank, inside
         ``average_parameters()``, or if the model has changed.
         """
-        sources, every = self._joined(self._call("metrics()"), lambda: self._sources("metrics()"))
+        sources, every = self._joined(self._call("metrics()"), lambda: self._sources("metrics()", inside=False))
         entries = {entry.name: entry for entry in every}
         spoken = [speaks(entries[share.spec.name], share, self._engine.group) for share in self._shares]
         squares = [self._squared_distance(name, sources, spoken) for name in self._options.schedules]
@@ -878,26 +888,45 @@ class ShardedEMA:
 
         return look_after_save
 
-    def _sources(self, doing: str) -> list[Tensor]:
-        """For a call that reads the average too."""
-        self._refuse(doing)
+    def _sources(self, doing: str, inside: bool = True) -> list[Tensor]:
+        """For a call that reads the average too; one that may also be made ``inside`` ``average_parameters()``."""
+        self._refuse(doing, inside=inside)
         self._shadow.wait()
-        return self._live(doing)
+        self._engine.reshard()
+        return self._engine.sources()
 
     def _live(self, doing: str) -> list[Tensor]:
+        """For a call that replaces the average."""
         self._refuse(doing, mends=True)
         self._engine.reshard()
         return self._engine.sources()
 
     def _held(self, name: str, sources: Sequence[Tensor]) -> dict[str, Held]:
+        """What this rank holds of each tensor of an average, wherever it is now. Local."""
         shadows = self._shadow.tensors(name) if self._shadow.started else [None] * len(self._shares)
         held = {}
-        for share, shadow, source in zip(self._shares, shadows, sources, strict=True):
-            values, start = (source, share.start) if shadow is None else (shadow, 0)
+        for index, (share, shadow, source) in enumerate(zip(self._shares, shadows, sources, strict=True)):
+            in_model = shadow is None or self._in_model(name, index)
+            values, start = (source, share.start) if in_model or shadow is None else (shadow, 0)
             if values.is_meta:
                 raise EMAStateError(f"{share.spec.name!r} is on the meta device: materialise the model first")
             held[share.spec.name] = Held(share, values, start)
         return held
+
+    def _in_model(self, name: str, index: int) -> bool:
+        """Whether an average's elements of a share have changed places with the live ones. Local."""
+        if self._visit is None or self._swap_inside is None or not self._visit.open:
+            return False
+        shared = self._shares[index].mode == "copy"  # all averages have these in common
+        return self._swap_inside.in_model(index) and (shared or name == self._visit.name)
+
+    def _flat(self, name: str, sources: Sequence[Tensor]) -> list[Tensor | None]:
+        """An average's elements of every share, flat; None where it is live. Views where they lie together. Local."""
+        flat = list(self._shadow.tensors(name))
+        for index, (share, source) in enumerate(zip(self._shares, sources, strict=True)):
+            if flat[index] is not None and self._in_model(name, index):
+                flat[index] = source.detach().reshape(-1)[share.start : share.stop]
+        return flat
 
     def _name(self, name: str | None) -> str:
         names = self.names
@@ -907,12 +936,12 @@ class ShardedEMA:
             raise EMAConfigError(f"name={name!r}: allowed are {', '.join(map(repr, names))}")
         return name
 
-    def _refuse(self, doing: str, mends: bool = False) -> None:
-        """Raises EMAStateError inside ``average_parameters()``, and if the average or the live weights are not whole,
-        unless the call ``mends`` them. Local."""
+    def _refuse(self, doing: str, mends: bool = False, inside: bool = False) -> None:
+        """Raises EMAStateError inside ``average_parameters()``, unless the call may be made ``inside`` our own, and if
+        the average or the live weights are not whole, unless it ``mends`` them. Local."""
         visits = [_visits[module] for module in self._engine.modules() if module in _visits]
         for visit in visits:
-            if visit.open:
+            if visit.open and not (inside and visit is self._visit):
                 raise EMAStateError(
                     f"{doing} inside average_parameters({visit.name!r}): the live weights and the shadow have changed "
                     "places there; call it after the with block"

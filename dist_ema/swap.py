@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_ema.arithmetic import kernels
-from dist_ema.collectives import answered, broadcast_flat, gather_objects, size_of
+from dist_ema.collectives import answered, broadcast_flat, gather_objects
 from dist_ema.engines.base import Engine, Replicas
 from dist_ema.errors import EMAError, EMAStateError
 from dist_ema.gather import Entry
@@ -56,8 +56,13 @@ def swaps_together(engine: Engine, shares: Sequence[Share]) -> bool:
     have buffers of their own."""
     if engine.group is None:
         return False
-    several = size_of(engine.group) > 1
+    several = _spreads(engine)
     return engine.publish_is_collective or any(share.split or (several and _is_own(share)) for share in shares)
+
+
+def _spreads(engine: Engine) -> bool:
+    """Whether other ranks hold the same model. Those that hold a plain module may: each is asked for itself."""
+    return len(engine.ranks()) > 1
 
 
 def _is_own(share: Share) -> bool:
@@ -74,6 +79,7 @@ class Swap:
         shadows: the average, None where it is live.
         scratch: nothing else may use it until ``leave()``.
         visit: told whether the weights are torn.
+        wait: returns when nobody reads the average any more where it is. To be left, it has to be moved.
 
     Attributes:
         entries: every full tensor of the model; to be set before ``enter()`` where the swap is collective.
@@ -86,15 +92,17 @@ class Swap:
         shadows: Sequence[Tensor | None],
         scratch: kernels.Scratch,
         visit: Visit,
+        wait: Callable[[], None] = lambda: None,
     ) -> None:
         self._engine = engine
         self._shares = shares
         self._shadows = shadows
         self._scratch = scratch
         self._visit = visit
+        self._wait = wait
         self._sets = replica_sets([share.spec if share.split else None for share in shares])
         self.entries: Sequence[Entry] = ()
-        self._several = size_of(engine.group) > 1
+        self._several = _spreads(engine)
         self._exchanges: dict[int, kernels.Exchange] = {}
         self._kept: dict[int, Tensor] = {}
         self._diverged: dict[int, Tensor] = {}
@@ -120,6 +128,10 @@ class Swap:
             raise
         except Exception as error:  # no memory, for one
             raise EMAStateError(f"{type(error).__name__}: {error}") from error
+
+    def in_model(self, index: int) -> bool:
+        """Whether share ``index`` of the average is in the model, and its shadow holds the live elements. Local."""
+        return index in self._exchanges
 
     @torch.no_grad()
     def enter(self) -> None:
@@ -171,6 +183,7 @@ class Swap:
 
     @torch.no_grad()
     def _leave(self) -> None:
+        self._wait()
         self._engine.reshard()
         replaced: EMAStateError | None = None
         try:

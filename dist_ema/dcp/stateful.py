@@ -14,7 +14,7 @@ tensor, since DCP pickles all else, and loading that would run code.
 from __future__ import annotations
 
 import json
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -76,20 +76,20 @@ class Moment:
 def make_state_dict(
     moment: Moment,
     schedules: Mapping[str, Schedule],
-    shadow: Shadow,
+    averaged: Callable[[str], Sequence[Tensor | None]],
     shares: Sequence[Share],
     spoken: Sequence[bool],
     spare: bool,
 ) -> dict[str, Any]:
-    """The state dict of one rank; its tensors share the shadow's memory. Local.
+    """The state dict of one rank; its tensors share the average's memory. Local.
 
     Args:
         moment: where the average stands.
         schedules: of each average.
-        shadow: the averages.
+        averaged: an average's flat tensor for each share, None where it is live.
         shares: what this rank keeps of each tensor.
         spoken: for each of them, whether it is this rank that writes it.
-        spare: whether reading may overwrite the shadow, since it serves nothing else.
+        spare: whether reading may overwrite them, since it serves nothing else.
     """
     state: dict[str, Any] = {
         "progress": moment.to_tensor(),
@@ -98,7 +98,7 @@ def make_state_dict(
         "buffers": {},
     }
     speaks = {share.spec.name: speaks for share, speaks in zip(shares, spoken, strict=True)}
-    for path, share, held in _parts(shadow, shares, tuple(schedules)):
+    for path, share, held in _parts(averaged, shares, tuple(schedules)):
         place = state
         for key in path:
             place = place.setdefault(key, {})
@@ -144,7 +144,7 @@ class Restore:
     @torch.no_grad()
     def fill(self, shadow: Shadow) -> None:
         """Copies the values into the shadow, which has its memory. Local."""
-        for path, share, out in _parts(shadow, self._shares, self._names):
+        for path, share, out in _parts(shadow.tensors, self._shares, self._names):
             value = _look(self._state, path)[share.spec.name]
             if isinstance(value, BoxedTensor):
                 out.copy_(value.held)
@@ -165,13 +165,11 @@ def _wanted(shares: Sequence[Share], names: Sequence[str]) -> Iterator[tuple[tup
 
 
 def _parts(
-    shadow: Shadow, shares: Sequence[Share], names: Sequence[str]
+    averaged: Callable[[str], Sequence[Tensor | None]], shares: Sequence[Share], names: Sequence[str]
 ) -> Iterator[tuple[tuple[str, ...], Share, Tensor]]:
-    """The same with the shadow of each."""
+    """The same with the average of each."""
     held = {
-        (name, share.spec.name): tensor
-        for name in names
-        for share, tensor in zip(shares, shadow.tensors(name), strict=True)
+        (name, share.spec.name): tensor for name in names for share, tensor in zip(shares, averaged(name), strict=True)
     }
     for path, share in _wanted(shares, names):
         average = path[1] if path[0] == "averages" else names[0]
