@@ -36,8 +36,9 @@ from dist_ema.collectives import (
 )
 from dist_ema.dcp.stateful import Moment, Restore, make_state_dict
 from dist_ema.engines import Attached, Engine, RemovableHandle, detect_in
+from dist_ema.engines.unwrapped import unwrapped
 from dist_ema.errors import CheckpointCorruptError, CheckpointError, EMAConfigError, EMAStateError
-from dist_ema.gather import Entry, Held, catalogue, full_tensors, speaks
+from dist_ema.gather import Entry, Held, catalogue, check_readable, full_tensors, speaks
 from dist_ema.interrupts import Uninterrupted
 from dist_ema.offload.host_shadow import HostShadow, hold_back
 from dist_ema.options import Options
@@ -477,9 +478,8 @@ class ShardedEMA:
             EMAConfigError: no such average, or ``dtype`` is not a floating-point dtype.
         """
         call = self._call("full_state_dict()", name=name, dtype=dtype, include_untracked=include_untracked)
-        entries, held = self._view(call, name, dtype)
-        wanted = [entry for entry in entries if include_untracked or entry.mode != "live"]
-        return full_tensors(wanted, held.get, dtype, self._engine.group, "full_state_dict()")
+        entries, held = self._view(call, name, dtype, include_untracked)
+        return full_tensors(entries, held.get, dtype, self._engine.group, "full_state_dict()")
 
     @answering("export()")
     def export(
@@ -491,8 +491,10 @@ class ShardedEMA:
         max_shard_size: int | str = "5GB",
         config_from: object = None,
         gather: bool | None = None,
+        include_untracked: bool = True,
+        layout: str | None = None,
     ) -> None:
-        """Writes the average as a Hugging Face directory of safetensors files. Collective.
+        """Writes the average as a Hugging Face directory that ``from_pretrained`` reads. Collective.
 
         Every rank writes its own elements in place into the same files: nothing is gathered and no rank ever holds a
         full tensor. The directory appears under its name only when it is complete and on disk.
@@ -502,17 +504,32 @@ class ShardedEMA:
             name: which average; None means the only one.
             dtype: of floating-point tensors; None means the live weights' own.
             max_shard_size: bytes of one file at most, such as ``"5GB"`` or an int; a larger tensor has its own file.
-            config_from: a file or directory whose configuration files (not weights) are copied beside the weights, or
-                an object with ``save_pretrained``, such as a transformers config or tokenizer.
+            config_from: what is written beside the weights, or a list of such things: a file; a directory, whose
+                configuration files (not weights) are copied; an object with ``save_pretrained``, such as a transformers
+                config or tokenizer. None means the model's own configuration, if it has one and no adapters, as its
+                ``save_pretrained`` writes it, with ``architectures``, dtype and generation config; so does the model's
+                own ``config`` in a list: ``[model.config, tokenizer]``. ``[]`` is nothing.
             gather: True sends everything through rank 0, which alone writes; False never does; None finds out whether
                 all ranks see rank 0's disk.
+            include_untracked: with frozen and excluded parameters and ignored buffers, as they are in the model.
+            layout: ``"transformers"``, ``"diffusers"`` and ``"peft"`` write the files of their ``save_pretrained``;
+                ``"peft"`` the active adapter alone, with ``adapter_config.json``. None names files as transformers
+                does. Names and shapes of a transformers model are those of its ``save_pretrained`` (one tensor for each
+                expert where the module has one for all). None writes a tied tensor under all of its names, so that the
+                plain model's ``load_state_dict`` takes it too, and ``"transformers"`` under the one of
+                ``save_pretrained``. Where those names cannot be written by parts, None logs it and writes the module's
+                own, and ``"transformers"`` raises.
 
         Raises:
             CheckpointError: on every rank, whichever rank failed; nothing is left behind.
-            EMAStateError, EMAConfigError: as ``full_state_dict``.
+            EMAStateError: the model has changed, another object's average is in it, or what is to be written has no
+                elements that could be read by ranges (a quantised base model): nothing has been written.
+            EMAConfigError: no such average, or an option has a value that is not allowed.
         """
         arguments = {"name": name, "dtype": dtype, "max_shard_size": max_shard_size, "gather": gather}
-        entries, held = self._view(self._call("export()", **arguments), name, dtype)
+        arguments |= {"include_untracked": include_untracked, "layout": layout}
+        entries, held = self._view(self._call("export()", **arguments), name, dtype, include_untracked, check=False)
+        modules = self._engine.modules()
         export(
             path,
             entries,
@@ -522,9 +539,18 @@ class ShardedEMA:
             max_shard_size=max_shard_size,
             config_from=config_from,
             gather=gather,
+            layout=layout,
+            model=unwrapped(modules[0]) if len(modules) == 1 else None,
         )
 
-    def save(self, path: str | os.PathLike[str], *, block: bool = True, timeout: float = 120.0) -> None:
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        block: bool = True,
+        timeout: float = 120.0,
+        include_untracked: bool = True,
+    ) -> None:
         """Writes a checkpoint of the averages that loads at any world size and under any engine. Collective.
 
         Every rank writes its own elements in place, in the shadow's dtype; what is not averaged is written too, so that
@@ -538,18 +564,22 @@ class ShardedEMA:
                 ``save``, ``load``, ``reset``, ``wait`` or ``close``, on every rank; at the end of the program it is
                 logged, with exit status 1.
             timeout: seconds to wait for a rank that does not answer, beside what writing its part takes at 50 MB/s.
+            include_untracked: with frozen and excluded parameters and ignored buffers. Without, the checkpoint says
+                which it lacks, and ``load`` takes it all the same: it never writes into what is not averaged.
 
         Raises:
             CheckpointError: on every rank, whichever rank failed; nothing is left behind.
-            EMAStateError: the model has changed, or another object's average is in it.
+            EMAStateError: the model has changed, another object's average is in it, or what is not averaged has no
+                elements that could be read by ranges (a quantised base model): nothing has been written.
         """
         self._background.drain()
         with answering(f"save to {path}", timeout):
-            call = self._call("save()", f"save to {path}", block=block, timeout=timeout)
-            views, entries = self._begun(call, self._views, timeout=timeout)
+            arguments = {"block": block, "timeout": timeout, "include_untracked": include_untracked}
+            call = self._call("save()", f"save to {path}", **arguments)
+            views, entries = self._begun(call, lambda: self._views(include_untracked), timeout=timeout)
             group = self._control_group(timeout)
             started, skipped, seed = self._shadow.started, self._skipped(), self._shadow.seed
-            save = Save(path, self._track, started, skipped, entries, views, group, seed)
+            save = Save(path, self._track, started, skipped, entries, views, group, seed, include_untracked)
             if block:
                 save.run()
                 return
@@ -557,10 +587,12 @@ class ShardedEMA:
         guard = answering(f"save to {path}", timeout)
         self._background.start(guard(save.write_averages), guard(save.finish), save.abandon)
 
-    def _views(self) -> dict[str, Callable[[str], Held | None]]:
+    def _views(self, include_untracked: bool) -> dict[str, Callable[[str], Held | None]]:
         """What this rank holds of each tensor, for each average. Local."""
         sources = self._sources("save()")
-        return {name: self._held(name, sources).get for name in self.names}
+        views = {name: self._held(name, sources, include_untracked) for name in self.names}
+        check_readable(held for view in views.values() for held in view.values())
+        return {name: view.get for name, view in views.items()}
 
     @answering("load()")
     def load(self, path: str | os.PathLike[str], *, strict: bool = True, verify: bool = True) -> None:
@@ -822,16 +854,21 @@ class ShardedEMA:
         options = {f"ShardedEMA's {option}": value for option, value in self._options.facts().items()}
         return Call(call, facts | options, doing)
 
-    def _view(self, call: Call, name: str | None, dtype: object) -> tuple[list[Entry], dict[str, Held]]:
-        """All full tensors, and what this rank holds of them in one average. Collective."""
+    def _view(
+        self, call: Call, name: str | None, dtype: object, include_untracked: bool = True, check: bool = True
+    ) -> tuple[list[Entry], dict[str, Held]]:
+        """All full tensors, and what this rank holds of them in one average, checked to be readable. Collective."""
 
         def look() -> dict[str, Held]:
             if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
                 raise EMAConfigError(f"dtype={dtype!r}: allowed is a floating-point torch.dtype, or None")
-            return self._held(self._name(name), self._sources(call.name))
+            held = self._held(self._name(name), self._sources(call.name), include_untracked)
+            if check:
+                check_readable(held.values())
+            return held
 
         held, entries = self._joined(call, look)
-        return entries, held
+        return [entry for entry in entries if include_untracked or entry.mode != "live"], held
 
     def _joined(
         self, call: Call, look: Callable[[], T], replaces: bool = False, timeout: float | None = None
@@ -901,11 +938,13 @@ class ShardedEMA:
         self._engine.reshard()
         return self._engine.sources()
 
-    def _held(self, name: str, sources: Sequence[Tensor]) -> dict[str, Held]:
+    def _held(self, name: str, sources: Sequence[Tensor], include_untracked: bool) -> dict[str, Held]:
         """What this rank holds of each tensor of an average, wherever it is now. Local."""
         shadows = self._shadow.tensors(name) if self._shadow.started else [None] * len(self._shares)
         held = {}
         for index, (share, shadow, source) in enumerate(zip(self._shares, shadows, sources, strict=True)):
+            if share.mode == "live" and not include_untracked:
+                continue
             in_model = shadow is None or self._in_model(name, index)
             values, start = (source, share.start) if in_model or shadow is None else (shadow, 0)
             if values.is_meta:

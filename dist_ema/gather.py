@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from dist_ema.arithmetic import kernels
 from dist_ema.collectives import Window, agree, gather_objects, rank_in
-from dist_ema.errors import EMAEngineError
+from dist_ema.errors import EMAEngineError, EMAStateError
 from dist_ema.geometry import Runs, overlap
 from dist_ema.shares import Mode, Share
 
@@ -52,6 +52,33 @@ class Held:
             return values.view(-1)[first:last]
         self.read(start, stop, scratch[: stop - start])
         return scratch[: stop - start]
+
+
+def check_readable(held: Iterable[Held]) -> None:
+    """Raises EMAStateError for a tensor that is more, or something else, than its elements one after the other. Local.
+
+    Such are the quantised weights under an adapter: their class computes as if it had the elements of the shape.
+    """
+    for one in held:
+        if not _is_readable(one.values):
+            raise EMAStateError(
+                f"{one.share.spec.name!r} is not averaged and is a {type(one.values).__name__}, which cannot be read "
+                "by ranges of its elements: pass include_untracked=False, which leaves out what is not averaged"
+            )
+
+
+def _is_readable(values: Tensor) -> bool:
+    if type(values) in (Tensor, nn.Parameter):
+        return values.layout == torch.strided and not values.is_quantized
+    # bitsandbytes (0.49) keeps the scales of its packed weights in these attributes.
+    scales = (getattr(values, name, None) for name in ("quant_state", "SCB"))
+    if values.layout != torch.strided or values.is_quantized or any(scale is not None for scale in scales):
+        return False
+    try:
+        values.untyped_storage().data_ptr()
+    except RuntimeError:  # of a class that keeps other tensors in place of memory (torchao)
+        return False
+    return True
 
 
 @dataclass(frozen=True)

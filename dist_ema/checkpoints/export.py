@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from dist_ema.checkpoints.hub import STEMS, check_layout, conversion, has_config, write_adapter_config, write_config
 from dist_ema.checkpoints.places import is_url
-from dist_ema.checkpoints.storage import FilePlan, RunWriter, Staging, create_file, index_json, parse_size, write_text
+from dist_ema.checkpoints.rearrange import Arrangement, UnknownOperationError
+from dist_ema.checkpoints.storage import (
+    FilePlan,
+    RunWriter,
+    Staging,
+    TensorPlan,
+    create_file,
+    index_json,
+    parse_size,
+    write_text,
+)
 from dist_ema.checkpoints.writing import Folder
-from dist_ema.collectives import agree, gather_objects, rank_in
+from dist_ema.collectives import agree, broadcast_object, gather_objects, rank_in
+from dist_ema.engines.unwrapped import unwrapped
 from dist_ema.errors import CheckpointError, EMAConfigError
-from dist_ema.gather import Entry, Held
+from dist_ema.gather import Entry, Held, check_readable
 
-INDEX = "model.safetensors.index.json"
+logger = logging.getLogger(__name__)
 _CONFIG_SUFFIXES = {".json", ".txt", ".model", ".jinja"}
 
 
@@ -32,15 +46,44 @@ def export(
     max_shard_size: int | str,
     config_from: object,
     gather: bool | None,
+    layout: str | None = None,
+    model: nn.Module | None = None,
 ) -> None:
-    """Writes full tensors to ``path``; see :meth:`ShardedEMA.export`. Collective."""
+    """Writes full tensors to ``path``; see :meth:`ShardedEMA.export`. Collective.
+
+    ``model`` is the target without wrappers, for its names and its configuration.
+    """
     first = rank_in(group) == 0
     doing = f"export to {path}"
-    folder, plans = agree(lambda: _plan(path, entries, held, dtype, max_shard_size, gather), group, doing)
-    gather, token = gather_objects((gather, Staging.new_token()), group)[0]
+    dtypes = {entry.name: entry.live_dtype if dtype is None else entry.cast(dtype) for entry in entries}
+
+    def look() -> Arrangement | None:
+        _check(path, gather, layout, model)
+        return _arrange(model, layout, entries, dtypes) if first else None
+
+    arrangement = agree(look, group, doing)
+    token = Staging.new_token()
+    gather, token, arranged = gather_objects((gather, token, arrangement is not None), group)[0]
+    if arranged:  # one rank's, since it may come from what others do not see
+        arrangement = broadcast_object(arrangement, group)
+
+    def plan() -> tuple[Folder, list[FilePlan]]:
+        limit = parse_size(max_shard_size)
+        folder = Folder(entries, held, dtypes, limit, tied=True, stem=STEMS[layout], arrangement=arrangement)
+        check_readable(mine for entry in folder.written if (mine := held(entry.name)) is not None)
+        return folder, folder.plan()
+
+    folder, plans = agree(plan, group, doing)
     staging = Staging(Path(path).absolute(), token)
+
+    def prepare() -> None:
+        if first:
+            _prepare(staging, plans, STEMS[layout])
+            written = next((dtypes[entry.name] for entry in entries if dtypes[entry.name].is_floating_point), None)
+            _Configuration(model, layout, dtype or written, staging.path).write(config_from)
+
     try:
-        agree(lambda: _prepare(staging, plans, config_from) if first else None, group, doing)
+        agree(prepare, group, doing)
         shared = all(gather_objects(staging.is_visible(), group))
         if gather is False and not shared:
             raise CheckpointError(f"{doing}: gather=False, but not all ranks see {staging.target.parent} of rank 0")
@@ -62,56 +105,101 @@ def export(
         raise
 
 
-def _plan(
-    path: object,
-    entries: Sequence[Entry],
-    held: Callable[[str], Held | None],
-    dtype: torch.dtype | None,
-    max_shard_size: int | str,
-    gather: bool | None,
-) -> tuple[Folder, list[FilePlan]]:
+def _check(path: object, gather: object, layout: object, model: nn.Module | None) -> None:
     if not isinstance(path, (str, os.PathLike)):
         raise EMAConfigError(f"path={path!r}: allowed is a str or a path of the directory to make")
     if is_url(path):
         raise EMAConfigError(f"path={path!r}: an export is a directory of this machine; save() takes URLs")
     if gather not in (None, True, False):
         raise EMAConfigError(f"gather={gather!r}: allowed are None, True and False")
-    dtypes = {entry.name: entry.live_dtype if dtype is None else entry.cast(dtype) for entry in entries}
-    folder = Folder(entries, held, dtypes, parse_size(max_shard_size), tied=True)
-    return folder, folder.plan()
+    check_layout(layout, model)
 
 
-def _prepare(staging: Staging, plans: Sequence[FilePlan], config_from: object) -> None:
+def _arrange(
+    model: nn.Module | None, layout: str | None, entries: Sequence[Entry], dtypes: Mapping[str, torch.dtype]
+) -> Arrangement | None:
+    """What is written in place of the module's own tensors; None if those are. Local."""
+    convert = None if model is None else conversion(model, layout)
+    if convert is None:
+        return None
+    tensors = [(entry.names, TensorPlan(entry.name, dtypes[entry.name], entry.shape)) for entry in entries]
+    try:
+        arrangement = Arrangement.trace(convert, tensors)
+    except UnknownOperationError as error:
+        if layout is not None:
+            raise CheckpointError(
+                f"layout={layout!r}: the names and shapes of save_pretrained cannot be written by parts: {error}. "
+                "layout=None writes the module's own"
+            ) from error
+        logger.warning(
+            "The export has the module's own names and shapes, not those of save_pretrained, which cannot be written "
+            "by parts: %s.",
+            error,
+        )
+        return None
+    return None if arrangement.is_trivial else arrangement
+
+
+def _prepare(staging: Staging, plans: Sequence[FilePlan], stem: str) -> None:
     staging.create()
     for plan in plans:
         create_file(staging.path, plan)
     if len(plans) > 1:
-        write_text(staging.path / INDEX, index_json(plans))
-    _copy_config(config_from, staging.path)
+        write_text(staging.path / f"{stem}.safetensors.index.json", index_json(plans))
 
 
-def _copy_config(config_from: object, directory: Path) -> None:
-    if config_from is None:
-        return
-    if isinstance(config_from, nn.Module):
-        config_from = getattr(config_from, "config", config_from)
-    if hasattr(config_from, "save_pretrained") and not isinstance(config_from, nn.Module):
-        config_from.save_pretrained(str(directory))
-        return
-    if not isinstance(config_from, (str, os.PathLike)):
-        raise EMAConfigError(
-            f"config_from={config_from!r:.200}: allowed is a file, a directory, or an object with save_pretrained, "
-            "such as a transformers config or tokenizer"
-        )
-    source = Path(config_from)
-    if source.is_file():
-        files = [source]
-    elif source.is_dir():
-        files = [file for file in sorted(source.iterdir()) if file.is_file() and file.suffix in _CONFIG_SUFFIXES]
-        files = [file for file in files if not file.name.endswith(".index.json")]
-    else:
-        raise EMAConfigError(f"config_from={str(config_from)!r}: there is no such file or directory")
-    for file in files:
-        if (directory / file.name).exists():
-            raise EMAConfigError(f"config_from={str(file)!r}: the export writes a file of this name itself")
-        shutil.copyfile(file, directory / file.name)
+@dataclass(frozen=True)
+class _Configuration:
+    """What is written beside the weights. One rank.
+
+    Attributes:
+        model: whose weights they are; None if that is not known.
+        layout: of the export.
+        dtype: of the weights.
+        directory: to write to.
+    """
+
+    model: nn.Module | None
+    layout: str | None
+    dtype: torch.dtype | None
+    directory: Path
+
+    def write(self, config_from: object) -> None:
+        """Writes all that ``config_from`` names."""
+        if self.layout == "peft" and self.model is not None:
+            write_adapter_config(self.model, self.directory)
+        if config_from is None:
+            if self.layout != "peft" and self.model is not None and has_config(self.model):
+                write_config(self.model, self.directory, self.dtype)
+            return
+        for source in config_from if isinstance(config_from, (list, tuple)) else [config_from]:
+            self._write_one(source)
+
+    def _write_one(self, source: object) -> None:
+        own = getattr(self.model, "config", None)
+        if self.model is not None and own is not None and source is own and has_config(self.model):
+            write_config(self.model, self.directory, self.dtype)
+        elif isinstance(source, nn.Module) and has_config(unwrapped(source)):
+            write_config(unwrapped(source), self.directory, self.dtype)
+        elif hasattr(source, "save_pretrained") and not isinstance(source, nn.Module):
+            source.save_pretrained(str(self.directory))
+        elif isinstance(source, (str, os.PathLike)):
+            self._copy(Path(source))
+        else:
+            raise EMAConfigError(
+                f"config_from={source!r:.200}: allowed is a file, a directory, or an object with save_pretrained, such "
+                "as a transformers config or tokenizer; or a model that has such a config, or a list of these"
+            )
+
+    def _copy(self, source: Path) -> None:
+        if source.is_file():
+            files = [source]
+        elif source.is_dir():
+            files = [file for file in sorted(source.iterdir()) if file.is_file() and file.suffix in _CONFIG_SUFFIXES]
+            files = [file for file in files if not file.name.endswith(".index.json")]
+        else:
+            raise EMAConfigError(f"config_from={str(source)!r}: there is no such file or directory")
+        for file in files:
+            if (self.directory / file.name).exists():
+                raise EMAConfigError(f"config_from={str(file)!r}: the export writes a file of this name itself")
+            shutil.copyfile(file, self.directory / file.name)

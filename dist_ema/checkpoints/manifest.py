@@ -32,7 +32,7 @@ _FILE = re.compile(r"(averages/[A-Za-z0-9_][A-Za-z0-9_.-]*|live)/model(-\d{5}-of
 _DIGEST = re.compile(r"[0-9a-f]{16}")
 _CHECKSUM = re.compile(r"[0-9a-f]{64}")
 _FIELDS = {"format", "version", "library", "data", "started", "clock", "start", "seen", "skipped", "averages", "live"}
-_FIELDS |= {"files", "seed"}
+_FIELDS |= {"files", "seed", "lacking"}
 _ITEM_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I16": 2}
 _ITEM_SIZES |= {"I8": 1, "U8": 1, "U16": 2, "U32": 4, "U64": 8, "BOOL": 1, "C64": 8}
 
@@ -86,6 +86,8 @@ class Manifest:
         files: every file.
         library: version of the library that wrote it.
         seed: of the rounding of bf16 averages; None, which is not written, where they are rounded to nearest.
+        lacking: names of what the model has besides and was left out: frozen parameters, and others that are not
+            averaged. Empty, which is not written, where the checkpoint is a whole model.
     """
 
     data: str
@@ -100,6 +102,7 @@ class Manifest:
     files: Mapping[str, StoredFile]
     library: str = __version__
     seed: int | None = None
+    lacking: tuple[str, ...] = ()
 
     def to_bytes(self) -> bytes:
         """The text of ``ema.json``."""
@@ -120,7 +123,8 @@ class Manifest:
             "live": _write_tensors(self.live),
             "files": {name: asdict(file) for name, file in self.files.items()},
         }
-        return _seal(body if self.seed is None else {**body, "seed": self.seed})
+        body |= {} if self.seed is None else {"seed": self.seed}
+        return _seal(body | ({"lacking": list(self.lacking)} if self.lacking else {}))
 
     @classmethod
     def from_bytes(cls, text: bytes) -> Manifest:
@@ -139,6 +143,9 @@ class Manifest:
             _refuse(f"no version of it has {sorted(unknown)[:3]}")
         if "seed" in body and _is_odd(body["seed"], 63):
             _refuse(f"the seed {body['seed']!r} is none")
+        lacking = body.get("lacking", [])
+        if not isinstance(lacking, list) or not all(isinstance(name, str) and name.isprintable() for name in lacking):
+            _refuse("what it lacks is not a list of names")
         files = {}
         for name, file in body["files"].items():
             if not _FILE.fullmatch(name) or _is_odd(file["size"]) or not _CHECKSUM.fullmatch(file["header"]):
@@ -162,6 +169,7 @@ class Manifest:
             files=files,
             library=str(body["library"]),
             seed=body.get("seed"),
+            lacking=tuple(lacking),
         )
         used = {tensor.file for tensors in manifest.folders().values() for tensor in tensors.values()}
         if used != files.keys():

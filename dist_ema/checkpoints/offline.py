@@ -30,6 +30,7 @@ def export_checkpoint(
     dtype: torch.dtype | None = None,
     max_shard_size: int | str = "5GB",
     config_from: object = None,
+    layout: str | None = None,
     begin: Callable[[Manifest, int], Advance] | None = None,
 ) -> Manifest:
     """Writes an average of a checkpoint as :meth:`ShardedEMA.export` would have. One process.
@@ -44,7 +45,10 @@ def export_checkpoint(
         dtype: of floating-point tensors; None means that of the file, which is the shadow's (a checkpoint does not say
             what the live weights were).
         max_shard_size: bytes of one file at most, such as ``"5GB"`` or an int; a larger tensor has its own file.
-        config_from: a file or directory whose configuration files are copied, or an object with ``save_pretrained``.
+        config_from: a file or directory whose configuration files are copied, an object with ``save_pretrained``, or a
+            list of such.
+        layout: ``"diffusers"`` names the files as diffusers does, None and ``"transformers"`` as transformers does. The
+            names of the tensors are the module's own, as a checkpoint does not know the model's class.
         begin: called with the manifest and the bytes to read; returns what is told of the progress.
 
     Returns:
@@ -59,7 +63,7 @@ def export_checkpoint(
         raise EMAConfigError(f"dtype={dtype!r}: allowed is a floating-point torch.dtype, or None")
 
     def export_it(manifest: Manifest) -> Manifest:
-        _export(path, manifest, out, name, dtype, max_shard_size, config_from, begin)
+        _export(path, manifest, out, name, dtype, max_shard_size, config_from, layout, begin)
         return manifest
 
     return reread(path, export_it)
@@ -73,6 +77,7 @@ def _export(
     dtype: torch.dtype | None,
     max_shard_size: int | str,
     config_from: object,
+    layout: str | None,
     begin: Callable[[Manifest, int], Advance] | None,
 ) -> None:
     wanted = {f"averages/{choose_average(manifest, name)}", LIVE}
@@ -90,6 +95,7 @@ def _export(
             max_shard_size=max_shard_size,
             config_from=config_from,
             gather=False,
+            layout=layout,
         )
 
 

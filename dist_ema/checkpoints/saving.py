@@ -41,6 +41,7 @@ class Save:
         views: what this rank holds of each, for each average.
         group: the ranks.
         seed: of the averages' rounding, if they are rounded stochastically.
+        include_untracked: with what is not averaged; without, the manifest says what was left out.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Save:
         views: Mapping[str, Callable[[str], Held | None]],
         group: dist.ProcessGroup | None,
         seed: int | None = None,
+        include_untracked: bool = True,
     ) -> None:
         self._doing = f"save to {path}"
         self._path = path
@@ -74,8 +76,9 @@ class Save:
             live={},
             files={},
             seed=seed,
+            lacking=() if include_untracked else tuple(entry.name for entry in entries if entry.mode == "live"),
         )
-        self._entries = entries
+        self._entries = [entry for entry in entries if include_untracked or entry.mode != "live"]
         self._views = views
 
     @cached_property

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_ema.arithmetic.fingerprint import partial_digest
+from dist_ema.checkpoints.rearrange import Arrangement
 from dist_ema.checkpoints.storage import FilePlan, TensorPlan, Writer, plan_files
 from dist_ema.collectives import agree
 from dist_ema.gather import Entry, Held, gather_each, speaks
@@ -29,6 +30,8 @@ class Folder:
         dtypes: what each is written as.
         limit: bytes of one file at most.
         tied: write a tied tensor under all of its names.
+        stem: of the files' names.
+        arrangement: what is written in place of the tensors, made of their elements; None means the tensors.
         digests: of what this rank wrote, by name; empty unless they were asked for.
     """
 
@@ -37,16 +40,26 @@ class Folder:
     dtypes: dict[str, torch.dtype]
     limit: int
     tied: bool
+    stem: str = "model"
+    arrangement: Arrangement | None = None
     digests: dict[str, int] = field(default_factory=dict)
 
     def plan(self) -> list[FilePlan]:
         """The files. Pure: every rank computes the same."""
+        if self.arrangement is not None:
+            return plan_files(self.arrangement.targets, self.limit, self.stem)
         tensors = [
             TensorPlan(name, self.dtypes[entry.name], entry.shape)
             for entry in self.entries
             for name in self.names(entry)
         ]
-        return plan_files(tensors, self.limit)
+        return plan_files(tensors, self.limit, self.stem)
+
+    @property
+    def written(self) -> list[Entry]:
+        """The tensors that have an element in the files."""
+        known = None if self.arrangement is None else self.arrangement.sources
+        return [entry for entry in self.entries if known is None or entry.name in known]
 
     def names(self, entry: Entry) -> tuple[str, ...]:
         """The names under which a tensor is written."""
@@ -84,18 +97,19 @@ class Folder:
         self, writer: Writer, plans: Sequence[FilePlan], group: dist.ProcessGroup | None, digest: bool, doing: str
     ) -> None:
         def take(entry: Entry, start: int, values: Tensor) -> None:
-            for name in self.names(entry):
-                writer.write(name, ((start, values.numel()),), values.cpu())
+            self._write(writer, entry, ((start, values.numel()),), values.cpu())
 
         if digest:
             agree(lambda: self._each_chunk(group, digest, None), group, doing)
-        tensors = (tensor for plan in plans for tensor in plan.tensors)
-        places = {tensor.name: place for place, tensor in enumerate(tensors)}
-        ordered = sorted(self.entries, key=lambda entry: places[entry.name])
+        ordered = self.written
+        if self.arrangement is None:
+            tensors = (tensor for plan in plans for tensor in plan.tensors)
+            places = {tensor.name: place for place, tensor in enumerate(tensors)}
+            ordered.sort(key=lambda entry: places[entry.name])
         gather_each(ordered, self.held, self.dtypes, group, take, doing)
 
     def _each_chunk(self, group: dist.ProcessGroup | None, digest: bool, writer: Writer | None) -> None:
-        for entry in self.entries:
+        for entry in self.written:
             mine = self.held(entry.name)
             if mine is None or not speaks(entry, mine.share, group):
                 continue
@@ -110,5 +124,13 @@ class Folder:
             self.digests[entry.name] = total
 
     def _write(self, writer: Writer, entry: Entry, runs: Runs, values: Tensor) -> None:
-        for name in self.names(entry):
-            writer.write(name, runs, values)
+        if self.arrangement is None:
+            for name in self.names(entry):
+                writer.write(name, runs, values)
+            return
+        low = 0
+        for part in chunks(runs, CHUNK):  # what is gathered comes in more, and has an index for each element
+            high = low + count(part)
+            for name, places, moved in self.arrangement.place(entry.name, part, values[low:high]):
+                writer.write(name, places, moved)
+            low = high

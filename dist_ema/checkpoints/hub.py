@@ -1,0 +1,210 @@
+"""Names and configuration files as transformers, diffusers and peft write them with ``save_pretrained``.
+
+Read from the model's own class and from functions of those libraries, if they are in memory: a model of theirs cannot
+be without them. None is imported here. Read in transformers 5.23, diffusers 0.42, peft 0.21.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dist_ema.checkpoints.rearrange import Convert
+from dist_ema.engines.unwrapped import plain_type
+from dist_ema.engines.walk import walk_modules
+from dist_ema.errors import EMAConfigError
+
+#: How the files of each layout are called; None is that of transformers.
+STEMS = {
+    None: "model",
+    "transformers": "model",
+    "diffusers": "diffusion_pytorch_model",
+    "peft": "adapter_model",
+}
+
+
+def check_layout(layout: object, model: nn.Module | None) -> None:
+    """Raises EMAConfigError for a layout that there is not, or that the model cannot be written in. Local."""
+    if not (layout is None or isinstance(layout, str)) or layout not in STEMS:
+        raise EMAConfigError(f"layout={layout!r}: allowed are None, 'transformers', 'diffusers' and 'peft'")
+    if layout == "peft":
+        if model is None or not _adapters(model):
+            found = "a list of modules" if model is None else f"a {plain_type(model).__name__} without any"
+            raise EMAConfigError(f"layout='peft' writes the adapter of a peft model, and the target is {found}")
+        _active_adapter(model)
+    if layout == "transformers" and model is not None and _adapters(model):
+        raise EMAConfigError(
+            f"layout='transformers': the {plain_type(model).__name__} has adapters, which from_pretrained would not "
+            "find. layout='peft' writes them alone, layout=None everything under the module's own names"
+        )
+
+
+# Names.
+
+
+def conversion(model: nn.Module, layout: str | None) -> Convert | None:
+    """What turns the model's state dict into the one that the library saves; None where they are the same. Local.
+
+    Args:
+        model: without wrappers.
+        layout: what is written.
+    """
+    if layout == "peft":
+        return lambda state: _adapter_state(model, state)
+    if layout == "diffusers" or not _is_pretrained(model) or _adapters(model):
+        return None
+    revert = getattr(sys.modules.get("transformers.core_model_loading"), "revert_weight_conversion", None)
+    untie = getattr(sys.modules["transformers.modeling_utils"], "remove_tied_weights_from_state_dict", None)
+    ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+
+    def convert(state: dict[str, Tensor]) -> Mapping[str, Tensor]:
+        saved = {name: tensor for name, tensor in state.items() if name not in ignored}
+        stand_in = _stand_in(model, state)
+        if layout == "transformers" and untie is not None:
+            saved = untie(saved, stand_in)
+        return saved if revert is None else revert(stand_in, saved)
+
+    return convert
+
+
+def _is_pretrained(model: nn.Module) -> bool:
+    kind = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
+    return kind is not None and isinstance(model, kind)
+
+
+def _stand_in(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+    """The model as those functions ask for it, without what sharding did to its classes, names and shapes.
+
+    They look up conversions by the classes and names of the transformers models inside the model, and ask for
+    parameters: for their shapes, and for which of them are one.
+    """
+    parts = [(name, _empty(part)) for name, part in walk_modules(model) if _is_pretrained(part)]
+    root = parts[0][1]
+    answers: dict[str, Any] = {
+        "named_modules": lambda: iter(parts),
+        "get_parameter": state.__getitem__,
+        "get_parameter_or_buffer": state.__getitem__,
+        "_weight_conversions": getattr(model, "_weight_conversions", None),
+    }
+    for name, answer in answers.items():
+        object.__setattr__(root, name, answer)
+    return root
+
+
+def _empty(model: nn.Module) -> nn.Module:
+    """A module of the same plain class that has nothing but its configuration."""
+    kind = plain_type(model)
+    empty: nn.Module = object.__new__(kind)
+    nn.Module.__init__(empty)
+    for name in ("config", "_internal_dict"):
+        if name in vars(model):
+            object.__setattr__(empty, name, copy.deepcopy(vars(model)[name]))
+    return empty
+
+
+class _Canonical:
+    """A model whose modules have canonical names, whatever it holds wrappers of."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        return walk_modules(self._model)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+def _adapters(model: nn.Module) -> Mapping[str, Any]:
+    """The configurations of a model's adapters by their names; none in a model without."""
+    found = getattr(model, "peft_config", None)
+    return found if isinstance(found, Mapping) else {}
+
+
+def _active_adapter(model: Any) -> str:
+    active = model.active_adapters() if callable(getattr(model, "active_adapters", None)) else model.active_adapter
+    names = [active] if isinstance(active, str) else list(active)
+    if len(names) != 1:
+        raise EMAConfigError(
+            f"layout='peft' writes one adapter, and {len(names)} are active ({', '.join(map(repr, names))}): activate "
+            "the one that is meant with set_adapter()"
+        )
+    return str(names[0])
+
+
+def _is_peft_model(model: nn.Module) -> bool:
+    kind = getattr(sys.modules.get("peft"), "PeftModel", None)
+    return kind is not None and isinstance(model, kind)
+
+
+def _adapter_state(model: nn.Module, state: dict[str, Tensor]) -> Mapping[str, Tensor]:
+    peft = sys.modules["peft"]  # the adapter's configuration is an object of it
+    adapter = _active_adapter(model)
+    found: dict[str, Tensor] = peft.get_peft_model_state_dict(_Canonical(model), state_dict=state, adapter_name=adapter)
+    # A model with an adapter of its own, which no PeftModel is around, lacks the prefix; its save_pretrained adds it.
+    prefix = "" if _is_peft_model(model) else "base_model.model."
+    return {f"{prefix}{name}": tensor for name, tensor in found.items()}
+
+
+# Configurations.
+
+
+def has_config(model: nn.Module) -> bool:
+    """Whether ``write_config`` writes something for a model without wrappers. Local."""
+    return not _adapters(model) and (
+        _is_configured(model) or hasattr(getattr(model, "config", None), "save_pretrained")
+    )
+
+
+def write_config(model: nn.Module, directory: Path, dtype: torch.dtype | None) -> None:
+    """Writes the configuration files of ``save_pretrained``, for weights of ``dtype``. One rank.
+
+    For a transformers model that can generate, its generation configuration too, and the code of one that was
+    registered with ``register_for_auto_class``. The model stays as it is.
+    """
+    if _is_configured(model):
+        _empty(model).save_config(str(directory))  # type: ignore[operator]
+    elif _is_pretrained(model):
+        _write_pretrained(model, directory, dtype)
+    else:
+        model.config.save_pretrained(str(directory))  # type: ignore[union-attr,operator]
+
+
+def _is_configured(model: nn.Module) -> bool:
+    """Whether it is a diffusers model."""
+    kind = getattr(sys.modules.get("diffusers.configuration_utils"), "ConfigMixin", None)
+    return kind is not None and isinstance(model, kind)
+
+
+def _write_pretrained(model: Any, directory: Path, dtype: torch.dtype | None) -> None:
+    config = copy.deepcopy(model.config)
+    if dtype is not None:
+        setattr(config, "dtype" if hasattr(config, "dtype") else "torch_dtype", str(dtype).removeprefix("torch."))
+    config.architectures = [plain_type(model).__name__]
+    save_code = getattr(sys.modules.get("transformers.dynamic_module_utils"), "custom_object_save", None)
+    if getattr(model, "_auto_class", None) is not None and save_code is not None:
+        save_code(_empty(model), str(directory), config=config)
+    config.save_pretrained(str(directory))
+    if model.can_generate() and getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(str(directory))
+
+
+def write_adapter_config(model: nn.Module, directory: Path) -> None:
+    """Writes ``adapter_config.json`` of the active adapter. One rank; the model stays as it is."""
+    config = copy.deepcopy(_adapters(model)[_active_adapter(model)])
+    mapping = None
+    if _is_peft_model(model):
+        base = dict(walk_modules(model))["base_model" if config.is_prompt_learning else "base_model.model"]
+        if config.base_model_name_or_path is None:
+            config.base_model_name_or_path = vars(base).get("name_or_path") or None
+        config.inference_mode = True
+        if config.task_type is None:
+            kind = plain_type(base)
+            mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+    config.save_pretrained(str(directory), auto_mapping_dict=mapping)
