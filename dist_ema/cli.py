@@ -131,7 +131,8 @@ def verify(
     totals = _totals(manifest) if manifest else None
     if as_json:
         found = [asdict(finding) for finding in findings]
-        _print_json({"path": path, "whole": not findings, "findings": found, "totals": totals})
+        lacking = list(manifest.lacking) if manifest else None
+        _print_json({"path": path, "whole": not findings, "findings": found, "lacking": lacking, "totals": totals})
     else:
         for finding in findings:
             where = finding.file if finding.tensor is None else f"{finding.file}: {finding.tensor}"
@@ -139,6 +140,8 @@ def verify(
         summary = f"damaged: {_many(len(findings), 'finding')}"
         if totals and not findings:
             summary = f"whole: {_contents(totals)}"
+            if manifest and manifest.lacking:
+                summary += f"; it was saved without {_lacks(manifest)}"
         typer.echo(_line(f"{path} is {summary}"))
     if findings:
         raise typer.Exit(1)
@@ -157,8 +160,15 @@ def export(
         Path | None,
         typer.Option(help="File, or directory whose configuration files are copied.", show_default=False),
     ] = None,
+    layout: Annotated[
+        str | None,
+        typer.Option(help="Names of the files: transformers (as without) or diffusers.", show_default=False),
+    ] = None,
 ) -> None:
-    """Write an average, and all that is not averaged, as a Hugging Face directory of safetensors files."""
+    """Write an average, and all that is not averaged, as a Hugging Face directory of safetensors files.
+
+    Tensors have the names that they have in the module: a checkpoint does not know its class.
+    """
     import torch
 
     from dist_ema.checkpoints.offline import export_checkpoint
@@ -171,8 +181,10 @@ def export(
             dtype=getattr(torch, _TORCH_NAMES[dtype]) if dtype else None,
             max_shard_size=max_shard_size,
             config_from=config_from,
+            layout=layout,
             begin=lambda _, size: begin(size),
         )
+    _complain_of_lacks(path, manifest)
     if not manifest.started:
         _complain(f"{path} was saved before the first update: these are the live weights of that moment")
 
@@ -184,9 +196,12 @@ def diff(a: Checkpoint, b: Checkpoint, name: Name = None, as_json: AsJSON = Fals
     Without --name, all averages. In JSON, numbers that are not finite are the strings "nan" and "inf".
     """
     from dist_ema.checkpoints.compare import compare
+    from dist_ema.checkpoints.reading import read_manifest
 
     with _progress("diff") as begin, _one_thread_an_operation():
         found = compare(a, b, name=name, begin=begin)
+    for path in (a, b):
+        _complain_of_lacks(path, read_manifest(path))
     differing = sum(not one.equal for one in found)
     if as_json:
         rows = [
@@ -362,6 +377,7 @@ def _describe(path: str, manifest: Manifest) -> dict[str, Any]:
         },
         "tensors": _rows(manifest),
         "files": {name: file.size for name, file in manifest.files.items()},
+        "lacking": list(manifest.lacking),
         "totals": _totals(manifest),
     }
 
@@ -396,6 +412,8 @@ def _show(path: str, manifest: Manifest) -> None:
             f"written by dist_ema {manifest.library}; {manifest.skipped:,} elements that were not finite left out"
         )
     )
+    if manifest.lacking:
+        typer.echo(_line(f"It lacks {_lacks(manifest)}."))
     if not manifest.started:
         typer.echo("Saved before the first update: these are the live weights of that moment.")
 
@@ -470,6 +488,17 @@ def _show_differences(found: Sequence[Difference]) -> None:
     ]
     columns = ("average", "name", "norm of A:", "norm of A - B:", "largest difference:", "relative:")
     _print_table(_console(), "Differences", columns, rows)
+
+
+def _lacks(manifest: Manifest) -> str:
+    """What was left out of a checkpoint, for a sentence."""
+    shown = ", ".join(manifest.lacking[:3]) + (", ..." if len(manifest.lacking) > 3 else "")
+    return f"{_many(len(manifest.lacking), 'tensor')} of what is not averaged ({shown})"
+
+
+def _complain_of_lacks(path: str, manifest: Manifest) -> None:
+    if manifest.lacking:
+        _complain(f"{path} was saved without {_lacks(manifest)}")
 
 
 def _rows(manifest: Manifest) -> list[dict[str, Any]]:

@@ -474,7 +474,8 @@ class ShardedEMA:
             include_untracked: with frozen and excluded parameters and ignored buffers, as they are in the model.
 
         Raises:
-            EMAStateError: the model has changed, or another object's average is in it.
+            EMAStateError: the model has changed, another object's average is in it, or what is not averaged has no
+                elements that could be read by ranges (a quantised base model).
             EMAConfigError: no such average, or ``dtype`` is not a floating-point dtype.
         """
         call = self._call("full_state_dict()", name=name, dtype=dtype, include_untracked=include_untracked)
@@ -503,7 +504,8 @@ class ShardedEMA:
             path: the directory, which must not exist; its parent must.
             name: which average; None means the only one.
             dtype: of floating-point tensors; None means the live weights' own.
-            max_shard_size: bytes of one file at most, such as ``"5GB"`` or an int; a larger tensor has its own file.
+            max_shard_size: bytes of one file at most, such as ``"5GB"`` or an int; a larger tensor has its own file. An
+                adapter is one file, whatever its size.
             config_from: what is written beside the weights, or a list of such things: a file; a directory, whose
                 configuration files (not weights) are copied; an object with ``save_pretrained``, such as a transformers
                 config or tokenizer. None means the model's own configuration, if it has one and no adapters, as its
@@ -772,13 +774,14 @@ class ShardedEMA:
         self._control = None
 
     @answering("fingerprint()")
-    def fingerprint(self, name: str | None = None) -> dict[str, int]:
+    def fingerprint(self, name: str | None = None, *, include_untracked: bool = True) -> dict[str, int]:
         """A 64-bit digest of each full tensor, by canonical name, which does not depend on how it is sharded.
 
         Collective, 8 bytes a tensor; the same dict on every rank. Digests the shadow's own dtype. See
-        :mod:`dist_ema.arithmetic.fingerprint` for the formula. Raises as ``full_state_dict``.
+        :mod:`dist_ema.arithmetic.fingerprint` for the formula. ``include_untracked`` and errors as ``full_state_dict``.
         """
-        entries, held = self._view(self._call("fingerprint()", name=name), name, None)
+        call = self._call("fingerprint()", name=name, include_untracked=include_untracked)
+        entries, held = self._view(call, name, None, include_untracked)
         partial = []
         for entry in entries:
             mine = held.get(entry.name)

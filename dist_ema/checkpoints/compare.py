@@ -50,7 +50,8 @@ def compare(
 ) -> list[Difference]:
     """Compares the tensors of two checkpoints; neither their clocks nor their schedules. One process.
 
-    Tensors meet by name, tied ones by any of their names. What is read is checked against its fingerprint.
+    Tensors meet by name, tied ones by any of their names. What is read is checked against its fingerprint. What one of
+    them was saved without (``Manifest.lacking``) is not compared.
 
     Args:
         a, b: paths of the checkpoints.
@@ -76,7 +77,7 @@ def _compare(
     begin: Callable[[int], Advance] | None,
 ) -> list[Difference]:
     ours, theirs = _chosen(first, name), _chosen(second, name)
-    pairs = _match(paths, ours, theirs)
+    pairs = _match(paths, ours, theirs, {*first.lacking, *second.lacking})
     with _reader(paths[0], first, ours) as left, _reader(paths[1], second, theirs) as right:
         advance = begin(sum(tensor.nbytes for tensor in ours.values())) if begin else no_advance
         found = [
@@ -99,9 +100,12 @@ def _reader(path: StrPath, manifest: Manifest, tensors: dict[Key, StoredTensor])
 
 
 def _match(
-    paths: tuple[StrPath, StrPath], ours: dict[Key, StoredTensor], theirs: dict[Key, StoredTensor]
+    paths: tuple[StrPath, StrPath],
+    ours: dict[Key, StoredTensor],
+    theirs: dict[Key, StoredTensor],
+    lacking: set[str],
 ) -> dict[Key, Key]:
-    """The key in B for each key in A."""
+    """The key in B for each key in A; without what is not averaged and one of them is known to lack."""
     by_name = {(key[0], known): key for key, tensor in theirs.items() for known in (key[1], *tensor.aliases)}
     pairs: dict[Key, Key] = {}
     problems: list[str] = []
@@ -109,6 +113,8 @@ def _match(
         other = next(
             (by_name[key[0], known] for known in (key[1], *tensor.aliases) if (key[0], known) in by_name), None
         )
+        if other is None and key[0] == LIVE and not lacking.isdisjoint((key[1], *tensor.aliases)):
+            continue
         if other is None:
             problems.append(f"{_shown(key)} is missing in {paths[1]}")
             continue
@@ -116,7 +122,10 @@ def _match(
         if theirs[other].shape != tensor.shape:
             problems.append(f"{_shown(key)} has the shapes {tensor.shape} and {theirs[other].shape}")
     met = set(pairs.values())
-    problems += [f"{_shown(key)} is missing in {paths[0]}" for key in theirs if key not in met]
+    unmet = {key: tensor for key, tensor in theirs.items() if key not in met}
+    for key, tensor in unmet.items():
+        if key[0] != LIVE or lacking.isdisjoint((key[1], *tensor.aliases)):
+            problems.append(f"{_shown(key)} is missing in {paths[0]}")
     if problems:
         raise CheckpointMismatchError(f"{paths[0]} and {paths[1]} do not hold the same tensors: {'; '.join(problems)}")
     return pairs

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,8 @@ def export(
 
     def plan() -> tuple[Folder, list[FilePlan]]:
         limit = parse_size(max_shard_size)
+        if layout == "peft":  # which reads one file
+            limit = sys.maxsize
         folder = Folder(entries, held, dtypes, limit, tied=True, stem=STEMS[layout], arrangement=arrangement)
         check_readable(mine for entry in folder.written if (mine := held(entry.name)) is not None)
         return folder, folder.plan()

@@ -59,6 +59,8 @@ def open_reader(path: StrPath, manifest: Manifest) -> RunReader:
 def read_checkpoint(path: StrPath, name: str | None = None) -> dict[str, Tensor]:
     """Full tensors of one average, with what is not averaged, by canonical name, tied ones under each. One process.
 
+    A checkpoint that was saved with ``include_untracked=False`` has no more than the average and its buffers.
+
     Args:
         path: of the checkpoint, a directory or a URL.
         name: which average; None means the only one.

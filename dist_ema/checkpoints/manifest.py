@@ -143,9 +143,6 @@ class Manifest:
             _refuse(f"no version of it has {sorted(unknown)[:3]}")
         if "seed" in body and _is_odd(body["seed"], 63):
             _refuse(f"the seed {body['seed']!r} is none")
-        lacking = body.get("lacking", [])
-        if not isinstance(lacking, list) or not all(isinstance(name, str) and name.isprintable() for name in lacking):
-            _refuse("what it lacks is not a list of names")
         files = {}
         for name, file in body["files"].items():
             if not _FILE.fullmatch(name) or _is_odd(file["size"]) or not _CHECKSUM.fullmatch(file["header"]):
@@ -169,7 +166,7 @@ class Manifest:
             files=files,
             library=str(body["library"]),
             seed=body.get("seed"),
-            lacking=tuple(lacking),
+            lacking=_read_lacking(body.get("lacking", []), averages),
         )
         used = {tensor.file for tensors in manifest.folders().values() for tensor in tensors.values()}
         if used != files.keys():
@@ -237,6 +234,15 @@ def _read_tensors(found: Mapping[str, Any], folder: str, files: Mapping[str, Sto
             _refuse(f"tensor {name!r} has no fingerprint")
         tensors[name] = StoredTensor(stored.file, stored.dtype, stored.shape, int(entry["digest"], 16), stored.aliases)
     return tensors
+
+
+def _read_lacking(names: object, averages: Mapping[str, Any]) -> tuple[str, ...]:
+    if not isinstance(names, list) or not all(isinstance(name, str) and name.isprintable() for name in names):
+        _refuse("what it lacks is not a list of names")
+    there = {name for average in averages.values() for name in average["tensors"]}
+    if "" in names or len(set(names)) < len(names) or not there.isdisjoint(names):
+        _refuse("what it lacks has no name, or is there, or comes twice")
+    return tuple(names)
 
 
 def _read_progress(values: Mapping[str, Any]) -> Progress:
