@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from dist_ema import ShardedEMA, read_checkpoint, schedules
-from dist_ema.checkpoints.export import INDEX
 from dist_ema.checkpoints.manifest import NAME, Manifest
 from dist_ema.checkpoints.storage import RunWriter
 from dist_ema.cli import main
 
+INDEX = "model.safetensors.index.json"
 LARGE = 1 << 28
 
 
