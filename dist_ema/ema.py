@@ -530,7 +530,7 @@ class ShardedEMA:
         """
         arguments = {"name": name, "dtype": dtype, "max_shard_size": max_shard_size, "gather": gather}
         arguments |= {"include_untracked": include_untracked, "layout": layout}
-        entries, held = self._view(self._call("export()", **arguments), name, dtype, include_untracked, check=False)
+        entries, held = self._view(self._call("export()", **arguments), name, dtype, check=False)
         modules = self._engine.modules()
         export(
             path,
@@ -543,6 +543,7 @@ class ShardedEMA:
             gather=gather,
             layout=layout,
             model=unwrapped(modules[0]) if len(modules) == 1 else None,
+            include_untracked=include_untracked,
         )
 
     def save(

@@ -99,6 +99,7 @@ def _overlapping(state: dict[str, Tensor]) -> dict[str, Tensor]:
         (lambda state: {"a": torch.zeros(3)}, "'a' comes from aten.zeros|'a' comes from a tensor that is none"),
         (lambda state: {"a": torch.cat([state["b"], state["b"].double()])}, "several dtypes|_to_copy"),
         (lambda state: {"a": state["a"].zero_()}, "changes a tensor in place"),
+        (lambda state: {"a": state["missing"]}, "KeyError: 'missing'"),
         (lambda state: {"a": state["a"].view(torch.uint8)}, "takes elements of torch.float32 for torch.uint8"),
     ],
 )
@@ -267,6 +268,31 @@ def test_a_conversion_that_cannot_be_followed_is_said(
         ema.export(tmp_path / "export")
     assert "module's own names" in caplog.text and "lm_head.weight" in caplog.text
     assert read(tmp_path / "export").keys() == model.state_dict().keys()
+
+
+def test_halves_of_a_joined_tensor_are_not_taken_for_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """save_pretrained joins what there is: without the frozen half the tensor would have half its shape."""
+    model = _dinov2()
+    for name, parameter in model.named_parameters():
+        if "up_proj" in name or "norm" in name:
+            parameter.requires_grad_(False)
+    ema = ShardedEMA(model, decay=DECAY)
+    with pytest.raises(CheckpointError, match=r"mlp.weights_in.weight' is made of tensors of which some are left out"):
+        ema.export(tmp_path / "refused", layout="transformers", include_untracked=False)
+    ema.export(tmp_path / "own", include_untracked=False)
+    assert "are left out" in caplog.text
+    assert read(tmp_path / "own").keys() == ema.full_state_dict(include_untracked=False).keys()
+
+
+def test_what_is_left_out_is_left_out_under_its_saved_name(tmp_path: Path) -> None:
+    model = _qwen3_moe()
+    model.model.layers[0].requires_grad_(False)
+    ema = ShardedEMA(model, decay=DECAY)
+    ema.export(tmp_path / "whole", layout="transformers")
+    ema.export(tmp_path / "part", layout="transformers", include_untracked=False)
+    whole, part = read(tmp_path / "whole"), read(tmp_path / "part")
+    assert part.keys() == {name for name in whole if not name.startswith("model.layers.0.")}
+    assert all(torch.equal(whole[name], value) for name, value in part.items())
 
 
 def test_a_tokenizer_comes_along_with_the_models_own_config(tmp_path: Path) -> None:

@@ -49,18 +49,21 @@ def export(
     gather: bool | None,
     layout: str | None = None,
     model: nn.Module | None = None,
+    include_untracked: bool = True,
 ) -> None:
     """Writes full tensors to ``path``; see :meth:`ShardedEMA.export`. Collective.
 
-    ``model`` is the target without wrappers, for its names and its configuration.
+    ``entries`` are all of the model's. ``model`` is the target without wrappers, for its names and its configuration.
     """
     first = rank_in(group) == 0
     doing = f"export to {path}"
     dtypes = {entry.name: entry.live_dtype if dtype is None else entry.cast(dtype) for entry in entries}
 
+    left_out = set() if include_untracked else {entry.name for entry in entries if entry.mode == "live"}
+
     def look() -> Arrangement | None:
         _check(path, gather, layout, model)
-        return _arrange(model, layout, entries, dtypes) if first else None
+        return _arrange(model, layout, entries, dtypes, left_out) if first else None
 
     arrangement = agree(look, group, doing)
     token = Staging.new_token()
@@ -72,7 +75,8 @@ def export(
         limit = parse_size(max_shard_size)
         if layout == "peft":  # which reads one file
             limit = sys.maxsize
-        folder = Folder(entries, held, dtypes, limit, tied=True, stem=STEMS[layout], arrangement=arrangement)
+        wanted = [entry for entry in entries if entry.name not in left_out]
+        folder = Folder(wanted, held, dtypes, limit, tied=True, stem=STEMS[layout], arrangement=arrangement)
         check_readable(mine for entry in folder.written if (mine := held(entry.name)) is not None)
         return folder, folder.plan()
 
@@ -119,7 +123,11 @@ def _check(path: object, gather: object, layout: object, model: nn.Module | None
 
 
 def _arrange(
-    model: nn.Module | None, layout: str | None, entries: Sequence[Entry], dtypes: Mapping[str, torch.dtype]
+    model: nn.Module | None,
+    layout: str | None,
+    entries: Sequence[Entry],
+    dtypes: Mapping[str, torch.dtype],
+    left_out: set[str],
 ) -> Arrangement | None:
     """What is written in place of the module's own tensors; None if those are. Local."""
     convert = None if model is None else conversion(model, layout)
@@ -128,6 +136,8 @@ def _arrange(
     tensors = [(entry.names, TensorPlan(entry.name, dtypes[entry.name], entry.shape)) for entry in entries]
     try:
         arrangement = Arrangement.trace(convert, tensors)
+        if left_out and not arrangement.is_trivial:  # after all has been seen: halves are joined without a word
+            arrangement = arrangement.without(left_out)
     except UnknownOperationError as error:
         if layout is not None:
             raise CheckpointError(

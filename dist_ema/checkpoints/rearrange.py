@@ -9,8 +9,8 @@ files, by whoever holds them, without a full tensor anywhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from math import gcd, prod
 from typing import Any
@@ -134,7 +134,8 @@ class Arrangement:
     def trace(cls, convert: Convert, tensors: Iterable[tuple[Sequence[str], TensorPlan]]) -> Arrangement:
         """What ``convert`` makes of a state dict of these tensors, each under all of its names. Local; no memory.
 
-        Raises UnknownOperationError, which says why, if an element's value or way cannot be followed.
+        Raises UnknownOperationError, which says why, if the function fails or an element's value or way cannot be
+        followed.
         """
         recorder = _Recorder()
         state: dict[str, Tensor] = {}
@@ -142,10 +143,43 @@ class Arrangement:
             tensor = torch.empty(plan.shape, dtype=plan.dtype, device="meta")
             recorder.add(tensor, plan.name)
             state.update(dict.fromkeys(names, tensor))
-        with torch.no_grad(), recorder:
-            converted = dict(convert(dict(state)))
+        try:
+            with torch.no_grad(), recorder:
+                converted = dict(convert(dict(state)))
+        except CheckpointError:
+            raise
+        except Exception as error:  # of another library, which may not know a model of this kind
+            raise UnknownOperationError(f"{type(error).__name__}: {error}") from error
         same = converted.keys() == state.keys() and all(state[name] is tensor for name, tensor in converted.items())
         return recorder.arrangement(converted, same)
+
+    def without(self, names: Collection[str]) -> Arrangement:
+        """The same, but for the targets that are made of these sources.
+
+        Raises UnknownOperationError if one is made of others as well.
+        """
+        reached = {name: self._targets_of(memory) for name, memory in self.sources.items()}
+        dropped = set().union(*(targets for name, targets in reached.items() if name in names))
+        kept = set().union(*(targets for name, targets in reached.items() if name not in names))
+        if both := dropped & kept:
+            name = self.targets[min(both)].name
+            raise UnknownOperationError(f"{name!r} is made of tensors of which some are left out")
+        numbers = [number for number in range(len(self.targets)) if number not in dropped]
+        goals = {-1 - number: -1 - place for place, number in enumerate(numbers)}
+        goals |= {memory: memory for memory in self.links if not self._targets_of(memory) <= dropped}
+        links = {
+            memory: tuple(replace(link, goal=goals[link.goal]) for link in links if link.goal in goals)
+            for memory, links in self.links.items()
+            if memory in goals
+        }
+        sources = {name: memory for name, memory in self.sources.items() if name not in names}
+        return Arrangement(tuple(self.targets[number] for number in numbers), sources, links, is_trivial=False)
+
+    def _targets_of(self, memory: int) -> set[int]:
+        """The numbers of the targets that have elements of a memory."""
+        links = self.links.get(memory, ())
+        found = {-1 - link.goal for link in links if link.goal < 0}
+        return found.union(*(self._targets_of(goal) for goal in {link.goal for link in links if link.goal >= 0}))
 
     def place(self, source: str, runs: Runs, values: Tensor) -> Iterator[tuple[str, Runs, Tensor]]:
         """Where elements go: names of targets, runs there, and the values for those runs.
