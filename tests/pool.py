@@ -65,10 +65,10 @@ def _forget_meshes() -> None:
     """Clears what DTensor keeps about operations and the meshes that they were on."""
     from torch.distributed.tensor import DTensor, debug
 
-    try:
-        debug._clear_sharding_prop_cache()  # torch 2.13
-    except AttributeError:  # torch 2.9 and before: it has no other cache
-        DTensor._op_dispatcher.sharding_propagator.propagate_op_sharding.cache.cache_clear()
+    # Private, read in torch 2.7 to 2.14. The second cache is there since torch 2.10.
+    DTensor._op_dispatcher.sharding_propagator.propagate_op_sharding.cache.cache_clear()
+    if hasattr(debug, "_clear_fast_path_sharding_prop_cache"):
+        debug._clear_fast_path_sharding_prop_cache()
 
 
 class Pool:
