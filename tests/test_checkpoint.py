@@ -515,7 +515,7 @@ def test_the_next_update_does_not_wait_for_the_disk(tmp_path: Path, monkeypatch:
     ema = ShardedEMA(nn.Linear(3, 2), averages=AVERAGES)
     ema.update()
     synced, real = threading.Event(), os.fsync
-    monkeypatch.setattr(os, "fsync", lambda descriptor: (synced.wait(30), real(descriptor))[1])
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (synced.wait(120), real(descriptor))[1])
     ema.save(tmp_path / "c", block=False)
     ema.update()
     assert not (tmp_path / "c").exists()

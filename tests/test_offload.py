@@ -233,7 +233,7 @@ def test_update_returns_before_the_work_is_done_and_a_step_waits_for_it() -> Non
     inner = kernels.lerp
 
     def held_up(*arguments: Any) -> None:
-        assert go.wait(10)
+        assert go.wait(120)
         inner(*arguments)
 
     model = build()
@@ -396,7 +396,7 @@ def test_a_step_that_was_asked_for_after_the_copies_is_no_write_by_other_hands(
 
     class Asked(HostLink):
         def join(self) -> None:
-            assert stepped.wait(10)
+            assert stepped.wait(120)
 
     with mock.patch.dict(staging.LINKS, {"cpu": Asked}):
         model = build()
