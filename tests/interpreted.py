@@ -27,6 +27,20 @@ SIZES = (0, 1, 2048, 0, 2049, 4097, 7, 0)
 NAN, INF = float("nan"), float("inf")
 
 
+def _mend_the_interpreter() -> None:
+    """Triton 3.4 to 3.6 count with arrays of one element as if they were numbers, which numpy since 2.4 refuses."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: type, *scope: object) -> None:
+        patch(tensor, *scope)
+        if not scope:
+            tensor.__index__ = lambda self: self.handle.data.item()
+
+    interpreter._patch_lang_tensor = patched
+
+
 def _lerp(
     averages: list[list[Tensor]],
     sources: list[Tensor],
@@ -304,6 +318,7 @@ CHECKS = {name: value for name, value in globals().items() if name.startswith("c
 
 def main() -> None:
     np.seterr(all="ignore")  # of NaN and Inf
+    _mend_the_interpreter()
     multi_tensor.CHUNK = 2 * multi_tensor.BLOCK  # the interpreter takes milliseconds for a block
     results = {}
     for name, check in CHECKS.items():

@@ -31,7 +31,6 @@ COLLECTIVE_TIMEOUT = timedelta(seconds=60)
 def _serve(index: int, pipe: Connection, port: int) -> None:
     import torch
     import torch.distributed as dist
-    from torch.distributed.tensor.debug import _clear_sharding_prop_cache  # torch 2.13
 
     torch.set_num_threads(1)
     faulthandler.register(signal.SIGUSR1, all_threads=True)
@@ -58,8 +57,18 @@ def _serve(index: int, pipe: Connection, port: int) -> None:
             if dist.is_initialized():
                 dist.destroy_process_group()
             # It would give the next test tensors on an equal mesh of this one, whose groups are gone.
-            _clear_sharding_prop_cache()
+            _forget_meshes()
         pipe.send(failure)
+
+
+def _forget_meshes() -> None:
+    """Clears what DTensor keeps about operations and the meshes that they were on."""
+    from torch.distributed.tensor import DTensor, debug
+
+    # Private, read in torch 2.7 to 2.14. The second cache is there since torch 2.10.
+    DTensor._op_dispatcher.sharding_propagator.propagate_op_sharding.cache.cache_clear()
+    if hasattr(debug, "_clear_fast_path_sharding_prop_cache"):
+        debug._clear_fast_path_sharding_prop_cache()
 
 
 class Pool:

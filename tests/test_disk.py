@@ -155,6 +155,6 @@ def test_a_disk_that_cannot_be_written_to_costs_no_checkpoint(script: str, tmp_p
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=600,
     )
     assert result.returncode == 0, result.stderr

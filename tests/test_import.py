@@ -310,12 +310,6 @@ def test_help_names_every_format(capsys: pytest.CaptureFixture[str]) -> None:
 # torchtitan: as its source writes it, in directories of the real torch.distributed.checkpoint.
 
 
-@pytest.fixture(scope="session")
-def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where ranks leave what they wrote."""
-    return tmp_path_factory.mktemp("imports")
-
-
 def titan_net() -> nn.Module:
     """Rows of 7, 4 and 1: uneven and empty shards; no buffers, as in torchtitan's models."""
     torch.manual_seed(0)
@@ -327,9 +321,8 @@ def titan_average() -> dict[str, Tensor]:
     return {name: (value.detach() * 3).clone() for name, value in titan_net().named_parameters()}
 
 
-@pytest.mark.world_size(3)
-def test_torchtitan_saves_a_sharded_average(rank: int, shelf: Path) -> None:
-    """The writer of the next tests: the state dict that its EMA container gives to dcp.save, beside the trainer's."""
+def save_as_torchtitan(shelf: Path) -> None:
+    """The state dict that its EMA container gives to dcp.save, beside the trainer's, on three ranks."""
     mesh = init_device_mesh("cpu", (3,))
     net = fully_shard(titan_net(), mesh=mesh)
     flat = {f"state.{name}.ema_params": value.detach() * 3 for name, value in net.named_parameters()}
@@ -339,8 +332,22 @@ def test_torchtitan_saves_a_sharded_average(rank: int, shelf: Path) -> None:
     several = {f"{name}.{key}": value * scale for name, value in flat.items() for key, scale in (("a", 1), ("b.5", 2))}
     dcp.save({"ema_optimizer": several, "train_state": {"step": 40}}, checkpoint_id=shelf / "several")
     dist.barrier()
-    if rank == 0:
+    if dist.get_rank() == 0:
         import_checkpoint(shelf / "titan", shelf / "imported")
+
+
+@pytest.fixture(scope="session")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For what is written once for all tests."""
+    return tmp_path_factory.mktemp("imports")
+
+
+@pytest.fixture
+def shelf(written: Path, on_ranks: Callable[..., None]) -> Path:
+    """Where three ranks left what torchtitan writes, and its import."""
+    if not (written / "imported").exists():
+        on_ranks(save_as_torchtitan, 3, shelf=written)
+    return written
 
 
 @pytest.mark.world_size(2)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import itertools
 import logging
 import os
 import subprocess
 import sys
+import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -288,18 +291,110 @@ def test_without_a_compiler_it_falls_back_and_says_so(tmp_path: Path) -> None:
     assert "EMAConfigError: DIST_EMA_KERNEL=compiled, but there is no compiled kernel: no C++ compiler" in forced.stderr
 
 
-def test_processes_that_build_at_once_leave_one_whole_library(tmp_path: Path, kernel: native.Library) -> None:
-    """All ranks of a node start together, with an empty cache."""
-    variables = {**os.environ, "DIST_EMA_CACHE": str(tmp_path / "new"), "DIST_EMA_KERNEL": "compiled"}
-    started = [
-        subprocess.Popen([sys.executable, "-c", SCRIPT], env=variables, stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    for process in started:
-        output = process.communicate(timeout=300)[0]
+@pytest.fixture
+def counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file in which a compiler that takes a second more leaves a line each time; and an empty cache."""
+    script, calls = tmp_path / "compiler", tmp_path / "calls"
+    script.write_text(
+        f'#!/bin/sh\n[ "$1" = --version ] || {{ echo >> {calls}; sleep 1; }}\nexec {compiler._compiler()[0]} "$@"\n'
+    )
+    script.chmod(0o700)
+    monkeypatch.setenv("CXX", str(script))
+    monkeypatch.setenv("DIST_EMA_CACHE", str(tmp_path / "new"))
+    monkeypatch.setenv("DIST_EMA_KERNEL", "compiled")
+    return calls
+
+
+def test_processes_that_start_at_once_compile_once(tmp_path: Path, counted: Path) -> None:
+    """All ranks of a node start together, with an empty cache, and all of them compiled, for 20 s on a busy node."""
+    started = [subprocess.Popen([sys.executable, "-c", SCRIPT], stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    outputs = [process.communicate(timeout=300)[0] for process in started]
+    for process, output in zip(started, outputs, strict=True):
         assert process.returncode == 0
         assert f"compiled kernels, {tmp_path}/new/native-" in output
-    assert len(list((tmp_path / "new").iterdir())) == 1
+    assert counted.read_text() == "\n"
+    assert sum("Compiling the kernels" in output for output in outputs) == 1
+    assert len(list((tmp_path / "new").glob("*.so"))) == 1
+    assert sorted(path.name for path in (tmp_path / "new").iterdir())[0] == "lock"
+
+
+#: Takes the lock, says so, and keeps it until it is killed.
+HOLDER = """
+import fcntl, os, sys, time
+path = sys.argv[1]
+os.makedirs(os.path.dirname(path), exist_ok=True)
+file = open(path, "w")
+fcntl.flock(file, fcntl.LOCK_EX)
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path: Path, counted: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process that has the lock of the cache and does not give it up."""
+    command = [sys.executable, "-c", HOLDER, str(tmp_path / "new" / "lock")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+def test_lock_that_is_never_given_up_is_waited_for_in_bounds(
+    holder: subprocess.Popen[str],
+    counted: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """On a network's file system a lock can outlive its holder, or the request hang."""
+    caplog.set_level(logging.INFO, "dist_ema.arithmetic.compiler")
+    monkeypatch.setattr(compiler, "PATIENCE", 0.3)
+    native._check(native.build())
+    assert [record.levelname for record in caplog.records] == ["INFO", "WARNING", "INFO"]
+    assert "Waiting for another process" in caplog.text
+    assert "compiling without" in caplog.text
+    assert counted.read_text() == "\n"
+    native._check(native.build())  # what is in the cache needs no lock
+    assert counted.read_text() == "\n"
+    # When the lock comes in the end it goes on to the next, who is not kept waiting by this process.
+    holder.kill()
+    with (counted.parent / "new" / "lock").open("r+") as next_one:
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                fcntl.flock(next_one, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+
+
+def test_lock_of_a_dead_process_is_free(
+    holder: subprocess.Popen[str], counted: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A job that is killed while it compiles must not make the next one wait."""
+    caplog.set_level(logging.WARNING, "dist_ema.arithmetic.compiler")
+    holder.kill()
+    holder.wait()
+    native._check(native.build())
+    assert counted.read_text() == "\n"
+    assert not caplog.records
+
+
+def test_file_system_without_locks_is_no_obstacle(
+    counted: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Some refuse; what the call raises there is put in its place."""
+    caplog.set_level(logging.INFO, "dist_ema.arithmetic.compiler")
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    native._check(native.build())
+    assert "No locks available" in caplog.text
+    assert counted.read_text() == "\n"
 
 
 @pytest.mark.usefixtures("undecided", "kernel")
@@ -424,7 +519,7 @@ if child == 0:
 assert os.waitpid(child, 0)[1] == 0
 """
     variables = {**os.environ, "DIST_EMA_KERNEL": "compiled"}
-    subprocess.run([sys.executable, "-c", code], env=variables, check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], env=variables, check=True, timeout=300)
 
 
 # Pieces.

@@ -36,6 +36,10 @@ from dist_ema.errors import CheckpointError
 KILLS = 200
 KILLS_OF_A_RANK = 12
 LANES = 4
+#: Seconds that a rank waits for another one: more than a busy machine takes to start one.
+PATIENCE = 15
+#: Seconds after which nobody is waiting any more.
+HANGS = 180
 #: Operations that change what is on disk; before any other a kill leaves what it leaves before the next of these.
 CHANGES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "os.fsync"}
 #: What a killed process may leave in the directory that holds the checkpoint.
@@ -264,14 +268,16 @@ def test_a_kill_at_every_operation_on_files_leaves_a_whole_checkpoint(
 def _save_for_ever_together(path: Path, rank: int, rendezvous: str, pipe: Connection) -> None:
     _no_sync()
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
-    dist.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=2, timeout=timedelta(seconds=8))
+    dist.init_process_group(
+        "gloo", f"file://{rendezvous}", rank=rank, world_size=2, timeout=timedelta(seconds=PATIENCE)
+    )
     model, ema = _trainer(shard=True)
     ema.load(path)
     while True:
         _train(model, ema)
         pipe.send(("started", ema.num_updates))
         try:
-            ema.save(path, block=ema.num_updates % 2 == 0, timeout=8)
+            ema.save(path, block=ema.num_updates % 2 == 0, timeout=PATIENCE)
             ema.wait()
         except CheckpointError as error:
             pipe.send((str(error), ema.num_updates))
@@ -302,7 +308,8 @@ def _kill_a_rank(server: multiprocessing.context.BaseContext, folder: Path, seed
             dead = draw.randrange(2)
             ranks[dead][0].kill()
             survivor, pipe = ranks[1 - dead]
-            survivor.join(25)
+            survivor.join(HANGS)
+            assert survivor.exitcode is not None, "the survivor hangs"
             said = _drain(pipe)
             assert survivor.exitcode == 7, said
         assert "is gone" in said[-1][0]
@@ -349,7 +356,7 @@ sys.exit({status})
 def test_a_program_that_ends_with_a_failed_save_says_so(status: int, tmp_path: Path) -> None:
     """Exit status 0, and a checkpoint that is not there; found out when it is needed."""
     script = SCRIPT.format(log=str(tmp_path / "log"), path=str(tmp_path / "c"), status=status)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=HANGS, check=False)
     assert done.returncode == 1
     assert "No space left on device" in done.stderr
     assert done.stdout == "trained\n"

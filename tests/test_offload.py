@@ -233,7 +233,7 @@ def test_update_returns_before_the_work_is_done_and_a_step_waits_for_it() -> Non
     inner = kernels.lerp
 
     def held_up(*arguments: Any) -> None:
-        assert go.wait(10)
+        assert go.wait(120)
         inner(*arguments)
 
     model = build()
@@ -396,7 +396,7 @@ def test_a_step_that_was_asked_for_after_the_copies_is_no_write_by_other_hands(
 
     class Asked(HostLink):
         def join(self) -> None:
-            assert stepped.wait(10)
+            assert stepped.wait(120)
 
     with mock.patch.dict(staging.LINKS, {"cpu": Asked}):
         model = build()
@@ -535,13 +535,24 @@ def test_a_failure_that_comes_during_a_restore_is_forgotten_by_it(rank: int) -> 
     state = ema.state_dict()
     expected = ema.fingerprint()
 
+    restoring = threading.Event()
+    drain = ema._shadow.drain
+
     def fail(*_: Any) -> None:
-        time.sleep(0.2)
+        assert restoring.wait(120)
         raise MemoryError("late")
 
-    with mock.patch.object(kernels, "lerp", fail) if rank == 1 else contextlib.nullcontext():
+    def drained() -> None:  # the first that a restore does
+        restoring.set()
+        drain()
+
+    with contextlib.ExitStack() as stack:
+        if rank == 1:
+            stack.enter_context(mock.patch.object(kernels, "lerp", fail))
+            stack.enter_context(mock.patch.object(ema._shadow, "drain", drained))
         ema.update()
         ema.load_state_dict(state)
+        assert restoring.is_set() == (rank == 1)
     assert ema.fingerprint() == expected
 
 
@@ -592,7 +603,7 @@ ema.update()
 ema.wait()
 """
     command = [sys.executable, "-c", begin + code]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
 def test_a_program_that_ends_during_an_update_ends() -> None:
@@ -680,7 +691,7 @@ def test_the_thread_ends_with_close_and_with_its_average() -> None:
     assert (ema.num_updates, thread.is_alive()) == (2, True)
     del ema
     gc.collect()
-    thread.join(10)
+    thread.join(120)
     assert not thread.is_alive()
 
 

@@ -156,7 +156,10 @@ def test_published_models_have_their_published_sizes() -> None:
     for name, count in (("llama-3-70b", 70_553_706_496), ("deepseek-v3", 671_026_404_352)):
         model = of_config(MODELS / f"{name}.json", None)
         assert model.parameters == count
-        assert {spec.dtype for spec in model.tensors if spec.kind == "parameter"} == {torch.bfloat16}
+        dtypes = {spec.name: spec.dtype for spec in model.tensors if spec.kind == "parameter"}
+        for key in [key for key in dtypes if key.endswith("mlp.gate.weight")]:
+            assert dtypes.pop(key) in (torch.bfloat16, torch.float32)  # routers: transformers 5.24 keeps them in fp32
+        assert set(dtypes.values()) == {torch.bfloat16}
         styles = {key.rpartition("layers.5.")[2]: dim for key, dim in model.styles.items() if ".5." in key}
         assert styles["self_attn.o_proj.weight" if "llama" in name else "mlp.shared_experts.down_proj.weight"] == 1
         assert 0 in styles.values()

@@ -7,8 +7,8 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ from zero_models import reset_deepspeed  # noqa: E402
 from dist_ema import read_checkpoint  # noqa: E402
 
 STEPS = 6
+#: Seconds after which a run is not slow but hanging.
+HANGS = 600
 RUN = {"batch": 12, "steps": STEPS, "eval_every": 100, "checkpoint_every": 3}
 
 
@@ -148,9 +150,12 @@ def start(command: list[str], engine: str, out: Path, **options: object) -> psut
 
 def wait_for_checkpoint(process: psutil.Popen, out: Path) -> None:
     """Returns at a random moment after the first one."""
-    deadline = time.monotonic() + 90
-    while latest(out) is None:
-        assert process.poll() is None, (out.parent / "log").read_text()
+    deadline = time.monotonic() + HANGS
+    while True:
+        ended = process.poll()
+        if latest(out) is not None:
+            break
+        assert ended is None, (out.parent / "log").read_text()
         assert time.monotonic() < deadline, (out.parent / "log").read_text()
         time.sleep(0.02)
     time.sleep(random.uniform(0, 0.3))
@@ -158,23 +163,45 @@ def wait_for_checkpoint(process: psutil.Popen, out: Path) -> None:
 
 def test_torchrun_restarts_after_kill_9_of_a_rank(tmp_path: Path, on_ranks: Callable[..., None]) -> None:
     """Killed at any moment, within a save too: the run that torchrun starts again ends bit for bit like this one."""
-    engine = "fsdp2"
-    options = {"steps": 50, "checkpoint_every": 5}
-    out = tmp_path / "killed"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1"]
-    job = start([*torchrun, "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"], engine, out, **options)
-    try:
-        wait_for_checkpoint(job, out)
-        ranks = [child for child in job.children() if "train.py" in " ".join(child.cmdline())]
-        assert len(ranks) == 2
-        random.choice(ranks).kill()
-        assert not (out / FINISHED).exists(), "it ended before it was killed"
-        on_ranks(run, 2, engine=engine, out=tmp_path / "whole", **options)
-        assert job.wait(timeout=120) == 0, (tmp_path / "log").read_text()
-    finally:
-        end(job)
-    assert "resumed after step" in (tmp_path / "log").read_text()
-    assert_same_end(out, tmp_path / "whole", tmp_path, steps=50)
+    torchrun += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
+
+    def kill_a_rank(job: psutil.Popen) -> None:
+        with suppress(psutil.NoSuchProcess):  # it has ended
+            ranks = [child for child in job.children() if "train.py" in " ".join(child.cmdline())]
+            assert len(ranks) in (0, 2)
+            for rank in ranks[: random.choice((1, 2))][-1:]:
+                rank.kill()
+
+    with killed(torchrun, tmp_path, kill_a_rank) as (job, out, options):
+        on_ranks(run, 2, engine="fsdp2", out=tmp_path / "whole", **options)
+        assert job.wait(timeout=HANGS) == 0, (out.parent / "log").read_text()
+    assert "resumed after step" in (out.parent / "log").read_text()
+    assert_same_end(out, tmp_path / "whole", tmp_path, steps=options["steps"])
+
+
+@contextmanager
+def killed(
+    command: list[str], folder: Path, kill: Callable[[psutil.Popen], None]
+) -> Iterator[tuple[psutil.Popen, Path, dict[str, int]]]:
+    """A run of FSDP2 that was killed while it trained, where it writes, and its options.
+
+    A run that had ended before, since this process got no time meanwhile, is followed by a longer one.
+    """
+    for steps in (50, 500, 5000):
+        options = {"steps": steps, "checkpoint_every": steps // 10}
+        out = folder / f"killed{steps}" / "out"
+        out.parent.mkdir()
+        job = start(command, "fsdp2", out, **options)
+        try:
+            wait_for_checkpoint(job, out)
+            kill(job)
+            if not (out / FINISHED).exists():
+                yield job, out, options
+                return
+        finally:
+            end(job)
+    pytest.fail("every run ended before it could be killed")
 
 
 def end(job: psutil.Popen) -> None:
@@ -185,17 +212,10 @@ def end(job: psutil.Popen) -> None:
 
 
 def test_kill_9_of_a_whole_job_and_a_start_on_more_processes(tmp_path: Path, on_ranks: Callable[..., None]) -> None:
-    options = {"steps": 50, "checkpoint_every": 5}
-    out = tmp_path / "killed"
-    job = start([sys.executable], "fsdp2", out, **options)
-    try:
-        wait_for_checkpoint(job, out)
-        assert not (out / FINISHED).exists(), "it ended before it was killed"
-    finally:
-        end(job)
-    on_ranks(run, 2, engine="fsdp2", out=out, **options)
+    with killed([sys.executable], tmp_path, end) as (_, out, options):
+        on_ranks(run, 2, engine="fsdp2", out=out, **options)
     on_ranks(run, 1, engine="fsdp2", out=tmp_path / "whole", **options)
-    assert_same_end(out, tmp_path / "whole", tmp_path, exactly=False, steps=50)
+    assert_same_end(out, tmp_path / "whole", tmp_path, exactly=False, steps=options["steps"])
 
 
 def test_sigterm_saves_and_is_no_success(tmp_path: Path, on_ranks: Callable[..., None]) -> None:
@@ -205,7 +225,7 @@ def test_sigterm_saves_and_is_no_success(tmp_path: Path, on_ranks: Callable[...,
     try:
         wait_for_checkpoint(job, out)
         job.terminate()
-        assert job.wait(timeout=30) == 143, (tmp_path / "log").read_text()
+        assert job.wait(timeout=HANGS) == 143, (tmp_path / "log").read_text()
     finally:
         end(job)
     found = latest(out)

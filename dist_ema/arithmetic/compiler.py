@@ -1,13 +1,15 @@
 """A C++ source into a shared library, compiled on first use and kept for the next process.
 
 What it is built from and for (sources, compiler, processor) names the file in the cache, ``$DIST_EMA_CACHE`` or
-``~/.cache/dist_ema``. Processes that start together each build and rename into place, so none sees half a file; where
-the directory cannot be written, the build goes to a temporary directory.
+``~/.cache/dist_ema``. Of processes that start together one compiles, under a lock, and the others wait for its file.
+It is renamed into place, so none sees half of it. Where the directory cannot be written, or locked in time, each
+process compiles for itself, in a temporary directory.
 """
 
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import logging
 import os
@@ -17,8 +19,10 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import threading
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -27,6 +31,9 @@ logger = logging.getLogger(__name__)
 
 #: Seconds that a compiler may take. It needs one or two.
 COMPILER_TIMEOUT = 120.0
+#: Seconds that a process waits for another one to compile, before it does so itself.
+PATIENCE = 60.0
+_LOCK = "lock"
 _OPTIONS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
 # No -ffast-math, which drops the tests for NaN; no contraction, so that only what is written as fused is.
 _OPTIONS += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
@@ -48,24 +55,86 @@ def build(sources: Sequence[Path]) -> tuple[Path, ctypes.CDLL]:
     texts = [source.read_text() for source in sources]
     facts = [*texts, *command, _run([*compiler, "--version"]), _processor()]
     name = f"native-{hashlib.sha256(repr(facts).encode()).hexdigest()[:20]}.so"
-    try:
+    with suppress(OSError, RuntimeError):  # not there, damaged, or nobody knows where home is
         return _kept(_cache() / name)
-    except (OSError, RuntimeError):  # not there, damaged, or nobody knows where home is
-        pass
-    # Private, since in a shared directory somebody else could lay a library of that name. A loaded one can be deleted.
-    with tempfile.TemporaryDirectory(prefix="dist_ema_") as folder:
-        built = Path(folder) / name
-        _run([*command, *map(str, sources), "-o", str(built)])
-        try:
-            return _kept(_keep(built))
-        except (OSError, RuntimeError) as error:
-            logger.info("The compiled kernels are not kept for the next process: %s", error)
-            return built, ctypes.CDLL(str(built))
+    with _turn():
+        with suppress(OSError, RuntimeError):  # compiled meanwhile
+            return _kept(_cache() / name)
+        logger.info("Compiling the kernels for the CPU with %s, which takes seconds", shlex.join(compiler))
+        # Private: in a shared directory somebody else could lay a library of that name. A loaded one can be deleted.
+        with tempfile.TemporaryDirectory(prefix="dist_ema_") as folder:
+            built = Path(folder) / name
+            _run([*command, *map(str, sources), "-o", str(built)])
+            try:
+                return _kept(_keep(built))
+            except (OSError, RuntimeError) as error:
+                logger.info("The compiled kernels are not kept for the next process: %s", error)
+                return built, ctypes.CDLL(str(built))
 
 
 def _cache() -> Path:
     named = os.environ.get("DIST_EMA_CACHE")
     return Path(named) if named else Path.home() / ".cache" / "dist_ema"
+
+
+@contextmanager
+def _turn() -> Iterator[None]:
+    """Holds the lock of the cache, where there is one to be had in time. A process that dies gives its lock up."""
+    try:
+        folder = _cache()
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = _Lock(folder / _LOCK)
+    except (OSError, RuntimeError):  # nothing can be kept there, so nobody has to wait for anybody
+        yield
+        return
+    try:
+        lock.wait()
+        yield
+    finally:
+        lock.release()
+
+
+class _Lock:
+    """A lock on a file. A thread waits for it: on NFS without a lock manager even a request that may not wait hangs."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # NFS locks only what may be written
+        self._answered = threading.Event()
+        self._ending = threading.Lock()
+        self._waiting, self._wanted = True, True
+        threading.Thread(target=self._take, name="dist_ema lock", daemon=True).start()
+
+    def _take(self) -> None:
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+        except OSError as error:  # the file system has no locks
+            logger.info("Processes may compile the same kernels side by side: no lock on %s: %s", self._path, error)
+        with self._ending:
+            self._waiting = False
+            if not self._wanted:
+                self._close()
+        self._answered.set()
+
+    def wait(self) -> None:
+        """Returns with the lock, where the file system has none, or out of patience."""
+        if self._answered.wait(0.1):
+            return
+        logger.info("Waiting for another process that compiles the kernels for the CPU")
+        if not self._answered.wait(PATIENCE):
+            logger.warning("No lock on %s within %.0f s: compiling without", self._path, PATIENCE)
+
+    def release(self) -> None:
+        """At once, or as soon as the thread has what it waits for."""
+        with self._ending:
+            self._wanted = False
+            if not self._waiting:
+                self._close()
+
+    def _close(self) -> None:
+        with suppress(OSError):  # a child forked meanwhile has the file open too, and would keep the lock
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+        os.close(self._descriptor)
 
 
 def _keep(built: Path) -> Path:
