@@ -21,7 +21,7 @@ TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
 #: (command line, integrations) stands above.
 ORDER = [
     "errors interrupts",
-    "timing geometry background arithmetic.memory arithmetic.compiler",
+    "timing geometry background arithmetic.memory arithmetic.compiler checkpoints.strict_json",
     "offload.worker",
     "arithmetic.choice arithmetic.table arithmetic.rounding",
     "arithmetic.native arithmetic.triton_kernels",

@@ -68,8 +68,8 @@ def audit(
     """
     attempts = REREADS
     while True:
-        text = read_manifest_bytes(path)
         try:
+            text = read_manifest_bytes(path)
             manifest = Manifest.from_bytes(text)
         except CheckpointCorruptError as error:
             return None, [Finding(NAME, None, str(error))]

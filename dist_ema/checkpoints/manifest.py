@@ -11,10 +11,11 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from math import prod
+from math import isfinite, prod
 from typing import Any, NoReturn
 
 from dist_ema import __version__
+from dist_ema.checkpoints.strict_json import is_count, is_shape, parse, shown
 from dist_ema.errors import CheckpointCorruptError, CheckpointError, EMAError
 from dist_ema.schedules import Schedule, from_dict
 from dist_ema.timing import Progress
@@ -22,17 +23,23 @@ from dist_ema.timing import Progress
 NAME = "ema.json"
 FORMAT = "dist_ema"
 VERSION = 1
-#: A manifest has some hundred bytes a tensor; more than this is none.
-MAX_BYTES = 1 << 28
+#: A manifest has some hundred bytes a tensor, that of two averages of the largest public models 30 MB.
+MAX_BYTES = 1 << 26
 #: The folder of what is not averaged, beside those of the averages.
 LIVE = "live"
 #: Names of data folders.
 DATA = re.compile(r"data-[0-9a-f]{32}")
+#: Characters of an error that tell what was found.
+_SHOWN = 500
 _FILE = re.compile(r"(averages/[A-Za-z0-9_][A-Za-z0-9_.-]*|live)/model(-\d{5}-of-\d{5})?\.safetensors")
 _DIGEST = re.compile(r"[0-9a-f]{16}")
 _CHECKSUM = re.compile(r"[0-9a-f]{64}")
+_AVERAGE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+#: The manifest, its averages, one of them, its tensors, one of them, its shape.
+_DEPTH = 6
 _FIELDS = {"format", "version", "library", "data", "started", "clock", "start", "seen", "skipped", "averages", "live"}
 _FIELDS |= {"files", "seed", "lacking"}
+_TENSOR_FIELDS = {"file", "dtype", "shape", "digest", "aliases"}
 _ITEM_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I16": 2}
 _ITEM_SIZES |= {"I8": 1, "U8": 1, "U16": 2, "U32": 4, "U64": 8, "BOOL": 1, "C64": 8}
 
@@ -105,7 +112,7 @@ class Manifest:
     lacking: tuple[str, ...] = ()
 
     def to_bytes(self) -> bytes:
-        """The text of ``ema.json``."""
+        """The text of ``ema.json``. Raises CheckpointError if it were longer than any that is read."""
         body: dict[str, Any] = {
             "format": FORMAT,
             "version": VERSION,
@@ -124,7 +131,13 @@ class Manifest:
             "files": {name: asdict(file) for name, file in self.files.items()},
         }
         body |= {} if self.seed is None else {"seed": self.seed}
-        return _seal(body | ({"lacking": list(self.lacking)} if self.lacking else {}))
+        text = _seal(body | ({"lacking": list(self.lacking)} if self.lacking else {}))
+        if len(text) > MAX_BYTES:
+            raise CheckpointError(
+                f"{NAME} of {sum(map(len, self.averages.values())) + len(self.live)} tensors would have {len(text)} "
+                f"bytes, and {MAX_BYTES} are the most that is read: save fewer averages in one checkpoint"
+            )
+        return text
 
     @classmethod
     def from_bytes(cls, text: bytes) -> Manifest:
@@ -132,45 +145,53 @@ class Manifest:
         body = _unseal(text)
         try:
             return cls._from_body(body)
-        except (KeyError, TypeError, ValueError, AttributeError, EMAError, RecursionError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, EMAError, ArithmeticError) as error:
             if isinstance(error, CheckpointCorruptError):
                 raise
-            raise CheckpointCorruptError(f"{NAME}: not a manifest of this library: {error!r}") from error
+            _refuse(f"not a manifest of this library: {type(error).__name__}: {error}")
 
     @classmethod
     def _from_body(cls, body: dict[str, Any]) -> Manifest:
         if unknown := body.keys() - _FIELDS:
             _refuse(f"no version of it has {sorted(unknown)[:3]}")
-        if "seed" in body and _is_odd(body["seed"], 63):
-            _refuse(f"the seed {body['seed']!r} is none")
+        if "seed" in body and not is_count(body["seed"], 63):
+            _refuse(f"the seed {shown(body['seed'])} is none")
+        if not isinstance(body["started"], bool) or not is_count(body["skipped"]):
+            _refuse(f"started={shown(body['started'])} and skipped={shown(body['skipped'])} are no flag and no count")
+        library = body["library"]
+        if not isinstance(library, str) or len(library) > 100 or not library.isprintable():
+            _refuse(f"the library's version {shown(library)} is none")
         files = {}
         for name, file in body["files"].items():
-            if not _FILE.fullmatch(name) or _is_odd(file["size"]) or not _CHECKSUM.fullmatch(file["header"]):
-                _refuse(f"the file {name!r} has a name, size or checksum that none has")
+            known = file.keys() == {"size", "header"} and _FILE.fullmatch(name)
+            if not known or not is_count(file["size"]) or not _CHECKSUM.fullmatch(file["header"]):
+                _refuse(f"the file {shown(name)} has a name, size or checksum that none has")
             files[name] = StoredFile(file["size"], file["header"])
         if not DATA.fullmatch(body["data"]):
-            _refuse(f"the data folder {body['data']!r} has a name that none has")
+            _refuse(f"the data folder {shown(body['data'])} has a name that none has")
         averages = body["averages"]
+        for name, average in averages.items():
+            if not _AVERAGE.fullmatch(name) or average.keys() != {"schedule", "tensors"}:
+                _refuse(f"the average {shown(name)} has a name that none has, or more than a schedule and tensors")
         manifest = cls(
             data=body["data"],
-            started=bool(body["started"]),
+            started=body["started"],
             clock=_read_progress(body["clock"]),
             start=_read_progress(body["start"]),
             seen=_read_progress(body["seen"]),
-            skipped=int(body["skipped"]),
+            skipped=body["skipped"],
             schedules={name: from_dict(average["schedule"]) for name, average in averages.items()},
             averages={
                 name: _read_tensors(average["tensors"], f"averages/{name}", files) for name, average in averages.items()
             },
             live=_read_tensors(body["live"], LIVE, files),
             files=files,
-            library=str(body["library"]),
+            library=library,
             seed=body.get("seed"),
             lacking=_read_lacking(body.get("lacking", []), averages),
         )
-        used = {tensor.file for tensors in manifest.folders().values() for tensor in tensors.values()}
-        if used != files.keys():
-            _refuse(f"no tensor lies in {sorted(files.keys() - used)[:3]}")
+        _check_clocks(manifest)
+        _check_room(manifest)
         return manifest
 
     def folders(self) -> dict[str, Mapping[str, StoredTensor]]:
@@ -194,19 +215,18 @@ def _unseal(text: bytes) -> dict[str, Any]:
     if len(text) > MAX_BYTES:
         _refuse(f"it has {len(text)} bytes, more than any manifest")
     try:
-        body = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointCorruptError(f"{NAME}: not JSON: {error}") from error
+        body = parse(text, depth=_DEPTH)
+    except ValueError as error:
+        raise CheckpointCorruptError(f"{NAME}: not JSON of this library: {str(error)[:_SHOWN]}") from error
     if not isinstance(body, dict) or body.get("format") != FORMAT:
         _refuse("it was not written by dist_ema, or is damaged")
-    if body.get("version") != VERSION:
-        raise CheckpointError(f"{NAME}: format version {body.get('version')!r}; this library reads version {VERSION}")
+    version = body.get("version")
+    if not is_count(version):
+        _refuse(f"version {shown(version)} is none")
+    if version != VERSION:
+        raise CheckpointError(f"{NAME}: format version {version}; this library reads version {VERSION}")
     body.pop("checksum", None)
-    try:
-        sealed = _seal(body)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointCorruptError(f"{NAME}: {error}") from error
-    if sealed != text:
+    if _seal(body) != text:
         _refuse("its checksum does not fit: it is damaged, or was edited")
     return body
 
@@ -219,19 +239,21 @@ def _read_tensors(found: Mapping[str, Any], folder: str, files: Mapping[str, Sto
     tensors: dict[str, StoredTensor] = {}
     names: set[str] = set()
     for name, entry in found.items():
-        stored = StoredTensor(entry["file"], entry["dtype"], tuple(entry["shape"]), 0, tuple(entry["aliases"]))
+        shape, aliases = entry["shape"], entry["aliases"]
+        if entry.keys() != _TENSOR_FIELDS or not isinstance(shape, list) or not isinstance(aliases, list):
+            _refuse(f"tensor {shown(name)} is not described as one")
+        if entry["dtype"] not in _ITEM_SIZES or not is_shape(shape, _ITEM_SIZES[entry["dtype"]]):
+            sizes = f"shape {shape}" if len(shape) <= 8 else f"{len(shape)} sizes"
+            _refuse(f"tensor {shown(name)} has the dtype {shown(entry['dtype'])} and {sizes}")
+        stored = StoredTensor(entry["file"], entry["dtype"], tuple(shape), 0, tuple(aliases))
         for known in (name, *stored.aliases):
             if known in names or not isinstance(known, str) or not known or not known.isprintable():
-                _refuse(f"the tensor name {known!r} is not printable, or comes twice")
+                _refuse(f"the tensor name {shown(known)} is not printable, or comes twice")
             names.add(known)
-        if any(_is_odd(size) for size in stored.shape) or stored.dtype not in _ITEM_SIZES:
-            _refuse(f"tensor {name!r} has the dtype {stored.dtype!r} and shape {stored.shape!r}")
         if stored.file not in files or stored.file.rpartition("/")[0] != folder:
-            _refuse(f"tensor {name!r} is said to lie in {stored.file!r}")
-        if stored.nbytes > files[stored.file].size:
-            _refuse(f"tensor {name!r} is larger than its file {stored.file!r}")
+            _refuse(f"tensor {shown(name)} is said to lie in {shown(stored.file)}")
         if not _DIGEST.fullmatch(entry["digest"]):
-            _refuse(f"tensor {name!r} has no fingerprint")
+            _refuse(f"tensor {shown(name)} has no fingerprint")
         tensors[name] = StoredTensor(stored.file, stored.dtype, stored.shape, int(entry["digest"], 16), stored.aliases)
     return tensors
 
@@ -246,16 +268,40 @@ def _read_lacking(names: object, averages: Mapping[str, Any]) -> tuple[str, ...]
 
 
 def _read_progress(values: Mapping[str, Any]) -> Progress:
-    if values.keys() != {field.name for field in fields(Progress)}:
-        _refuse(f"{sorted(values)} is not a clock")
-    # advance() checks every number.
+    names = {field.name for field in fields(Progress)}
+    if values.keys() != names:
+        _refuse("a clock has other units than batches, samples, tokens, epochs and updates")
+    epochs = values["epochs"]
+    if not (is_count(epochs) or (isinstance(epochs, float) and isfinite(epochs) and 0 <= epochs < 1 << 62)):
+        _refuse(f"a clock has {shown(epochs)} epochs")
+    for name in names - {"epochs"}:
+        if not is_count(values[name]):
+            _refuse(f"a clock has {shown(values[name])} {name}")
     return Progress().advance(**values)
 
 
-def _is_odd(number: object, bits: int = 62) -> bool:
-    """Whether this is not a size: a whole number from 0 to 2**62. (A seed has 63 bits.)"""
-    return not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 1 << bits
+def _check_clocks(manifest: Manifest) -> None:
+    """The first copy and the last update lie before the moment of the save."""
+    for name in (field.name for field in fields(Progress) if field.name != "updates"):
+        now, start, seen = (getattr(clock, name) for clock in (manifest.clock, manifest.start, manifest.seen))
+        slack = 1e-6 * now if name == "epochs" else 0  # sums of fractions
+        if start > now + slack or start + seen > now + slack:
+            _refuse(f"the average began at {start} {name} and has seen {seen}, but {now} were trained")
+
+
+def _check_room(manifest: Manifest) -> None:
+    """Every file has tensors, and room for them."""
+    room = {name: file.size for name, file in manifest.files.items()}
+    used = set()
+    for tensors in manifest.folders().values():
+        for name, tensor in tensors.items():
+            used.add(tensor.file)
+            room[tensor.file] -= tensor.nbytes
+            if room[tensor.file] < 0:
+                _refuse(f"tensor {shown(name)} and those before it are larger than their file {tensor.file}")
+    if used != room.keys():
+        _refuse(f"no tensor lies in {sorted(room.keys() - used)[:3]}")
 
 
 def _refuse(why: str) -> NoReturn:
-    raise CheckpointCorruptError(f"{NAME}: {why}")
+    raise CheckpointCorruptError(f"{NAME}: {why[:_SHOWN]}")

@@ -10,7 +10,7 @@ import re
 import stat
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, BinaryIO, Protocol, TypeAlias
 
 from dist_ema.errors import CheckpointCorruptError, CheckpointError, EMAConfigError
 
@@ -140,6 +140,15 @@ class LocalFile:
     def close(self) -> None:
         """As :meth:`OpenFile.close`."""
         os.close(self._descriptor)
+
+
+def open_plain(path: Path) -> BinaryIO:
+    """Opens a plain file that a user has named, also through links. Raises OSError for a pipe, which would block."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(f"{path} is not a plain file")
+    return os.fdopen(descriptor, "rb")
 
 
 class Remote:

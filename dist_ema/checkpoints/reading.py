@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import threading
 from collections import Counter
@@ -17,6 +16,7 @@ from torch import Tensor
 from dist_ema.checkpoints.manifest import MAX_BYTES, NAME, Manifest, StoredFile, StoredTensor, checksum
 from dist_ema.checkpoints.places import OpenFile, StrPath, is_remote, place
 from dist_ema.checkpoints.storage import DTYPE_NAMES
+from dist_ema.checkpoints.strict_json import parse, shown
 from dist_ema.errors import CheckpointCorruptError, CheckpointError
 from dist_ema.geometry import Runs
 
@@ -26,6 +26,8 @@ DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 REREADS = 2
 #: The longest header that safetensors itself reads.
 _MAX_HEADER = 100_000_000
+#: The header, one of its tensors, its shape.
+_HEADER_DEPTH = 3
 #: Files that one reader keeps open: far fewer than a process may have, and enough for all of most checkpoints.
 _OPEN_FILES = 256
 
@@ -46,10 +48,14 @@ def read_manifest_bytes(path: StrPath) -> bytes:
         file = place(path).file(NAME)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is no checkpoint: it has no {NAME}") from error
+    except NotADirectoryError as error:
+        raise CheckpointError(f"{path} is no checkpoint: it is a file, and a checkpoint is a directory") from error
     except OSError as error:
         raise CheckpointError(f"{NAME} of {path} cannot be read: {error}") from error
     try:
-        text = bytearray(min(file.size, MAX_BYTES + 1))
+        if file.size > MAX_BYTES:
+            raise CheckpointCorruptError(f"{NAME} of {path} has {file.size} bytes, more than any manifest")
+        text = bytearray(file.size)
         if not file.read([(0, memoryview(text))]):
             raise CheckpointCorruptError(f"{NAME} of {path} became shorter while it was read")
     except OSError as error:
@@ -108,9 +114,12 @@ class RunReader:
         self._offsets: dict[tuple[str, str], int] = {}
         self._tensors = tensors
         try:
+            inside: dict[str, dict[tuple[str, str], StoredTensor]] = {name: {} for name in files}
+            for key, tensor in tensors.items():
+                if tensor.file in inside:
+                    inside[tensor.file][key] = tensor
             for name, file in files.items():
-                inside = {key: tensor for key, tensor in tensors.items() if tensor.file == name}
-                self._offsets |= self._check_file(name, file, inside)
+                self._offsets |= self._check_file(name, file, inside[name])
         except BaseException:
             self.close()
             raise
@@ -207,14 +216,14 @@ def _offsets(
 ) -> dict[tuple[str, str], int]:
     """Where each tensor begins, after checking that the header says what the manifest says, and covers the file."""
     try:
-        found = json.loads(header[8:])
+        found = parse(header[8:], depth=_HEADER_DEPTH)
         found.pop("__metadata__", None)
         described = {}
         for name, entry in found.items():
             begin, end = map(_size, entry["data_offsets"])
             described[name] = (entry["dtype"], tuple(map(_size, entry["shape"])), begin, end)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointCorruptError(f"{path} has a header that is none: {error!r}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointCorruptError(f"{path} has a header that is none: {str(error)[:200]}") from error
     listed = {name: (tensor.dtype, tensor.shape) for (_, name), tensor in tensors.items()}
     if {name: entry[:2] for name, entry in described.items()} != listed:
         raise CheckpointCorruptError(f"{path} does not hold the tensors that the manifest lists for it")
@@ -233,5 +242,5 @@ def _offsets(
 
 def _size(number: object) -> int:
     if not isinstance(number, int) or isinstance(number, bool):
-        raise TypeError(f"{number!r} is not an offset or a size")
+        raise TypeError(f"{shown(number)} is not an offset or a size")
     return number

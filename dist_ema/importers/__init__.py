@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from dist_ema.checkpoints.strict_json import shown
 from dist_ema.errors import CheckpointError, EMAConfigError
 from dist_ema.importers import composer, diffusers, ema_pytorch, lightning, nemo, timm, torchtitan
 from dist_ema.importers.foreign import Content, Foreign, Model
@@ -56,5 +57,5 @@ def recognise(content: Content, name: str, where: str) -> str:
 
 
 def _has(content: Content) -> str:
-    keys = [repr(key) for key in (*content.values, *content.tensors)]
+    keys = [shown(key) for key in (*content.values, *content.tensors)]
     return f"it has {', '.join(keys[:8]) or 'nothing'}" + (", ..." if len(keys) > 8 else "")

@@ -8,7 +8,6 @@ them, and refuses everything else. Each part of a tensor is a file of torch.save
 from __future__ import annotations
 
 import io
-import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -18,14 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dist_ema.checkpoints.places import open_plain
+from dist_ema.checkpoints.strict_json import MAX_DIMENSIONS, is_count, is_shape, shown
 from dist_ema.errors import CheckpointCorruptError, CheckpointError
 from dist_ema.importers.foreign import Content, LazyTensor
 from dist_ema.importers.pickles import load_bytes
+from dist_ema.importers.unpickling import Function, RefusedError, StandIn, Unpickler, loads
 
 METADATA = ".metadata"
 _MODULE = "torch.distributed.checkpoint.metadata"
 _RECORDS = {
-    (_MODULE, name)
+    f"{_MODULE}.{name}"
     for name in (
         "Metadata",
         "MetadataIndex",
@@ -37,43 +39,36 @@ _RECORDS = {
         "_MEM_FORMAT_ENCODING",
     )
 }
-_RECORDS |= {("torch.distributed.checkpoint.filesystem", "_StorageInfo"), ("torch.serialization", "_get_layout")}
-_RECORDS |= {("pathlib", name) for name in ("Path", "PosixPath", "WindowsPath", "PurePosixPath")}
-_MAX_BYTES = 1 << 31
+_RECORDS |= {"torch.distributed.checkpoint.filesystem._StorageInfo", "torch.serialization._get_layout"}
+_RECORDS |= {f"pathlib.{name}" for name in ("Path", "PosixPath", "WindowsPath", "PurePosixPath")}
+_MAX_BYTES = 1 << 28
+#: Comparisons of parts with each other that a second has time for: those of 512 rows of columns beside each other, or
+#: of half a million parts in rows.
+_COMPARISONS = 1 << 20
 #: The largest entry that is no tensor and is looked at.
 _ENTRY_BYTES = 1 << 20
 
 
-class _Record:
+class _Record(StandIn):
     """Stands in for an object of DCP: its arguments and its state, and no code."""
-
-    def __init__(self, *args: object) -> None:
-        self.args = args
-        self.state: Any = {}
-
-    def __setstate__(self, state: object) -> None:
-        self.state = state
 
     def __getitem__(self, key: str) -> Any:
         return self.state.get(key) if isinstance(self.state, dict) else None
 
 
-class _Unpickler(pickle._Unpickler):  # the one in C takes memory for as many memos as a file of ten bytes says
-    """Knows DCP's metadata, and gives each file classes of its own, which it cannot spoil for the next."""
+class _Unpickler(Unpickler):
+    """Knows DCP's metadata."""
 
-    def __init__(self, data: bytes) -> None:
-        super().__init__(io.BytesIO(data))
-        self._classes: dict[tuple[str, str], type] = {}
-
-    def find_class(self, module: str, name: str) -> Any:
-        """What a pickle means by a name. Raises UnpicklingError for any but DCP's."""
-        if (module, name) == ("torch", "Size"):
-            return torch.Size
-        if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
+    def named(self, name: str) -> object:
+        """What a pickle means by a name. Raises RefusedError for any but DCP's."""
+        module, _, last = name.rpartition(".")
+        if name == "torch.Size":
+            return Function(lambda sizes=(): tuple(sizes))
+        if module == "torch" and isinstance(dtype := getattr(torch, last, None), torch.dtype):
             return dtype
-        if (module, name) not in _RECORDS:
-            raise pickle.UnpicklingError(f"{module}.{name} is not a class of torch.distributed.checkpoint's metadata")
-        return self._classes.setdefault((module, name), type(name, (_Record,), {}))
+        if name not in _RECORDS:
+            raise RefusedError(f"{name} is not a class of torch.distributed.checkpoint's metadata")
+        return type(last, (_Record,), {})
 
 
 @dataclass(frozen=True)
@@ -98,18 +93,21 @@ def open_directory(path: Path) -> Content:
     storage: dict[str, list[tuple[Any, Any]]] = {}
     for index, info in _mapping(metadata["storage_data"]).items():
         if not isinstance(index, _Record) or not isinstance(info, _Record):
-            raise CheckpointCorruptError(f"{path / METADATA}: {index!r} is not an entry")
-        storage.setdefault(str(index["fqn"]), []).append((index, info))
+            raise CheckpointCorruptError(f"{path / METADATA}: {shown(index)} is not an entry")
+        storage.setdefault(_name(index["fqn"]), []).append((index, info))
     tensors: dict[str, LazyTensor] = {}
     values: dict[str, Any] = {}
     for name, described in _mapping(metadata["state_dict_metadata"]).items():
+        known = _name(name)
         try:
             if type(described).__name__ == "TensorStorageMetadata":
-                tensors[str(name)] = _tensor(path, str(name), described, storage.get(str(name), []))
+                tensors[known] = _tensor(path, known, described, storage.get(known, []))
             else:
-                values[str(name)] = _Entry(path, storage.get(str(name), []))
+                values[known] = _Entry(path, storage.get(known, []))
         except (TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
-            raise CheckpointCorruptError(f"{path / METADATA}: {name!r} is not described: {error!r}") from error
+            raise CheckpointCorruptError(
+                f"{path / METADATA}: {shown(known)} is not described: {str(error)[:200]}"
+            ) from error
     return Content("dcp", values, tensors)
 
 
@@ -145,15 +143,17 @@ def read_value(content: Content, name: str) -> Any:
 
 def _load_metadata(file: Path) -> _Record:
     try:
-        with file.open("rb") as opened:
-            data = opened.read(_MAX_BYTES)
-        metadata = _Unpickler(data).load()
+        with open_plain(file) as opened:
+            data = opened.read(_MAX_BYTES + 1)
+        if len(data) > _MAX_BYTES:
+            raise ValueError(f"more than {_MAX_BYTES} bytes")
+        metadata = loads(data, _Unpickler)
     except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from error
-    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from error
+    except RefusedError as error:
         raise CheckpointError(f"{file} was not read, and none of it was run: {error}") from error
     except Exception as error:  # a damaged pickle raises nearly anything
-        raise CheckpointCorruptError(f"{file} is damaged: {error!r}") from error
+        raise CheckpointCorruptError(f"{file} is damaged: {type(error).__name__}: {str(error)[:200]}") from error
     if not isinstance(metadata, _Record) or type(metadata).__name__ != "Metadata":
         raise CheckpointCorruptError(f"{file} holds no metadata")
     return metadata
@@ -165,12 +165,20 @@ def _mapping(value: Any) -> Mapping[Any, Any]:
     return value
 
 
+def _name(value: Any) -> str:
+    if not isinstance(value, str):
+        raise CheckpointCorruptError(f"{METADATA}: {shown(value)} is no name of an entry")
+    return value
+
+
 def _tensor(path: Path, name: str, described: _Record, stored: list[tuple[Any, Any]]) -> LazyTensor:
     state = described["properties"].state
     dtype = state[0] if isinstance(state, tuple) else state["dtype"]
     shape = _box(described["size"])
     if not isinstance(dtype, torch.dtype):
-        raise TypeError(f"{dtype!r} is not a dtype")
+        raise TypeError(f"{shown(dtype)} is not a dtype")
+    if not is_shape(shape, dtype.itemsize):
+        raise ValueError(f"a tensor of {len(shape)} dimensions has a shape that none has")
     infos = {_box(index["offset"]): info for index, info in stored}
     parts = [
         _part(path, _box(chunk["offsets"]), _box(chunk["sizes"]), infos[_box(chunk["offsets"])])
@@ -181,18 +189,20 @@ def _tensor(path: Path, name: str, described: _Record, stored: list[tuple[Any, A
 
 
 def _box(value: Any) -> tuple[int, ...]:
-    sizes = tuple(value)
-    if any(not isinstance(size, int) or isinstance(size, bool) or not 0 <= size < 1 << 62 for size in sizes):
-        raise ValueError(f"{sizes} are not sizes")
-    return sizes
+    if not isinstance(value, (tuple, list)) or len(value) > MAX_DIMENSIONS or not all(map(is_count, value)):
+        raise ValueError(f"{shown(value)} of {len(value)} entries are not sizes")
+    return tuple(value)
 
 
 def _part(path: Path, offsets: tuple[int, ...], sizes: tuple[int, ...], info: Any) -> _Part:
-    name, (begin, length) = str(info["relative_path"]), _box((info["offset"], info["length"]))
+    name, (begin, length) = info["relative_path"], _box((info["offset"], info["length"]))
+    if not isinstance(name, str):
+        raise ValueError(f"{shown(name)} is not the name of a file")
     if PurePath(name).name != name or name in ("", ".", ".."):
-        raise CheckpointCorruptError(f"{path / METADATA}: {name!r} is not a file of this directory")
+        raise CheckpointCorruptError(f"{path / METADATA}: {shown(name)} is not a file of this directory")
     if info["transform_descriptors"]:
-        raise CheckpointError(f"{path} was written with the extension {info['transform_descriptors']}: not supported")
+        used = [shown(one) for one in info["transform_descriptors"]][:8]
+        raise CheckpointError(f"{path} was written with the extensions {', '.join(used)}: not supported")
     return _Part(offsets, sizes, path / name, begin, length)
 
 
@@ -204,20 +214,37 @@ def _check_parts(path: Path, name: str, shape: tuple[int, ...], dtype: torch.dty
         )
         if not inside or prod(part.sizes) * dtype.itemsize > part.length:
             raise CheckpointCorruptError(f"{path}: a part of {name!r} lies outside of it, or has too few bytes")
-    # Where thousands of ranks each have some rows, the rows of few begin before those of another end.
-    open_parts: list[_Part] = []
-    for part in sorted((part for part in parts if prod(part.sizes)), key=lambda part: part.offsets):
-        open_parts = [other for other in open_parts if _end(other) > part.offsets[:1]]
-        if any(_overlap(part, other) for other in open_parts):
-            raise CheckpointCorruptError(f"{path}: two parts of {name!r} overlap")
-        open_parts.append(part)
     if sum(prod(part.sizes) for part in parts) != prod(shape):
-        raise CheckpointCorruptError(f"{path}: the parts of {name!r} do not make up the tensor")
+        problem = "overlap" if _any_overlap(path, name, parts) else "do not make up the tensor"
+        raise CheckpointCorruptError(f"{path}: the parts of {name!r} {problem}")
+    if _any_overlap(path, name, parts):
+        raise CheckpointCorruptError(f"{path}: two parts of {name!r} overlap")
 
 
-def _end(part: _Part) -> tuple[int, ...]:
-    """Of its rows; nothing has an end where there is no dimension."""
-    return tuple(begin + size for begin, size in zip(part.offsets[:1], part.sizes[:1], strict=True))
+def _any_overlap(path: Path, name: str, parts: list[_Part]) -> bool:
+    """Where thousands of ranks each have some rows, the rows of few begin before those of another end.
+
+    So it is looked along the dimension in which the parts begin at most places. Raises CheckpointError where they lie
+    so that each would have to be compared with too many.
+    """
+    parts = [part for part in parts if prod(part.sizes)]
+    if len(parts) < 2:
+        return False
+    dimensions = range(len(parts[0].offsets))
+    along = max(dimensions, key=lambda dimension: len({part.offsets[dimension] for part in parts}), default=None)
+    if along is None:
+        return True  # two parts of one number
+    open_parts: list[_Part] = []
+    left = _COMPARISONS
+    for part in sorted(parts, key=lambda part: part.offsets[along]):
+        open_parts = [other for other in open_parts if other.offsets[along] + other.sizes[along] > part.offsets[along]]
+        left -= len(open_parts)
+        if left < 0:
+            raise CheckpointError(f"{path}: {name!r} has {len(parts)} parts, too many beside each other to be compared")
+        if any(_overlap(part, other) for other in open_parts):
+            return True
+        open_parts.append(part)
+    return False
 
 
 def _overlap(a: _Part, b: _Part) -> bool:
@@ -243,7 +270,9 @@ def _assembly(name: str, shape: tuple[int, ...], dtype: torch.dtype, parts: list
 
 def _load_part(part: _Part) -> Any:
     try:
-        with part.file.open("rb") as file:
+        with open_plain(part.file) as file:
+            if part.begin + part.length > file.seek(0, io.SEEK_END):
+                raise CheckpointCorruptError(f"{part.file} ends before a part that lies at {part.begin}")
             file.seek(part.begin)
             data = file.read(part.length)
     except OSError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from dist_ema.checkpoints.strict_json import shown
 from dist_ema.errors import CheckpointCorruptError, EMAConfigError
 from dist_ema.importers.foreign import (
     BATCH_NORM,
@@ -62,7 +63,10 @@ def read(content: Content, model: Model | None) -> Foreign:
 
 def _schedule(values: Mapping[str, Any]) -> tuple[Schedule | None, list[str]]:
     if values.get("min_decay"):
-        return None, [f"min_decay={values['min_decay']} has no schedule here"]
+        return None, [f"min_decay={shown(values['min_decay'])} has no schedule here"]
+    numbers = [values.get(key, 1) for key in ("decay", "inv_gamma", "power")]
+    if not all(isinstance(number, (int, float)) for number in numbers):
+        return None, ["the file's schedule cannot be used: its decay is not a number"]
     try:
         if values["use_ema_warmup"]:
             return Warmup(values["decay"], inv_gamma=values["inv_gamma"], power=values["power"]), []

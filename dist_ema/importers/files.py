@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,17 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from dist_ema.checkpoints.manifest import NAME
+from dist_ema.checkpoints.places import open_plain
+from dist_ema.checkpoints.strict_json import is_count, is_shape, parse
 from dist_ema.errors import CheckpointCorruptError, CheckpointError
 from dist_ema.importers import dcp
 from dist_ema.importers.foreign import Content, LazyTensor, Model, read_tensors
 from dist_ema.importers.pickles import load_file
 
 _CONFIG_BYTES = 1 << 24
+_CONFIG_DEPTH = 32
+#: The longest header that safetensors itself reads; its tensors, one of them, its shape.
+_HEADER_BYTES, _HEADER_DEPTH = 100_000_000, 3
 
 
 def open_foreign(path: Path) -> Content:
@@ -33,17 +38,30 @@ def open_foreign(path: Path) -> Content:
             raise CheckpointError(f"{path} is a checkpoint of this library already: load() reads it")
         config = _read_config(path)
         return Content("pretrained", config, _open_safetensors(path))
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist")
+    _check_plain(path)
     values = load_file(path)
     if not isinstance(values, Mapping):
         raise CheckpointError(f"{path} holds a {type(values).__name__}, where every known format has a dict")
     return Content("file", values)
 
 
+def _check_plain(path: Path) -> None:
+    """Raises CheckpointError for what is no file, or is one that is not there."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} does not exist") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    if not stat.S_ISREG(mode):
+        raise CheckpointError(f"{path} is neither a file nor a directory")
+
+
 def open_model(path: Path, frozen: re.Pattern[str] | None) -> Model:
     """A model's state dict: a safetensors file, a directory of those, or a file of torch.save. Raises as above."""
     if path.is_dir() or path.suffix == ".safetensors":
+        if not path.is_dir():
+            _check_plain(path)
         tensors = _open_safetensors(path)
         if not tensors:
             raise CheckpointError(f"{path} has no safetensors files")
@@ -58,11 +76,11 @@ def open_model(path: Path, frozen: re.Pattern[str] | None) -> Model:
 def _read_config(directory: Path) -> dict[str, Any]:
     file = directory / "config.json"
     try:
-        with file.open("rb") as opened:
-            config = json.loads(opened.read(_CONFIG_BYTES))
+        with open_plain(file) as opened:
+            config = parse(opened.read(_CONFIG_BYTES), depth=_CONFIG_DEPTH)
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointCorruptError(f"{file} cannot be read: {error}") from error
     if not isinstance(config, dict):
         raise CheckpointCorruptError(f"{file} is not a configuration")
@@ -73,6 +91,7 @@ def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     tensors: dict[str, LazyTensor] = {}
     for file in files:
+        _check_header(file)
         try:
             # The file is mapped: a tensor's bytes are read when they are looked at.
             with safe_open(file, framework="pt") as opened:
@@ -83,3 +102,22 @@ def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
             raise CheckpointCorruptError(f"{path}: {min(twice)!r} is in two files")
         tensors |= read_tensors(found, str(file))
     return tensors
+
+
+def _check_header(file: Path) -> None:
+    """Bounds what safetensors and torch would have to make of a header. Raises CheckpointCorruptError."""
+    try:
+        with open_plain(file) as opened:
+            size = opened.seek(0, 2)
+            opened.seek(0)
+            length = int.from_bytes(opened.read(8), "little")
+            if size < 8 or length > min(_HEADER_BYTES, size - 8):
+                raise ValueError(f"its header has {length} bytes, and the file {size}")
+            described = parse(opened.read(length), depth=_HEADER_DEPTH)
+        described.pop("__metadata__", None)
+        for entry in described.values():
+            begin, end = entry["data_offsets"]
+            if not (is_shape(entry["shape"], 1) and is_count(begin) and is_count(end) and begin <= end <= size):
+                raise ValueError("a tensor has a shape or a place that none has")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointCorruptError(f"{file} cannot be read: {str(error)[:200]}") from error

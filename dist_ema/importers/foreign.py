@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dist_ema.arithmetic import kernels
+from dist_ema.checkpoints.strict_json import is_count, shown
 from dist_ema.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError
 from dist_ema.schedules import Schedule
 from dist_ema.timing import Progress
@@ -207,6 +208,6 @@ def check_shapes(tensors: Tensors, model: Tensors, what: str) -> None:
 def integer(value: Any, what: str) -> int:
     """A count in a file, 0 or more, be it a number or a tensor of one. Raises CheckpointCorruptError."""
     plain = value.item() if isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta else value
-    if not isinstance(plain, int) or isinstance(plain, bool) or not 0 <= plain < 1 << 62:
-        raise CheckpointCorruptError(f"{what} is {plain!r}, which is not a count")
-    return plain
+    if not is_count(plain):
+        raise CheckpointCorruptError(f"{what} is {shown(plain)}, which is not a count")
+    return int(plain)

@@ -6,7 +6,6 @@ than a second. It is imported by the one function that needs it; nothing else he
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,11 +16,17 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
+from dist_ema.checkpoints.places import open_plain
+from dist_ema.checkpoints.strict_json import parse
 from dist_ema.engines.base import TensorSpec
 from dist_ema.engines.replicated import PlainEngine
 from dist_ema.errors import EMAConfigError
 
+_CONFIG_BYTES, _CONFIG_DEPTH = 1 << 24, 32
+#: Modules of a model at most; those of 384 experts in 61 layers are 70,000.
+_MODULES = 500_000
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _MOST = 10**17  # whose bytes torch can still count
 _DTYPES = {
@@ -88,8 +93,18 @@ def of_config(path: Path, dtype: torch.dtype | None) -> Architecture:
     """
     file = path / "config.json" if path.is_dir() else path
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        with open_plain(file) as opened:
+            text = opened.read(_CONFIG_BYTES + 1)
+        if len(text) > _CONFIG_BYTES:
+            raise ValueError(f"it has more than {_CONFIG_BYTES} bytes")
+        values = parse(text, depth=_CONFIG_DEPTH)
+    except FileNotFoundError as error:
+        raise EMAConfigError(
+            f"{file} does not exist: allowed is a config.json of Hugging Face, or its directory"
+        ) from error
+    except OSError as error:
+        raise EMAConfigError(f"{file} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
         raise EMAConfigError(f"{file} cannot be read as a config.json: {error}") from error
     if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
         raise EMAConfigError(f"{file} has no model_type: it is not the config.json of a Hugging Face model")
@@ -121,8 +136,26 @@ def _build(values: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
     build: Callable[[Any], nn.Module] = getattr(
         transformers, str(names[0]), transformers.AutoModelForCausalLM.from_config
     )
-    with torch.device("meta"), _default_dtype(dtype):
+    with torch.device("meta"), _default_dtype(dtype), _counted_modules():
         return build(config)
+
+
+@contextmanager
+def _counted_modules() -> Iterator[None]:
+    """Ends a model whose config.json says that it has a billion layers."""
+    count = 0
+
+    def add(*_: object) -> None:
+        nonlocal count
+        count += 1
+        if count > _MODULES:
+            raise ValueError(f"it has more than {_MODULES} modules")
+
+    hook = register_module_module_registration_hook(add)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @contextmanager
