@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -95,13 +96,34 @@ def run(engine: str, out: Path, stop_after: int = 0, stop: int = Stop.SAVE, **op
     assert (summary is None) == (stop_after > 0 and stop == Stop.SAVE)
 
 
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For uninterrupted runs, each of which is made once for all tests, and only read afterwards."""
+    return tmp_path_factory.mktemp("uninterrupted")
+
+
+@pytest.fixture
+def uninterrupted(runs: Path, on_ranks: Callable[..., None]) -> Callable[[str, int], Path]:
+    """Gives the folder of an engine's uninterrupted run on so many processes."""
+
+    def made(engine: str, world_size: int) -> Path:
+        out = runs / f"{engine}-{world_size}"
+        if not (out / FINISHED).exists():
+            shutil.rmtree(out, ignore_errors=True)  # of one that failed
+            on_ranks(run, world_size, engine=engine, out=out)
+        return out
+
+    return made
+
+
 @pytest.mark.parametrize("engine", ENGINES)
-def test_every_engine_resumes_bit_for_bit(engine: str, tmp_path: Path, on_ranks: Callable[..., None]) -> None:
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    on_ranks(run, 2, engine=engine, out=whole)
+def test_every_engine_resumes_bit_for_bit(
+    engine: str, tmp_path: Path, on_ranks: Callable[..., None], uninterrupted: Callable[[str, int], Path]
+) -> None:
+    parts = tmp_path / "parts"
     on_ranks(run, 2, engine=engine, out=parts, stop_after=4)
     on_ranks(run, 2, engine=engine, out=parts)
-    assert_same_end(parts, whole, tmp_path)
+    assert_same_end(parts, uninterrupted(engine, 2), tmp_path)
 
 
 def test_ddp_sums_gradients_in_the_order_of_the_uninterrupted_run(
@@ -126,13 +148,18 @@ def test_ddp_sums_gradients_in_the_order_of_the_uninterrupted_run(
     ],
 )
 def test_another_world_size_or_engine_changes_nothing_but_rounding(
-    engine: str, before: int, now: int, engine_now: str, tmp_path: Path, on_ranks: Callable[..., None]
+    engine: str,
+    before: int,
+    now: int,
+    engine_now: str,
+    tmp_path: Path,
+    on_ranks: Callable[..., None],
+    uninterrupted: Callable[[str, int], Path],
 ) -> None:
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    on_ranks(run, before, engine=engine, out=whole)
+    parts = tmp_path / "parts"
     on_ranks(run, before, engine=engine, out=parts, stop_after=4)
     on_ranks(run, now, engine=engine_now, out=parts)
-    assert_same_end(parts, whole, tmp_path, exactly=False)
+    assert_same_end(parts, uninterrupted(engine, before), tmp_path, exactly=False)
     assert not list((parts / "checkpoints").glob(".*"))
 
 
