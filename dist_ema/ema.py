@@ -151,8 +151,8 @@ class ShardedEMA:
         )
         self._group = group
         self._engine = detect_in(target, group)
-        # A list may be one stage of several, whose patterns and trained parameters lie on other ranks.
-        self._is_part = isinstance(target, Sequence) and size_of(self._engine.group) > 1
+        # One stage of several: its patterns and trained parameters may lie on other ranks.
+        self._is_part = self._engine.is_part and size_of(self._engine.group) > 1
         self._warned = False
         self._attached: Attached | None = None
         self._background = Background()
@@ -247,7 +247,10 @@ class ShardedEMA:
     def attach(self, optimizer: object) -> RemovableHandle:
         """Calls ``update()`` after every real step of ``optimizer`` (for DeepSpeed: of the engine). Local.
 
-        A GradScaler does not step its optimizer when gradients overflow, so such a step is not counted. Raises
+        It may be wrapped, as Accelerate, Lightning and Fabric do: the torch optimizer is found that really steps. A
+        GradScaler does not step its optimizer when gradients overflow, so such a step is not counted; nor is the one
+        that ``torch.distributed.checkpoint`` makes, with learning rates of zero, so that an optimizer has a state to
+        save or to load. Steps of your own that warm up and train nothing want ``attach()`` after them. Raises
         EMAConfigError if the schedule, the interval or the start counts anything but batches: ``update()`` then has to
         be called with what was trained.
         """

@@ -3,7 +3,8 @@
 Wrappers put themselves into names in two ways. Some rename an attribute to a token that no user writes
 (``_orig_mod`` of torch.compile, ``_checkpoint_wrapped_module``, ``_fsdp_wrapped_module``): those are dropped wherever
 they stand. DistributedDataParallel, DataParallel and the DeepSpeed engine use the plain word ``module``, which is also
-a fine name for a user's own layer: there the type decides.
+a fine name for a user's own layer: there the type decides, as it does for Lightning Fabric's wrapper, which registers
+the model twice.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from dist_ema.engines.wrappers import is_fabric, unwrap_module
 from dist_ema.errors import EMAStateError
 
 _TOKENS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
@@ -58,6 +60,9 @@ def walk_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.
     A module that is registered twice is visited twice, as ``state_dict()`` does.
     """
     yield prefix, module
+    if is_fabric(module):
+        yield from walk_modules(unwrap_module(module), prefix)
+        return
     for key, child in module._modules.items():
         if child is None:
             continue
