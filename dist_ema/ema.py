@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -34,7 +34,6 @@ from dist_ema.collectives import (
     sum_floats,
     sum_integers,
 )
-from dist_ema.dcp.stateful import Moment, Restore, make_state_dict
 from dist_ema.engines import Attached, Engine, RemovableHandle, detect_in
 from dist_ema.engines.unwrapped import unwrapped
 from dist_ema.errors import CheckpointCorruptError, CheckpointError, EMAConfigError, EMAStateError
@@ -42,7 +41,7 @@ from dist_ema.gather import Entry, Held, catalogue, check_readable, full_tensors
 from dist_ema.interrupts import Uninterrupted
 from dist_ema.offload.host_shadow import HostShadow, hold_back
 from dist_ema.options import Options
-from dist_ema.report import memory_report
+from dist_ema.report import memory_report, summary
 from dist_ema.resharding import check_same_model, move
 from dist_ema.schedules import Schedule
 from dist_ema.shadow import Shadow
@@ -151,8 +150,8 @@ class ShardedEMA:
         )
         self._group = group
         self._engine = detect_in(target, group)
-        # A list may be one stage of several, whose patterns and trained parameters lie on other ranks.
-        self._is_part = isinstance(target, Sequence) and size_of(self._engine.group) > 1
+        # One stage of several: its patterns and trained parameters may lie on other ranks.
+        self._is_part = self._engine.is_part and size_of(self._engine.group) > 1
         self._warned = False
         self._attached: Attached | None = None
         self._background = Background()
@@ -247,7 +246,10 @@ class ShardedEMA:
     def attach(self, optimizer: object) -> RemovableHandle:
         """Calls ``update()`` after every real step of ``optimizer`` (for DeepSpeed: of the engine). Local.
 
-        A GradScaler does not step its optimizer when gradients overflow, so such a step is not counted. Raises
+        It may be wrapped, as Accelerate, Lightning and Fabric do: the torch optimizer is found that really steps. A
+        GradScaler does not step its optimizer when gradients overflow, so such a step is not counted; nor is the one
+        that ``torch.distributed.checkpoint`` makes, with learning rates of zero, so that an optimizer has a state to
+        save or to load. Steps of your own that warm up and train nothing want ``attach()`` after them. Raises
         EMAConfigError if the schedule, the interval or the start counts anything but batches: ``update()`` then has to
         be called with what was trained.
         """
@@ -668,6 +670,9 @@ class ShardedEMA:
         Raises:
             EMAStateError: on every rank: the model has changed, or another object's average is in it.
         """
+        # Here, since torch.distributed.checkpoint takes seconds to import and brings torch.distributed.tensor.
+        from dist_ema.dcp.stateful import Moment, make_state_dict
+
         group, doing = self._engine.group, "state_dict()"
         sources, every = self._joined(self._call(doing), lambda: self._sources(doing))
         entries = {entry.name: entry for entry in every}
@@ -707,6 +712,8 @@ class ShardedEMA:
             CheckpointError: it is damaged, or of a later version.
             EMAStateError: inside ``average_parameters()``, or the model has changed.
         """
+        from dist_ema.dcp.stateful import Restore  # as in state_dict()
+
         self._shadow.drain()  # what fails in it does not matter any more
         self._background.drain()
         group, doing = self._engine.group, "load_state_dict()"
@@ -845,6 +852,19 @@ class ShardedEMA:
     def progress(self) -> Progress:
         """The training clock since the first copy, in all units."""
         return self._track.progress
+
+    def __repr__(self) -> str:
+        if "_track" not in vars(self):  # of a construction that failed
+            return object.__repr__(self)
+        return summary(type(self).__name__, type(self._engine).__name__, self._shares, self._track)
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        """For ``copy`` and ``pickle``, which would take it for one that goes on by itself."""
+        raise EMAStateError(
+            "a ShardedEMA belongs to its model, its process groups and the other ranks, so it cannot be copied or "
+            "pickled (nor can a model that holds one as an attribute): save() writes it to disk, state_dict() is for "
+            "torch.distributed.checkpoint, and full_state_dict() gives its tensors"
+        )
 
     def memory_report(self) -> str:
         """What the shadow costs on this rank, by device, as a short text. Local."""

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_ema.engines.base import Attached, Engine, RemovableHandle, Replicas, TensorSpec
 from dist_ema.engines.composite import CompositeEngine
-from dist_ema.engines.dtensor import DTensorEngine
-from dist_ema.engines.flat_param import FlatParamEngine
+from dist_ema.engines.loaded import loaded
 from dist_ema.engines.replicated import DataParallelEngine, PlainEngine
+from dist_ema.engines.wrappers import stage_module, unwrap_module
 from dist_ema.errors import EMAConfigError, EMAEngineError
 
 __all__ = ["Attached", "Engine", "RemovableHandle", "Replicas", "TensorSpec", "detect", "detect_in"]
 
-_KNOWN = "an nn.Module (plain, DDP, FSDP, fully_shard, tensor parallel), a DeepSpeed engine, or a list of modules"
+_KNOWN = (
+    "an nn.Module (plain, DDP, FSDP, fully_shard, tensor parallel), a DeepSpeed engine, a pipeline stage, or a list of "
+    "modules or stages"
+)
 
 
 def detect(target: object) -> Engine:
@@ -29,9 +29,11 @@ def detect(target: object) -> Engine:
         if len(target) == 0:
             raise EMAEngineError(f"the list of modules is empty; pass {_KNOWN}")
         return CompositeEngine([detect(module) for module in target])
-    # Asked of sys.modules, since importing DeepSpeed takes seconds: whoever has an engine has imported it.
-    deepspeed = sys.modules.get("deepspeed")
-    if deepspeed is not None and isinstance(target, deepspeed.DeepSpeedEngine):
+    stage = stage_module(target)
+    if stage is not None:
+        return CompositeEngine([detect(stage)])  # one of several, as a list of one is
+    target = unwrap_module(target)
+    if isinstance(target, loaded("deepspeed", "DeepSpeedEngine")):
         from dist_ema.engines.zero import ZeroEngine
 
         return ZeroEngine(target)
@@ -70,9 +72,10 @@ def detect_in(target: object, group: object) -> Engine:
 def _detect_module(model: nn.Module) -> Engine:
     modules = list(model.modules())
     wrapper = next((module for module in modules if isinstance(module, DistributedDataParallel)), None)
-    flat = any(isinstance(module, FullyShardedDataParallel) for module in modules)
-    sharded = any(isinstance(module, FSDPModule) for module in modules)
-    sharded = sharded or any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    flat = any(isinstance(module, loaded("torch.distributed.fsdp", "FullyShardedDataParallel")) for module in modules)
+    sharded = any(isinstance(module, loaded("torch.distributed.fsdp", "FSDPModule")) for module in modules)
+    dtensor = loaded("torch.distributed.tensor", "DTensor")
+    sharded = sharded or any(isinstance(parameter, dtensor) for parameter in model.parameters())
     found = [
         name
         for name, present in (
@@ -88,14 +91,22 @@ def _detect_module(model: nn.Module) -> Engine:
         if not any(module is wrapper for module in _outer(model)):
             raise EMAEngineError("DistributedDataParallel wraps only a part of the model: wrap all of it")
         return DataParallelEngine(model, wrapper)
+    # Their files import torch.distributed.fsdp and torch.distributed.tensor, which takes longer than the rest of the
+    # library, and are of no use to who has not done so.
     if flat:
+        from dist_ema.engines.flat_param import FlatParamEngine
+
         return FlatParamEngine(model)
-    return DTensorEngine(model) if sharded else PlainEngine(model)
+    if sharded:
+        from dist_ema.engines.dtensor import DTensorEngine
+
+        return DTensorEngine(model)
+    return PlainEngine(model)
 
 
 def _outer(model: nn.Module) -> list[nn.Module]:
     """The model and what it wraps, as long as each holds nothing but the next (torch.compile around DDP)."""
     chain = [model]
-    while len(children := list(chain[-1].children())) == 1:
-        chain.append(children[0])
+    while len(children := list(unwrap_module(chain[-1]).children())) == 1:
+        chain.append(unwrap_module(children[0]))
     return chain

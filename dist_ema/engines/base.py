@@ -28,6 +28,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dist_ema.engines.subclasses import hidden_type
+from dist_ema.engines.wrappers import is_training_step, unwrap_optimizer
 from dist_ema.errors import EMAConfigError
 from dist_ema.geometry import Runs, count, whole
 
@@ -84,6 +86,8 @@ class TensorSpec:
         primary: False on a rank whose runs belong to another rank although no ``replicas`` say so (a second
             replicated dimension of a mesh). Such a rank averages but never writes or sends.
         aliases: other canonical names of the same (tied) tensor.
+        hidden: the class of a tensor whose elements do not lie in memory as they are (quantised weights), which can
+            neither be averaged nor be read in place; "" for all others.
     """
 
     name: str
@@ -96,6 +100,7 @@ class TensorSpec:
     replicas: Replicas | None = None
     primary: bool = True
     aliases: tuple[str, ...] = field(default=())
+    hidden: str = ""
 
     @property
     def numel(self) -> int:
@@ -110,6 +115,7 @@ class TensorSpec:
     @classmethod
     def unsharded(cls, name: str, tensor: Tensor, **options: object) -> TensorSpec:
         """The spec of a tensor that this rank holds whole."""
+        options.setdefault("hidden", hidden_type(tensor))
         return cls(name, tensor.shape, tensor.dtype, whole(tensor.numel()), **options)  # type: ignore[arg-type]
 
 
@@ -120,6 +126,8 @@ class Engine(ABC):
     group: dist.ProcessGroup | None = None
     #: Whether :meth:`publish` is a collective call, of all ranks of ``group``.
     publish_is_collective: bool = False
+    #: Whether the target may be one stage of several, so that other ranks hold other names.
+    is_part: bool = False
 
     @abstractmethod
     def specs(self) -> list[TensorSpec]:
@@ -155,13 +163,16 @@ class Engine(ABC):
         return
 
     def attach(self, optimizer: object, callback: Callable[[], object]) -> RemovableHandle:
-        """Calls ``callback`` after every real step of ``optimizer``. Local."""
-        if not isinstance(optimizer, torch.optim.Optimizer):
+        """Calls ``callback`` after every real step of ``optimizer``, which may be wrapped. Local."""
+        inner = unwrap_optimizer(optimizer)
+        if inner is None:
             raise EMAConfigError(
-                f"attach(optimizer={type(optimizer).__name__}): pass the torch.optim.Optimizer that steps the model"
+                f"attach(optimizer={type(optimizer).__name__}): pass the torch.optim.Optimizer that steps the model, "
+                "or a wrapper that has it as .optimizer"
             )
 
-        def after_step(*_: object) -> None:
-            callback()
+        def after_step(stepped: torch.optim.Optimizer, *_: object) -> None:
+            if is_training_step(stepped):
+                callback()
 
-        return optimizer.register_step_post_hook(after_step)
+        return inner.register_step_post_hook(after_step)

@@ -13,6 +13,8 @@ from dist_ema.errors import EMAEngineError
 class CompositeEngine(Engine):
     """One engine per module, each asked in turn."""
 
+    is_part = True
+
     def __init__(self, engines: Sequence[Engine]) -> None:
         self._engines = list(engines)
         self.group = self._engines[0].group

@@ -3,7 +3,8 @@
 Wrappers put themselves into names in two ways. Some rename an attribute to a token that no user writes
 (``_orig_mod`` of torch.compile, ``_checkpoint_wrapped_module``, ``_fsdp_wrapped_module``): those are dropped wherever
 they stand. DistributedDataParallel, DataParallel and the DeepSpeed engine use the plain word ``module``, which is also
-a fine name for a user's own layer: there the type decides.
+a fine name for a user's own layer: there the type decides, as it does for Lightning Fabric's wrapper, which registers
+the model twice.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
-from dist_ema.errors import EMAStateError
+from dist_ema.engines.wrappers import is_fabric, unwrap_module
+from dist_ema.errors import EMAEngineError, EMAStateError
 
 _TOKENS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
 _MODULE_WRAPPERS = (DistributedDataParallel, DataParallel)
@@ -58,6 +61,9 @@ def walk_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.
     A module that is registered twice is visited twice, as ``state_dict()`` does.
     """
     yield prefix, module
+    if is_fabric(module):
+        yield from walk_modules(unwrap_module(module), prefix)
+        return
     for key, child in module._modules.items():
         if child is None:
             continue
@@ -80,6 +86,11 @@ def walk_slots(module: nn.Module) -> list[Slot]:
             name = f"{prefix}.{key}" if prefix else key
             if tensor is None or name in names:
                 continue
+            if is_lazy(tensor):
+                raise EMAEngineError(
+                    f"{name!r} has no shape yet: its module ({type(owner).__name__}) is lazy. Run one batch through "
+                    "the model, or load its weights, before"
+                )
             names.add(name)
             if id(tensor) in seen:
                 seen[id(tensor)].aliases += (name,)

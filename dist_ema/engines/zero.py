@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dist_ema.engines.base import Engine, RemovableHandle, Replicas, TensorSpec
 from dist_ema.engines.walk import Binding, Slot, walk_slots
+from dist_ema.engines.wrappers import is_training_step
 from dist_ema.engines.zero_masters import MasterSlice, find_masters, require_world, stage3_runs, stage3_shard
 from dist_ema.errors import EMAConfigError, EMAEngineError
 from dist_ema.geometry import whole
@@ -178,9 +179,9 @@ class _StepCounter:
         """Hooks that go when this object goes."""
         me = weakref.ref(self)
 
-        def note(*_: object) -> None:
+        def note(stepped: torch.optim.Optimizer, *_: object) -> None:
             counter = me()
-            if counter is not None:
+            if counter is not None and is_training_step(stepped):
                 counter._stepped = True
 
         weakref.finalize(self, optimizer.register_step_post_hook(note).remove)

@@ -1,0 +1,122 @@
+"""Objects that a trainer puts around a model or an optimizer: recognised without being imported, and taken off.
+
+Names read in lightning 2.6.6 (``lightning.fabric``; ``lightning_fabric`` is the same code under the name of the older
+package), accelerate 1.15 and torch 2.13.
+"""
+
+from __future__ import annotations
+
+import inspect
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import nn
+
+from dist_ema.engines.loaded import loaded
+
+_FABRIC = ("lightning.fabric.wrappers", "lightning_fabric.wrappers")
+
+
+def is_fabric(module: object) -> bool:
+    """Whether this is what ``Fabric.setup()`` gives for a model.
+
+    It holds the model twice: ``_forward_module`` as the strategy has wrapped it (DDP, FSDP, a DeepSpeed engine), and
+    ``_original_module`` as the user gave it.
+    """
+    return any(isinstance(module, loaded(name, "_FabricModule")) for name in _FABRIC)
+
+
+def unwrap_module(target: Any) -> Any:
+    """What computes inside of Fabric's wrapper, wrappers of the strategy included; anything else as it is. Local."""
+    while is_fabric(target):
+        target = target._forward_module
+    return target
+
+
+def stage_module(target: object) -> nn.Module | None:
+    """What a ``torch.distributed.pipelining.PipelineStage`` computes with, or one that ``build_stage()`` made. Local.
+
+    Their common base is private; the module is their public ``submod``.
+    """
+    base = loaded("torch.distributed.pipelining.stage", "_PipelineStageBase")
+    module = getattr(target, "submod", None)
+    return module if isinstance(target, base) and isinstance(module, nn.Module) else None
+
+
+def unwrap_optimizer(optimizer: object) -> torch.optim.Optimizer | None:
+    """The outermost optimizer whose step hooks fire, through any number of wrappers that hold it as ``.optimizer``.
+
+    Those of Accelerate, Fabric and Lightning count as a ``torch.optim.Optimizer`` for ``isinstance``, but their
+    ``step()`` is their own: they step what they hold when gradients have been accumulated and did not overflow, or not
+    at all. None where there is no such optimizer. Local.
+    """
+    seen: list[object] = []
+    while _steps(optimizer) and not any(optimizer is one for one in seen):
+        if isinstance(optimizer, torch.optim.Optimizer) and _fires_hooks(optimizer):
+            return optimizer
+        seen.append(optimizer)
+        optimizer = getattr(optimizer, "optimizer", None)
+    return None
+
+
+def _steps(optimizer: object) -> bool:
+    """Not so a learning-rate scheduler or a trainer, which have an ``optimizer`` too."""
+    return callable(getattr(optimizer, "step", None)) and hasattr(optimizer, "param_groups")
+
+
+def _fires_hooks(optimizer: torch.optim.Optimizer) -> bool:
+    # torch.optim.Optimizer.__init__ wraps the class's step() and marks it so (torch 2.13, and at least since 2.0).
+    return "_optimizer_step_post_hooks" in vars(optimizer) and _is_hooked(type(optimizer).step)
+
+
+def _is_hooked(step: object) -> bool:
+    return bool(getattr(step, "hooked", False))
+
+
+def is_training_step(optimizer: torch.optim.Optimizer) -> bool:
+    """Asked by a step hook: is this a step of the training, to be counted now? Local; no host sync.
+
+    Two kinds are not. ``torch.distributed.checkpoint`` steps an optimizer that has no state yet, to have it made, with
+    learning rates and gradients of zero: to read its state and to load it, so under FSDP2 in Accelerate and Lightning
+    too. And an optimizer class that overrides ``step()`` and calls its parent's runs its hooks once for each: only the
+    outer one comes when the step is over.
+
+    A learning rate of zero alone says nothing: a warm-up may begin with it, and such a step counts. Neither do the
+    gradients: reading them would wait for the device, and a rank that holds no element of the model must come to the
+    same answer as the others. So in a step that has no other learning rate than zero it is asked who makes it. That is
+    a walk over the stack, some microseconds, and no other step pays for it.
+    """
+    if _may_be_nested(type(optimizer)) and _is_nested(optimizer):
+        return False
+    return _has_learning_rate(optimizer) or not _is_in_checkpointing()
+
+
+def _has_learning_rate(optimizer: torch.optim.Optimizer) -> bool:
+    # A tensor may lie on a device, and reading it would wait for that: it counts as unknown.
+    rates = (group.get("lr") for group in optimizer.param_groups)
+    return any(isinstance(rate, (int, float)) and rate != 0 for rate in rates)
+
+
+def _is_in_checkpointing() -> bool:
+    """Whether the code that runs was called by torch.distributed.checkpoint (its ``_init_optim_state``)."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if str(frame.f_globals.get("__name__")).startswith("torch.distributed.checkpoint."):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _may_be_nested(kind: type) -> bool:
+    return sum(_is_hooked(vars(base).get("step")) for base in kind.__mro__) > 1
+
+
+def _is_nested(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether more than one hooked ``step()`` of this optimizer is running."""
+    code: CodeType = type(optimizer).step.__code__  # of torch's wrapper, which is the same for all classes
+    running, frame = 0, inspect.currentframe()
+    while frame is not None and running < 2:
+        running += frame.f_code is code and frame.f_locals.get("self") is optimizer
+        frame = frame.f_back
+    return running > 1

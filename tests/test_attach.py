@@ -1,0 +1,250 @@
+"""``attach()`` counts each step that trains, once, and no other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from models import CASES, batch
+from oracle import DenseAverage
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_optimizer_state_dict,
+    set_state_dict,
+)
+from torch.optim.optimizer import Optimizer
+from zero_models import make_engine
+from zero_models import train as train_engine
+
+from dist_ema import ShardedEMA
+from dist_ema.engines.wrappers import is_training_step
+from dist_ema.errors import EMAConfigError
+
+DECAY = 0.5
+
+
+def in_two_groups(parameters: list[nn.Parameter]) -> list[dict[str, Any]]:
+    """The first stands still."""
+    return [{"params": parameters[:1], "lr": 0.0}, {"params": parameters[1:]}]
+
+
+Make = Callable[[Any], Optimizer]
+OPTIMIZERS: dict[str, Make] = {
+    "adamw": partial(torch.optim.AdamW, lr=0.01),
+    "tensor-lr": lambda parameters: torch.optim.AdamW(parameters, lr=torch.tensor(0.01)),
+    "two-groups": lambda parameters: torch.optim.AdamW(in_two_groups(list(parameters)), lr=0.01),
+    "stateless": partial(torch.optim.SGD, lr=0.01),
+}
+
+
+def train(model: nn.Module, optimizer: Optimizer, steps: range, after: Callable[[], object] | None = None) -> None:
+    for step in steps:
+        optimizer.zero_grad()
+        model(batch(step)).square().mean().backward()
+        optimizer.step()
+        if after is not None:
+            after()
+
+
+@pytest.mark.world_size()
+@pytest.mark.parametrize(
+    ("case", "world_size"), [("plain", 1), ("ddp", 2), ("fsdp1-full-orig", 2), ("fsdp2", 2), ("fsdp2-tp", 2)]
+)
+@pytest.mark.parametrize("optimizer", ["adamw", "stateless"])
+def test_reading_a_fresh_optimizers_state_is_no_step(case: str, world_size: int, optimizer: str) -> None:
+    """torch steps it with gradients of zero, to have a state: the first copy would be of untrained weights, and every
+    later progress one too high."""
+    model = CASES[case].model()
+    adam = OPTIMIZERS[optimizer](model.parameters())
+    ema = ShardedEMA(model, decay=DECAY)
+    ema.attach(adam)
+    steps: list[int] = []
+    adam.register_step_post_hook(lambda *_: steps.append(1))
+    get_optimizer_state_dict(model, adam)
+    assert steps == [1], "torch does so no more: see is_training_step()"
+    assert (ema.num_updates, ema.progress.batches) == (0, 0)
+    train(model, adam, range(2))
+    adam.zero_grad()
+    model_state, adam_state = get_state_dict(model, adam)  # an optimizer without state is stepped each time
+    set_state_dict(model, adam, model_state_dict=model_state, optim_state_dict=adam_state)
+    assert (ema.num_updates, ema.progress.batches) == (2, 1)
+
+
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_loading_an_optimizers_state_is_no_step(optimizer: str, tmp_path: Path) -> None:
+    """The average of a resumed run is that of the uninterrupted one, whatever is loaded first."""
+    model = CASES["fsdp2"].model()
+    adam = OPTIMIZERS[optimizer](model.parameters())
+    train(model, adam, range(2))
+    weights, state = get_state_dict(model, adam)
+    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=tmp_path / "dcp")
+
+    model = CASES["fsdp2"].model()
+    adam = OPTIMIZERS[optimizer](model.parameters())
+    ema = ShardedEMA(model, decay=DECAY)
+    ema.attach(adam)
+    weights, state = get_state_dict(model, adam)
+    dcp.load({"model": weights, "optimizer": state}, checkpoint_id=tmp_path / "dcp")
+    set_state_dict(model, adam, model_state_dict=weights, optim_state_dict=state)
+    set_optimizer_state_dict(model, adam, state)
+    assert ema.num_updates == 0
+    dense = DenseAverage({name for name, tensor in model.named_parameters() if tensor.requires_grad}, DECAY)
+
+    def follow() -> None:
+        dense.update({name: tensor.full_tensor().detach().clone() for name, tensor in model.named_parameters()})
+
+    train(model, adam, range(2, 5), follow)
+    average = ema.full_state_dict()
+    if average:
+        dense.check({name: average[name] for name in dense.average})
+    assert (ema.num_updates, ema.progress.batches) == (3, 2)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_warm_up_step_with_a_learning_rate_of_zero_counts(optimizer: str) -> None:
+    """It is a batch of the training clock, as for every other call of ``update()``."""
+    model = nn.Linear(3, 2)
+    adam = OPTIMIZERS[optimizer](model.parameters())
+    schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: min(1.0, step / 2))
+    ema = ShardedEMA(model, decay=DECAY)
+    ema.attach(adam)
+    assert adam.param_groups[-1]["lr"] == 0
+    for _ in range(3):
+        adam.zero_grad()
+        model(torch.ones(3)).sum().backward()
+        adam.step()
+        schedule.step()
+    assert (ema.num_updates, ema.progress.batches) == (3, 2)
+
+
+def test_a_learning_rate_on_a_device_is_not_read() -> None:
+    """It would wait for the device at every step. The meta device has nothing to read, and says so."""
+    adam = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=torch.tensor(0.1))
+    adam.param_groups[0]["lr"] = torch.tensor(0.1, device="meta")
+    assert is_training_step(adam)
+
+
+class Projected(torch.optim.SGD):
+    """Overrides ``step()`` as optimizers do that build on another: torch runs its hooks in both."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = super().step(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.clamp_(-0.1, 0.1)
+        return loss
+
+
+def test_an_optimizer_class_built_on_another_is_counted_once_and_when_it_is_done() -> None:
+    """A half life half as long, and an average of weights that were never trained with."""
+    model = nn.Linear(3, 2)
+    torch.optim.SGD(model.parameters(), lr=0.1)  # only from now on torch runs the hooks in its step too
+    optimizer = Projected(model.parameters(), lr=1.0)
+    ema = ShardedEMA(model, decay=DECAY)
+    ema.attach(optimizer)
+    dense = DenseAverage({"weight", "bias"}, DECAY)
+
+    def fails() -> float:
+        raise RuntimeError("out of memory")
+
+    for step in range(3):
+        optimizer.zero_grad()
+        model(torch.full((3,), 1.0 - step)).sum().backward()
+        optimizer.step()
+        dense.update(model.state_dict())
+        with pytest.raises(RuntimeError, match="out of memory"):
+            optimizer.step(fails)
+    assert ema.num_updates == 3
+    dense.check(ema.full_state_dict())
+
+
+class Wrapper:
+    """Steps what it holds every second time."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer = optimizer
+        self.calls = 0
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        groups: list[dict[str, Any]] = self.optimizer.param_groups
+        return groups
+
+    def step(self) -> None:
+        self.calls += 1
+        if self.calls % 2 == 0:
+            self.optimizer.step()
+
+
+class Posing(Wrapper, torch.optim.SGD):  # type: ignore[misc]
+    """One for which ``isinstance(..., Optimizer)`` holds, without being one: as Accelerate's and Lightning's are."""
+
+
+@pytest.mark.parametrize("kinds", [[Wrapper], [Posing], [Posing, Wrapper], [Wrapper, Posing]], ids=str)
+def test_wrappers_are_taken_off(kinds: list[type[Wrapper]]) -> None:
+    model = nn.Linear(3, 2)
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    outer: Any = inner
+    for kind in kinds:
+        outer = kind(outer)
+    ema = ShardedEMA(model, decay=DECAY)
+    handle = ema.attach(outer)
+    model(torch.ones(3)).sum().backward()
+    for _ in range(8):
+        outer.step()
+    assert ema.num_updates == 8 // 2 ** len(kinds)
+    handle.remove()
+    inner.step()
+    assert ema.num_updates == 8 // 2 ** len(kinds)
+
+
+class Circle(Wrapper):
+    """Holds itself."""
+
+    param_groups: list[dict[str, Any]] = []  # type: ignore[assignment]  # noqa: RUF012
+
+
+def test_what_steps_nothing_is_refused() -> None:
+    """A scheduler and a wrapper around itself have an ``optimizer`` too."""
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    circle = Circle(None)
+    circle.optimizer = circle
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    for wrong in (scheduler, Wrapper(scheduler), Wrapper(None), circle):
+        with pytest.raises(EMAConfigError, match=rf"attach\(optimizer={type(wrong).__name__}\)"):
+            ShardedEMA(model).attach(wrong)
+
+
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize(
+    ("stage", "dtype", "offload"),
+    [(0, "fp32", False), (0, "bf16", False), (1, "bf16", False), (2, "fp32", True), (3, "bf16", False)],
+)
+def test_loading_a_deepspeed_checkpoint_is_no_step(stage: int, dtype: str, offload: bool, tmp_path: Path) -> None:
+    """An optimizer that was stepped to be loaded would make the next micro-step count."""
+    engine = make_engine(stage, dtype, offload=offload, gas=2)
+    train_engine(engine, range(4))
+    engine.save_checkpoint(str(tmp_path), tag="last")
+    engine = make_engine(stage, dtype, offload=offload, gas=2)
+    ema = ShardedEMA(engine, decay=DECAY)
+    ema.attach(engine)
+    engine.load_checkpoint(str(tmp_path), tag="last")
+    if (stage, dtype) == (0, "fp32"):  # then it is a torch optimizer as any other
+        set_optimizer_state_dict(
+            engine.module, engine.optimizer, get_optimizer_state_dict(engine.module, engine.optimizer)
+        )
+    assert not ema.update()
+    train_engine(engine, range(4, 5))
+    assert ema.num_updates == 0
+    train_engine(engine, range(5, 6))
+    assert ema.num_updates == 1
