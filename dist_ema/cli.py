@@ -157,7 +157,7 @@ def export(
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Bytes of one file at most, such as 5GB or 512MiB.")] = "5GB",
     config_from: Annotated[
-        Path | None,
+        str | None,
         typer.Option(help="File, or directory whose configuration files are copied.", show_default=False),
     ] = None,
     layout: Annotated[

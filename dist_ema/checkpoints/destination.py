@@ -130,12 +130,16 @@ class Directory:
 
     def commit(self, manifest: bytes) -> None:
         """As :meth:`Destination.commit`; all is on disk then. Raises CheckpointError, OSError."""
-        (self._staging.path / NAME).write_bytes(manifest)
         self._staging.sync()
+        with (self._staging.path / NAME).open("wb") as file:  # which another save may take away from now on
+            file.write(manifest)
+            file.flush()
+            os.fsync(file.fileno())
+        sync(self._staging.path)
         if self._target.exists():
             self._replace(manifest)
             self._staging.discard()
-            _remove_old_data(self._target, self.data)
+            _remove_old_data(self._target)
         else:
             self._staging.put_in_place()
 
@@ -259,15 +263,14 @@ def _lock(path: Path) -> int | None:
         os.close(descriptor)
 
 
-def _remove_old_data(target: Path, own: str) -> None:
+def _remove_old_data(target: Path) -> None:
     """Removes the data folders that no save that is alive is about to name, and that the manifest does not.
 
     In this order: a save moves its data there, names them, and only then is not alive any more.
     """
     with suppress(OSError):  # the new checkpoint stands; the next save tries again
         for found in target.iterdir():
-            if not DATA.fullmatch(found.name) or found.name == own:
-                continue
-            alive = is_alive(staging_path(target, found.name.removeprefix("data-")))
-            if not alive and _data_of(target) != found.name:
-                shutil.rmtree(found, ignore_errors=True)
+            if DATA.fullmatch(found.name):
+                alive = is_alive(staging_path(target, found.name.removeprefix("data-")))
+                if not alive and _data_of(target) != found.name:
+                    shutil.rmtree(found, ignore_errors=True)
