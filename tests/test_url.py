@@ -236,8 +236,9 @@ def bucket() -> Iterator[str]:
         patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
         try:
             system = fsspec.filesystem("s3", skip_instance_cache=True)
-            system.mkdir("models")
-            yield "s3://models"
+            name = f"models-{uuid.uuid4().hex}"  # the server's buckets are there as long as this process
+            system.mkdir(name)
+            yield f"s3://{name}"
         finally:
             server.stop()
 

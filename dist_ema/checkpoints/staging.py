@@ -106,7 +106,7 @@ class Staging:
                 ) from error
             raise
         self._made.clear()
-        (self.target / LOCK).unlink()
+        (self.target / LOCK).unlink(missing_ok=True)
         sync(self.target.parent)
         self.discard()
 

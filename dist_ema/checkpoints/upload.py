@@ -140,13 +140,15 @@ class Upload:
             self._system.pipe_file(path, manifest)
 
     def _check_data(self) -> None:
+        """Raises CheckpointError unless everything that was written is there. One listing, for any number of files."""
+        folder = f"{self._root}/{self.data}"
+        self._system.invalidate_cache(folder)
+        found = {str(name).strip("/"): facts["size"] for name, facts in self._system.find(folder, detail=True).items()}
         for name, size in self._sizes.items():
-            path = f"{self._root}/{self.data}/{name}"
-            self._system.invalidate_cache(path.rpartition("/")[0])
-            if not self._system.exists(path) or self._system.size(path) != size:
+            if found.get(f"{folder}/{name}".strip("/")) != size:
                 raise CheckpointError(
-                    f"{path}, which this save wrote, was removed or changed before it was done: another save to this "
-                    "path has run at the same time. Have only one run save to a path, and save again"
+                    f"{folder}/{name}, which this save wrote, was removed or changed before it was done: another save "
+                    "to this path has run at the same time. Have only one run save to a path, and save again"
                 )
 
     def _lost(self) -> CheckpointError:
