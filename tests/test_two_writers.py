@@ -10,7 +10,6 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from multiprocessing.connection import Connection
@@ -20,17 +19,15 @@ from typing import Any
 
 import pytest
 import torch
-from fsspec.implementations.memory import MemoryFileSystem
 from test_checkpoint import _average, _make
 from test_kill import CHANGES, _running, _train, _trainer, _whole
-from test_url import _ema, _files, bucket  # noqa: F401 - a fixture
+from test_url import _ema
 
 from dist_ema import verify_checkpoint
 from dist_ema.checkpoints import destination
 from dist_ema.checkpoints.destination import Directory
 from dist_ema.checkpoints.manifest import NAME
 from dist_ema.checkpoints.storage import RunWriter
-from dist_ema.checkpoints.upload import Upload
 from dist_ema.errors import CheckpointError
 
 LANES = 3
@@ -288,122 +285,3 @@ def test_saves_replace_a_checkpoint_where_there_are_no_locks(tmp_path: Path, mon
         assert _whole(tmp_path / "c") == updates
         assert len(list((tmp_path / "c").iterdir())) == 2
         assert [found.name for found in tmp_path.iterdir()] == ["c"]
-
-
-# At URLs.
-
-
-@pytest.fixture
-def memory() -> Iterator[str]:
-    yield "memory://two/writers/c"
-    MemoryFileSystem.store.clear()
-
-
-def _overtake(monkeypatch: pytest.MonkeyPatch, method: str, url: str) -> None:
-    """Lets another save come between what an upload does before the method and what it does there."""
-    original: Callable[..., Any] = getattr(Upload, method)
-
-    def overtaken(self: Upload, *arguments: Any) -> Any:
-        monkeypatch.setattr(Upload, method, original)
-        _ema(NEW).save(url)
-        return original(self, *arguments)
-
-    monkeypatch.setattr(Upload, method, overtaken)
-
-
-@pytest.mark.parametrize("old", [False, True])
-def test_an_upload_that_was_overtaken_is_an_error(old: bool, memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It wrote its manifest over the other, which had removed its data."""
-    if old:
-        _ema(OLD).save(memory)
-    _overtake(monkeypatch, "commit", memory)
-    with pytest.raises(CheckpointError, match="another save"):
-        _ema(LATE).save(memory)
-    assert verify_checkpoint(memory).seen.updates == NEW
-    assert len({name.partition("/")[0] for name in _files(memory)}) == 2
-
-
-def test_an_upload_that_sleeps_before_the_first_manifest_does_no_harm(
-    memory: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Every store can write an object only if there is none."""
-    _overtake(monkeypatch, "_put", memory)
-    with pytest.raises(CheckpointError, match="another save"):
-        _ema(LATE).save(memory)
-    assert verify_checkpoint(memory).seen.updates == NEW
-
-
-def test_an_upload_that_sleeps_before_it_replaces_a_manifest_says_so(
-    memory: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where the store takes no conditions the harm is done, but not in silence."""
-    _ema(OLD).save(memory)
-    _overtake(monkeypatch, "_put", memory)
-    with pytest.raises(CheckpointError, match=r"another save.*has run at the same time"):
-        _ema(LATE).save(memory)
-
-
-@pytest.mark.parametrize("old", [False, True])
-def test_s3_replaces_a_manifest_only_if_it_is_still_the_same(
-    old: bool,
-    bucket: str,  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    url = f"{bucket}/two/{old}"
-    if old:
-        _ema(OLD).save(url)
-    _overtake(monkeypatch, "_put", url)
-    with pytest.raises(CheckpointError, match="was replaced by another save"):
-        _ema(LATE).save(url)
-    assert verify_checkpoint(url).seen.updates == NEW
-    assert len({name.partition("/")[0] for name in _files(url)}) == 2
-    _ema(LATE).save(url)
-    assert verify_checkpoint(url).seen.updates == LATE
-
-
-def test_an_answer_that_is_lost_does_not_cost_the_checkpoint(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The manifest is there; whoever then removes the data as those of a failed save leaves nothing readable."""
-    original = MemoryFileSystem.pipe_file
-
-    def lose(self: MemoryFileSystem, path: str, value: bytes, mode: str = "overwrite", **options: Any) -> None:
-        original(self, path, value, mode, **options)
-        raise ConnectionResetError("connection reset by peer")
-
-    monkeypatch.setattr(MemoryFileSystem, "pipe_file", lose)
-    _ema(NEW).save(memory)
-    monkeypatch.undo()
-    assert verify_checkpoint(memory).seen.updates == NEW
-
-
-def test_a_connection_that_is_lost_with_the_answer_does_not_cost_the_checkpoint(
-    memory: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Nobody can tell whether the manifest is there: that is an error, and the data stay."""
-    original = MemoryFileSystem.pipe_file
-
-    def lose(*_: Any, **__: Any) -> None:
-        raise ConnectionResetError("connection reset by peer")
-
-    def put(self: MemoryFileSystem, path: str, value: bytes, mode: str = "overwrite") -> None:
-        original(self, path, value, mode)
-        monkeypatch.setattr(MemoryFileSystem, "info", lose)
-        lose()
-
-    monkeypatch.setattr(MemoryFileSystem, "pipe_file", put)
-    with pytest.raises(CheckpointError, match="connection reset by peer"):
-        _ema(NEW).save(memory)
-    monkeypatch.undo()
-    assert verify_checkpoint(memory).seen.updates == NEW
-
-
-def test_a_store_that_does_not_know_conditions_is_written_to(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """fsspec's file systems are of many hands and ages."""
-    original = MemoryFileSystem.pipe_file
-
-    def old_one(self: MemoryFileSystem, path: str, value: bytes) -> None:
-        original(self, path, value)
-
-    monkeypatch.setattr(MemoryFileSystem, "pipe_file", old_one)
-    for updates in (OLD, NEW):
-        _ema(updates).save(memory)
-        assert verify_checkpoint(memory).seen.updates == updates
