@@ -150,14 +150,14 @@ def verify(
 @app.command()
 def export(
     path: Checkpoint,
-    out: Annotated[Path, typer.Argument(help="Directory to make; must not exist.", show_default=False)],
+    out: Annotated[str, typer.Argument(help="Directory to make; must not exist.", show_default=False)],
     name: Name = None,
     dtype: Annotated[
         Dtype | None, typer.Option(help="Of floating-point tensors; else that of the checkpoint.", show_default=False)
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Bytes of one file at most, such as 5GB or 512MiB.")] = "5GB",
     config_from: Annotated[
-        Path | None,
+        str | None,
         typer.Option(help="File, or directory whose configuration files are copied.", show_default=False),
     ] = None,
     layout: Annotated[
@@ -217,14 +217,14 @@ def diff(a: Checkpoint, b: Checkpoint, name: Name = None, as_json: AsJSON = Fals
 
 @app.command("import")
 def import_(
-    source: Annotated[Path, typer.Argument(help="File or directory of another library.", show_default=False)],
+    source: Annotated[str, typer.Argument(help="File or directory of another library.", show_default=False)],
     path: Annotated[str, typer.Argument(help="The checkpoint to write: a directory, or a URL.", show_default=False)],
     format: Annotated[
         str,
         typer.Option(help="auto, composer, diffusers, timm, ema-pytorch, lightning, nemo or torchtitan."),
     ] = "auto",
     model: Annotated[
-        Path | None,
+        str | None,
         typer.Option(help="State dict of the same model, for names and buffers that SOURCE lacks.", show_default=False),
     ] = None,
     frozen: Annotated[
@@ -240,6 +240,7 @@ def import_(
     dtype: Annotated[
         Dtype | None, typer.Option(help="Of floating-point tensors; else that of SOURCE.", show_default=False)
     ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is at PATH.")] = False,
     as_json: AsJSON = False,
 ) -> None:
     """Make a checkpoint of an average that another library saved. Runs no code of the file.
@@ -262,6 +263,7 @@ def import_(
             decay=decay,
             half_life=half_life,
             dtype=getattr(torch, _TORCH_NAMES[dtype]) if dtype else None,
+            overwrite=overwrite,
             begin=begin,
         )
     manifest = read_manifest(path)

@@ -503,7 +503,7 @@ class ShardedEMA:
         full tensor. The directory appears under its name only when it is complete and on disk.
 
         Args:
-            path: the directory, which must not exist; its parent must.
+            path: the directory, which must not exist; missing parents are made.
             name: which average; None means the only one.
             dtype: of floating-point tensors; None means the live weights' own.
             max_shard_size: bytes of one file at most, such as ``"5GB"`` or an int; a larger tensor has its own file. An
@@ -562,8 +562,13 @@ class ShardedEMA:
         the checkpoint is a whole model. A checkpoint at ``path`` is replaced by a complete one, in one step: at every
         moment there is the old or the new one, on disk. Extra memory: some MiB a rank.
 
+        One run at a time should save to a path. Of two that do, the one that would replace what the other has put there
+        meanwhile fails; a URL where the store cannot replace an object on condition (S3 can) may then hold nothing that
+        can be read, and that save says so.
+
         Args:
-            path: the directory, whose parent must exist, or a URL that fsspec opens.
+            path: the directory, or a URL that fsspec opens. Missing parents are made. What is there must be a
+                checkpoint, be it damaged, or an empty directory.
             block: wait until all is on disk. If not, the next due update waits until the shadow has been read (not
                 until it is on disk; to a URL, until it has been sent), and what fails is raised by the next ``update``,
                 ``save``, ``load``, ``reset``, ``wait`` or ``close``, on every rank; at the end of the program it is
@@ -573,7 +578,9 @@ class ShardedEMA:
                 which it lacks, and ``load`` takes it all the same: it never writes into what is not averaged.
 
         Raises:
-            CheckpointError: on every rank, whichever rank failed; nothing is left behind.
+            CheckpointError: on every rank, whichever rank failed; nothing is left behind. Also if ``path`` holds
+                something else than a checkpoint, or another run has saved there meanwhile.
+            EMAConfigError: ``path`` is empty, or no path.
             EMAStateError: the model has changed, another object's average is in it, or what is not averaged has no
                 elements that could be read by ranges (a quantised base model): nothing has been written.
         """

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dist_ema.checkpoints.manifest import is_tensor_name
+from dist_ema.checkpoints.places import check_path
 from dist_ema.checkpoints.saving import Save
 from dist_ema.engines.base import TensorSpec
 from dist_ema.errors import CheckpointCorruptError, CheckpointMismatchError, EMAConfigError
@@ -52,6 +54,7 @@ def import_checkpoint(
     decay: float | None = None,
     half_life: str | None = None,
     dtype: torch.dtype | None = None,
+    overwrite: bool = False,
     begin: Callable[[int], Advance] | None = None,
 ) -> Imported:
     """Writes a checkpoint that :meth:`ShardedEMA.load` reads, from a file of another library. One process.
@@ -61,7 +64,7 @@ def import_checkpoint(
 
     Args:
         source: the file, or the directory.
-        target: of the checkpoint; one that exists is replaced in one step. Its parent must exist.
+        target: of the checkpoint; missing parents are made.
         format: one of :data:`dist_ema.importers.FORMATS`, or ``"auto"``: the file's content tells.
         model: a state dict of the same model, by torch.save or safetensors. It gives names to a list of tensors that
             has none (torch.save only, since safetensors files sort), and supplies what the file lacks: buffers.
@@ -71,17 +74,21 @@ def import_checkpoint(
         decay: kept fraction per batch, where the file does not say.
         half_life: in its place, such as ``"1000ba"``.
         dtype: of the floating-point tensors of the average; None means the file's own.
+        overwrite: replace a checkpoint that is there already, in one step.
         begin: called with the bytes to write; returns what is told of the progress.
 
     Raises:
         EMAConfigError: an option has a value that is not allowed.
-        CheckpointError: the file has no known format, is more than data, or lacks names that ``model`` would give.
+        CheckpointError: the file has no known format, is more than data, or lacks names that ``model`` would give; or
+            there is something else at ``target``.
         CheckpointMismatchError: the file is not of that model; lists the differences.
         CheckpointCorruptError: the file is damaged.
     """
     pattern, given = _pattern(frozen), _schedule(decay, half_life)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise EMAConfigError(f"dtype={dtype!r}: allowed is a floating-point torch.dtype, or None")
+    for path in (source, target, *([] if model is None else [model])):
+        check_path(path)
     content = open_foreign(Path(source))
     name = recognise(content, format, str(source))
     state = open_model(Path(model), pattern) if model is not None else None
@@ -90,7 +97,7 @@ def import_checkpoint(
         foreign, state = _part(foreign, state, prefix.removesuffix(".") + ".")
     whole_model = _Assembly(foreign, state, pattern)
     schedule = given or foreign.schedule or foreign.usual
-    _save(target, foreign, whole_model, schedule, dtype, begin)
+    _save(target, foreign, whole_model, schedule, dtype, overwrite, begin)
     return Imported(name, tuple(_notes(name, foreign, given, schedule)))
 
 
@@ -208,7 +215,7 @@ class _Assembly:
             if {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()} != described:
                 raise CheckpointCorruptError(f"average {average!r} has other tensors than the others")
         for name in (*self._first, *self.live, *(alias for names in self.aliases.values() for alias in names)):
-            if not name.isprintable() or name in ("", "__metadata__"):  # which safetensors keeps for itself
+            if not is_tensor_name(name):
                 raise CheckpointCorruptError(f"{name!r} is no name of a tensor")
 
 
@@ -224,6 +231,7 @@ def _save(
     assembly: _Assembly,
     schedule: Schedule,
     dtype: torch.dtype | None,
+    overwrite: bool,
     begin: Callable[[int], Advance] | None,
 ) -> None:
     first = next(iter(assembly.averages.values()))
@@ -238,7 +246,7 @@ def _save(
         everything = {**assembly.live, **tensors}
         views[average] = {entry.name: _hold(entry, everything[entry.name], advance) for entry in entries}.get
     track = _Moment(foreign, dict.fromkeys(assembly.averages, schedule))
-    Save(target, track, foreign.updates > 0, 0, entries, views, None).run()
+    Save(target, track, foreign.updates > 0, 0, entries, views, None, overwrite=overwrite).run()
 
 
 def _entry(

@@ -105,6 +105,8 @@ class Options:
             if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
                 raise ValueError("out=None: is a fresh folder at each restart; torchrun's --max-restarts needs an out")
             return
+        if not self.out.strip():
+            raise ValueError(f"out={self.out!r}: give a folder, or null for a fresh one")
         found = latest(Path(self.out))
         if found is None and (Path(self.out) / EXPORT).exists():
             raise ValueError(

@@ -16,7 +16,8 @@ from torch import nn
 
 from dist_ema import ShardedEMA, verify_checkpoint
 from dist_ema.checkpoints import destination
-from dist_ema.checkpoints.destination import Directory, remove_leftovers
+from dist_ema.checkpoints.destination import Directory
+from dist_ema.checkpoints.staging import remove_leftovers
 from dist_ema.errors import CheckpointError
 
 UNSHARE = ["unshare", "--mount", "--map-root-user"]

@@ -437,8 +437,6 @@ def _occupy(path: Path, how: str) -> Path:
     elif how == "file as parent":
         path.write_text("mine")
         return path / "export"
-    elif how == "missing parent":
-        return path / "export"
     else:
         return Path("/proc/export")  # refuses new directories, also to root
     return path
@@ -452,9 +450,8 @@ def _occupy(path: Path, how: str) -> Path:
         ("directory", "exists already: give a path that does not, or remove it first"),
         ("file", "exists already"),
         ("dangling link", "exists already"),
-        ("file as parent", "does not exist: make it first"),
-        ("missing parent", "does not exist: make it first"),
-        ("unwritable parent", "/proc/.export.tmp"),
+        ("file as parent", "export is not a directory"),
+        ("unwritable parent", "/proc/.export.saving"),
     ],
 )
 def test_a_path_that_cannot_be_written_is_an_error_on_every_rank_and_stays_as_it_was(
@@ -593,9 +590,10 @@ def test_a_process_killed_in_the_middle_leaves_no_directory_under_the_final_name
     assert result.returncode == -signal.SIGKILL, result.stderr
     assert not target.exists()
     (left,) = tmp_path.iterdir()
-    assert left.name.startswith(".export.tmp-"), "it says what it is"
+    assert left.name.startswith(".export.saving-"), "it says what it is"
     ShardedEMA(build(), decay=DECAY).export(target)
     assert read(target).keys() == build().state_dict().keys()
+    assert list(tmp_path.iterdir()) == [target], "a model's worth of bytes lies there for ever"
 
 
 def test_export_says_what_safetensors_expects(tmp_path: Path) -> None:

@@ -27,9 +27,9 @@ ORDER = [
     "arithmetic.native arithmetic.triton_kernels",
     "arithmetic.fused arithmetic.multi_tensor",
     "schedules arithmetic.kernels",
-    "arithmetic.fingerprint offload.staging collectives engines options dcp.boxed",
+    "arithmetic.fingerprint offload.staging collectives engines options dcp.boxed checkpoints.manifest",
     "checkpoints.storage checkpoints.places",
-    "shares track checkpoints.manifest planning.architecture",
+    "shares track checkpoints.staging planning.architecture",
     "shadow gather checkpoints.reading importers",
     "swap checkpoints.upload offload.host_shadow dcp.stateful resharding",
     "checkpoints.rearrange",
@@ -50,7 +50,7 @@ FILE_CALLS |= {"save_file", "load_file", "safe_open", "mkdtemp", "NamedTemporary
 #: Of these modules only; other objects may have methods of such names.
 SERIALIZERS = {"torch.save", "torch.load", "pickle.dump", "pickle.load", "np.save", "np.load", "os.replace"}
 #: The files of checkpoints and exports; and ``compiler``, which keeps what it builds.
-OPENS_FILES = {f"dist_ema.checkpoints.{name}" for name in ("storage", "places", "destination", "upload")}
+OPENS_FILES = {f"dist_ema.checkpoints.{name}" for name in ("storage", "places", "staging", "destination", "upload")}
 OPENS_FILES |= {
     "dist_ema.arithmetic.compiler",
     "dist_ema.planning.architecture",
@@ -127,7 +127,7 @@ def test_only_storage_touches_files() -> None:
     found = {name: touched for name in MODULES if (touched := file_calls(name))}
     found = {name: touched for name, touched in found.items() if not any(inside(name, one) for one in OPENS_FILES)}
     assert found == {"dist_ema.checkpoints.export": {"shutil.copyfile"}}
-    seen = file_calls("dist_ema.checkpoints.storage")
+    seen = file_calls("dist_ema.checkpoints.storage") | file_calls("dist_ema.checkpoints.staging")
     assert {"os.pwrite", "self.path.rename", "shutil.rmtree"} <= seen, "sees nothing"
 
 

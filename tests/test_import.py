@@ -262,8 +262,12 @@ def test_options_replace_what_the_file_says(capsys: pytest.CaptureFixture[str], 
     }
     equal(read_checkpoint(tmp_path / "out"), wanted)
     assert verify_checkpoint(tmp_path / "out").schedules["ema"] == schedules.HalfLife("2ep")
-    # Over itself: the checkpoint is replaced by the next.
-    assert run(capsys, "import", DATA / "timm.pth.tar", tmp_path / "out", "--decay", ".5")[0] == 0
+    # Over itself, which has to be said: the checkpoint is replaced by the next.
+    arguments = ("import", DATA / "timm.pth.tar", tmp_path / "out", "--decay", ".5")
+    status, out, err = run(capsys, *arguments)
+    assert (status, out) == (2, "") and "is a checkpoint already" in err and "--overwrite" in err
+    equal(read_checkpoint(tmp_path / "out"), wanted)
+    assert run(capsys, *arguments, "--overwrite")[0] == 0
     equal(read_checkpoint(tmp_path / "out"), expected("timm"))
     assert verify_checkpoint(tmp_path / "out").schedules["ema"] == schedules.ConstantDecay(0.5)
 

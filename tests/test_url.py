@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch import nn
 from dist_ema import ShardedEMA, read_checkpoint, verify_checkpoint
 from dist_ema.checkpoints import places
 from dist_ema.checkpoints.manifest import NAME
+from dist_ema.checkpoints.upload import Upload
 from dist_ema.cli import main
 from dist_ema.errors import CheckpointCorruptError, CheckpointError, EMAConfigError
 
@@ -259,3 +260,119 @@ def test_s3_takes_a_checkpoint_and_gives_it_back(bucket: str) -> None:
         ema.save("s3://no-such-bucket/ema")
     with pytest.raises(CheckpointError, match="is no checkpoint"):
         ema.load(f"{bucket}/nothing")
+
+
+# Two writers; more of them in test_two_writers.
+
+#: Updates of the checkpoint that is there, of the writer that comes late, and of the one that is in time.
+OLD, LATE, NEW = 1, 2, 3
+
+
+def _overtake(monkeypatch: pytest.MonkeyPatch, method: str, url: str) -> None:
+    """Lets another save come between what an upload does before the method and what it does there."""
+    original: Callable[..., Any] = getattr(Upload, method)
+
+    def overtaken(self: Upload, *arguments: Any) -> Any:
+        monkeypatch.setattr(Upload, method, original)
+        _ema(NEW).save(url)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(Upload, method, overtaken)
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_an_upload_that_was_overtaken_is_an_error(old: bool, memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It wrote its manifest over the other, which had removed its data."""
+    if old:
+        _ema(OLD).save(memory)
+    _overtake(monkeypatch, "commit", memory)
+    with pytest.raises(CheckpointError, match="another save"):
+        _ema(LATE).save(memory)
+    assert verify_checkpoint(memory).seen.updates == NEW
+    assert len({name.partition("/")[0] for name in _files(memory)}) == 2
+
+
+def test_an_upload_that_sleeps_before_the_first_manifest_does_no_harm(
+    memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every store can write an object only if there is none."""
+    _overtake(monkeypatch, "_put", memory)
+    with pytest.raises(CheckpointError, match="another save"):
+        _ema(LATE).save(memory)
+    assert verify_checkpoint(memory).seen.updates == NEW
+
+
+def test_an_upload_that_sleeps_before_it_replaces_a_manifest_says_so(
+    memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the store takes no conditions the harm is done, but not in silence."""
+    _ema(OLD).save(memory)
+    _overtake(monkeypatch, "_put", memory)
+    with pytest.raises(CheckpointError, match=r"another save.*has run at the same time"):
+        _ema(LATE).save(memory)
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_s3_replaces_a_manifest_only_if_it_is_still_the_same(
+    old: bool,
+    bucket: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    url = f"{bucket}/two/{old}"
+    if old:
+        _ema(OLD).save(url)
+    _overtake(monkeypatch, "_put", url)
+    with pytest.raises(CheckpointError, match="was replaced by another save"):
+        _ema(LATE).save(url)
+    assert verify_checkpoint(url).seen.updates == NEW
+    assert len({name.partition("/")[0] for name in _files(url)}) == 2
+    _ema(LATE).save(url)
+    assert verify_checkpoint(url).seen.updates == LATE
+
+
+def test_an_answer_that_is_lost_does_not_cost_the_checkpoint(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The manifest is there; whoever then removes the data as those of a failed save leaves nothing readable."""
+    original = MemoryFileSystem.pipe_file
+
+    def lose(self: MemoryFileSystem, path: str, value: bytes, mode: str = "overwrite", **options: Any) -> None:
+        original(self, path, value, mode, **options)
+        raise ConnectionResetError("connection reset by peer")
+
+    monkeypatch.setattr(MemoryFileSystem, "pipe_file", lose)
+    _ema(NEW).save(memory)
+    monkeypatch.undo()
+    assert verify_checkpoint(memory).seen.updates == NEW
+
+
+def test_a_connection_that_is_lost_with_the_answer_does_not_cost_the_checkpoint(
+    memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody can tell whether the manifest is there: that is an error, and the data stay."""
+    original = MemoryFileSystem.pipe_file
+
+    def lose(*_: Any, **__: Any) -> None:
+        raise ConnectionResetError("connection reset by peer")
+
+    def put(self: MemoryFileSystem, path: str, value: bytes, mode: str = "overwrite") -> None:
+        original(self, path, value, mode)
+        monkeypatch.setattr(MemoryFileSystem, "info", lose)
+        lose()
+
+    monkeypatch.setattr(MemoryFileSystem, "pipe_file", put)
+    with pytest.raises(CheckpointError, match="connection reset by peer"):
+        _ema(NEW).save(memory)
+    monkeypatch.undo()
+    assert verify_checkpoint(memory).seen.updates == NEW
+
+
+def test_a_store_that_does_not_know_conditions_is_written_to(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """fsspec's file systems are of many hands and ages."""
+    original = MemoryFileSystem.pipe_file
+
+    def old_one(self: MemoryFileSystem, path: str, value: bytes) -> None:
+        original(self, path, value)
+
+    monkeypatch.setattr(MemoryFileSystem, "pipe_file", old_one)
+    for updates in (OLD, NEW):
+        _ema(updates).save(memory)
+        assert verify_checkpoint(memory).seen.updates == updates

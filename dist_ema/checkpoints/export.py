@@ -15,12 +15,12 @@ import torch.distributed as dist
 from torch import nn
 
 from dist_ema.checkpoints.hub import STEMS, check_layout, conversion, has_config, write_adapter_config, write_config
-from dist_ema.checkpoints.places import is_url
+from dist_ema.checkpoints.places import check_path, is_url, local_path
 from dist_ema.checkpoints.rearrange import Arrangement, UnknownOperationError
+from dist_ema.checkpoints.staging import Staging
 from dist_ema.checkpoints.storage import (
     FilePlan,
     RunWriter,
-    Staging,
     TensorPlan,
     create_file,
     index_json,
@@ -81,7 +81,7 @@ def export(
         return folder, folder.plan()
 
     folder, plans = agree(plan, group, doing)
-    staging = Staging(Path(path).absolute(), token)
+    staging = Staging(local_path(path), token)
 
     def prepare() -> None:
         if first:
@@ -96,16 +96,20 @@ def export(
             raise CheckpointError(f"{doing}: gather=False, but not all ranks see {staging.target.parent} of rank 0")
         with RunWriter(staging.path, plans) as writer:
 
+            def finish() -> None:
+                writer.sync()
+                writer.close()  # some file systems say only now that there was no room
+
             def fill() -> None:
                 folder.write(writer, plans, group, True, False, doing)
-                writer.sync()
+                finish()
 
             if shared and not gather:
                 agree(fill, group, doing)
             else:
                 folder.write(writer, plans, group, False, False, doing)
-                agree(writer.sync, group, doing)
-        agree(lambda: staging.commit() if first else None, group, doing)
+                agree(finish, group, doing)
+        agree(lambda: _commit(staging) if first else None, group, doing)
     except BaseException:
         if first:
             staging.discard()
@@ -113,8 +117,7 @@ def export(
 
 
 def _check(path: object, gather: object, layout: object, model: nn.Module | None) -> None:
-    if not isinstance(path, (str, os.PathLike)):
-        raise EMAConfigError(f"path={path!r}: allowed is a str or a path of the directory to make")
+    check_path(path)
     if is_url(path):
         raise EMAConfigError(f"path={path!r}: an export is a directory of this machine; save() takes URLs")
     if gather not in (None, True, False):
@@ -154,11 +157,23 @@ def _arrange(
 
 
 def _prepare(staging: Staging, plans: Sequence[FilePlan], stem: str) -> None:
+    _refuse_existing(staging.target)
     staging.create()
     for plan in plans:
         create_file(staging.path, plan)
     if len(plans) > 1:
         write_text(staging.path / f"{stem}.safetensors.index.json", index_json(plans))
+
+
+def _commit(staging: Staging) -> None:
+    staging.sync()
+    _refuse_existing(staging.target)  # an empty directory too, which a rename would replace
+    staging.put_in_place()
+
+
+def _refuse_existing(target: Path) -> None:
+    if os.path.lexists(target):
+        raise CheckpointError(f"{target} exists already: give a path that does not, or remove it first")
 
 
 @dataclass(frozen=True)
@@ -196,7 +211,7 @@ class _Configuration:
             write_config(unwrapped(source), self.directory, self.dtype)
         elif hasattr(source, "save_pretrained") and not isinstance(source, nn.Module):
             source.save_pretrained(str(self.directory))
-        elif isinstance(source, (str, os.PathLike)):
+        elif isinstance(source, (str, os.PathLike)) and os.fspath(source):  # an empty one is not the current directory
             self._copy(Path(source))
         else:
             raise EMAConfigError(

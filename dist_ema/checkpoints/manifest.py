@@ -23,6 +23,8 @@ from dist_ema.timing import Progress
 NAME = "ema.json"
 FORMAT = "dist_ema"
 VERSION = 1
+#: How every manifest begins, of whatever version.
+BEGIN = b'{"format":"dist_ema",'
 #: A manifest has some hundred bytes a tensor, that of two averages of the largest public models 30 MB.
 MAX_BYTES = 1 << 26
 #: The folder of what is not averaged, beside those of the averages.
@@ -209,6 +211,18 @@ class Manifest:
         return folders | ({LIVE: self.live} if self.live else {})
 
 
+def is_tensor_name(name: str) -> bool:
+    """Whether a tensor can be stored under this name: any text on one line but what safetensors keeps for itself.
+
+    Whoever prints names has to escape what a terminal would obey.
+    """
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+    return name != "__metadata__" and name.splitlines() == [name]
+
+
 def checksum(data: bytes) -> str:
     """Checksum of a header or a manifest, as 64 hexadecimal digits."""
     return hashlib.blake2b(data, digest_size=32).hexdigest()
@@ -256,8 +270,8 @@ def _read_tensors(found: Mapping[str, Any], folder: str, files: Mapping[str, Sto
             _refuse(f"tensor {shown(name)} has the dtype {shown(entry['dtype'])} and {sizes}")
         stored = StoredTensor(entry["file"], entry["dtype"], tuple(shape), 0, tuple(aliases))
         for known in (name, *stored.aliases):
-            if known in names or not isinstance(known, str) or not known or not known.isprintable():
-                _refuse(f"the tensor name {shown(known)} is not printable, or comes twice")
+            if known in names or not isinstance(known, str) or not is_tensor_name(known):
+                _refuse(f"{shown(known)} cannot be the name of a tensor, or comes twice")
             names.add(known)
         if stored.file not in files or stored.file.rpartition("/")[0] != folder:
             _refuse(f"tensor {shown(name)} is said to lie in {shown(stored.file)}")
@@ -268,7 +282,7 @@ def _read_tensors(found: Mapping[str, Any], folder: str, files: Mapping[str, Sto
 
 
 def _read_lacking(names: object, averages: Mapping[str, Any]) -> tuple[str, ...]:
-    if not isinstance(names, list) or not all(isinstance(name, str) and name.isprintable() for name in names):
+    if not isinstance(names, list) or not all(isinstance(name, str) and is_tensor_name(name) for name in names):
         _refuse("what it lacks is not a list of names")
     there = {name for average in averages.values() for name in average["tensors"]}
     if "" in names or len(set(names)) < len(names) or not there.isdisjoint(names):

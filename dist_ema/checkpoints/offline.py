@@ -40,7 +40,7 @@ def export_checkpoint(
 
     Args:
         path: of the checkpoint.
-        out: the directory to make, which must not exist; its parent must.
+        out: the directory to make, which must not exist; missing parents are made.
         name: which average; None means the only one.
         dtype: of floating-point tensors; None means that of the file, which is the shadow's (a checkpoint does not say
             what the live weights were).

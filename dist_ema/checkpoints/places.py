@@ -50,11 +50,9 @@ def is_url(path: object) -> bool:
 
 
 def local_path(path: StrPath) -> Path:
-    """The directory that is meant, by its path or by a ``file://`` URL, absolute."""
-    text = os.fspath(path)
-    if text.startswith("file://"):
-        text = text[len("file://") :]
-    return Path(text).absolute()
+    """The directory that is meant, by its path or by a ``file://`` URL, absolute, with a name unless it is the root."""
+    found = Path(os.fspath(path).removeprefix("file://")).absolute()
+    return found.resolve() if found.name == ".." else found
 
 
 def is_remote(path: object) -> bool:
@@ -71,9 +69,10 @@ def place(path: StrPath) -> Place:
 
 
 def check_path(path: object) -> None:
-    """Raises EMAConfigError unless ``path`` can name a checkpoint."""
-    if not isinstance(path, (str, os.PathLike)):
-        raise EMAConfigError(f"path={path!r}: allowed is a str or a path of the checkpoint's directory, or a URL")
+    """Raises EMAConfigError unless ``path`` can name a checkpoint. An empty one would mean the current directory."""
+    text = os.fspath(path) if isinstance(path, (str, os.PathLike)) else None
+    if not isinstance(text, str) or not text.removeprefix("file://").strip() or "\0" in text:
+        raise EMAConfigError(f"path={path!r}: allowed is a str or a path of a directory, not empty, or a URL")
 
 
 def file_system(url: str) -> tuple[Any, str]:

@@ -16,6 +16,7 @@ from dist_ema.checkpoints.places import StrPath, check_path
 from dist_ema.checkpoints.storage import DTYPE_NAMES, FilePlan, Writer
 from dist_ema.checkpoints.writing import Folder
 from dist_ema.collectives import agree, exchange, rank_in, sum_integers
+from dist_ema.errors import CheckpointError
 from dist_ema.gather import Entry, Held
 from dist_ema.track import Track
 
@@ -42,6 +43,7 @@ class Save:
         group: the ranks.
         seed: of the averages' rounding, if they are rounded stochastically.
         include_untracked: with what is not averaged; without, the manifest says what was left out.
+        overwrite: replace a checkpoint that is there already.
     """
 
     def __init__(
@@ -55,7 +57,9 @@ class Save:
         group: dist.ProcessGroup | None,
         seed: int | None = None,
         include_untracked: bool = True,
+        overwrite: bool = True,
     ) -> None:
+        self._overwrite = overwrite
         self._doing = f"save to {path}"
         self._path = path
         self._destination: Destination | None = None
@@ -131,8 +135,9 @@ class Save:
             check_path(self._path)
             plans = {name: part.plans for name, part in self._parts.items()}
             if self._first:
+                _readable(self._without_digests())  # before anything is written
                 self._destination = destination(self._path, own)
-                self._destination.create(plans)
+                self._destination.create(plans, self._overwrite)
             return own
 
         token, *_ = exchange(create, self._group, self._doing)
@@ -180,7 +185,7 @@ class Save:
 
         def commit() -> None:
             if self._first:
-                self._to.commit(self._manifest(digests, self._to.data).to_bytes())
+                self._to.commit(_readable(self._manifest(digests, self._to.data)))
 
         agree(commit, self._group, self._doing)
 
@@ -205,10 +210,14 @@ class Save:
 
     def sizes(self) -> dict[str, int]:
         """Bytes of every file of the checkpoint, by its path there, the manifest included. Pure; needs no group."""
-        digests = {name: {entry.name: 0 for entry in part.folder.entries} for name, part in self._parts.items()}
-        manifest = self._manifest(digests, "data-" + "0" * 32)
+        manifest = self._without_digests()
         files = {f"{manifest.data}/{name}": file.size for name, file in manifest.files.items()}
         return files | {NAME: len(manifest.to_bytes())}
+
+    def _without_digests(self) -> Manifest:
+        """The manifest but for what the data will say."""
+        digests = {name: {entry.name: 0 for entry in part.folder.entries} for name, part in self._parts.items()}
+        return self._manifest(digests, "data-" + "0" * 32)
 
     def _manifest(self, digests: Mapping[str, Mapping[str, int]], data: str) -> Manifest:
         files: dict[str, StoredFile] = {}
@@ -230,3 +239,13 @@ class Save:
             tensors[folder] = stored
         averages = {name: tensors[f"averages/{name}"] for name in self._record.schedules}
         return replace(self._record, data=data, averages=averages, live=tensors.get(LIVE, {}), files=files)
+
+
+def _readable(manifest: Manifest) -> bytes:
+    """The text of a manifest, after reading it. Raises CheckpointError for what ``load()`` would refuse."""
+    text = manifest.to_bytes()
+    try:
+        Manifest.from_bytes(text)
+    except CheckpointError as error:
+        raise CheckpointError(f"this could be written but not read again: {error}") from error
+    return text

@@ -10,8 +10,6 @@ import ctypes
 import json
 import os
 import re
-import shutil
-import uuid
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from dist_ema.checkpoints.manifest import is_tensor_name
 from dist_ema.errors import CheckpointError, EMAConfigError
 from dist_ema.geometry import Runs
 
@@ -105,9 +104,11 @@ def plan_files(tensors: Sequence[TensorPlan], limit: int, stem: str = "model") -
     that has a file of its own.
 
     One file is called ``{stem}.safetensors``, several ``{stem}-00001-of-0000n.safetensors``. Pure: every rank computes
-    the same. Raises CheckpointError for a dtype that safetensors does not have.
+    the same. Raises CheckpointError for a dtype or a name that safetensors does not have.
     """
     for tensor in tensors:
+        if not is_tensor_name(tensor.name):
+            raise CheckpointError(f"safetensors cannot store a tensor of the name {tensor.name!r}: rename it")
         if tensor.dtype not in DTYPE_NAMES:
             raise CheckpointError(f"{tensor.name!r} is {tensor.dtype}, which safetensors cannot store")
     groups: list[list[TensorPlan]] = [[]]
@@ -154,56 +155,6 @@ def index_json(files: Sequence[FilePlan]) -> str:
     weight_map = {tensor.name: file.name for file in files for tensor in file.tensors}
     total = sum(tensor.nbytes for file in files for tensor in file.tensors)
     return json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}, indent=2)
-
-
-class Staging:
-    """A temporary sibling of a directory to come: filled, then renamed in one step. For one rank."""
-
-    PROBE = "probe"
-
-    def __init__(self, target: Path, token: str) -> None:
-        self.target = target
-        self.path = target.parent / f".{target.name[:100]}.tmp-{token}"  # names have at most 255 bytes
-        self._token = token
-
-    @staticmethod
-    def new_token() -> str:
-        """A name for a staging directory that no other run uses."""
-        return uuid.uuid4().hex
-
-    def create(self) -> None:
-        """Makes the directory. Raises CheckpointError if the target exists or its parent does not."""
-        self.refuse_existing()
-        if not self.target.parent.is_dir():
-            raise CheckpointError(f"the directory {self.target.parent} does not exist: make it first")
-        self.path.mkdir()
-        (self.path / self.PROBE).write_text(self._token)
-
-    def refuse_existing(self) -> None:
-        """Raises CheckpointError if the target exists."""
-        if os.path.lexists(self.target):
-            raise CheckpointError(f"{self.target} exists already: give a path that does not, or remove it first")
-
-    def is_visible(self) -> bool:
-        """Whether this process sees the directory that another one made: do the two share the file system?"""
-        try:
-            return (self.path / self.PROBE).read_text() == self._token
-        except OSError:
-            return False
-
-    def commit(self) -> None:
-        """Puts the directory in its place, complete and on disk."""
-        (self.path / self.PROBE).unlink()
-        for file in self.path.iterdir():  # headers, the index and copied configurations among them
-            sync(file)
-        sync(self.path)
-        self.refuse_existing()
-        self.path.rename(self.target)
-        sync(self.target.parent)
-
-    def discard(self) -> None:
-        """Removes what was written."""
-        shutil.rmtree(self.path, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
