@@ -1,7 +1,6 @@
 """Exponential moving averages of sharded models.
 
-Everything is imported when it is first used, so that ``import dist_ema`` does not import
-torch.
+Everything is imported when it is first used, so that ``import dist_ema`` does not import torch.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dist_ema import errors as errors
     from dist_ema import schedules as schedules
+    from dist_ema.batch_norm import update_bn as update_bn
     from dist_ema.checkpoints.audit import verify_checkpoint as verify_checkpoint
     from dist_ema.checkpoints.loading import read_checkpoint as read_checkpoint
     from dist_ema.ema import ShardedEMA as ShardedEMA
@@ -40,6 +40,7 @@ _SCHEDULES = (
 _HOMES = {
     "ShardedEMA": "dist_ema.ema",
     "compute_ema": "dist_ema.functional",
+    "update_bn": "dist_ema.batch_norm",
     "read_checkpoint": "dist_ema.checkpoints.loading",
     "verify_checkpoint": "dist_ema.checkpoints.audit",
     **dict.fromkeys(_SCHEDULES, "dist_ema.schedules"),

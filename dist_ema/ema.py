@@ -406,8 +406,9 @@ class ShardedEMA:
             EMAStateError: already inside; where it is collective, also whatever keeps another rank from taking part.
             EMAConfigError: there is no such average, or there are several and none was named.
         """
+        self._quiesce()
         swap: Swap | None = None
-        visit = Visit("")
+        visit = Visit("", "average_parameters()")
         try:
             try:
                 with Uninterrupted():  # other ranks would go on alone, with weights half of which are to come from here
@@ -424,9 +425,13 @@ class ShardedEMA:
             _end(swap, visit)
             self._visit = self._swap_inside = None
 
+    def _quiesce(self) -> None:
+        """Waits, so long as signals need not wait, for whoever still works on the averages or reads them. Local."""
+        self._background.settle()
+        self._shadow.drain()
+
     def _swap(self, call: Call, name: str | None, visit: Visit, keep: bool) -> Swap | None:
         """None before the first update, when the average is the live model. Collective where the swap is."""
-        self._background.settle()
 
         def look() -> Swap:
             self._refuse(call.name)
@@ -453,8 +458,9 @@ class ShardedEMA:
         Collective as ``average_parameters``. Raises as it does. Does nothing before the first update. An interrupt is
         raised when all is written.
         """
+        self._quiesce()
         with Uninterrupted():
-            swap = self._swap(self._call("copy_to()", name=name), name, Visit(""), keep=False)
+            swap = self._swap(self._call("copy_to()", name=name), name, Visit("", "copy_to()"), keep=False)
             if swap is not None:
                 with answering("copy_to()"):
                     swap.copy()

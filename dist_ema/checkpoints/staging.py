@@ -112,9 +112,9 @@ class Staging:
 
     def discard(self) -> None:
         """Removes what is left here, and parents that were made for nothing. Harmless at any time."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        lock, self._lock = self._lock, None  # in this order: a number that is closed twice may be another file by then
+        if lock is not None:
+            os.close(lock)
         shutil.rmtree(self.path, ignore_errors=True)
         with suppress(OSError):  # there is something in them
             while self._made:
