@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -770,9 +770,10 @@ class ShardedEMA:
 
     def _drop_control_group(self) -> None:
         """Collective if there is one."""
-        if self._control is not None and dist.is_initialized():
-            dist.destroy_process_group(self._control)
-        self._control = None
+        group, self._control = self._control, None
+        if group is not None and dist.is_initialized():
+            with suppress(ValueError):  # the program has destroyed all groups and made others since
+                dist.destroy_process_group(group)
 
     @answering("fingerprint()")
     def fingerprint(self, name: str | None = None, *, include_untracked: bool = True) -> dict[str, int]:
