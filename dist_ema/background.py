@@ -29,6 +29,17 @@ class Background:
         self._read = Event()
         self._error: BaseException | None = None
         self._registered = False
+        self._process = os.getpid()
+
+    def _notice_fork(self) -> None:
+        """A forked child has no thread: the save is the parent's, and so is what fails in it.
+
+        The event may have been copied while it was locked. The shadow is whole, since a save only reads it.
+        """
+        if os.getpid() != self._process:
+            self._process = os.getpid()
+            self._thread = self._error = None
+            self._read = Event()
 
     def start(self, read: Callable[[], None], finish: Callable[[], None], undo: Callable[[], None]) -> None:
         """Runs ``read``, which reads the shadow, then ``finish``; ``undo`` if one of them raised. Does not wait."""
@@ -55,16 +66,19 @@ class Background:
 
     def settle(self) -> None:
         """Waits until the shadow may be changed. Local; raises nothing, since other ranks may not have failed yet."""
+        self._notice_fork()
         if self._thread is not None and self._thread.ident is not None:  # None: interrupted before it could start
             self._read.wait()
 
     def report(self) -> None:
         """Raises what failed in work that has ended. Local; does not wait."""
+        self._notice_fork()
         if self._thread is not None and not self._thread.is_alive():
             self.wait()
 
     def drain(self) -> None:
         """Waits for the end of the work; raises nothing. Local."""
+        self._notice_fork()
         if self._thread is not None:
             if self._thread.ident is not None:
                 self._thread.join()

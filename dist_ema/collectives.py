@@ -39,30 +39,40 @@ def answered() -> Iterator[None]:
         yield
     except errors.EMAError:
         raise
+    except ValueError as error:  # of a group that it does not know
+        raise PeerLost(f"the process group is gone, as after destroy_process_group(): {error}") from error
     except RuntimeError as error:  # also DistBackendError, DistNetworkError, DistStoreError
         raise PeerLost(f"a rank did not answer in time, or is gone: {error}") from error
 
 
 def rank_in(group: dist.ProcessGroup | None) -> int:
     """This rank's place in ``group``."""
-    return 0 if group is None else dist.get_rank(group)
+    with answered():
+        return 0 if group is None else dist.get_rank(group)
 
 
 def size_of(group: dist.ProcessGroup | None) -> int:
     """Ranks in ``group``."""
-    return 1 if group is None else dist.get_world_size(group)
+    with answered():
+        return 1 if group is None else dist.get_world_size(group)
 
 
 def device_for(group: dist.ProcessGroup | None) -> torch.device:
     """Where a tensor must lie to be sent through ``group``: the accelerator under NCCL, else the CPU."""
-    if group is not None and "nccl" in str(dist.get_backend_config(group)):
+    if group is not None and "nccl" in _backends(group):
         return getattr(group, "bound_device_id", None) or torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
 
 
 def _note_device(group: dist.ProcessGroup) -> torch.device:
     """The CPU where the group can, so that a rank may tell that its accelerator has no memory left."""
-    return torch.device("cpu") if "cpu:" in str(dist.get_backend_config(group)) else device_for(group)
+    return torch.device("cpu") if "cpu:" in _backends(group) else device_for(group)
+
+
+def _backends(group: dist.ProcessGroup) -> str:
+    with answered():
+        dist.get_backend(group)  # raises ValueError for a group that is gone, where the next raises TypeError
+        return str(dist.get_backend_config(group))
 
 
 def gather_objects(value: T, group: dist.ProcessGroup | None, timeout: float | None = None) -> list[T]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
 from weakref import WeakKeyDictionary
@@ -784,15 +784,22 @@ class ShardedEMA:
                 dist.get_process_group_ranks(self._engine.group),
                 backend="gloo",
                 timeout=timedelta(seconds=timeout + writing),
-                use_local_synchronization=True,  # ranks that hold another model make no such call
+                use_local_synchronization=not self._is_world(),  # ranks that hold another model make no such call
             )
         return self._control
 
     def _drop_control_group(self) -> None:
         """Collective if there is one."""
-        if self._control is not None and dist.is_initialized():
-            dist.destroy_process_group(self._control)
-        self._control = None
+        group, self._control = self._control, None
+        # torch names the group of a part of the world by its ranks and the number of groups that there are. The next
+        # one would be called like this one, and find the addresses that its ranks have left in the store.
+        if group is not None and dist.is_initialized() and self._is_world():
+            with suppress(ValueError):  # the program has destroyed all groups and made others since
+                dist.destroy_process_group(group)
+
+    def _is_world(self) -> bool:
+        """Whether the ranks of this average are all that there are. Local."""
+        return self._engine.group is not None and size_of(self._engine.group) == dist.get_world_size()
 
     @answering("fingerprint()")
     def fingerprint(self, name: str | None = None, *, include_untracked: bool = True) -> dict[str, int]:
