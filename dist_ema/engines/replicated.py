@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dist_ema.engines.base import Engine, Replicas, TensorSpec
 from dist_ema.engines.walk import Binding, Slot, walk_slots
+from dist_ema.engines.zero_marks import Unwrapped
 
 
 class PlainEngine(Engine):
@@ -29,6 +30,8 @@ class PlainEngine(Engine):
 
     def specs(self) -> list[TensorSpec]:
         self._slots = walk_slots(self._model)
+        self._unwrapped = Unwrapped(self._model, self._slots)
+        self._unwrapped.refuse()
         self._binding = Binding(self._slots)
         return [self.spec(slot, tensor) for slot in self._slots if (tensor := slot.get()) is not None]
 
@@ -39,6 +42,7 @@ class PlainEngine(Engine):
         )
 
     def sources(self) -> list[Tensor]:
+        self._unwrapped.check()  # first, since DeepSpeed also changes what the binding looks at
         return self._binding.check()
 
 
