@@ -30,7 +30,6 @@ from dist_ema.collectives import (
     gather_objects,
     meet,
     rank_in,
-    size_of,
     sum_floats,
     sum_integers,
 )
@@ -151,8 +150,6 @@ class ShardedEMA:
         )
         self._group = group
         self._engine = detect_in(target, group)
-        # A list may be one stage of several, whose patterns and trained parameters lie on other ranks.
-        self._is_part = isinstance(target, Sequence) and size_of(self._engine.group) > 1
         self._warned = False
         self._attached: Attached | None = None
         self._background = Background()
@@ -284,10 +281,10 @@ class ShardedEMA:
     def _plan(self, clock: Progress) -> None:
         specs = self._engine.specs()
         names = [spec.name for spec in specs]
-        if not self._is_part:  # a pattern may be meant for another rank's stage
+        if not self._engine.is_part:  # a pattern may be meant for another rank's stage
             self._options.check_patterns(names)
         shares = plan(specs, self._options)
-        if not self._is_part and not any(share.mode == "average" for share in shares):
+        if not self._engine.is_part and not any(share.mode == "average" for share in shares):
             trained = sum(spec.kind == "parameter" for spec in specs)
             raise EMAConfigError(
                 f"nothing to average: the model has {trained} trained of {len(specs)} parameters and buffers, and "
@@ -435,7 +432,7 @@ class ShardedEMA:
             return swap
 
         started = self._shadow.started
-        if self._is_part or swaps_together(self._engine, self._shares):  # another rank's stage may have buffers
+        if self._engine.is_part or swaps_together(self._engine, self._shares):  # another rank's stage may have buffers
             with answering(call.name):
                 swap, entries = self._joined(call, look)
             swap.entries = entries

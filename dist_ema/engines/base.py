@@ -120,6 +120,8 @@ class Engine(ABC):
     group: dist.ProcessGroup | None = None
     #: Whether :meth:`publish` is a collective call, of all ranks of ``group``.
     publish_is_collective: bool = False
+    #: Whether other ranks may have tensors of other names: pipeline stages, experts.
+    is_part: bool = False
 
     @abstractmethod
     def specs(self) -> list[TensorSpec]:
