@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_ema.engines.base import Engine, RemovableHandle, TensorSpec
-from dist_ema.engines.walk import Binding, Slot, walk_slots
+from dist_ema.engines.walk import Binding, Slot
 from dist_ema.engines.zero_groups import Groups
 from dist_ema.engines.zero_masters import MasterSlice, find_masters, stage3_runs, stage3_shard
 from dist_ema.errors import EMAConfigError, EMAEngineError
@@ -52,7 +52,7 @@ class ZeroEngine(Engine):
         A parameter that no optimizer trains counts as frozen, whatever its ``requires_grad``: under ZeRO one that was
         unfrozen after ``deepspeed.initialize()`` has no master and never changes.
         """
-        slots = walk_slots(self._engine.module, self._groups.first_numbers)
+        slots = self._groups.slots()
         slices = self._masters.slices()
         self._binding = Binding(slots, _full_shape)
         self._entries = [(slot, self._slice_of(slot, slices)) for slot in slots]

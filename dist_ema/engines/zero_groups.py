@@ -1,7 +1,7 @@
 """Which ranks of a DeepSpeed run hold a parameter between them: data, pipeline and expert parallelism.
 
-Read in deepspeed 0.19.8: runtime/engine.py, runtime/pipe/topology.py, utils/groups.py, moe/experts.py and
-moe/sharded_moe.py.
+Read in deepspeed 0.19.8: runtime/engine.py, runtime/pipe/module.py, runtime/pipe/topology.py, utils/groups.py,
+moe/experts.py and moe/sharded_moe.py.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_ema.engines.base import Replicas
+from dist_ema.engines.walk import Slot, walk_slots
 from dist_ema.engines.zero_marks import is_expert
 from dist_ema.errors import EMAEngineError
 
@@ -46,8 +47,6 @@ class Groups:
 
     Attributes:
         is_part: whether other ranks have parameters of other names.
-        first_numbers: of a layer's list of experts on this rank, the number of the first one among the experts of all
-            ranks. DeepSpeed numbers them so in its checkpoints; in the module every rank begins at 0.
     """
 
     def __init__(self, engine: Any) -> None:
@@ -70,12 +69,41 @@ class Groups:
         layers = list(engine.moe_layers)
         names = {layer.ep_group_name for layer in layers}
         self._experts = {name: Team.of(engine.expert_data_parallel_group[name]) for name in names}
-        self.first_numbers: dict[nn.Module, int] = {
+        # Of each layer's list of experts, the number of this rank's first one.
+        self._first_numbers: dict[nn.Module, int] = {
             layer.experts.deepspeed_experts: dist.get_rank(layer.ep_group) * int(layer.num_local_experts)
             for layer in layers
         }
-        self._numbered = {id(parameter) for experts in self.first_numbers for parameter in experts.parameters()}
+        self._numbered = {id(parameter) for experts in self._first_numbers for parameter in experts.parameters()}
+        self._model: Any = engine.module
+        self._is_pipeline = is_pipeline
         self.is_part = is_pipeline or bool(layers)
+
+    def slots(self) -> list[Slot]:
+        """The model's parameters and buffers, under names that mean the same on every rank that has them. Local.
+
+        They are those of DeepSpeed's checkpoints. There experts have numbers that count those of all ranks, while in
+        the module every rank begins at 0. A layer that several pipeline stages share has one name in the module, and
+        one weight in common; its other tensors are each stage's own, and have the number of the layer.
+        """
+        slots = walk_slots(self._model, self._first_numbers)
+        for key, shared in (self._model.tied_comms if self._is_pipeline else {}).items():
+            if dist.get_rank() == min(shared["ranks"]):
+                continue
+            old, new = f"tied_modules.{key}.", f"{self._layer_number(key)}."
+            common = {f"{old}{attribute}" for attribute in shared["weight_attr"]}
+            for slot in slots:
+                if slot.name.startswith(old) and not common.intersection((slot.name, *slot.aliases)):
+                    names = [slot.name, *slot.aliases]
+                    slot.name, *others = [new + name[len(old) :] if name.startswith(old) else name for name in names]
+                    slot.aliases = tuple(others)
+        return slots
+
+    def _layer_number(self, key: str) -> int:
+        """The first layer of this stage that is the shared one of that key. Local."""
+        specs = enumerate(self._model._layer_specs)
+        numbers = [number for number, spec in specs if getattr(spec, "key", None) == key]
+        return next(number for number in numbers if self._model.stage_owner(number) == self._model.stage_id)
 
     def of(self, name: str, parameter: Tensor) -> Team:
         """The ranks that hold this parameter. Local."""
