@@ -73,8 +73,8 @@ class ShardedEMA:
     it the average *is* the live model, for every call. So weights may be materialised or loaded after construction.
 
     Args:
-        target: a module (plain, DDP, FSDP, FSDP2, HSDP, tensor parallel), a DeepSpeed engine, or a list of modules:
-            this rank's pipeline stages.
+        target: a module (plain, DDP, FSDP, FSDP2, HSDP, tensor parallel), a DeepSpeed engine (not the module in it), or
+            a list of modules: this rank's pipeline stages.
         decay: kept fraction per batch, in [0, 1).
         half_life: training after which half is kept: ``"1000ba"``, ``"10000000tok"``, ``"50000sp"``, ``"2ep"``.
         smoothing: kept fraction per update, in [0, 1), whatever the interval (Composer's word).
