@@ -18,8 +18,10 @@ class CompositeEngine(Engine):
         self._engines = list(engines)
         self.group = self._engines[0].group
         self.publish_is_collective = any(engine.publish_is_collective for engine in self._engines)
-        # One list may be all there is; that the others lack a name is no mistake in any case.
-        self.is_part = self.group is not None and dist.get_world_size(self.group) > 1
+
+    @property
+    def is_part(self) -> bool:
+        return self.group is not None and dist.get_world_size(self.group) > 1
 
     def modules(self) -> list[nn.Module]:
         return [module for engine in self._engines for module in engine.modules()]

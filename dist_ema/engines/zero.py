@@ -40,7 +40,6 @@ class ZeroEngine(Engine):
         self._masters = find_masters(engine.optimizer, int(engine.zero_optimization_stage()))
         for group in self._masters.partition_groups():
             self._groups.check(group, engine.optimizer)
-        self.is_part = self._groups.is_part
         self.publish_is_collective = not self._masters.replicated
         self._steps = _StepCounter(engine)
         self._entries: list[tuple[Slot, MasterSlice | None]] = []
@@ -64,6 +63,11 @@ class ZeroEngine(Engine):
         self._masters.check_resident()
         flats = [flat.detach() for flat in self._masters.flats()]
         return [self._source(slot, piece, flats) for slot, piece in self._entries]
+
+    @property
+    def is_part(self) -> bool:
+        """True for a pipeline, and for MoE layers. Local."""
+        return self._groups.is_part
 
     def ranks(self) -> frozenset[int]:
         """All of them: DeepSpeed partitions over the world."""
