@@ -73,8 +73,8 @@ class ShardedEMA:
     it the average *is* the live model, for every call. So weights may be materialised or loaded after construction.
 
     Args:
-        target: a module (plain, DDP, FSDP, FSDP2, HSDP, tensor parallel), a DeepSpeed engine, or a list of modules:
-            this rank's pipeline stages.
+        target: a module (plain, DDP, FSDP, FSDP2, HSDP, tensor parallel), a DeepSpeed engine (not the module in it), or
+            a list of modules: this rank's pipeline stages.
         decay: kept fraction per batch, in [0, 1).
         half_life: training after which half is kept: ``"1000ba"``, ``"10000000tok"``, ``"50000sp"``, ``"2ep"``.
         smoothing: kept fraction per update, in [0, 1), whatever the interval (Composer's word).
@@ -150,8 +150,6 @@ class ShardedEMA:
         )
         self._group = group
         self._engine = detect_in(target, group)
-        # One stage of several: its patterns and trained parameters may lie on other ranks.
-        self._is_part = self._engine.is_part and size_of(self._engine.group) > 1
         self._warned = False
         self._attached: Attached | None = None
         self._background = Background()
@@ -286,10 +284,10 @@ class ShardedEMA:
     def _plan(self, clock: Progress) -> None:
         specs = self._engine.specs()
         names = [spec.name for spec in specs]
-        if not self._is_part:  # a pattern may be meant for another rank's stage
+        if not self._engine.is_part:  # a pattern may be meant for another rank's stage
             self._options.check_patterns(names)
         shares = plan(specs, self._options)
-        if not self._is_part and not any(share.mode == "average" for share in shares):
+        if not self._engine.is_part and not any(share.mode == "average" for share in shares):
             trained = sum(spec.kind == "parameter" for spec in specs)
             raise EMAConfigError(
                 f"nothing to average: the model has {trained} trained of {len(specs)} parameters and buffers, and "
@@ -442,7 +440,7 @@ class ShardedEMA:
             return swap
 
         started = self._shadow.started
-        if self._is_part or swaps_together(self._engine, self._shares):  # another rank's stage may have buffers
+        if self._engine.is_part or swaps_together(self._engine, self._shares):  # another rank's stage may have buffers
             with answering(call.name):
                 swap, entries = self._joined(call, look)
             swap.entries = entries

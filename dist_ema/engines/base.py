@@ -127,8 +127,6 @@ class Engine(ABC):
     group: dist.ProcessGroup | None = None
     #: Whether :meth:`publish` is a collective call, of all ranks of ``group``.
     publish_is_collective: bool = False
-    #: Whether the target may be one stage of several, so that other ranks hold other names.
-    is_part: bool = False
 
     @abstractmethod
     def specs(self) -> list[TensorSpec]:
@@ -146,6 +144,11 @@ class Engine(ABC):
     @abstractmethod
     def modules(self) -> list[nn.Module]:
         """The modules whose forward pass computes with the weights. Local."""
+
+    @property
+    def is_part(self) -> bool:
+        """Whether other ranks may have tensors of other names: pipeline stages, experts. Local."""
+        return False
 
     def ranks(self) -> frozenset[int]:
         """Global ranks over which the wrapper spreads the weights; empty where it knows of no other rank. Local."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_ema.engines.base import Engine, RemovableHandle, TensorSpec
@@ -14,12 +15,14 @@ from dist_ema.errors import EMAEngineError
 class CompositeEngine(Engine):
     """One engine per module, each asked in turn."""
 
-    is_part = True
-
     def __init__(self, engines: Sequence[Engine]) -> None:
         self._engines = list(engines)
         self.group = self._engines[0].group
         self.publish_is_collective = any(engine.publish_is_collective for engine in self._engines)
+
+    @property
+    def is_part(self) -> bool:
+        return self.group is not None and dist.get_world_size(self.group) > 1
 
     def modules(self) -> list[nn.Module]:
         return [module for engine in self._engines for module in engine.modules()]

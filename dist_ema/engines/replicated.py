@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dist_ema.engines.base import Engine, Replicas, TensorSpec
 from dist_ema.engines.subclasses import is_hidden, look_through
 from dist_ema.engines.walk import Binding, Slot, walk_slots
+from dist_ema.engines.zero_marks import Unwrapped
 
 
 class PlainEngine(Engine):
@@ -33,6 +34,8 @@ class PlainEngine(Engine):
 
     def specs(self) -> list[TensorSpec]:
         self._slots = walk_slots(self._model)
+        self._unwrapped = Unwrapped(self._model, self._slots)
+        self._unwrapped.refuse()
         self._binding = Binding(self._slots)
         held = [(slot, tensor) for slot in self._slots if (tensor := slot.get()) is not None]
         self._specs = [self.spec(slot, tensor) for slot, tensor in held]
@@ -50,6 +53,7 @@ class PlainEngine(Engine):
         return tensor
 
     def sources(self) -> list[Tensor]:
+        self._unwrapped.check()  # first, since DeepSpeed also changes what the binding looks at
         tensors = self._binding.check()
         return look_through(tensors, self._specs) if self._has_subclasses else tensors
 

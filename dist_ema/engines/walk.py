@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,28 +55,41 @@ class Slot:
         return held
 
 
-def walk_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+def walk_modules(
+    module: nn.Module, prefix: str = "", first_numbers: Mapping[nn.Module, int] | None = None
+) -> Iterator[tuple[str, nn.Module]]:
     """Every module with its canonical name, wrappers under the name of what they wrap, in ``state_dict()`` order.
 
     A module that is registered twice is visited twice, as ``state_dict()`` does.
+
+    Args:
+        module: where to begin.
+        prefix: its name.
+        first_numbers: of lists of modules that hold this rank's part of a longer list, the number of their first one.
     """
     yield prefix, module
     if is_fabric(module):
-        yield from walk_modules(unwrap_module(module), prefix)
+        yield from walk_modules(unwrap_module(module), prefix, first_numbers)
         return
+    first = first_numbers.get(module, 0) if first_numbers else 0
     for key, child in module._modules.items():
         if child is None:
             continue
+        if first:
+            key = str(int(key) + first)
         transparent = key in _TOKENS or (isinstance(module, _MODULE_WRAPPERS) and key == "module")
         name = prefix if transparent else f"{prefix}.{key}" if prefix else key
-        yield from walk_modules(child, name)
+        yield from walk_modules(child, name, first_numbers)
 
 
-def walk_slots(module: nn.Module) -> list[Slot]:
-    """Every parameter and persistent buffer once, first name first; the other names of tied tensors are its aliases."""
+def walk_slots(module: nn.Module, first_numbers: Mapping[nn.Module, int] | None = None) -> list[Slot]:
+    """Every parameter and persistent buffer once, first name first; the other names of tied tensors are its aliases.
+
+    ``first_numbers`` as in :func:`walk_modules`.
+    """
     seen: dict[int, Slot] = {}
     names: set[str] = set()
-    for prefix, owner in walk_modules(module):
+    for prefix, owner in walk_modules(module, first_numbers=first_numbers):
         persistent = [key for key in owner._buffers if key not in owner._non_persistent_buffers_set]
         places: list[tuple[str, Tensor | None, bool]] = [
             (key, owner._parameters[key], False) for key in owner._parameters

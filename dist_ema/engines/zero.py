@@ -14,10 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dist_ema.engines.base import Engine, RemovableHandle, Replicas, TensorSpec
-from dist_ema.engines.walk import Binding, Slot, walk_slots
+from dist_ema.engines.base import Engine, RemovableHandle, TensorSpec
+from dist_ema.engines.walk import Binding, Slot
 from dist_ema.engines.wrappers import is_training_step
-from dist_ema.engines.zero_masters import MasterSlice, find_masters, require_world, stage3_runs, stage3_shard
+from dist_ema.engines.zero_groups import Groups
+from dist_ema.engines.zero_masters import MasterSlice, find_masters, stage3_runs, stage3_shard
 from dist_ema.errors import EMAConfigError, EMAEngineError
 from dist_ema.geometry import whole
 
@@ -25,27 +26,21 @@ from dist_ema.geometry import whole
 class ZeroEngine(Engine):
     """A ``deepspeed.DeepSpeedEngine``.
 
+    Also a ``PipelineEngine``, whose stages hold different names, and MoE layers, whose experts have the names that they
+    would have if one rank held them all: ``....deepspeed_experts.5.weight``.
+
     Raises EMAEngineError for what it cannot average: no optimizer under ZeRO, an optimizer that it does not know
-    (ZenFlow, SuperOffload, MiCS), offload to NVMe, mixture-of-experts, tensor and pipeline parallelism.
+    (ZenFlow, SuperOffload, MiCS), offload to NVMe, tensor parallelism, AutoEP.
     """
 
     def __init__(self, engine: Any) -> None:
         # DeepSpeedEngine's attributes as read in deepspeed 0.19.8, runtime/engine.py.
-        if getattr(engine, "pipeline_parallelism", False):
-            raise EMAEngineError(
-                "a DeepSpeed pipeline engine is not supported: average the stages as a list of modules, "
-                "ShardedEMA([stage, ...])"
-            )
-        if getattr(engine, "has_moe_layers", False):
-            raise EMAEngineError(
-                "the DeepSpeed engine has mixture-of-experts layers, whose ranks hold different experts under one "
-                "name: not supported"
-            )
-        if dist.is_initialized():
-            self.group = dist.group.WORLD
-            require_world(engine.seq_data_parallel_group, "the data-parallel group")
+        self.group = dist.group.WORLD
         self._engine = engine
+        self._groups = Groups(engine)
         self._masters = find_masters(engine.optimizer, int(engine.zero_optimization_stage()))
+        for group in self._masters.partition_groups():
+            self._groups.check(group, engine.optimizer)
         self.publish_is_collective = not self._masters.replicated
         self._steps = _StepCounter(engine)
         self._entries: list[tuple[Slot, MasterSlice | None]] = []
@@ -57,7 +52,7 @@ class ZeroEngine(Engine):
         A parameter that no optimizer trains counts as frozen, whatever its ``requires_grad``: under ZeRO one that was
         unfrozen after ``deepspeed.initialize()`` has no master and never changes.
         """
-        slots = walk_slots(self._engine.module)
+        slots = self._groups.slots()
         slices = self._masters.slices()
         self._binding = Binding(slots, _full_shape)
         self._entries = [(slot, self._slice_of(slot, slices)) for slot in slots]
@@ -69,6 +64,11 @@ class ZeroEngine(Engine):
         self._masters.check_resident()
         flats = [flat.detach() for flat in self._masters.flats()]
         return [self._source(slot, piece, flats) for slot, piece in self._entries]
+
+    @property
+    def is_part(self) -> bool:
+        """True for a pipeline, and for MoE layers. Local."""
+        return self._groups.is_part
 
     def ranks(self) -> frozenset[int]:
         """All of them: DeepSpeed partitions over the world."""
@@ -95,6 +95,8 @@ class ZeroEngine(Engine):
     def attach(self, optimizer: object, callback: Callable[[], object]) -> RemovableHandle:
         """Calls ``callback`` after every ``engine.step()``; :meth:`stepped` tells the real steps. Local.
 
+        A pipeline engine has ``train_batch()`` in its place.
+
         ``optimizer`` is the DeepSpeed engine, its ``.optimizer``, the torch optimizer inside, or a wrapper of one of
         them. The inner optimizer's own step hook would come before the live weights are made, once per group.
         """
@@ -105,7 +107,7 @@ class ZeroEngine(Engine):
         inner: object = optimizer
         while inner is not None:
             if any(inner is one for one in known):
-                return _StepWrapper(engine, callback)
+                return _StepWrapper(engine, "train_batch" if engine.pipeline_parallelism else "step", callback)
             inner = getattr(inner, "optimizer", None)
         raise EMAConfigError(
             f"attach(optimizer={type(optimizer).__name__}): pass the DeepSpeed engine, its .optimizer or the torch "
@@ -120,17 +122,21 @@ class ZeroEngine(Engine):
         tensor: Any = slot.get()
         if slot.is_buffer:
             return TensorSpec.unsharded(slot.name, tensor, kind="buffer", partitioned=False, aliases=slot.aliases)
-        shape = _full_shape(tensor)
-        if piece is not None:
-            replicas = self._replicas() if self._masters.replicated else None
-            return TensorSpec(slot.name, shape, tensor.dtype, piece.runs, replicas=replicas, aliases=slot.aliases)
-        if self._masters.shards_frozen:
-            return TensorSpec(slot.name, shape, tensor.dtype, stage3_runs(tensor), kind="frozen", aliases=slot.aliases)
-        if tensor.requires_grad and not self._masters.flats():
-            # Stage 0 in fp32: the live weights are what the optimizer steps, the same on every rank.
-            return TensorSpec(
-                slot.name, shape, tensor.dtype, whole(shape.numel()), replicas=self._replicas(), aliases=slot.aliases
-            )
+        shape, team = _full_shape(tensor), self._groups.of(slot.name, tensor)
+        known: dict[str, Any] = {"team": min(team.ranks), "aliases": slot.aliases}
+        if piece is not None and piece.group is not None:
+            if dist.get_process_group_ranks(piece.group) != team.ranks:
+                raise EMAEngineError(
+                    f"expert parameter {slot.name!r} is in a group of the optimizer that DeepSpeed partitions over all "
+                    "ranks, which have other experts of that name: make the optimizer's groups with "
+                    "deepspeed.moe.utils.split_params_into_different_moe_groups_for_optimizer"
+                )
+            return TensorSpec(slot.name, shape, tensor.dtype, piece.runs, **known)
+        if piece is None and self._masters.shards_frozen:
+            return TensorSpec(slot.name, shape, tensor.dtype, stage3_runs(tensor), kind="frozen", **known)
+        # At stage 0 each rank of the team has the masters whole; in fp32 the live weights are what the optimizer steps.
+        if piece is not None or (tensor.requires_grad and not self._masters.flats()):
+            return TensorSpec(slot.name, shape, tensor.dtype, whole(shape.numel()), replicas=team.replicas, **known)
         return TensorSpec.unsharded(slot.name, tensor, kind="frozen", partitioned=False, aliases=slot.aliases)
 
     def _source(self, slot: Slot, piece: MasterSlice | None, flats: list[Tensor]) -> Tensor:
@@ -143,11 +149,6 @@ class ZeroEngine(Engine):
             return stage3_shard(slot.name, tensor)
         live: Tensor = tensor.detach()
         return live
-
-    def _replicas(self) -> Replicas | None:
-        if self.group is None or dist.get_world_size() == 1:
-            return None
-        return Replicas(self.group, dist.get_rank(), dist.get_world_size())
 
 
 def _full_shape(tensor: Tensor) -> torch.Size:
@@ -193,15 +194,16 @@ class _StepCounter:
 
 
 class _StepWrapper:
-    """An ``engine.step`` that calls back after each call; ``remove()`` puts the original back."""
+    """A method of the engine that calls back after each call; ``remove()`` puts the original back."""
 
-    def __init__(self, engine: Any, callback: Callable[[], object]) -> None:
+    def __init__(self, engine: Any, method: str, callback: Callable[[], object]) -> None:
         self._engine = engine
-        self._inner = engine.step
-        self._was_patched = "step" in vars(engine)
+        self._method = method
+        self._inner = getattr(engine, method)
+        self._was_patched = method in vars(engine)
         self._callback: Callable[[], object] | None = callback
         self._wrapper = self._step
-        engine.step = self._wrapper
+        setattr(engine, method, self._wrapper)
 
     def _step(self, *args: Any, **kwargs: Any) -> Any:
         result = self._inner(*args, **kwargs)
@@ -212,9 +214,9 @@ class _StepWrapper:
     def remove(self) -> None:
         """Stops the calls. Where another wrapper came on top, this one stays below it and only passes on. Local."""
         self._callback = None
-        if vars(self._engine).get("step") is not self._wrapper:
+        if vars(self._engine).get(self._method) is not self._wrapper:
             return
         if self._was_patched:
-            self._engine.step = self._inner
+            setattr(self._engine, self._method, self._inner)
         else:
-            del self._engine.step
+            delattr(self._engine, self._method)

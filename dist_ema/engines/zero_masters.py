@@ -28,11 +28,13 @@ class MasterSlice:
         flat: which of :meth:`Masters.flats` holds it.
         start: first element there.
         runs: which elements of the parameter they are; empty if this rank masters none of it.
+        group: the ranks over which the parameter is partitioned; None if it is not.
     """
 
     flat: int
     start: int
     runs: Runs
+    group: dist.ProcessGroup | None = None
 
 
 class Masters(ABC):
@@ -57,6 +59,10 @@ class Masters(ABC):
     @abstractmethod
     def publish(self) -> None:
         """Makes the model compute with what the masters hold. Collective unless ``replicated``."""
+
+    def partition_groups(self) -> Sequence[dist.ProcessGroup | None]:
+        """Every group over which parameters are partitioned; None is the world. Local."""
+        return ()
 
     def check_resident(self) -> None:
         """Raises EMAStateError while ``engine.offload_states()`` keeps the weights elsewhere. Local."""
@@ -116,8 +122,10 @@ class FlatMasters(Masters):
         is_bf16 = hasattr(optimizer, "bf16_groups")
         self._live_name = "bf16_groups" if is_bf16 else "bit16_groups"
         self._master_name = "fp32_groups_flat_partition" if is_bf16 else "single_partition_of_fp32_groups"
-        for group in optimizer.real_dp_process_group:
-            require_world(group, f"{type(optimizer).__name__}'s partition group")
+
+    def partition_groups(self) -> Sequence[dist.ProcessGroup | None]:
+        groups: Sequence[dist.ProcessGroup | None] = self._optimizer.real_dp_process_group
+        return groups
 
     def flats(self) -> Sequence[Tensor]:
         flats: Sequence[Tensor] = getattr(self._optimizer, self._master_name)
@@ -138,7 +146,7 @@ class FlatMasters(Masters):
                 offset = _offset(param, buffer)
                 start, stop = max(offset, low), min(offset + param.numel(), low + size)
                 runs: Runs = ((start - offset, stop - start),) if start < stop else ()
-                slices[id(param)] = MasterSlice(index, start - low if runs else 0, runs)
+                slices[id(param)] = MasterSlice(index, start - low if runs else 0, runs, group or dist.group.WORLD)
         return slices
 
     def publish(self) -> None:
@@ -153,14 +161,14 @@ class Stage3Masters(Masters):
 
     def __init__(self, optimizer: Any) -> None:
         super().__init__(optimizer)
-        require_world(optimizer.dp_process_group, "ZeRO stage 3's partition group")
-        for group in optimizer.sub_group_process_groups:
-            require_world(group, "the partition group of some parameters")
         if optimizer.swap_optimizer or optimizer.params_in_nvme_and_cpu:
             raise EMAEngineError(
                 'offload to device "nvme" keeps the weights in files between steps, where an average cannot read '
                 'them: use device "cpu" or "none" in offload_optimizer and offload_param'
             )
+
+    def partition_groups(self) -> Sequence[dist.ProcessGroup | None]:
+        return [self._optimizer.dp_process_group, *self._optimizer.sub_group_process_groups]
 
     def flats(self) -> Sequence[Tensor]:
         flats: Sequence[Tensor] = self._optimizer.fp32_partitioned_groups_flat
@@ -171,7 +179,7 @@ class Stage3Masters(Masters):
         for index, params in enumerate(self._optimizer.fp16_groups):
             start = 0
             for param in params:
-                slices[id(param)] = MasterSlice(index, start, stage3_runs(param))
+                slices[id(param)] = MasterSlice(index, start, stage3_runs(param), param.ds_process_group)
                 start += param.ds_tensor.ds_numel
         return slices
 
@@ -204,16 +212,6 @@ def stage3_shard(name: str, param: Any) -> Tensor:
         )
     shard: Tensor = param.ds_tensor.detach()
     return shard.narrow(0, 0, count(stage3_runs(param)))
-
-
-def require_world(group: Any, what: str) -> None:
-    """Raises EMAEngineError if ``group`` (None: the world) is smaller than the world. Local."""
-    if group is not None and dist.get_world_size(group) != dist.get_world_size():
-        raise EMAEngineError(
-            f"{what} has {dist.get_world_size(group)} of {dist.get_world_size()} ranks. Parameters that are "
-            "partitioned over a part of the world (MiCS, expert, tensor or pipeline parallelism) are not supported "
-            "under DeepSpeed: use a data-parallel group that spans all ranks"
-        )
 
 
 _KINDS: dict[str, type[Masters]] = {
