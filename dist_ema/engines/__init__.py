@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from itertools import chain
 
 import torch.distributed as dist
 from torch import nn
@@ -13,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dist_ema.engines.base import Attached, Engine, RemovableHandle, Replicas, TensorSpec
 from dist_ema.engines.composite import CompositeEngine
-from dist_ema.engines.dtensor import DTensorEngine
+from dist_ema.engines.dtensor import DTensorEngine, units_of
 from dist_ema.engines.flat_param import FlatParamEngine
 from dist_ema.engines.replicated import DataParallelEngine, PlainEngine
 from dist_ema.errors import EMAConfigError, EMAEngineError
@@ -71,8 +72,9 @@ def _detect_module(model: nn.Module) -> Engine:
     modules = list(model.modules())
     wrapper = next((module for module in modules if isinstance(module, DistributedDataParallel)), None)
     flat = any(isinstance(module, FullyShardedDataParallel) for module in modules)
-    sharded = any(isinstance(module, FSDPModule) for module in modules)
-    sharded = sharded or any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    # FSDPModule alone would not do: of a unit around the model the weights may be whole at the moment.
+    sharded = any(isinstance(module, FSDPModule) for module in modules) or bool(units_of(model))
+    sharded = sharded or any(isinstance(tensor, DTensor) for tensor in chain(model.parameters(), model.buffers()))
     found = [
         name
         for name, present in (

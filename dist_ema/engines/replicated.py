@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch.distributed as dist
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_ema.engines.base import Engine, Replicas, TensorSpec
+from dist_ema.engines.outer import refuse_sharded
 from dist_ema.engines.walk import Binding, Slot, walk_slots
 
 
@@ -27,9 +29,10 @@ class PlainEngine(Engine):
     def modules(self) -> list[nn.Module]:
         return [self._model]
 
-    def specs(self) -> list[TensorSpec]:
+    def _read_specs(self) -> list[TensorSpec]:
+        self._refuse_others()
         self._slots = walk_slots(self._model)
-        self._binding = Binding(self._slots)
+        self._binding = Binding(self._model, self._slots)
         return [self.spec(slot, tensor) for slot in self._slots if (tensor := slot.get()) is not None]
 
     def spec(self, slot: Slot, tensor: Tensor) -> TensorSpec:
@@ -38,8 +41,16 @@ class PlainEngine(Engine):
             slot.name, tensor, kind=kind_of(slot, tensor), partitioned=False, aliases=slot.aliases
         )
 
-    def sources(self) -> list[Tensor]:
+    def _read_sources(self) -> list[Tensor]:
         return self._binding.check()
+
+    def _check_first(self, sources: Sequence[Tensor]) -> None:
+        self._refuse_others()
+
+    def _refuse_others(self) -> None:
+        """Raises EMAEngineError for weights that lie here in part only, since something else than this class's wrapper
+        has cut them: one around the model, or one that came after the engine. Local."""
+        refuse_sharded(self._model)
 
 
 class DataParallelEngine(PlainEngine):

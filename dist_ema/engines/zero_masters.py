@@ -206,6 +206,11 @@ def stage3_shard(name: str, param: Any) -> Tensor:
     return shard.narrow(0, 0, count(stage3_runs(param)))
 
 
+def is_partitioned(param: object) -> bool:
+    """Whether ZeRO stage 3, or ``deepspeed.zero.Init``, has cut a parameter. Local."""
+    return hasattr(param, "ds_tensor")
+
+
 def require_world(group: Any, what: str) -> None:
     """Raises EMAEngineError if ``group`` (None: the world) is smaller than the world. Local."""
     if group is not None and dist.get_world_size(group) != dist.get_world_size():
