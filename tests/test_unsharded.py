@@ -79,9 +79,11 @@ FSDP2 = [(name, 2) for name in ("fsdp2", "fsdp2-compiled", "fsdp2-offloaded", "f
 FSDP2 += [("hsdp", 4), ("fsdp2-tp", 4)]
 
 
-@pytest.mark.world_size(2)
-@pytest.mark.parametrize("case", FSDP1 + FSDP2)
-def test_an_average_that_begins_after_a_forward_without_backward_is_right(case: str, rank: int, tmp_path: Path) -> None:
+@pytest.mark.world_size()
+@pytest.mark.parametrize(("case", "world_size"), [*((name, 2) for name in FSDP1), *FSDP2])
+def test_an_average_that_begins_after_a_forward_without_backward_is_right(
+    case: str, rank: int, world_size: int, tmp_path: Path
+) -> None:
     """The root's weights are full then. Taken for this rank's shard, they made ``update()`` read past the shard."""
     model = CASES[case].model()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
@@ -171,6 +173,28 @@ def test_inside_summon_full_params_every_call_is_refused_and_the_weights_survive
     assert ema.update() and ema.num_updates == 2
 
 
+@pytest.mark.world_size(2)
+def test_an_error_in_a_forward_under_the_average_is_the_error_that_is_raised(rank: int) -> None:
+    """It leaves units in the middle of a forward, where ``reshard()`` does nothing; the weights came back, but
+    with an error about replaced parameters on top."""
+    model = CASES["fsdp2-keep"].model()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    ema = ShardedEMA(model, decay=DECAY)
+    for step in range(2):
+        _train(model, optimizer, step)
+        ema.update()
+    before = _full(model)
+
+    def fail(*_: object) -> None:
+        raise KeyError("no such token")
+
+    hook = model.head.register_forward_pre_hook(fail)
+    with pytest.raises(KeyError, match="no such token"), ema.average_parameters():
+        _evaluate(model)
+    hook.remove()
+    assert all(torch.equal(value, before[name]) for name, value in _full(model).items())
+
+
 # A module whose weights belong to a unit around it.
 
 
@@ -205,7 +229,10 @@ def _around(way: str) -> _Task:
         for block in task.net.module:
             fully_shard(block, mesh=mesh)
     return fully_shard(
-        task, mesh=mesh, reshard_after_forward=way != "keep", ignored_params=set(task.ignored.parameters())
+        task,
+        mesh=mesh,
+        reshard_after_forward=False if way == "keep" else None,
+        ignored_params=set(task.ignored.parameters()),
     )
 
 

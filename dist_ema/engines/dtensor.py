@@ -77,7 +77,7 @@ class DTensorEngine(PlainEngine):
         for unit in self._units:
             if unit._all_gather_result is not None:
                 unit.wait_for_unshard()
-            unit.reshard()
+            unit._to_sharded()  # unit.reshard() would do nothing after a forward that raised
 
     def _refuse_others(self) -> None:
         return  # a weight of a unit around the model is this engine's as well
