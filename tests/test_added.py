@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from zero_models import make_engine
 
 from dist_ema import ShardedEMA
-from dist_ema.errors import EMAStateError
+from dist_ema.errors import EMAEngineError, EMAStateError
 
 DECAY = 0.5
 
@@ -314,6 +314,14 @@ def test_a_meta_model_that_is_materialised_is_bound_and_then_watched() -> None:
     assert ema.update()
     with pytest.raises(EMAStateError, match=r"'extra.bias', 'extra.weight' were added"):
         _add_module(model) or ema.update()
+
+
+def test_a_scripted_part_is_refused_by_name() -> None:
+    """Its parameters are not where modules keep theirs; a TypeError from inside of torch said nothing of that."""
+    model = _model()
+    model.scripted = torch.jit.script(nn.Tanh())
+    with pytest.raises(EMAEngineError, match="scripted is a scripted module"):
+        ShardedEMA(model, decay=DECAY)
 
 
 def test_a_transformers_model_is_watched_through_training_and_generation() -> None:

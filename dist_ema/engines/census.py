@@ -25,10 +25,8 @@ class Census:
     def __init__(self, model: nn.Module) -> None:
         self._modules = [vars(module) for module in model.modules()]
         self._dicts = [(read, list(map(read, self._modules))) for read in map(operator.itemgetter, _FIELDS)]
-        # What a scripted module has in their place cannot be read as a dict; it has a fixed content.
-        every = [[held for held in dicts if isinstance(held, dict)] for _, dicts in self._dicts]
-        self._parameters, self._buffers, self._children = ([held for held in dicts if held] for dicts in every)
-        self._empty = [held for held in chain(*every) if not held]
+        self._parameters, self._buffers, self._children = ([held for held in dicts if held] for _, dicts in self._dicts)
+        self._empty = [held for _, dicts in self._dicts for held in dicts if not held]
         self._filled = [*self._parameters, *self._buffers, *self._children]
         self._sizes = list(map(len, self._filled))
         self._keys = list(chain.from_iterable(self._filled))

@@ -24,8 +24,8 @@ from torch.distributed.tensor.placement_types import Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard as StridedShard
 
 from dist_ema.engines.base import Replicas, TensorSpec
-from dist_ema.engines.replicated import PlainEngine, kind_of
-from dist_ema.engines.walk import Slot
+from dist_ema.engines.replicated import PlainEngine
+from dist_ema.engines.walk import Slot, kind_of
 from dist_ema.errors import EMAEngineError, EMAStateError
 from dist_ema.geometry import Runs, box_runs, chunk, count
 
@@ -77,7 +77,7 @@ class DTensorEngine(PlainEngine):
         for unit in self._units:
             if unit._all_gather_result is not None:
                 unit.wait_for_unshard()
-            unit._to_sharded()  # unit.reshard() would do nothing after a forward that raised
+            unit._to_sharded()  # type: ignore[no-untyped-call]  # reshard() does nothing after a forward that raised
 
     def _refuse_others(self) -> None:
         return  # a weight of a unit around the model is this engine's as well

@@ -17,8 +17,7 @@ from torch.distributed.fsdp._flat_param import FlatParameter, FlatParamHandle
 from torch.distributed.fsdp._runtime_utils import _reshard
 
 from dist_ema.engines.base import Engine, Replicas, TensorSpec
-from dist_ema.engines.replicated import kind_of
-from dist_ema.engines.walk import Binding, Named, Slot, walk_modules
+from dist_ema.engines.walk import Binding, Named, Slot, kind_of, walk_modules
 from dist_ema.errors import EMAEngineError, EMAStateError
 from dist_ema.geometry import Runs
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -11,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dist_ema.engines.base import Engine, Replicas, TensorSpec
 from dist_ema.engines.outer import refuse_sharded
-from dist_ema.engines.walk import Binding, Slot, walk_slots
+from dist_ema.engines.walk import Binding, Slot, kind_of, walk_slots
 
 
 class PlainEngine(Engine):
@@ -70,10 +69,3 @@ class DataParallelEngine(PlainEngine):
         if kind_of(slot, tensor) != "parameter" or self._ignored.intersection((slot.name, *slot.aliases)):
             return super().spec(slot, tensor)
         return TensorSpec.unsharded(slot.name, tensor, replicas=self._replicas, team=self._team, aliases=slot.aliases)
-
-
-def kind_of(slot: Slot, tensor: Tensor) -> Literal["parameter", "frozen", "buffer"]:
-    """The spec's kind of what a slot holds."""
-    if slot.is_buffer:
-        return "buffer"
-    return "parameter" if tensor.requires_grad else "frozen"

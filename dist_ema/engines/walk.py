@@ -12,7 +12,7 @@ import itertools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -58,8 +58,14 @@ class Slot:
 def walk_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Every module with its canonical name, wrappers under the name of what they wrap, in ``state_dict()`` order.
 
-    A module that is registered twice is visited twice, as ``state_dict()`` does.
+    A module that is registered twice is visited twice, as ``state_dict()`` does. Raises EMAEngineError for a scripted
+    one, which keeps its tensors elsewhere.
     """
+    if isinstance(module, torch.jit.ScriptModule):
+        raise EMAEngineError(
+            f"{prefix or 'the model'} is a scripted module, whose weights cannot be followed: average it without "
+            "torch.jit.script, or leave that module out of it"
+        )
     yield prefix, module
     for key, child in module._modules.items():
         if child is None:
@@ -89,6 +95,13 @@ def walk_slots(module: nn.Module) -> list[Slot]:
             else:
                 seen[id(tensor)] = Slot(name, owner, key, is_buffer)
     return list(seen.values())
+
+
+def kind_of(slot: Slot, tensor: Tensor) -> Literal["parameter", "frozen", "buffer"]:
+    """The spec's kind of what a slot holds."""
+    if slot.is_buffer:
+        return "buffer"
+    return "parameter" if tensor.requires_grad else "frozen"
 
 
 #: All names of one tensor, and a place where it is.
@@ -131,15 +144,7 @@ class Binding:
         """Notes every place of the model as it is now."""
         self._census = Census(self._model)
         places = self._census.places()
-        self._indices = []
-        for slot in self._all:
-            index = places.get((id(getattr(slot.owner, slot.field)), slot.key))
-            if index is None:
-                raise EMAEngineError(
-                    f"{slot.name!r} is held by a {type(slot.owner).__name__}, which keeps it where nn.Module does not: "
-                    "a scripted module cannot be averaged, so script the module afterwards"
-                )
-            self._indices.append(index)
+        self._indices = [places[id(getattr(slot.owner, slot.field)), slot.key] for slot in self._all]
 
     def check(self) -> list[Tensor]:
         """What every slot holds. Local; no host sync.
