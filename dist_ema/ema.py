@@ -74,7 +74,8 @@ class ShardedEMA:
 
     Args:
         target: a module (plain, DDP, FSDP, FSDP2, HSDP, tensor parallel), a DeepSpeed engine (not the module in it), or
-            a list of modules: this rank's pipeline stages.
+            a list of modules: this rank's pipeline stages. Or a module inside of a plain, DDP or FSDP2 model; of an
+            FSDP1 or DeepSpeed one pass the whole, with ``include``.
         decay: kept fraction per batch, in [0, 1).
         half_life: training after which half is kept: ``"1000ba"``, ``"10000000tok"``, ``"50000sp"``, ``"2ep"``.
         smoothing: kept fraction per update, in [0, 1), whatever the interval (Composer's word).
@@ -179,8 +180,8 @@ class ShardedEMA:
             does nothing and returns False.
 
         Raises:
-            EMAStateError: inside ``average_parameters()``, or a parameter was replaced, frozen or unfrozen, or an
-                offloaded update has failed.
+            EMAStateError: inside ``average_parameters()``, or a parameter or buffer was added, or a parameter replaced,
+                frozen or unfrozen, or an offloaded update has failed.
             EMAConfigError: a count is negative or not a number.
 
         A signal's handler waits until the average has moved. An update that raises is not counted. If it was in the

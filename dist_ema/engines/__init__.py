@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from itertools import chain
 
 import torch.distributed as dist
 from torch import nn
@@ -73,9 +75,12 @@ def _detect_module(model: nn.Module) -> Engine:
     modules = list(model.modules())
     wrapper = next((module for module in modules if isinstance(module, DistributedDataParallel)), None)
     flat = any(isinstance(module, loaded("torch.distributed.fsdp", "FullyShardedDataParallel")) for module in modules)
-    sharded = any(isinstance(module, loaded("torch.distributed.fsdp", "FSDPModule")) for module in modules)
     dtensor = loaded("torch.distributed.tensor", "DTensor")
-    sharded = sharded or any(isinstance(parameter, dtensor) for parameter in model.parameters())
+    sharded = any(isinstance(tensor, dtensor) for tensor in chain(model.parameters(), model.buffers()))
+    if not sharded and "torch.distributed.fsdp" in sys.modules:
+        from dist_ema.engines.dtensor import units_of
+
+        sharded = bool(units_of(model))  # whose weights may be whole at the moment
     found = [
         name
         for name, present in (

@@ -9,18 +9,21 @@ Kinds of tensor, named once:
 Call order, for one average:
 
 1. ``specs()`` once, at construction and at ``reset()`` (every rank, local): names, shapes and runs; weights may still
-   be on the meta device.
+   be on the meta device. Full copies that a forward pass left behind are dropped first.
 2. ``stepped()`` at each ``update()`` (every rank, local): was there a real optimizer step?
 3. ``reshard()`` then ``sources()`` at each update that is due and before any other read or write (every rank, local).
 4. ``publish()`` after sources were written (every rank, collective where the layout needs it): afterwards the next
    forward computes with what the sources hold.
 5. ``attach()`` at the user's wish (every rank, local).
+
+An engine implements ``_read_specs()`` and ``_read_sources()``; ``specs()`` and ``sources()`` hold for every engine that
+what it hands out fits what it announced, so that no kernel reads past a source.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -31,7 +34,7 @@ from torch import Tensor, nn
 
 from dist_ema.engines.subclasses import hidden_type
 from dist_ema.engines.wrappers import is_training_step, unwrap_optimizer
-from dist_ema.errors import EMAConfigError
+from dist_ema.errors import EMAConfigError, EMAStateError
 from dist_ema.geometry import Runs, count, whole
 
 
@@ -128,18 +131,56 @@ class Engine(ABC):
     #: Whether :meth:`publish` is a collective call, of all ranks of ``group``.
     publish_is_collective: bool = False
 
-    @abstractmethod
+    _announced: Sequence[TensorSpec] = ()
+    _sizes: Sequence[int] = ()
+    _used = False  # whether sources with memory of their own were handed out since specs()
+
     def specs(self) -> list[TensorSpec]:
         """Every parameter and persistent buffer once, in the order of the plain model's ``state_dict()``. Local."""
+        specs = self._read_specs()
+        self._announced, self._sizes, self._used = specs, [spec.local_numel for spec in specs], False
+        return specs
 
-    @abstractmethod
     def sources(self) -> list[Tensor]:
         """This rank's elements of every spec of the last ``specs()`` call, in its order. Local; no copy, no host sync.
 
         Each has as many elements as the spec's runs, in their order when flattened row-major. Writing into them, then
         calling :meth:`publish`, changes the live model. Raises EMAStateError, naming the parameter, if one was
-        replaced, frozen or unfrozen since ``specs()``.
+        added, replaced, frozen, unfrozen or sharded otherwise since ``specs()``.
         """
+        sources = self._read_sources()
+        if list(map(Tensor.numel, sources)) != self._sizes:
+            raise self._misfit(sources)
+        if not self._used:
+            self._check_first(sources)
+            self._used = not any(source.is_meta for source in sources)
+        return sources
+
+    @abstractmethod
+    def _read_specs(self) -> list[TensorSpec]:
+        """See :meth:`specs`."""
+
+    @abstractmethod
+    def _read_sources(self) -> list[Tensor]:
+        """See :meth:`sources`."""
+
+    def _check_first(self, sources: Sequence[Tensor]) -> None:
+        """Raises EMAError for what can only come about between ``specs()`` and the first use of ``sources()``. Local.
+
+        That the model was sharded in that time, for one. Later it would replace parameters, which is noticed anyway.
+        """
+        return
+
+    def _misfit(self, sources: Sequence[Tensor]) -> EMAStateError:
+        """What is wrong with the first source that has not as many elements as its spec."""
+        for spec, size, source in zip(self._announced, self._sizes, sources, strict=False):
+            if source.numel() != size:
+                return EMAStateError(
+                    f"{spec.name!r} has {source.numel()} elements on this rank, and had {size} when the average was "
+                    "made: it was sharded, gathered or resized since. Make the average after the model is sharded, or "
+                    "call reset()"
+                )
+        return EMAStateError(f"the model has {len(sources)} tensors and not {len(self._sizes)}. Call reset()")
 
     @abstractmethod
     def modules(self) -> list[nn.Module]:

@@ -27,7 +27,7 @@ class CompositeEngine(Engine):
     def modules(self) -> list[nn.Module]:
         return [module for engine in self._engines for module in engine.modules()]
 
-    def specs(self) -> list[TensorSpec]:
+    def _read_specs(self) -> list[TensorSpec]:
         specs = [spec for engine in self._engines for spec in engine.specs()]
         names = [name for spec in specs for name in (spec.name, *spec.aliases)]
         twice = sorted({name for name in names if names.count(name) > 1})
@@ -38,7 +38,7 @@ class CompositeEngine(Engine):
             )
         return specs
 
-    def sources(self) -> list[Tensor]:
+    def _read_sources(self) -> list[Tensor]:
         return [source for engine in self._engines for source in engine.sources()]
 
     def ranks(self) -> frozenset[int]:

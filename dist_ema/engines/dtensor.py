@@ -6,12 +6,16 @@ Only the geometry of a shard is taken from the DTensor; shadows are plain tensor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+
+# Private, and so are the attributes of FSDP2's states and units that are read here; read in torch 2.13.
+from torch.distributed._composable_state import _module_state_mapping
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement, Replicate, Shard
 
@@ -20,10 +24,10 @@ from torch.distributed.tensor.placement_types import Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard as StridedShard
 
 from dist_ema.engines.base import Replicas, TensorSpec
-from dist_ema.engines.replicated import PlainEngine, kind_of
+from dist_ema.engines.replicated import PlainEngine
 from dist_ema.engines.subclasses import hidden_type, look_through
-from dist_ema.engines.walk import Slot
-from dist_ema.errors import EMAEngineError
+from dist_ema.engines.walk import Slot, kind_of
+from dist_ema.errors import EMAEngineError, EMAStateError
 from dist_ema.geometry import Runs, box_runs, chunk, count
 
 
@@ -55,19 +59,19 @@ class DTensorEngine(PlainEngine):
             hidden=hidden_type(_local(tensor)),
         )
 
-    def specs(self) -> list[TensorSpec]:
-        self._wrapped = [module for module in self._model.modules() if isinstance(module, FSDPModule)]
-        return super().specs()
+    def _read_specs(self) -> list[TensorSpec]:
+        self._units = units_of(self._model)
+        self.reshard()  # else a full copy that a forward left behind would be taken for what the optimizer steps
+        return super()._read_specs()
 
     def ranks(self) -> frozenset[int]:
         tensors = [*self._model.parameters(), *self._model.buffers()]
         meshes = {tensor.device_mesh for tensor in tensors if isinstance(tensor, DTensor)}
         return frozenset(rank for mesh in meshes for rank in mesh.mesh.flatten().tolist())
 
-    def sources(self) -> list[Tensor]:
+    def _read_sources(self) -> list[Tensor]:
         # As local() does, without a thousand calls of it.
-        tensors = self._binding.check()
-        tensors = [tensor._local_tensor if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+        tensors = [tensor._local_tensor if isinstance(tensor, DTensor) else tensor for tensor in self._held()]
         return look_through(tensors, self._specs) if self._has_subclasses else tensors
 
     def local(self, tensor: Tensor) -> Tensor:
@@ -75,9 +79,48 @@ class DTensorEngine(PlainEngine):
 
     def reshard(self) -> None:
         """After a forward without backward the root's parameters are full plain tensors, and a write to the shards
-        would be ignored by the next forward."""
-        for module in self._wrapped:
-            module.reshard()
+        would be ignored by the next forward. So it would while ``unshard(async_op=True)`` is under way."""
+        for unit in self._units:
+            if unit._all_gather_result is not None:
+                unit.wait_for_unshard()
+            unit._to_sharded()  # type: ignore[no-untyped-call]  # reshard() does nothing after a forward that raised
+
+    def _refuse_others(self) -> None:
+        return  # a weight of a unit around the model is this engine's as well
+
+    def _check_first(self, sources: Sequence[Tensor]) -> None:
+        if units_of(self._model) != self._units:
+            raise EMAStateError(
+                "fully_shard was applied to the model, or to one around it, after the average was made. Make the "
+                "average afterwards, or call reset()"
+            )
+
+
+def units_of(model: nn.Module) -> list[FSDPParamGroup]:
+    """Every FSDP2 unit that holds a weight of the model. Local.
+
+    Also the units of modules around it: their forward gathers those weights, and only they can reshard them.
+    """
+    modules = set(model.modules())
+    units = []
+    # Neither a parameter nor its module leads to the unit; this registry, from modules to weak references of what may
+    # be the same state, knows all that are alive.
+    states = dict.fromkeys(reference() for reference in list(_module_state_mapping.values()))
+    for state in states:
+        if not isinstance(state, FSDPState):
+            continue
+        several = getattr(state, "_fsdp_param_groups", None)  # since torch 2.12; before there was one at most
+        for unit in [state._fsdp_param_group] if several is None else several:
+            if unit is not None and not modules.isdisjoint(_holders(unit)):
+                units.append(unit)
+    return units
+
+
+def _holders(unit: FSDPParamGroup) -> Iterator[nn.Module]:
+    """The modules whose parameters an FSDP2 unit manages."""
+    for parameter in unit.fsdp_params:
+        yield parameter._module_info.module
+        yield from parameter._module_info.shared_modules
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp._common_utils import HandleTrainingState, _is_fsdp_flattened
 from torch.distributed.fsdp._flat_param import FlatParameter, FlatParamHandle
 from torch.distributed.fsdp._runtime_utils import _reshard
 
 from dist_ema.engines.base import Engine, Replicas, TensorSpec
-from dist_ema.engines.replicated import kind_of
-from dist_ema.engines.walk import Binding, Slot, walk_modules
+from dist_ema.engines.walk import Binding, Named, Slot, kind_of, walk_modules
 from dist_ema.errors import EMAEngineError, EMAStateError
 from dist_ema.geometry import Runs
 
@@ -73,19 +73,27 @@ class FlatParamEngine(Engine):
     def modules(self) -> list[nn.Module]:
         return [self._model]
 
-    def specs(self) -> list[TensorSpec]:
+    def _read_specs(self) -> list[TensorSpec]:
+        refuse_outer_unit(self._model)
+        self._units = FullyShardedDataParallel.fsdp_modules(self._model)
         self.reshard()  # original parameters stand in their modules only while the units are sharded
         names = self._walk()
         self._held = list(names)
-        originals = [
-            Slot(names[flat][0], info.module, info.param_name, is_buffer=False)
-            for flat in names
-            if isinstance(flat, _Flat) and flat.flat_param._params is not None
-            for info in [flat.flat_param._param_infos[flat.index]]
-        ]
-        self._binding = Binding([held for held in names if isinstance(held, Slot)] + originals)
+        slots = [slot for _, slot in self._places(names) if slot is not None]
+        self._binding = Binding(self._model, slots, walk=lambda: self._places(self._walk()))
         self._trained = {held: held.trained for held in names if isinstance(held, _Flat)}
         return [self._spec(held, aliases[0], tuple(aliases[1:])) for held, aliases in names.items()]
+
+    def _places(self, names: dict[_Flat | Slot, list[str]]) -> list[Named]:
+        """The names of each tensor, and its place in a module; without ``use_orig_params`` it has none."""
+        places: list[Named] = []
+        for held, aliases in names.items():
+            slot = held if isinstance(held, Slot) else None
+            if isinstance(held, _Flat) and held.flat_param._params is not None:
+                info = held.flat_param._param_infos[held.index]
+                slot = Slot(aliases[0], info.module, info.param_name, is_buffer=False)
+            places.append((aliases, slot))
+        return places
 
     def _walk(self) -> dict[_Flat | Slot, list[str]]:
         """What the model holds, each with its names, in ``state_dict()`` order."""
@@ -118,7 +126,9 @@ class FlatParamEngine(Engine):
             ]
             for key, tensor, is_buffer in unmanaged + buffers:
                 if tensor is not None:
-                    slot = slots.setdefault(id(tensor), Slot(key, owner, key, is_buffer))
+                    slot = slots.setdefault(
+                        id(tensor), Slot(f"{prefix}.{key}" if prefix else key, owner, key, is_buffer)
+                    )
                     _add(names, slot, prefix, key)
         return names
 
@@ -150,7 +160,7 @@ class FlatParamEngine(Engine):
         )
 
     @torch.no_grad()
-    def sources(self) -> list[Tensor]:
+    def _read_sources(self) -> list[Tensor]:
         self._binding.check()
         for flat, trained in self._trained.items():
             if flat.trained is not trained:
@@ -169,11 +179,46 @@ class FlatParamEngine(Engine):
         """
         for unit in self._units:
             handle = unit._handle
+            if handle is not None and handle._training_state is HandleTrainingState.SUMMON_FULL_PARAMS:
+                # To reshard here would free what the context writes back at its end.
+                raise EMAStateError(
+                    "inside FullyShardedDataParallel.summon_full_params() the weights are full copies, which are "
+                    "written back at its end: use the average before or after it"
+                )
             if handle is None or not handle.uses_sharded_strategy or not hasattr(handle.flat_param, "_local_shard"):
                 continue
             sharded = handle.is_sharded(handle.flat_param) and not handle._skipped_use_sharded_views
             if not sharded or not handle.needs_unshard():
                 _reshard(unit, handle, True)
+
+
+def refuse_outer_unit(model: nn.Module) -> None:
+    """Raises EMAEngineError if a weight of the model was flattened by a unit outside of it. Local.
+
+    A rank finds some elements of such a weight in the model, or nothing at all, and the unit cannot be found from it.
+    """
+    flat_params: set[int] = set()
+    managed: set[tuple[int, str]] = set()
+    for unit in FullyShardedDataParallel.fsdp_modules(model):
+        handle = unit._handle
+        if handle is not None:
+            flat_params.add(id(handle.flat_param))
+            managed.update((id(info.module), info.param_name) for info in handle.flat_param._param_infos)
+            managed.update((id(info.module), info.param_name) for info in handle.flat_param._shared_param_infos)
+    for prefix, owner in walk_modules(model):
+        # Without use_orig_params, and during a forward, weights are plain attributes.
+        for key, value in (*owner._parameters.items(), *vars(owner).items()):
+            if not isinstance(value, Tensor) or id(value) in flat_params or (id(owner), key) in managed:
+                continue
+            base = value._base
+            viewed = isinstance(base, FlatParameter) and id(base) not in flat_params
+            if viewed or _is_fsdp_flattened(value):
+                name = f"{prefix}.{key}" if prefix else key
+                raise EMAEngineError(
+                    f"{name!r} belongs to a FullyShardedDataParallel unit outside of the {type(model).__name__} that "
+                    "was given, which holds only a part of it: pass the outer module, with include= for the names to "
+                    "average"
+                )
 
 
 def _local(held: _Flat | Slot) -> Tensor:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
 
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_ema.engines.base import Engine, Replicas, TensorSpec
+from dist_ema.engines.outer import refuse_sharded
 from dist_ema.engines.subclasses import is_hidden, look_through
-from dist_ema.engines.walk import Binding, Slot, walk_slots
+from dist_ema.engines.walk import Binding, Slot, kind_of, walk_slots
 from dist_ema.engines.zero_marks import Unwrapped
 
 
@@ -32,11 +32,12 @@ class PlainEngine(Engine):
     def modules(self) -> list[nn.Module]:
         return [self._model]
 
-    def specs(self) -> list[TensorSpec]:
+    def _read_specs(self) -> list[TensorSpec]:
+        self._refuse_others()
         self._slots = walk_slots(self._model)
         self._unwrapped = Unwrapped(self._model, self._slots)
         self._unwrapped.refuse()
-        self._binding = Binding(self._slots)
+        self._binding = Binding(self._model, self._slots)
         held = [(slot, tensor) for slot in self._slots if (tensor := slot.get()) is not None]
         self._specs = [self.spec(slot, tensor) for slot, tensor in held]
         self._has_subclasses = any(is_hidden(self.local(tensor)) for _, tensor in held)
@@ -52,10 +53,22 @@ class PlainEngine(Engine):
         """This rank's part of what a slot holds. Local, no copy."""
         return tensor
 
-    def sources(self) -> list[Tensor]:
-        self._unwrapped.check()  # first, since DeepSpeed also changes what the binding looks at
-        tensors = self._binding.check()
+    def _read_sources(self) -> list[Tensor]:
+        tensors = self._held()
         return look_through(tensors, self._specs) if self._has_subclasses else tensors
+
+    def _held(self) -> list[Tensor]:
+        """What every slot holds. Local. Raises EMAStateError if that is not what it held."""
+        self._unwrapped.check()  # first, since DeepSpeed also changes what the binding looks at
+        return self._binding.check()
+
+    def _check_first(self, sources: Sequence[Tensor]) -> None:
+        self._refuse_others()
+
+    def _refuse_others(self) -> None:
+        """Raises EMAEngineError for weights that lie here in part only, since something else than this class's wrapper
+        has cut them: one around the model, or one that came after the engine. Local."""
+        refuse_sharded(self._model)
 
 
 class DataParallelEngine(PlainEngine):
@@ -86,10 +99,3 @@ class DataParallelEngine(PlainEngine):
             yield
         finally:
             self._wrapper.broadcast_buffers = before
-
-
-def kind_of(slot: Slot, tensor: Tensor) -> Literal["parameter", "frozen", "buffer"]:
-    """The spec's kind of what a slot holds."""
-    if slot.is_buffer:
-        return "buffer"
-    return "parameter" if tensor.requires_grad else "frozen"

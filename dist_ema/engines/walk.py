@@ -13,16 +13,19 @@ import itertools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
+from dist_ema.engines.census import Census
 from dist_ema.engines.wrappers import is_fabric, unwrap_module
 from dist_ema.errors import EMAEngineError, EMAStateError
 
 _TOKENS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+_ADVICE = "Call reset() to start a new average of the model as it is now"
 _MODULE_WRAPPERS = (DistributedDataParallel, DataParallel)
 
 
@@ -60,13 +63,19 @@ def walk_modules(
 ) -> Iterator[tuple[str, nn.Module]]:
     """Every module with its canonical name, wrappers under the name of what they wrap, in ``state_dict()`` order.
 
-    A module that is registered twice is visited twice, as ``state_dict()`` does.
+    A module that is registered twice is visited twice, as ``state_dict()`` does. Raises EMAEngineError for a scripted
+    one, which keeps its tensors elsewhere.
 
     Args:
         module: where to begin.
         prefix: its name.
         first_numbers: of lists of modules that hold this rank's part of a longer list, the number of their first one.
     """
+    if isinstance(module, torch.jit.ScriptModule):
+        raise EMAEngineError(
+            f"{prefix or 'the model'} is a scripted module, whose weights cannot be followed: average it without "
+            "torch.jit.script, or leave that module out of it"
+        )
     yield prefix, module
     if is_fabric(module):
         yield from walk_modules(unwrap_module(module), prefix, first_numbers)
@@ -112,37 +121,69 @@ def walk_slots(module: nn.Module, first_numbers: Mapping[nn.Module, int] | None 
     return list(seen.values())
 
 
+def kind_of(slot: Slot, tensor: Tensor) -> Literal["parameter", "frozen", "buffer"]:
+    """The spec's kind of what a slot holds."""
+    if slot.is_buffer:
+        return "buffer"
+    return "parameter" if tensor.requires_grad else "frozen"
+
+
+#: All names of one tensor, and a place where it is.
+Named: TypeAlias = tuple[Sequence[str], "Slot | None"]
+
+
 class Binding:
-    """Remembers which tensor object stood in each slot, to notice one that was replaced, frozen or unfrozen.
+    """Remembers which tensor object stood in each slot, to notice one that was added, replaced, frozen or unfrozen.
 
     The objects are noted at the first ``check()`` after the meta device, so that weights may be materialised or loaded
-    after construction; which parameters are trained, and all shapes, are noted at construction.
+    after construction; which parameters there are, which are trained, and all shapes, are noted at construction.
 
     Args:
+        model: what holds all the slots.
         slots: the places.
         shape_of: the shape of what stands there, for engines that empty a parameter between uses.
+        walk: all names that the model has now, those of one tensor together, and its slot where it is one of
+            ``slots``; by default those of ``walk_slots(model)``.
     """
 
-    def __init__(self, slots: Iterable[Slot], shape_of: Callable[[Tensor], torch.Size] = Tensor.size) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        slots: Iterable[Slot],
+        shape_of: Callable[[Tensor], torch.Size] = Tensor.size,
+        walk: Callable[[], Sequence[Named]] | None = None,
+    ) -> None:
+        self._model = model
         self._shape_of = shape_of
+        self._walk = walk if walk is not None else lambda: _named(walk_slots(model))
         self._all = list(slots)
-        self._owners = [slot.owner for slot in self._all]
-        self._fields = [slot.field for slot in self._all]
-        self._keys = [slot.key for slot in self._all]
+        self._names = [frozenset(names) for names, _ in self._walk()]
         self._shapes = [None if (tensor := slot.get()) is None else shape_of(tensor) for slot in self._all]
         self._are_parameters = [not slot.is_buffer for slot in self._all]
         self._trained = [_is_trained(slot) for slot in self._all if not slot.is_buffer]
         self._bound: list[Tensor] | None = None
+        self._count()
+
+    def _count(self) -> None:
+        """Notes every place of the model as it is now."""
+        self._census = Census(self._model)
+        places = self._census.places()
+        self._indices = [places[id(getattr(slot.owner, slot.field)), slot.key] for slot in self._all]
 
     def check(self) -> list[Tensor]:
         """What every slot holds. Local; no host sync.
 
-        Raises EMAStateError, naming the parameter, if one no longer holds what it held.
+        Raises EMAStateError, naming the parameter, if one no longer holds what it held, or the model has others too.
         """
-        # Whole lists are compared: at every update, for thousands of tensors, a loop in Python would take longer than
-        # the update itself. So would asking each DTensor whether it handles the reading of an attribute.
+        # Asking each DTensor whether it handles the reading of an attribute would take longer than the update itself.
         with torch._C.DisableTorchFunctionSubclass():
-            held: list[Tensor | None] = list(map(dict.get, map(getattr, self._owners, self._fields), self._keys))
+            there = self._census.read()
+            if there is None:
+                self._look_closer()
+                there = self._census.read()
+            if there is None:
+                raise self._complaint([slot.get() for slot in self._all])
+            held = list(map(there.__getitem__, self._indices))
             tensors = [tensor for tensor in held if tensor is not None]
             if len(tensors) < len(held) or list(map(self._shape_of, tensors)) != self._shapes:
                 raise self._complaint(held)
@@ -154,14 +195,29 @@ class Binding:
                 raise self._complaint(held)
             return tensors
 
+    def _look_closer(self) -> None:
+        """Finds the slots again in a model whose modules have changed. Raises EMAStateError if its tensors have.
+
+        Modules without tensors come and go, caches fill, and a module may be wrapped later (``torch.compile``).
+        """
+        held = [slot.get() for slot in self._all]
+        if any(tensor is None for tensor in held):
+            raise self._complaint(held)
+        now = {frozenset(names): slot for names, slot in self._walk()}
+        if now.keys() != set(self._names):
+            raise _changed(self._names, list(now))
+        places = {name: slot for names, slot in now.items() if slot is not None for name in names}
+        for slot in self._all:
+            slot.owner, slot.key = places[slot.name].owner, places[slot.name].key
+        self._count()
+
     def _complaint(self, held: Sequence[Tensor | None]) -> EMAStateError:
         """What is wrong with the first slot that changed."""
-        advice = "Call reset() to start a new average of the model as it is now"
         for slot, tensor, shape in zip(self._all, held, self._shapes, strict=True):
             found = None if tensor is None else self._shape_of(tensor)
             if found != shape and (tensor is not None or slot.is_buffer):
                 return EMAStateError(
-                    f"{slot.name!r} had the shape {shape} when the average was made and has {found} now. {advice}"
+                    f"{slot.name!r} had the shape {shape} when the average was made and has {found} now. {_ADVICE}"
                 )
         places = [(slot.name, tensor) for slot, tensor in zip(self._all, held, strict=True) if not slot.is_buffer]
         bound: Sequence[Tensor | None] = self._bound or [tensor for _, tensor in places]
@@ -169,14 +225,36 @@ class Binding:
             if tensor is not old or tensor is None:
                 return EMAStateError(
                     f"parameter {name!r} is another tensor than the one that is averaged: it was replaced since. "
-                    f"{advice}"
+                    f"{_ADVICE}"
                 )
             if tensor.requires_grad is not trained:
                 was, now = ("trained", "frozen") if trained else ("frozen", "trained")
                 return EMAStateError(
-                    f"parameter {name!r} was {was} when the average was made and is {now} now. {advice}"
+                    f"parameter {name!r} was {was} when the average was made and is {now} now. {_ADVICE}"
                 )
-        return EMAStateError(f"the model changed while it was read. {advice}")
+        return EMAStateError(f"the model changed while it was read. {_ADVICE}")
+
+
+def _named(slots: Iterable[Slot]) -> list[Named]:
+    return [((slot.name, *slot.aliases), slot) for slot in slots]
+
+
+def _changed(before: Sequence[frozenset[str]], now: Sequence[frozenset[str]]) -> EMAStateError:
+    """Other names than there were, or other ties between them."""
+    old, new = set().union(*before), set().union(*now)
+    found = []
+    for names, what in ((new - old, "added"), (old - new, "removed or renamed")):
+        if names:
+            found.append(f"{_some(names)} {'was' if len(names) == 1 else 'were'} {what}")
+    if not found:
+        tied = set().union(*(set(before) ^ set(now)))
+        found.append(f"{_some(tied)} are tied otherwise (tie them again after to_empty())")
+    return EMAStateError(f"the model has other tensors than when the average was made: {'; '.join(found)}. {_ADVICE}")
+
+
+def _some(names: set[str]) -> str:
+    shown = ", ".join(map(repr, sorted(names)[:3]))
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
 def _is_trained(slot: Slot) -> bool:

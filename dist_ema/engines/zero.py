@@ -44,9 +44,8 @@ class ZeroEngine(Engine):
         self.publish_is_collective = not self._masters.replicated
         self._steps = _StepCounter(engine)
         self._entries: list[tuple[Slot, MasterSlice | None]] = []
-        self._binding = Binding([])
 
-    def specs(self) -> list[TensorSpec]:
+    def _read_specs(self) -> list[TensorSpec]:
         """See :meth:`Engine.specs`. Local.
 
         A parameter that no optimizer trains counts as frozen, whatever its ``requires_grad``: under ZeRO one that was
@@ -54,11 +53,11 @@ class ZeroEngine(Engine):
         """
         slots = self._groups.slots()
         slices = self._masters.slices()
-        self._binding = Binding(slots, _full_shape)
+        self._binding = Binding(self._engine.module, slots, _full_shape)
         self._entries = [(slot, self._slice_of(slot, slices)) for slot in slots]
         return [self._spec(slot, piece) for slot, piece in self._entries]
 
-    def sources(self) -> list[Tensor]:
+    def _read_sources(self) -> list[Tensor]:
         """See :meth:`Engine.sources`: slices of the fp32 masters where there are some. Local; no copy, no host sync."""
         self._binding.check()
         self._masters.check_resident()
