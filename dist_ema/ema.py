@@ -34,7 +34,6 @@ from dist_ema.collectives import (
     sum_floats,
     sum_integers,
 )
-from dist_ema.dcp.stateful import Moment, Restore, make_state_dict
 from dist_ema.engines import Attached, Engine, RemovableHandle, detect_in
 from dist_ema.engines.unwrapped import unwrapped
 from dist_ema.errors import CheckpointCorruptError, CheckpointError, EMAConfigError, EMAStateError
@@ -671,6 +670,9 @@ class ShardedEMA:
         Raises:
             EMAStateError: on every rank: the model has changed, or another object's average is in it.
         """
+        # Here, since torch.distributed.checkpoint takes seconds to import and brings torch.distributed.tensor.
+        from dist_ema.dcp.stateful import Moment, make_state_dict
+
         group, doing = self._engine.group, "state_dict()"
         sources, every = self._joined(self._call(doing), lambda: self._sources(doing))
         entries = {entry.name: entry for entry in every}
@@ -710,6 +712,8 @@ class ShardedEMA:
             CheckpointError: it is damaged, or of a later version.
             EMAStateError: inside ``average_parameters()``, or the model has changed.
         """
+        from dist_ema.dcp.stateful import Restore  # as in state_dict()
+
         self._shadow.drain()  # what fails in it does not matter any more
         self._background.drain()
         group, doing = self._engine.group, "load_state_dict()"

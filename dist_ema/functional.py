@@ -45,6 +45,9 @@ def compute_ema(model: nn.Module, ema_model: nn.Module, smoothing: float = 0.99)
             f"model and ema_model are not sharded alike: {', '.join(different[:5])} ({len(different)} in all) differ "
             "in name, shape or shard. Build both in the same way"
         )
+    hidden = [name for side in sides for name, (spec, _) in side.items() if spec.hidden]
+    if hidden:
+        raise EMAConfigError(f"{hidden[0]!r} is a tensor subclass that does not hold its elements as they are")
     for name, (spec, source) in here.items():
         _blend(there[name][1], source, spec.local_numel, weight)
     average.publish()

@@ -60,7 +60,7 @@ def check_readable(held: Iterable[Held]) -> None:
     Such are the quantised weights under an adapter: their class computes as if it had the elements of the shape.
     """
     for one in held:
-        if not _is_readable(one.values):
+        if one.share.spec.hidden or not _is_readable(one.values):
             raise EMAStateError(
                 f"{one.share.spec.name!r} is not averaged and is a {type(one.values).__name__}, which cannot be read "
                 "by ranges of its elements: pass include_untracked=False, which leaves out what is not averaged"

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 
 from dist_ema.engines.base import Replicas, TensorSpec
-from dist_ema.errors import EMAConfigError
+from dist_ema.errors import EMAConfigError, EMAEngineError
 from dist_ema.geometry import Box, Runs, boxes, cut, split_evenly
 from dist_ema.options import Options
 
@@ -60,8 +60,18 @@ class Share:
 
 
 def plan(specs: Sequence[TensorSpec], options: Options) -> list[Share]:
-    """One share for each spec, in order. Local. Raises EMAConfigError if a trained dtype cannot be averaged."""
+    """One share for each spec, in order. Local.
+
+    Raises EMAConfigError if a trained dtype cannot be averaged, EMAEngineError if a tensor's elements cannot be read.
+    """
     modes = [_mode(spec, options) for spec in specs]
+    for spec, mode in zip(specs, modes, strict=True):
+        if spec.hidden and mode != "live":
+            advice = "buffers='ignore'" if spec.kind == "buffer" else f"exclude={spec.name!r}, or freeze it"
+            raise EMAEngineError(
+                f"{spec.kind} {spec.name!r} is a {spec.hidden}, a tensor subclass that does not hold its elements as "
+                f"they are: it cannot be averaged. Give {advice}"
+            )
     dtypes = [_dtype(spec, mode, options) for spec, mode in zip(specs, modes, strict=True)]
     ranges = [(0, spec.local_numel) for spec in specs]
     split = [mode == "average" and spec.replicas is not None for spec, mode in zip(specs, modes, strict=True)]

@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dist_ema.engines.subclasses import hidden_type
 from dist_ema.engines.wrappers import is_training_step, unwrap_optimizer
 from dist_ema.errors import EMAConfigError
 from dist_ema.geometry import Runs, count, whole
@@ -85,6 +86,8 @@ class TensorSpec:
         primary: False on a rank whose runs belong to another rank although no ``replicas`` say so (a second
             replicated dimension of a mesh). Such a rank averages but never writes or sends.
         aliases: other canonical names of the same (tied) tensor.
+        hidden: the class of a tensor whose elements do not lie in memory as they are (quantised weights), which can
+            neither be averaged nor be read in place; "" for all others.
     """
 
     name: str
@@ -97,6 +100,7 @@ class TensorSpec:
     replicas: Replicas | None = None
     primary: bool = True
     aliases: tuple[str, ...] = field(default=())
+    hidden: str = ""
 
     @property
     def numel(self) -> int:
@@ -111,6 +115,7 @@ class TensorSpec:
     @classmethod
     def unsharded(cls, name: str, tensor: Tensor, **options: object) -> TensorSpec:
         """The spec of a tensor that this rank holds whole."""
+        options.setdefault("hidden", hidden_type(tensor))
         return cls(name, tensor.shape, tensor.dtype, whole(tensor.numel()), **options)  # type: ignore[arg-type]
 
 

@@ -21,6 +21,7 @@ from torch.distributed.tensor.placement_types import _StridedShard as StridedSha
 
 from dist_ema.engines.base import Replicas, TensorSpec
 from dist_ema.engines.replicated import PlainEngine, kind_of
+from dist_ema.engines.subclasses import hidden_type, look_through
 from dist_ema.engines.walk import Slot
 from dist_ema.errors import EMAEngineError
 from dist_ema.geometry import Runs, box_runs, chunk, count
@@ -51,6 +52,7 @@ class DTensorEngine(PlainEngine):
             replicas=replicas,
             primary=primary,
             aliases=slot.aliases,
+            hidden=hidden_type(_local(tensor)),
         )
 
     def specs(self) -> list[TensorSpec]:
@@ -63,8 +65,13 @@ class DTensorEngine(PlainEngine):
         return frozenset(rank for mesh in meshes for rank in mesh.mesh.flatten().tolist())
 
     def sources(self) -> list[Tensor]:
-        # As _local() does, without a thousand calls of it.
-        return [tensor._local_tensor if isinstance(tensor, DTensor) else tensor for tensor in super().sources()]
+        # As local() does, without a thousand calls of it.
+        tensors = self._binding.check()
+        tensors = [tensor._local_tensor if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+        return look_through(tensors, self._specs) if self._has_subclasses else tensors
+
+    def local(self, tensor: Tensor) -> Tensor:
+        return _local(tensor)
 
     def reshard(self) -> None:
         """After a forward without backward the root's parameters are full plain tensors, and a write to the shards

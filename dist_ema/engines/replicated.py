@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_ema.engines.base import Engine, Replicas, TensorSpec
+from dist_ema.engines.subclasses import is_hidden, look_through
 from dist_ema.engines.walk import Binding, Slot, walk_slots
 
 
@@ -23,6 +24,7 @@ class PlainEngine(Engine):
         self.group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
         self._model = model
         self._slots: list[Slot] = []
+        self._specs: list[TensorSpec] = []
 
     def modules(self) -> list[nn.Module]:
         return [self._model]
@@ -30,7 +32,10 @@ class PlainEngine(Engine):
     def specs(self) -> list[TensorSpec]:
         self._slots = walk_slots(self._model)
         self._binding = Binding(self._slots)
-        return [self.spec(slot, tensor) for slot in self._slots if (tensor := slot.get()) is not None]
+        held = [(slot, tensor) for slot in self._slots if (tensor := slot.get()) is not None]
+        self._specs = [self.spec(slot, tensor) for slot, tensor in held]
+        self._has_subclasses = any(is_hidden(self.local(tensor)) for _, tensor in held)
+        return self._specs
 
     def spec(self, slot: Slot, tensor: Tensor) -> TensorSpec:
         """How this rank holds the tensor of one slot. Local."""
@@ -38,8 +43,13 @@ class PlainEngine(Engine):
             slot.name, tensor, kind=kind_of(slot, tensor), partitioned=False, aliases=slot.aliases
         )
 
+    def local(self, tensor: Tensor) -> Tensor:
+        """This rank's part of what a slot holds. Local, no copy."""
+        return tensor
+
     def sources(self) -> list[Tensor]:
-        return self._binding.check()
+        tensors = self._binding.check()
+        return look_through(tensors, self._specs) if self._has_subclasses else tensors
 
 
 class DataParallelEngine(PlainEngine):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
+from dist_ema.engines.loaded import loaded
 from dist_ema.engines.walk import walk_modules
 
 
@@ -20,4 +20,5 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 def plain_type(module: nn.Module) -> type:
     """The class that the user wrote: ``fully_shard`` gives a module another, made of that and its own."""
-    return next(kind for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))
+    fsdp = loaded("torch.distributed.fsdp", "FSDPModule")
+    return next(kind for kind in type(module).__mro__ if not issubclass(kind, fsdp))

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
 from dist_ema.engines.wrappers import is_fabric, unwrap_module
-from dist_ema.errors import EMAStateError
+from dist_ema.errors import EMAEngineError, EMAStateError
 
 _TOKENS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
 _MODULE_WRAPPERS = (DistributedDataParallel, DataParallel)
@@ -85,6 +86,11 @@ def walk_slots(module: nn.Module) -> list[Slot]:
             name = f"{prefix}.{key}" if prefix else key
             if tensor is None or name in names:
                 continue
+            if is_lazy(tensor):
+                raise EMAEngineError(
+                    f"{name!r} has no shape yet: its module ({type(owner).__name__}) is lazy. Run one batch through "
+                    "the model, or load its weights, before"
+                )
             names.add(name)
             if id(tensor) in seen:
                 seen[id(tensor)].aliases += (name,)
