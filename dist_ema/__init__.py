@@ -16,16 +16,35 @@ if TYPE_CHECKING:
     from dist_ema.checkpoints.loading import read_checkpoint as read_checkpoint
     from dist_ema.ema import ShardedEMA as ShardedEMA
     from dist_ema.functional import compute_ema as compute_ema
+    from dist_ema.schedules import ConstantDecay as ConstantDecay
+    from dist_ema.schedules import HalfLife as HalfLife
+    from dist_ema.schedules import HalfLifeFraction as HalfLifeFraction
+    from dist_ema.schedules import NumUpdatesWarmup as NumUpdatesWarmup
+    from dist_ema.schedules import PowerFunction as PowerFunction
+    from dist_ema.schedules import Smoothing as Smoothing
+    from dist_ema.schedules import Uniform as Uniform
+    from dist_ema.schedules import Warmup as Warmup
 
 __version__ = "0.1.0"
-__all__ = ["ShardedEMA", "compute_ema", "errors", "read_checkpoint", "schedules", "verify_checkpoint"]
 
+_SCHEDULES = (
+    "ConstantDecay",
+    "HalfLife",
+    "HalfLifeFraction",
+    "NumUpdatesWarmup",
+    "PowerFunction",
+    "Smoothing",
+    "Uniform",
+    "Warmup",
+)
 _HOMES = {
     "ShardedEMA": "dist_ema.ema",
     "compute_ema": "dist_ema.functional",
     "read_checkpoint": "dist_ema.checkpoints.loading",
     "verify_checkpoint": "dist_ema.checkpoints.audit",
+    **dict.fromkeys(_SCHEDULES, "dist_ema.schedules"),
 }
+__all__ = ["errors", "schedules", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -41,7 +41,7 @@ from dist_ema.gather import Entry, Held, catalogue, check_readable, full_tensors
 from dist_ema.interrupts import Uninterrupted
 from dist_ema.offload.host_shadow import HostShadow, hold_back
 from dist_ema.options import Options
-from dist_ema.report import memory_report
+from dist_ema.report import memory_report, summary
 from dist_ema.resharding import check_same_model, move
 from dist_ema.schedules import Schedule
 from dist_ema.shadow import Shadow
@@ -852,6 +852,19 @@ class ShardedEMA:
     def progress(self) -> Progress:
         """The training clock since the first copy, in all units."""
         return self._track.progress
+
+    def __repr__(self) -> str:
+        if "_track" not in vars(self):  # of a construction that failed
+            return object.__repr__(self)
+        return summary(type(self).__name__, type(self._engine).__name__, self._shares, self._track)
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        """For ``copy`` and ``pickle``, which would take it for one that goes on by itself."""
+        raise EMAStateError(
+            "a ShardedEMA belongs to its model, its process groups and the other ranks, so it cannot be copied or "
+            "pickled (nor can a model that holds one as an attribute): save() writes it to disk, state_dict() is for "
+            "torch.distributed.checkpoint, and full_state_dict() gives its tensors"
+        )
 
     def memory_report(self) -> str:
         """What the shadow costs on this rank, by device, as a short text. Local."""

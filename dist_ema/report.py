@@ -1,4 +1,4 @@
-"""What an average costs on this rank, in words."""
+"""What an average is, and what it costs on this rank, in words."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 
 from dist_ema.shadow import Shadow
 from dist_ema.shares import Share
+from dist_ema.track import Track
 
 
 def memory_report(shares: Sequence[Share], names: Collection[str], shadow: Shadow) -> str:
@@ -26,6 +27,22 @@ def memory_report(shares: Sequence[Share], names: Collection[str], shadow: Shado
     lines += shadow.notes()
     lines += [f"scratch: {_mebibytes(shadow.scratch.nbytes())}"]
     return "\n".join(lines)
+
+
+def summary(kind: str, engine: str, shares: Sequence[Share], track: Track) -> str:
+    """One line for ``repr()``: engine, averages with their schedules, size, updates and progress. Local."""
+    averaged = [share.spec for share in shares if share.mode == "average"]
+    averages = ", ".join(f"{name!r}: {schedule!r}" for name, schedule in track.schedules.items())
+    elements = sum(spec.numel for spec in averaged)
+    updates = track.seen.updates
+    return (
+        f"<{kind} on {engine}: {{{averages}}} of {_counted(len(averaged), 'tensor')}, {elements:,} elements; "
+        f"{_counted(updates, 'update')}, progress {track.progress}>"
+    )
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def _mebibytes(size: int) -> str:

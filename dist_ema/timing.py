@@ -67,6 +67,15 @@ class Progress:
             self.updates + _count("updates", updates),
         )
 
+    def __str__(self) -> str:
+        """``"12ba 480sp"``: batches, and whatever else was counted."""
+        counted = {"ba": self.batches, "sp": self.samples, "tok": self.tokens, "ep": self.epochs}
+        return " ".join(
+            f"{value:g}{unit}" if unit == "ep" else f"{value}{unit}"
+            for unit, value in counted.items()
+            if value or unit == "ba"
+        )
+
     def since(self, start: Progress) -> Progress:
         """This reading minus ``start``, in every field.
 

@@ -109,7 +109,10 @@ def verify_checkpoint(path: StrPath, *, threads: int = 4) -> Manifest:
         threads: that read and digest side by side.
 
     Returns:
-        What the checkpoint consists of.
+        What the checkpoint consists of, read from its manifest: ``schedules`` by average, ``seen.updates`` (how often
+        weights were taken into it), ``clock`` and ``start`` (of the training, in batches, samples, tokens and epochs),
+        ``skipped`` (NaN and Inf elements), ``averages`` and ``live`` (each tensor's file, shape, dtype and digest) and
+        ``files``; see :class:`dist_ema.checkpoints.manifest.Manifest`.
 
     Raises:
         CheckpointError: there is none, or it has another format version.

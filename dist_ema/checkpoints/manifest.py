@@ -76,9 +76,9 @@ class StoredFile:
     header: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Manifest:
-    """A whole checkpoint.
+    """A whole checkpoint: what ``dist_ema.verify_checkpoint()`` returns. Its ``repr()`` is one line.
 
     Attributes:
         data: the folder, in the checkpoint's, that holds the files.
@@ -110,6 +110,15 @@ class Manifest:
     library: str = __version__
     seed: int | None = None
     lacking: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        averages = ", ".join(f"{name!r}: {schedule!r}" for name, schedule in self.schedules.items())
+        tensors = sum(len(tensors) for tensors in self.folders().values())
+        size = sum(file.size for file in self.files.values())
+        return (
+            f"<Manifest: {{{averages}}}; updates={self.seen.updates}, clock {self.clock}; {tensors:,} tensors in "
+            f"{len(self.files):,} files, {size:,} bytes>"
+        )
 
     def to_bytes(self) -> bytes:
         """The text of ``ema.json``. Raises CheckpointError if it were longer than any that is read."""
