@@ -117,7 +117,7 @@ class Manifest:
         size = sum(file.size for file in self.files.values())
         return (
             f"<Manifest: {{{averages}}}; updates={self.seen.updates}, clock {self.clock}; {tensors:,} tensors in "
-            f"{len(self.files):,} files, {size:,} bytes>"
+            f"{len(self.files):,} file{'' if len(self.files) == 1 else 's'}, {size:,} bytes>"
         )
 
     def to_bytes(self) -> bytes:
