@@ -73,7 +73,8 @@ class ShardedEMA:
     it the average *is* the live model, for every call. So weights may be materialised or loaded after construction.
 
     Args:
-        target: a module (plain, DDP, FSDP, FSDP2, HSDP, tensor parallel), a DeepSpeed engine, or a list of modules:
+        target: a module (plain, DDP, FSDP, FSDP2, HSDP, tensor parallel), a DeepSpeed engine, what Accelerate's
+            ``prepare()`` or Fabric's ``setup()`` make of them, a ``PipelineStage``, or a list of modules or stages:
             this rank's pipeline stages.
         decay: kept fraction per batch, in [0, 1).
         half_life: training after which half is kept: ``"1000ba"``, ``"10000000tok"``, ``"50000sp"``, ``"2ep"``.
