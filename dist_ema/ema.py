@@ -73,8 +73,9 @@ class ShardedEMA:
     it the average *is* the live model, for every call. So weights may be materialised or loaded after construction.
 
     Args:
-        target: a module (plain, DDP, FSDP, FSDP2, HSDP, tensor parallel), a DeepSpeed engine (not the module in it), or
-            a list of modules: this rank's pipeline stages. Or a module inside of a plain, DDP or FSDP2 model; of an
+        target: a module (plain, DDP, FSDP, FSDP2, HSDP, tensor parallel), a DeepSpeed engine (not the module in it),
+            what Accelerate's ``prepare()`` or Fabric's ``setup()`` make of them, a ``PipelineStage``, or a list of
+            modules or stages: this rank's part of a pipeline. Or a module inside of a plain, DDP or FSDP2 model; of an
             FSDP1 or DeepSpeed one pass the whole, with ``include``.
         decay: kept fraction per batch, in [0, 1).
         half_life: training after which half is kept: ``"1000ba"``, ``"10000000tok"``, ``"50000sp"``, ``"2ep"``.

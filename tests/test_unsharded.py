@@ -18,7 +18,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, ShardingStrategy, fully_shard
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from zero_models import make_engine
 
 from dist_ema import ShardedEMA
 from dist_ema.engines import detect
@@ -307,16 +306,6 @@ def test_a_module_inside_of_an_fsdp1_unit_is_refused_at_any_moment(
     refused()
     ema = ShardedEMA(outer, decay=DECAY, include="^net[.]", exclude="frozen")
     assert ema.update() and len(ema.fingerprint()) > 10
-
-
-@pytest.mark.world_size(2)
-def test_a_module_of_a_zero3_engine_is_refused(rank: int) -> None:
-    """Its parameters are empty between uses: there was nothing in the average, or a stale full copy."""
-    engine = make_engine(3)
-    for target in (engine.module, engine.module.up):
-        with pytest.raises(EMAEngineError, match=r"ZeRO stage 3.*DeepSpeed engine.*include="):
-            ShardedEMA(target, decay=DECAY)
-    assert ShardedEMA(engine, decay=DECAY)
 
 
 # What is sharded between construction and first use.
