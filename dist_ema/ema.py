@@ -405,7 +405,7 @@ class ShardedEMA:
             EMAConfigError: there is no such average, or there are several and none was named.
         """
         swap: Swap | None = None
-        visit = Visit("")
+        visit = Visit("", "average_parameters()")
         try:
             try:
                 with Uninterrupted():  # other ranks would go on alone, with weights half of which are to come from here
@@ -452,7 +452,7 @@ class ShardedEMA:
         raised when all is written.
         """
         with Uninterrupted():
-            swap = self._swap(self._call("copy_to()", name=name), name, Visit(""), keep=False)
+            swap = self._swap(self._call("copy_to()", name=name), name, Visit("", "copy_to()"), keep=False)
             if swap is not None:
                 with answering("copy_to()"):
                     swap.copy()

@@ -7,6 +7,7 @@ what a trainer raises at SIGTERM. Where ranks send each other something, one tha
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from importlib import import_module
@@ -26,7 +27,7 @@ class Uninterrupted:
     threads than the main one no handler ever runs, and nothing is done.
     """
 
-    __slots__ = ("_active", "_came", "_handlers")
+    __slots__ = ("_active", "_block", "_came", "_handlers")
 
     def __enter__(self) -> None:
         self._active = False
@@ -34,6 +35,7 @@ class Uninterrupted:
         self._handlers: dict[int, Callable[[int, FrameType | None], object]] = {}
         if threading.current_thread() is not threading.main_thread():
             return
+        self._block = sys._getframe(1)
         try:
             for number in _NUMBERS:
                 handler = _fast.getsignal(number)
@@ -55,11 +57,16 @@ class Uninterrupted:
             self._deliver()
 
     def _hold(self, number: int, frame: FrameType | None) -> None:
-        if self._active:
+        if self._active and self._is_in_block(frame):
             self._came.append((number, frame))
-        else:  # an exception of another kind kept this handler in its place
+        else:  # an exception, of another origin, at the first line of __exit__ kept this handler in its place
             self._give_back(number)
             self._handlers[number](number, frame)
+
+    def _is_in_block(self, frame: FrameType | None) -> bool:
+        while frame is not None and frame is not self._block:
+            frame = frame.f_back
+        return frame is not None
 
     def _give_back(self, number: int) -> None:
         if _fast.getsignal(number) == self._hold:  # else another one was set since

@@ -42,11 +42,13 @@ class Visit:
 
     Attributes:
         name: of the average.
+        doing: the call.
         open: whether the model computes with it.
         torn: what happened to live weights that are neither the average nor what they were before.
     """
 
     name: str
+    doing: str
     open: bool = False
     torn: str | None = None
 
@@ -176,8 +178,8 @@ class Swap:
                     failures += isinstance(error, Exception)
                     if failures >= _TRIES and not self._done:
                         raise self._tear() from first
-        if self._visit.torn is not None and first is not None and str(first) != self._visit.torn:
-            raise EMAStateError(self._visit.torn) from first
+        if self._visit.torn is not None and first is not None:
+            raise self._tear() from first
         if first is not None:
             raise first
 
@@ -219,7 +221,8 @@ class Swap:
 
     def _put(self, inside: bool) -> None:
         """This rank's part of the average goes into its sources, or its live elements back. Local."""
-        for index, exchange in self._exchanges.items():
+        exchanges = list(self._exchanges.items())
+        for index, exchange in exchanges if inside else exchanges[::-1]:  # one that broke off needs the scratch first
             exchange.go(self._sources[index], inside)
         if self._is_kept:
             for index, kept in self._kept.items():
@@ -248,7 +251,7 @@ class Swap:
             "reset() it"
         )
         self._done = True
-        return EMAStateError(self._visit.torn)
+        return EMAStateError(f"{self._visit.doing} failed: {self._visit.torn}")
 
     def _settle(self) -> None:
         """Waits for copies to the device that still read weights in host memory (CPU offload): they are written now."""

@@ -141,9 +141,9 @@ class Directory:
             shutil.rmtree(self._staging, ignore_errors=True)
 
     def _unlock(self) -> None:
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        lock, self._lock = self._lock, None  # in this order: a number that is closed twice may be another file by then
+        if lock is not None:
+            os.close(lock)
 
 
 def remove_leftovers(parent: Path) -> None:
