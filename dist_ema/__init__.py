@@ -12,17 +12,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dist_ema import errors as errors
     from dist_ema import schedules as schedules
+    from dist_ema.batch_norm import update_bn as update_bn
     from dist_ema.checkpoints.audit import verify_checkpoint as verify_checkpoint
     from dist_ema.checkpoints.loading import read_checkpoint as read_checkpoint
     from dist_ema.ema import ShardedEMA as ShardedEMA
     from dist_ema.functional import compute_ema as compute_ema
 
 __version__ = "0.1.0"
-__all__ = ["ShardedEMA", "compute_ema", "errors", "read_checkpoint", "schedules", "verify_checkpoint"]
+__all__ = ["ShardedEMA", "compute_ema", "errors", "read_checkpoint", "schedules", "update_bn", "verify_checkpoint"]
 
 _HOMES = {
     "ShardedEMA": "dist_ema.ema",
     "compute_ema": "dist_ema.functional",
+    "update_bn": "dist_ema.batch_norm",
     "read_checkpoint": "dist_ema.checkpoints.loading",
     "verify_checkpoint": "dist_ema.checkpoints.audit",
 }

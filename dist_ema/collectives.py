@@ -276,6 +276,15 @@ def sum_floats(values: Sequence[float], group: dist.ProcessGroup | None) -> list
     return [float(value) for value in tensor.tolist()]
 
 
+def sum_tensor(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Element-wise sum over the ranks, on the CPU, in the dtype of ``values``. Collective."""
+    tensor = values.to(device_for(group))
+    if group is not None:
+        with answered():
+            dist.all_reduce(tensor, group=group)
+    return tensor.cpu()
+
+
 class Window:
     """A buffer that the ranks fill in parts, no two the same bytes, and that rank 0 then has whole.
 

@@ -36,7 +36,7 @@ ORDER = [
     "checkpoints.destination checkpoints.writing checkpoints.hub",
     "checkpoints.export checkpoints.saving checkpoints.loading report functional",
     "ema checkpoints.audit planning.plan",
-    "checkpoints.offline checkpoints.compare importing",
+    "checkpoints.offline checkpoints.compare importing batch_norm",
 ]
 LAYERS = [{f"dist_ema.{name}" for name in names.split()} for names in ORDER]
 #: Modules of one may import each other.

@@ -20,7 +20,8 @@ Call order, for one average:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -153,6 +154,11 @@ class Engine(ABC):
     def publish(self) -> None:
         """Makes the live model compute with what the sources hold. Collective where the layout needs it."""
         return
+
+    @contextmanager
+    def own_buffers(self) -> Iterator[None]:
+        """Inside, no forward pass overwrites this rank's buffers with those of another. Local."""
+        yield
 
     def attach(self, optimizer: object, callback: Callable[[], object]) -> RemovableHandle:
         """Calls ``callback`` after every real step of ``optimizer``. Local."""

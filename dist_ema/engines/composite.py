@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 from torch import Tensor, nn
 
@@ -49,6 +50,13 @@ class CompositeEngine(Engine):
     def publish(self) -> None:
         for engine in self._engines:
             engine.publish()
+
+    @contextmanager
+    def own_buffers(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for engine in self._engines:
+                stack.enter_context(engine.own_buffers())
+            yield
 
     def attach(self, optimizer: object, callback: Callable[[], object]) -> RemovableHandle:
         return self._engines[0].attach(optimizer, callback)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch.distributed as dist
@@ -48,6 +50,7 @@ class DataParallelEngine(PlainEngine):
     def __init__(self, model: nn.Module, wrapper: DistributedDataParallel) -> None:
         super().__init__(model)
         group = wrapper.process_group
+        self._wrapper = wrapper
         self._replicas = Replicas(group, dist.get_rank(group), dist.get_world_size(group))
         self._team = min(dist.get_process_group_ranks(group))
         self._ignored = set(wrapper.parameters_to_ignore)  # what the user told DDP to leave to each rank
@@ -59,6 +62,16 @@ class DataParallelEngine(PlainEngine):
         if kind_of(slot, tensor) != "parameter" or self._ignored.intersection((slot.name, *slot.aliases)):
             return super().spec(slot, tensor)
         return TensorSpec.unsharded(slot.name, tensor, replicas=self._replicas, team=self._team, aliases=slot.aliases)
+
+    @contextmanager
+    def own_buffers(self) -> Iterator[None]:
+        """See :meth:`Engine.own_buffers`: DDP would send rank 0's at every forward pass. Local."""
+        before = self._wrapper.broadcast_buffers
+        self._wrapper.broadcast_buffers = False
+        try:
+            yield
+        finally:
+            self._wrapper.broadcast_buffers = before
 
 
 def kind_of(slot: Slot, tensor: Tensor) -> Literal["parameter", "frozen", "buffer"]:

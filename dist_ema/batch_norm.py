@@ -1,0 +1,202 @@
+"""BatchNorm's running statistics for an average: those of the live weights do not fit averaged ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+
+from dist_ema.collectives import answering, gather_objects, size_of, sum_tensor
+from dist_ema.ema import ShardedEMA
+from dist_ema.engines import Engine
+from dist_ema.engines.walk import Slot, walk_slots
+from dist_ema.errors import EMAConfigError, EMAStateError
+from dist_ema.interrupts import Uninterrupted
+from dist_ema.shares import Share
+
+_STATISTICS = ("running_mean", "running_var")
+_COUNT = "num_batches_tracked"
+
+
+@answering("update_bn()")
+@torch.no_grad()
+def update_bn(
+    ema: ShardedEMA,
+    batches: Iterable[object],
+    *,
+    name: str | None = None,
+    forward: Callable[[object], object] | None = None,
+) -> None:
+    """Computes BatchNorm's running statistics anew under the average, and writes them into the average. Collective.
+
+    As ``torch.optim.swa_utils.update_bn`` does: one pass in training mode without gradients, in which each statistic
+    becomes the plain mean of those of all batches. Batches of all ranks count, as if one process had seen them all.
+    SyncBatchNorm takes its own statistics over several ranks, and a batch of all of them is one. Live weights and
+    buffers, momenta and modes are afterwards what they were, also if ``forward`` raises.
+
+    ``export`` writes these statistics, and ``average_parameters`` computes with them. With ``buffers="copy"`` they last
+    until the next update that is due, which copies the live ones again, and all averages have them in common; with
+    ``buffers="average"`` updates go on from them.
+
+    Args:
+        ema: the average.
+        batches: this rank's. Of a tuple or list the first element is taken, as torch does.
+        name: which average; None means the only one.
+        forward: called with each batch; computes with ``ema``'s model. None means the model itself, called with the
+            batch. Where the model's forward is collective (FSDP, ZeRO-3, tensor parallelism) ranks need equally many.
+
+    Raises:
+        EMAConfigError: the average does not have the statistics (``buffers="ignore"``, ``exclude``), or there are no
+            batches, or ``forward`` is needed since the model is a list.
+        EMAStateError: on every rank, inside ``average_parameters()``, before the first update, or ``forward`` raised on
+            another rank. On the rank where it raised, what it raised. The average is then what it was.
+    """
+    engine, shares, group = ema._engine, {share.spec.name: share for share in ema._shares}, ema._engine.group
+
+    def look() -> list[Slot]:
+        ema._refuse("update_bn()")
+        ema._name(name)
+        if not ema._shadow.started:
+            raise EMAStateError("update_bn(): there is no average before the first update; call update() first")
+        if forward is None and len(engine.modules()) != 1:
+            raise EMAConfigError("forward=None: a list of modules has no forward pass of its own; give a function")
+        return _slots(engine, shares)
+
+    slots, _ = ema._joined(ema._call("update_bn()", name=name), look)
+    with ema.average_parameters(name):
+        found = _run(engine, slots, batches, forward or engine.modules()[0], group)
+    average = ema._name(name)
+    shadows = dict(zip(shares, ema._shadow.tensors(average), strict=True))
+    with Uninterrupted():
+        ema._broken = "update_bn()"
+        for key, value in found.items():
+            shadow = shadows[key]
+            if shadow is not None:
+                shadow.copy_(value.reshape(-1))
+        ema._broken = None
+
+
+def _slots(engine: Engine, shares: dict[str, Share]) -> list[Slot]:
+    """Where the statistics lie. Raises EMAConfigError if they are not in the average. Local."""
+    slots = [
+        slot
+        for module in engine.modules()
+        for slot in walk_slots(module)
+        if slot.is_buffer and isinstance(slot.owner, BatchNorm) and slot.key in (*_STATISTICS, _COUNT)
+    ]
+    missing = [slot.name for slot in slots if shares[slot.name].mode == "live"]
+    if missing:
+        raise EMAConfigError(
+            f"update_bn(): {missing[0]!r} and {len(missing) - 1} more are not in the average, so there is nothing to "
+            'write into: give buffers="copy" or buffers="average", and do not exclude them'
+        )
+    return slots
+
+
+def _run(
+    engine: Engine,
+    slots: Sequence[Slot],
+    batches: Iterable[object],
+    forward: Callable[[object], object],
+    group: dist.ProcessGroup | None,
+) -> dict[str, Tensor]:
+    """The statistics of all ranks' batches by the names of their buffers, in float64. Collective."""
+    failure: BaseException | None = None
+    means: dict[str, Tensor] = {}
+    counts: dict[str, Tensor] = {}
+    with engine.own_buffers(), _training(engine, [slot.owner for slot in slots if isinstance(slot.owner, BatchNorm)]):
+        try:
+            for batch in batches:
+                forward(batch[0] if isinstance(batch, (list, tuple)) else batch)
+            for slot in slots:
+                _read(slot, means, counts)
+        except BaseException as error:  # the others wait to be told
+            failure = error
+    ranks = gather_objects((None if failure is None else repr(failure), sum(map(int, counts.values())) > 0), group)
+    told = gather_objects({name: mean.numel() for name, mean in means.items()}, group)
+    failures = [f"rank {rank}: {text}" for rank, (text, _) in enumerate(ranks) if text is not None]
+    if failure is not None:
+        raise failure
+    if failures:
+        raise EMAStateError(f"update_bn() failed: {'; '.join(failures)}")
+    sizes = {name: size for found in told for name, size in found.items()}  # a pipeline's ranks have different ones
+    if sizes and not any(saw for _, saw in ranks):
+        raise EMAConfigError("batches: there are none on any rank, or none that reaches a BatchNorm")
+    if size_of(group) > 1:
+        _add_up(sizes, means, counts, group)
+    return {slot.name: _value(slot, means, counts) for slot in slots}
+
+
+def _read(slot: Slot, means: dict[str, Tensor], counts: dict[str, Tensor]) -> None:
+    """Copies one buffer, of which the average's own is put back in its place."""
+    value = slot.get()
+    count = slot.owner.num_batches_tracked
+    if value is not None and slot.key in _STATISTICS:
+        means[slot.name] = value.double().cpu()
+    if value is not None:
+        counts[slot.name] = count.double().cpu() if isinstance(count, Tensor) else torch.zeros((), dtype=torch.float64)
+
+
+def _add_up(
+    sizes: dict[str, int], means: dict[str, Tensor], counts: dict[str, Tensor], group: dist.ProcessGroup | None
+) -> None:
+    """Means of all ranks' batches, and how many these are. Collective."""
+    names = sorted(sizes)
+    zero = torch.zeros((), dtype=torch.float64)
+    flat = [
+        torch.cat([(means[name] * counts[name]).view(-1), counts[name].view(1)])
+        if name in means
+        else torch.zeros(sizes[name] + 1, dtype=torch.float64)
+        for name in names
+    ]
+    total = sum_tensor(torch.cat(flat) if flat else zero.view(1), group)
+    start = 0
+    for name in names:
+        stop = start + sizes[name]
+        if name in means and total[stop] > 0:
+            means[name] = (total[start:stop] / total[stop]).view(means[name].shape)
+            counts[name] = total[stop].clone()
+        start = stop + 1
+    # A count belongs to the statistics beside it.
+    beside = {name.rpartition(".")[0]: counts[name] for name in names if name in means}
+    for name in counts:
+        counts[name] = beside.get(name.rpartition(".")[0], counts[name])
+
+
+def _value(slot: Slot, means: dict[str, Tensor], counts: dict[str, Tensor]) -> Tensor:
+    if slot.key in _STATISTICS:
+        return means[slot.name]
+    if isinstance(slot.owner, nn.SyncBatchNorm) and dist.is_initialized():  # a batch of several ranks is one
+        return counts[slot.name] // size_of(slot.owner.process_group or dist.group.WORLD)
+    return counts[slot.name]
+
+
+@contextmanager
+def _training(engine: Engine, norms: Sequence[BatchNorm]) -> Iterator[None]:
+    """Training mode, and statistics that begin anew; modes, momenta and persistent buffers are put back."""
+    modes = {module: module.training for root in engine.modules() for module in root.modules()}
+    momenta = {norm: norm.momentum for norm in norms}
+    kept = [
+        (tensor, tensor.clone())
+        for root in engine.modules()
+        for slot in walk_slots(root)
+        if slot.is_buffer and (tensor := slot.get()) is not None
+    ]
+    try:
+        for root in engine.modules():
+            root.train()
+        for norm in momenta:
+            norm.reset_running_stats()
+            norm.momentum = None
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for norm, momentum in momenta.items():
+            norm.momentum = momentum
+        for tensor, value in kept:
+            tensor.copy_(value)
