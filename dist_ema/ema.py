@@ -404,6 +404,7 @@ class ShardedEMA:
             EMAStateError: already inside; where it is collective, also whatever keeps another rank from taking part.
             EMAConfigError: there is no such average, or there are several and none was named.
         """
+        self._quiesce()
         swap: Swap | None = None
         visit = Visit("", "average_parameters()")
         try:
@@ -422,9 +423,13 @@ class ShardedEMA:
             _end(swap, visit)
             self._visit = self._swap_inside = None
 
+    def _quiesce(self) -> None:
+        """Waits, so long as signals need not wait, for whoever still works on the averages or reads them. Local."""
+        self._background.settle()
+        self._shadow.drain()
+
     def _swap(self, call: Call, name: str | None, visit: Visit, keep: bool) -> Swap | None:
         """None before the first update, when the average is the live model. Collective where the swap is."""
-        self._background.settle()
 
         def look() -> Swap:
             self._refuse(call.name)
@@ -451,6 +456,7 @@ class ShardedEMA:
         Collective as ``average_parameters``. Raises as it does. Does nothing before the first update. An interrupt is
         raised when all is written.
         """
+        self._quiesce()
         with Uninterrupted():
             swap = self._swap(self._call("copy_to()", name=name), name, Visit("", "copy_to()"), keep=False)
             if swap is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import shutil
@@ -103,6 +104,7 @@ CALLS: dict[str, Callable[[ShardedEMA, Path], object]] = {
     "first update": lambda ema, path: (ema.reset(), ema.update()),
     "reset": lambda ema, path: ema.reset(),
     "save": lambda ema, path: ema.save(path / "new"),
+    "save behind": lambda ema, path: (ema.save(path / "new", block=False), ema.wait()),
     "load": lambda ema, path: ema.load(path / "old"),
     "load_state_dict": lambda ema, path: ema.load_state_dict(torch.load(path / "dict", weights_only=False)),
     "state_dict": lambda ema, path: ema.state_dict(),
@@ -111,7 +113,7 @@ CALLS: dict[str, Callable[[ShardedEMA, Path], object]] = {
 }
 #: Of how many lines one is tried: these are thousands. With EVERY_LINE=1 in the environment all are.
 STRIDES = {"average_parameters": 4, "update": 4, "reset": 9, "copy_to": 5, "fingerprint": 29, "first update": 13}
-STRIDES |= {"save": 43, "load": 37, "export": 31, "load_state_dict": 17, "state_dict": 19}
+STRIDES |= {"save": 43, "save behind": 41, "load": 37, "export": 31, "load_state_dict": 17, "state_dict": 19}
 
 
 class _Run:
@@ -190,7 +192,15 @@ def test_an_interrupt_at_any_line_leaves_weights_and_average_whole_or_says_so(
             refused += 1
             _mend(run, tmp_path, before, by_load=number % 2 == 1)
     # Only what cannot be undone may be refused, and only after an exception that does not come from a signal.
-    if act is _signal or call in ("average_parameters", "copy_to", "save", "export", "fingerprint", "state_dict"):
+    if act is _signal or call in (
+        "average_parameters",
+        "copy_to",
+        "save",
+        "save behind",
+        "export",
+        "fingerprint",
+        "state_dict",
+    ):
         assert refused == 0
     assert lines > 20
 
@@ -225,11 +235,12 @@ def _model(case: str) -> tuple[nn.Module, object]:
     return model, model
 
 
-@pytest.mark.world_size(2)
-@pytest.mark.parametrize("case", ["ddp", "fsdp2", "hsdp", "zero1-bf16", "zero2-fp32", "zero3-bf16"])
-def test_a_signal_on_one_rank_waits_until_the_ranks_have_sent_each_other_all(case: str, rank: int) -> None:
-    """It went on to send live weights while the others still waited for averaged ones: both of one size, and mixed."""
-    before = signal.signal(signal.SIGUSR1, _raise)
+FILES = tuple(f"{SOURCE}/{name}" for name in ("swap.py", "arithmetic", "engines", "collectives.py"))
+ENGINES = ["ddp", "fsdp2", "hsdp", "zero1-bf16", "zero2-fp32", "zero3-bf16"]
+
+
+def _trained(case: str, rank: int) -> tuple[ShardedEMA, Callable[[object], None]]:
+    """An average, and a check that it and the live weights are what they were. The check is collective."""
     model, target = _model(case)
     ema = ShardedEMA(target, decay=0.5)
     ema._engine.stepped = lambda: True
@@ -245,21 +256,81 @@ def test_a_signal_on_one_rank_waits_until_the_ranks_have_sent_each_other_all(cas
     live = [source.clone() for source in ema._engine.sources()]
     weights = {name: _local(value).clone() for name, value in model.state_dict().items()}
     digest = ema.fingerprint()
-    files = (f"{SOURCE}/swap.py", f"{SOURCE}/arithmetic", f"{SOURCE}/engines", f"{SOURCE}/collectives.py")
-    lines = [_at_line(0, _raise, lambda: _inside(ema), files)]
+
+    def check(number: object) -> None:
+        for share, before, now in zip(ema._shares, live, ema._engine.sources(), strict=True):
+            assert torch.equal(before, now), (number, share.spec.name)
+        for name, value in model.state_dict().items():
+            assert torch.equal(_local(value), weights[name]), (number, name)
+        assert ema.fingerprint() == digest, number
+
+    _inside(ema)  # the first time takes longer
+    return ema, check
+
+
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize("case", ENGINES)
+def test_a_signal_on_one_rank_waits_until_the_ranks_have_sent_each_other_all(case: str, rank: int) -> None:
+    """It went on to send live weights while the others still waited for averaged ones: both of one size, and mixed."""
+    before = signal.signal(signal.SIGUSR1, _raise)
+    ema, check = _trained(case, rank)
+    lines = [_at_line(0, _raise, lambda: _inside(ema), FILES)]
     dist.broadcast_object_list(lines, src=0)
     for number in range(1, lines[0], lines[0] // 12):
         if rank == 0:
             with pytest.raises(Interrupt):
-                _at_line(number, _signal, lambda: _inside(ema), files)
+                _at_line(number, _signal, lambda: _inside(ema), FILES)
         else:
             _inside(ema)
-        for share, a, b in zip(ema._shares, live, ema._engine.sources(), strict=True):
-            assert torch.equal(a, b), (number, share.spec.name)
-        for name, value in model.state_dict().items():
-            assert torch.equal(_local(value), weights[name]), (number, name)
-        assert ema.fingerprint() == digest, number
+        check(number)
     signal.signal(signal.SIGUSR1, before)
+
+
+@pytest.mark.world_size(1)
+@pytest.mark.parametrize("case", ENGINES)
+def test_what_one_rank_sends_itself_is_sent_again(case: str, rank: int) -> None:
+    """One process under a wrapper: no other rank is elsewhere, so that nothing need be lost."""
+    ema, check = _trained(case, rank)
+    lines = _at_line(0, _raise, lambda: _inside(ema))
+    for number in range(1, lines, 1 if os.environ.get("EVERY_LINE") else lines // 40):
+        with pytest.raises(Interrupt):
+            _at_line(number, _raise, lambda: _inside(ema))
+        check(number)
+
+
+def test_signals_that_come_together_lose_nothing_either() -> None:
+    """A launcher that is interrupted sends SIGINT, then SIGTERM: the second came when the way back had just begun."""
+    seen = []
+
+    def handle(number: int, _: object) -> None:
+        seen.append(number)
+        raise Interrupt(number)
+
+    numbers = [signal.SIGUSR1, signal.SIGUSR2]
+    before = {number: signal.signal(number, handle) for number in numbers}
+
+    def both() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+        for number in numbers:
+            os.kill(os.getpid(), number)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+
+    together = 0
+    run = _Run(Path())
+    live, digest = _bits(run.model), run.ema.fingerprint()
+    lines = _at_line(0, _raise, lambda: _inside(run.ema))
+    for number in range(1, lines, 1 if os.environ.get("EVERY_LINE") else lines // 60):
+        seen.clear()
+        with pytest.raises(Interrupt):
+            _at_line(number, both, lambda: _inside(run.ema))
+        together += seen == numbers
+        with contextlib.suppress(Interrupt):  # outside of the library's own care the second may still be waiting
+            signal.raise_signal(signal.SIGUSR2)
+        assert _same(_bits(run.model), live), number
+        assert run.ema.fingerprint() == digest, number
+    assert together > 10
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -64,7 +64,9 @@ def _rank(rank: int, body: Callable[..., None], folder: Path, arguments: tuple[A
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
     try:
-        dist.init_process_group("gloo", f"file://{folder}/group", rank=rank, world_size=2, timeout=timedelta(seconds=8))
+        dist.init_process_group(
+            "gloo", f"file://{folder}/group", rank=rank, world_size=2, timeout=timedelta(seconds=40)
+        )
         body(rank, folder, *arguments)
         pipe.send("done")
     except BaseException:
