@@ -38,7 +38,7 @@ def _differ(module: nn.Module, by: float) -> None:
 
 @pytest.mark.world_size(2)
 @pytest.mark.parametrize("buffers", ["copy", "average"])
-@pytest.mark.parametrize("case", ["plain", "ddp", "fsdp2", "fsdp1-full", "zero2"])
+@pytest.mark.parametrize("case", ["ddp", "fsdp2", "fsdp1-full", "zero2"])
 def test_every_rank_evaluates_with_the_buffers_that_export_writes(
     case: str, buffers: str, rank: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
