@@ -401,8 +401,14 @@ class ShardedEMA:
             name: which average; None means the only one.
 
         Raises:
-            EMAStateError: already inside; where it is collective, also whatever keeps another rank from taking part.
+            EMAStateError: already inside; where it is collective, also whatever keeps another rank from taking part. If
+                a rank is lost inside, where ranks need each other to get their live weights back, these are torn: they
+                must not be saved, and every call says so until the model was loaded and then ``load()`` or ``reset()``
+                called.
             EMAConfigError: there is no such average, or there are several and none was named.
+
+        A signal's handler waits while weights are on their way in or out; what it raises is raised afterwards. An
+        exception between any two lines here loses nothing either.
         """
         self._quiesce()
         swap: Swap | None = None
