@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     help="Checkpoints of averages written by dist_ema. Status: 0 good, 1 a finding, 2 it could not be done.",
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
@@ -79,16 +78,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CheckpointCorruptError as error:
         _complain(error)
         return 1
-    except (EMAError, OSError) as error:
+    except EMAError as error:
         _complain(error)
+        return 2
+    except OSError as error:
+        _complain(_sentence(error))
         return 2
     except Exception as error:
         # What typer raises for a wrong option; the class has different homes in different versions of it.
         if not hasattr(error, "format_message"):
             raise
-        _complain(f"{error.format_message()} (see dist-ema --help)")
+        where = getattr(getattr(error, "ctx", None), "command_path", "dist-ema")
+        _complain(f"{error.format_message()} (see {where} --help)")
         return 2
     return status if isinstance(status, int) else 0
+
+
+def _sentence(error: OSError) -> str:
+    """What Python says as ``[Errno 20] Not a directory: 'x'``."""
+    if error.strerror is None:
+        return str(error)
+    return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
 
 
 def _print_version(wanted: bool) -> None:
@@ -164,6 +174,7 @@ def export(
         str | None,
         typer.Option(help="Names of the files: transformers (as without) or diffusers.", show_default=False),
     ] = None,
+    as_json: AsJSON = False,
 ) -> None:
     """Write an average, and all that is not averaged, as a Hugging Face directory of safetensors files.
 
@@ -184,9 +195,20 @@ def export(
             layout=layout,
             begin=lambda _, size: begin(size),
         )
+    files = {file.name: file.stat().st_size for file in sorted(out.iterdir()) if file.is_file()}
+    if as_json:
+        _print_json({"path": path, "out": str(out), "started": manifest.started, "files": files})
+        return
     _complain_of_lacks(path, manifest)
     if not manifest.started:
         _complain(f"{path} was saved before the first update: these are the live weights of that moment")
+    weights = {file: size for file, size in files.items() if file.endswith(".safetensors")}
+    others = [file for file in files if file not in weights]
+    typer.echo(
+        _line(f"{out}: {_size(sum(weights.values()))} in {_many(len(weights), 'file')}, {', '.join([*weights][:2])}")
+        + (", ..." if len(weights) > 2 else "")
+        + (f"; and {', '.join(others[:8])}" if others else "")
+    )
 
 
 @app.command()

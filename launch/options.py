@@ -202,7 +202,9 @@ class _Parser(ArgumentParser):
             message += f"\n  {name} is unknown" + (
                 f": did you mean {nearest[0]}?" if nearest else "; --help lists all options"
             )
-        super().error(message, ex)
+        message = re.sub(r'Parser key "([\w-]+)":\s*', r"\1: ", message)
+        # Without the usage, which is eleven lines of all the options.
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def parse(argv: list[str] | None, world_size: int) -> Options:

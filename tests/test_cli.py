@@ -9,12 +9,13 @@ import pty
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dist_ema import ShardedEMA, read_checkpoint, schedules
@@ -143,8 +144,8 @@ def test_a_checkpoint_from_before_the_first_update_says_so(capsys: pytest.Captur
     ema = ShardedEMA(nn.Linear(2, 2))
     ema.save(tmp_path / "saved")
     assert "before the first update" in run(capsys, "inspect", tmp_path / "saved")[1]
-    status, out, err = run(capsys, "export", tmp_path / "saved", tmp_path / "out")
-    assert (status, out) == (0, "")
+    status, _, err = run(capsys, "export", tmp_path / "saved", tmp_path / "out")
+    assert status == 0
     assert "before the first update" in err and one_line(err)
 
 
@@ -220,7 +221,9 @@ def test_export_is_the_full_state_dict_and_loads_into_the_plain_model(
     capsys: pytest.CaptureFixture[str], saved: tuple[Path, ShardedEMA], tmp_path: Path, name: str
 ) -> None:
     path, ema = saved
-    assert run(capsys, "export", path, tmp_path / "one", "--name", name) == (0, "", "")
+    status, out, err = run(capsys, "export", path, tmp_path / "one", "--name", name)
+    size = (tmp_path / "one" / "model.safetensors").stat().st_size / 1000
+    assert (status, out, err) == (0, f"{tmp_path / 'one'}: {size:.1f} kB in 1 file, model.safetensors\n", "")
     state, expected = load_file(tmp_path / "one" / "model.safetensors"), ema.full_state_dict(name)
     assert {"embed.weight", "head.weight", "frozen.weight", "norm.num_batches_tracked"} <= state.keys()
     torch.testing.assert_close(state, expected, rtol=0, atol=0)
@@ -228,7 +231,9 @@ def test_export_is_the_full_state_dict_and_loads_into_the_plain_model(
     assert [file.name for file in (tmp_path / "one").iterdir()] == ["model.safetensors"]
     # In pieces, in another precision.
     arguments = ("--name", name, "--dtype", "bf16", "--max-shard-size", "2KB")
-    assert run(capsys, "export", path, tmp_path / "many", *arguments)[0] == 0
+    status, found = run_json(capsys, "export", path, tmp_path / "many", *arguments)
+    assert (status, found["out"]) == (0, str(tmp_path / "many"))
+    assert found["files"] == {file.name: file.stat().st_size for file in (tmp_path / "many").iterdir()}
     ema.export(tmp_path / "reference", name=name, dtype=torch.bfloat16, max_shard_size="2KB")
     found, expected = (
         {key: value for file in sorted(folder.glob("*.safetensors")) for key, value in load_file(file).items()}
@@ -413,6 +418,58 @@ def test_diff_does_not_compare_damaged_data(
 # The program.
 
 
+@pytest.mark.parametrize(
+    ("arguments", "say"),
+    [
+        (
+            ["inspect", "saved/ema.json"],
+            "saved/ema.json is no checkpoint: it is a file, and a checkpoint is a directory",
+        ),
+        (["verify", "saved/ema.json"], "saved/ema.json is no checkpoint: it is a file"),
+        (["import", "saved/ema.json", "new"], "saved/ema.json is none of the files that can be imported"),
+        (["import", "picture.png", "new"], "picture.png is none of the files that can be imported"),
+        (["import", "empty", "new"], "empty is none of the files that can be imported"),
+        (["import", "a.zip", "new"], "a.zip is a zip file, but not one of torch.save"),
+        (["import", "a.safetensors", "new"], "a.safetensors is none of the files that can be imported"),
+        (["import", "picture.png/x", "new"], "picture.png/x cannot be read: Not a directory"),
+        (["plan", "picture.png"], "picture.png cannot be read as a config.json"),
+        (["plan", "missing"], "missing does not exist"),
+        (["export", "saved"], "(see dist-ema export --help)"),
+        (["verify", "saved", "--threads", "many"], "(see dist-ema verify --help)"),
+        (["repair"], "(see dist-ema --help)"),
+    ],
+    ids=str,
+)
+def test_a_wrong_file_is_said_in_a_sentence_and_is_no_damage(
+    capsys: pytest.CaptureFixture[str],
+    saved: tuple[Path, ShardedEMA],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    say: str,
+) -> None:
+    """``[Errno 20]`` tells a programmer something, and status 1 would say that a checkpoint is damaged."""
+    monkeypatch.chdir(tmp_path)
+    Path("picture.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(range(256)))
+    Path("empty").touch()
+    with zipfile.ZipFile("a.zip", "w") as packed:
+        packed.writestr("readme.txt", "hello")
+    save_file({"a": torch.ones(2)}, "a.safetensors")
+    status, out, err = run(capsys, *arguments)
+    assert (status, out) == (2, "") and one_line(err), err
+    assert say in err and "Errno" not in err
+    assert not Path("new").exists()
+
+
+def test_shells_can_complete(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands and options; without torch, or each press of the key would take seconds."""
+    code = "import sys; from dist_ema.cli import main; main()\nprint(sys.modules.keys() & {'torch'}, file=sys.stderr)"
+    environment = os.environ | {"_DIST_EMA_COMPLETE": "complete_bash", "COMP_WORDS": "dist-ema ve", "COMP_CWORD": "1"}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert result.stdout.split() == ["verify"], result.stderr
+    assert "torch" not in result.stderr
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["export", "--help"], ["--version"]])
 def test_help_does_not_wait_for_torch(arguments: list[str]) -> None:
     code = f"import sys; from dist_ema.cli import main; status = main({arguments!r})\n"
@@ -470,6 +527,7 @@ def test_memory_does_not_grow_with_the_checkpoint(large: Path, arguments: list[s
     """The high-water mark of the process while it works, over what it has with everything imported."""
     code = f"""
 import sys
+import zipfile
 from pathlib import Path
 import torch, dist_ema.cli, rich.console, rich.table
 from dist_ema.checkpoints import audit, compare, offline

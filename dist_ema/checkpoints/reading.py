@@ -51,7 +51,7 @@ def read_manifest_bytes(path: StrPath) -> bytes:
     except NotADirectoryError as error:
         raise CheckpointError(f"{path} is no checkpoint: it is a file, and a checkpoint is a directory") from error
     except OSError as error:
-        raise CheckpointError(f"{NAME} of {path} cannot be read: {error}") from error
+        raise CheckpointError(f"{NAME} of {path} cannot be read: {error.strerror or error}") from error
     try:
         if file.size > MAX_BYTES:
             raise CheckpointCorruptError(f"{NAME} of {path} has {file.size} bytes, more than any manifest")
@@ -59,7 +59,7 @@ def read_manifest_bytes(path: StrPath) -> bytes:
         if not file.read([(0, memoryview(text))]):
             raise CheckpointCorruptError(f"{NAME} of {path} became shorter while it was read")
     except OSError as error:
-        raise CheckpointError(f"{NAME} of {path} cannot be read: {error}") from error
+        raise CheckpointError(f"{NAME} of {path} cannot be read: {error.strerror or error}") from error
     finally:
         file.close()
     return bytes(text)
