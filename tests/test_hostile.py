@@ -484,3 +484,27 @@ def test_a_header_of_safetensors_that_cannot_be_is_refused(tmp_path: Path) -> No
         (folder / "m.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
         with quick(), pytest.raises(CheckpointCorruptError):
             import_checkpoint(folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("version", True),
+        ("started", 5),
+        ("skipped", 10**100),
+        ("seed", True),
+        ("clock", {"batches": 10**400, "samples": 0, "tokens": 0, "epochs": 0.0, "updates": 0}),
+        ("clock", {"batches": 3, "samples": 0, "tokens": 0, "epochs": 10**400, "updates": 0}),
+        ("seen", {"batches": 9, "samples": 0, "tokens": 0, "epochs": 0.0, "updates": 1}),
+    ],
+)
+def test_the_text_in_a_state_dict_is_read_as_strictly(key: str, value: object) -> None:
+    """It comes out of a checkpoint of torch.distributed.checkpoint, which anybody may have written."""
+    ema = ShardedEMA(nn.Linear(2, 2), decay=0.5)
+    ema.update()
+    state = ema.state_dict()
+    body = json.loads(bytes(state["progress"].tolist())) | {key: value}
+    state["progress"] = torch.frombuffer(bytearray(json.dumps(body).encode().ljust(2048)), dtype=torch.uint8)
+    with pytest.raises(CheckpointCorruptError):
+        ema.load_state_dict(state)
+    assert ema.num_updates == 1

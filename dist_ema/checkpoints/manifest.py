@@ -187,9 +187,9 @@ class Manifest:
         manifest = cls(
             data=body["data"],
             started=body["started"],
-            clock=_read_progress(body["clock"]),
-            start=_read_progress(body["start"]),
-            seen=_read_progress(body["seen"]),
+            clock=read_progress(body["clock"]),
+            start=read_progress(body["start"]),
+            seen=read_progress(body["seen"]),
             skipped=body["skipped"],
             schedules={name: from_dict(average["schedule"]) for name, average in averages.items()},
             averages={
@@ -201,7 +201,7 @@ class Manifest:
             seed=body.get("seed"),
             lacking=_read_lacking(body.get("lacking", []), averages),
         )
-        _check_clocks(manifest)
+        check_moments(manifest.clock, manifest.start, manifest.seen)
         _check_room(manifest)
         return manifest
 
@@ -290,26 +290,27 @@ def _read_lacking(names: object, averages: Mapping[str, Any]) -> tuple[str, ...]
     return tuple(names)
 
 
-def _read_progress(values: Mapping[str, Any]) -> Progress:
+def read_progress(values: Mapping[str, Any]) -> Progress:
+    """A clock of unknown origin. Raises ValueError for what no clock reads."""
     names = {field.name for field in fields(Progress)}
-    if values.keys() != names:
-        _refuse("a clock has other units than batches, samples, tokens, epochs and updates")
+    if not isinstance(values, Mapping) or values.keys() != names:
+        raise ValueError("a clock has other units than batches, samples, tokens, epochs and updates")
     epochs = values["epochs"]
     if not (is_count(epochs) or (isinstance(epochs, float) and isfinite(epochs) and 0 <= epochs < 1 << 62)):
-        _refuse(f"a clock has {shown(epochs)} epochs")
-    for name in names - {"epochs"}:
+        raise ValueError(f"a clock has {shown(epochs)} epochs")
+    for name in sorted(names - {"epochs"}):
         if not is_count(values[name]):
-            _refuse(f"a clock has {shown(values[name])} {name}")
+            raise ValueError(f"a clock has {shown(values[name])} {name}")
     return Progress().advance(**values)
 
 
-def _check_clocks(manifest: Manifest) -> None:
-    """The first copy and the last update lie before the moment of the save."""
+def check_moments(clock: Progress, start: Progress, seen: Progress) -> None:
+    """Raises ValueError unless the first copy and the last update lie before the moment of the save."""
     for name in (field.name for field in fields(Progress) if field.name != "updates"):
-        now, start, seen = (getattr(clock, name) for clock in (manifest.clock, manifest.start, manifest.seen))
+        now, begun, passed = (getattr(moment, name) for moment in (clock, start, seen))
         slack = 1e-6 * now if name == "epochs" else 0  # sums of fractions
-        if start > now + slack or start + seen > now + slack:
-            _refuse(f"the average began at {start} {name} and has seen {seen}, but {now} were trained")
+        if begun + passed > now + slack:
+            raise ValueError(f"the average began at {begun} {name} and has seen {passed}, but {now} were trained")
 
 
 def _check_room(manifest: Manifest) -> None:

@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dist_ema.checkpoints.manifest import check_moments, read_progress
+from dist_ema.checkpoints.strict_json import is_count, parse, shown
 from dist_ema.dcp.boxed import BoxedTensor
 from dist_ema.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError, EMAError, EMAStateError
 from dist_ema.schedules import Schedule, from_dict
@@ -31,6 +33,8 @@ from dist_ema.timing import Progress
 VERSION = 1
 #: Bytes of a text, padded with blanks: what is loaded must have the size of what was saved.
 TEXT_BYTES = 2048
+#: Clocks and schedules, one of them, its values.
+_DEPTH = 4
 
 
 @dataclass(frozen=True)
@@ -61,16 +65,20 @@ class Moment:
     def from_tensor(cls, text: object) -> Moment:
         """Raises CheckpointCorruptError if ``to_tensor`` did not make it, CheckpointError if a later version did."""
         body = _read_text(text, "progress")
-        if body.get("version") != VERSION:
-            raise CheckpointError(
-                f"the state dict has version {body.get('version')!r}; this library reads version {VERSION}"
-            )
+        version = body.get("version")
+        if not is_count(version):
+            raise CheckpointCorruptError(f"'progress' of the state dict is damaged: version {shown(version)} is none")
+        if version != VERSION:
+            raise CheckpointError(f"the state dict has version {version}; this library reads version {VERSION}")
         try:
-            clocks = {name: _read_clock(body[name]) for name in ("clock", "start", "seen")}
-            seed = None if body.get("seed") is None else int(body["seed"])
-            return cls(started=bool(body["started"]), skipped=int(body["skipped"]), seed=seed, **clocks)
+            clocks = {name: read_progress(body[name]) for name in ("clock", "start", "seen")}
+            check_moments(**clocks)
+            started, skipped, seed = body["started"], body["skipped"], body.get("seed")
+            if not isinstance(started, bool) or not is_count(skipped) or not (seed is None or is_count(seed, 63)):
+                raise ValueError("a flag, a count or a seed is none")
+            return cls(started=started, skipped=skipped, seed=seed, **clocks)
         except (KeyError, TypeError, ValueError, EMAError) as error:
-            raise CheckpointCorruptError(f"'progress' of the state dict is damaged: {error!r}") from error
+            raise CheckpointCorruptError(f"'progress' of the state dict is damaged: {str(error)[:200]}") from error
 
 
 def make_state_dict(
@@ -208,11 +216,6 @@ def _read_schedule(text: object, name: str) -> Schedule:
         raise CheckpointCorruptError(f"'schedules/{name}' of the state dict is damaged: {error}") from error
 
 
-def _read_clock(values: Mapping[str, Any]) -> Progress:
-    # advance() checks every number.
-    return Progress().advance(**{field.name: values[field.name] for field in fields(Progress)})
-
-
 def _write_text(body: Mapping[str, Any]) -> Tensor:
     text = json.dumps(body, separators=(",", ":"), ensure_ascii=True).encode()
     if len(text) > TEXT_BYTES:
@@ -224,9 +227,9 @@ def _read_text(text: object, what: str) -> dict[str, Any]:
     try:
         if not isinstance(text, Tensor) or text.dtype != torch.uint8 or text.numel() > TEXT_BYTES:
             raise ValueError("not a text")
-        body = json.loads(bytes(text.tolist()))
+        body = parse(bytes(text.tolist()), depth=_DEPTH)
         if not isinstance(body, dict):
             raise ValueError("not a JSON object")
         return body
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CheckpointCorruptError(f"{what!r} of the state dict is damaged: {error}") from error
