@@ -75,7 +75,8 @@ def test_elements_arrive_where_the_function_itself_puts_them(conversion: str, dt
             for runs in (part for piece in pieces for part in chunks(piece, limit)):
                 own = torch.cat([values[start : start + length] for start, length in runs])
                 for name, places, moved in arrangement.place(source, runs, own):
-                    assert count(places) == moved.numel()
+                    assert count(places) == moved.numel() and sum(places[-1]) <= found[name].numel()
+                    assert all(sum(run) < after for run, (after, _) in itertools.pairwise(places)), "few, in order"
                     low = 0
                     for start, length in places:
                         found[name][start : start + length] = moved[low : low + length]
