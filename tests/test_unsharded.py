@@ -87,6 +87,8 @@ def test_an_average_that_begins_after_a_forward_without_backward_is_right(
     model = CASES[case].model()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     _evaluate(model)
+    assert detect(model).ranks() == set(range(world_size))
+    _evaluate(model)
     ema = ShardedEMA(model, decay=DECAY)
     for begin in ("constructed", "reset"):
         oracle = DenseAverage(_trained(CASES[case].plain()), DECAY)

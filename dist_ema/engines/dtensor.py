@@ -34,6 +34,10 @@ from dist_ema.geometry import Runs, box_runs, chunk, count
 class DTensorEngine(PlainEngine):
     """Each rank averages the local part of its DTensors. What is not a DTensor is held whole by each rank."""
 
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self._find_units()
+
     def spec(self, slot: Slot, tensor: Tensor) -> TensorSpec:
         if not isinstance(tensor, DTensor):
             return super().spec(slot, tensor)
@@ -60,14 +64,18 @@ class DTensorEngine(PlainEngine):
         )
 
     def _read_specs(self) -> list[TensorSpec]:
-        self._units = units_of(self._model)
-        self.reshard()  # else a full copy that a forward left behind would be taken for what the optimizer steps
+        self._find_units()
         return super()._read_specs()
 
-    def ranks(self) -> frozenset[int]:
+    def _find_units(self) -> None:
+        self._units = units_of(self._model)
+        self.reshard()  # else a full copy that a forward left behind would be taken for what the optimizer steps
         tensors = [*self._model.parameters(), *self._model.buffers()]
         meshes = {tensor.device_mesh for tensor in tensors if isinstance(tensor, DTensor)}
-        return frozenset(rank for mesh in meshes for rank in mesh.mesh.flatten().tolist())
+        self._ranks = frozenset(rank for mesh in meshes for rank in mesh.mesh.flatten().tolist())
+
+    def ranks(self) -> frozenset[int]:
+        return self._ranks
 
     def _read_sources(self) -> list[Tensor]:
         # As local() does, without a thousand calls of it.
