@@ -195,7 +195,7 @@ def export(
             layout=layout,
             begin=lambda _, size: begin(size),
         )
-    files = {file.name: file.stat().st_size for file in sorted(out.iterdir()) if file.is_file()}
+    files = {file.name: file.stat().st_size for file in sorted(Path(out).iterdir()) if file.is_file()}
     if as_json:
         _print_json({"path": path, "out": str(out), "started": manifest.started, "files": files})
         return

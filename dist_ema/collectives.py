@@ -17,6 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# What dist.all_gather() fills in itself, without a timeout (torch 2.13).
+from torch._C._distributed_c10d import AllgatherOptions
+
 from dist_ema import errors
 from dist_ema.errors import EMAStateError
 
@@ -79,7 +82,8 @@ def gather_objects(value: T, group: dist.ProcessGroup | None, timeout: float | N
     """``value`` of every rank, in the order of the ranks. Collective. For small things only: they are pickled.
 
     One round where all values are short; ``all_gather_object`` would first exchange their lengths. The others are
-    awaited for ``timeout`` seconds; None means as long as the group waits.
+    awaited for ``timeout`` seconds; None means as long as the group waits. After that time this rank takes no more part
+    in the round, and the group serves for nothing else than another attempt.
     """
     if group is None:
         return [value]
@@ -88,9 +92,12 @@ def gather_objects(value: T, group: dist.ProcessGroup | None, timeout: float | N
     note = torch.frombuffer(bytearray(own), dtype=torch.uint8).to(_note_device(group))
     notes = note.new_empty(size_of(group), _NOTE_BYTES)
     with answered():
-        work = dist.all_gather(list(notes.unbind()), note, group=group, async_op=True)
-        if work is not None:  # else this rank is no member
-            work.wait() if timeout is None else work.wait(timedelta(seconds=timeout))
+        if timeout is None:
+            dist.all_gather(list(notes.unbind()), note, group=group)
+        else:
+            options = AllgatherOptions()
+            options.timeout = timedelta(seconds=timeout)
+            group.allgather([list(notes.unbind())], [note], options).wait(options.timeout)
     messages = [row.tobytes() for row in notes.cpu().numpy()]
     lengths = [_LENGTH_BYTES + int.from_bytes(message[:_LENGTH_BYTES], "little") for message in messages]
     if max(lengths) <= _NOTE_BYTES:

@@ -157,6 +157,7 @@ class ShardedEMA:
         self._background = Background()
         self._visit: Visit | None = None  # of an average of ours to the model
         self._swap_inside: Swap | None = None  # that brought it in, if there is one yet
+        self._meeting: dist.ProcessGroup | None = None
         self._control: dist.ProcessGroup | None = None
         self._timeout = 0.0  # of the control group
         self._broken: str | None = None  # the call that has changed a part of the average only
@@ -778,6 +779,20 @@ class ShardedEMA:
         self._drop_control_group()
         self._shadow.close()
 
+    def _meeting_group(self, timeout: float | None) -> dist.ProcessGroup | None:
+        """Where ranks meet at the beginning of every collective call. Collective at the first one, whichever it is.
+
+        A group of our own, so that a rank may give up after ``timeout`` seconds without leaving half a collective call
+        in the group that trains. A part of the world meets in its own group: a further one has to be named alike on all
+        of its ranks, which torch counts up from how many groups each of them is in.
+        """
+        if not self._is_world():
+            return self._engine.group
+        if self._meeting is None:
+            wait = None if timeout is None else timedelta(seconds=timeout)
+            self._meeting = dist.new_group(backend="gloo", timeout=wait)
+        return self._meeting
+
     def _control_group(self, timeout: float) -> dist.ProcessGroup | None:
         """A group of our own on the CPU, so that a thread may use it and a rank that hangs is noticed. Collective."""
         if self._engine.group is None:
@@ -949,7 +964,7 @@ class ShardedEMA:
 
         units = sorted(self._options.units())
         try:
-            updates, clocks, known = zip(*meet(call, join, self._engine.group, timeout), strict=True)
+            updates, clocks, known = zip(*meet(call, join, self._meeting_group(timeout), timeout), strict=True)
             if not replaces:
                 check_same_updates(updates)
                 check_same_clocks(clocks)

@@ -113,10 +113,10 @@ def test_what_is_kept_while_an_average_is_in_use() -> None:
         ema = ShardedEMA(model, decay=0.5)
         ema.update()
         cost = rank_cost(of_module(model), Layout("plain", 1), make_options(), 0)
-        swap = ema._swap("ema", "test", keep=True)
-        swap.enter()
-        assert sum(tensor.nbytes for tensor in swap._kept.values()) == cost.in_use
-        swap.leave()
+        with ema.average_parameters():
+            swap = ema._swap_inside
+            assert swap is not None
+            assert sum(tensor.nbytes for tensor in swap._kept.values()) == cost.in_use
         assert (cost.in_use > 0) == (dtype == torch.bfloat16)
 
 
@@ -239,7 +239,7 @@ def test_the_table_names_the_rank_that_pays_most(capsys: pytest.CaptureFixture[s
     [
         ([], "give either MODEL"),
         (["config.json", "--parameters", "7B"], "give either MODEL"),
-        (["missing.json"], "missing.json cannot be read"),
+        (["missing.json"], "missing.json does not exist"),
         ([str(Path(__file__).parent.parent / "README.md")], "cannot be read as a config.json"),
         (["--parameters", "many"], "parameters='many'"),
         (["--parameters", "7B", "--engine", "zero4"], "engine='zero4': allowed are plain, ddp"),
