@@ -24,6 +24,7 @@ from dist_ema.checkpoints.saving import Save
 from dist_ema.collectives import (
     Call,
     agree,
+    answered,
     answering,
     check_same_clocks,
     check_same_updates,
@@ -152,6 +153,8 @@ class ShardedEMA:
         )
         self._group = group
         self._engine = detect_in(target, group)
+        ranks = self._engine.group
+        self._is_world = ranks is not None and size_of(ranks) == dist.get_world_size()
         self._warned = False
         self._attached: Attached | None = None
         self._background = Background()
@@ -786,11 +789,12 @@ class ShardedEMA:
         in the group that trains. A part of the world meets in its own group: a further one has to be named alike on all
         of its ranks, which torch counts up from how many groups each of them is in.
         """
-        if not self._is_world():
+        if not self._is_world:
             return self._engine.group
         if self._meeting is None:
             wait = None if timeout is None else timedelta(seconds=timeout)
-            self._meeting = dist.new_group(backend="gloo", timeout=wait)
+            with answered():
+                self._meeting = dist.new_group(backend="gloo", timeout=wait)
         return self._meeting
 
     def _control_group(self, timeout: float) -> dist.ProcessGroup | None:
@@ -805,7 +809,7 @@ class ShardedEMA:
                 dist.get_process_group_ranks(self._engine.group),
                 backend="gloo",
                 timeout=timedelta(seconds=timeout + writing),
-                use_local_synchronization=not self._is_world(),  # ranks that hold another model make no such call
+                use_local_synchronization=not self._is_world,  # ranks that hold another model make no such call
             )
         return self._control
 
@@ -814,13 +818,9 @@ class ShardedEMA:
         group, self._control = self._control, None
         # torch names the group of a part of the world by its ranks and the number of groups that there are. The next
         # one would be called like this one, and find the addresses that its ranks have left in the store.
-        if group is not None and dist.is_initialized() and self._is_world():
+        if group is not None and dist.is_initialized() and self._is_world:
             with suppress(ValueError):  # the program has destroyed all groups and made others since
                 dist.destroy_process_group(group)
-
-    def _is_world(self) -> bool:
-        """Whether the ranks of this average are all that there are. Local."""
-        return self._engine.group is not None and size_of(self._engine.group) == dist.get_world_size()
 
     @answering("fingerprint()")
     def fingerprint(self, name: str | None = None, *, include_untracked: bool = True) -> dict[str, int]:

@@ -409,7 +409,9 @@ def update(arguments: argparse.Namespace) -> None:
     # Forked from a process that has imported torch and run nothing: a contender then costs a fraction of a second, and
     # its memory is its own.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["dist_ema.ema", "torch.distributed.fsdp", "torch.optim.swa_utils"])
+    ours = ["dist_ema.ema", "torch.distributed.fsdp", "torch.optim.swa_utils"]
+    theirs = ["diffusers.training_utils", "ema_pytorch", "timm.utils"]  # left out where they are missing
+    context.set_forkserver_preload(ours + theirs)
 
     def memory(*job: Any) -> int | None:
         if arguments.device != "cpu":
