@@ -21,68 +21,91 @@ from dist_ema.interrupts import Uninterrupted
 logger = logging.getLogger(__name__)
 
 
+class _Work:
+    """One piece of work.
+
+    Attributes:
+        read: the shadow may be changed again.
+        done: the work is over. (Not ``Thread.join()``: where a signal's handler raises in it, Python 3.11 takes the
+            thread for ended, and the save would be forgotten while it goes on.)
+        error: what failed in it.
+    """
+
+    def __init__(self) -> None:
+        self.read = Event()
+        self.done = Event()
+        self.error: BaseException | None = None
+
+    def run(self, read: Callable[[], None], finish: Callable[[], None], undo: Callable[[], None]) -> None:
+        """In the thread."""
+        try:
+            read()
+            self.read.set()
+            finish()
+        except BaseException as error:
+            self.error = error
+            undo()
+        finally:
+            self.end()
+
+    def end(self) -> None:
+        """Nobody has to wait any more."""
+        self.read.set()
+        self.done.set()
+
+
 class Background:
     """At most one piece of work at a time, with a moment from which on the shadow may be changed again."""
 
     def __init__(self) -> None:
-        self._thread: Thread | None = None
-        self._read = Event()
-        self._error: BaseException | None = None
+        self._work: _Work | None = None
+        self._error: BaseException | None = None  # of work that has ended
         self._registered = False
         self._process = os.getpid()
 
     def _notice_fork(self) -> None:
         """A forked child has no thread: the save is the parent's, and so is what fails in it.
 
-        The event may have been copied while it was locked. The shadow is whole, since a save only reads it.
+        The shadow is whole, since a save only reads it.
         """
         if os.getpid() != self._process:
             self._process = os.getpid()
-            self._thread = self._error = None
-            self._read = Event()
+            self._work = self._error = None
 
     def start(self, read: Callable[[], None], finish: Callable[[], None], undo: Callable[[], None]) -> None:
         """Runs ``read``, which reads the shadow, then ``finish``; ``undo`` if one of them raised. Does not wait."""
         self.wait()
-        self._read.clear()
         if not self._registered:
             self._registered = True
             atexit.register(self._at_exit)
-
-        def work() -> None:
-            try:
-                read()
-                self._read.set()
-                finish()
-            except BaseException as error:
-                self._error = error
-                undo()
-            finally:
-                self._read.set()
-
         with Uninterrupted():
-            self._thread = Thread(target=work, name="dist_ema save")
-            self._thread.start()
+            work = _Work()
+            thread = Thread(target=work.run, args=(read, finish, undo), name="dist_ema save")
+            self._work = work
+            try:
+                thread.start()
+            finally:
+                if thread.ident is None:  # it could not be started
+                    work.end()
 
     def settle(self) -> None:
         """Waits until the shadow may be changed. Local; raises nothing, since other ranks may not have failed yet."""
         self._notice_fork()
-        if self._thread is not None and self._thread.ident is not None:  # None: interrupted before it could start
-            self._read.wait()
+        if self._work is not None:
+            self._work.read.wait()
 
     def report(self) -> None:
         """Raises what failed in work that has ended. Local; does not wait."""
         self._notice_fork()
-        if self._thread is not None and not self._thread.is_alive():
+        if self._work is not None and self._work.done.is_set():
             self.wait()
 
     def drain(self) -> None:
         """Waits for the end of the work; raises nothing. Local."""
         self._notice_fork()
-        if self._thread is not None:
-            if self._thread.ident is not None:
-                self._thread.join()
-            self._thread = None
+        if self._work is not None:
+            self._work.done.wait()
+            self._error, self._work = self._work.error, None
 
     def wait(self) -> None:
         """Waits for the end of the work; raises what failed in it, once. Local."""

@@ -53,7 +53,8 @@ from dist_ema.track import Track
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-#: The last visit of an average to a model: another object may average the same one.
+#: The visit of an average to a model that is under way, or that left its weights torn, for every module that holds
+#: tensors itself: another object may average the same model, a part of it, or one of which it is a part.
 _visits: WeakKeyDictionary[nn.Module, Visit] = WeakKeyDictionary()
 #: Bytes a second that every rank's disk is expected to write: time that a rank is not said to hang.
 _SLOW_DISK = 50e6
@@ -458,7 +459,7 @@ class ShardedEMA:
             swap.entries = entries
         else:
             swap = look()
-        _visits.update(dict.fromkeys(self._engine.modules(), visit))
+        _visits.update(dict.fromkeys(_holders(self._engine), visit))
         hold_back()
         return swap if started else None
 
@@ -469,11 +470,15 @@ class ShardedEMA:
         raised when all is written.
         """
         self._quiesce()
+        visit = Visit("", "copy_to()")
         with Uninterrupted():
-            swap = self._swap(self._call("copy_to()", name=name), name, Visit("", "copy_to()"), keep=False)
-            if swap is not None:
-                with answering("copy_to()"):
-                    swap.copy()
+            try:
+                swap = self._swap(self._call("copy_to()", name=name), name, visit, keep=False)
+                if swap is not None:
+                    with answering("copy_to()"):
+                        swap.copy()
+            finally:
+                _forget(visit)
 
     # Full tensors: collective.
 
@@ -1043,7 +1048,7 @@ class ShardedEMA:
     def _refuse(self, doing: str, mends: bool = False, inside: bool = False) -> None:
         """Raises EMAStateError inside ``average_parameters()``, unless the call may be made ``inside`` our own, and if
         the average or the live weights are not whole, unless it ``mends`` them. Local."""
-        visits = [_visits[module] for module in self._engine.modules() if module in _visits]
+        visits = self._visiting()
         for visit in visits:
             if visit.open and not (inside and visit is self._visit):
                 raise EMAStateError(
@@ -1063,14 +1068,26 @@ class ShardedEMA:
 
     def _refuse_torn(self, doing: str) -> None:
         """As ``_refuse``, before a collective call that other ranks cannot answer any more. Local."""
-        if any(_visits[module].torn is not None for module in self._engine.modules() if module in _visits):
+        if any(visit.torn is not None for visit in self._visiting()):
             self._refuse(doing)
+
+    def _visiting(self) -> list[Visit]:
+        """Those of any average to these modules. Local; as good as always there are none at all."""
+        if not _visits:
+            return []
+        return list(dict.fromkeys(_visits[module] for module in _holders(self._engine) if module in _visits))
 
     def _mended(self) -> None:
         """The average is whole, and the user says that the live weights are. Local."""
         self._broken = None
-        for module in self._engine.modules():
+        for module in _holders(self._engine):
             _visits.pop(module, None)
+
+
+def _holders(engine: Engine) -> list[nn.Module]:
+    """The modules that hold tensors themselves: overlapping targets have some of them in common. Local."""
+    roots = engine.modules()
+    return [module for root in roots for module in root.modules() if module._parameters or module._buffers]
 
 
 def _end(swap: Swap | None, visit: Visit) -> None:
@@ -1080,3 +1097,11 @@ def _end(swap: Swap | None, visit: Visit) -> None:
             swap.leave()
     finally:
         visit.open = False
+        _forget(visit)
+
+
+def _forget(visit: Visit) -> None:
+    """A visit that is over concerns nobody any more, unless it left the weights torn. Local."""
+    if visit.torn is None:
+        for module in [module for module, known in _visits.items() if known is visit]:
+            _visits.pop(module, None)

@@ -35,7 +35,7 @@ import torch
 import torch.distributed as dist
 from benchmark_checkpoint import add_checkpoint
 from benchmark_offload import add_offload
-from benchmark_peers import DECAY, Contender, Entry, Model, peers, weights
+from benchmark_peers import DECAY, Contender, Entry, Model, package, peers, weights
 from benchmark_scale import add_scale
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -410,8 +410,10 @@ def update(arguments: argparse.Namespace) -> None:
     # its memory is its own.
     context = multiprocessing.get_context("forkserver")
     ours = ["dist_ema.ema", "torch.distributed.fsdp", "torch.optim.swa_utils"]
-    theirs = ["diffusers.training_utils", "ema_pytorch", "timm.utils"]  # left out where they are missing
-    context.set_forkserver_preload(ours + theirs)
+    theirs = {"diffusers.training_utils": "EMAModel", "ema_pytorch": "EMA", "timm.utils": "ModelEmaV3"}
+    # What cannot be imported would end the process that is forked from.
+    installed = [module for module, name in theirs.items() if package(module, name) is not None]
+    context.set_forkserver_preload(ours + installed)
 
     def memory(*job: Any) -> int | None:
         if arguments.device != "cpu":

@@ -207,6 +207,47 @@ def test_wrappers_are_taken_off(kinds: list[type[Wrapper]]) -> None:
     assert ema.num_updates == 8 // 2 ** len(kinds)
 
 
+class Lookahead(Wrapper):
+    """In its usual form: changes the weights when what it holds has stepped."""
+
+    def step(self) -> None:
+        self.optimizer.step()
+        with torch.no_grad():
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.mul_(0.5)
+
+
+def test_the_weights_are_those_after_the_wrappers_own_step() -> None:
+    """The hook of the optimizer inside came before, and the average was one of weights that nobody has."""
+    model = nn.Linear(3, 2)
+    outer = Lookahead(torch.optim.SGD(model.parameters(), lr=0.1))
+    ema = ShardedEMA(model, decay=DECAY)
+    handle = ema.attach(outer)
+    dense = DenseAverage({"weight", "bias"}, DECAY)
+    for _ in range(3):
+        model(torch.ones(3)).sum().backward()
+        outer.step()
+        dense.update(model.state_dict())
+    dense.check(ema.full_state_dict())
+    outer.optimizer.step()  # by other hands
+    dense.update(model.state_dict())
+    dense.check(ema.full_state_dict())
+    handle.remove()
+    outer.step()
+    assert ema.num_updates == 4
+
+
+def test_another_models_optimizer_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    """The average of a generator counted the steps of the discriminator."""
+    model, other = nn.Linear(3, 2), nn.Linear(3, 2)
+    ema = ShardedEMA(model, decay=DECAY)
+    ema.attach(torch.optim.SGD(model.parameters(), lr=0.1)).remove()
+    assert not caplog.messages
+    ema.attach(torch.optim.SGD(other.parameters(), lr=0.1))
+    assert "steps no parameter of the averaged model" in caplog.text
+
+
 class Circle(Wrapper):
     """Holds itself."""
 

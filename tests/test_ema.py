@@ -590,6 +590,26 @@ def test_two_averages_of_one_model_do_not_read_each_others_swap() -> None:
     assert second.update()
 
 
+@pytest.mark.parametrize("inner_first", [True, False])
+def test_averages_of_a_model_and_of_a_part_of_it_do_not_read_each_others_swap(inner_first: bool) -> None:
+    """Only the same root was noticed: the part's average was taken from, and written over, the whole's."""
+    part = nn.Linear(3, 2)
+    whole = nn.Sequential(part, nn.Linear(2, 2))
+    shared = nn.Sequential(nn.ReLU(), nn.Linear(2, 2))  # overlaps with neither, but for what holds no tensor
+    whole.append(shared[0])
+    averages = [ShardedEMA(model, decay=0.5) for model in ((part, whole) if inner_first else (whole, part))]
+    apart = ShardedEMA(shared, decay=0.5)
+    for ema in (*averages, apart):
+        ema.update()
+    first, second = averages
+    with first.average_parameters():
+        for call in (second.update, second.copy_to, second.full_state_dict, second.reset):
+            with pytest.raises(EMAStateError, match="inside average_parameters"):
+                call()
+        assert apart.update()
+    assert second.update() and second.full_state_dict()
+
+
 def test_attaching_twice_is_refused() -> None:
     """Each step would count as two updates."""
     model = _model(1.0)

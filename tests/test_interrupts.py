@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -23,7 +24,8 @@ from torch.distributed.tensor import DTensor
 from zero_models import make_engine
 
 import dist_ema
-from dist_ema import ShardedEMA
+from dist_ema import ShardedEMA, verify_checkpoint
+from dist_ema.checkpoints.saving import Save
 from dist_ema.errors import EMAStateError
 
 SOURCE = str(Path(dist_ema.__file__).parent)
@@ -340,3 +342,36 @@ def test_signals_that_come_together_lose_nothing_either() -> None:
 
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def test_an_interrupted_wait_does_not_forget_the_save(tmp_path: Path) -> None:
+    """Python took the thread for ended: the next ``wait()`` returned at once, and a second save ran beside it."""
+    ema = ShardedEMA(nn.Linear(4, 4), decay=0.5)
+    ema.update()
+    go_on, started = threading.Event(), threading.Event()
+    finish = Save.finish
+
+    def slow(self: Save) -> None:
+        started.set()
+        assert go_on.wait(60)
+        finish(self)
+
+    def raises(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, raises)
+    try:
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(Save, "finish", slow)
+            ema.save(tmp_path / "c", block=False)
+            assert started.wait(60)
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+            with pytest.raises(KeyboardInterrupt):
+                ema.wait()
+            assert not (tmp_path / "c").exists()
+            threading.Timer(0.1, go_on.set).start()
+            ema.wait()
+            assert verify_checkpoint(tmp_path / "c")
+    finally:
+        signal.signal(signal.SIGALRM, before)
+        go_on.set()

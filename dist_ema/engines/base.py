@@ -22,6 +22,7 @@ what it hands out fits what it announced, so that no kernel reads past a source.
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -33,9 +34,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_ema.engines.subclasses import hidden_type
-from dist_ema.engines.wrappers import is_training_step, unwrap_optimizer
+from dist_ema.engines.wrappers import OuterStep, is_other_wrapper, is_training_step, unwrap_optimizer
 from dist_ema.errors import EMAConfigError, EMAStateError
 from dist_ema.geometry import Runs, count, whole
+
+logger = logging.getLogger(__name__)
 
 
 class RemovableHandle(Protocol):
@@ -221,8 +224,24 @@ class Engine(ABC):
                 "or a wrapper that has it as .optimizer"
             )
 
+        self._warn_of_another_model(inner)
+        if is_other_wrapper(optimizer, inner):
+            return OuterStep(optimizer, inner, callback)
+
         def after_step(stepped: torch.optim.Optimizer, *_: object) -> None:
             if is_training_step(stepped):
                 callback()
 
         return inner.register_step_post_hook(after_step)
+
+    def _warn_of_another_model(self, optimizer: torch.optim.Optimizer) -> None:
+        """Logs if none of what the optimizer steps is a parameter of the model (it may hold masters of them). Local."""
+        self.reshard()
+        own = {id(parameter) for module in self.modules() for parameter in module.parameters()}
+        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if own and stepped and own.isdisjoint(stepped):
+            logger.warning(
+                "attach(): the %s steps no parameter of the averaged model. If it is another model's optimizer, the "
+                "average counts that one's steps.",
+                type(optimizer).__name__,
+            )

@@ -204,7 +204,7 @@ class Binding:
         if any(tensor is None for tensor in held):
             raise self._complaint(held)
         now = {frozenset(names): slot for names, slot in self._walk()}
-        if now.keys() != set(self._names):
+        if now.keys() != set(self._names) and not _named_more(self._names, now):
             raise _changed(self._names, list(now))
         places = {name: slot for names, slot in now.items() if slot is not None for name in names}
         for slot in self._all:
@@ -250,6 +250,14 @@ def _changed(before: Sequence[frozenset[str]], now: Sequence[frozenset[str]]) ->
         tied = set().union(*(set(before) ^ set(now)))
         found.append(f"{_some(tied)} are tied otherwise (tie them again after to_empty())")
     return EMAStateError(f"the model has other tensors than when the average was made: {'; '.join(found)}. {_ADVICE}")
+
+
+def _named_more(before: Sequence[frozenset[str]], now: Iterable[frozenset[str]]) -> bool:
+    """Whether the tensors are the same, and some have another name besides: ``self.cache = self.layer``."""
+    found = {name: names for names in now for name in names}
+    matched = [found.get(next(iter(names)), frozenset()) for names in before]
+    same = all(names <= more for names, more in zip(before, matched, strict=True))
+    return same and len(set(matched)) == len(before) == len(set(found.values()))
 
 
 def _some(names: set[str]) -> str:

@@ -7,6 +7,7 @@ package), accelerate 1.15 and torch 2.13.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from types import CodeType
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 
 from dist_ema.engines.loaded import loaded
 
+_TRAINERS = frozenset({"accelerate", "lightning", "lightning_fabric", "pytorch_lightning", "deepspeed"})
 _FABRIC = ("lightning.fabric.wrappers", "lightning_fabric.wrappers")
 
 
@@ -72,6 +74,63 @@ def _fires_hooks(optimizer: torch.optim.Optimizer) -> bool:
 
 def _is_hooked(step: object) -> bool:
     return bool(getattr(step, "hooked", False))
+
+
+def is_other_wrapper(optimizer: object, inner: torch.optim.Optimizer) -> bool:
+    """Whether something else than a trainer's wrapper steps ``inner``, and may change the weights afterwards. Local.
+
+    Lookahead does, in its usual form. Accelerate's, Fabric's and Lightning's wrappers do not.
+    """
+    return optimizer is not inner and type(optimizer).__module__.partition(".")[0] not in _TRAINERS
+
+
+class OuterStep:
+    """A wrapper's ``step`` that calls back when it is over, if the optimizer inside has really stepped. A handle.
+
+    Args:
+        wrapper: whose ``step()`` users call.
+        inner: the optimizer inside.
+        callback: called after each step.
+    """
+
+    def __init__(self, wrapper: Any, inner: torch.optim.Optimizer, callback: Callable[[], object]) -> None:
+        self._wrapper = wrapper
+        self._step = wrapper.step
+        self._was_patched = "step" in vars(wrapper)
+        self._callback: Callable[[], object] | None = callback
+        self._inside = False
+        self._stepped = False
+        self._hook = inner.register_step_post_hook(self._note)
+        self._mine = self._call
+        wrapper.step = self._mine
+
+    def _note(self, stepped: torch.optim.Optimizer, *_: object) -> None:
+        if not is_training_step(stepped):
+            return
+        if self._inside:
+            self._stepped = True
+        elif self._callback is not None:  # stepped by other hands than the wrapper's
+            self._callback()
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        self._inside, self._stepped = True, False
+        try:
+            result = self._step(*args, **kwargs)
+        finally:
+            self._inside = False
+        if self._stepped and self._callback is not None:
+            self._callback()
+        return result
+
+    def remove(self) -> None:
+        """Stops the calls. Where another wrapper came on top, this one stays below it and only passes on. Local."""
+        self._callback = None
+        self._hook.remove()
+        if vars(self._wrapper).get("step") is self._mine:
+            if self._was_patched:
+                self._wrapper.step = self._step
+            else:
+                del self._wrapper.step
 
 
 def is_training_step(optimizer: torch.optim.Optimizer) -> bool:
