@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 import torch.distributed as dist
@@ -161,7 +161,8 @@ class ShardedEMA:
         self._background = Background()
         self._visit: Visit | None = None  # of an average of ours to the model
         self._swap_inside: Swap | None = None  # that brought it in, if there is one yet
-        self._meeting: dist.ProcessGroup | None = None
+        # Weak, so that destroy_process_group() ends its threads: at the end of the interpreter they may abort it.
+        self._meeting: ref[dist.ProcessGroup] | None = None
         self._control: dist.ProcessGroup | None = None
         self._timeout = 0.0  # of the control group
         self._broken: str | None = None  # the call that has changed a part of the average only
@@ -796,11 +797,15 @@ class ShardedEMA:
         """
         if not self._is_world:
             return self._engine.group
-        if self._meeting is None:
+        group = None if self._meeting is None else self._meeting()
+        if group is None and self._meeting is not None:
+            raise EMAStateError("the process group that the average was made in is gone: make a new ShardedEMA")
+        if group is None:
             wait = None if timeout is None else timedelta(seconds=timeout)
             with answered():
-                self._meeting = dist.new_group(backend="gloo", timeout=wait)
-        return self._meeting
+                group = dist.new_group(backend="gloo", timeout=wait)
+            self._meeting = ref(group)
+        return group
 
     def _control_group(self, timeout: float) -> dist.ProcessGroup | None:
         """A group of our own on the CPU, so that a thread may use it and a rank that hangs is noticed. Collective."""
