@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
 from weakref import WeakKeyDictionary, ref
@@ -37,7 +39,13 @@ from dist_ema.collectives import (
 )
 from dist_ema.engines import Attached, Engine, RemovableHandle, detect_in
 from dist_ema.engines.unwrapped import unwrapped
-from dist_ema.errors import CheckpointCorruptError, CheckpointError, EMAConfigError, EMAStateError
+from dist_ema.errors import (
+    CheckpointCorruptError,
+    CheckpointError,
+    CheckpointMismatchError,
+    EMAConfigError,
+    EMAStateError,
+)
 from dist_ema.gather import Entry, Held, catalogue, check_readable, full_tensors, speaks
 from dist_ema.interrupts import Uninterrupted
 from dist_ema.offload.host_shadow import HostShadow, hold_back
@@ -395,7 +403,7 @@ class ShardedEMA:
     # The average in the model: collective where parameters are replicated or the engine has to gather.
 
     @contextmanager
-    def average_parameters(self, name: str | None = None) -> Iterator[None]:
+    def average_parameters(self, name: str | None = None, *, held_by: str | None = None) -> Iterator[None]:
         """Inside, the live model computes with the average; afterwards the live weights are back bit for bit.
 
         Also when the body raises. No second copy of the model is made: live weights and shadow change places.
@@ -405,8 +413,11 @@ class ShardedEMA:
         train inside. ``save``, ``export``, ``full_state_dict``, ``state_dict`` and ``fingerprint`` give there what they
         give outside; ``update``, ``load`` and the others raise EMAStateError.
 
+        It may be held open from one event of a trainer to another, by ``contextlib.ExitStack.enter_context``.
+
         Args:
             name: which average; None means the only one.
+            held_by: who holds it open, for those errors ("Lightning's validation"); None means the calling line.
 
         Raises:
             EMAStateError: already inside; where it is collective, also whatever keeps another rank from taking part. If
@@ -420,7 +431,7 @@ class ShardedEMA:
         """
         self._quiesce()
         swap: Swap | None = None
-        visit = Visit("", "average_parameters()")
+        visit = Visit("", "average_parameters()", held_by or _calling_line())
         try:
             try:
                 with Uninterrupted():  # other ranks would go on alone, with weights half of which are to come from here
@@ -686,7 +697,7 @@ class ShardedEMA:
         return shadow
 
     @answering("state_dict()")
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, *, full: bool = False, live: bool = False) -> dict[str, Any]:
         """What ``torch.distributed.checkpoint`` saves, and loads into: ``dcp.save({"ema": ema}, ...)``. Collective.
 
         Tensors only: this rank's parts of the averages, which have the full tensors' names and shapes and can be saved
@@ -696,33 +707,69 @@ class ShardedEMA:
         the first update they are a copy of the live weights, which is one more shadow in memory until the dict is
         dropped.
 
+        Args:
+            full: whole CPU tensors on rank 0, gathered one at a time, in place of parts; the other ranks get a dict
+                without tensors. For a file that one rank writes with ``torch.save``.
+            live: with the live weights of what is averaged, under ``"live"``: those that train, also while the average
+                is in the model. A checkpoint whose model is the average needs them to go on.
+
         Raises:
             EMAStateError: on every rank: the model has changed, or another object's average is in it.
         """
         # Here, since torch.distributed.checkpoint takes seconds to import and brings torch.distributed.tensor.
-        from dist_ema.dcp.stateful import Moment, make_state_dict
+        from dist_ema.dcp.stateful import Moment, add_live, make_head, make_state_dict
 
         group, doing = self._engine.group, "state_dict()"
-        sources, every = self._joined(self._call(doing), lambda: self._sources(doing))
+        call = self._call(doing, full=full, live=live)
+        sources, every = self._joined(call, lambda: self._sources(doing))
         entries = {entry.name: entry for entry in every}
         (skipped,) = sum_integers([self._skipped()], group)
 
         def make() -> dict[str, Any]:
             shadow, track = self._shadow, self._track
-            if not shadow.started:
+            if not (shadow.started or full):
                 shadow = self._new_shadow()
                 shadow.start(sources)
                 shadow.wait()
             moment = Moment(self._shadow.started, track.clock, track.start, track.seen, skipped, shadow.seed)
+            if full:
+                return make_head(moment, self._options.schedules)
             spoken = [speaks(entries[share.spec.name], share, group) for share in self._shares]
             spare = shadow is not self._shadow
             averaged = shadow.tensors if spare else lambda name: self._flat(name, sources)
             state = make_state_dict(moment, self._options.schedules, averaged, self._shares, spoken, spare)
+            if live:
+                flat = [None if held is None else held.flat() for held in self._live_held(sources)]
+                add_live(state, flat, self._shares, spoken)
             if spare:
                 shadow.discard()  # what keeps it up to date; its memory is the dict's
             return state
 
-        return agree(make, group, doing)
+        state = agree(make, group, doing)
+        if full:
+            state |= self._full_parts(every, sources, live)
+        return state
+
+    def _full_parts(self, every: Sequence[Entry], sources: Sequence[Tensor], live: bool) -> dict[str, Any]:
+        """The tensors of ``state_dict(full=True)``, on rank 0. Collective."""
+
+        def whole(held: Mapping[str, Held], modes: Sequence[str], live: bool = False) -> dict[str, Tensor]:
+            wanted = [
+                replace(entry, aliases=(), dtype=entry.live_dtype if live else entry.dtype)
+                for entry in every
+                if entry.mode in modes
+            ]
+            return full_tensors(wanted, held.get, None, self._engine.group, "state_dict()")
+
+        views = {name: self._held(name, sources, include_untracked=False) for name in self.names}
+        parts: dict[str, Any] = {
+            "averages": {name: whole(view, ["average"]) for name, view in views.items()},
+            "buffers": whole(views[self.names[0]], ["copy"]),
+        }
+        if live:
+            held = {one.share.spec.name: one for one in self._live_held(sources) if one is not None}
+            parts["live"] = whole(held, ["average", "copy"], live=True)
+        return parts
 
     @answering("load_state_dict()")
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -732,9 +779,13 @@ class ShardedEMA:
         as after ``load``. Values are copied, so the dict can be used again. ``dcp.load`` reads into memory of its own,
         one more shadow while it lasts: if it fails, nothing has changed.
 
+        With ``"live"`` in it, as ``state_dict(live=True)`` makes it, the live weights are put back into the model, and
+        into fp32 masters where the engine has them.
+
         Args:
             state_dict: also one that ``torch.save`` wrote on this rank of the same engine and world size, or one with
-                full tensors, which ``torch.distributed.checkpoint.format_utils.dcp_to_torch_save`` makes.
+                full tensors on every rank, which ``state_dict(full=True)`` and
+                ``torch.distributed.checkpoint.format_utils.dcp_to_torch_save`` make.
 
         Raises:
             CheckpointMismatchError: lists all that does not fit, on every rank; nothing has changed.
@@ -750,6 +801,13 @@ class ShardedEMA:
         known = {entry.name for entry in entries if entry.mode != "live"}
         restore = agree(lambda: Restore(state_dict, self._shares, self.names, known), group, doing)
         moment = restore.moment
+        live, visit = agree(lambda: restore.live(sources), group, doing), Visit("", doing)
+        if len(set(gather_objects(live is None, group))) > 1:
+            raise CheckpointMismatchError(f"{doing}: some ranks' state dicts have 'live' and others' have not")
+        back = None
+        if live is not None:
+            back = Swap(self._engine, self._shares, live, self._shadow.scratch, visit, self._background.settle)
+            back.entries = entries
         check_same_updates(gather_objects(moment.seen.updates, group))
         shadow = self._shadow
         if shadow.failed or not (moment.started and shadow.started):
@@ -770,6 +828,13 @@ class ShardedEMA:
             self._track.restore(moment.clock, moment.start, moment.seen)
             self._skipped_before = moment.skipped if rank_in(group) == 0 else 0
             self._mended()
+            if back is not None:
+                _visits.update(dict.fromkeys(_holders(self._engine), visit))
+                try:
+                    hold_back()
+                    back.copy()
+                finally:
+                    _forget(visit)
         report_schedules(restore.schedules, self._options.schedules)
 
     def wait(self) -> None:
@@ -1027,6 +1092,16 @@ class ShardedEMA:
             held[share.spec.name] = Held(share, values, start)
         return held
 
+    def _live_held(self, sources: Sequence[Tensor]) -> list[Held | None]:
+        """What this rank holds of the live weights of what is averaged or copied, wherever they are now. Local."""
+        swap = self._swap_inside if self._visit is not None and self._visit.open else None
+        held: list[Held | None] = []
+        for index, (share, source) in enumerate(zip(self._shares, sources, strict=True)):
+            kept = None if swap is None else swap.live(index)
+            whole = Held(share, source, share.start) if kept is None else Held(share, kept, 0)
+            held.append(None if share.mode == "live" else whole)
+        return held
+
     def _in_model(self, name: str, index: int) -> bool:
         """Whether an average's elements of a share have changed places with the live ones. Local."""
         if self._visit is None or self._swap_inside is None or not self._visit.open:
@@ -1057,8 +1132,8 @@ class ShardedEMA:
         for visit in visits:
             if visit.open and not (inside and visit is self._visit):
                 raise EMAStateError(
-                    f"{doing} inside average_parameters({visit.name!r}): the live weights and the shadow have changed "
-                    "places there; call it after the with block"
+                    f"{doing} inside average_parameters({visit.name!r}), which {visit.held_by} holds open: the live "
+                    "weights and the shadow have changed places there; call it after the with block"
                 )
         if mends:
             return
@@ -1087,6 +1162,14 @@ class ShardedEMA:
         self._broken = None
         for module in _holders(self._engine):
             _visits.pop(module, None)
+
+
+def _calling_line() -> str:
+    """Where the user's code is, with ``contextlib`` between it and us."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__") in (__name__, "contextlib"):
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
 def _holders(engine: Engine) -> list[nn.Module]:

@@ -40,6 +40,10 @@ class Held:
         """Puts kept elements ``[start, stop)`` into the flat ``out``, converted. Local."""
         kernels.read(self.values, self.start + start, self.start + stop, out)
 
+    def flat(self) -> Tensor:
+        """All of them, flat; a view where they lie together. Local."""
+        return self.values.detach().reshape(-1)[self.start : self.start + self.share.numel]
+
     def chunk(self, start: int, stop: int, scratch: Tensor) -> Tensor:
         """Kept elements ``[start, stop)``, flat, on the CPU and in the dtype of ``scratch``. Local.
 

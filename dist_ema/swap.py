@@ -43,12 +43,14 @@ class Visit:
     Attributes:
         name: of the average.
         doing: the call.
+        held_by: who opened it, as errors say it.
         open: whether the model computes with it.
         torn: what happened to live weights that are neither the average nor what they were before.
     """
 
     name: str
     doing: str
+    held_by: str = ""
     open: bool = False
     torn: str | None = None
 
@@ -134,6 +136,11 @@ class Swap:
     def in_model(self, index: int) -> bool:
         """Whether share ``index`` of the average is in the model, and its shadow holds the live elements. Local."""
         return index in self._exchanges
+
+    def live(self, index: int) -> Tensor | None:
+        """This rank's live elements of share ``index``, flat, while the average is in the model; None if they are in
+        the model. Local."""
+        return self._shadows[index] if index in self._exchanges else self._kept.get(index)
 
     @torch.no_grad()
     def enter(self) -> None:

@@ -5,7 +5,8 @@
     {"progress": <uint8>,                      the clocks, as JSON
      "schedules": {average: <uint8>},          as JSON
      "averages": {average: {name: <part>}},    what is averaged
-     "buffers": {name: <part>}}                what is copied, once for all averages
+     "buffers": {name: <part>},                what is copied, once for all averages
+     "live": {name: <part>}}                   of both, what trains: only where that was asked for
 
 Parts are :class:`~dist_ema.dcp.boxed.BoxedTensor`: of each full tensor what this rank holds. Nothing is anything but a
 tensor, since DCP pickles all else, and loading that would run code.
@@ -99,12 +100,7 @@ def make_state_dict(
         spoken: for each of them, whether it is this rank that writes it.
         spare: whether reading may overwrite them, since it serves nothing else.
     """
-    state: dict[str, Any] = {
-        "progress": moment.to_tensor(),
-        "schedules": {name: _write_text(schedule.to_dict()) for name, schedule in schedules.items()},
-        "averages": {},
-        "buffers": {},
-    }
+    state = make_head(moment, schedules)
     speaks = {share.spec.name: speaks for share, speaks in zip(shares, spoken, strict=True)}
     for path, share, held in _parts(averaged, shares, tuple(schedules)):
         place = state
@@ -113,6 +109,23 @@ def make_state_dict(
         name = share.spec.name
         place[name] = BoxedTensor(share.spec.shape, held, share.boxes, speaks=speaks[name], spare=spare)
     return state
+
+
+def make_head(moment: Moment, schedules: Mapping[str, Schedule]) -> dict[str, Any]:
+    """A state dict without tensors of the model: what is the same on every rank. Local."""
+    texts = {name: _write_text(schedule.to_dict()) for name, schedule in schedules.items()}
+    return {"progress": moment.to_tensor(), "schedules": texts, "averages": {}, "buffers": {}}
+
+
+def add_live(
+    state: dict[str, Any], live: Sequence[Tensor | None], shares: Sequence[Share], spoken: Sequence[bool]
+) -> None:
+    """Adds the live weights of what is averaged or copied: for each share the flat tensor of its elements. Local."""
+    state["live"] = {
+        share.spec.name: BoxedTensor(share.spec.shape, values, share.boxes, speaks=speaks, spare=False)
+        for share, values, speaks in zip(shares, live, spoken, strict=True)
+        if values is not None and share.numel
+    }
 
 
 class Restore:
@@ -144,7 +157,12 @@ class Restore:
         problems = [f"unexpected average {name!r}" for name in state["averages"] if name not in names]
         for path, share in _wanted(shares, names):
             problems += _problems(_look(state, path).get(share.spec.name), share, "/".join(path))
-        for path in [*(("averages", name) for name in names), ("buffers",)]:
+        places: list[tuple[str, ...]] = [*(("averages", name) for name in names), ("buffers",)]
+        if "live" in state:
+            places.append(("live",))
+            for share in self._trained():
+                problems += _problems(_look(state, ("live",)).get(share.spec.name), share, "live")
+        for path in places:
             problems += [f"unexpected {name!r} in {'/'.join(path)}" for name in _look(state, path) if name not in known]
         if problems:
             raise CheckpointMismatchError(f"the state dict does not fit this model: {'; '.join(problems)}")
@@ -153,14 +171,38 @@ class Restore:
     def fill(self, shadow: Shadow) -> None:
         """Copies the values into the shadow, which has its memory. Local."""
         for path, share, out in _parts(shadow.tensors, self._shares, self._names):
-            value = _look(self._state, path)[share.spec.name]
-            if isinstance(value, BoxedTensor):
-                out.copy_(value.held)
-                continue
-            low, flat = 0, value.reshape(-1)
-            for start, length in share.runs:
-                out[low : low + length].copy_(flat[start : start + length])
-                low += length
+            _copy(_look(self._state, path)[share.spec.name], share, out)
+
+    @torch.no_grad()
+    def live(self, sources: Sequence[Tensor]) -> list[Tensor | None] | None:
+        """This rank's live elements of each share, flat and as its source is; None where the dict has none. Local."""
+        if "live" not in self._state:
+            return None
+        trained = {share.spec.name for share in self._trained()}
+        values: list[Tensor | None] = []
+        for share, source in zip(self._shares, sources, strict=True):
+            out = None
+            if share.mode != "live":
+                out = torch.empty(share.numel, dtype=source.dtype, device=source.device)
+            if out is not None and share.spec.name in trained:
+                _copy(self._state["live"][share.spec.name], share, out)
+            values.append(out)
+        return values
+
+    def _trained(self) -> list[Share]:
+        """Those whose live elements a dict has."""
+        return [share for share in self._shares if share.numel and share.mode != "live"]
+
+
+def _copy(value: Tensor, share: Share, out: Tensor) -> None:
+    """This rank's part, or what belongs to it of the full tensor, into a flat tensor. Local."""
+    if isinstance(value, BoxedTensor):
+        out.copy_(value.held)
+        return
+    low, flat = 0, value.reshape(-1)
+    for start, length in share.runs:
+        out[low : low + length].copy_(flat[start : start + length])
+        low += length
 
 
 def _wanted(shares: Sequence[Share], names: Sequence[str]) -> Iterator[tuple[tuple[str, ...], Share]]:
