@@ -1,6 +1,6 @@
 """A save that is killed with SIGKILL, wherever it was, leaves the old checkpoint or the new one, whole.
 
-The trainers are forked from a server that has imported everything and run nothing, so that each costs milliseconds.
+The trainers are forked from the pool's server, so that each costs milliseconds.
 """
 
 from __future__ import annotations
@@ -44,13 +44,6 @@ HANGS = 180
 CHANGES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "os.fsync"}
 #: What a killed process may leave in the directory that holds the checkpoint.
 LEFTOVER = re.compile(r"\.c\.saving-[0-9a-f]{32}")
-
-
-@pytest.fixture(scope="module")
-def server() -> multiprocessing.context.BaseContext:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "torch.distributed.fsdp", "dist_ema.ema", "dist_ema.checkpoints.loading"])
-    return context
 
 
 def _trainer(shard: bool = False) -> tuple[nn.Module, ShardedEMA]:

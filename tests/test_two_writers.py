@@ -1,6 +1,6 @@
 """Two saves to one place, one of which comes late: a whole checkpoint is left, and who lost it is told so.
 
-The trainers are forked from a server that has imported everything and run nothing, so that each costs milliseconds.
+The trainers are forked from the pool's server, so that each costs milliseconds.
 """
 
 from __future__ import annotations
@@ -34,13 +34,6 @@ LANES = 3
 ROUNDS = 12
 #: Updates of the checkpoint that is there, of the writer that comes late, and of the one that is in time.
 OLD, LATE, NEW = 1, 2, 3
-
-
-@pytest.fixture(scope="module")
-def server() -> multiprocessing.context.BaseContext:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "torch.distributed.fsdp", "dist_ema.ema", "test_two_writers"])
-    return context
 
 
 def _save(path: str | Path, updates: int) -> None:
