@@ -57,6 +57,14 @@ def server() -> multiprocessing.context.BaseContext:
     return pool.server()
 
 
+@pytest.fixture(scope="session")
+def references() -> dict[int, list[dict[str, int]]]:
+    """What every average is after so many updates: that of one process, which is this one."""
+    from any_engine import reference_digests  # imports torch
+
+    return {steps: reference_digests(steps) for steps in (3, 5)}
+
+
 @pytest.fixture
 def on_ranks() -> Callable[..., None]:
     """Runs a test module's function in the pool: ``on_ranks(function, world_size, **arguments)``."""
