@@ -55,7 +55,7 @@ def _serve(index: int, pipe: Connection, port: int) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    gc.freeze()  # DeepSpeed collects garbage in every stage 3 engine, and would look through all modules for it
+    gc.freeze()  # all that was imported: DeepSpeed collects garbage in every stage 3 engine, and would look through it
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     sys.path.insert(0, str(Path(__file__).parent))
     os.environ.update(RANK=str(index), LOCAL_RANK=str(index), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
