@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable, Iterator
 
+import pool
 import pytest
 from pool import Pool
 
 _pool: Pool | None = None
+
+#: The files that take longest, the longest first, so that none of them is what one of two workers is still at when the
+#: other has nothing left to do.
+LONGEST = [
+    f"test_{name}.py"
+    for name in ("kill", "launch", "resume", "zero", "engines", "zero_parts", "benchmark", "unsharded", "import", "dcp")
+]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Under ``--dist loadfile``: files in our order. xdist's puts those of few tests, which are long ones, last."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Starts with the longest files."""
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -27,6 +49,20 @@ def rank() -> int:
 def world_size() -> int:
     """How many ranks run the test; set by the pool."""
     return 1
+
+
+@pytest.fixture(scope="session")
+def server() -> multiprocessing.context.BaseContext:
+    """Starts processes in milliseconds, forked from one that has imported everything and run nothing."""
+    return pool.server()
+
+
+@pytest.fixture(scope="session")
+def references() -> dict[int, list[dict[str, int]]]:
+    """What every average is after so many updates: that of one process, which is this one."""
+    from any_engine import reference_digests  # imports torch
+
+    return {steps: reference_digests(steps) for steps in (3, 5)}
 
 
 @pytest.fixture

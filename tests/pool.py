@@ -1,7 +1,8 @@
-"""One pool of worker processes for the whole run: starting them costs seconds, asking them costs milliseconds.
+"""One pool of worker processes for the whole run: asking them costs milliseconds.
 
-Each test gets a fresh gloo group of the size that it asks for. A worker that hangs or dies takes the pool with it, and
-the next test starts a new one.
+They are forked from a server that has imported everything and run nothing; importing it in each of them costs as much
+as a hundred tests. Each test gets a fresh gloo group of the size that it asks for. A worker that hangs or dies takes
+the pool with it, and the next test starts a new one.
 """
 
 from __future__ import annotations
@@ -27,6 +28,26 @@ SIZE = 4
 TEST_TIMEOUT = 180.0
 GRACE_AFTER_FAILURE = 10.0
 COLLECTIVE_TIMEOUT = timedelta(seconds=60)
+#: What takes long to import. What is not there is left out: the tests that need it say so themselves.
+PRELOAD = [
+    "pytest",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
+    "torch.distributed.checkpoint",
+    "torch._dynamo",  # by the first optimizer
+    "deepspeed.runtime.zero.stage_1_and_2",
+    "deepspeed.runtime.zero.stage3",
+    "dist_ema.ema",
+    "dist_ema.checkpoints.loading",
+]
+
+
+def server() -> multiprocessing.context.BaseContext:
+    """Starts processes that are forked from one that has imported everything. There is one such for all who ask."""
+    os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    return context
 
 
 def _serve(index: int, pipe: Connection, port: int) -> None:
@@ -34,6 +55,7 @@ def _serve(index: int, pipe: Connection, port: int) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    gc.freeze()  # all that was imported: DeepSpeed collects garbage in every stage 3 engine, and would look through it
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     sys.path.insert(0, str(Path(__file__).parent))
     os.environ.update(RANK=str(index), LOCAL_RANK=str(index), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -134,7 +156,7 @@ class Pool:
         return failures
 
     def _start(self) -> None:
-        context, port = multiprocessing.get_context("spawn"), _free_port()
+        context, port = server(), _free_port()
         for index in range(SIZE):
             ours, theirs = context.Pipe()
             worker = context.Process(target=_serve, args=(index, theirs, port), daemon=True)

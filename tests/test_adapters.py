@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from exports import DECAY, average, everywhere, shard_layers
 from safetensors.torch import load_file
-from test_export import DECAY, _shard, average, everywhere
 from torch import Tensor, nn
 
 from dist_ema import ShardedEMA
@@ -63,7 +63,7 @@ def _same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
 def test_diffusers_loads_what_it_would_have_saved(by: str, rank: int, tmp_path: Path) -> None:
     """``from_pretrained`` looks for another file name, and in config.json for the class, which FSDP2 replaces."""
     model, plain = _unet(), _unet()
-    model = model if by == "plain" else _shard(model, model.down_blocks, by)
+    model = model if by == "plain" else shard_layers(model, model.down_blocks, by)
     ema, oracle = average(model, plain)
     ema.export(tmp_path / "one", layout="diffusers")
     ema.export(tmp_path / "many", layout="diffusers", max_shard_size="30KB")
@@ -94,7 +94,7 @@ def test_peft_loads_the_adapter_alone(by: str, rank: int, tmp_path: Path) -> Non
 
     options = {"modules_to_save": ["lm_head"], "use_dora": True}
     model, plain = _lora(**options), _lora(**options)
-    model = model if by == "plain" else _shard(model, model.base_model.model.model.layers, by)
+    model = model if by == "plain" else shard_layers(model, model.base_model.model.model.layers, by)
     ema, oracle = average(model, plain)
     ema.export(tmp_path / "export", layout="peft", max_shard_size=1000)
     ema.export(tmp_path / "gathered", layout="peft", gather=True)

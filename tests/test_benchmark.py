@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 SCRIPT = Path(__file__).parent.parent / "launch" / "benchmark.py"
+sys.path.insert(0, str(SCRIPT.parent))
+
+import benchmark  # noqa: E402
+from benchmark_peers import Model, peers, weights  # noqa: E402
 
 
 def script(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -79,7 +83,9 @@ def test_an_installed_package_is_called_and_another_is_written_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever reads the table must see which of the two it was."""
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("ema_pytorch", "timm")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "ema_pytorch.py").write_text(
         "class EMA:\n    def __init__(self, model, average, **options):\n        self.update = lambda: None\n"
     )
@@ -87,11 +93,18 @@ def test_an_installed_package_is_called_and_another_is_written_out(
     (tmp_path / "ema_pytorch-9.9.dist-info" / "METADATA").write_text("Name: ema-pytorch\nVersion: 9.9\n")
     (tmp_path / "timm").mkdir()
     (tmp_path / "timm" / "__init__.py").write_text("raise RuntimeError('no torchvision')\n")
-    done = run("--json", "--dtype", "fp32")
-    assert done.returncode == 0, done.stderr
-    rows = {row["contender"]: row for row in json.loads(done.stdout)["rows"]}
-    assert rows["ema-pytorch 9.9 EMA"]["off_by"] == pytest.approx(1)  # this one never moves
-    assert "the form of timm ModelEmaV3" in rows
+    try:
+        found = peers(torch.float32)
+        assert "the form of timm ModelEmaV3" in found
+        model = Model(3000, 7, torch.float32, "cpu")
+        before = [weight.clone() for weight in weights(model)]
+        called = found["ema-pytorch 9.9 EMA"].builder(model)
+        benchmark.train(model)
+        called.update()
+        off_by = benchmark.off_by(called, before, weights(model), updates=1)
+        assert off_by == pytest.approx(1)  # this one never moves
+    finally:
+        sys.modules.pop("ema_pytorch", None)
 
 
 def test_ours_is_the_float64_average(rows: list[dict[str, object]]) -> None:
@@ -120,10 +133,11 @@ def test_numbers_are_there(rows: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize("arguments", [["--elements", "0"], ["--dtype", "fp8"], ["--repeats", "x"]])
-def test_bad_usage(arguments: list[str]) -> None:
-    done = run(*arguments)
-    assert done.returncode == 2
-    assert arguments[0] in done.stderr
+def test_bad_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        benchmark.parse(["update", "--elements", "3000", "--tensors", "7", "--repeats", "1", *arguments])
+    assert ended.value.code == 2
+    assert arguments[0] in capsys.readouterr().err
 
 
 def test_the_benchmark_of_offloading_has_every_way_to_offload() -> None:

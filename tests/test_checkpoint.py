@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from models import CASES, build
+from any_engine import AVERAGES, average_ema, digests_of, make_ema, perturb_ema
+from models import build
 from torch import nn
-from zero_models import make_engine
 
 from dist_ema import ShardedEMA, read_checkpoint, schedules, verify_checkpoint
 from dist_ema.checkpoints.compare import compare
@@ -43,45 +43,6 @@ PAIRS = [
     ("zero2", 2),
     ("zero3", 3),
 ]
-AVERAGES = {"fast": 0.5, "slow": schedules.PowerFunction(sigma_rel=0.1)}
-
-
-def _make(case: str) -> ShardedEMA:
-    model = build(scalar=False, hidden=12)
-    target = make_engine(int(case[-1]), model=model) if case.startswith("zero") else CASES[case].wrap(model)
-    return ShardedEMA(target, averages=AVERAGES, buffers="average")
-
-
-@torch.no_grad()
-def _perturb(ema: ShardedEMA, step: int) -> None:
-    """Multiplies every trained element by the same number: the same bits on any shard."""
-    engine = ema._engine
-    for share, source in zip(ema._shares, engine.sources(), strict=True):
-        if share.spec.kind == "parameter":
-            source.mul_(1.0 + 0.25 * (step + 1))
-    engine.publish()
-
-
-def _average(ema: ShardedEMA, steps: range) -> None:
-    for step in steps:
-        _perturb(ema, step)
-        if ema._engine.stepped() or not type(ema._engine).__name__.startswith("Zero"):
-            ema.update()
-        else:  # nothing was stepped: this is about files, not about DeepSpeed's steps
-            ema._engine.stepped = lambda: True  # type: ignore[method-assign]
-            ema.update()
-
-
-def _reference(steps: int) -> list[dict[str, int]]:
-    ema = _make("plain")
-    _average(ema, range(steps))
-    return [ema.fingerprint(name) for name in AVERAGES]
-
-
-def _digests(manifest: Manifest, name: str) -> dict[str, int]:
-    """What :meth:`ShardedEMA.fingerprint` gives, out of the manifest."""
-    stored = {**manifest.averages[name], **manifest.live}
-    return {key: tensor.digest for key, tensor in stored.items()}
 
 
 @pytest.fixture(scope="session")
@@ -92,8 +53,8 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def write(case: str, shelf: Path) -> ShardedEMA:
     """Leaves a checkpoint of this engine on the shelf. Collective."""
-    ema = _make(case)
-    _average(ema, range(3))
+    ema = make_ema(case)
+    average_ema(ema, range(3))
     ema.save(shelf / case)
     return ema
 
@@ -109,33 +70,35 @@ def full_shelf(shelf: Path, on_ranks: Callable[..., None]) -> Path:
 
 @pytest.mark.world_size()
 @pytest.mark.parametrize(("case", "world_size"), PAIRS)
-def test_checkpoint_of_every_engine_holds_the_same_bits(case: str, rank: int, world_size: int, shelf: Path) -> None:
+def test_checkpoint_of_every_engine_holds_the_same_bits(
+    case: str, rank: int, world_size: int, shelf: Path, references: dict[int, list[dict[str, int]]]
+) -> None:
     """A shard written to the wrong place, twice, or not at all."""
     ema = write(case, shelf)
-    reference = _reference(3)
+    reference = references[3]
     assert [ema.fingerprint(name) for name in AVERAGES] == reference
     if rank == 0:
         manifest = verify_checkpoint(shelf / case)
-        assert [_digests(manifest, name) for name in AVERAGES] == reference
+        assert [digests_of(manifest, name) for name in AVERAGES] == reference
         assert set(manifest.live) == {"frozen.weight", "frozen.bias"}
 
 
 @pytest.mark.world_size()
 @pytest.mark.parametrize(("case", "world_size"), PAIRS)
 def test_every_engine_reads_what_every_other_wrote_and_goes_on_as_if_nothing_had_happened(
-    case: str, rank: int, world_size: int, full_shelf: Path
+    case: str, rank: int, world_size: int, full_shelf: Path, references: dict[int, list[dict[str, int]]]
 ) -> None:
     """An average that is lost, or resharded wrongly, when engine or world size change."""
-    expected = _reference(3)
-    ema = _make(case)
+    expected = references[3]
+    ema = make_ema(case)
     for step in range(3):
-        _perturb(ema, step)
+        perturb_ema(ema, step)
     for written, _ in PAIRS:
         ema.load(full_shelf / written)
         assert [ema.fingerprint(name) for name in AVERAGES] == expected, written
         assert (ema.num_updates, ema.progress.batches) == (3, 2)
-    _average(ema, range(3, 5))
-    assert [ema.fingerprint(name) for name in AVERAGES] == _reference(5)
+    average_ema(ema, range(3, 5))
+    assert [ema.fingerprint(name) for name in AVERAGES] == references[5]
 
 
 def _small(**options: object) -> tuple[nn.Module, ShardedEMA]:
@@ -247,7 +210,7 @@ def test_saving_over_a_checkpoint_leaves_one_whole_checkpoint(tmp_path: Path) ->
     ema.save(tmp_path / "c")
     assert len(list((tmp_path / "c").iterdir())) == 2
     assert [found.name for found in tmp_path.iterdir()] == ["c"]
-    assert _digests(verify_checkpoint(tmp_path / "c"), "ema") == ema.fingerprint()
+    assert digests_of(verify_checkpoint(tmp_path / "c"), "ema") == ema.fingerprint()
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -403,16 +366,16 @@ def _attack_header(attack: str, file: Path, body: dict, path: Path) -> None:
 @pytest.mark.world_size(2)
 def test_a_background_save_holds_the_average_of_its_moment(rank: int, tmp_path: Path) -> None:
     """Updates go on meanwhile, and must not show in what is saved."""
-    ema = _make("fsdp2")
+    ema = make_ema("fsdp2")
     for step in range(4):
-        _average(ema, range(step, step + 1))
+        average_ema(ema, range(step, step + 1))
         expected = ema.fingerprint("slow")
         ema.save(tmp_path / "c", block=False)
-        _perturb(ema, 9)
+        perturb_ema(ema, 9)
         ema.update()
         ema.wait()
         if rank == 0:
-            assert _digests(verify_checkpoint(tmp_path / "c"), "slow") == expected
+            assert digests_of(verify_checkpoint(tmp_path / "c"), "slow") == expected
     ema.close()
 
 
@@ -426,8 +389,8 @@ def _full_disk(writer: RunWriter) -> None:
 def test_a_failed_background_save_is_raised_on_every_rank(rank: int, tmp_path: Path) -> None:
     """A failed save that nobody awaits would be found out when it is needed."""
     monkeypatch = pytest.MonkeyPatch()
-    ema = _make("fsdp2")
-    _average(ema, range(1))
+    ema = make_ema("fsdp2")
+    average_ema(ema, range(1))
     ema.save(tmp_path / "c")
     kept = (tmp_path / "c" / NAME).read_bytes()
     if rank == 1:
@@ -453,8 +416,8 @@ def _wait_for(condition: Callable[[], bool]) -> None:
 @pytest.mark.world_size(2)
 def test_a_rank_that_hangs_is_an_error_on_the_others_in_time(rank: int, tmp_path: Path) -> None:
     """A save must not wait for ever for a rank that does not come."""
-    ema = _make("fsdp2")
-    _average(ema, range(1))
+    ema = make_ema("fsdp2")
+    average_ema(ema, range(1))
     dist.barrier()
     ema.save(tmp_path / "c", timeout=6)
     if rank == 1:
@@ -472,13 +435,13 @@ def test_ranks_that_share_no_disk_save_and_load_through_rank_0(rank: int, tmp_pa
     own = tmp_path / f"node{rank}"
     own.mkdir()
     here = Path.cwd()
-    ema = _make("fsdp2")
-    _average(ema, range(2))
+    ema = make_ema("fsdp2")
+    average_ema(ema, range(2))
     os.chdir(own)
     try:
         ema.save("c")
         assert Path("c").exists() == (rank == 0)
-        other = _make("fsdp2")
+        other = make_ema("fsdp2")
         other.load("c")
     finally:
         os.chdir(here)
@@ -491,8 +454,8 @@ def test_ranks_that_share_no_disk_save_and_load_through_rank_0(rank: int, tmp_pa
 def test_a_failed_save_that_one_rank_has_seen_already_keeps_no_other_waiting(rank: int, tmp_path: Path) -> None:
     """Threads end at different moments, so update() may raise the failure on one rank before the others have it."""
     for attempt, call in enumerate(("save", "load", "load_state_dict")):
-        ema = _make("fsdp2")
-        _average(ema, range(1))
+        ema = make_ema("fsdp2")
+        average_ema(ema, range(1))
         ema.save(tmp_path / "c")
         state = ema.state_dict()
         with pytest.MonkeyPatch.context() as patch:
@@ -571,7 +534,7 @@ def test_a_checkpoint_that_is_replaced_while_it_is_read_is_read_anew(
 
 
 def test_a_checkpoint_of_more_files_than_a_process_may_open_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, references: dict[int, list[dict[str, int]]]
 ) -> None:
     """A large model has hundreds of files of each average; threads must not close what others read from."""
     monkeypatch.setattr("dist_ema.checkpoints.saving.FILE_LIMIT", 300)  # a tensor a file
@@ -588,18 +551,18 @@ def test_a_checkpoint_of_more_files_than_a_process_may_open_is_read(
         most = max(most, count)
         return real(*arguments)  # type: ignore[arg-type]
 
-    ema = _make("plain")
-    _average(ema, range(3))
+    ema = make_ema("plain")
+    average_ema(ema, range(3))
     ema.save(tmp_path / "c")
     manifest = verify_checkpoint(tmp_path / "c")
     assert len(manifest.files) > 20
-    other = _make("plain")
+    other = make_ema("plain")
     with monkeypatch.context() as patch:
         patch.setattr(os, "preadv", read)
         patch.setattr(torch, "get_num_threads", lambda: 4)
         other.load(tmp_path / "c")
     assert 2 <= most <= 2 + 4
-    assert [other.fingerprint(name) for name in AVERAGES] == _reference(3)
+    assert [other.fingerprint(name) for name in AVERAGES] == references[3]
     with open_reader(tmp_path / "c", manifest) as reader:
         shutil.rmtree(tmp_path / "c" / manifest.data)  # by a save that replaces it: to be read anew
         key = next(iter(stored_tensors(manifest)))

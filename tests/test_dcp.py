@@ -13,8 +13,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from any_engine import AVERAGES, average_ema, make_ema, perturb_ema
 from models import CASES, WIDTH, Block, build
-from test_checkpoint import AVERAGES, _average, _make, _perturb, _reference
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
@@ -74,8 +74,8 @@ def dcp_shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def write(case: str, dcp_shelf: Path) -> None:
     """Leaves a checkpoint of this engine on the shelf. Collective."""
-    ema = _make(case)
-    _average(ema, range(3))
+    ema = make_ema(case)
+    average_ema(ema, range(3))
     _save(dcp_shelf / case, ema)
 
 
@@ -115,19 +115,19 @@ def test_every_engine_writes_full_shapes_each_element_once_and_tensors_only(
 @pytest.mark.world_size()
 @pytest.mark.parametrize(("case", "world_size"), READERS)
 def test_every_engine_reads_what_every_other_wrote_and_goes_on_as_if_nothing_had_happened(
-    case: str, rank: int, world_size: int, full_dcp_shelf: Path
+    case: str, rank: int, world_size: int, full_dcp_shelf: Path, references: dict[int, list[dict[str, int]]]
 ) -> None:
     """An average that is lost, or resharded wrongly, when engine or world size change."""
-    expected = _reference(3)
-    ema = _make(case)
+    expected = references[3]
+    ema = make_ema(case)
     for step in range(3):
-        _perturb(ema, step)
+        perturb_ema(ema, step)
     for written, _ in WRITERS:  # the first into an average that has not started
         _load(full_dcp_shelf / written, ema)
         assert [ema.fingerprint(name) for name in AVERAGES] == expected, written
         assert (ema.num_updates, ema.progress.batches) == (3, 2)
-    _average(ema, range(3, 5))
-    assert [ema.fingerprint(name) for name in AVERAGES] == _reference(5)
+    average_ema(ema, range(3, 5))
+    assert [ema.fingerprint(name) for name in AVERAGES] == references[5]
 
 
 @pytest.mark.world_size(2)
@@ -136,7 +136,7 @@ def test_model_and_average_go_together_and_memory_is_shared(rank: int, tmp_path:
     model = CASES["fsdp2"].model()
     ema = ShardedEMA(model, decay=0.5)
     for step in range(3):
-        _perturb(ema, step)
+        perturb_ema(ema, step)
         ema.update()
     parts = ema.state_dict()["averages"]["ema"]
     shadows = {share.spec.name: shadow for share, shadow in zip(ema._shares, ema._shadow.tensors("ema"), strict=True)}
@@ -146,7 +146,7 @@ def test_model_and_average_go_together_and_memory_is_shared(rank: int, tmp_path:
     resumed = ShardedEMA(other, decay=0.5)
     _load(tmp_path / "c", resumed, model=other)
     for each in (ema, resumed):
-        _perturb(each, 3)
+        perturb_ema(each, 3)
         each.update()
     assert resumed.fingerprint() == ema.fingerprint()
     assert resumed.metrics() == ema.metrics()
@@ -173,13 +173,13 @@ def test_an_average_in_host_memory_is_saved_and_loaded_as_any_other(rank: int, t
     offloaded, beside = (ShardedEMA(CASES["fsdp2"].model(), decay=0.5, offload=offload) for offload in ("cpu", None))
     _save(tmp_path / "live", offloaded)
     for step in range(3):
-        _perturb(offloaded, step)
+        perturb_ema(offloaded, step)
         offloaded.update()
     _save(tmp_path / "c", offloaded)
     _load(tmp_path / "c", beside)
     assert beside.fingerprint() == offloaded.fingerprint() and beside.num_updates == 3
     expected = beside.fingerprint()
-    _perturb(offloaded, 3)
+    perturb_ema(offloaded, 3)
     offloaded.update()
     _load(tmp_path / "c", offloaded)
     assert offloaded.fingerprint() == expected and offloaded.num_updates == 3
@@ -189,12 +189,14 @@ def test_an_average_in_host_memory_is_saved_and_loaded_as_any_other(rank: int, t
 
 
 @pytest.mark.world_size(2)
-def test_a_load_that_fails_midway_changes_nothing(rank: int, tmp_path: Path) -> None:
+def test_a_load_that_fails_midway_changes_nothing(
+    rank: int, tmp_path: Path, references: dict[int, list[dict[str, int]]]
+) -> None:
     """DCP reads tensor by tensor into what it is given; a half-read average would be used without a word."""
-    ema = _make("fsdp2")
-    _average(ema, range(2))
+    ema = make_ema("fsdp2")
+    average_ema(ema, range(2))
     _save(tmp_path / "c", ema)
-    _average(ema, range(2, 4))
+    average_ema(ema, range(2, 4))
     before = [ema.fingerprint(name) for name in AVERAGES]
     if rank == 0:
         file = tmp_path / "c" / "__1_0.distcp"
@@ -204,8 +206,8 @@ def test_a_load_that_fails_midway_changes_nothing(rank: int, tmp_path: Path) -> 
         _load(tmp_path / "c", ema)
     assert [ema.fingerprint(name) for name in AVERAGES] == before
     assert ema.num_updates == 4
-    _average(ema, range(4, 5))
-    assert [ema.fingerprint(name) for name in AVERAGES] == _reference(5)
+    average_ema(ema, range(4, 5))
+    assert [ema.fingerprint(name) for name in AVERAGES] == references[5]
 
 
 @pytest.mark.world_size(2)
@@ -214,7 +216,7 @@ def test_a_load_that_fails_midway_changes_nothing(rank: int, tmp_path: Path) -> 
 def test_async_save_holds_the_average_of_its_moment(case: str, stager: str, rank: int, tmp_path: Path) -> None:
     """Updates go on meanwhile and must not show; a 0-d parameter is one rank's alone, and stagers treat it apart."""
     ema = ShardedEMA(CASES[case].model(), averages=AVERAGES)
-    _average(ema, range(2))
+    average_ema(ema, range(2))
     expected = ema.fingerprint("slow")
     options = {
         "default": {"checkpoint_id": tmp_path / "c"},
@@ -222,12 +224,12 @@ def test_async_save_holds_the_average_of_its_moment(case: str, stager: str, rank
         "blocking": {"checkpoint_id": tmp_path / "c", "async_stager": BlockingAsyncStager()},
     }
     written = dcp.async_save({"ema": ema}, **options[stager])
-    _average(ema, range(2, 4))
+    average_ema(ema, range(2, 4))
     written.result()
     assert ema.fingerprint("slow") != expected
     other = ShardedEMA(CASES[case].model(), averages=AVERAGES)
-    _average(other, range(2))
-    _average(other, range(2, 3))
+    average_ema(other, range(2))
+    average_ema(other, range(2, 3))
     _load(tmp_path / "c", other)
     assert other.fingerprint("slow") == expected
 
@@ -240,7 +242,7 @@ def test_before_the_first_update_the_live_weights_are_saved_and_not_loaded_into(
     """The average is the live model then: keys must exist, and weights in training must not be overwritten."""
     path, options = tmp_path / "c", {"decay": 0.5, "ema_start": "3ba"}
     ema = ShardedEMA(CASES[case].model(), **options)
-    _perturb(ema, 0)
+    perturb_ema(ema, 0)
     assert not ema.update()
     live = ema.fingerprint()
     _save(path, ema)
@@ -253,7 +255,7 @@ def test_before_the_first_update_the_live_weights_are_saved_and_not_loaded_into(
     dist.barrier()
     started = ShardedEMA(CASES[case].model(), decay=0.5)
     for step in range(2):
-        _perturb(started, step)
+        perturb_ema(started, step)
         started.update()
     weights = [source.clone() for source in started._engine.sources()]
     _load(path, started)
@@ -262,7 +264,7 @@ def test_before_the_first_update_the_live_weights_are_saved_and_not_loaded_into(
         "the model was loaded into"
     )
     resumed = ShardedEMA(CASES[case].model(), **options)
-    _perturb(resumed, 0)
+    perturb_ema(resumed, 0)
     _load(path, resumed)
     assert resumed.fingerprint() == live
     assert [resumed.update() for _ in range(3)] == [False, True, True], "the clock was lost"
@@ -344,7 +346,7 @@ def test_pipeline_stages_hold_other_names_on_each_rank(rank: int, tmp_path: Path
     stages = [_Stage(0, 1), _Stage(2), _Stage(3)]
     ema = ShardedEMA([stages[rank]], decay=0.5)
     for step in range(3):
-        _perturb(ema, step)
+        perturb_ema(ema, step)
         ema.update()
     _save(tmp_path / "c", ema)
     other = ShardedEMA([_Stage(*((3,), (0, 2), (1,))[rank])], decay=0.5)
@@ -359,17 +361,17 @@ def test_pipeline_stages_hold_other_names_on_each_rank(rank: int, tmp_path: Path
 @pytest.mark.world_size(2)
 def test_a_torch_saved_state_dict_fits_its_own_rank_and_no_other(rank: int, tmp_path: Path) -> None:
     """Trainers save what state_dict() returns; another rank's shard has the same names, and often the same size."""
-    ema = _make("fsdp2")
-    _average(ema, range(3))
+    ema = make_ema("fsdp2")
+    average_ema(ema, range(3))
     torch.save(ema.state_dict(), tmp_path / f"{rank}.pt")
     kept = copy.deepcopy(ema.state_dict())
     expected = ema.fingerprint("slow")
-    _average(ema, range(3, 4))
+    average_ema(ema, range(3, 4))
     for state in (torch.load(tmp_path / f"{rank}.pt"), kept):
-        resumed = _make("fsdp2")
+        resumed = make_ema("fsdp2")
         resumed.load_state_dict(state)
         assert resumed.fingerprint("slow") == expected and resumed.num_updates == 3
-        _average(resumed, range(1))  # must not write into the dict
+        average_ema(resumed, range(1))  # must not write into the dict
     resumed.load_state_dict(kept)
     assert resumed.fingerprint("slow") == expected
     dist.barrier()
@@ -379,26 +381,28 @@ def test_a_torch_saved_state_dict_fits_its_own_rank_and_no_other(rank: int, tmp_
 
 
 @pytest.mark.world_size(3)
-def test_full_tensors_of_a_converted_checkpoint_load_under_any_engine(rank: int, tmp_path: Path) -> None:
+def test_full_tensors_of_a_converted_checkpoint_load_under_any_engine(
+    rank: int, tmp_path: Path, references: dict[int, list[dict[str, int]]]
+) -> None:
     """dcp_to_torch_save is how a DCP checkpoint leaves the cluster, and how it may come back."""
-    ema = _make("zero2")
-    _average(ema, range(3))
+    ema = make_ema("zero2")
+    average_ema(ema, range(3))
     _save(tmp_path / "c", ema)
     if rank == 0:
         dcp_to_torch_save(tmp_path / "c", tmp_path / "full.pt")
     dist.barrier()
     state = torch.load(tmp_path / "full.pt")["ema"]
     for case in ("fsdp2", "ddp"):
-        other = _make(case)
+        other = make_ema(case)
         other.load_state_dict(state)
-        assert [other.fingerprint(name) for name in AVERAGES] == _reference(3)
+        assert [other.fingerprint(name) for name in AVERAGES] == references[3]
 
 
 @pytest.mark.world_size(2)
 def test_nothing_is_loaded_inside_average_parameters(rank: int) -> None:
     """There the shadow holds the live weights: they would be lost."""
-    ema = _make("fsdp2")
-    _average(ema, range(1))
+    ema = make_ema("fsdp2")
+    average_ema(ema, range(1))
     state = ema.state_dict()
     with ema.average_parameters("fast"), pytest.raises(EMAStateError, match=r"load_state_dict\(\) inside"):
         ema.load_state_dict(state)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+from mounts import UNSHARE, can_mount
 from torch import nn
 
 from dist_ema import ShardedEMA, verify_checkpoint
@@ -19,8 +19,6 @@ from dist_ema.checkpoints import destination
 from dist_ema.checkpoints.destination import Directory
 from dist_ema.checkpoints.staging import remove_leftovers
 from dist_ema.errors import CheckpointError
-
-UNSHARE = ["unshare", "--mount", "--map-root-user"]
 
 #: Fills the disk so far that the save fails at another place each time.
 FULL = """
@@ -94,13 +92,6 @@ verify_checkpoint(disk / "c")
 """
 
 
-def _can_mount(directory: Path) -> bool:
-    if not shutil.which("unshare"):
-        return False
-    script = f'mount -t tmpfs none "{directory}"'
-    return subprocess.run([*UNSHARE, "sh", "-c", script], capture_output=True, check=False).returncode == 0
-
-
 def test_a_save_under_way_is_no_leftover_if_its_lock_cannot_be_opened(tmp_path: Path) -> None:
     """A process that has too many files open cannot open a lock; it took the save of another for a dead one."""
     other = Directory(tmp_path / "other", "0" * 32)
@@ -149,7 +140,7 @@ def test_a_save_that_fails_in_its_last_steps_leaves_whole_data_and_no_other(step
 @pytest.mark.parametrize("script", [FULL, READ_ONLY], ids=["full", "read-only"])
 def test_a_disk_that_cannot_be_written_to_costs_no_checkpoint(script: str, tmp_path: Path) -> None:
     """The error is raised, the old checkpoint stands whole, and nothing half-written is left to fill the disk."""
-    if not _can_mount(tmp_path):
+    if not can_mount(tmp_path):
         pytest.skip("this user may not mount a file system here")
     result = subprocess.run(
         [*UNSHARE, sys.executable, "-c", script, str(tmp_path)],

@@ -28,7 +28,10 @@ def _trained() -> set[str]:
 
 
 def _live(model: nn.Module) -> dict[str, Tensor]:
-    """Full live weights by another road than the library's: FSDP1's summoned ones, else torch's full state dict."""
+    """Full live weights by another road than the library's: FSDP1's summoned ones, else torch's full state dict.
+
+    The latter gives them to rank 0 and nothing to the others.
+    """
     model = getattr(model, "_orig_mod", model)
     if isinstance(model, FullyShardedDataParallel):
         with FullyShardedDataParallel.summon_full_params(model, writeback=False):
@@ -36,15 +39,18 @@ def _live(model: nn.Module) -> dict[str, Tensor]:
             state = {_plain_name(name): value.detach().clone() for name, value in tensors}
         return {name: state[name] for name in build(scalar=False).state_dict()}
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    received = [get_model_state_dict(model, options=options)]
-    dist.broadcast_object_list(received, src=0)
-    return {_plain_name(name): value.clone() for name, value in received[0].items()}
+    return {_plain_name(name): value.clone() for name, value in get_model_state_dict(model, options=options).items()}
 
 
 def _plain_name(name: str) -> str:
     for token in ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod."):
         name = name.replace(token, "")
     return name
+
+
+def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    """One operation a tensor: Adam's ten take DTensor longer than all else here."""
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.2)
 
 
 def _train(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, micro_steps: int = 2) -> None:
@@ -67,14 +73,14 @@ def test_average_equals_dense_average_on_uneven_shards(case: str, rank: int, wor
     """Uneven and empty shards, ties, frozen parts, buffers, gradient accumulation, evaluation between updates."""
     spec = CASES[case]
     model = spec.model()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    optimizer = _optimizer(model)
     ema = ShardedEMA(model, decay=DECAY)
     ema.attach(optimizer)
     oracle = DenseAverage(_trained(), DECAY)
     for step in range(UPDATES):
         _train(model, optimizer, step)
         oracle.update(_live(model))
-        _evaluate(model)
+        _evaluate(model)  # gathers and keeps, under some
     assert ema.num_updates == UPDATES
 
     state = ema.full_state_dict()
@@ -98,12 +104,26 @@ def test_average_equals_dense_average_on_uneven_shards(case: str, rank: int, wor
     for name, value in before.items():
         assert torch.equal(value, after[name]), f"{name} was not restored"
     if rank == 0:
+        assert before.keys() == inside.keys() == after.keys() == state.keys()
         for name, value in inside.items():
             assert torch.equal(value, state[name]), f"{name} is not the average"
         reference.load_state_dict(state)
         reference.eval()
         exact = {"rtol": 1e-5, "atol": 1e-5} if "mixed" not in case else {"rtol": 0.05, "atol": 0.05}
         torch.testing.assert_close(output, reference(batch(99)), **exact)
+
+    check_that_copy_to_changes_what_the_model_computes_with(model, ema, output)
+    if world_size == 2:
+        check_that_same_weights_give_the_same_bits_however_they_are_sharded(model, spec.plain())
+
+
+def check_that_copy_to_changes_what_the_model_computes_with(
+    model: nn.Module, ema: ShardedEMA, averaged: Tensor
+) -> None:
+    """A write that the next forward ignores: an unsharded root, a persistent parameter, a replica left behind."""
+    assert not torch.equal(_evaluate(model), averaged)
+    ema.copy_to()
+    assert torch.equal(_evaluate(model), averaged)
 
 
 @pytest.mark.world_size()
@@ -116,7 +136,7 @@ def test_training_after_evaluation_is_bitwise_the_training_that_never_evaluated(
     finals = []
     for evaluates in (False, True):
         model = spec.model()
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+        optimizer = _optimizer(model)
         ema = ShardedEMA(model, decay=DECAY)
         for step in range(4):
             _train(model, optimizer, step)
@@ -135,34 +155,12 @@ def test_training_after_evaluation_is_bitwise_the_training_that_never_evaluated(
     assert never_digest == often_digest
 
 
-@pytest.mark.world_size(2)
-@pytest.mark.parametrize("case", [name for name, case in CASES.items() if 2 in case.group_sizes])
-def test_copy_to_changes_what_the_model_computes_with(case: str, rank: int) -> None:
-    """A write that the next forward ignores: an unsharded root, a persistent parameter, a replica left behind."""
-    spec = CASES[case]
-    model = spec.model()
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
-    ema = ShardedEMA(model, decay=DECAY)
-    for step in range(3):
-        _train(model, optimizer, step)
-        ema.update()
-        _evaluate(model)
-    with ema.average_parameters():
-        expected = _evaluate(model)
-    assert not torch.equal(_evaluate(model), expected)
-    ema.copy_to()
-    assert torch.equal(_evaluate(model), expected)
-
-
-@pytest.mark.world_size(2)
-@pytest.mark.parametrize("case", [name for name, case in CASES.items() if 2 in case.group_sizes])
-def test_same_weights_give_the_same_bits_however_they_are_sharded(case: str, rank: int) -> None:
+def check_that_same_weights_give_the_same_bits_however_they_are_sharded(model: nn.Module, plain: nn.Module) -> None:
     """The average is elementwise, so its digest may not depend on engine or world size: compared with one process."""
-    spec = CASES[case]
-    model = spec.model()
-    ema = ShardedEMA(model, decay=0.9)
-    plain = spec.plain()
-    single = ShardedEMA(plain, decay=0.9)
+    live = [_live(model)]
+    dist.broadcast_object_list(live)
+    plain.load_state_dict(live[0])
+    ema, single = ShardedEMA(model, decay=0.9), ShardedEMA(plain, decay=0.9)
     for step in range(3):
         _perturb(model, step)
         _perturb(plain, step)

@@ -1,12 +1,11 @@
 """A save that is killed with SIGKILL, wherever it was, leaves the old checkpoint or the new one, whole.
 
-The trainers are forked from a server that has imported everything and run nothing, so that each costs milliseconds.
+The trainers are forked from the pool's server, so that each costs milliseconds.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import multiprocessing
 import os
 import random
@@ -16,18 +15,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
-import torch
 import torch.distributed as dist
-from torch import nn
-from torch.distributed.fsdp import fully_shard
+from killing import CHANGES, forked, make_trainer, train_once, whole
 
 from dist_ema import ShardedEMA, verify_checkpoint
 from dist_ema.checkpoints.manifest import NAME, Manifest
@@ -40,61 +35,8 @@ LANES = 4
 PATIENCE = 15
 #: Seconds after which nobody is waiting any more.
 HANGS = 180
-#: Operations that change what is on disk; before any other a kill leaves what it leaves before the next of these.
-CHANGES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "os.fsync"}
 #: What a killed process may leave in the directory that holds the checkpoint.
 LEFTOVER = re.compile(r"\.c\.saving-[0-9a-f]{32}")
-
-
-@pytest.fixture(scope="module")
-def server() -> multiprocessing.context.BaseContext:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "torch.distributed.fsdp", "dist_ema.ema", "dist_ema.checkpoints.loading"])
-    return context
-
-
-def _trainer(shard: bool = False) -> tuple[nn.Module, ShardedEMA]:
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 48), nn.BatchNorm1d(48), nn.Linear(48, 63))
-    model[2].bias.requires_grad_(False)
-    if shard:
-        fully_shard(model)
-    return model, ShardedEMA(model, averages={"fast": 0.5, "slow": 0.9})
-
-
-@torch.no_grad()
-def _train(model: nn.Module, ema: ShardedEMA) -> None:
-    """The same bits on any shard, whatever was before: what an average holds follows from the number of updates."""
-    for index, parameter in enumerate(model.parameters()):
-        local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-        local.fill_(1.0 / (ema.num_updates + index + 3))
-    ema.update()
-
-
-def _digests(manifest: Manifest) -> dict[str, dict[str, int]]:
-    return {name: {key: held.digest for key, held in tensors.items()} for name, tensors in manifest.averages.items()}
-
-
-@functools.cache
-def _expected(updates: int) -> dict[str, dict[str, int]]:
-    """Digests of the trained tensors after so many updates."""
-    model, ema = _trainer()
-    for _ in range(updates):
-        _train(model, ema)
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    found = {name: ema.fingerprint(name) for name in ema.names}
-    return {name: {key: value for key, value in each.items() if key in trained} for name, each in found.items()}
-
-
-def _whole(path: Path) -> int:
-    """Checks every byte, and that all of them are of one moment; gives the number of updates then."""
-    manifest = verify_checkpoint(path)
-    updates = manifest.seen.updates
-    found = _digests(manifest)
-    expected = _expected(updates)
-    assert {name: {key: found[name][key] for key in keys} for name, keys in expected.items()} == expected
-    return updates
 
 
 def _clean(path: Path, ema: ShardedEMA) -> None:
@@ -105,7 +47,7 @@ def _clean(path: Path, ema: ShardedEMA) -> None:
             if not (found / "lock").exists():  # killed before there was one: it is removed when it is a minute old
                 os.utime(found, (0, 0))
     ema.save(path)
-    assert _whole(path) == ema.num_updates
+    assert whole(path) == ema.num_updates
     assert [found.name for found in path.parent.iterdir()] == [path.name]
     assert sorted(found.name for found in path.iterdir()) == [_manifest(path).data, NAME]
 
@@ -125,31 +67,15 @@ def _no_sync() -> None:
 def _save_for_ever(path: Path, sync: bool, pipe: Connection) -> None:
     if not sync:
         _no_sync()
-    model, ema = _trainer()
+    model, ema = make_trainer()
     ema.load(path)
     while True:
-        _train(model, ema)
+        train_once(model, ema)
         block = ema.num_updates % 2 == 0
         pipe.send(("started", ema.num_updates))
         ema.save(path, block=block)
         ema.wait()
         pipe.send(("finished", ema.num_updates))
-
-
-@contextlib.contextmanager
-def _running(
-    server: multiprocessing.context.BaseContext, target: Callable[..., None], *arguments: object
-) -> Iterator[tuple[BaseProcess, Connection]]:
-    ours, theirs = server.Pipe()
-    process = server.Process(target=target, args=(*arguments, theirs), daemon=True)  # type: ignore[attr-defined]
-    process.start()
-    theirs.close()
-    try:
-        yield process, ours
-    finally:
-        process.kill()
-        process.join()
-        ours.close()
 
 
 def _drain(pipe: Connection) -> list[tuple[str, int]]:
@@ -165,14 +91,14 @@ def _kill_at_random(server: multiprocessing.context.BaseContext, path: Path, see
     """Kills a trainer so often in the middle of a save. Gives the number of times that the old checkpoint stayed."""
     draw = random.Random(seed)
     path.parent.mkdir()
-    model, ema = _trainer()
-    _train(model, ema)
+    model, ema = make_trainer()
+    train_once(model, ema)
     ema.save(path)
     killed = old = 0
     took = None
     while killed < kills:
-        at = _whole(path) + 1
-        with _running(server, _save_for_ever, path, seed == 0) as (process, pipe):
+        at = whole(path) + 1
+        with forked(server, _save_for_ever, path, seed == 0) as (process, pipe):
             assert pipe.recv() == ("started", at)
             if took is None or killed % 20 == 10:  # how long a save takes, now
                 start = time.perf_counter()
@@ -186,7 +112,7 @@ def _kill_at_random(server: multiprocessing.context.BaseContext, path: Path, see
             said = _drain(pipe)
         at = max([at, *(number for word, number in said if word == "started")])
         inside = ("finished", at) not in said
-        found = _whole(path)
+        found = whole(path)
         assert found in ((at - 1, at) if inside else (at,))
         killed += inside
         old += found < at
@@ -211,10 +137,10 @@ def test_200_kills_at_random_moments_leave_the_old_checkpoint_or_the_new_one(
 
 def _save_and_die(path: Path, count: int, pipe: Connection) -> None:
     """Kills itself at the operation of this number; says how many there were if there were fewer."""
-    model, ema = _trainer()
+    model, ema = make_trainer()
     if path.exists():
         ema.load(path)
-    _train(model, ema)
+    train_once(model, ema)
     left = count
 
     def hook(event: str, arguments: tuple[object, ...]) -> None:
@@ -238,8 +164,8 @@ def test_a_kill_at_every_operation_on_files_leaves_a_whole_checkpoint(
 ) -> None:
     """A window of microseconds is not hit at random; and a new checkpoint's name must not come before its data."""
     monkeypatch.setattr(os, "fsync", lambda _: None)
-    model, ema = _trainer()
-    _train(model, ema)
+    model, ema = make_trainer()
+    train_once(model, ema)
     ema.save(tmp_path / "old")
     operation, results = 0, []
     while True:
@@ -247,10 +173,10 @@ def test_a_kill_at_every_operation_on_files_leaves_a_whole_checkpoint(
         path.parent.mkdir()
         if not fresh:
             shutil.copytree(tmp_path / "old", path)
-        with _running(server, _save_and_die, path, operation) as (process, pipe):
+        with forked(server, _save_and_die, path, operation) as (process, pipe):
             process.join()
             said = _drain(pipe)
-        found = _whole(path) if path.exists() else 0
+        found = whole(path) if path.exists() else 0
         assert found in ((0, 1) if fresh else (1, 2))
         results.append(found)
         if said:
@@ -271,10 +197,10 @@ def _save_for_ever_together(path: Path, rank: int, rendezvous: str, pipe: Connec
     dist.init_process_group(
         "gloo", f"file://{rendezvous}", rank=rank, world_size=2, timeout=timedelta(seconds=PATIENCE)
     )
-    model, ema = _trainer(shard=True)
+    model, ema = make_trainer(shard=True)
     ema.load(path)
     while True:
-        _train(model, ema)
+        train_once(model, ema)
         pipe.send(("started", ema.num_updates))
         try:
             ema.save(path, block=ema.num_updates % 2 == 0, timeout=PATIENCE)
@@ -289,14 +215,14 @@ def _kill_a_rank(server: multiprocessing.context.BaseContext, folder: Path, seed
     draw = random.Random(seed)
     path = folder / "run" / "c"
     path.parent.mkdir(parents=True)
-    model, ema = _trainer()
-    _train(model, ema)
+    model, ema = make_trainer()
+    train_once(model, ema)
     ema.save(path)
     for kill in range(kills):
-        before = _whole(path)
+        before = whole(path)
         with contextlib.ExitStack() as stack:
             ranks = [
-                stack.enter_context(_running(server, _save_for_ever_together, path, rank, str(folder / f"group{kill}")))
+                stack.enter_context(forked(server, _save_for_ever_together, path, rank, str(folder / f"group{kill}")))
                 for rank in range(2)
             ]
             for _, pipe in ranks:
@@ -314,7 +240,7 @@ def _kill_a_rank(server: multiprocessing.context.BaseContext, folder: Path, seed
             assert survivor.exitcode == 7, said
         assert "is gone" in said[-1][0]
         started = max(number for _, number in [("started", before + 1), *said])
-        assert started - 1 <= _whole(path) <= started + 1
+        assert started - 1 <= whole(path) <= started + 1
     _clean(path, ema)
 
 

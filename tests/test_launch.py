@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,76 +13,14 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from launching import ROOT, arguments, environment, free_port  # puts launch/ on the path, for what follows
+from zero_models import reset_deepspeed
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "launch"))
-
-import loop  # noqa: E402
-from options import EXPORT, Options, parse  # noqa: E402
-from report import _folder  # noqa: E402
-from text import Text  # noqa: E402
-from train import main  # noqa: E402
-from wrap import adamw, plain  # noqa: E402
-from zero_models import reset_deepspeed  # noqa: E402
-
-ENGINES = ("ddp", "fsdp1", "fsdp2", "hsdp", "tp", "zero1", "zero2", "zero3")
-SIZES = {"layers": 1, "width": 16, "heads": 2, "context": 16, "batch": 4, "eval_windows": 5}
-RUN = SIZES | {
-    "steps": 6,
-    "eval_every": 3,
-    "half_life": "3ba",
-    "lr": 1e-3,
-    "ema_start": "0ba",
-    "data": argparse.__file__,
-}
-
-
-def arguments(engine: str | None, **options: object) -> list[str]:
-    """A command line: the engine's YAML, then a tiny run, then ``options``."""
-    config = [] if engine is None else ["--config", str(ROOT / "configs" / f"{engine}.yaml")]
-    return config + [f"--{name}={value}" for name, value in (RUN | options).items()]
-
-
-def reference(options: Options) -> tuple[float, float]:
-    """Validation loss, live and averaged, of one plain model that sees the batches of all ranks."""
-    text = Text.read(options.data, options.context)
-    windows = text.windows(options.eval_windows, options.context)
-    model, average = plain(options, torch.device("cpu")), plain(options, torch.device("cpu"))
-    optimizer = adamw(model, options)
-    for step in range(1, options.steps + 1):
-        batch = text.batch(step, options.batch, options.context, options.seed)
-        loop.token_losses(model, batch).mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        with torch.no_grad():
-            for mean, live in zip(average.parameters(), model.parameters(), strict=True):
-                mean.lerp_(live, 1 - 0.5 ** (1 / 3) if step > 1 else 1.0)
-    with torch.no_grad():
-        live, averaged = (loop.token_losses(module, windows).mean().item() for module in (model, average))
-    return live, averaged
-
-
-@pytest.mark.parametrize(
-    ("engine", "world_size"), [(engine, 2) for engine in ENGINES] + [("fsdp2", 1), ("zero1", 1), ("hsdp", 4), ("tp", 4)]
-)
-@pytest.mark.world_size()
-def test_no_engine_trains_or_averages_differently_from_one_process(
-    engine: str, world_size: int, tmp_path: Path, rank: int
-) -> None:
-    """A loss scaled twice, batches that a tensor-parallel group does not share, a rank left out of the evaluation."""
-    if engine.startswith("zero"):
-        reset_deepspeed()
-    argv = arguments(engine, out=tmp_path)
-    summary = main(argv, world_size=world_size)
-    live, averaged = reference(parse([*argv, f"--out={tmp_path / 'none'}"], world_size))
-    assert (summary.engine, summary.world_size, summary.steps) == (engine, world_size, 6)
-    assert summary.live == pytest.approx(live, abs=1e-3)
-    assert summary.averaged == pytest.approx(averaged, abs=1e-3)
-    assert summary.exported == pytest.approx(summary.averaged, abs=1e-5)
-    assert abs(summary.live - summary.averaged) > 0.01
-    if rank == 0:
-        assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-        assert list((tmp_path / "tensorboard").glob("events*"))
+import loop  # isort: skip
+from options import EXPORT, Options, parse  # isort: skip
+from report import _folder  # isort: skip
+from text import Text  # isort: skip
+from train import main  # isort: skip
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp1", "fsdp2", "tp", "zero1", "zero3"])
@@ -224,20 +160,6 @@ def test_ranks_share_out_a_batch_that_does_not_depend_on_their_number() -> None:
     assert not torch.equal(whole, later)
     for parts in (2, 3, 4):
         assert torch.equal(whole, torch.cat([text.batch(5, 12, 16, 0, part, parts) for part in range(parts)]))
-
-
-def environment(**variables: object) -> dict[str, str]:
-    """This process's environment with ``variables``, and with the running Python's scripts found first."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return inherited | {"PATH": path, "OMP_NUM_THREADS": "1"} | {name: str(value) for name, value in variables.items()}
-
-
-def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_plain_python_runs_without_torchrun_and_without_bars_in_a_log(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from exports import DECAY, FAMILIES, average, everywhere, read, shard_layers
 from safetensors.torch import load_file
-from test_export import DECAY, FAMILIES, _shard, average, everywhere, read
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.parallel import DistributedDataParallel
@@ -220,7 +220,7 @@ def _wrapped(model: nn.Module, by: str) -> nn.Module:
     if by == "fsdp1":
         for index, layer in enumerate(layers):
             layers[index] = checkpoint_wrapper(layer)
-    return _shard(model, layers, by)
+    return shard_layers(model, layers, by)
 
 
 @pytest.mark.world_size()

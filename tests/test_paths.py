@@ -17,9 +17,9 @@ from unittest import mock
 import fsspec
 import pytest
 import torch
+from any_engine import average_ema, make_ema
 from fsspec.implementations.memory import MemoryFileSystem
-from test_checkpoint import _average, _make
-from test_disk import UNSHARE, _can_mount
+from mounts import UNSHARE, can_mount
 from torch import nn
 
 from dist_ema import ShardedEMA, read_checkpoint, verify_checkpoint
@@ -323,8 +323,8 @@ def test_a_file_that_cannot_be_closed_is_an_error_on_every_rank(
     call: str, failing: int, rank: int, tmp_path: Path
 ) -> None:
     """An export raised it on that rank alone, and the others waited for it until their timeout."""
-    ema = _make("fsdp2")
-    _average(ema, range(1))
+    ema = make_ema("fsdp2")
+    average_ema(ema, range(1))
     options = {} if call == "save" else {"name": ema.names[0]}
     trouble = _failing_close(".safetensors") if rank == failing else nullcontext()
     with trouble, pytest.raises(CheckpointError, match=f"rank {failing}.*Disk quota exceeded"):
@@ -371,7 +371,7 @@ ema.save(disk / "other" / "c")
 
 def test_a_mount_point_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     """What is written beside it is on another disk, and cannot be renamed into it."""
-    if not _can_mount(tmp_path):
+    if not can_mount(tmp_path):
         pytest.skip("this user may not mount a file system here")
     command = [*UNSHARE, sys.executable, "-c", MOUNTED, str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)

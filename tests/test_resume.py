@@ -18,21 +18,18 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
+from launching import ENGINES, ROOT, arguments, environment, reference  # puts launch/ on the path, for what follows
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from zero_models import reset_deepspeed
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "launch"))
+import loop  # isort: skip
+from checkpoints import SAME, Record, begin, commit, latest  # isort: skip
+from options import EXPORT, parse  # isort: skip
+from report import FINISHED, Summary  # isort: skip
+from stop import Stop  # isort: skip
+from train import main  # isort: skip
 
-import loop  # noqa: E402
-from checkpoints import SAME, Record, begin, commit, latest  # noqa: E402
-from options import EXPORT, parse  # noqa: E402
-from report import FINISHED  # noqa: E402
-from stop import Stop  # noqa: E402
-from test_launch import ENGINES, arguments, environment  # noqa: E402
-from train import main  # noqa: E402
-from zero_models import reset_deepspeed  # noqa: E402
-
-from dist_ema import read_checkpoint  # noqa: E402
+from dist_ema import read_checkpoint
 
 STEPS = 6
 #: Seconds after which a run is not slow but hanging.
@@ -114,6 +111,26 @@ def uninterrupted(runs: Path, on_ranks: Callable[..., None]) -> Callable[[str, i
         return out
 
     return made
+
+
+@pytest.mark.parametrize(
+    ("engine", "world_size"), [(engine, 2) for engine in ENGINES] + [("fsdp2", 1), ("zero1", 1), ("hsdp", 4), ("tp", 4)]
+)
+def test_no_engine_trains_or_averages_differently_from_one_process(
+    engine: str, world_size: int, uninterrupted: Callable[[str, int], Path]
+) -> None:
+    """A loss scaled twice, batches that a tensor-parallel group does not share, a rank left out of the evaluation."""
+    out = uninterrupted(engine, world_size)
+    summary = Summary.read(out)
+    assert summary is not None
+    live, averaged = reference(parse(arguments(engine, **RUN), world_size))
+    assert (summary.engine, summary.world_size, summary.steps) == (engine, world_size, STEPS)
+    assert summary.live == pytest.approx(live, abs=1e-3)
+    assert summary.averaged == pytest.approx(averaged, abs=1e-3)
+    assert summary.exported == pytest.approx(summary.averaged, abs=1e-5)
+    assert abs(summary.live - summary.averaged) > 0.01
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert list((out / "tensorboard").glob("events*"))
 
 
 @pytest.mark.parametrize("engine", ENGINES)

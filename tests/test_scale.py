@@ -91,9 +91,7 @@ def test_memory_goes_down_with_the_ranks_and_the_plan_does_not_grow(
     benchmark: ModuleType, llama: Architecture, engine: str, ratio: float
 ) -> None:
     """Llama 3 70B. fsdp2 cuts rows, and 1,024 of them leave most of 8,192 ranks with none."""
-    pytest.importorskip("transformers")
-    model = benchmark.of_config(benchmark.MODELS / "llama-3-70b.json", None)
-    small, large = (benchmark.measure("llama", model, benchmark.layout(engine, size), OPTIONS, 1) for size in (8, 8192))
+    small, large = (benchmark.measure("llama", llama, benchmark.layout(engine, size), OPTIONS, 1) for size in (8, 8192))
     assert small.times_1_n == pytest.approx(1, abs=0.001)
     assert 1 <= large.times_1_n < ratio
     assert large.last_gb <= large.first_gb < small.first_gb / 800

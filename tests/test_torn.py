@@ -32,13 +32,6 @@ from dist_ema.errors import EMAStateError
 from dist_ema.swap import __file__ as swap_file
 
 
-@pytest.fixture(scope="module")
-def server() -> multiprocessing.context.BaseContext:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "torch.distributed.fsdp", "dist_ema.ema", "dist_ema.checkpoints.loading"])
-    return context
-
-
 def _run(server: multiprocessing.context.BaseContext, body: Callable[..., None], folder: Path, *arguments: Any) -> None:
     """``body(rank, folder, *arguments)`` on two ranks, of which rank 1 kills itself; rank 0 has to come through."""
     processes, pipes = [], []

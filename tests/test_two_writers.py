@@ -1,6 +1,6 @@
 """Two saves to one place, one of which comes late: a whole checkpoint is left, and who lost it is told so.
 
-The trainers are forked from a server that has imported everything and run nothing, so that each costs milliseconds.
+The trainers are forked from the pool's server, so that each costs milliseconds.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_checkpoint import _average, _make
-from test_kill import CHANGES, _running, _train, _trainer, _whole
-from test_url import _ema
+from any_engine import average_ema, make_ema, small_ema
+from killing import CHANGES, forked, make_trainer, train_once, whole
 
 from dist_ema import verify_checkpoint
 from dist_ema.checkpoints import destination
@@ -36,17 +35,10 @@ ROUNDS = 12
 OLD, LATE, NEW = 1, 2, 3
 
 
-@pytest.fixture(scope="module")
-def server() -> multiprocessing.context.BaseContext:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "torch.distributed.fsdp", "dist_ema.ema", "test_two_writers"])
-    return context
-
-
 def _save(path: str | Path, updates: int) -> None:
-    model, ema = _trainer()
+    model, ema = make_trainer()
     for _ in range(updates):
-        _train(model, ema)
+        train_once(model, ema)
     ema.save(path)
 
 
@@ -80,13 +72,13 @@ def _save_and_stop(path: Path, count: int, pipe: Connection) -> None:
 
 def _stop_late_writer(server: multiprocessing.context.BaseContext, path: Path, operation: int) -> tuple[str, str, bool]:
     """One writer stops at an operation, another saves, the first goes on. Gives where it stopped and what it said."""
-    with _running(server, _save_and_stop, path, operation) as (process, pipe):
+    with forked(server, _save_and_stop, path, operation) as (process, pipe):
         said, where = pipe.recv()
         if said == "stopped":
             while Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
                 time.sleep(0.001)
             assert _outcome(path, NEW) == "saved", where
-            assert _whole(path) == NEW, where
+            assert whole(path) == NEW, where
             os.kill(process.pid or 0, signal.SIGCONT)
             said, _ = pipe.recv()
             return where, said, False
@@ -110,7 +102,7 @@ def test_a_writer_that_sleeps_at_any_operation_while_another_saves_does_no_harm_
         elif there == "a checkpoint":
             _save(path, OLD)
         where, said, done = _stop_late_writer(server, path, operation)
-        assert done or _whole(path) == NEW, (where, said)
+        assert done or whole(path) == NEW, (where, said)
         assert done or said == "saved" or "another" in said, (where, said)
         assert [found.name for found in path.parent.iterdir()] == ["c"], (where, said)
         assert {found.name[:5] for found in path.iterdir()} == {"data-", NAME[:5]}, (where, said)
@@ -129,9 +121,9 @@ def test_a_writer_that_sleeps_at_any_operation_while_another_saves_does_no_harm_
 
 def _save_when_told(path: Path, updates: int, pipe: Connection) -> None:
     os.fsync = lambda _: None
-    model, ema = _trainer()
+    model, ema = make_trainer()
     for _ in range(updates):
-        _train(model, ema)
+        train_once(model, ema)
     pipe.send("ready")
     pipe.recv()
     begin = time.monotonic()
@@ -157,8 +149,8 @@ def test_of_two_writers_side_by_side_at_least_one_succeeds_and_its_checkpoint_st
         elif there == "a checkpoint":
             _save(path, OLD)
         with (
-            _running(server, _save_when_told, path, LATE) as (_, first),
-            _running(server, _save_when_told, path, NEW) as (_, second),
+            forked(server, _save_when_told, path, LATE) as (_, first),
+            forked(server, _save_when_told, path, NEW) as (_, second),
         ):
             pipes = {LATE: first, NEW: second}
             assert [pipe.recv() for pipe in pipes.values()] == ["ready"] * 2
@@ -166,11 +158,11 @@ def test_of_two_writers_side_by_side_at_least_one_succeeds_and_its_checkpoint_st
                 pipe.send("go")
             said = {updates: pipe.recv() for updates, pipe in pipes.items()}
         saved = {updates for updates, (what, _, _) in said.items() if what == "saved"}
-        assert _whole(path) in saved, said
+        assert whole(path) in saved, said
         for updates in saved:  # one that began when the other had ended has replaced it
             (other,) = said.keys() - {updates}
             if said[updates][1] > said[other][2]:
-                assert _whole(path) == updates, said
+                assert whole(path) == updates, said
         assert all("another" in what for what, _, _ in said.values() if what != "saved"), said
         assert [found.name for found in path.parent.iterdir()] == ["c"], said
         assert len(list(path.iterdir())) == 2, said
@@ -184,10 +176,10 @@ def test_of_two_writers_side_by_side_at_least_one_succeeds_and_its_checkpoint_st
 @pytest.mark.parametrize("block", [True, False])
 def test_a_save_that_was_overtaken_is_an_error_on_every_rank(rank: int, block: bool, tmp_path: Path) -> None:
     """Rank 0 alone puts the checkpoint in its place; the others would go on as if theirs were there."""
-    ema = _make("fsdp2")
-    _average(ema, range(2))
+    ema = make_ema("fsdp2")
+    average_ema(ema, range(2))
     ema.save(tmp_path / "c")
-    _average(ema, range(2, 3))
+    average_ema(ema, range(2, 3))
     ema.save(tmp_path / "other")
     commit = Directory.commit
 
@@ -220,7 +212,7 @@ def _stop_while_writing(path: Path, call: str, pipe: Connection) -> None:
         os.kill(os.getpid(), signal.SIGSTOP)
 
     RunWriter.write = stop  # type: ignore[method-assign]
-    getattr(_ema(LATE), call)(path)
+    getattr(small_ema(LATE), call)(path)
     pipe.send("done")
 
 
@@ -232,7 +224,7 @@ def test_what_killed_exports_and_saves_left_is_removed_and_nothing_of_those_that
     with ExitStack() as stack:
 
         def begin(call: str, fate: str) -> tuple[BaseProcess, Connection]:
-            started = stack.enter_context(_running(server, _stop_while_writing, tmp_path / f"{call}-{fate}", call))
+            started = stack.enter_context(forked(server, _stop_while_writing, tmp_path / f"{call}-{fate}", call))
             assert started[1].recv() == "writing"
             return started
 
@@ -246,7 +238,7 @@ def test_what_killed_exports_and_saves_left_is_removed_and_nothing_of_those_that
         for found in tmp_path.iterdir():
             os.utime(found, (0, 0))  # long ago, by the clock
         for call in calls:
-            getattr(_ema(NEW), call)(tmp_path / call)
+            getattr(small_ema(NEW), call)(tmp_path / call)
             assert {*tmp_path.iterdir()} - {tmp_path / each for each in calls} == running
         for process, pipe in alive:
             os.kill(process.pid or 0, signal.SIGCONT)
@@ -267,7 +259,7 @@ def test_data_that_were_removed_before_the_end_are_noticed(tmp_path: Path, monke
 
     monkeypatch.setattr(Directory, "_check_data", remove)
     assert "was removed or changed before it was done" in _outcome(tmp_path / "c", NEW)
-    assert _whole(tmp_path / "c") == OLD
+    assert whole(tmp_path / "c") == OLD
     assert len(list((tmp_path / "c").iterdir())) == 2
 
 
@@ -282,6 +274,6 @@ def test_saves_replace_a_checkpoint_where_there_are_no_locks(tmp_path: Path, mon
     monkeypatch.setattr(fcntl, "flock", refuse)
     for updates in (OLD, LATE, NEW):
         _save(tmp_path / "c", updates)
-        assert _whole(tmp_path / "c") == updates
+        assert whole(tmp_path / "c") == updates
         assert len(list((tmp_path / "c").iterdir())) == 2
         assert [found.name for found in tmp_path.iterdir()] == ["c"]

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from exports import DECAY, average, everywhere, perturb
 from models import CASES
 from oracle import DenseAverage
 from safetensors.torch import load_file
-from test_export import DECAY, average, everywhere, perturb
 from torch import Tensor, nn
 
 from dist_ema import ShardedEMA, read_checkpoint, verify_checkpoint

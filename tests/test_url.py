@@ -13,11 +13,10 @@ from unittest import mock
 import fsspec
 import pytest
 import torch
+from any_engine import AVERAGES, average_ema, digests_of, make_ema, reference_digests, small_ema
 from fsspec.implementations.memory import MemoryFileSystem
-from test_checkpoint import AVERAGES, _average, _digests, _make, _reference
-from torch import nn
 
-from dist_ema import ShardedEMA, read_checkpoint, verify_checkpoint
+from dist_ema import read_checkpoint, verify_checkpoint
 from dist_ema.checkpoints import places
 from dist_ema.checkpoints.manifest import NAME
 from dist_ema.checkpoints.upload import Upload
@@ -33,14 +32,6 @@ def memory() -> Iterator[str]:
     MemoryFileSystem.store.clear()
 
 
-def _ema(updates: int = 1, size: int = 5) -> ShardedEMA:
-    torch.manual_seed(updates)
-    ema = ShardedEMA(nn.Sequential(nn.Linear(size, 3), nn.BatchNorm1d(3)), decay=0.5)
-    for _ in range(updates):
-        ema.update()
-    return ema
-
-
 def _files(url: str) -> list[str]:
     system, root = fsspec.core.url_to_fs(url)
     return sorted(str(name)[len(root) + 1 :] for name in system.find(root))
@@ -50,19 +41,19 @@ def _files(url: str) -> list[str]:
 def test_ranks_save_to_and_load_from_a_store_that_rank_0_alone_sees(rank: int) -> None:
     """Every rank would write its own elements into objects that cannot be written to twice."""
     url = "memory://shared/by/nobody"  # each process has a memory of its own
-    ema = _make("fsdp2")
-    _average(ema, range(3))
+    ema = make_ema("fsdp2")
+    average_ema(ema, range(3))
     ema.save(url)
     ema.save(url, block=False)
     ema.wait()
-    other = _make("zero3")
+    other = make_ema("zero3")
     other.load(url)
-    reference = _reference(3)
+    reference = reference_digests(3)
     assert [other.fingerprint(name) for name in AVERAGES] == reference
     assert bool(_files(url)) == (rank == 0)
     if rank == 0:
         manifest = verify_checkpoint(url)
-        assert [_digests(manifest, name) for name in AVERAGES] == reference
+        assert [digests_of(manifest, name) for name in AVERAGES] == reference
         MemoryFileSystem().rm("/shared", recursive=True)
     ema.close()
 
@@ -71,23 +62,23 @@ def test_ranks_save_to_and_load_from_a_store_that_rank_0_alone_sees(rank: int) -
 def test_a_rank_that_cannot_open_urls_is_sent_to(rank: int) -> None:
     """The package of a file system may be missing on one node: its error left the others waiting."""
     url = "memory://opened/by/one"
-    ema = _make("fsdp2")
-    _average(ema, range(3))
+    ema = make_ema("fsdp2")
+    average_ema(ema, range(3))
     ema.save(url)
-    other = _make("fsdp2")
+    other = make_ema("fsdp2")
     missing = mock.Mock(side_effect=EMAConfigError("Install s3fs to access S3"))
     with mock.patch.object(places, "file_system", missing) if rank == 1 else nullcontext():
         other.load(url)
-    assert [other.fingerprint(name) for name in AVERAGES] == _reference(3)
+    assert [other.fingerprint(name) for name in AVERAGES] == reference_digests(3)
     ema.close()
 
 
 def test_file_urls_are_directories(tmp_path: Path) -> None:
     """A URL of the local disk goes the fast way, with its fsyncs and renames."""
-    ema = _ema()
+    ema = small_ema()
     ema.save(f"file://{tmp_path}/c")
     assert (tmp_path / "c" / NAME).is_file()
-    other = _ema(2)
+    other = small_ema(2)
     other.load(f"file://{tmp_path}/c")
     assert other.fingerprint() == ema.fingerprint()
 
@@ -95,7 +86,7 @@ def test_file_urls_are_directories(tmp_path: Path) -> None:
 def test_a_save_replaces_the_checkpoint_and_leaves_nothing_of_the_old(memory: str) -> None:
     """A store that keeps every checkpoint that there ever was."""
     for updates in (1, 2):
-        ema = _ema(updates)
+        ema = small_ema(updates)
         ema.save(memory)
         assert verify_checkpoint(memory).seen.updates == updates
         assert len({name.partition("/")[0] for name in _files(memory)}) == 2  # the manifest and its data
@@ -104,7 +95,7 @@ def test_a_save_replaces_the_checkpoint_and_leaves_nothing_of_the_old(memory: st
 
 def test_an_interrupted_upload_leaves_the_old_checkpoint(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A lost connection in the middle of a file must not cost the checkpoint that was there."""
-    old = _ema(1)
+    old = small_ema(1)
     old.save(memory)
     before = _files(memory)
 
@@ -116,7 +107,7 @@ def test_an_interrupted_upload_leaves_the_old_checkpoint(memory: str, monkeypatc
     original = MemoryFileSystem._open
     monkeypatch.setattr(MemoryFileSystem, "_open", fail)
     with pytest.raises(CheckpointError, match="connection reset by peer"):
-        _ema(2).save(memory)
+        small_ema(2).save(memory)
     monkeypatch.undo()
     assert _files(memory) == before
     assert verify_checkpoint(memory).seen.updates == 1
@@ -126,7 +117,7 @@ def test_an_upload_that_arrives_shorter_is_no_checkpoint(memory: str, monkeypatc
     """What a store says to have taken is looked at before the manifest names it."""
     monkeypatch.setattr(MemoryFileSystem, "size", lambda self, path: 3)
     with pytest.raises(CheckpointError, match="has 3 bytes after writing"):
-        _ema().save(memory)
+        small_ema().save(memory)
     monkeypatch.undo()
     assert _files(memory) == []
 
@@ -136,7 +127,7 @@ def test_what_a_killed_save_left_is_removed_by_the_next(memory: str) -> None:
     system, root = fsspec.core.url_to_fs(memory)
     system.pipe_file(f"{root}/data-{'0' * 32}/averages/ema/model.safetensors", b"half of it")
     system.pipe_file(f"{root}/notes.txt", b"of somebody else")
-    _ema().save(memory)
+    small_ema().save(memory)
     names = _files(memory)
     assert "notes.txt" in names
     assert not any(name.startswith("data-0000") for name in names)
@@ -144,7 +135,7 @@ def test_what_a_killed_save_left_is_removed_by_the_next(memory: str) -> None:
 
 def test_damage_in_a_store_is_found(memory: str) -> None:
     """A flipped bit, an object that is gone, one of another size."""
-    ema = _ema()
+    ema = small_ema()
     ema.save(memory)
     system, root = fsspec.core.url_to_fs(memory)
     victim = next(f"{root}/{name}" for name in _files(memory) if name.endswith("ema/model.safetensors"))
@@ -201,19 +192,19 @@ def test_ranges_that_lie_close_are_asked_for_at_once(memory: str, monkeypatch: p
 )
 def test_a_url_that_cannot_be_written_to_is_a_clear_error(url: Any, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
-        _ema().save(url)
+        small_ema().save(url)
     with pytest.raises((CheckpointError, EMAConfigError)):
-        _ema().load(url)
+        small_ema().load(url)
 
 
 def test_an_export_refuses_a_url(memory: str) -> None:
     """It would make a directory whose name begins with ``memory:``."""
     with pytest.raises(EMAConfigError, match="save\\(\\) takes URLs"):
-        _ema().export(memory)
+        small_ema().export(memory)
 
 
 def test_the_command_line_takes_urls(memory: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    _ema().save(memory)
+    small_ema().save(memory)
     assert main(["verify", memory]) == 0
     assert main(["inspect", memory, "--json"]) == 0
     assert json.loads(capsys.readouterr().out.partition("\n")[2])["path"] == memory
@@ -246,14 +237,14 @@ def bucket() -> Iterator[str]:
 def test_s3_takes_a_checkpoint_and_gives_it_back(bucket: str) -> None:
     """Real requests: multipart uploads of more than one part, ranges, listings that must not be out of date."""
     url = f"{bucket}/run/ema"
-    ema = _ema(1, size=2_000_000)  # 24 MB: two parts
+    ema = small_ema(1, size=2_000_000)  # 24 MB: two parts
     ema.save(url)
-    again = _ema(2, size=2_000_000)
+    again = small_ema(2, size=2_000_000)
     again.save(url, block=False)
     again.wait()
     assert verify_checkpoint(url).seen.updates == 2
     assert len({name.partition("/")[0] for name in _files(url)}) == 2
-    other = _ema(3, size=2_000_000)
+    other = small_ema(3, size=2_000_000)
     other.load(url)
     assert other.fingerprint() == again.fingerprint()
     with pytest.raises(CheckpointError, match="no-such-bucket"):
@@ -274,7 +265,7 @@ def _overtake(monkeypatch: pytest.MonkeyPatch, method: str, url: str) -> None:
 
     def overtaken(self: Upload, *arguments: Any) -> Any:
         monkeypatch.setattr(Upload, method, original)
-        _ema(NEW).save(url)
+        small_ema(NEW).save(url)
         return original(self, *arguments)
 
     monkeypatch.setattr(Upload, method, overtaken)
@@ -284,10 +275,10 @@ def _overtake(monkeypatch: pytest.MonkeyPatch, method: str, url: str) -> None:
 def test_an_upload_that_was_overtaken_is_an_error(old: bool, memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It wrote its manifest over the other, which had removed its data."""
     if old:
-        _ema(OLD).save(memory)
+        small_ema(OLD).save(memory)
     _overtake(monkeypatch, "commit", memory)
     with pytest.raises(CheckpointError, match="another save"):
-        _ema(LATE).save(memory)
+        small_ema(LATE).save(memory)
     assert verify_checkpoint(memory).seen.updates == NEW
     assert len({name.partition("/")[0] for name in _files(memory)}) == 2
 
@@ -298,7 +289,7 @@ def test_an_upload_that_sleeps_before_the_first_manifest_does_no_harm(
     """Every store can write an object only if there is none."""
     _overtake(monkeypatch, "_put", memory)
     with pytest.raises(CheckpointError, match="another save"):
-        _ema(LATE).save(memory)
+        small_ema(LATE).save(memory)
     assert verify_checkpoint(memory).seen.updates == NEW
 
 
@@ -306,10 +297,10 @@ def test_an_upload_that_sleeps_before_it_replaces_a_manifest_says_so(
     memory: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the store takes no conditions the harm is done, but not in silence."""
-    _ema(OLD).save(memory)
+    small_ema(OLD).save(memory)
     _overtake(monkeypatch, "_put", memory)
     with pytest.raises(CheckpointError, match=r"another save.*has run at the same time"):
-        _ema(LATE).save(memory)
+        small_ema(LATE).save(memory)
 
 
 @pytest.mark.parametrize("old", [False, True])
@@ -320,13 +311,13 @@ def test_s3_replaces_a_manifest_only_if_it_is_still_the_same(
 ) -> None:
     url = f"{bucket}/two/{old}"
     if old:
-        _ema(OLD).save(url)
+        small_ema(OLD).save(url)
     _overtake(monkeypatch, "_put", url)
     with pytest.raises(CheckpointError, match="was replaced by another save"):
-        _ema(LATE).save(url)
+        small_ema(LATE).save(url)
     assert verify_checkpoint(url).seen.updates == NEW
     assert len({name.partition("/")[0] for name in _files(url)}) == 2
-    _ema(LATE).save(url)
+    small_ema(LATE).save(url)
     assert verify_checkpoint(url).seen.updates == LATE
 
 
@@ -339,7 +330,7 @@ def test_an_answer_that_is_lost_does_not_cost_the_checkpoint(memory: str, monkey
         raise ConnectionResetError("connection reset by peer")
 
     monkeypatch.setattr(MemoryFileSystem, "pipe_file", lose)
-    _ema(NEW).save(memory)
+    small_ema(NEW).save(memory)
     monkeypatch.undo()
     assert verify_checkpoint(memory).seen.updates == NEW
 
@@ -360,7 +351,7 @@ def test_a_connection_that_is_lost_with_the_answer_does_not_cost_the_checkpoint(
 
     monkeypatch.setattr(MemoryFileSystem, "pipe_file", put)
     with pytest.raises(CheckpointError, match="connection reset by peer"):
-        _ema(NEW).save(memory)
+        small_ema(NEW).save(memory)
     monkeypatch.undo()
     assert verify_checkpoint(memory).seen.updates == NEW
 
@@ -374,5 +365,5 @@ def test_a_store_that_does_not_know_conditions_is_written_to(memory: str, monkey
 
     monkeypatch.setattr(MemoryFileSystem, "pipe_file", old_one)
     for updates in (OLD, NEW):
-        _ema(updates).save(memory)
+        small_ema(updates).save(memory)
         assert verify_checkpoint(memory).seen.updates == updates

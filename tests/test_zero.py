@@ -20,11 +20,12 @@ from dist_ema.engines.zero import ZeroEngine
 from dist_ema.errors import EMAConfigError, EMAEngineError, EMAStateError
 
 #: Every optimizer class that DeepSpeed 0.19.8 wraps around a plain one, and every branch of ours.
+#: Of stage, dtype and offload every pair is there: offloading alternates over the products of the other two.
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
     f"zero{stage}-{dtype}{'-offload' if offload else ''}": (stage, {"dtype": dtype, "offload": offload})
     for stage in (0, 1, 2, 3)
-    for dtype in DTYPES
-    for offload in ((False, True) if stage else (False,))
+    for number, dtype in enumerate(DTYPES)
+    for offload in ((stage + number) % 2 == 0 and stage > 0,)
 }
 CASES["zero0-bf16-fused"] = (0, {"dtype": "bf16", "optimizer": plain_fused_adam})
 CASES["zero1-bf16-optimizer"] = (1, {"dtype": "bf16", "data_types": {"grad_accum_dtype": "fp32"}})
@@ -116,16 +117,11 @@ def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
     assert [name for name in left if not torch.equal(left[name], right[name])] == []
 
 
-@pytest.mark.parametrize(("case", "world_size"), WORLDS)
-@pytest.mark.world_size()
-def test_sources_are_the_master_weights(case: str, world_size: int) -> None:
-    """A wrong offset, padding or order would average one parameter's elements into another's."""
+def check_sources_are_the_master_weights(engine: Any, zero: ZeroEngine, case: str) -> None:
+    """Right after a step. A wrong offset, padding or order would average one parameter's elements into another's."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     stage, options = CASES[case]
-    engine = make_engine(stage, **options)
-    train(engine, range(3))
-    zero = ZeroEngine(engine)
     full = assembled(zero)
     names = [name for spec in zero.specs() for name in (spec.name, *spec.aliases)]
     assert sorted(names) == sorted(Net().state_dict())
@@ -149,7 +145,7 @@ def test_sources_are_the_master_weights(case: str, world_size: int) -> None:
 
 @pytest.mark.parametrize(("case", "world_size"), WORLDS)
 @pytest.mark.world_size()
-def test_evaluating_other_weights_leaves_no_trace(case: str, world_size: int) -> None:
+def test_sources_are_the_masters_and_evaluating_other_weights_leaves_no_trace(case: str, world_size: int) -> None:
     """Persistent parameters of ZeRO-3 and replicated weights of ZeRO-1/2 do not follow a write to the masters."""
     stage, options = CASES[case]
     untouched = make_engine(stage, **options)
@@ -159,6 +155,7 @@ def test_evaluating_other_weights_leaves_no_trace(case: str, world_size: int) ->
     engine = make_engine(stage, **options)
     train(engine, range(3))
     zero = ZeroEngine(engine)
+    check_sources_are_the_master_weights(engine, zero, case)
     backward(engine, 3)  # gradients of the next step must survive what follows
     evaluate(engine)  # leaves parameters gathered under ZeRO-3
     before, masters = live(engine), assembled(zero)
@@ -361,8 +358,8 @@ def test_wrappers_inside_the_engine_do_not_change_names(stage: int) -> None:
     assert sorted(names) == sorted(Net().state_dict()), names
 
 
-EMA_CASES = [(case, 2) for case in CASES if "offload" not in case and "persistent" not in case] + [
-    (case, size) for size in (1, 3, 4) for case in ("zero0-bf16", "zero1-bf16", "zero2-fp32", "zero3-bf16")
+EMA_CASES = [(case, 2) for case in CASES if "persistent" not in case and "param-offload" not in case] + [
+    (case, size) for size in (1, 3, 4) for case in ("zero0-bf16", "zero1-fp16", "zero2-bf16", "zero3-fp16")
 ]
 
 
@@ -376,7 +373,7 @@ def test_average_equals_the_dense_one_and_never_disturbs_training(
 
     stage, options = CASES[case]
     untouched = make_engine(stage, **options, gas=2)
-    train(untouched, range(12))
+    train(untouched, range(8))
     expected = live(untouched), assembled(ZeroEngine(untouched))
 
     engine = make_engine(stage, **options, gas=2)
@@ -385,18 +382,18 @@ def test_average_equals_the_dense_one_and_never_disturbs_training(
     oracle = DenseAverage(trained, 0.7)
     ema = ShardedEMA(engine, decay=0.7)
     updates = 0
-    for step in range(12):
+    for step in range(8):
         train(engine, range(step, step + 1))
         if ema.update():
             updates += 1
             oracle.update(named(reader))
-        if step in (1, 4, 7):
+        if step in (1, 4, 5):
             with ema.average_parameters():
                 averaged = plain_model({k: v.float() for k, v in exported(oracle).items()}, options["dtype"])
                 found, wanted = evaluate(engine).float(), averaged(batch(99, 0)).float()
                 torch.testing.assert_close(found, wanted, **tolerance(options["dtype"]))
             evaluate(engine)
-    assert updates == ema.num_updates == 6
+    assert updates == ema.num_updates == 4
     state = ema.full_state_dict()
     if rank == 0:
         oracle.check(dict(state))

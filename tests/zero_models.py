@@ -43,12 +43,14 @@ def reset_deepspeed() -> None:
     import deepspeed
     from deepspeed.accelerator import get_accelerator
     from deepspeed.comm import comm
+    from deepspeed.runtime import config
     from deepspeed.runtime.zero import parameter_offload, partition_parameters
     from deepspeed.utils import groups
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # A shared-memory all-reduce that would be compiled for two minutes and only serves as a faster one.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    config.DeepSpeedConfig.print = lambda *_: None  # which formats all of it, whether or not anyone is shown it
     comm.cdb = None
     groups._release_process_group_references()
     groups.mesh_device = None
