@@ -52,7 +52,11 @@ def accelerator_of(strategy: str, **options: Any) -> Iterator[Any]:
             # calls fully_shard() on them.
             PartialState._shared_state["distributed_type"] = "MULTI_GPU"
             options["fsdp_plugin"] = FullyShardedDataParallelPlugin(
-                fsdp_version=2, auto_wrap_policy="size_based_wrap", min_num_params=100, state_dict_type="SHARDED_STATE_DICT"
+                fsdp_version=2,
+                auto_wrap_policy="transformer_based_wrap",
+                transformer_cls_names_to_wrap=["Block"],
+                state_dict_type="SHARDED_STATE_DICT",
+                cpu_ram_efficient_loading=False,
             )
         elif strategy.startswith("zero"):
             from zero_models import reset_deepspeed
@@ -237,3 +241,293 @@ def test_resuming_in_the_middle_is_as_no_interruption(seen: dict[str, Any]) -> N
     assert seen["middle"][0] != seen["middle"][1]
     same(seen["resumed"], seen["live"])
     assert seen["resumed end"] == seen["end"]
+
+
+def load_alone(strategy: str, shelf: Path) -> None:
+    """In one process, what two have saved."""
+    from dist_ema.integrations.accelerate import prepare_ema
+
+    seen = torch.load(shelf / "seen.pt")
+    with accelerator_of(strategy) as accelerator:
+        model, optimizer = prepared(accelerator, strategy)
+        ema = prepare_ema(accelerator, model, optimizer, decay=DECAY)
+        slow = prepare_ema(accelerator, model, optimizer, decay=0.9, name="slow")
+        if strategy.startswith("zero"):  # DeepSpeed's own files are for two processes
+            ema.load(shelf / "middle" / "ema"), slow.load(shelf / "middle" / "slow")
+        else:
+            accelerator.load_state(str(shelf / "middle"))
+        assert (ema.fingerprint(), slow.fingerprint()) == seen["middle"]
+        micro_step(accelerator, model, optimizer, 0)
+        micro_step(accelerator, model, optimizer, 1)
+        assert ema.num_updates == 4
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero2", "zero3"])
+def test_another_world_size_has_the_same_average(strategy: str, shelf: Path, on_ranks: OnRanks) -> None:
+    on_ranks(load_alone, 1, strategy=strategy, shelf=shelf)
+
+
+@pytest.mark.parametrize("strategy", ["ddp"])
+def test_another_strategy_loads_the_average(strategy: str, shelf: Path) -> None:
+    ema = ShardedEMA(build(scalar=False), decay=DECAY)
+    ema.load(shelf / "middle" / "ema")
+    assert ema.fingerprint() == torch.load(shelf / "seen.pt")["middle"][0]
+
+
+# Steps that are none.
+
+
+@pytest.mark.world_size(1)
+def test_a_step_skipped_for_overflow_is_not_counted() -> None:
+    from dist_ema.integrations.accelerate import prepare_ema
+
+    with accelerator_of("single") as accelerator:
+        accelerator.gradient_accumulation_steps = 1
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+        model, optimizer = prepared(accelerator, "single")
+        ema = prepare_ema(accelerator, model, optimizer, decay=DECAY)
+        for factor in (1.0, float("inf"), 1.0):
+            accelerator.backward(model(batch(0)).square().mean() * factor)
+            optimizer.step()
+            assert optimizer.step_was_skipped == (factor != 1.0)
+            optimizer.zero_grad()
+        assert ema.num_updates == 2
+
+
+# Checkpoints.
+
+
+@pytest.mark.world_size(2)
+def test_rotation_takes_the_averages_along(tmp_path: Path) -> None:
+    """Accelerate names the folders and removes old ones; load_state() without a path takes the last."""
+    from accelerate.utils import ProjectConfiguration
+
+    from dist_ema.integrations.accelerate import prepare_ema
+
+    folder = [str(tmp_path)]
+    dist.broadcast_object_list(folder)
+    project = ProjectConfiguration(folder[0], automatic_checkpoint_naming=True, total_limit=2)
+    with accelerator_of("ddp", project_config=project) as accelerator:
+        model, optimizer = prepared(accelerator, "ddp")
+        ema = prepare_ema(accelerator, model, optimizer, decay=DECAY)
+        for step in range(8):
+            micro_step(accelerator, model, optimizer, step)
+            if step % 2:
+                accelerator.save_state()
+                saved = ema.fingerprint()
+        micro_step(accelerator, model, optimizer, 8)
+        micro_step(accelerator, model, optimizer, 9)
+        accelerator.load_state()
+        assert ema.fingerprint() == saved and ema.num_updates == 4
+        accelerator.wait_for_everyone()
+        kept = sorted(path.relative_to(folder[0]).as_posix() for path in Path(folder[0]).rglob("ema"))
+        assert kept == ["checkpoints/checkpoint_2/ema", "checkpoints/checkpoint_3/ema"]
+
+
+class Stepping(torch.optim.SGD):
+    """Steps when its state is loaded, as FSDP2's way of loading an optimizer does."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = torch.ones_like(parameter)
+        self.step()
+        self.zero_grad()
+
+
+@pytest.mark.world_size(1)
+@pytest.mark.parametrize("by_class", [False, True])
+def test_the_average_is_loaded_after_the_optimizer(by_class: bool, tmp_path: Path) -> None:
+    """A step that an optimizer makes while it is loaded would move an average that is there already."""
+    from accelerate import Accelerator
+
+    from dist_ema.integrations.accelerate import prepare_ema
+
+    with accelerator_of("single") as accelerator:
+        plain = build(scalar=False, frozen=False)
+        model, optimizer = accelerator.prepare(plain, Stepping(plain.parameters(), lr=0.1))
+        ema = prepare_ema(accelerator, model, optimizer, decay=DECAY)
+        micro_step(accelerator, model, optimizer, 0)
+        micro_step(accelerator, model, optimizer, 1)
+        if by_class:  # passes the object's method by; the step comes later there, and is averaged
+            Accelerator.save_state(accelerator, str(tmp_path / "state"))
+            Accelerator.load_state(accelerator, str(tmp_path / "state"))
+            assert ema.num_updates == 2
+            return
+        accelerator.save_state(str(tmp_path / "state"))
+        saved = ema.fingerprint()
+        accelerator.load_state(str(tmp_path / "state"))
+        assert ema.fingerprint() == saved and ema.num_updates == 1
+
+
+@pytest.mark.world_size(2)
+def test_a_checkpoint_without_the_average(tmp_path: Path) -> None:
+    """An error that names it, on both ranks and before anything is loaded; or a new start from the loaded weights."""
+    from dist_ema.integrations.accelerate import prepare_ema
+
+    folder = [str(tmp_path / "state")]
+    dist.broadcast_object_list(folder)
+    with accelerator_of("ddp") as accelerator:
+        model, optimizer = prepared(accelerator, "ddp")
+        accelerator.save_state(folder[0])
+        saved = full(model)
+        ema = prepare_ema(accelerator, model, optimizer, decay=DECAY, name="fast")
+        micro_step(accelerator, model, optimizer, 0)
+        micro_step(accelerator, model, optimizer, 1)
+        before = full(model)
+        with pytest.raises(CheckpointError, match=r"no average 'fast': .* missing='start'"):
+            accelerator.load_state(folder[0])
+        same(full(model), before)
+        assert ema.num_updates == 1
+    with accelerator_of("ddp") as accelerator:
+        model, optimizer = prepared(accelerator, "ddp")
+        ema = prepare_ema(accelerator, model, optimizer, decay=DECAY, missing="start")
+        micro_step(accelerator, model, optimizer, 0)
+        micro_step(accelerator, model, optimizer, 1)
+        accelerator.load_state(folder[0])
+        assert ema.num_updates == 0
+        same(full(model), saved)
+        state = ema.full_state_dict()
+        assert all(torch.equal(state[name], saved[name].float()) for name in state if saved[name].is_floating_point())
+
+
+@pytest.mark.world_size(1)
+def test_checkpoints_are_refused_inside_an_evaluation(tmp_path: Path) -> None:
+    """Accelerate would write the average as the weights that train, or load those into the average's place."""
+    from dist_ema.integrations.accelerate import prepare_ema
+
+    with accelerator_of("single") as accelerator:
+        model, optimizer = prepared(accelerator, "single")
+        ema = prepare_ema(accelerator, model, optimizer, decay=DECAY)
+        micro_step(accelerator, model, optimizer, 0)
+        micro_step(accelerator, model, optimizer, 1)
+        accelerator.save_state(str(tmp_path / "good"))
+        with ema.average_parameters():
+            with pytest.raises(EMAStateError, match=r"accelerator.save_state\(\) inside average_parameters"):
+                accelerator.save_state(str(tmp_path / "bad"))
+            with pytest.raises(EMAStateError, match=r"accelerator.load_state\(\) inside average_parameters"):
+                accelerator.load_state(str(tmp_path / "good"))
+        assert not (tmp_path / "bad").exists()
+        accelerator.save_state(str(tmp_path / "bad"))
+
+
+@pytest.mark.world_size(1)
+def test_register_for_checkpointing_is_refused(tmp_path: Path) -> None:
+    """It would pickle what rank 0 has."""
+    from accelerate import Accelerator
+
+    from dist_ema.integrations.accelerate import prepare_ema
+
+    with accelerator_of("single") as accelerator:
+        model, optimizer = prepared(accelerator, "single")
+        ema = prepare_ema(accelerator, model, optimizer, decay=DECAY)
+        with pytest.raises(EMAConfigError, match="pickle the part of the average that rank 0 has"):
+            accelerator.register_for_checkpointing(ema)
+        assert accelerator._custom_objects == []
+        scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer.optimizer)
+        accelerator.register_for_checkpointing(scheduler)  # anything else is as ever
+        accelerator.save_state(str(tmp_path / "state"))
+        Accelerator.register_for_checkpointing(accelerator, ema)  # behind our back
+        with pytest.raises(EMAConfigError, match="Leave the call out"):
+            accelerator.save_state(str(tmp_path / "other"))
+        assert not (tmp_path / "other").exists()
+
+
+# What is refused, and what is let go.
+
+
+@pytest.mark.world_size(1)
+def test_bad_arguments_name_what_to_do() -> None:
+    from accelerate.utils import DistributedType
+
+    from dist_ema.integrations import accelerate as ours
+    from dist_ema.integrations.accelerate import prepare_ema
+
+    with accelerator_of("single") as accelerator:
+        model, optimizer = prepared(accelerator, "single")
+        prepare_ema(accelerator, model, optimizer, decay=DECAY)
+        hooks = len(accelerator._save_model_state_pre_hook)
+        other = build(scalar=False)
+        for arguments, message in (
+            ((accelerator, other), "not prepared by this accelerator"),
+            ((accelerator, nn.Sequential(model)), "not prepared by this accelerator"),
+            ((accelerator, model, optimizer.optimizer), "optimizer=AdamW: it was not prepared"),
+            ((model, optimizer), "accelerator=Uneven"),
+        ):
+            with pytest.raises(EMAConfigError, match=message):
+                prepare_ema(*arguments, decay=DECAY, name="other")
+        for options, message in (
+            ({}, "has an average of that name"),
+            ({"name": "a/b"}, "allowed are letters"),
+            ({"name": "a.b"}, "allowed are letters"),
+            ({"name": "x", "missing": "ignore"}, "allowed are 'error', 'start'"),
+            ({"name": "x", "decay": 2.0}, "decay"),
+            ({"name": "x", "half_life": "10tok"}, r"count in tok: call update\("),
+            ({"name": "x", "ema_start": "0.1dur", "decay": DECAY}, "max_duration"),
+        ):
+            with pytest.raises(EMAConfigError, match=message):
+                prepare_ema(accelerator, model, optimizer, **options)
+        assert len(accelerator._save_model_state_pre_hook) == hooks
+        prepare_ema(accelerator, model, name="x", half_life="10tok").update(tokens=3)
+        version, ours.accelerate.__version__ = ours.accelerate.__version__, "1.2.1"
+        try:
+            with pytest.raises(EMAConfigError, match=r"accelerate 1.2.1 is installed.*needs 1.6 or later"):
+                prepare_ema(accelerator, model, name="y")
+        finally:
+            ours.accelerate.__version__ = version
+        accelerator.state.distributed_type = DistributedType.MEGATRON_LM
+        with pytest.raises(EMAEngineError, match="MEGATRON_LM"):
+            prepare_ema(accelerator, model, name="y")
+
+
+@pytest.mark.world_size(2)
+def test_the_model_inside_ddp_is_refused() -> None:
+    """Its average would not be spread over the ranks."""
+    from dist_ema.integrations.accelerate import prepare_ema
+
+    with accelerator_of("ddp") as accelerator:
+        model, optimizer = prepared(accelerator, "ddp")
+        with pytest.raises(EMAConfigError, match="not prepared by this accelerator"):
+            prepare_ema(accelerator, model.module, optimizer)
+        with pytest.raises(EMAConfigError, match="not prepared by this accelerator"):
+            prepare_ema(accelerator, accelerator.unwrap_model(model), optimizer)
+        prepare_ema(accelerator, model, optimizer)
+
+
+@pytest.mark.world_size(1)
+def test_a_compiled_model_is_known() -> None:
+    from dist_ema.integrations.accelerate import prepare_ema
+
+    with accelerator_of("single", dynamo_backend="eager") as accelerator:
+        plain = build(scalar=False)
+        model, optimizer = accelerator.prepare(plain, torch.optim.AdamW(plain.parameters(), lr=0.01))
+        assert type(model).__name__ == "OptimizedModule"
+        ema = prepare_ema(accelerator, model, optimizer)
+        assert set(ema.full_state_dict()) == set(plain.state_dict())
+
+
+@pytest.mark.world_size(1)
+def test_free_memory_lets_go_of_averages(tmp_path: Path) -> None:
+    """Hooks that held one would hold its model, and the next training's checkpoints would have it."""
+    from dist_ema.integrations.accelerate import prepare_ema
+
+    with accelerator_of("single") as accelerator:
+        model, optimizer = prepared(accelerator, "single")
+        ema = prepare_ema(accelerator, model, optimizer)
+        gone = weakref.ref(ema)
+        del ema
+        gc.collect()
+        accelerator.save_state(str(tmp_path / "held"))  # the accelerator holds it
+        assert (tmp_path / "held" / "ema").is_dir()
+        model, optimizer = accelerator.free_memory(model, optimizer)
+        gc.collect()
+        assert gone() is None
+        model, optimizer = prepared(accelerator, "single")
+        accelerator.save_state(str(tmp_path / "without"))
+        assert not (tmp_path / "without" / "ema").exists()
+        prepare_ema(accelerator, model, optimizer)  # the name is free again
+        there = weakref.ref(accelerator)
+    del accelerator, model, optimizer
+    gc.collect()
+    assert there() is None
