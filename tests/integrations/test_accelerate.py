@@ -531,3 +531,89 @@ def test_free_memory_lets_go_of_averages(tmp_path: Path) -> None:
     del accelerator, model, optimizer
     gc.collect()
     assert there() is None
+
+
+# What the README shows.
+
+SNIPPET = """
+from accelerate import Accelerator
+from dist_ema.integrations.accelerate import prepare_ema
+
+accelerator = Accelerator(gradient_accumulation_steps=2)
+model, optimizer, data = accelerator.prepare(model, optimizer, data)
+ema = prepare_ema(accelerator, model, optimizer, half_life="1000ba")
+for x in data:
+    with accelerator.accumulate(model):
+        accelerator.backward(model(x).square().mean())
+        optimizer.step()
+        optimizer.zero_grad()
+accelerator.save_state("state")  # writes state/ema too, and load_state() reads it
+with ema.average_parameters():
+    loss = model(x).square().mean()
+"""
+
+
+@pytest.mark.world_size(1)
+def test_the_readmes_snippet(tmp_path: Path) -> None:
+    before = Path.cwd()
+    os.chdir(tmp_path)
+    try:
+        with accelerator_of("single"):
+            model = nn.Linear(3, 1)
+            names: dict[str, Any] = {"model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1)}
+            exec(SNIPPET, names | {"data": torch.utils.data.DataLoader(torch.randn(8, 3), batch_size=2)})
+        assert (tmp_path / "state" / "ema").is_dir()
+    finally:
+        os.chdir(before)
+
+
+@pytest.mark.world_size(2)
+def test_a_training_loop_as_diffusers_has_it(tmp_path: Path) -> None:
+    """A UNet that predicts noise; images are made with the average, which diffusers loads in the end."""
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+    from dist_ema.integrations.accelerate import prepare_ema
+
+    folder = [str(tmp_path)]
+    dist.broadcast_object_list(folder)
+    with accelerator_of("ddp") as accelerator:
+        torch.manual_seed(0)
+        unet = UNet2DModel(
+            sample_size=8,
+            in_channels=1,
+            out_channels=1,
+            layers_per_block=1,
+            block_out_channels=(8, 16),
+            norm_num_groups=4,
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        )
+        schedule = DDPMScheduler(num_train_timesteps=20)
+        images = torch.utils.data.DataLoader(torch.rand(16, 1, 8, 8) * 2 - 1, batch_size=2)
+        model, optimizer, images = accelerator.prepare(unet, torch.optim.AdamW(unet.parameters(), lr=1e-3), images)
+        ema = prepare_ema(accelerator, model, optimizer, half_life="2ba")
+        for clean in images:
+            with accelerator.accumulate(model):
+                noise, times = torch.randn_like(clean), torch.randint(0, 20, (len(clean),))
+                noised = schedule.add_noise(clean, noise, times)
+                accelerator.backward(nn.functional.mse_loss(model(noised, times).sample, noise))
+                accelerator.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+        assert ema.num_updates == 2  # 16 images, 2 ranks, batches of 2, 2 batches a step
+        live = {name: value.clone() for name, value in unet.state_dict().items()}
+        with ema.average_parameters():
+            pipeline = DDPMPipeline(accelerator.unwrap_model(model), schedule)
+            pipeline.set_progress_bar_config(disable=True)
+            seed = torch.Generator().manual_seed(1)
+            made = pipeline(generator=seed, num_inference_steps=2, output_type="np").images
+        same(dict(unet.state_dict()), live)
+        ema.export(Path(folder[0]) / "unet", layout="diffusers")
+        loaded = UNet2DModel.from_pretrained(Path(folder[0]) / "unet")
+        state = ema.full_state_dict()
+        assert all(torch.equal(value, state[name]) for name, value in loaded.state_dict().items() if state)
+        pipeline = DDPMPipeline(loaded, schedule)
+        pipeline.set_progress_bar_config(disable=True)
+        seed = torch.Generator().manual_seed(1)
+        again = pipeline(generator=seed, num_inference_steps=2, output_type="np").images
+        torch.testing.assert_close(torch.from_numpy(again), torch.from_numpy(made))
