@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import os
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -435,6 +437,13 @@ def test_register_for_checkpointing_is_refused(tmp_path: Path) -> None:
 
 
 # What is refused, and what is let go.
+
+
+def test_without_accelerate_the_import_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    monkeypatch.delitem(sys.modules, "dist_ema.integrations.accelerate", raising=False)
+    with pytest.raises(ImportError, match=r"pip install 'dist_ema\[accelerate\]'"):
+        importlib.import_module("dist_ema.integrations.accelerate")
 
 
 @pytest.mark.world_size(1)
