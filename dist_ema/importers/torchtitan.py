@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
+from dist_ema.errors import EMAConfigError
 from dist_ema.importers.dcp import read_value
 from dist_ema.importers.foreign import Content, Foreign, LazyTensor, Model, integer
 from dist_ema.options import ONLY
@@ -30,3 +32,38 @@ def read(content: Content, model: Model | None) -> Foreign:
     step = read_value(content, "train_state.step")
     steps = integer(step, "train_state.step") if step is not None else 0
     return Foreign(averages, usual=HalfLifeFraction(0.05), clock=Progress(batches=steps), updates=steps + 1)
+
+
+def options_of(config: Any) -> dict[str, Any]:
+    """Options of :class:`ShardedEMA` for the config of torchtitan's own EMA. Local; imports nothing of torchtitan.
+
+    ``EMAOptimizersContainer.Config`` of its main branch (``components/ema.py``; the release 0.3.0 has no EMA). What is
+    not the same: the first update copies the weights, and does not blend them into those of the construction; updates
+    fall on multiples of the interval, also where ``start_step`` does not; the growing half life is kept per batch and
+    from the first update on, so with ``start_step=0`` it is one batch behind; the average is in fp32 unless ``dtype``
+    says otherwise, and theirs in the weights' dtype.
+
+    Args:
+        config: with ``decay``, ``half_life_fraction``, ``start_step``, ``step_bias``, ``update_every_n_steps`` and
+            ``offload_to_cpu``. ``enable`` is the caller's to ask for.
+
+    Raises:
+        EMAConfigError: one of these is missing, or ``step_bias`` is not 0.
+    """
+    names = ("decay", "half_life_fraction", "start_step", "step_bias", "update_every_n_steps", "offload_to_cpu")
+    lacking = [name for name in names if not hasattr(config, name)]
+    if lacking:
+        raise EMAConfigError(
+            f"config={type(config).__name__}: it has no {', '.join(lacking)}; pass the config of torchtitan's "
+            "EMAOptimizersContainer"
+        )
+    if config.step_bias != 0:
+        raise EMAConfigError(
+            f"step_bias={config.step_bias!r}: allowed is 0. An average goes on from a checkpoint with its own count"
+        )
+    decay = config.decay
+    options: dict[str, Any] = (
+        {"schedule": HalfLifeFraction(config.half_life_fraction)} if decay is None else {"smoothing": decay}
+    )
+    options |= {"update_interval": f"{config.update_every_n_steps}ba", "ema_start": f"{config.start_step}ba"}
+    return options | ({"offload": "cpu"} if config.offload_to_cpu else {})

@@ -1,0 +1,239 @@
+"""Accelerate: an average of a prepared model that ``save_state()`` writes and ``load_state()`` reads.
+
+Needs ``pip install 'dist_ema[accelerate]'``. What is private to ``accelerate.Accelerator`` here was read in 1.15:
+``_models``, ``_optimizers`` and ``_custom_objects``, the lists of what was prepared and registered, and
+``_is_accelerate_prepared``, the mark on what ``prepare()`` returns.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from dist_ema.ema import ShardedEMA
+from dist_ema.engines.unwrapped import unwrapped
+from dist_ema.errors import CheckpointError, EMAConfigError, EMAEngineError
+
+try:
+    import accelerate
+    from accelerate.utils import DistributedType, broadcast_object_list
+except ImportError as error:
+    raise ImportError(f"dist_ema.integrations.accelerate: pip install 'dist_ema[accelerate]' ({error})") from error
+
+__all__ = ["prepare_ema"]
+
+logger = logging.getLogger(__name__)
+#: The first version with FSDP2.
+_OLDEST = (1, 6)
+_MISSING = ("error", "start")
+_ATTRIBUTE = "_dist_ema_averages"
+
+
+def prepare_ema(
+    accelerator: accelerate.Accelerator,
+    model: Any,
+    optimizer: Any = None,
+    *,
+    name: str = "ema",
+    missing: str = "error",
+    **options: Any,
+) -> ShardedEMA:
+    """An average of a model that ``accelerator.prepare()`` returned. Local; every rank calls it.
+
+    ``accelerator.save_state()`` then writes it to ``<output_dir>/<name>``, and ``load_state()`` reads it, at another
+    number of processes too; both are called by all ranks, as ever. Checkpoints that ``total_limit`` removes take the
+    average with them. The accelerator holds the average, as it holds the model, until ``free_memory()``. Under one
+    process, DDP, FSDP, FSDP2 and DeepSpeed::
+
+        model, optimizer, data = accelerator.prepare(model, optimizer, data)
+        ema = prepare_ema(accelerator, model, optimizer, half_life="1000ba")
+        ...                                 # train as before: accelerator.accumulate(), .backward(), optimizer.step()
+        with ema.average_parameters():
+            evaluate(model)
+
+    Do not call ``register_for_checkpointing(ema)``: it would keep rank 0's part only, and raises. Neither can
+    ``save_state()`` and ``load_state()`` be called inside ``average_parameters()``, where the model has the average.
+
+    Args:
+        accelerator: that prepared the model.
+        model: as ``prepare()`` returned it, not the one inside.
+        optimizer: as ``prepare()`` returned it: each of its real steps is then counted, and no micro-step of an
+            accumulation or step skipped for overflow is. None if you call ``ema.update(...)`` yourself, where
+            ``accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped``, as options that count in
+            samples, tokens or epochs need it.
+        name: of the folder beside Accelerate's files, for several averages: letters, digits, ``_`` and ``-``.
+        missing: what ``load_state()`` does with a checkpoint that has no such average: ``"error"``, or ``"start"`` it
+            anew from the weights that were loaded.
+        options: of :class:`ShardedEMA`.
+
+    Raises:
+        EMAConfigError: an option is wrong, the name is taken, or model or optimizer were not prepared by this
+            accelerator.
+        EMAEngineError: the model cannot be averaged, or runs under Megatron-LM or XLA.
+    """
+    _check_version()
+    if not isinstance(accelerator, accelerate.Accelerator):
+        raise EMAConfigError(f"accelerator={type(accelerator).__name__}: pass the accelerate.Accelerator")
+    if accelerator.distributed_type in (DistributedType.MEGATRON_LM, DistributedType.XLA):
+        raise EMAEngineError(
+            f"the accelerator runs {accelerator.distributed_type.value}; averaged are models under one process, DDP, "
+            "FSDP, FSDP2 and DeepSpeed"
+        )
+    if missing not in _MISSING:
+        raise EMAConfigError(f"missing={missing!r}: allowed are {', '.join(map(repr, _MISSING))}")
+    averages = _Averages.of(accelerator)
+    averages.check_name(name)
+    if not _is_prepared(accelerator, model):
+        raise EMAConfigError(
+            f"model={type(model).__name__}: it was not prepared by this accelerator. Pass what accelerator.prepare() "
+            "returned for it"
+        )
+    if optimizer is not None and not any(optimizer is one for one in accelerator._optimizers):
+        raise EMAConfigError(
+            f"optimizer={type(optimizer).__name__}: it was not prepared by this accelerator. Pass what "
+            "accelerator.prepare() returned for it, or None and call update() yourself"
+        )
+    ema = ShardedEMA(model, **options)
+    if optimizer is not None:
+        ema.attach(optimizer)
+    averages.known[name] = _Average(ema, missing)
+    return ema
+
+
+def _check_version() -> None:
+    found = tuple(int(part) for part in re.findall(r"\d+", accelerate.__version__)[:2])
+    if found < _OLDEST:
+        oldest = ".".join(map(str, _OLDEST))
+        raise EMAConfigError(
+            f"accelerate {accelerate.__version__} is installed, and prepare_ema() needs {oldest} or later: "
+            f"pip install -U 'accelerate>={oldest}'"
+        )
+
+
+def _is_prepared(accelerator: accelerate.Accelerator, model: Any) -> bool:
+    """Whether ``prepare()`` of this accelerator returned it. The list has DDP's model without DDP. Local."""
+    if not getattr(model, "_is_accelerate_prepared", False):
+        return False
+    return any(model is one or unwrapped(model) is unwrapped(one) for one in accelerator._models)
+
+
+@dataclass(frozen=True)
+class _Average:
+    ema: ShardedEMA
+    missing: str
+
+
+class _Averages:
+    """Those of one accelerator, by name, and what keeps its checkpoints and them together.
+
+    Hooks run before Accelerate has loaded a schedule, a sampler and, without a sharded strategy, the model and the
+    optimizer; an optimizer may be stepped to be loaded. So averages are loaded when ``load_state()`` is over, and the
+    hook only says from where. Methods of the accelerator *object* are wrapped: there is no other event.
+    """
+
+    def __init__(self, accelerator: accelerate.Accelerator) -> None:
+        self.known: dict[str, _Average] = {}
+        self._accelerator = accelerator
+        self._found: dict[str, Path | None] = {}  # where load_state() will find each average
+        self._loading = False
+        accelerator.register_save_state_pre_hook(self._save)
+        accelerator.register_load_state_pre_hook(self._look)
+        for method in ("save_state", "load_state", "register_for_checkpointing", "free_memory"):
+            inner = getattr(accelerator, method)
+            wrapper = functools.partial(getattr(self, f"_{method}"), inner)
+            setattr(accelerator, method, functools.update_wrapper(wrapper, inner))
+
+    @classmethod
+    def of(cls, accelerator: accelerate.Accelerator) -> _Averages:
+        """The ones of this accelerator, in an attribute of it: its life is theirs."""
+        averages = vars(accelerator).get(_ATTRIBUTE)
+        if averages is None:
+            averages = cls(accelerator)
+            setattr(accelerator, _ATTRIBUTE, averages)
+        return cast(_Averages, averages)
+
+    def check_name(self, name: str) -> None:
+        """Raises EMAConfigError unless a folder of that name can lie beside Accelerate's files, and none does."""
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            raise EMAConfigError(f"name={name!r}: allowed are letters, digits, '_' and '-'; it is a folder's name")
+        if name in self.known:
+            raise EMAConfigError(
+                f"name={name!r}: this accelerator has an average of that name. Give each its own, such as "
+                f"name={name + '2'!r}; accelerator.free_memory() lets go of those that there are"
+            )
+
+    # In place of the accelerator's methods.
+
+    def _save_state(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._refuse("save_state()")
+        return inner(*args, **kwargs)
+
+    def _load_state(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._refuse("load_state()")
+        self._loading = True
+        try:
+            result = inner(*args, **kwargs)
+        finally:
+            self._loading = False
+        self._load()
+        return result
+
+    def _register_for_checkpointing(self, inner: Callable[..., Any], *objects: Any) -> Any:
+        _refuse_registered(objects)
+        return inner(*objects)
+
+    def _free_memory(self, inner: Callable[..., Any], *objects: Any) -> Any:
+        self.known.clear()
+        return inner(*objects)
+
+    def _refuse(self, call: str) -> None:
+        """Before anything is written or loaded. Local."""
+        _refuse_registered(self._accelerator._custom_objects)
+        for average in self.known.values():
+            average.ema._refuse(f"accelerator.{call}", mends=True)  # inside average_parameters() only
+
+    # Hooks: on all ranks.
+
+    def _save(self, _models: object, _weights: object, folder: str) -> None:
+        self._refuse("save_state()")  # for who has called the class's
+        for name, average in self.known.items():
+            average.ema.save(Path(folder) / name)
+
+    def _look(self, _models: object, folder: str) -> None:
+        """Where each average is, as rank 0 sees it; raises CheckpointError on every rank if one is nowhere."""
+        paths = {name: Path(folder) / name for name in self.known}
+        seen = broadcast_object_list([[path.is_dir() for path in paths.values()]])[0]
+        self._found = {name: paths[name] if there else None for name, there in zip(paths, seen, strict=True)}
+        lacking = [name for name, path in self._found.items() if path is None and self.known[name].missing == "error"]
+        if lacking:
+            raise CheckpointError(
+                f"the checkpoint {folder} has no average {', '.join(map(repr, lacking))}: it was written without "
+                "prepare_ema(), or with another name=. Pass missing='start' to prepare_ema() to start it from the "
+                "checkpoint's weights"
+            )
+        if not self._loading:  # who has called the class's load_state() has no later event
+            self._load()
+
+    def _load(self) -> None:
+        found, self._found = self._found, {}
+        for name, path in found.items():
+            ema = self.known[name].ema
+            if path is not None:
+                ema.load(path)
+                continue
+            logger.warning("The checkpoint has no average %r: it starts anew from the weights that were loaded.", name)
+            ema.reset()
+
+
+def _refuse_registered(objects: Any) -> None:
+    if any(isinstance(one, ShardedEMA) for one in objects):
+        raise EMAConfigError(
+            "register_for_checkpointing(ema): Accelerate would pickle the part of the average that rank 0 has, and no "
+            "other. Leave the call out: after prepare_ema(), save_state() and load_state() have all ranks write and "
+            "read the average"
+        )
