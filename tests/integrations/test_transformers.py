@@ -1,0 +1,269 @@
+"""The Trainer of transformers: real runs of a tiny Llama, alone and on two CPU processes under each strategy."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from oracle import DenseAverage
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+pytest.importorskip("transformers", reason="is in the extra 'test'")
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+from dist_ema import ShardedEMA
+from dist_ema.errors import CheckpointError, EMAConfigError, EMAStateError
+from dist_ema.integrations.transformers import EMACallback
+
+DECAY = 0.6
+CONFIG = {"vocab_size": 37, "hidden_size": 16, "intermediate_size": 22, "num_hidden_layers": 2}
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 16}
+
+
+def tiny(tied: bool = True) -> nn.Module:
+    """The same weights on every rank and in every run."""
+    torch.manual_seed(3)
+    return LlamaForCausalLM(LlamaConfig(**CONFIG, **HEADS, tie_word_embeddings=tied))
+
+
+class Tokens(Dataset):  # type: ignore[type-arg]
+    """Random sentences of six tokens."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.rows = torch.randint(0, 37, (count, 6), generator=torch.Generator().manual_seed(seed))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.rows[index], "labels": self.rows[index]}
+
+
+TRAIN, EVAL = Tokens(48, 0), {"a": Tokens(16, 1), "b": Tokens(16, 2)}
+
+
+def full_weights(trainer: Trainer) -> dict[str, Tensor]:
+    """What the optimizer trains, whole, by the plain model's names. Collective."""
+    from torch.distributed.tensor import DTensor
+
+    found = {}
+    for name, parameter in trainer.accelerator.unwrap_model(trainer.model).named_parameters():
+        if trainer.is_deepspeed_enabled:
+            from deepspeed.utils import safe_get_full_fp32_param
+
+            found[name] = safe_get_full_fp32_param(parameter).clone()
+        elif isinstance(parameter, DTensor):
+            found[name] = parameter.full_tensor().detach().clone()
+        else:
+            found[name] = parameter.detach().clone()
+    return found
+
+
+class Recorder(TrainerCallback):
+    """The dense average, from the weights at the trainer's real steps."""
+
+    def __init__(self) -> None:
+        self.trainer: Any = None
+        self.dense: DenseAverage | None = None
+        self.at: dict[int, dict[str, Tensor]] = {}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        weights = full_weights(self.trainer)
+        if self.dense is None:
+            self.dense = DenseAverage(set(weights), DECAY)
+        if not self.trainer.accelerator.optimizer_step_was_skipped:
+            self.dense.update(weights)
+        self.at[state.global_step] = dict(self.dense.average)
+
+
+@contextmanager
+def strategy(name: str, world_size: int) -> Iterator[dict[str, Any]]:
+    """Arguments under which a strategy really wraps the model on CPU processes."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+    from accelerate.utils import DistributedType
+
+    arguments: dict[str, Any] = {"use_cpu": name in ("plain", "ddp")}
+    environment, threads, prepare = dict(os.environ), torch.get_num_threads(), PartialState._prepare_backend
+    if name.startswith("zero"):
+        from zero_models import reset_deepspeed
+
+        reset_deepspeed()
+        zero = {"stage": int(name[-1]), "stage3_param_persistence_threshold": 20}
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
+        arguments["deepspeed"] = {
+            "train_micro_batch_size_per_gpu": "auto",
+            "gradient_accumulation_steps": "auto",
+            "gradient_clipping": "auto",
+            "zero_optimization": zero,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+        }
+    elif name == "fsdp2":
+        arguments |= {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
+    try:
+        if name.startswith("zero") or name == "fsdp2":  # on CPUs accelerate 1.15 knows DDP only, and drops them
+            os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+            PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
+        yield arguments
+    finally:
+        PartialState._prepare_backend = prepare
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        torch.set_num_threads(threads)
+        for variable in os.environ.keys() - environment.keys():
+            del os.environ[variable]
+
+
+def make(
+    folder: Path, *callbacks: TrainerCallback, model: Any = None, kind: type[Trainer] = Trainer, **arguments: Any
+) -> Trainer:
+    """A trainer of six steps in two epochs."""
+    options: dict[str, Any] = {
+        "per_device_train_batch_size": 16 // (dist.get_world_size() if dist.is_initialized() else 1),
+        "per_device_eval_batch_size": 4,
+        "learning_rate": 0.05,
+        "num_train_epochs": 2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "seed": 5,
+    }
+    given = {name: arguments.pop(name) for name in ("compute_metrics", "eval_dataset", "model_init") if name in arguments}
+    args = TrainingArguments(output_dir=str(folder), **{**options, **arguments})
+    if "model_init" not in given:
+        given["model"] = tiny() if model is None else model
+    return kind(args=args, train_dataset=TRAIN, callbacks=[*callbacks], **{"eval_dataset": EVAL, **given})
+
+
+def loss_of(weights: dict[str, Tensor], rows: Tensor) -> float:
+    """What a plain model with these weights says to a data set."""
+    model = tiny().eval()
+    model.load_state_dict({name: value.float() for name, value in weights.items()}, strict=False)
+    with torch.no_grad():
+        return float(model(input_ids=rows, labels=rows).loss)
+
+
+def check_average(ema: ShardedEMA, average: dict[str, Tensor]) -> None:
+    state = ema.full_state_dict()
+    if state:
+        expected = DenseAverage(set(average), DECAY)
+        expected.average = average
+        expected.check({name: state[name] for name in average})
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def follow(trainer: Trainer) -> Recorder:
+    recorder = Recorder()
+    recorder.trainer = trainer
+    trainer.add_callback(recorder)
+    return recorder
+
+
+def check_wrapped(trainer: Trainer, name: str) -> None:
+    kinds = {"plain": "LlamaForCausalLM", "ddp": "DistributedDataParallel", "fsdp2": "FSDPLlamaForCausalLM"}
+    assert type(trainer.model_wrapped).__name__ == kinds.get(name, "DeepSpeedEngine")
+    if name.startswith("zero"):
+        assert trainer.model_wrapped.zero_optimization_stage() == int(name[-1])
+
+
+def a_run(name: str, world_size: int, folder: Path) -> None:
+    with strategy(name, world_size) as arguments:
+        arguments |= {"eval_strategy": "steps", "eval_steps": 2}
+        plain = make(folder / "plain", **arguments)
+        plain.train()
+        expected, losses = full_weights(plain), logged(plain, "loss")
+        del plain
+
+        saving = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 2}
+        callback = EMACallback(decay=DECAY)
+        trainer = make(folder / "ema", callback, **arguments, **saving)
+        recorder = follow(trainer)
+        trainer.train()
+        check_wrapped(trainer, name)
+        ema = callback.ema
+        assert ema is not None and ema.num_updates == 6
+        assert recorder.dense is not None
+        check_average(ema, recorder.dense.average)
+        assert same(full_weights(trainer), expected), "training is not that without an average"
+        assert logged(trainer, "loss") == losses
+        check_logged(trainer, recorder)
+        check_evaluation(trainer, callback, recorder)
+        assert sorted(path.parent.name for path in (folder / "ema").glob("checkpoint-*/ema")) == [
+            "checkpoint-4",
+            "checkpoint-6",
+        ]
+        check_resumed(name, folder, trainer, callback, {**arguments, **saving})
+
+
+def logged(trainer: Trainer, key: str) -> dict[int, float]:
+    return {row["step"]: row[key] for row in trainer.state.log_history if key in row}
+
+
+def check_logged(trainer: Trainer, recorder: Recorder) -> None:
+    """Evaluations in training were on the average of that step."""
+    for key, dataset in EVAL.items():
+        found = logged(trainer, f"eval_{key}_loss")
+        assert list(found) == [2, 4, 6]
+        for step, value in found.items():
+            assert value == pytest.approx(loss_of(recorder.at[step], dataset.rows), rel=1e-5)
+    assert logged(trainer, "ema/num_updates") == {step: step for step in range(1, 7)}
+    assert all(value > 0.01 for step, value in logged(trainer, "ema/distance").items() if step > 1)
+
+
+def check_evaluation(trainer: Trainer, callback: EMACallback, recorder: Recorder) -> None:
+    """After training, and when it raises."""
+    assert recorder.dense is not None
+    before = full_weights(trainer)
+    rows = EVAL["a"].rows
+    averaged, live = loss_of(recorder.dense.average, rows), loss_of(before, rows)
+    assert abs(averaged - live) > 1e-3
+    assert trainer.evaluate()["eval_a_loss"] == pytest.approx(averaged, rel=1e-5)
+    assert trainer.predict(EVAL["a"]).metrics["test_loss"] == pytest.approx(averaged, rel=1e-5)
+
+    def fail(_: Any) -> dict[str, float]:
+        raise KeyError("a metric that is missing")
+
+    trainer.compute_metrics = fail
+    with pytest.raises(KeyError, match="a metric that is missing"):
+        trainer.evaluate()
+    trainer.compute_metrics = None
+    assert same(full_weights(trainer), before), "the live weights are not live"
+    trainer.remove_callback(EMACallback)
+    assert trainer.evaluate(EVAL["a"])["eval_loss"] == pytest.approx(live, rel=1e-5)
+    trainer.add_callback(callback)
+    assert trainer.evaluate(EVAL["a"])["eval_loss"] == pytest.approx(averaged, rel=1e-5)
+
+
+def check_resumed(name: str, folder: Path, trainer: Trainer, callback: EMACallback, arguments: dict[str, Any]) -> None:
+    assert callback.ema is not None
+    wanted, weights = callback.ema.fingerprint(), full_weights(trainer)
+    resumed = EMACallback(decay=DECAY)
+    other = make(folder / "ema", resumed, **arguments)
+    if name.startswith("zero"):
+        from zero_models import reset_deepspeed
+    other.train(resume_from_checkpoint=str(folder / "ema" / "checkpoint-4"))
+    assert resumed.ema is not None and resumed.ema.num_updates == 6
+    assert same(full_weights(other), weights)
+    assert resumed.ema.fingerprint() == wanted, "resuming is not going on"
+    assert resumed.ema.progress.epochs == pytest.approx(2 - 1 / 3)
+
+
+def test_alone(tmp_path: Path) -> None:
+    a_run("plain", 1, tmp_path)
+
+
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize("name", ["ddp", "zero2", "zero3", "fsdp2"])
+def test_on_two_processes(name: str, tmp_path: Path) -> None:
+    a_run(name, 2, tmp_path)
