@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -136,7 +138,9 @@ def make(
         "disable_tqdm": True,
         "seed": 5,
     }
-    given = {name: arguments.pop(name) for name in ("compute_metrics", "eval_dataset", "model_init") if name in arguments}
+    given = {
+        name: arguments.pop(name) for name in ("compute_metrics", "eval_dataset", "model_init") if name in arguments
+    }
     args = TrainingArguments(output_dir=str(folder), **{**options, **arguments})
     if "model_init" not in given:
         given["model"] = tiny() if model is None else model
@@ -267,3 +271,224 @@ def test_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["ddp", "zero2", "zero3", "fsdp2"])
 def test_on_two_processes(name: str, tmp_path: Path) -> None:
     a_run(name, 2, tmp_path)
+
+
+def test_the_best_models_average(tmp_path: Path) -> None:
+    """The average of the checkpoint whose metric was best goes on, not the last one; epochs are counted."""
+
+    class Worse(Trainer):
+        """The second epoch is said to be better than the others."""
+
+        def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+            found = super().evaluate(*args, **kwargs)
+            if self.is_in_train:
+                found["eval_a_loss"] = abs(self.state.epoch - 2)
+            return found
+
+    callback = EMACallback(half_life="1ep", update_interval="1ep", ema_start="0.25dur")
+    arguments = {"eval_strategy": "epoch", "save_strategy": "epoch", "logging_strategy": "epoch", "save_total_limit": 1}
+    arguments |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_a_loss", "num_train_epochs": 4}
+    trainer = make(tmp_path, callback, kind=Worse, **arguments)
+    seen: dict[int, dict[str, Tensor]] = {}
+
+    class Watch(TrainerCallback):
+        def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            assert callback.ema is not None
+            seen[int(state.epoch)] = callback.ema.full_state_dict()
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    ema = callback.ema
+    assert ema is not None and trainer.state.best_global_step == 6
+    assert (ema.num_updates, ema.progress.batches, round(ema.progress.epochs, 6)) == (2, 3, 1)
+    assert same(ema.full_state_dict(), seen[2]) and not same(seen[2], seen[4])
+    assert trainer.evaluate()["eval_a_loss"] == pytest.approx(loss_of(seen[2], EVAL["a"].rows), rel=1e-5)
+    assert logged(trainer, "ema/num_updates") == {3: 1, 6: 2, 9: 3, 12: 4}
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+def test_which_weights_save_model_writes(averaged: bool, tmp_path: Path) -> None:
+    """A checkpoint that held the average as its model would throw training back to it on resuming."""
+    callback = EMACallback(averages={"fast": 0.1, "slow": 0.9}, evaluate="fast", save_averaged=averaged and "slow")
+    trainer = make(tmp_path, callback, save_strategy="steps", save_steps=6)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "final"))
+    assert callback.ema is not None
+    live, slow = full_weights(trainer), callback.ema.full_state_dict("slow")
+    for folder, wanted in (("final", slow if averaged else live), ("checkpoint-6", live)):
+        found = dict(LlamaForCausalLM.from_pretrained(tmp_path / folder).named_parameters())
+        assert all(torch.equal(found[name], wanted[name]) for name in found), folder
+    assert same(full_weights(trainer), live)
+    rows = EVAL["a"].rows
+    fast = loss_of(callback.ema.full_state_dict("fast"), rows)
+    assert trainer.evaluate(EVAL["a"])["eval_loss"] == pytest.approx(fast, rel=1e-5)
+
+
+def test_added_to_a_trainer_that_skips_a_step(tmp_path: Path) -> None:
+    """Accumulation, and a step that the loss scale skips: neither a micro-batch nor that step is counted."""
+    trainer = make(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=6)
+    callback = EMACallback(trainer, decay=DECAY, half_life=None)
+    trainer.add_callback(callback)
+    trainer.args.include_num_input_tokens_seen = "all"
+    before = full_weights(trainer)
+    assert trainer.evaluate(EVAL["a"])["eval_loss"] == pytest.approx(loss_of(before, EVAL["a"].rows), rel=1e-5)
+
+    class Overflow(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 2:
+                next(trainer.model.parameters()).grad.fill_(float("inf"))
+
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    trainer.add_callback(Overflow())
+    recorder = follow(trainer)
+    trainer.args.max_grad_norm = 0.0
+    trainer.train()
+    ema = callback.ema
+    assert ema is not None and recorder.dense is not None and trainer.state.global_step == 6
+    assert (ema.num_updates, ema.progress.batches, ema.progress.tokens) == (5, 4, 5 * 8 * 6)
+    assert ema.progress.epochs == pytest.approx(5 / 6)
+    check_average(ema, recorder.dense.average)
+
+
+def test_a_new_average_for_each_training(tmp_path: Path) -> None:
+    """``model_init`` (hyperparameter_search) makes a new model at each ``train()``; a resumed one goes on."""
+    callback = EMACallback(decay=DECAY)
+    trainer = make(tmp_path, callback, model_init=tiny, save_strategy="epoch", max_steps=6)
+    trainer.train()
+    first, model = callback.ema, trainer.model
+    assert first is not None
+    wanted = first.fingerprint()
+    trainer.train()
+    assert callback.ema is not first and trainer.model is not model
+    assert callback.ema is not None and callback.ema.fingerprint() == wanted
+    trainer.train(resume_from_checkpoint=True)
+    assert callback.ema.num_updates == 6 and callback.ema.fingerprint() == wanted
+
+
+def test_peft_and_a_compiled_model(tmp_path: Path) -> None:
+    """Only adapters are trained; names and files are those of the model without wrappers."""
+    peft = pytest.importorskip("peft", reason="is in the extra 'test'")
+    torch.manual_seed(1)
+    model = peft.get_peft_model(tiny(), peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2))
+    callback = EMACallback(decay=DECAY, save_averaged=True)
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_a_loss", "eval_strategy": "epoch"}
+    arguments = {"torch_compile": True, "torch_compile_backend": "eager", "save_strategy": "epoch"}
+    trainer = make(tmp_path, callback, model=model, **arguments, **best)
+    trainer.train()
+    assert type(trainer.model_wrapped).__name__ == "OptimizedModule"
+    assert callback.ema is not None
+    state = callback.ema.full_state_dict(include_untracked=False)
+    assert state and all(name.startswith("base_model.model.model.layers.") and "lora" in name for name in state)
+    trainer.save_model(str(tmp_path / "final"))
+    again = peft.PeftModel.from_pretrained(tiny(), tmp_path / "final")
+    found = {name: value for name, value in again.state_dict().items() if "lora" in name}
+    assert same(found, state)
+    resumed = EMACallback(decay=DECAY)
+    torch.manual_seed(2)
+    model = peft.get_peft_model(tiny(), peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2))
+    other = make(tmp_path, resumed, model=model, **arguments)
+    other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert resumed.ema is not None and resumed.ema.num_updates == 6
+
+
+def test_a_subclass_with_an_evaluation_of_its_own(tmp_path: Path) -> None:
+    """Neither ``super().evaluate()`` nor ``evaluation_loop()`` is called: examples of question answering do so."""
+
+    class Own(Trainer):
+        def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+            weight = next(self.model.parameters())
+            return {"eval_loss": float(weight.detach().double().sum())}
+
+    callback = EMACallback(decay=DECAY)
+    trainer = make(tmp_path, callback, kind=Own)
+    trainer.train()
+    assert callback.ema is not None
+    averaged = next(iter(callback.ema.full_state_dict().values())).double().sum()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(float(averaged), rel=1e-9)
+    assert trainer.pop_callback(EMACallback) is callback
+    assert trainer.evaluate()["eval_loss"] == float(next(trainer.model.parameters()).detach().double().sum())
+
+
+def test_bf16_full_eval_leaves_the_average_whole(tmp_path: Path) -> None:
+    """Outside of training the Trainer casts the model to bf16, for good; inside the swap that would round the average."""
+    callback = EMACallback(decay=DECAY)
+    trainer = make(tmp_path, callback, bf16_full_eval=True)
+    trainer.train()
+    assert callback.ema is not None
+    before = callback.ema.fingerprint()
+    trainer.evaluate()
+    assert callback.ema.fingerprint() == before
+
+
+def test_evaluate_false(tmp_path: Path) -> None:
+    callback = EMACallback(decay=DECAY, evaluate=False)
+    trainer = make(tmp_path, callback)
+    trainer.train()
+    live = loss_of(full_weights(trainer), EVAL["a"].rows)
+    assert trainer.evaluate(EVAL["a"])["eval_loss"] == pytest.approx(live, rel=1e-5)
+
+
+def test_a_checkpoint_without_an_average(tmp_path: Path) -> None:
+    make(tmp_path, save_strategy="steps", save_steps=4).train()
+    checkpoint = str(tmp_path / "checkpoint-4")
+    with pytest.raises(CheckpointError, match=r"checkpoint-4 has no ema/.*missing='start'"):
+        make(tmp_path, EMACallback()).train(resume_from_checkpoint=checkpoint)
+    callback = EMACallback(missing="start")
+    make(tmp_path, callback).train(resume_from_checkpoint=checkpoint)
+    assert callback.ema is not None and callback.ema.num_updates == 2
+
+
+def test_what_is_refused(tmp_path: Path) -> None:
+    for options, message in (
+        ({"missing": "ignore"}, "missing='ignore': allowed are 'error' and 'start'"),
+        ({"evaluate": 1}, "evaluate=1: allowed are True, False, and the name"),
+        ({"trainer": "me"}, "trainer='me': allowed is a transformers.Trainer"),
+    ):
+        with pytest.raises(EMAConfigError, match=message):
+            EMACallback(**options)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'halflife'"):
+        EMACallback(halflife="1ba")
+    for options, message in (
+        ({"update_interval": "10sp"}, r"does not count samples \(sp\)"),
+        ({"half_life": "10tok"}, "include_num_input_tokens_seen"),
+        ({"max_duration": "10ba"}, "max_duration='10ba', and the Trainer's is 6ba or 2ep: leave it out"),
+        ({"averages": {"x": 0.5, "y": 0.9}}, "evaluate=True: allowed are False, 'x', 'y'"),
+        ({"save_averaged": "slow"}, "save_averaged='slow': allowed are False, 'ema'"),
+    ):
+        with pytest.raises(EMAConfigError, match=message):
+            make(tmp_path, EMACallback(**options)).train()
+    make(tmp_path, EMACallback(max_duration="2ep"), max_steps=-1)
+    trainer = make(tmp_path, EMACallback())
+    with pytest.raises(EMAConfigError, match="one EMACallback"):
+        EMACallback(trainer)
+    trainer.add_callback(EMACallback())
+    with pytest.raises(EMAConfigError, match="one EMACallback"):
+        trainer.train()
+    shared = EMACallback(make(tmp_path))
+    with pytest.raises(EMAConfigError, match="another Trainer's"):
+        make(tmp_path, shared).train()
+
+    class Late(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 1:
+                late.add_callback(EMACallback())
+
+    late = make(tmp_path, Late())
+    with pytest.raises(EMAStateError, match="before train"):
+        late.train()
+
+    class Inside(TrainerCallback):
+        def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            inside._save_checkpoint(inside.model, None)
+
+    inside = make(tmp_path, EMACallback(), Inside(), eval_strategy="epoch")
+    with pytest.raises(EMAStateError, match="inside an evaluation"):
+        inside.train()
+
+
+def test_importing_the_library_imports_no_trainer() -> None:
+    code = "import sys, dist_ema; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    code = "import sys; sys.modules['transformers'] = None; import dist_ema.integrations.transformers"
+    found = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert "ImportError: EMACallback needs transformers 5: pip install 'dist_ema[transformers]'" in found.stderr
