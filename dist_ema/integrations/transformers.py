@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -40,8 +41,9 @@ logger = logging.getLogger(__name__)
 class EMACallback(TrainerCallback):
     """Averages what a Trainer trains, evaluates on the average, and keeps it in ``checkpoint-N/ema``.
 
-    ``Trainer(..., callbacks=[EMACallback(half_life="1000ba")])``, or ``trainer.add_callback(EMACallback(trainer,
-    half_life="1000ba"))``. One for each Trainer, on every rank. Training is bit for bit that without it.
+    ``Trainer(..., callbacks=[EMACallback(half_life="1ep")])``, or ``trainer.add_callback(EMACallback(trainer,
+    half_life="1ep"))``. One for each Trainer, on every rank; training is bit for bit that without. ``.ema`` is the
+    :class:`dist_ema.ShardedEMA`, once training has begun.
 
     Every optimizer step that was not skipped counts: as a batch, by its part of the epoch, and, with the Trainer's
     ``include_num_input_tokens_seen``, by its tokens. ``evaluate()``, ``predict()`` and ``evaluation_loop()`` run on the
@@ -63,13 +65,9 @@ class EMACallback(TrainerCallback):
         save_averaged: as ``evaluate``, for ``save_model()``.
         options: of :class:`dist_ema.ShardedEMA`. ``max_duration`` is the Trainer's own, so it may be left out.
 
-    Attributes:
-        ema: the :class:`dist_ema.ShardedEMA`, once training has begun.
-
     Raises:
-        EMAConfigError: an option is wrong, or the trainer has an EMACallback already; on ``train()`` also if an option
-            contradicts the Trainer's arguments. There EMAEngineError says that its strategy cannot be averaged, and
-            CheckpointError that a checkpoint has no average.
+        EMAConfigError: an option is wrong or contradicts the Trainer's arguments, or the trainer has an EMACallback
+            already. ``train()`` raises it too, EMAEngineError for a strategy, CheckpointError for a lack of ``ema/``.
     """
 
     def __init__(
@@ -81,13 +79,10 @@ class EMACallback(TrainerCallback):
         save_averaged: bool | str = False,
         **options: Any,
     ) -> None:
-        for option, value in (("evaluate", evaluate), ("save_averaged", save_averaged)):
-            if not isinstance(value, (bool, str)):
-                raise EMAConfigError(f"{option}={value!r}: allowed are True, False, and the name of an average")
         if missing not in ("error", "start"):
             raise EMAConfigError(f"missing={missing!r}: allowed are 'error' and 'start'")
-        if not (trainer is None or isinstance(trainer, Trainer)):
-            raise EMAConfigError(f"trainer={trainer!r}: allowed is a transformers.Trainer, or None")
+        if not isinstance(trainer, Trainer | None):
+            raise EMAConfigError(f"trainer={trainer!r}: allowed are a transformers.Trainer and None")
         if trainer is not None and _callback_of(trainer) is not None:
             raise EMAConfigError(_TWICE)
         inspect.signature(ShardedEMA).bind(trainer, **options)  # TypeError for a misspelt one
@@ -100,7 +95,7 @@ class EMACallback(TrainerCallback):
         self._epochs, self._tokens = 0.0, 0  # of the training, at the last update
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Model and optimizer are wrapped by now, and loaded where a run is resumed. Collective."""
+        """The model is wrapped by now, and loaded where a run is resumed. Collective."""
         trainer = self._trainer
         if trainer is None:
             raise EMAStateError("a Trainer with a train() of its own: trainer.add_callback(EMACallback(trainer, ...))")
@@ -109,10 +104,10 @@ class EMACallback(TrainerCallback):
         self.ema = None  # of an attempt that ran out of memory (auto_find_batch_size)
         ema = ShardedEMA(trainer.model_wrapped, **self._options | {"max_duration": self._duration(args, state)})
         self._check(ema, args)
-        self.ema, self._metrics = ema, {}
-        self._epochs, self._tokens = state.epoch or 0.0, state.num_input_tokens_seen
         if self._resume is not None:
             self._load(ema, self._resume)
+        self.ema, self._metrics = ema, {}
+        self._epochs, self._tokens = state.epoch or 0.0, state.num_input_tokens_seen
 
     def _duration(self, args: Any, state: Any) -> str:
         """The Trainer's, which the user's own has to equal."""
@@ -124,26 +119,22 @@ class EMACallback(TrainerCallback):
 
     def _check(self, ema: ShardedEMA, args: Any) -> None:
         for option, value in (("evaluate", self._evaluate), ("save_averaged", self._save_averaged)):
-            if value is not False and (value not in ema.names if isinstance(value, str) else len(ema.names) > 1):
-                raise EMAConfigError(f"{option}={value!r}: allowed are False, {', '.join(map(repr, ema.names))}")
-        units = ema._options.units()
-        if "sp" in units:
-            raise EMAConfigError(
-                "the Trainer does not count samples (sp): give half_life and the like in ba, ep or tok"
-            )
-        if "tok" in units and args.include_num_input_tokens_seen == "no":
-            raise EMAConfigError("tokens (tok) are counted with TrainingArguments(include_num_input_tokens_seen='all')")
+            if value not in (allowed := [False, *[True][len(ema.names) - 1 :], *ema.names]):
+                raise EMAConfigError(f"{option}={value!r}: allowed are {', '.join(map(repr, allowed))}")
+        for unit, counted in (("sp", False), ("tok", args.include_num_input_tokens_seen != "no")):
+            if unit in ema._options.units() and not counted:
+                allowed = "ba, ep, and tok with TrainingArguments(include_num_input_tokens_seen='all')"
+                raise EMAConfigError(f"the Trainer does not count {unit}: allowed are {allowed}")
 
     def _load(self, ema: ShardedEMA, checkpoint: Path) -> None:
         """Goes on with the average in a checkpoint of the Trainer. Collective."""
         path = checkpoint / "ema"
         if broadcast_object(path.is_dir(), dist.group.WORLD if dist.is_initialized() else None):
-            ema.load(path)
-        elif self._missing == "error":
+            return ema.load(path)
+        if self._missing == "error":
             raise CheckpointError(f"{checkpoint} has no ema/: EMACallback(missing='start') starts one from its weights")
-        else:
-            logger.warning("%s has no ema/: an average starts from its weights.", checkpoint)
-            ema.reset()
+        logger.warning("%s has no ema/: an average starts from its weights.", checkpoint)
+        return ema.reset()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Takes the weights into the average, unless the step was skipped, as when gradients of fp16 overflow."""
@@ -156,7 +147,7 @@ class EMACallback(TrainerCallback):
         self.on_epoch_end(args, state, control)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Measures what the next log tells. Here, where all ranks are: log() may be called on one alone."""
+        """Measures what the next log says. Here, where all ranks are: log() may be called on one alone."""
         if control.should_log and self.ema is not None:  # DefaultFlowCallback comes first, and has set the flag
             self._metrics = self.ema.metrics()
 
@@ -172,9 +163,7 @@ class EMACallback(TrainerCallback):
         return self.ema.average_parameters(which if isinstance(which, str) else None)
 
 
-# What happens around a method of a Trainer that has an EMACallback. The further arguments are those of the method.
-
-
+# Around a method of a Trainer that has an EMACallback of its own. The further arguments are those of the method.
 @contextmanager
 def _training(own: EMACallback, trainer: Any, resume_from_checkpoint: Any = None, *_: Any, **__: Any) -> Iterator[None]:
     _wrap_methods(type(trainer))
@@ -182,32 +171,30 @@ def _training(own: EMACallback, trainer: Any, resume_from_checkpoint: Any = None
     if path is True:  # as the Trainer does, which raises where there is none
         path = trainer_utils.get_last_checkpoint(trainer.args.output_dir)  # type: ignore[no-untyped-call]
     own._trainer, own._resume = trainer, None if path is None else Path(path)
-    if own.ema is not None:  # else it would be in memory beside the new one, and its model with it
+    if own.ema is not None:
         own.ema.close()
-        own.ema = None
+    own.ema = None  # else it would be in memory beside the new one, and its model with it
     yield
 
 
 @contextmanager
 def _evaluating(own: EMACallback, trainer: Trainer, *_: Any, **__: Any) -> Iterator[None]:
-    args = trainer.args
-    if own.ema is not None and not trainer.is_in_train and (args.fp16_full_eval or args.bf16_full_eval):
-        # The Trainer casts the model for good then. Inside, it would be the average that is rounded.
-        trainer.model.to(dtype=torch.float16 if args.fp16_full_eval else torch.bfloat16)
+    half = torch.float16 if trainer.args.fp16_full_eval else torch.bfloat16 if trainer.args.bf16_full_eval else None
+    if own.ema is not None and half is not None and not trainer.is_in_train:
+        trainer.model.to(half)  # as the Trainer will, for good; with the average inside, that would be rounded
     with own._averaged(own._evaluate):
         yield
 
 
 @contextmanager
 def _saving(own: EMACallback, _: Any, output_dir: str | None = None, _internal_call: bool = False) -> Iterator[None]:
-    inside = _evaluating in own._running and own._evaluate is not False
+    inside = own.ema is not None and _evaluating in own._running and own._evaluate is not False
     checkpoint = output_dir if _internal_call else None  # push_to_hub()'s call is internal, but names no folder
-    if checkpoint is not None and inside and own.ema is not None:
+    if checkpoint is not None and inside:
         raise EMAStateError("a checkpoint cannot be saved inside an evaluation: the model holds the average there")
     with own._averaged(False if inside or checkpoint is not None else own._save_averaged):
         yield
-    if checkpoint is not None and own.ema is not None:
-        # on_save() would come after the Trainer has removed older checkpoints and begun to upload this one.
+    if checkpoint is not None and own.ema is not None:  # on_save() is after older ones were removed, and an upload
         own.ema.save(Path(checkpoint) / "ema")
 
 
@@ -220,13 +207,14 @@ def _logging(own: EMACallback, trainer: Trainer, logs: dict[str, float], *_: Any
 
 _WRAPPERS: dict[str, Callable[..., Any]] = dict.fromkeys(("evaluate", "predict", "evaluation_loop"), _evaluating)
 _WRAPPERS |= {"save_model": _saving, "log": _logging}
+_wrapped: WeakSet[Any] = WeakSet()
 _TWICE = "a Trainer has one EMACallback, and here is a second one: averages={...} are several averages in one"
 
 
 def _callback_of(trainer: Trainer) -> EMACallback | None:
-    """The EMACallback that a trainer has, if it has one."""
-    handler = getattr(trainer, "callback_handler", None)  # not yet in its constructor
-    found = [callback for callback in getattr(handler, "callbacks", ()) if isinstance(callback, EMACallback)]
+    """The one that a trainer has, if it has one."""
+    handler: Any = getattr(trainer, "callback_handler", None)  # not yet in its constructor
+    found = [each for each in handler.callbacks if isinstance(each, EMACallback)] if handler else []
     if len(found) > 1:
         raise EMAConfigError(_TWICE)
     if found and found[0]._trainer not in (None, trainer):
@@ -237,8 +225,6 @@ def _callback_of(trainer: Trainer) -> EMACallback | None:
 def _wrap(owner: type, name: str, around: Callable[..., Any]) -> None:
     """Puts ``around`` around a method of a class. Calls from within, by ``super()`` say, are plain."""
     method = vars(owner)[name]
-    if getattr(method, "_dist_ema", None) is method:
-        return
 
     @functools.wraps(method)
     def wrapped(self: Trainer, *args: Any, **kwargs: Any) -> Any:
@@ -252,8 +238,9 @@ def _wrap(owner: type, name: str, around: Callable[..., Any]) -> None:
         finally:
             own._running.discard(around)
 
-    wrapped._dist_ema = wrapped  # type: ignore[attr-defined]
-    setattr(owner, name, wrapped)
+    if method not in _wrapped:
+        _wrapped.add(wrapped)
+        setattr(owner, name, wrapped)
 
 
 def _wrap_methods(kind: type) -> None:
