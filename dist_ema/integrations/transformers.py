@@ -83,7 +83,7 @@ class EMACallback(TrainerCallback):
             raise EMAConfigError(f"missing={missing!r}: allowed are 'error' and 'start'")
         if not isinstance(trainer, Trainer | None):
             raise EMAConfigError(f"trainer={trainer!r}: allowed are a transformers.Trainer and None")
-        if trainer is not None and _callback_of(trainer) is not None:
+        if _callback_of(trainer) is not None:
             raise EMAConfigError(_TWICE)
         inspect.signature(ShardedEMA).bind(trainer, **options)  # TypeError for a misspelt one
         self.ema: ShardedEMA | None = None
@@ -92,7 +92,7 @@ class EMACallback(TrainerCallback):
         self._resume: Path | None = None  # the checkpoint that training goes on from
         self._running: set[object] = set()  # what is under way of the wrappers below
         self._metrics: dict[str, float] = {}  # for the next log
-        self._epochs, self._tokens = 0.0, 0  # of the training, at the last update
+        self._epochs, self._tokens, self._scale = 0.0, 0, 0.0  # of the training, at the last update
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """The model is wrapped by now, and loaded where a run is resumed. Collective."""
@@ -107,7 +107,7 @@ class EMACallback(TrainerCallback):
         if self._resume is not None:
             self._load(ema, self._resume)
         self.ema, self._metrics = ema, {}
-        self._epochs, self._tokens = state.epoch or 0.0, state.num_input_tokens_seen
+        self._epochs, self._tokens, self._scale = state.epoch or 0.0, state.num_input_tokens_seen, _scale(trainer)
 
     def _duration(self, args: Any, state: Any) -> str:
         """The Trainer's, which the user's own has to equal."""
@@ -140,7 +140,8 @@ class EMACallback(TrainerCallback):
         """Takes the weights into the average, unless the step was skipped, as when gradients of fp16 overflow."""
         if self.ema is None or self._trainer is None:
             raise EMAStateError("EMACallback was added while training was under way: add it before train()")
-        if not self._trainer.accelerator.optimizer_step_was_skipped:
+        before, self._scale = self._scale, _scale(self._trainer)
+        if not self._trainer.accelerator.optimizer_step_was_skipped and self._scale >= before:
             epochs, tokens = state.epoch or 0.0, state.num_input_tokens_seen
             self.ema.update(epochs=epochs - self._epochs, tokens=tokens - self._tokens)
             self._epochs, self._tokens = epochs, tokens
@@ -211,7 +212,12 @@ _wrapped: WeakSet[Any] = WeakSet()
 _TWICE = "a Trainer has one EMACallback, and here is a second one: averages={...} are several averages in one"
 
 
-def _callback_of(trainer: Trainer) -> EMACallback | None:
+def _scale(trainer: Any) -> float:
+    """Of the loss in fp16; it falls when a step is skipped, which accelerate 1.15 does not see of fused optimizers."""
+    return 0.0 if trainer.accelerator.scaler is None else float(trainer.accelerator.scaler.get_scale())
+
+
+def _callback_of(trainer: Trainer | None) -> EMACallback | None:
     """The one that a trainer has, if it has one."""
     handler: Any = getattr(trainer, "callback_handler", None)  # not yet in its constructor
     found = [each for each in handler.callbacks if isinstance(each, EMACallback)] if handler else []
