@@ -1,9 +1,8 @@
 """``EMACallback`` for the Trainer of transformers 5 and for its subclasses: ``Seq2SeqTrainer``, those of trl.
 
-A callback of this Trainer is told neither its trainer, nor that an evaluation is about to begin, nor what a run is
-resumed from. So importing this module wraps methods of ``transformers.Trainer``, and a training with an ``EMACallback``
-wraps what subclasses override of them. Each wrapper looks for an ``EMACallback`` among the callbacks that its trainer
-has at the moment, and is the plain method where there is none. Read in transformers 5.23.
+A callback is told neither its trainer, nor that an evaluation is about to begin, nor what a run is resumed from. So
+this module wraps methods of ``transformers.Trainer``, and ``train()`` those that subclasses override. A wrapper looks
+for an ``EMACallback`` among its trainer's callbacks, and is the plain method where there is none. Read in 5.23.
 """
 
 from __future__ import annotations
@@ -36,6 +35,7 @@ except ImportError as error:
     raise ImportError(f"EMACallback needs transformers 5: pip install 'dist_ema[transformers]' ({error})") from error
 
 logger = logging.getLogger(__name__)
+_Around = AbstractContextManager[None]
 
 
 class EMACallback(TrainerCallback):
@@ -45,23 +45,21 @@ class EMACallback(TrainerCallback):
     half_life="1ep"))``. One for each Trainer, on every rank; training is bit for bit that without. ``.ema`` is the
     :class:`dist_ema.ShardedEMA`, once training has begun.
 
-    Every optimizer step that was not skipped counts: as a batch, by its part of the epoch, and, with the Trainer's
-    ``include_num_input_tokens_seen``, by its tokens. ``evaluate()``, ``predict()`` and ``evaluation_loop()`` run on the
-    average, during training and after it; before training there is none, and they run on the live weights.
-    ``ShardedEMA.metrics()``, which read all weights once, are logged wherever the Trainer logs its loss.
+    Every optimizer step that was not skipped counts: as a batch, its part of the epoch, and, with the Trainer's
+    ``include_num_input_tokens_seen``, its tokens. ``evaluate()`` and ``predict()`` run on the average, in training and
+    after it, and before it on the live weights. ``ShardedEMA.metrics()`` are logged where the Trainer logs its loss.
 
     ``train()`` begins a new average, as it begins a new count of steps; with ``resume_from_checkpoint`` it goes on with
     the one of the checkpoint, at any world size. ``load_best_model_at_end`` takes the best checkpoint's average too.
 
-    ``save_model()`` and ``push_to_hub()`` write the live weights, or with ``save_averaged`` the average, and inside an
-    evaluation what is evaluated. A checkpoint's own model is always the live one: training resumes from it. Where the
-    Trainer writes no model (FSDP with a ``SHARDED_STATE_DICT``), ``callback.ema.export()`` does.
+    ``save_model()`` and ``push_to_hub()`` write the live weights, with ``save_averaged`` the average, and inside an
+    evaluation what is evaluated. The model in a checkpoint is always the live one: training resumes from it. With
+    FSDP's ``SHARDED_STATE_DICT`` ``save_model()`` writes none, but ``ema.export()`` does.
 
     Args:
-        trainer: whose callback it will be; None means the one whose ``train()`` finds it among its callbacks.
+        trainer: whose callback it will be; None means the one whose ``train()`` finds it.
         evaluate: on the average; with several ``averages``, the name of the one to take.
-        missing: what to do about a checkpoint without an average: ``"error"``, or ``"start"`` one from its weights,
-            with a clock that stands at zero.
+        missing: a checkpoint has none: ``"error"``, or ``"start"`` one from its weights, with its clock at zero.
         save_averaged: as ``evaluate``, for ``save_model()``.
         options: of :class:`dist_ema.ShardedEMA`. ``max_duration`` is the Trainer's own, so it may be left out.
 
@@ -81,14 +79,12 @@ class EMACallback(TrainerCallback):
     ) -> None:
         if missing not in ("error", "start"):
             raise EMAConfigError(f"missing={missing!r}: allowed are 'error' and 'start'")
-        if not isinstance(trainer, Trainer | None):
-            raise EMAConfigError(f"trainer={trainer!r}: allowed are a transformers.Trainer and None")
         if _callback_of(trainer) is not None:
             raise EMAConfigError(_TWICE)
         inspect.signature(ShardedEMA).bind(trainer, **options)  # TypeError for a misspelt one
         self.ema: ShardedEMA | None = None
-        self._trainer, self._options, self._missing = trainer, options, missing
-        self._evaluate, self._save_averaged = evaluate, save_averaged
+        self._trainer: Any = trainer
+        self._options, self._missing, self._evaluate, self._save_averaged = options, missing, evaluate, save_averaged
         self._resume: Path | None = None  # the checkpoint that training goes on from
         self._running: set[object] = set()  # what is under way of the wrappers below
         self._metrics: dict[str, float] = {}  # for the next log
@@ -96,35 +92,36 @@ class EMACallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """The model is wrapped by now, and loaded where a run is resumed. Collective."""
-        trainer = self._trainer
-        if trainer is None:
+        if (trainer := self._trainer) is None:
             raise EMAStateError("a Trainer with a train() of its own: trainer.add_callback(EMACallback(trainer, ...))")
         if trainer.is_fsdp_xla_enabled or is_sagemaker_mp_enabled():
             raise EMAEngineError("EMACallback averages under DDP, FSDP and DeepSpeed, not under XLA or SageMaker")
         self.ema = None  # of an attempt that ran out of memory (auto_find_batch_size)
         ema = ShardedEMA(trainer.model_wrapped, **self._options | {"max_duration": self._duration(args, state)})
-        self._check(ema, args)
+        self._check(ema, trainer)
         if self._resume is not None:
             self._load(ema, self._resume)
         self.ema, self._metrics = ema, {}
         self._epochs, self._tokens, self._scale = state.epoch or 0.0, state.num_input_tokens_seen, _scale(trainer)
 
     def _duration(self, args: Any, state: Any) -> str:
-        """The Trainer's, which the user's own has to equal."""
         own = [f"{state.max_steps}ba"] + [f"{args.num_train_epochs:g}ep"] * (args.max_steps <= 0)
-        given = self._options.get("max_duration") or own[0]
-        if str(Time.parse(given, option="max_duration", units=CLOCK_UNITS)) not in own:
+        given = str(Time.parse(self._options.get("max_duration", own[0]), option="max_duration", units=CLOCK_UNITS))
+        if given not in own:
             raise EMAConfigError(f"max_duration={given!r}, and the Trainer's is {' or '.join(own)}: leave it out")
-        return str(given)
+        return given
 
-    def _check(self, ema: ShardedEMA, args: Any) -> None:
+    def _check(self, ema: ShardedEMA, trainer: Any) -> None:
         for option, value in (("evaluate", self._evaluate), ("save_averaged", self._save_averaged)):
-            if value not in (allowed := [False, *[True][len(ema.names) - 1 :], *ema.names]):
-                raise EMAConfigError(f"{option}={value!r}: allowed are {', '.join(map(repr, allowed))}")
-        for unit, counted in (("sp", False), ("tok", args.include_num_input_tokens_seen != "no")):
-            if unit in ema._options.units() and not counted:
-                allowed = "ba, ep, and tok with TrainingArguments(include_num_input_tokens_seen='all')"
-                raise EMAConfigError(f"the Trainer does not count {unit}: allowed are {allowed}")
+            if value not in (choice := [False, *[True][len(ema.names) - 1 :], *ema.names]):
+                raise EMAConfigError(f"{option}={value!r}: allowed are {', '.join(map(repr, choice))}")
+        units = {"ba", "ep"} | ({"tok"} if trainer.args.include_num_input_tokens_seen != "no" else set())
+        if others := ", ".join(sorted(ema._options.units() - units)):
+            allowed = "ba, ep, and with TrainingArguments(include_num_input_tokens_seen='all') tok"
+            raise EMAConfigError(f"the Trainer does not count {others}: allowed are {allowed}")
+        stage = trainer.deepspeed.zero_optimization_stage() if trainer.is_deepspeed_enabled else 0
+        if self._save_averaged and stage == 3 and not trainer.deepspeed.zero_gather_16bit_weights_on_model_save():
+            raise EMAConfigError("save_averaged needs DeepSpeed's stage3_gather_16bit_weights_on_model_save: true")
 
     def _load(self, ema: ShardedEMA, checkpoint: Path) -> None:
         """Goes on with the average in a checkpoint of the Trainer. Collective."""
@@ -138,7 +135,7 @@ class EMACallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Takes the weights into the average, unless the step was skipped, as when gradients of fp16 overflow."""
-        if self.ema is None or self._trainer is None:
+        if self.ema is None:
             raise EMAStateError("EMACallback was added while training was under way: add it before train()")
         before, self._scale = self._scale, _scale(self._trainer)
         if not self._trainer.accelerator.optimizer_step_was_skipped and self._scale >= before:
@@ -157,16 +154,14 @@ class EMACallback(TrainerCallback):
         if self.ema is not None and args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._load(self.ema, Path(state.best_model_checkpoint))
 
-    def _averaged(self, which: bool | str) -> AbstractContextManager[None]:
-        """Inside, the model computes with that average, if there is one yet. Collective as ``average_parameters``."""
+    def _averaged(self, which: bool | str) -> _Around:
         if self.ema is None or which is False:
             return nullcontext()
         return self.ema.average_parameters(which if isinstance(which, str) else None)
 
 
-# Around a method of a Trainer that has an EMACallback of its own. The further arguments are those of the method.
-@contextmanager
-def _training(own: EMACallback, trainer: Any, resume_from_checkpoint: Any = None, *_: Any, **__: Any) -> Iterator[None]:
+# Around the methods of a Trainer that has an EMACallback, whose arguments follow.
+def _training(own: EMACallback, trainer: Any, resume_from_checkpoint: Any = None, *_: Any, **__: Any) -> _Around:
     _wrap_methods(type(trainer))
     path = resume_from_checkpoint or None
     if path is True:  # as the Trainer does, which raises where there is none
@@ -174,17 +169,15 @@ def _training(own: EMACallback, trainer: Any, resume_from_checkpoint: Any = None
     own._trainer, own._resume = trainer, None if path is None else Path(path)
     if own.ema is not None:
         own.ema.close()
-    own.ema = None  # else it would be in memory beside the new one, and its model with it
-    yield
+    own.ema = None  # else it, and its model, would be in memory beside the new one
+    return nullcontext()
 
 
-@contextmanager
-def _evaluating(own: EMACallback, trainer: Trainer, *_: Any, **__: Any) -> Iterator[None]:
+def _evaluating(own: EMACallback, trainer: Any, *_: Any, **__: Any) -> _Around:
     half = torch.float16 if trainer.args.fp16_full_eval else torch.bfloat16 if trainer.args.bf16_full_eval else None
     if own.ema is not None and half is not None and not trainer.is_in_train:
         trainer.model.to(half)  # as the Trainer will, for good; with the average inside, that would be rounded
-    with own._averaged(own._evaluate):
-        yield
+    return own._averaged(own._evaluate)
 
 
 @contextmanager
@@ -199,11 +192,10 @@ def _saving(own: EMACallback, _: Any, output_dir: str | None = None, _internal_c
         own.ema.save(Path(checkpoint) / "ema")
 
 
-@contextmanager
-def _logging(own: EMACallback, trainer: Trainer, logs: dict[str, float], *_: Any, **__: Any) -> Iterator[None]:
+def _logging(own: EMACallback, trainer: Any, logs: dict[str, float], *_: Any, **__: Any) -> _Around:
     logs.update(own._metrics)
     own._metrics = {}
-    yield
+    return nullcontext()
 
 
 _WRAPPERS: dict[str, Callable[..., Any]] = dict.fromkeys(("evaluate", "predict", "evaluation_loop"), _evaluating)
@@ -218,7 +210,6 @@ def _scale(trainer: Any) -> float:
 
 
 def _callback_of(trainer: Trainer | None) -> EMACallback | None:
-    """The one that a trainer has, if it has one."""
     handler: Any = getattr(trainer, "callback_handler", None)  # not yet in its constructor
     found = [each for each in handler.callbacks if isinstance(each, EMACallback)] if handler else []
     if len(found) > 1:
