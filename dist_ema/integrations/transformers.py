@@ -22,7 +22,7 @@ import torch.distributed as dist
 from dist_ema.collectives import broadcast_object
 from dist_ema.ema import ShardedEMA
 from dist_ema.errors import CheckpointError, EMAConfigError, EMAEngineError, EMAStateError
-from dist_ema.timing import CLOCK_UNITS, Time
+from dist_ema.timing import Time
 
 try:
     import transformers
@@ -106,8 +106,7 @@ class EMACallback(TrainerCallback):
 
     def _duration(self, args: Any, state: Any) -> str:
         own = [f"{state.max_steps}ba"] + [f"{args.num_train_epochs:g}ep"] * (args.max_steps <= 0)
-        given = str(Time.parse(self._options.get("max_duration", own[0]), option="max_duration", units=CLOCK_UNITS))
-        if given not in own:
+        if (given := str(Time.parse(self._options.get("max_duration", own[0]), option="max_duration"))) not in own:
             raise EMAConfigError(f"max_duration={given!r}, and the Trainer's is {' or '.join(own)}: leave it out")
         return given
 

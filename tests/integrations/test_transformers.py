@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -18,7 +19,17 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 pytest.importorskip("transformers", reason="is in the extra 'test'")
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from dist_ema import ShardedEMA, read_checkpoint
 from dist_ema.errors import CheckpointError, EMAConfigError, EMAStateError
@@ -126,7 +137,12 @@ def strategy(name: str) -> Iterator[dict[str, Any]]:
 
 
 def make(
-    folder: Path, *callbacks: TrainerCallback, model: Any = None, kind: type[Trainer] = Trainer, **arguments: Any
+    folder: Path,
+    *callbacks: TrainerCallback,
+    model: Any = None,
+    kind: type[Trainer] = Trainer,
+    settings: type[TrainingArguments] = TrainingArguments,
+    **arguments: Any,
 ) -> Trainer:
     """A trainer of six steps in two epochs."""
     options: dict[str, Any] = {
@@ -143,7 +159,7 @@ def make(
     given = {
         name: arguments.pop(name) for name in ("compute_metrics", "eval_dataset", "model_init") if name in arguments
     }
-    args = TrainingArguments(output_dir=str(folder), **{**options, **arguments})
+    args = settings(output_dir=str(folder), **{**options, **arguments})
     if "model_init" not in given:
         given["model"] = tiny() if model is None else model
     return kind(args=args, train_dataset=TRAIN, callbacks=[*callbacks], **{"eval_dataset": EVAL, **given})
@@ -256,6 +272,9 @@ def check_resumed(name: str, folder: Path, trainer: Trainer, callback: EMACallba
     wanted, weights = callback.ema.fingerprint(), full_weights(trainer)
     resumed = EMACallback(decay=DECAY)
     other = make(folder / "ema", resumed, **arguments)
+    if not name.startswith("zero"):  # in which the Trainer does not evaluate before training
+        live = loss_of(dict(tiny().named_parameters()), EVAL["a"].rows)
+        assert other.evaluate(EVAL["a"])["eval_loss"] == pytest.approx(live, rel=1e-5)
     other.train(resume_from_checkpoint=str(folder / "ema" / "checkpoint-4"))
     assert resumed.ema is not None and resumed.ema.num_updates == 6
     assert same(full_weights(other), weights)
@@ -429,6 +448,25 @@ def test_a_subclass_with_an_evaluation_of_its_own(tmp_path: Path) -> None:
     assert trainer.evaluate()["eval_loss"] == float(next(trainer.model.parameters()).detach().double().sum())
 
 
+def test_seq2seq_generates_with_the_average(tmp_path: Path) -> None:
+    """``Seq2SeqTrainer`` overrides ``evaluate()``, ``predict()`` and ``prediction_step()``."""
+    torch.manual_seed(1)
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 20, "num_layers": 1, "num_heads": 2}
+    model = T5ForConditionalGeneration(T5Config(vocab_size=37, **sizes, decoder_start_token_id=0, dropout_rate=0.0))
+    plain = copy.deepcopy(model)
+    callback = EMACallback(decay=DECAY)
+    given: dict[str, Any] = {"kind": Seq2SeqTrainer, "settings": Seq2SeqTrainingArguments}
+    trainer = make(tmp_path, callback, model=model, predict_with_generate=True, generation_max_length=5, **given)
+    trainer.train()
+    found = trainer.predict(EVAL["a"]).predictions
+    live = [tensor.clone() for tensor in trainer.model.parameters()]
+    assert callback.ema is not None
+    plain.load_state_dict(callback.ema.full_state_dict(), strict=False)
+    wanted = plain.generate(EVAL["a"].rows, max_length=5, decoder_start_token_id=0)
+    assert found[:, : wanted.shape[1]].tolist() == wanted.tolist()
+    assert all(torch.equal(one, other) for one, other in zip(live, trainer.model.parameters(), strict=True))
+
+
 def test_bf16_full_eval_leaves_the_average_whole(tmp_path: Path) -> None:
     """Outside of training the Trainer casts the model for good; with the average inside, that would be rounded."""
     callback = EMACallback(decay=DECAY)
@@ -440,10 +478,15 @@ def test_bf16_full_eval_leaves_the_average_whole(tmp_path: Path) -> None:
     assert callback.ema.fingerprint() == before
 
 
-def test_evaluate_false(tmp_path: Path) -> None:
+def test_evaluate_false_and_a_second_training(tmp_path: Path) -> None:
+    """It goes on with the weights of the first, from step 0 of its own, and so does the average."""
     callback = EMACallback(decay=DECAY, evaluate=False)
     trainer = make(tmp_path, callback)
     trainer.train()
+    recorder = follow(trainer)
+    trainer.train()
+    assert callback.ema is not None and recorder.dense is not None and callback.ema.num_updates == 6
+    check_average(callback.ema, recorder.dense.average)
     live = loss_of(full_weights(trainer), EVAL["a"].rows)
     assert trainer.evaluate(EVAL["a"])["eval_loss"] == pytest.approx(live, rel=1e-5)
 
