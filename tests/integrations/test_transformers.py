@@ -156,13 +156,13 @@ def make(
         "disable_tqdm": True,
         "seed": 5,
     }
-    given = {
-        name: arguments.pop(name) for name in ("compute_metrics", "eval_dataset", "model_init") if name in arguments
-    }
+    own = ("compute_metrics", "train_dataset", "eval_dataset", "model_init", "processing_class")
+    given = {name: arguments.pop(name) for name in own if name in arguments}
     args = settings(output_dir=str(folder), **{**options, **arguments})
     if "model_init" not in given:
         given["model"] = tiny() if model is None else model
-    return kind(args=args, train_dataset=TRAIN, callbacks=[*callbacks], **{"eval_dataset": EVAL, **given})
+    given = {"train_dataset": TRAIN, "eval_dataset": EVAL, **given}
+    return kind(args=args, callbacks=[*callbacks], **given)
 
 
 def loss_of(weights: dict[str, Tensor], rows: Tensor) -> float:
@@ -466,6 +466,30 @@ def test_seq2seq_generates_with_the_average(tmp_path: Path) -> None:
     wanted = plain.generate(EVAL["a"].rows, max_length=5, decoder_start_token_id=0)
     assert found[:, : wanted.shape[1]].tolist() == wanted.tolist()
     assert all(torch.equal(one, other) for one, other in zip(live, trainer.model.parameters(), strict=True))
+
+
+def test_trl(tmp_path: Path) -> None:
+    """``SFTTrainer`` overrides ``evaluate()``, ``log()`` and ``_save_checkpoint()``."""
+    trl = pytest.importorskip("trl", reason="is in the extra 'test'")
+    from datasets import Dataset as Rows
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({f"w{index}": index for index in range(36)} | {"</s>": 36}, unk_token="</s>"))
+    data = {name: Rows.from_dict({"input_ids": part.rows.tolist()}) for name, part in {"": TRAIN, **EVAL}.items()}
+    callback = EMACallback(decay=DECAY)
+    given: dict[str, Any] = {"kind": trl.SFTTrainer, "settings": trl.SFTConfig, "train_dataset": data.pop("")}
+    given["processing_class"] = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", pad_token="</s>")
+    saving = {"eval_strategy": "epoch", "save_strategy": "epoch", "use_cpu": True, "bf16": False}
+    trainer = make(tmp_path, callback, eval_dataset=data, **given, **saving)
+    recorder = follow(trainer)
+    trainer.train()
+    assert recorder.dense is not None and callback.ema is not None
+    check_average(callback.ema, recorder.dense.average)
+    for step, value in logged(trainer, "eval_b_loss").items():
+        assert value == pytest.approx(loss_of(recorder.at[step], EVAL["b"].rows), rel=1e-5)
+    assert logged(trainer, "ema/num_updates") == {step: step for step in range(1, 7)}
+    assert (tmp_path / "checkpoint-3" / "ema").is_dir()
 
 
 def test_bf16_full_eval_leaves_the_average_whole(tmp_path: Path) -> None:
