@@ -1,0 +1,250 @@
+"""``EMACallback`` for the Trainer of transformers 5 and for its subclasses: ``Seq2SeqTrainer``, those of trl.
+
+A callback is told neither its trainer, nor that an evaluation is about to begin, nor what a run is resumed from. So
+this module wraps methods of ``transformers.Trainer``, and ``train()`` those that subclasses override. A wrapper looks
+for an ``EMACallback`` among its trainer's callbacks, and is the plain method where there is none. Read in 5.23.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+from weakref import WeakSet
+
+import torch
+import torch.distributed as dist
+
+from dist_ema.collectives import broadcast_object
+from dist_ema.ema import ShardedEMA
+from dist_ema.errors import CheckpointError, EMAConfigError, EMAEngineError, EMAStateError
+from dist_ema.timing import Time
+
+try:
+    import transformers
+    from transformers import Trainer, TrainerCallback, trainer_utils
+    from transformers.utils.import_utils import is_sagemaker_mp_enabled
+
+    if int(transformers.__version__.split(".")[0]) < 5:
+        raise ImportError(f"here is {transformers.__version__}")
+except ImportError as error:
+    raise ImportError(f"EMACallback needs transformers 5: pip install 'dist_ema[transformers]' ({error})") from error
+
+logger = logging.getLogger(__name__)
+_Around = AbstractContextManager[None]
+
+
+class EMACallback(TrainerCallback):
+    """Averages what a Trainer trains, evaluates on the average, and keeps it in ``checkpoint-N/ema``.
+
+    ``Trainer(..., callbacks=[EMACallback(half_life="1ep")])``, or ``trainer.add_callback(EMACallback(trainer,
+    half_life="1ep"))``. One for each Trainer, on every rank; training is bit for bit that without. ``.ema`` is the
+    :class:`dist_ema.ShardedEMA`, once training has begun.
+
+    Every optimizer step that was not skipped counts: as a batch, its part of the epoch, and, with the Trainer's
+    ``include_num_input_tokens_seen``, its tokens. ``evaluate()`` and ``predict()`` run on the average, in training and
+    after it, and before it on the live weights. ``ShardedEMA.metrics()`` are logged where the Trainer logs its loss.
+
+    ``train()`` begins a new average, as it begins a new count of steps; with ``resume_from_checkpoint`` it goes on with
+    the one of the checkpoint, at any world size. ``load_best_model_at_end`` takes the best checkpoint's average too.
+
+    ``save_model()`` and ``push_to_hub()`` write the live weights, with ``save_averaged`` the average, and inside an
+    evaluation what is evaluated. The model in a checkpoint is always the live one: training resumes from it. With
+    FSDP's ``SHARDED_STATE_DICT`` ``save_model()`` writes none, but ``ema.export()`` does.
+
+    Args:
+        trainer: whose callback it will be; None means the one whose ``train()`` finds it.
+        evaluate: on the average; with several ``averages``, the name of the one to take.
+        missing: a checkpoint has none: ``"error"``, or ``"start"`` one from its weights, with its clock at zero.
+        save_averaged: as ``evaluate``, for ``save_model()``.
+        options: of :class:`dist_ema.ShardedEMA`. ``max_duration`` is the Trainer's own, so it may be left out.
+
+    Raises:
+        EMAConfigError: an option is wrong or contradicts the Trainer's arguments, or the trainer has an EMACallback
+            already. ``train()`` raises it too, EMAEngineError for a strategy, CheckpointError for a lack of ``ema/``.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer | None = None,
+        *,
+        evaluate: bool | str = True,
+        missing: str = "error",
+        save_averaged: bool | str = False,
+        **options: Any,
+    ) -> None:
+        if missing not in ("error", "start"):
+            raise EMAConfigError(f"missing={missing!r}: allowed are 'error' and 'start'")
+        if _callback_of(trainer) is not None:
+            raise EMAConfigError(_TWICE)
+        inspect.signature(ShardedEMA).bind(trainer, **options)  # TypeError for a misspelt one
+        self.ema: ShardedEMA | None = None
+        self._trainer: Any = trainer
+        self._options, self._missing, self._evaluate, self._save_averaged = options, missing, evaluate, save_averaged
+        self._resume: Path | None = None  # the checkpoint that training goes on from
+        self._running: set[object] = set()  # what is under way of the wrappers below
+        self._metrics: dict[str, float] = {}  # for the next log
+        self._epochs, self._tokens, self._scale = 0.0, 0, 0.0  # of the training, at the last update
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """The model is wrapped by now, and loaded where a run is resumed. Collective."""
+        if (trainer := self._trainer) is None:
+            raise EMAStateError("a Trainer with a train() of its own: trainer.add_callback(EMACallback(trainer, ...))")
+        if trainer.is_fsdp_xla_enabled or is_sagemaker_mp_enabled():
+            raise EMAEngineError("EMACallback averages under DDP, FSDP and DeepSpeed, not under XLA or SageMaker")
+        self.ema = None  # of an attempt that ran out of memory (auto_find_batch_size)
+        ema = ShardedEMA(trainer.model_wrapped, **self._options | {"max_duration": self._duration(args, state)})
+        self._check(ema, trainer)
+        if self._resume is not None:
+            self._load(ema, self._resume)
+        self.ema, self._metrics = ema, {}
+        self._epochs, self._tokens, self._scale = state.epoch or 0.0, state.num_input_tokens_seen, _scale(trainer)
+
+    def _duration(self, args: Any, state: Any) -> str:
+        own = [f"{state.max_steps}ba"] + [f"{args.num_train_epochs:g}ep"] * (args.max_steps <= 0)
+        if (given := str(Time.parse(self._options.get("max_duration", own[0]), option="max_duration"))) not in own:
+            raise EMAConfigError(f"max_duration={given!r}, and the Trainer's is {' or '.join(own)}: leave it out")
+        return given
+
+    def _check(self, ema: ShardedEMA, trainer: Any) -> None:
+        for option, value in (("evaluate", self._evaluate), ("save_averaged", self._save_averaged)):
+            if value not in (choice := [False, *[True][len(ema.names) - 1 :], *ema.names]):
+                raise EMAConfigError(f"{option}={value!r}: allowed are {', '.join(map(repr, choice))}")
+        units = {"ba", "ep"} | ({"tok"} if trainer.args.include_num_input_tokens_seen != "no" else set())
+        if others := ", ".join(sorted(ema._options.units() - units)):
+            allowed = "ba, ep, and with TrainingArguments(include_num_input_tokens_seen='all') tok"
+            raise EMAConfigError(f"the Trainer does not count {others}: allowed are {allowed}")
+        stage = trainer.deepspeed.zero_optimization_stage() if trainer.is_deepspeed_enabled else 0
+        if self._save_averaged and stage == 3 and not trainer.deepspeed.zero_gather_16bit_weights_on_model_save():
+            raise EMAConfigError("save_averaged needs DeepSpeed's stage3_gather_16bit_weights_on_model_save: true")
+
+    def _load(self, ema: ShardedEMA, checkpoint: Path) -> None:
+        """Goes on with the average in a checkpoint of the Trainer. Collective."""
+        path = checkpoint / "ema"
+        if broadcast_object(path.is_dir(), dist.group.WORLD if dist.is_initialized() else None):
+            return ema.load(path)
+        if self._missing == "error":
+            raise CheckpointError(f"{checkpoint} has no ema/: EMACallback(missing='start') starts one from its weights")
+        logger.warning("%s has no ema/: an average starts from its weights.", checkpoint)
+        return ema.reset()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Takes the weights into the average, unless the step was skipped, as when gradients of fp16 overflow."""
+        if self.ema is None:
+            raise EMAStateError("EMACallback was added while training was under way: add it before train()")
+        before, self._scale = self._scale, _scale(self._trainer)
+        if not self._trainer.accelerator.optimizer_step_was_skipped and self._scale >= before:
+            epochs, tokens = state.epoch or 0.0, state.num_input_tokens_seen
+            self.ema.update(epochs=epochs - self._epochs, tokens=tokens - self._tokens)
+            self._epochs, self._tokens = epochs, tokens
+        self.on_epoch_end(args, state, control)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Measures what the next log says. Here, where all ranks are: log() may be called on one alone."""
+        if control.should_log and self.ema is not None:  # DefaultFlowCallback comes first, and has set the flag
+            self._metrics = self.ema.metrics()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """The Trainer has loaded the best weights, if it was to. Collective."""
+        if self.ema is not None and args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._load(self.ema, Path(state.best_model_checkpoint))
+
+    def _averaged(self, which: bool | str) -> _Around:
+        if self.ema is None or which is False:
+            return nullcontext()
+        return self.ema.average_parameters(which if isinstance(which, str) else None)
+
+
+# Around the methods of a Trainer that has an EMACallback, whose arguments follow.
+def _training(own: EMACallback, trainer: Any, resume_from_checkpoint: Any = None, *_: Any, **__: Any) -> _Around:
+    _wrap_methods(type(trainer))
+    path = resume_from_checkpoint or None
+    if path is True:  # as the Trainer does, which raises where there is none
+        path = trainer_utils.get_last_checkpoint(trainer.args.output_dir)  # type: ignore[no-untyped-call]
+    own._trainer, own._resume = trainer, None if path is None else Path(path)
+    if own.ema is not None:
+        own.ema.close()
+    own.ema = None  # else it, and its model, would be in memory beside the new one
+    return nullcontext()
+
+
+def _evaluating(own: EMACallback, trainer: Any, *_: Any, **__: Any) -> _Around:
+    half = torch.float16 if trainer.args.fp16_full_eval else torch.bfloat16 if trainer.args.bf16_full_eval else None
+    if own.ema is not None and half is not None and not trainer.is_in_train:
+        trainer.model.to(half)  # as the Trainer will, for good; with the average inside, that would be rounded
+    return own._averaged(own._evaluate)
+
+
+@contextmanager
+def _saving(own: EMACallback, _: Any, output_dir: str | None = None, _internal_call: bool = False) -> Iterator[None]:
+    inside = own.ema is not None and _evaluating in own._running and own._evaluate is not False
+    checkpoint = output_dir if _internal_call else None  # push_to_hub()'s call is internal, but names no folder
+    if checkpoint is not None and inside:
+        raise EMAStateError("a checkpoint cannot be saved inside an evaluation: the model holds the average there")
+    with own._averaged(False if inside or checkpoint is not None else own._save_averaged):
+        yield
+    if checkpoint is not None and own.ema is not None:  # on_save() is after older ones were removed, and an upload
+        own.ema.save(Path(checkpoint) / "ema")
+
+
+def _logging(own: EMACallback, trainer: Any, logs: dict[str, float], *_: Any, **__: Any) -> _Around:
+    logs.update(own._metrics)
+    own._metrics = {}
+    return nullcontext()
+
+
+_WRAPPERS: dict[str, Callable[..., Any]] = dict.fromkeys(("evaluate", "predict", "evaluation_loop"), _evaluating)
+_WRAPPERS |= {"save_model": _saving, "log": _logging}
+_wrapped: WeakSet[Any] = WeakSet()
+_TWICE = "a Trainer has one EMACallback, and here is a second one: averages={...} are several averages in one"
+
+
+def _scale(trainer: Any) -> float:
+    """Of the loss in fp16; it falls when a step is skipped, which accelerate 1.15 does not see of fused optimizers."""
+    return 0.0 if trainer.accelerator.scaler is None else float(trainer.accelerator.scaler.get_scale())
+
+
+def _callback_of(trainer: Trainer | None) -> EMACallback | None:
+    handler: Any = getattr(trainer, "callback_handler", None)  # not yet in its constructor
+    found = [each for each in handler.callbacks if isinstance(each, EMACallback)] if handler else []
+    if len(found) > 1:
+        raise EMAConfigError(_TWICE)
+    if found and found[0]._trainer not in (None, trainer):
+        raise EMAConfigError("this EMACallback is another Trainer's: make one for each")
+    return found[0] if found else None
+
+
+def _wrap(owner: type, name: str, around: Callable[..., Any]) -> None:
+    """Puts ``around`` around a method of a class. Calls from within, by ``super()`` say, are plain."""
+    method = vars(owner)[name]
+
+    @functools.wraps(method)
+    def wrapped(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+        own = _callback_of(self)
+        if own is None or around in own._running:
+            return method(self, *args, **kwargs)
+        own._running.add(around)
+        try:
+            with around(own, self, *args, **kwargs):
+                return method(self, *args, **kwargs)
+        finally:
+            own._running.discard(around)
+
+    if method not in _wrapped:
+        _wrapped.add(wrapped)
+        setattr(owner, name, wrapped)
+
+
+def _wrap_methods(kind: type) -> None:
+    """Of a Trainer and of its bases, which may override them with or without ``super()``; each once."""
+    for owner in (base for base in kind.__mro__ if issubclass(base, Trainer)):
+        for name in _WRAPPERS.keys() & vars(owner).keys():
+            _wrap(owner, name, _WRAPPERS[name])
+
+
+_wrap_methods(Trainer)
+_wrap(Trainer, "train", _training)  # that of a subclass may have been given another checkpoint
