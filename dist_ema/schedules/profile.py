@@ -46,7 +46,7 @@ class Profile:
         else:
             moment = progress
         position = max(schedule._position(moment, "progress"), 0)  # -1 where no update has been counted
-        if every is None and schedule.unit == "ep" and not _counts_updates(schedule):
+        if every is None and schedule.unit == "ep" and not counts_updates(schedule):
             raise EMAConfigError("every=None: along epochs the part of an epoch between two updates has to be given")
         every = positive("every", 1 if every is None else every)
         every = int(every) if every == int(every) else every
@@ -54,8 +54,8 @@ class Profile:
 
     @property
     def unit(self) -> str:
-        """Of steps and ages."""
-        return self.schedule.unit
+        """Of steps and ages: one of the clock, or ``updates`` for a schedule that counts these."""
+        return "updates" if counts_updates(self.schedule) else self.schedule.unit
 
     @overload
     def __call__(self, step: float) -> float: ...
@@ -67,18 +67,18 @@ class Profile:
         """The weight of the update at ``step``; 0 where there was none. An array of steps gives an array."""
         import numpy as np
 
-        steps = np.asarray(step, dtype=np.float64) / self.every
+        steps: NDArray[np.float64] = np.asarray(step, dtype=np.float64) / self.every
         index = np.rint(steps)
         known = (np.abs(steps - index) <= _SLACK * np.maximum(index, 1)) & (index >= 0) & (index <= self.updates)
-        found = np.where(known, self.weights[np.where(known, index, 0).astype(np.int64)], 0.0)
-        return float(found) if found.ndim == 0 else found.astype(np.float64, copy=False)
+        found: NDArray[np.float64] = np.where(known, self.weights[np.where(known, index, 0).astype(np.int64)], 0.0)
+        return float(found) if found.ndim == 0 else found
 
     @property
     def steps(self) -> NDArray[np.float64]:
         """Steps at which updates were, the first copy among them."""
         import numpy as np
 
-        return np.arange(self.updates + 1) * float(self.every)
+        return np.arange(self.updates + 1, dtype=np.float64) * self.every
 
     @property
     def older(self) -> NDArray[np.float64]:
@@ -126,5 +126,6 @@ class Profile:
         return self.every / float(np.sum(self.weights**2))
 
 
-def _counts_updates(schedule: Schedule) -> bool:
+def counts_updates(schedule: Schedule) -> bool:
+    """Whether plain numbers of this schedule are updates, and not training."""
     return schedule._read(Progress(updates=2)) != schedule._read(Progress(updates=1))
