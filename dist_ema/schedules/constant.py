@@ -49,6 +49,11 @@ class Smoothing(Schedule):
     def __post_init__(self) -> None:
         set_fields(self, smoothing=fraction("smoothing", self.smoothing))
 
+    @property
+    def position_unit(self) -> str:
+        """Updates."""
+        return "updates"
+
     def _read(self, progress: Progress) -> float:
         return progress.updates - 1
 
@@ -66,6 +71,11 @@ class Uniform(Schedule):
     """
 
     elementwise: ClassVar[bool] = True
+
+    @property
+    def position_unit(self) -> str:
+        """Updates."""
+        return "updates"
 
     def _read(self, progress: Progress) -> float:
         return progress.updates - 1

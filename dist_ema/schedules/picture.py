@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dist_ema.errors import EMAConfigError
 from dist_ema.schedules import ConstantDecay, HalfLife, PowerFunction, Schedule, Window, from_dict
-from dist_ema.schedules.profile import Profile, counts_updates
+from dist_ema.schedules.profile import Profile
 from dist_ema.timing import CLOCK_UNITS, Progress, Time
 
 #: So many updates are looked at one by one.
@@ -64,7 +64,7 @@ def profile_at(schedule: Schedule, label: str, *, at: str, update_interval: str 
             f"at={at!r}, update_interval={str(every)!r}: {updates:,.6g} updates; allowed are 1 to {LIMIT:,}"
         )
     first = Progress(**{"batches": 1, _FIELDS[end.unit]: every.value})  # type: ignore[arg-type]
-    step = 1 if counts_updates(schedule) else every.value
+    step = 1 if schedule.position_unit == "updates" else every.value
     return schedule.begun(first, every).profile((int(updates) - 1) * step, every=step)
 
 

@@ -5,20 +5,25 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, overload
-
-from dist_ema.errors import EMAConfigError
-from dist_ema.schedules.checks import positive
-from dist_ema.timing import Progress, Time
+from typing import TYPE_CHECKING, Protocol, overload
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import ArrayLike, NDArray
 
-    from dist_ema.schedules.schedule import Moment, Schedule
+#: Epochs are sums of fractions: an update that is missed by less than this share of an interval has been made.
+SLACK = 1e-9
 
-# Epochs are sums of fractions: an update that is missed by less than this share of an interval has been made.
-_SLACK = 1e-9
+
+class Logged(Protocol):
+    """What a profile needs of a schedule."""
+
+    @property
+    def position_unit(self) -> str:
+        """Of plain numbers."""
+
+    def logs(self, every: float, count: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """:meth:`Schedule.logs`."""
 
 
 @dataclass(frozen=True)
@@ -33,29 +38,14 @@ class Profile:
         updates: after the first copy.
     """
 
-    schedule: Schedule
+    schedule: Logged
     every: float
     updates: int
-
-    @classmethod
-    def of(cls, schedule: Schedule, progress: Moment | str, every: float | None) -> Profile:
-        """What :meth:`Schedule.profile` gives. Raises as it does."""
-        moment: Moment
-        if isinstance(progress, str):
-            moment = Time.parse(progress, option="progress", units=(schedule.unit,), positive=False).value
-        else:
-            moment = progress
-        position = max(schedule._position(moment, "progress"), 0)  # -1 where no update has been counted
-        if every is None and schedule.unit == "ep" and not counts_updates(schedule):
-            raise EMAConfigError("every=None: along epochs the part of an epoch between two updates has to be given")
-        every = positive("every", 1 if every is None else every)
-        every = int(every) if every == int(every) else every
-        return cls(schedule, every, math.floor(position / every + _SLACK))
 
     @property
     def unit(self) -> str:
         """Of steps and ages: one of the clock, or ``updates`` for a schedule that counts these."""
-        return "updates" if counts_updates(self.schedule) else self.schedule.unit
+        return self.schedule.position_unit
 
     @overload
     def __call__(self, step: float) -> float: ...
@@ -69,7 +59,7 @@ class Profile:
 
         steps: NDArray[np.float64] = np.asarray(step, dtype=np.float64) / self.every
         index = np.rint(steps)
-        known = (np.abs(steps - index) <= _SLACK * np.maximum(index, 1)) & (index >= 0) & (index <= self.updates)
+        known = (np.abs(steps - index) <= SLACK * np.maximum(index, 1)) & (index >= 0) & (index <= self.updates)
         found: NDArray[np.float64] = np.where(known, self.weights[np.where(known, index, 0).astype(np.int64)], 0.0)
         return float(found) if found.ndim == 0 else found
 
@@ -94,7 +84,7 @@ class Profile:
     def _parts(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         import numpy as np
 
-        steps, kept = self.schedule._logs(self.every, self.updates)
+        steps, kept = self.schedule.logs(self.every, self.updates)
         older = np.exp(kept)
         return older, np.append(1.0, -np.expm1(steps)) * older
 
@@ -124,8 +114,3 @@ class Profile:
         import numpy as np
 
         return self.every / float(np.sum(self.weights**2))
-
-
-def counts_updates(schedule: Schedule) -> bool:
-    """Whether plain numbers of this schedule are updates, and not training."""
-    return schedule._read(Progress(updates=2)) != schedule._read(Progress(updates=1))

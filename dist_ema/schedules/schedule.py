@@ -8,7 +8,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from dist_ema.errors import EMAConfigError
-from dist_ema.schedules.checks import number
+from dist_ema.schedules.checks import number, positive
 from dist_ema.timing import Progress, Time
 
 if TYPE_CHECKING:
@@ -52,8 +52,13 @@ class Schedule(ABC):
 
     @property
     def unit(self) -> str:
-        """The unit of the clock that the schedule depends on: that of its plain numbers, unless they are updates."""
+        """The unit of the clock that the schedule depends on."""
         return "ba"
+
+    @property
+    def position_unit(self) -> str:
+        """The unit of its plain numbers: that of the clock, or ``updates``."""
+        return self.unit
 
     def resolve(self, max_duration: Time | None) -> Schedule:
         """This schedule with every ``dur`` made a part of ``max_duration``.
@@ -89,9 +94,16 @@ class Schedule(ABC):
         Raises:
             EMAConfigError: not such a moment, or ``every`` is not a number more than 0.
         """
-        from dist_ema.schedules.profile import Profile
+        from dist_ema.schedules.profile import SLACK, Profile
 
-        return Profile.of(self, progress, every)
+        if isinstance(progress, str):
+            progress = Time.parse(progress, option="progress", units=(self.unit,), positive=False).value
+        position = max(self._position(progress, "progress"), 0)  # -1 where no update has been counted
+        if every is None and self.position_unit == "ep":
+            raise EMAConfigError("every=None: along epochs the part of an epoch between two updates has to be given")
+        every = positive("every", 1 if every is None else every)
+        every = int(every) if every == int(every) else every
+        return Profile(self, every, math.floor(position / every + SLACK))
 
     @abstractmethod
     def _log_retain(self, start: float, stop: float) -> float:
@@ -115,7 +127,7 @@ class Schedule(ABC):
             raise EMAConfigError(f"after={after!r}: allowed is a moment not earlier than before={before!r}")
         return start, stop
 
-    def _logs(self, every: float, count: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def logs(self, every: float, count: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """For a profile of updates at 0, every, 2 * every and so on, ``count`` of them after the first copy.
 
         Returns:

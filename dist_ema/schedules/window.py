@@ -137,7 +137,7 @@ class Window(Schedule):
     def _slack(self, at: float) -> float:
         return _SLACK * max(self.period.value, at) if self.unit == "ep" else 0
 
-    def _logs(self, every: float, count: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def logs(self, every: float, count: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         import numpy as np
 
         steps, kept = np.zeros(count), np.zeros(count + 1)
