@@ -17,7 +17,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias
 
 from dist_ema.errors import EMAConfigError
-from dist_ema.schedules.profile import Profile
+from dist_ema.schedules.checks import positive
+from dist_ema.schedules.profile import SLACK, Profile
+from dist_ema.schedules.window import SHAPES
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,8 +40,8 @@ class Fit:
 
     Attributes:
         weights: of each snapshot, in their order; they sum to 1, and may be negative.
-        residual: distance of its profile from the one wanted, over the norm of that: 0 is exact, 1 no better than
-            nothing.
+        residual: distance of its profile from the one wanted, over the norm of that: 0 is exact; 1 and more
+            say that the snapshots have nothing of it.
         gain: sum of the absolute weights: what rounding errors of the snapshots are multiplied by, at worst.
     """
 
@@ -83,6 +85,39 @@ def fit(snapshots: Sequence[Profile], target: Profile | Curve, *, cutoff: float 
     weights = scaled * scale[-1] / scale[:-1]
     weights += (1 - weights.sum()) / len(weights)  # rounding
     return Fit(tuple(weights.tolist()), residual, float(np.abs(weights).sum()))
+
+
+def trailing(length: float, at: float, *, every: float = 1, shape: str = "uniform") -> Curve:
+    """The curve of the mean over the last ``length`` before ``at``, wherever periods of a :class:`Window` would end.
+
+    With a shape it is what a learning rate that falls so from ``at - length`` to ``at`` would have given (WSM).
+
+    Args:
+        length, at: in the unit of the profiles' steps, counted from the first copy; steps after ``at - length`` count.
+        every: between two updates.
+        shape: as of :class:`Window`.
+
+    Raises:
+        EMAConfigError: a number is not above 0, ``length`` goes beyond the first copy, or there is no such shape.
+    """
+    length, every = positive("length", length), positive("every", every)
+    if length > positive("at", at) + every:
+        raise EMAConfigError(f"length={length:g}: allowed is at most {at + every:g}, from the first copy to at={at:g}")
+    if shape not in SHAPES:
+        raise EMAConfigError(f"shape={shape!r}: allowed are {', '.join(map(repr, SHAPES))}")
+
+    def curve(steps: Vector) -> Vector:
+        import numpy as np
+
+        # Each set of weights stands for the training since the one before it.
+        high = np.clip((steps - at) / length + 1, 0, 1)
+        low = np.clip((steps - every - at) / length + 1, 0, 1)
+        seen = (high > low) & (steps <= at * (1 + SLACK))
+        weights = np.zeros(len(steps))
+        weights[seen] = [SHAPES[shape](a, b) for a, b in zip(low[seen].tolist(), high[seen].tolist(), strict=True)]
+        return weights
+
+    return curve
 
 
 def _solve(matrix: Vector, wanted: Vector, norms: Vector, cutoff: float) -> Vector:

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-# Weight of the parts a to b of a window, whole ones weighing 1, without the digits that a difference would lose.
-_SHAPES: Mapping[str, Callable[[float, float], float]] = {
+#: Weight of the part from a to b of a window, whole ones weighing 1, without the digits that a difference would lose.
+SHAPES: Mapping[str, Callable[[float, float], float]] = {
     "uniform": lambda a, b: b - a,
     "linear": lambda a, b: b - a,
     "sqrt": lambda a, b: (b - a) / (math.sqrt(a) + math.sqrt(b)),
@@ -78,8 +78,8 @@ class Window(Schedule):
             raise EMAConfigError(
                 f"every={self.every!r}: allowed is a time in {time.unit}, as length={str(time)!r}, and not less than it"
             )
-        if not isinstance(self.shape, str) or self.shape not in _SHAPES:
-            raise EMAConfigError(f"shape={self.shape!r}: allowed are {', '.join(map(repr, _SHAPES))}")
+        if not isinstance(self.shape, str) or self.shape not in SHAPES:
+            raise EMAConfigError(f"shape={self.shape!r}: allowed are {', '.join(map(repr, SHAPES))}")
         every = None if self.every is None else str(period)
         set_fields(self, length=str(time), every=every, time=time, period=period)
         set_fields(self, first=0 if time.unit == "ep" else 1, origin=0)
@@ -120,7 +120,7 @@ class Window(Schedule):
         if old <= begin + self._slack(new):
             return -math.inf
         begin, size, origin = begin, self.time.value, max(begin, self.origin)
-        weigh = _SHAPES[self.shape]
+        weigh = SHAPES[self.shape]
         low, middle, high = ((at - begin) / size for at in (origin, old, new))
         kept, added = weigh(low, middle), weigh(middle, min(high, 1.0))
         if kept <= 0:
