@@ -17,25 +17,31 @@ if TYPE_CHECKING:
     from dist_ema.ema import ShardedEMA as ShardedEMA
     from dist_ema.functional import compute_ema as compute_ema
     from dist_ema.schedules import ConstantDecay as ConstantDecay
+    from dist_ema.schedules import Cosine as Cosine
     from dist_ema.schedules import HalfLife as HalfLife
     from dist_ema.schedules import HalfLifeFraction as HalfLifeFraction
+    from dist_ema.schedules import Linear as Linear
     from dist_ema.schedules import NumUpdatesWarmup as NumUpdatesWarmup
     from dist_ema.schedules import PowerFunction as PowerFunction
     from dist_ema.schedules import Smoothing as Smoothing
     from dist_ema.schedules import Uniform as Uniform
     from dist_ema.schedules import Warmup as Warmup
+    from dist_ema.schedules import Window as Window
 
 __version__ = "0.1.0"
 
 _SCHEDULES = (
     "ConstantDecay",
+    "Cosine",
     "HalfLife",
     "HalfLifeFraction",
+    "Linear",
     "NumUpdatesWarmup",
     "PowerFunction",
     "Smoothing",
     "Uniform",
     "Warmup",
+    "Window",
 )
 _HOMES = {
     "ShardedEMA": "dist_ema.ema",

@@ -1,4 +1,4 @@
-"""``dist-ema``: looks at checkpoints, checks, exports, compares and imports them. One process, no accelerator.
+"""``dist-ema``: looks at checkpoints, checks, exports, compares and imports them; plans. One process, no accelerator.
 
 Exit status: 0 good; 1 a finding (damage, a difference); 2 it could not be done (bad usage, no checkpoint, a full
 disk), with one line on stderr. What is asked for goes to stdout, progress and complaints to stderr. torch and rich are
@@ -350,6 +350,67 @@ def plan(
         _print_json(found)
     else:
         _show_plan(found)
+
+
+@app.command()
+def profile(
+    half_life: Annotated[list[str] | None, typer.Option(help="Such as 1000ba.", show_default=False)] = None,
+    decay: Annotated[list[float] | None, typer.Option(help="Kept per batch.", show_default=False)] = None,
+    sigma_rel: Annotated[
+        list[float] | None, typer.Option(help="Of an EDM2 power function.", show_default=False)
+    ] = None,
+    window: Annotated[
+        list[str] | None,
+        typer.Option(help="Such as 500ba, or 500ba/5000ba: the end of each 5000.", show_default=False),
+    ] = None,
+    schedule: Annotated[
+        list[str] | None,
+        typer.Option(help='Any, in JSON: \'{"kind": "Cosine", "start": 0.996, "end": 1, "over": "1dur"}\'.'),
+    ] = None,
+    at: Annotated[str, typer.Option(help="The moment: so much has been trained. It is the duration of 1dur.")] = (
+        "10000ba"
+    ),
+    update_interval: Annotated[
+        str | None, typer.Option(help="Between updates; without it one batch, sample or token.", show_default=False)
+    ] = None,
+    png: Annotated[Path | None, typer.Option(help="Draw them into this file.", show_default=False)] = None,
+    as_json: AsJSON = False,
+) -> None:
+    """Show how much each past step weighs in averages: half life, mean age, and the plain mean that is as smooth.
+
+    Each option may be given several times. Averaging starts with the first update.
+    """
+    from dist_ema.schedules.picture import draw, parse, profile_at
+
+    found = {
+        label: profile_at(given, label, at=at, update_interval=update_interval)
+        for label, given in parse(half_life, decay, sigma_rel, window, schedule).items()
+    }
+    if png is not None:
+        draw(found, png)
+    rows = [
+        {
+            "schedule": label,
+            "unit": one.unit,
+            "half_life": one.half_life,
+            "mean_age": one.mean_age,
+            "effective_window": one.effective_window,
+            "last_step": float(one.weights[-1]),
+        }
+        for label, one in found.items()
+    ]
+    if as_json:
+        _print_json({"at": at, "profiles": rows, "png": None if png is None else str(png)})
+        return
+    columns = ("schedule", "half life:", "mean age:", "effective window:", "weight of the last:")
+    numbers = ("half_life", "mean_age", "effective_window")
+    shown = [
+        (row["schedule"], *(f"{row[key]:,.6g}{row['unit']}" for key in numbers), f"{row['last_step']:.4g}")
+        for row in rows
+    ]
+    _print_table(_console(), f"After {at}", columns, shown)
+    if png is not None:
+        typer.echo(_line(f"drawn: {png}"))
 
 
 def _positive(rate: float) -> float:

@@ -236,20 +236,21 @@ class ShardedEMA:
         else:
             after = self._track.after(now)
             weights = self._track.weights(after)
-            self._warn_if_still(weights)
+            self._warn_if_still(after)
             self._shadow.scratch.touched = False
             self._broken = "update()"
             try:
-                self._shadow.update(sources, weights, after.updates)
+                if any(weights):  # between two windows an average stands still, and its buffers with it
+                    self._shadow.update(sources, weights, after.updates)
             except BaseException:
                 if not self._shadow.scratch.touched:
                     self._broken = None
                 raise
             self._track.step(after)
 
-    def _warn_if_still(self, weights: Sequence[float]) -> None:
-        units = self._options.units() - {"ba"}
-        if 0.0 in weights and units and not self._warned:
+    def _warn_if_still(self, after: Progress) -> None:
+        units = self._track.unmoved(after) - {"ba"}
+        if units and not self._warned:
             self._warned = True
             logger.warning(
                 "An update did not move the average: its schedule counts in %s, and update() was told of none since "

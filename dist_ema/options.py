@@ -26,7 +26,7 @@ class Options:
     """What the user asked for.
 
     Attributes:
-        schedules: the schedule of each average, by its name.
+        schedules: the schedule of each average, by its name; none counts in ``dur``.
         interval: time between updates.
         start: when averaging begins.
         dtype: of the shadows; None means each parameter's own.
@@ -84,7 +84,10 @@ class Options:
         if buffers not in _BUFFERS:
             raise EMAConfigError(f"buffers={buffers!r}: allowed are {', '.join(map(repr, _BUFFERS))}")
         return cls(
-            _schedules(decay, half_life, smoothing, schedule, averages),
+            {
+                name: given.resolve(duration)
+                for name, given in _schedules(decay, half_life, smoothing, schedule, averages).items()
+            },
             Time.parse(update_interval, option="update_interval").resolve(duration, option="update_interval"),
             Time.parse(ema_start, option="ema_start", positive=False).resolve(duration, option="ema_start"),
             _dtype(dtype),
@@ -130,9 +133,7 @@ class Options:
     def units(self) -> set[str]:
         """Units of the clock that the options depend on."""
         units = {self.interval.unit, self.start.unit if self.start.value else "ba"}
-        for schedule in self.schedules.values():
-            units.add(schedule.time.unit if isinstance(schedule, HalfLife) else "ba")
-        return units
+        return units.union(schedule.unit for schedule in self.schedules.values())
 
 
 def _schedules(

@@ -40,12 +40,22 @@ class Track:
 
     def weights(self, after: Progress) -> list[float]:
         """How much of each average the update at ``after`` makes new, in the order of the schedules."""
-        return [schedule.weight(self.seen, after) for schedule in self.schedules.values()]
+        return [schedule.weight(self.seen, after) for schedule in self._begun().values()]
+
+    def unmoved(self, after: Progress) -> set[str]:
+        """Units in which a schedule counts and in which nothing was counted since the last update, up to ``after``."""
+        units = {schedule.unit for schedule in self.schedules.values()}
+        return {unit for unit in units if after.value(unit) == self.seen.value(unit)}
 
     def step(self, after: Progress) -> None:
         """The update at ``after`` has been made."""
-        self.decays = {name: schedule.retain(self.seen, after) for name, schedule in self.schedules.items()}
+        self.decays = {name: schedule.retain(self.seen, after) for name, schedule in self._begun().items()}
         self.seen = after
+
+    def _begun(self) -> dict[str, Schedule]:
+        """Schedules that know where the first copy was: windows lie on the clock of the training."""
+        interval = self._options.interval
+        return {name: schedule.begun(self.start, interval) for name, schedule in self.schedules.items()}
 
     def restore(self, clock: Progress, start: Progress, seen: Progress) -> None:
         """Goes on where another run stopped."""

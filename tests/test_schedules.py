@@ -15,18 +15,21 @@ from dist_ema.errors import EMAConfigError
 from dist_ema.schedules import (
     KINDS,
     ConstantDecay,
+    Cosine,
     HalfLife,
     HalfLifeFraction,
+    Linear,
     NumUpdatesWarmup,
     PowerFunction,
     Schedule,
     Smoothing,
     Uniform,
     Warmup,
+    Window,
     from_dict,
     sigma_rel_to_gamma,
 )
-from dist_ema.timing import Progress
+from dist_ema.timing import Progress, Time
 
 settings.register_profile("fixed", derandomize=True, deadline=None)
 settings.load_profile("fixed")
@@ -34,11 +37,15 @@ settings.load_profile("fixed")
 EXAMPLES = [
     ConstantDecay(0.0),
     ConstantDecay(0.999),
+    Cosine(0.996, 1, "2000ba"),
+    Cosine(0.0, 0.999, 40),
     HalfLife("1000ba"),
+    HalfLife("1000ba", ramp=0.05),
     HalfLife("10_000tok"),
     HalfLife("50000sp"),
     HalfLife("0.5ep"),
     HalfLifeFraction(0.05),
+    Linear(0.998, 1.0, "1_500ba"),
     NumUpdatesWarmup(0.0),
     NumUpdatesWarmup(0.99),
     PowerFunction(sigma_rel=0.05),
@@ -48,8 +55,11 @@ EXAMPLES = [
     Warmup(0.0),
     Warmup(0.95),
     Warmup(0.9999, inv_gamma=20.0, power=0.75),
+    Window("7ba"),
+    Window(7, "20ba", "cosine"),
 ]
-schedules = st.sampled_from(EXAMPLES)
+# What lies between windows is left out, so those have rules of their own: tests/test_windows.py.
+schedules = st.sampled_from([schedule for schedule in EXAMPLES if not isinstance(schedule, Window)])
 moments = st.one_of(st.integers(0, 3000), st.floats(0, 3000))
 
 
@@ -87,7 +97,7 @@ def test_progress_and_plain_numbers_agree(schedule: Schedule) -> None:
     assert schedule.weight(before, after) == -math.expm1(schedule.log_retain(*plain))
 
 
-@pytest.mark.parametrize("schedule", EXAMPLES, ids=repr)
+@pytest.mark.parametrize("schedule", [one for one in EXAMPLES if one != Window(7, 20, "cosine")], ids=repr)
 def test_an_average_of_two_snapshots_lies_between_them(schedule: Schedule) -> None:
     weight = schedule.weight(Progress(updates=1), Progress(1, 8, 512, 0.01, 2))
     assert 0 < weight <= 1
@@ -217,6 +227,152 @@ def test_half_life_fraction_over_a_huge_gap() -> None:
     assert HalfLifeFraction(0.5).log_retain(10**12, 10**13) == pytest.approx(exact, rel=1e-12)
 
 
+def test_cosine_is_dinos() -> None:
+    """utils.cosine_scheduler(0.996, 1, epochs, niter_per_ep), whose iteration 0 is our first copy."""
+    epochs, niter = 100, 2502  # ImageNet, 512 a batch
+    total, schedule = epochs * niter, Cosine(0.996, 1.0, "250200ba")
+    for it in (1, 2, 2502, 125_100, 200_000, total - 1):
+        momentum = 1 + 0.5 * (0.996 - 1) * (1 + math.cos(math.pi * it / total))
+        assert schedule.retain(it - 1, it) == pytest.approx(momentum, rel=1e-15)
+        # 1 - momentum has lost its digits at the end, the weight has not.
+        assert schedule.weight(it - 1, it) == pytest.approx(0.004 * math.cos(math.pi / 2 * it / total) ** 2, rel=1e-12)
+    assert schedule.retain(125_099, 125_100) == pytest.approx(0.998, rel=1e-15)
+    assert schedule.weight(total - 1, total) == schedule.weight(total, 10**9) == 0
+
+
+def test_cosine_is_byols() -> None:
+    """tau = 1 - (1 - .996) * (cos(pi k / K) + 1) / 2, k = 0 at the first update."""
+    schedule = Cosine(0.996, 1, 10_000)
+    for k in (1, 77, 5000, 9999, 10_000):
+        assert schedule.retain(k - 1, k) == pytest.approx(
+            1 - 0.004 * (math.cos(math.pi * k / 10_000) + 1) / 2, rel=1e-15
+        )
+
+
+def test_linear_is_vjepas() -> None:
+    """ema: [.998, 1.], 300 epochs of 300 iterations, ipe_scale 1.25, of which the last fifth is never trained."""
+    ipe, epochs, scale, ema = 300, 300, 1.25, (0.998, 1.0)
+    schedule = Linear(*ema, over="112500ba")
+    for i in (1, 2, 299, 45_000, 89_999):
+        momentum = ema[0] + i * (ema[1] - ema[0]) / (ipe * epochs * scale)
+        assert schedule.retain(i - 1, i) == pytest.approx(momentum, rel=1e-15)
+    assert schedule.retain(89_999, 90_000) == pytest.approx(0.9996, rel=1e-15)
+
+
+def test_half_life_ramp_is_edms() -> None:
+    """ema_halflife_kimg=500, ema_rampup_ratio=.05, batches of 512: beta = .5 ** (512 / min(500000, .05 * nimg))."""
+    schedule = HalfLife("500000sp", ramp=0.05)
+    for n in (1, 2, 20, 1000, 19_531, 19_532, 100_000):  # 10 million images are 19531.25 batches
+        nimg = 512 * n
+        beta = 0.5 ** (512 / max(min(500_000, nimg * 0.05), 1e-8))
+        before, after = Progress(n - 1, nimg - 512, updates=n), Progress(n, nimg, updates=n + 1)
+        assert schedule.retain(before, after) == pytest.approx(beta, rel=1e-13)
+        assert schedule.retain(nimg - 512, nimg) == pytest.approx(beta, rel=1e-13)  # what lies between is one batch
+    assert HalfLife("500000sp", ramp=None) == HalfLife("500000sp")
+    assert HalfLife("500000sp").to_dict() == {"kind": "HalfLife", "half_life": "500000sp"}  # as it was written before
+    assert repr(HalfLife("500000sp")) == "HalfLife(half_life='500000sp')"
+
+
+def test_half_life_ramp_is_stylegans() -> None:
+    """ema_kimg=10, ema_rampup=.05, batches of 32, whose count is of the images before the batch, as EDM's."""
+    for n in (1, 500, 6249, 6250, 6251, 9000):
+        beta = 0.5 ** (32 / max(min(10_000, 32 * n * 0.05), 1e-8))
+        before, after = Progress(n - 1, 32 * (n - 1), updates=1), Progress(n, 32 * n, updates=2)
+        assert HalfLife("10000sp", 0.05).retain(before, after) == pytest.approx(beta, rel=1e-13)
+
+
+def clock(batches: int, of: int) -> Progress:
+    return Progress(batches, 8 * batches, 4096 * batches, batches / of, updates=batches + 1)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "same"),
+    [
+        (Cosine(0.9, 1, "25ba"), Cosine(0.9, 1, "102400tok")),
+        (Cosine(0.9, 1, "25ba"), Cosine(0.9, 1, "2.5ep")),
+        (Linear(0.9, 0.99, "25ba"), Linear(0.9, 0.99, "200sp")),
+        (HalfLife("50ba", ramp=0.8), HalfLife("204800tok", ramp=0.8)),
+        (HalfLife("50ba", ramp=0.8), HalfLife("5ep", ramp=0.8)),
+    ],
+    ids=repr,
+)
+def test_a_factor_per_batch_does_not_depend_on_the_unit_nor_on_the_interval(schedule: Schedule, same: Schedule) -> None:
+    """One update after k batches decays as k updates after one, also where those are counted in something else."""
+    single = [schedule.log_retain(n, n + 1) for n in range(100)]
+    for before, after in ((0, 1), (0, 7), (3, 24), (24, 27), (20, 99), (60, 61)):
+        expected = pytest.approx(math.fsum(single[before:after]), rel=1e-12)
+        assert schedule.log_retain(before, after) == expected
+        assert schedule.log_retain(clock(before, 10), clock(after, 10)) == expected
+        assert same.log_retain(clock(before, 10), clock(after, 10)) == expected
+
+
+def test_a_clock_that_stands_still_in_the_schedules_unit() -> None:
+    """Batches without tokens stay where the schedule was; tokens without batches are no batch."""
+    cosine, ramp = Cosine(0.9, 1, "100tok"), HalfLife("100tok", ramp=0.1)
+    still, moved = (Progress(3, tokens=50), Progress(5, tokens=50)), (Progress(3, tokens=50), Progress(3, tokens=60))
+    assert cosine.retain(*still) == pytest.approx(0.95**2, rel=1e-13)
+    assert cosine.retain(*moved) == ramp.retain(*still) == 1
+    past = (Progress(3, tokens=100), Progress(5, tokens=100))
+    assert cosine.retain(*past) == 1
+
+
+def test_dur_is_resolved_with_the_duration() -> None:
+    duration = Time(3000, "ba")
+    assert Cosine(0.9, 1, "1dur").resolve(duration) == Cosine(0.9, 1, "3000ba")
+    assert Linear(0.9, 1, "0.5dur").resolve(Time(3.0, "ep")) == Linear(0.9, 1, "1.5ep")
+    assert Window("0.1dur", "0.5dur").resolve(duration) == Window("300ba", "1500ba")
+    assert Window("100ba", "1dur").resolve(duration) == Window("100ba", "3000ba")
+    for schedule in EXAMPLES:
+        assert schedule.resolve(None) == schedule
+    for schedule in (Cosine(0.9, 1, "1dur"), Window("0.1dur"), Window("5ba", "1dur")):
+        with pytest.raises(EMAConfigError, match=r"='.*dur' needs max_duration"):
+            schedule.resolve(None)
+        with pytest.raises(EMAConfigError, match="part of max_duration"):
+            schedule.retain(0, 1)
+        with pytest.raises(EMAConfigError, match="part of max_duration"):
+            schedule.retain(Progress(), Progress(1))
+        assert from_dict(schedule.to_dict()) == schedule
+    with pytest.raises(EMAConfigError, match="every='3000ba'"):
+        Window("4000ba", "1dur").resolve(duration)
+    with pytest.raises(EMAConfigError, match="every='3ep'"):
+        Window("40ba", "1dur").resolve(Time(3, "ep"))
+
+
+@pytest.mark.parametrize("value", [1.001, -0.1, math.nan, math.inf, True, "0.9", None])
+def test_ends_of_a_ramp_are_fractions(value: Any) -> None:
+    for kind in (Cosine, Linear):
+        with pytest.raises(EMAConfigError, match=r"start=.*allowed is a number in \[0, 1\]"):
+            kind(value, 1, "10ba")
+        with pytest.raises(EMAConfigError, match=r"end=.*allowed is a number in \[0, 1\]"):
+            kind(0.9, value, "10ba")
+    with pytest.raises(EMAConfigError, match="ramp="):
+        HalfLife("10ba", ramp=0 if value in (None, 1.001) else value)
+
+
+@pytest.mark.parametrize("value", ["0ba", "2dur", "5min", "", 1.5, None, True])
+def test_over_and_length_are_times(value: Any) -> None:
+    for option, make in (("over", lambda: Linear(0.9, 1, value)), ("length", lambda: Window(value))):
+        with pytest.raises(EMAConfigError, match=f"{option}="):
+            make()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"length": 10, "every": 9}, "every=9: allowed is a time in ba, as length='10ba', and not less than it"),
+        ({"length": "10ba", "every": "2ep"}, "every='2ep': allowed is a time in ba"),
+        ({"length": "0.2dur", "every": "0.1dur"}, "every='0.1dur': allowed is a time in dur"),
+        ({"length": 10, "every": 0}, "every=0: not positive"),
+        ({"length": 10, "shape": "square"}, "shape='square': allowed are 'uniform', 'linear', 'sqrt', 'cosine'"),
+        ({"length": 10, "shape": ["sqrt"]}, "shape="),
+    ],
+)
+def test_windows_that_cannot_be(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(EMAConfigError) as caught:
+        Window(**options)
+    assert says in str(caught.value)
+
+
 def test_uniform_is_the_plain_mean() -> None:
     values, mean = [3.0, 1.0, 4.0, 1.0, 5.0, 9.0], 3.0
     for n, value in enumerate(values[1:], start=1):
@@ -291,6 +447,10 @@ def test_half_life_refuses(value: Any) -> None:
         [],
         {},
         {"kind": "Cosine"},
+        {"kind": "Cosine", "start": 0.9, "end": 1, "over": "10ba", "first": 3},
+        {"kind": "HalfLife", "half_life": "10ba", "time": 3},
+        {"kind": "Square"},
+        {"kind": "Window", "length": "10ba", "origin": 3},
         {"kind": ["ConstantDecay"]},
         {"kind": "ConstantDecay"},
         {"kind": "ConstantDecay", "decay": 2},

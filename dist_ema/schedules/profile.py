@@ -1,0 +1,116 @@
+"""How much each past step weighs in an average."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Protocol, overload
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import ArrayLike, NDArray
+
+#: Epochs are sums of fractions: an update that is missed by less than this share of an interval has been made.
+SLACK = 1e-9
+
+
+class Logged(Protocol):
+    """What a profile needs of a schedule."""
+
+    @property
+    def position_unit(self) -> str:
+        """Of plain numbers."""
+
+    def logs(self, every: float, count: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """:meth:`Schedule.logs`."""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A function of past steps: how much the weights of each weigh. float64; made by :meth:`Schedule.profile`.
+
+    Steps are counted in ``unit`` from the first copy, which is step 0.
+
+    Attributes:
+        schedule: of the average.
+        every: between two updates.
+        updates: after the first copy.
+    """
+
+    schedule: Logged
+    every: float
+    updates: int
+
+    @property
+    def unit(self) -> str:
+        """Of steps and ages: one of the clock, or ``updates`` for a schedule that counts these."""
+        return self.schedule.position_unit
+
+    @overload
+    def __call__(self, step: float) -> float: ...
+
+    @overload
+    def __call__(self, step: NDArray[np.float64]) -> NDArray[np.float64]: ...
+
+    def __call__(self, step: ArrayLike) -> float | NDArray[np.float64]:
+        """The weight of the update at ``step``; 0 where there was none. An array of steps gives an array."""
+        import numpy as np
+
+        steps: NDArray[np.float64] = np.asarray(step, dtype=np.float64) / self.every
+        index = np.rint(steps)
+        known = (np.abs(steps - index) <= SLACK * np.maximum(index, 1)) & (index >= 0) & (index <= self.updates)
+        found: NDArray[np.float64] = np.where(known, self.weights[np.where(known, index, 0).astype(np.int64)], 0.0)
+        return float(found) if found.ndim == 0 else found
+
+    @property
+    def steps(self) -> NDArray[np.float64]:
+        """Steps at which updates were, the first copy among them."""
+        import numpy as np
+
+        return np.arange(self.updates + 1, dtype=np.float64) * self.every
+
+    @property
+    def older(self) -> NDArray[np.float64]:
+        """What all steps up to each of ``steps`` weigh together."""
+        return self._parts[0]
+
+    @property
+    def weights(self) -> NDArray[np.float64]:
+        """Of each of ``steps``: what an update put in, and how much of that is left. They sum to 1."""
+        return self._parts[1]
+
+    @cached_property
+    def _parts(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        import numpy as np
+
+        steps, kept = self.schedule.logs(self.every, self.updates)
+        older = np.exp(kept)
+        return older, np.append(1.0, -np.expm1(steps)) * older
+
+    @property
+    def mean_age(self) -> float:
+        """Of the weights in the average, at the last update."""
+        import numpy as np
+
+        return float(np.sum(self.older[:-1])) * self.every
+
+    @property
+    def half_life(self) -> float:
+        """The age that half of the average has passed; that of the first copy, if this weighs more than half."""
+        import numpy as np
+
+        younger = int(np.searchsorted(self.older, 0.5, side="right"))  # the first step with more than half up to it
+        if younger == 0:
+            return self.updates * self.every
+        low, high = self.older[younger - 1], self.older[younger]
+        # Between two updates as an exponential one would be, which makes it exact for those.
+        part = math.log(0.5 / low) / math.log(high / low) if low > 0 else (0.5 - low) / (high - low)
+        return (self.updates - younger + 1 - part) * self.every
+
+    @property
+    def effective_window(self) -> float:
+        """The plain mean over so much training would average out noise as well: 1 / the sum of squared weights."""
+        import numpy as np
+
+        return self.every / float(np.sum(self.weights**2))

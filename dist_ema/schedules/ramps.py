@@ -1,0 +1,101 @@
+"""Decays that move from one value to another over the training: the teachers of DINO, BYOL and V-JEPA."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from dataclasses import dataclass, field, replace
+
+from dist_ema.errors import EMAConfigError
+from dist_ema.schedules.checks import set_fields, share
+from dist_ema.schedules.schedule import Along, Moment, Schedule
+from dist_ema.timing import Time
+
+
+@dataclass(frozen=True)
+class _Ramp(Along):
+    start: float
+    end: float
+    over: str
+    time: Time = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        time = Time.parse(self.over, option="over")
+        set_fields(self, start=share("start", self.start), end=share("end", self.end), time=time, over=str(time))
+
+    @property
+    def unit(self) -> str:
+        """That of ``over``."""
+        return self.time.unit
+
+    def resolve(self, max_duration: Time | None) -> Schedule:
+        """With ``over`` in a unit of the clock. Raises EMAConfigError for a ``dur`` without ``max_duration``."""
+        return replace(self, over=str(self.time.resolve(max_duration, option="over")))
+
+    def _position(self, moment: Moment, name: str) -> float:
+        if self.unit == "dur":
+            raise EMAConfigError(
+                f"over={self.over!r} is a part of max_duration, which is not known here: resolve() it, or give a time "
+                "such as '10000ba'"
+            )
+        return super()._position(moment, name)
+
+    def _log_batches(self, start: float, size: float, count: int) -> float:
+        moving = count  # batches that do not have the last decay
+        if size:
+            moving = min(count, max(0, math.ceil((self.time.value - start) / size) - 1))
+        elif start >= self.time.value:
+            moving = 0
+        rising = (_log_of_rest(self._rest((start + n * size) / self.time.value)) for n in range(1, moving + 1))
+        flat = (count - moving) * _log_of_rest(1 - self.end) if moving < count else 0.0
+        return math.fsum(rising) + flat
+
+    def _rest(self, part: float) -> float:
+        """1 - decay, without the digits that the decay has lost."""
+        return (1 - self.end) + (self.end - self.start) * self._left(part)
+
+    @abstractmethod
+    def _left(self, part: float) -> float:
+        """How much of the way is left when ``part`` of the time has gone: from 1 to 0."""
+
+
+@dataclass(frozen=True)
+class Cosine(_Ramp):
+    """Batch n keeps end + (start - end) * (1 + cos(pi * n / over)) / 2, and ``end`` once ``over`` has gone.
+
+    n counts from the first copy. That copy is the first update, with ``ema_start="0ba"`` the one after the first step,
+    as in DINO (Caron et al. 2021, arXiv:2104.14294; .996 to 1) and BYOL (Grill et al. 2020, arXiv:2006.07733; .996 to
+    1), whose counters are zero there: later decays are theirs, step by step. With ``over`` in samples, tokens or epochs
+    n is the progress at the end of each batch; batches between two readings of the clock are taken to be of one size,
+    and what lies between two plain numbers is one batch. Half life at a decay m: log(1/2) / log(m) batches.
+    A gap costs time in proportion to its batches.
+
+    Args:
+        start: kept fraction per batch at the first copy, in [0, 1].
+        end: at ``over`` and after it, in [0, 1].
+        over: ``"300000ba"``, ``"100ep"``, an int number of batches, or ``"1dur"``, which needs ``max_duration``.
+    """
+
+    def _left(self, part: float) -> float:
+        return math.cos(math.pi / 2 * part) ** 2
+
+
+@dataclass(frozen=True)
+class Linear(_Ramp):
+    """Batch n keeps start + (end - start) * n / over, and ``end`` once ``over`` has gone.
+
+    V-JEPA's and I-JEPA's (Bardes et al. 2024, arXiv:2404.08471; .998 to 1 over 1.25 times the training), whose counter
+    is zero at the first update, which here is the first copy. n, units and cost are as of :class:`Cosine`.
+
+    Args:
+        start: kept fraction per batch at the first copy, in [0, 1].
+        end: at ``over`` and after it, in [0, 1].
+        over: ``"112500ba"``, ``"375ep"``, an int number of batches, or ``"1dur"``, which needs ``max_duration``.
+    """
+
+    def _left(self, part: float) -> float:
+        return 1 - part
+
+
+def _log_of_rest(rest: float) -> float:
+    return math.log1p(-rest) if rest < 1 else -math.inf

@@ -1,0 +1,166 @@
+"""Which weighted sum of saved averages comes closest to an average that was never kept. float64; reads no file.
+
+Every average is a weighted sum of the weights of past steps, and so is a weighted sum of averages. What is minimised is
+the distance between the profile of that sum and the one wanted, in the L2 norm over steps (EDM2, Karras et al. 2024,
+arXiv:2312.02696, section 3.3 and algorithm 3, which does it for power functions): for weights that differ from step to
+step by independent noise, that is the error of the result.
+
+EDM2 solves normal equations of closed inner products and divides by the sum afterwards. Here the profiles themselves
+are decomposed (QR, by blocks of steps), so that the condition number is not squared: neighbouring ones among hundreds
+of snapshots are alike to many digits. That weights sum to one is part of the problem, and not forced on its solution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeAlias
+
+from dist_ema.errors import EMAConfigError
+from dist_ema.schedules.checks import positive
+from dist_ema.schedules.profile import SLACK, Profile
+from dist_ema.schedules.window import SHAPES
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Vector: TypeAlias = NDArray[np.float64]
+    Curve: TypeAlias = Callable[[Vector], Vector]
+
+#: Steps at a time.
+BLOCK = 1 << 13
+#: Directions of this relative size and less are taken for rounding: weights would grow for nothing.
+CUTOFF = 1e-12
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A weighted sum of snapshots.
+
+    Attributes:
+        weights: of each snapshot, in their order; they sum to 1, and may be negative.
+        residual: distance of its profile from the one wanted, over the norm of that: 0 is exact; 1 and more
+            say that the snapshots have nothing of it.
+        gain: sum of the absolute weights: what rounding errors of the snapshots are multiplied by, at worst.
+    """
+
+    weights: tuple[float, ...]
+    residual: float
+    gain: float
+
+
+def fit(snapshots: Sequence[Profile], target: Profile | Curve, *, cutoff: float = CUTOFF) -> Fit:
+    """The weights that sum to 1 and bring the sum of ``snapshots`` closest to ``target``.
+
+    Takes 8 bytes per snapshot and step. For long trainings make all profiles with a larger ``every``.
+
+    Args:
+        snapshots: the profiles of the saved averages, of one unit and interval (``schedule.profile(moment, every=)``),
+            each of its own moment.
+        target: the profile wanted, or a curve of weights: a function of an array of steps, counted as the profiles'
+            are, that gives one for each. A curve is divided by its sum.
+        cutoff: relative size of the directions that are left out; larger ones keep weights smaller.
+
+    Raises:
+        EMAConfigError: no snapshots, other units or intervals, or a curve that is no weight.
+    """
+    import numpy as np
+
+    unit, every = _grid(snapshots, target)
+    count = max(one.updates for one in (*snapshots, target) if isinstance(one, Profile)) + 1
+    # Copies, so that what they have computed does not stay with the caller's.
+    columns = [replace(snapshot).weights for snapshot in snapshots]
+    columns.append(replace(target).weights if isinstance(target, Profile) else _curve(target, count, every, unit))
+    scale = np.array([float(np.linalg.norm(column)) for column in columns])
+    triangle = np.zeros((0, len(columns)))
+    for low in range(0, count, BLOCK):
+        block = np.zeros((min(BLOCK, count - low), len(columns)))
+        for index, column in enumerate(columns):
+            part = column[low : low + BLOCK] / scale[index]
+            block[: len(part), index] = part
+        triangle = np.asarray(np.linalg.qr(np.concatenate([triangle, block]), mode="r"))
+    scaled = _solve(triangle[:, :-1], triangle[:, -1], scale[:-1] / scale[-1], cutoff)
+    residual = float(np.linalg.norm(triangle[:, :-1] @ scaled - triangle[:, -1]))
+    weights = scaled * scale[-1] / scale[:-1]
+    weights += (1 - weights.sum()) / len(weights)  # rounding
+    return Fit(tuple(weights.tolist()), residual, float(np.abs(weights).sum()))
+
+
+def trailing(length: float, at: float, *, every: float = 1, shape: str = "uniform") -> Curve:
+    """The curve of the mean over the last ``length`` before ``at``, wherever periods of a :class:`Window` would end.
+
+    With a shape it is what a learning rate that falls so from ``at - length`` to ``at`` would have given (WSM).
+
+    Args:
+        length, at: in the unit of the profiles' steps, counted from the first copy; steps after ``at - length`` count.
+        every: between two updates.
+        shape: as of :class:`Window`.
+
+    Raises:
+        EMAConfigError: a number is not above 0, ``length`` goes beyond the first copy, or there is no such shape.
+    """
+    length, every = positive("length", length), positive("every", every)
+    if length > positive("at", at) + every:
+        raise EMAConfigError(f"length={length:g}: allowed is at most {at + every:g}, from the first copy to at={at:g}")
+    if shape not in SHAPES:
+        raise EMAConfigError(f"shape={shape!r}: allowed are {', '.join(map(repr, SHAPES))}")
+
+    def curve(steps: Vector) -> Vector:
+        import numpy as np
+
+        # Each set of weights stands for the training since the one before it.
+        high = np.clip((steps - at) / length + 1, 0, 1)
+        low = np.clip((steps - every - at) / length + 1, 0, 1)
+        seen = (high > low) & (steps <= at * (1 + SLACK))
+        weights = np.zeros(len(steps))
+        weights[seen] = [SHAPES[shape](a, b) for a, b in zip(low[seen].tolist(), high[seen].tolist(), strict=True)]
+        return weights
+
+    return curve
+
+
+def _solve(matrix: Vector, wanted: Vector, norms: Vector, cutoff: float) -> Vector:
+    """The x nearest to ``matrix @ x = wanted`` for which ``x / norms`` sums to 1."""
+    import numpy as np
+
+    total = 1 / norms
+    start = total / (total @ total)
+    # An orthonormal basis of what leaves the sum alone.
+    basis = np.linalg.qr(total[:, None], mode="complete")[0][:, 1:]
+    moved: Vector = np.linalg.lstsq(matrix @ basis, wanted - matrix @ start, rcond=cutoff)[0]
+    return start + basis @ moved
+
+
+def _grid(snapshots: Sequence[Profile], target: Profile | Curve) -> tuple[str, float]:
+    if not snapshots:
+        raise EMAConfigError("snapshots=[]: allowed is one profile or more")
+    profiles = [*snapshots, target] if isinstance(target, Profile) else list(snapshots)
+    for index, one in enumerate(profiles):
+        if not isinstance(one, Profile):
+            raise EMAConfigError(f"snapshots[{index}]={one!r}: allowed is what schedule.profile() gives")
+        first = profiles[0]
+        if (one.unit, one.every) != (first.unit, first.every):
+            name = f"snapshots[{index}]" if index < len(snapshots) else "target"
+            raise EMAConfigError(
+                f"{name} has an update every {one.every:g}{one.unit} and snapshots[0] every "
+                f"{first.every:g}{first.unit}: allowed are profiles of one unit and interval"
+            )
+    return profiles[0].unit, profiles[0].every
+
+
+def _curve(target: Curve, count: int, every: float, unit: str) -> Vector:
+    import numpy as np
+
+    if not callable(target):
+        raise EMAConfigError(f"target={target!r}: allowed is what schedule.profile() gives, or a function of steps")
+    values = np.asarray(target(np.arange(count, dtype=np.float64) * every), dtype=np.float64)
+    if values.shape != (count,):
+        raise EMAConfigError(f"target={target!r}: it gave shape {values.shape} for {count} steps; allowed is one each")
+    total = float(values.sum())
+    if not np.isfinite(values).all() or abs(total) < 1e-12 * float(np.abs(values).sum()) or total == 0:
+        raise EMAConfigError(
+            f"target={target!r}: weights of steps 0 to {(count - 1) * every:g}{unit} that sum to {total:g}; allowed "
+            "are finite ones whose sum is not 0"
+        )
+    return np.asarray(values / total)
