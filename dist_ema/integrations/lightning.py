@@ -9,7 +9,6 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
-from weakref import ref
 
 import fsspec
 import torch
@@ -18,7 +17,6 @@ from dist_ema.ema import ShardedEMA
 from dist_ema.engines import RemovableHandle
 from dist_ema.errors import CheckpointError, EMAConfigError, EMAEngineError
 from dist_ema.options import Options
-from dist_ema.timing import Time
 
 try:
     import lightning.pytorch as pl
@@ -31,8 +29,6 @@ if tuple(map(int, pl.__version__.split(".")[:2])) < (2, 6):
     raise ImportError(f"EMACallback needs Lightning 2.6 or later, not {pl.__version__}: pip install 'lightning>=2.6'")
 
 logger = logging.getLogger(__name__)
-#: Belongs to a process and a run, and is not copied or pickled with a callback. Lightning itself sets ``log``.
-_OF_A_RUN = ("ema", "_module", "_bound", "_held", "log", "log_dict")
 
 
 class EMACallback(pl.Callback):
@@ -40,13 +36,13 @@ class EMACallback(pl.Callback):
 
     It follows each optimizer step: accumulated batches and steps that a GradScaler skips do not count. Under manual
     optimization a single optimizer is followed at each of its steps; of several, one ``ba`` is a batch in which any of
-    them stepped. Names are those of ``LightningModule.state_dict()``. Hooks from ``on_validation_start`` to
-    ``on_validation_epoch_end`` see the average, the module's ``on_validation_end`` the live weights again.
+    them stepped. Names are those of ``LightningModule.state_dict()``. The module's hooks up to
+    ``on_validation_epoch_end`` see the average, ``on_validation_end`` the live weights again.
 
-    ``trainer.save_checkpoint`` and every ModelCheckpoint write the live weights, at any moment, and beside them the
-    average: ``<path>/ema`` in a directory (FSDP2, DeepSpeed), else ``<file>.ema``. It is loaded with ``ckpt_path``, to
-    fit, validate, test and predict, and removed with the checkpoint. Where ranks hold replicas (DDP), what is raised in
-    an evaluation has to be raised on all of them, since they need each other to get their live weights back.
+    ``trainer.save_checkpoint`` and ModelCheckpoint write the live weights, at any moment, and beside them the average:
+    ``<path>/ema`` in a directory (FSDP2, DeepSpeed), else ``<file>.ema``. It is loaded with ``ckpt_path``, to fit,
+    validate, test and predict, and removed with the checkpoint. Where ranks hold replicas (DDP), an exception in an
+    evaluation has to come on all of them, since they need each other to get their live weights back.
 
     Args:
         evaluate: on the average; its name where there are several. False uses the live weights.
@@ -57,10 +53,11 @@ class EMACallback(pl.Callback):
     Attributes:
         ema: the ShardedEMA, once fitting has begun or a checkpoint was loaded; goes on when the module is fitted again.
 
-    Raises EMAConfigError for an option that is wrong or contradicts the trainer, and for two averaging callbacks;
-    EMAEngineError for an unsupported strategy; CheckpointError, on every rank, for a checkpoint whose average is missing
-    or of another moment.
+    Raises EMAConfigError (options, also against the trainer's; two averaging callbacks), EMAEngineError (strategy) and
+    CheckpointError (a checkpoint's average is missing, or of another moment), on every rank.
     """
+
+    state_key = "dist_ema.EMACallback"  # others have an EMACallback too
 
     def __init__(
         self, *, evaluate: bool | str = True, missing: str = "error", log: bool = True, **options: Any
@@ -77,8 +74,7 @@ class EMACallback(pl.Callback):
             raise EMAConfigError(f"missing={missing!r}: allowed are 'error' and 'start'")
         self._evaluate, self._missing, self._log = evaluate, missing, log
         self.ema: ShardedEMA | None = None
-        self._module: ref[Any] | None = None  # whose average it is
-        self._bound: list[ref[Any]] | None = None  # what the strategy made of that, and the parameters
+        self._bound: list[Any] = []  # whose average it is, what the strategy made of that, its parameters
         self._held: ExitStack | None = None  # while the average is in the model
         self._handles: list[RemovableHandle] = []
         self._ready = self._fitting = self._at_once = self._stepped = False
@@ -88,22 +84,18 @@ class EMACallback(pl.Callback):
     def _parse(self, duration: str | None) -> Options:
         parameters = inspect.signature(ShardedEMA).parameters.values()
         options = {one.name: one.default for one in parameters if one.kind is one.KEYWORD_ONLY}
-        options.update({"max_duration": duration} | self._options)
-        del options["group"]
+        options |= {"max_duration": duration} | self._options
+        options.pop("group")
         return Options.parse(**options)
 
-    @property
-    def state_key(self) -> str:
-        return "dist_ema.EMACallback"  # other libraries have an EMACallback too
-
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | dict.fromkeys(_OF_A_RUN) | {"_handles": []}
+        # Of the process, which no copy shares; Lightning itself has set log and log_dict.
+        return vars(self) | dict.fromkeys(("ema", "_held", "log", "log_dict")) | {"_bound": [], "_handles": []}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        found = [one for one in trainer.callbacks if isinstance(one, (EMACallback, pl.callbacks.WeightAveraging))]
-        if len(found) > 1:
-            names = " and ".join(type(one).__name__ for one in found)
-            raise EMAConfigError(f"{names}: use one EMACallback, which keeps several averages with averages=")
+        kinds = (EMACallback, pl.callbacks.WeightAveraging)
+        if len(names := [type(one).__name__ for one in trainer.callbacks if isinstance(one, kinds)]) > 1:
+            raise EMAConfigError(f"{' and '.join(names)}: use one EMACallback, which has averages= for several")
         if "XLA" in type(trainer.strategy).__name__:
             raise EMAEngineError(f"{type(trainer.strategy).__name__} is not supported; use DDP, FSDP or DeepSpeed")
         self._stop()
@@ -115,7 +107,7 @@ class EMACallback(pl.Callback):
     def _average_of(self, module: object) -> ShardedEMA | None:
         """If it is of that one. None while finders of learning rates and the like train and restore before a fit."""
         begun = self._ready or not self._fitting
-        return self.ema if begun and self._module is not None and self._module() is module else None
+        return self.ema if begun and self._bound and self._bound[0] is module else None
 
     def _begin(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Once a run, when all is wrapped and restored, and nothing has been computed yet. Collective."""
@@ -123,7 +115,7 @@ class EMACallback(pl.Callback):
             return
         self._ready = True
         target, path, ema = trainer.strategy.model, trainer.ckpt_path, self._average_of(module)
-        objects = [target, *target.parameters()]
+        objects = [module, target, *target.parameters()]
         if ema is None and path is None and not self._fitting:
             logger.warning("There is no average of this model yet: its own weights are evaluated.")
             return
@@ -131,10 +123,10 @@ class EMACallback(pl.Callback):
             duration = self._duration(trainer) if self._fitting else "1ep"
             ema = self.ema = ShardedEMA(target, **{"max_duration": duration} | self._options)
         else:  # to evaluate, DDP is left away: the one that there was does for the same weights
-            same = zip(self._bound or (), objects, strict=False)
-            if not all(known() is now for known, now in [*same][0 if self._fitting else 1 :]):
+            pairs = list(zip(self._bound, objects, strict=False))[1 if self._fitting else 2 :]
+            if not all(known is now for known, now in pairs):
                 ema.rebind(target)
-        self._module, self._bound = ref(module), [ref(one) for one in objects]
+        self._bound = objects
         if path is not None:
             self._load(trainer, ema, str(path))
 
@@ -143,8 +135,7 @@ class EMACallback(pl.Callback):
         duration = f"{trainer.max_epochs}ep" if (trainer.max_epochs or -1) > 0 else None
         duration = f"{trainer.estimated_stepping_batches}ba" if trainer.max_steps > 0 else duration
         given = self._options.get("max_duration")
-        own, said = (Time.parse(one or 1, option="max_duration") for one in (duration, given))
-        if duration and given and own.unit == said.unit and own != said:
+        if duration and given and str(given) != duration:
             raise EMAConfigError(f"max_duration={given!r}: the Trainer says {duration!r}; leave it out")
         if "ep" in self._parse(duration).units() and trainer.num_training_batches == float("inf"):
             raise EMAConfigError("the options count in ep, but the loader's length is unknown: use ba")
@@ -188,15 +179,13 @@ class EMACallback(pl.Callback):
             self._begin(trainer, pl_module)
             ema = self._average_of(pl_module)
             if self._evaluate and ema is not None:
-                with ExitStack() as stack:
-                    stack.enter_context(ema.average_parameters(None if self._evaluate is True else self._evaluate))
-                    self._held = stack.pop_all()
+                self._held = ExitStack()
+                self._held.enter_context(ema.average_parameters(None if self._evaluate is True else self._evaluate))
 
     def _leave(self, *_: Any) -> None:
-        held, self._held = self._held, None
+        held, self._held = self._held or ExitStack(), None
         with torch.inference_mode(False):
-            if held is not None:
-                held.close()
+            held.close()
 
     def _stop(self, *_: Any) -> None:
         while self._handles:
@@ -208,7 +197,7 @@ class EMACallback(pl.Callback):
     on_train_end = on_exception = _stop
 
     def state_dict(self) -> dict[str, Any]:
-        ema = self._average_of(self._module and self._module())
+        ema = self._average_of(self._bound[0]) if self._bound else None
         return {"average": None if ema is None else f"{ema._track.clock}, {ema.num_updates} updates"}
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Any) -> None:
@@ -216,11 +205,10 @@ class EMACallback(pl.Callback):
             self.state_key, {}
         )  # tells whether an average is the one saved with it
 
-    def _save_checkpoint(self, trainer: pl.Trainer, save: Callable[..., None], filepath: Any, *args: Any) -> None:
-        """``trainer.save_checkpoint()``, with the live weights in the model. Collective."""
+    def _save_checkpoint(self, trainer: Any, save: Callable[..., None], filepath: Any, *args: Any, **how: Any) -> None:
         inside = self._held is not None
-        self._leave()
-        save(filepath, *args)
+        self._leave()  # the live weights are written
+        save(filepath, *args, **how)
         if (ema := self._average_of(trainer.lightning_module)) is not None:
             path = f"{filepath}/ema" if _is_directory(f"{filepath}") else f"{filepath}.ema"
             ema.save(trainer.strategy.broadcast(path))
@@ -228,8 +216,7 @@ class EMACallback(pl.Callback):
             self._enter(trainer, trainer.lightning_module)
 
     def _remove_checkpoint(self, trainer: pl.Trainer, remove: Callable[..., None], filepath: Any) -> None:
-        """``strategy.remove_checkpoint()``. A directory goes with what is in it."""
-        remove(filepath)
+        remove(filepath)  # a directory goes with what is in it
         system, path = fsspec.url_to_fs(f"{filepath}.ema")
         if trainer.is_global_zero and system.isdir(path):
             system.rm(path, recursive=True)
@@ -248,10 +235,7 @@ class EMACallback(pl.Callback):
             return ema.reset()
         ema.load(found)
         if saved not in (None, (now := self.state_dict()["average"])):
-            raise CheckpointError(
-                f"{found} does not belong to {path}: it is at {now}, and that was saved at {saved}. Either a save was "
-                "killed between the two, or files of two runs are mixed"
-            )
+            raise CheckpointError(f"{found} is at {now}, {path} at {saved}: a save was killed, or runs are mixed")
         return None
 
 
