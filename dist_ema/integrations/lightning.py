@@ -127,7 +127,7 @@ class EMACallback(pl.Callback):
             if not all(known is now for known, now in pairs):
                 ema.rebind(target)
         self._bound = objects
-        if path is not None:
+        if path is not None and not (self._fitting and self._saved == {"average": None}):  # a finder's, before a fit
             self._load(trainer, ema, str(path))
 
     def _duration(self, trainer: pl.Trainer) -> str | None:
@@ -222,21 +222,19 @@ class EMACallback(pl.Callback):
             system.rm(path, recursive=True)
 
     def _load(self, trainer: pl.Trainer, ema: ShardedEMA, path: str) -> None:
-        saved = None if self._saved is None else self._saved.get("average", "nothing")
-        if self._saved == {"average": None}:  # before averaging had begun
-            return None if self._fitting else ema.reset()
         real = os.path.realpath(path) if os.path.islink(path) else path  # noqa: PTH114 - save_last="link"; or a URL
         found = next((one for one in (f"{real}/ema", f"{real}.ema") if _is_directory(one)), None)
-        found = trainer.strategy.broadcast(None if saved == "nothing" else found)
+        saved = (self._saved or {}).get("average")
+        found = trainer.strategy.broadcast(found if saved or self._saved is None else None)
         if found is None and self._missing == "error":
             raise CheckpointError(f"{path} has no average with it: EMACallback(missing='start') begins a new one there")
         if found is None:
             logger.warning("%s has no average with it: a new one begins from its weights.", path)
-            return ema.reset()
+            ema.reset()
+            return
         ema.load(found)
         if saved not in (None, (now := self.state_dict()["average"])):
             raise CheckpointError(f"{found} is at {now}, {path} at {saved}: a save was killed, or runs are mixed")
-        return None
 
 
 def _wrap(owner: Any, name: str, method: partial[None]) -> None:
