@@ -258,7 +258,7 @@ class ShardedEMA:
                 " and ".join(sorted(units)),
             )
 
-    def attach(self, optimizer: object) -> RemovableHandle:
+    def attach(self, optimizer: object, *, call: Callable[[], object] | None = None) -> RemovableHandle:
         """Calls ``update()`` after every real step of ``optimizer`` (for DeepSpeed: of the engine). Local.
 
         It may be wrapped, as Accelerate, Lightning and Fabric do: the torch optimizer is found that really steps. A
@@ -267,7 +267,15 @@ class ShardedEMA:
         save or to load. Steps of your own that warm up and train nothing want ``attach()`` after them. Raises
         EMAConfigError if the schedule, the interval or the start counts anything but batches: ``update()`` then has to
         be called with what was trained.
+
+        Args:
+            optimizer: whose steps count.
+            call: called in place of ``update()``, for who counts himself and then calls it, at once or later: several
+                optimizers may be attached so. Under DeepSpeed it is called after micro-steps too, on which ``update()``
+                does nothing.
         """
+        if call is not None:
+            return self._engine.attach(optimizer, call)
         others = self._options.units() - {"ba"}
         if others:
             raise EMAConfigError(

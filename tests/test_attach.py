@@ -289,3 +289,21 @@ def test_loading_a_deepspeed_checkpoint_is_no_step(stage: int, dtype: str, offlo
     assert ema.num_updates == 0
     train_engine(engine, range(5, 6))
     assert ema.num_updates == 1
+
+
+def test_who_counts_himself_may_attach_several_optimizers_and_count_epochs() -> None:
+    """A trainer with two optimizers, say: ``attach()`` alone would count a batch twice, and knows no epochs."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    ema = ShardedEMA(model, half_life="1ep")
+    optimizers = [torch.optim.SGD(part.parameters(), lr=0.1) for part in model]
+    stepped: list[int] = []
+    handles = [ema.attach(one, call=lambda: stepped.append(1)) for one in optimizers]
+    model(torch.ones(2, 3)).sum().backward()
+    for one in optimizers:
+        one.step()
+    assert (stepped, ema.num_updates) == ([1, 1], 0)
+    assert ema.update(epochs=0.5)
+    for handle in handles:
+        handle.remove()
+    optimizers[0].step()
+    assert len(stepped) == 2

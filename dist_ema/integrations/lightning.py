@@ -1,0 +1,249 @@
+"""Lightning: ``Trainer(callbacks=[EMACallback(half_life="1000ba")])``. Private names were read in lightning 2.6.6."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import fsspec
+import torch
+
+from dist_ema.ema import ShardedEMA
+from dist_ema.engines import RemovableHandle
+from dist_ema.errors import CheckpointError, EMAConfigError, EMAEngineError
+from dist_ema.options import Options
+
+try:
+    import lightning.pytorch as pl
+except ImportError:
+    try:
+        import pytorch_lightning as pl
+    except ImportError as error:
+        raise ImportError("EMACallback needs Lightning: pip install 'lightning>=2.6'") from error
+if tuple(map(int, pl.__version__.split(".")[:2])) < (2, 6):
+    raise ImportError(f"EMACallback needs Lightning 2.6 or later, not {pl.__version__}: pip install 'lightning>=2.6'")
+
+logger = logging.getLogger(__name__)
+
+
+class EMACallback(pl.Callback):
+    """Averages a LightningModule while it is fitted, and puts the average into it to validate, test and predict.
+
+    It follows each optimizer step: accumulated batches and steps that a GradScaler skips do not count. Under manual
+    optimization a single optimizer is followed at each of its steps; of several, one ``ba`` is a batch in which any of
+    them stepped. Names are those of ``LightningModule.state_dict()``. The module's hooks up to
+    ``on_validation_epoch_end`` see the average, ``on_validation_end`` the live weights again.
+
+    ``trainer.save_checkpoint`` and ModelCheckpoint write the live weights, at any moment, and beside them the average:
+    ``<path>/ema`` in a directory (FSDP2, DeepSpeed), else ``<file>.ema``. It is loaded with ``ckpt_path``, to fit,
+    validate, test and predict, and removed with the checkpoint. Where ranks hold replicas (DDP), an exception in an
+    evaluation has to come on all of them, since they need each other to get their live weights back.
+
+    Args:
+        evaluate: on the average; its name where there are several. False uses the live weights.
+        missing: a checkpoint without an average is an ``"error"``, or a new average is to ``"start"`` from its weights.
+        log: ``ema.metrics()`` to the trainer's loggers, every ``log_every_n_steps``. Collective, one pass.
+        options: of :class:`ShardedEMA`, in batches and epochs; ``max_duration`` is the trainer's.
+
+    Attributes:
+        ema: the ShardedEMA, once fitting has begun or a checkpoint was loaded; goes on when the module is fitted again.
+
+    Raises EMAConfigError (options, also against the trainer's; two averaging callbacks), EMAEngineError (strategy) and
+    CheckpointError (a checkpoint's average is missing, or of another moment), on every rank.
+    """
+
+    state_key = "dist_ema.EMACallback"  # others have an EMACallback too
+
+    def __init__(
+        self, *, evaluate: bool | str = True, missing: str = "error", log: bool = True, **options: Any
+    ) -> None:
+        inspect.signature(ShardedEMA).bind(None, **options)  # TypeError for a name that it does not have
+        self._options = options
+        parsed = self._parse("1ep")
+        names = list(parsed.schedules)
+        if others := sorted(parsed.units() - {"ba", "ep"}):
+            raise EMAConfigError(f"the options count in {', '.join(others)}, Lightning in ba and ep only: use those")
+        if (isinstance(evaluate, str) and evaluate not in names) or (evaluate is True and len(names) > 1):
+            raise EMAConfigError(f"evaluate={evaluate!r}: allowed are False and the names of averages, {names}")
+        if missing not in ("error", "start"):
+            raise EMAConfigError(f"missing={missing!r}: allowed are 'error' and 'start'")
+        self._evaluate, self._missing, self._log = evaluate, missing, log
+        self.ema: ShardedEMA | None = None
+        self._bound: list[Any] = []  # whose average it is, what the strategy made of that, its parameters
+        self._held: ExitStack | None = None  # while the average is in the model
+        self._handles: list[RemovableHandle] = []
+        self._ready = self._fitting = self._at_once = self._stepped = False
+        self._epochs = 0.0  # trained since the last update
+        self._saved: dict[str, Any] | None = None  # our state in the checkpoint; None where it has none of callbacks
+
+    def _parse(self, duration: str | None) -> Options:
+        parameters = inspect.signature(ShardedEMA).parameters.values()
+        options = {one.name: one.default for one in parameters if one.kind is one.KEYWORD_ONLY}
+        options |= {"max_duration": duration} | self._options
+        options.pop("group")
+        return Options.parse(**options)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Of the process, which no copy shares; Lightning itself has set log and log_dict.
+        return vars(self) | dict.fromkeys(("ema", "_held", "log", "log_dict")) | {"_bound": [], "_handles": []}
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        kinds = (EMACallback, pl.callbacks.WeightAveraging)
+        if len(names := [type(one).__name__ for one in trainer.callbacks if isinstance(one, kinds)]) > 1:
+            raise EMAConfigError(f"{' and '.join(names)}: use one EMACallback, which has averages= for several")
+        if "XLA" in type(trainer.strategy).__name__:
+            raise EMAEngineError(f"{type(trainer.strategy).__name__} is not supported; use DDP, FSDP or DeepSpeed")
+        self._stop()
+        self._ready, self._fitting, self._saved = False, stage == "fit", None
+        # No hook knows the path of a checkpoint, and none comes when one is removed.
+        _wrap(trainer, "save_checkpoint", partial(self._save_checkpoint, trainer))
+        _wrap(trainer.strategy, "remove_checkpoint", partial(self._remove_checkpoint, trainer))
+
+    def _average_of(self, module: object) -> ShardedEMA | None:
+        """If it is of that one. None while finders of learning rates and the like train and restore before a fit."""
+        begun = self._ready or not self._fitting
+        return self.ema if begun and self._bound and self._bound[0] is module else None
+
+    def _begin(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Once a run, when all is wrapped and restored, and nothing has been computed yet. Collective."""
+        if self._ready or not (self._fitting or self._evaluate):
+            return
+        self._ready = True
+        target, path, ema = trainer.strategy.model, trainer.ckpt_path, self._average_of(module)
+        objects = [module, target, *target.parameters()]
+        if ema is None and path is None and not self._fitting:
+            logger.warning("There is no average of this model yet: its own weights are evaluated.")
+            return
+        if ema is None:
+            duration = self._duration(trainer) if self._fitting else "1ep"
+            ema = self.ema = ShardedEMA(target, **{"max_duration": duration} | self._options)
+        else:  # to evaluate, DDP is left away: the one that there was does for the same weights
+            pairs = list(zip(self._bound, objects, strict=False))[1 if self._fitting else 2 :]
+            if not all(known is now for known, now in pairs):
+                ema.rebind(target)
+        self._bound = objects
+        if path is not None and not (self._fitting and self._saved == {"average": None}):  # a finder's, before a fit
+            self._load(trainer, ema, str(path))
+
+    def _duration(self, trainer: pl.Trainer) -> str | None:
+        """How long the trainer trains. Raises EMAConfigError if the options do not go with it."""
+        duration = f"{trainer.max_epochs}ep" if (trainer.max_epochs or -1) > 0 else None
+        duration = f"{trainer.estimated_stepping_batches}ba" if trainer.max_steps > 0 else duration
+        given = self._options.get("max_duration")
+        if duration and given and str(given) != duration:
+            raise EMAConfigError(f"max_duration={given!r}: the Trainer says {duration!r}; leave it out")
+        if "ep" in self._parse(duration).units() and trainer.num_training_batches == float("inf"):
+            raise EMAConfigError("the options count in ep, but the loader's length is unknown: use ba")
+        return duration
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._begin(trainer, pl_module)
+        self._epochs, self._stepped, optimizers = 0.0, False, trainer.strategy.optimizers
+        self._at_once = not pl_module.automatic_optimization and len(optimizers) == 1
+        if (ema := self._average_of(pl_module)) is not None:
+            self._handles = [ema.attach(one, call=partial(self._on_step, ema)) for one in optimizers]
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        self._epochs += 1 / trainer.num_training_batches
+
+    def _on_step(self, ema: ShardedEMA) -> None:
+        self._stepped = True
+        if self._at_once:
+            self._update(ema)
+
+    def _update(self, ema: ShardedEMA) -> None:
+        before = ema._track.clock
+        ema.update(epochs=self._epochs)
+        if ema._track.clock is not before:  # else a micro-step of DeepSpeed, or one that it skipped
+            self._epochs = 0.0
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        stepped, self._stepped = self._stepped, False
+        if not stepped or (ema := self._average_of(pl_module)) is None:
+            return
+        if not self._at_once:  # after whatever else the step did to the weights
+            self._update(ema)
+        # Private, and asked by Lightning's own callbacks for monitoring: whether what is logged now is written.
+        if self._log and trainer.loggers and trainer._logger_connector.should_update_logs:
+            pl_module.log_dict(ema.metrics(), on_step=True, on_epoch=False)
+
+    def _enter(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Lightning evaluates in inference mode. Tensors made in it can never be averaged or trained.
+        with torch.inference_mode(False), torch.no_grad():
+            self._leave()
+            self._begin(trainer, pl_module)
+            ema = self._average_of(pl_module)
+            if self._evaluate and ema is not None:
+                self._held = ExitStack()
+                self._held.enter_context(ema.average_parameters(None if self._evaluate is True else self._evaluate))
+
+    def _leave(self, *_: Any) -> None:
+        held, self._held = self._held or ExitStack(), None
+        with torch.inference_mode(False):
+            held.close()
+
+    def _stop(self, *_: Any) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+        self._leave()
+
+    on_validation_start = on_test_start = on_predict_start = _enter
+    on_validation_end = on_test_end = on_predict_end = _leave
+    on_train_end = on_exception = _stop
+
+    def state_dict(self) -> dict[str, Any]:
+        ema = self._average_of(self._bound[0]) if self._bound else None
+        return {"average": None if ema is None else f"{ema._track.clock}, {ema.num_updates} updates"}
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Any) -> None:
+        self._saved = checkpoint["callbacks"].get(
+            self.state_key, {}
+        )  # tells whether an average is the one saved with it
+
+    def _save_checkpoint(self, trainer: Any, save: Callable[..., None], filepath: Any, *args: Any, **how: Any) -> None:
+        inside = self._held is not None
+        self._leave()  # the live weights are written
+        save(filepath, *args, **how)
+        if (ema := self._average_of(trainer.lightning_module)) is not None:
+            path = f"{filepath}/ema" if _is_directory(f"{filepath}") else f"{filepath}.ema"
+            ema.save(trainer.strategy.broadcast(path))
+        if inside:
+            self._enter(trainer, trainer.lightning_module)
+
+    def _remove_checkpoint(self, trainer: pl.Trainer, remove: Callable[..., None], filepath: Any) -> None:
+        remove(filepath)  # a directory goes with what is in it
+        system, path = fsspec.url_to_fs(f"{filepath}.ema")
+        if trainer.is_global_zero and system.isdir(path):
+            system.rm(path, recursive=True)
+
+    def _load(self, trainer: pl.Trainer, ema: ShardedEMA, path: str) -> None:
+        real = os.path.realpath(path) if os.path.islink(path) else path  # noqa: PTH114 - save_last="link"; or a URL
+        found = next((one for one in (f"{real}/ema", f"{real}.ema") if _is_directory(one)), None)
+        saved = (self._saved or {}).get("average")
+        found = trainer.strategy.broadcast(found if saved or self._saved is None else None)
+        if found is None and self._missing == "error":
+            raise CheckpointError(f"{path} has no average with it: EMACallback(missing='start') begins a new one there")
+        if found is None:
+            logger.warning("%s has no average with it: a new one begins from its weights.", path)
+            ema.reset()
+            return
+        ema.load(found)
+        if saved not in (None, (now := self.state_dict()["average"])):
+            raise CheckpointError(f"{found} is at {now}, {path} at {saved}: a save was killed, or runs are mixed")
+
+
+def _wrap(owner: Any, name: str, method: partial[None]) -> None:
+    """Calls of ``owner.name`` go through ``method``, which is given what was there. Once, however often it is asked."""
+    before = getattr(owner, name)
+    if not (isinstance(before, partial) and before.func == method.func):
+        setattr(owner, name, partial(method, before))
+
+
+def _is_directory(path: str) -> bool:
+    system, inner = fsspec.url_to_fs(path)
+    return bool(system.isdir(inner))
