@@ -35,6 +35,7 @@ def _serve(index: int, pipe: Connection, port: int) -> None:
     torch.set_num_threads(1)
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     sys.path.insert(0, str(Path(__file__).parent))
+    sys.path.append(str(Path(__file__).parent / "integrations"))
     os.environ.update(RANK=str(index), LOCAL_RANK=str(index), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     while True:
         try:

@@ -1,24 +1,20 @@
-"""MosaicML Composer: ``Trainer(..., algorithms=[EMA(half_life="1000ba")])``, in the place of Composer's own EMA.
-
-Read in mosaicml 0.32.1, as everything below that speaks of Composer.
-"""
+"""MosaicML Composer: ``Trainer(algorithms=[EMA()])``, in the place of its own EMA. All of Composer as of 0.32.1."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
-from dataclasses import replace
 from functools import wraps
 from inspect import signature
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from dist_ema import functional
-from dist_ema.dcp.stateful import Moment
 from dist_ema.ema import ShardedEMA
 from dist_ema.errors import CheckpointError, EMAConfigError
+from dist_ema.importers.composer import change_over
 from dist_ema.options import Options
 from dist_ema.timing import CLOCK_UNITS, Progress, Time, crossed, reached
 
@@ -27,8 +23,7 @@ try:
     import composer
     from composer.algorithms import EMA as ComposersEMA
     from composer.callbacks import CheckpointSaver
-    from composer.core import Algorithm, Callback, Event, State, Timestamp
-    from composer.loggers import Logger
+    from composer.core import Algorithm, Callback, Event, State
     from composer.trainer import Trainer
     from composer.utils import checkpoint
 except ImportError as error:
@@ -37,51 +32,40 @@ if tuple(map(int, composer.__version__.split(".")[:2])) < (0, 32):
     raise ImportError(f"dist_ema.integrations.composer needs mosaicml 0.32, not {composer.__version__}: {_INSTALL}")
 
 __all__ = ["EMA", "compute_ema"]
-logger = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 _DEFAULT = "1000ba"
 _SAVES = (Event.BATCH_CHECKPOINT, Event.EPOCH_CHECKPOINT, Event.ITERATION_CHECKPOINT)
 _VISITS = {Event.EVAL_START: "evaluation", Event.PREDICT_START: "prediction"}
 _ENDS = (*_VISITS, Event.EVAL_END, Event.PREDICT_END)
-_EVENTS = {Event.INIT, Event.AFTER_LOAD, Event.FIT_START, Event.BATCH_END, Event.EPOCH_END, *_VISITS, *_SAVES}
+_EVENTS = (Event.INIT, Event.AFTER_LOAD, Event.FIT_START, Event.BATCH_END, Event.EPOCH_END, *_VISITS, *_SAVES)
 
 
 class EMA(Algorithm):  # type: ignore[misc]
-    """Composer's ``EMA``, argument for argument and event for event, of a model that may be sharded (FSDP2, DDP).
+    """Composer's ``EMA``, argument for argument and event for event, of a model that may be sharded.
 
-    The first update event (BATCH_END, or EPOCH_END for intervals in epochs) at or after ``ema_start`` copies the
-    weights. From then on each multiple of ``update_interval`` on the trainer's clock averages, and decays by the full
-    interval. Evaluation and prediction are on the average. Checkpoints that a ``CheckpointSaver`` writes hold it as
-    ``state.model``, with the weights in training beside it; ``trainer.save_checkpoint()`` holds the latter as
-    ``state.model``. Loading puts the weights in training into the model, at any world size. Also checkpoints of
-    Composer's own EMA (0.9 and later) are read, so that a run can change over in the middle.
+    The first update event at or after ``ema_start`` copies the weights; then each multiple of ``update_interval`` on
+    the trainer's clock decays the average by the full interval. Evaluation and prediction are on the average.
+    Checkpoints of a ``CheckpointSaver`` hold it as ``state.model``, and beside it the weights in training, which a load
+    puts back, at any world size; ``trainer.save_checkpoint()`` holds those as ``state.model``. A checkpoint of
+    Composer's own EMA (0.9 and later) is gone on from, so that a run can change over in the middle.
 
-    Other than Composer's, which is at fault there:
-
-    - shadows are fp32: one in bf16 stops moving; a NaN or Inf element is left out; integer buffers are copied;
-    - ``EMA(smoothing=.9)`` and ``EMA(half_life=None, smoothing=.9)`` work, without ``update_interval`` too;
-    - prediction is on the average, and so are checkpoints at ITERATION_CHECKPOINT;
-    - the average leaves the model at the event after a checkpoint: it is not averaged into itself where updates are
-      per epoch, does not stay after the last checkpoint, and not after an exception;
-    - ``get_ema_model`` of the model in training keeps the training weights;
-    - sharded FSDP2 checkpoints resume.
+    Where Composer is at fault, this is otherwise: shadows are fp32, since one in bf16 stops moving; integer buffers are
+    copied; NaN and Inf are left out; ``EMA(smoothing=.9)`` works, and so does ``half_life=None`` with it; prediction,
+    and checkpoints at ITERATION_CHECKPOINT, are of the average; it leaves the model at the event after a checkpoint, so
+    that an update per epoch does not average it into itself and it does not stay after the last one, or after an
+    exception; ``get_ema_model`` of the model in training keeps the training weights; sharded FSDP2 runs resume.
 
     Args:
-        half_life: ``"1000ba"``, ``"2ep"``, and also ``"50000sp"`` or ``"10000000tok"``, which decay by what was really
-            trained since the last update.
-        smoothing: kept fraction per update, in [0, 1), in the place of ``half_life``.
-        ema_start: in ``dur``, ``ba``, ``ep``, ``sp`` or ``tok``. ``dur`` moves as the trainer's ``max_duration`` does:
-            by whole epochs if that is in epochs.
-        update_interval: in the unit of ``half_life``, of which it is 1 by default; else ``"1ba"``.
-        missing: what to do at a checkpoint without an average: ``"error"``, or ``"start"`` anew from its weights.
-        options: of :class:`ShardedEMA`, ``buffers`` being ``"average"`` by default. Of several ``averages`` the first
-            one is evaluated and saved as ``state.model``.
+        half_life: ``"1000ba"``, ``"2ep"``; ``"50000sp"`` and ``"10000000tok"`` decay by what was trained in between.
+        smoothing: in the place of ``half_life``: kept fraction per update, in [0, 1).
+        ema_start: in ``dur``, ``ba``, ``ep``, ``sp``, ``tok``. ``dur`` moves as the trainer's ``max_duration`` does.
+        update_interval: 1 in the unit of ``half_life`` by default, else ``"1ba"``.
+        missing: at a checkpoint without an average: ``"error"``, or ``"start"`` anew from its weights.
+        options: of :class:`ShardedEMA`; ``buffers`` is ``"average"`` by default. Of several ``averages`` the first one
+            is evaluated and saved as ``state.model``.
 
-    Attributes:
-        ema: the ShardedEMA, from the first event on that needs it (FIT_START, an evaluation, a load).
-
-    Raises:
-        EMAConfigError: an option is wrong, contradicts the trainer, or there are two EMAs.
-        CheckpointError: a checkpoint has no average, or one that cannot be read.
+    ``ema`` is the ShardedEMA once an event has needed it. Raises EMAConfigError for an option that is wrong or
+    contradicts the trainer, CheckpointError for a checkpoint without an average; the trainer raises them on every rank.
     """
 
     def __init__(
@@ -101,8 +85,8 @@ class EMA(Algorithm):  # type: ignore[misc]
             raise EMAConfigError("half_life=None: give half_life, smoothing, decay, schedule or averages")
         if missing not in ("error", "start"):
             raise EMAConfigError(f"missing={missing!r}: allowed are 'error' and 'start'")
-        options = {"buffers": "average", **options}
-        parsed = _parse(options | {"half_life": half_life, "smoothing": smoothing})
+        options = {"buffers": "average", "half_life": half_life, "smoothing": smoothing, **options}
+        units = _parse(options).units()
         life = None if half_life is None else Time.parse(half_life, option="half_life", units=CLOCK_UNITS)
         default = Time(1, "ba" if life is None else life.unit)
         interval = Time.parse(update_interval or default, option="update_interval", units=CLOCK_UNITS)
@@ -114,18 +98,32 @@ class EMA(Algorithm):  # type: ignore[misc]
         if interval.value != int(interval.value):
             raise EMAConfigError(f"update_interval={update_interval!r}: Composer's trainer counts whole epochs")
         if life is not None and life.unit in ("ba", "ep"):
-            half_life, smoothing = None, 2 ** -(interval.value / life.value)
-        self.half_life, self.smoothing, self.update_interval = life, smoothing, interval
+            options |= {"half_life": None, "smoothing": 2 ** -(interval.value / life.value)}
+        self.half_life, self.smoothing, self.update_interval = life, options["smoothing"], interval
         self.ema_start = Time.parse(ema_start, option="ema_start", positive=False)
         self.update_event = Event.EPOCH_END if interval.unit == "ep" else Event.BATCH_END
+        self._options, self._missing = options, missing
+        self._units = units | {interval.unit, self.ema_start.unit}
+        self._visit, self._inside = ExitStack(), ""  # what holds the average in the model, and for what
+        self._begin(None)
+
+    def _begin(self, state: State | None) -> None:
+        """Another trainer may have had it before."""
         self.ema: ShardedEMA | None = None
-        self._options = options | {"half_life": half_life, "smoothing": smoothing}
-        self._units = parsed.units() | {interval.unit, self.ema_start.unit}
-        self._missing = missing
-        self._state: State | None = None
-        self._target: nn.Module | None = None
-        self._visit, self._inside = ExitStack(), ""  # what holds the average in the model, in words
-        self._found, self._foreign = False, None  # in the checkpoint: an average, Composer's own
+        self._state, self._model = state, None  # as the trainer wraps it
+        self._found, self._foreign = False, None  # in its checkpoint: an average; one of Composer's own EMA
+        if state is None:
+            return
+        twins = [type(other).__module__ for other in state.algorithms if isinstance(other, (EMA, ComposersEMA))]
+        if len(twins) > 1:
+            raise EMAConfigError(
+                f"algorithms has EMA {len(twins)} times (of {', '.join(twins)}), and a model holds one average at a "
+                "time: leave one; EMA(averages={...}) has several"
+            )
+        if state.fsdp_config is not None and state.fsdp_config.state_dict_type == "sharded":
+            # Composer lets the first replica alone save: of HSDP each has to hold the whole average.
+            self._options["shard_replicas"] = False
+            state.callbacks.append(ShardedEMAState(self))
 
     @property
     def ema_started(self) -> bool:
@@ -134,87 +132,60 @@ class EMA(Algorithm):  # type: ignore[misc]
 
     @property
     def ema_weights_active(self) -> bool:
-        """Whether the model holds it."""
-        return self._inside != "" and self.ema_started
+        """Whether it is in the model."""
+        return self.ema_started and self._inside != ""
 
     def match(self, event: Event, state: State) -> bool:
-        """Composer's question whether ``apply`` is to be called."""
+        """Whether Composer is to call ``apply``."""
         return event in _EVENTS or not self._stays(event)
 
-    def apply(self, event: Event, state: State, logger: Logger) -> None:
-        """Called by Composer at each event, on every rank."""
-        self._state = state
+    def apply(self, event: Event, state: State, logger: object) -> None:
+        """What Composer calls at an event. Collective."""
         if not self._stays(event):
             self._leave()
         if event is Event.INIT:
             self._begin(state)
         elif event is Event.AFTER_LOAD:
-            self._loaded(state)
+            self._after_load(state)
         elif event is Event.FIT_START:
-            self._check_duration(state)
+            given, own = self._options.get("max_duration"), str(state.max_duration)
+            if given is not None and str(Time.parse(given, option="max_duration")) != own:
+                raise EMAConfigError(f"max_duration={given!r}: the trainer's is {own!r}; leave it out")
             self._average()
         elif event in (Event.BATCH_END, Event.EPOCH_END):
             self._update(event, state)
         elif event in _VISITS:
             self._enter(_VISITS[event])
-        elif event in _SAVES and _saves(event, state):
+        elif event in _SAVES and _will_save(event, state):
             self._enter("checkpoint")
 
-    def _begin(self, state: State) -> None:
-        rivals = [type(other).__module__ for other in state.algorithms if isinstance(other, (EMA, ComposersEMA))]
-        if len(rivals) > 1:
-            raise EMAConfigError(
-                f"algorithms has EMA {len(rivals)} times (of {', '.join(rivals)}), and one model can hold one average "
-                "at a time: leave one, and give it averages={...} for several"
-            )
-        self.ema, self._target, self._found, self._foreign = None, None, False, None
-        if state.fsdp_config is not None and state.fsdp_config.state_dict_type == "sharded":
-            # Composer lets the first replica alone save: of HSDP each has to hold the whole average.
-            self._options["shard_replicas"] = False
-            state.callbacks.append(ShardedEMAState(self))
-
     def _average(self) -> ShardedEMA:
-        """The ShardedEMA of the model as it is wrapped now: Composer wraps DDP after a load. Collective."""
-        model = self._model()
-        if self.ema is None:
-            self.ema = ShardedEMA(model, **self._options)
-        elif self._target is not model:
-            self.ema.rebind(model)
-        self._target = model
-        return self.ema
-
-    def _model(self) -> nn.Module:
+        """Of the model as it is wrapped now: Composer wraps DDP after a load. Collective."""
         if self._state is None:
-            raise EMAConfigError("this EMA has no trainer yet: pass it as Trainer(algorithms=[...])")
-        model: nn.Module = self._state.model
-        return model
+            raise EMAConfigError("this EMA has no trainer: give it to one, in algorithms=[...]")
+        if self.ema is None:
+            self.ema = ShardedEMA(self._state.model, **self._options)
+        elif self._model is not self._state.model:
+            self.ema.rebind(self._state.model)
+        self._model = self._state.model
+        return self.ema
 
     def _update(self, event: Event, state: State) -> None:
         ema, now, before = self._average(), _progress(state.timestamp), _progress(state.previous_timestamp)
         for unit in self._units & {"sp", "tok"}:
             if not now.value(unit):
-                raise EMAConfigError(
-                    f"the options count in {unit!r}, and the trainer has counted none: give its DataSpec a "
-                    f"get_num_{'tokens' if unit == 'tok' else 'samples'}_in_batch"
-                )
-        due = False
-        if event is self.update_event:
-            due = crossed(before, now, self.update_interval) if self.ema_started else self._starts(now, state)
+                raise EMAConfigError(f"the options count in {unit!r}, of which the trainer's DataSpec says nothing")
+        due = event is self.update_event
+        if due and self.ema_started:
+            due = crossed(before, now, self.update_interval)
+        elif due and self.ema_start.unit == "dur":
+            due = state.get_elapsed_duration().value >= self.ema_start.value
+        elif due:
+            due = reached(now, self.ema_start)
         new = now.since(before)
         ema.update(batches=new.batches, samples=new.samples, tokens=new.tokens, epochs=new.epochs, due=due)
 
-    def _starts(self, now: Progress, state: State) -> bool:
-        if self.ema_start.unit != "dur":
-            return reached(now, self.ema_start)
-        elapsed = state.get_elapsed_duration()
-        return elapsed is not None and elapsed.value >= self.ema_start.value
-
-    def _check_duration(self, state: State) -> None:
-        given = self._options.get("max_duration")
-        if given is not None and str(Time.parse(given, option="max_duration")) != str(state.max_duration):
-            raise EMAConfigError(f"max_duration={given!r}: the trainer's is {str(state.max_duration)!r}; leave it out")
-
-    # The average in the model. Collective where ShardedEMA.average_parameters() is.
+    # The average in the model: collective where ShardedEMA.average_parameters() is.
 
     def _enter(self, inside: str) -> None:
         ema = self._average()
@@ -227,22 +198,23 @@ class EMA(Algorithm):  # type: ignore[misc]
         self._visit.close()
 
     def _stays(self, event: Event) -> bool:
-        """Whether the average may stay in the model, if it is there, when this event comes."""
-        going_on = {"": True, "evaluation": event.is_eval, "prediction": event.is_predict}
-        return going_on.get(self._inside, False) and not (self._inside and event in _ENDS)
+        """Whether what is in the model may stay there at this event."""
+        going_on = {"evaluation": event.is_eval, "prediction": event.is_predict}
+        return not self._inside or (going_on.get(self._inside, False) and event not in _ENDS)
 
     def get_ema_model(self, model: nn.Module) -> nn.Module:
-        """Puts the average into ``model`` and returns it. Collective as ``ShardedEMA.average_parameters``.
+        """Puts the average into ``model``, and returns it.
 
-        Into the model in training until the trainer's next event, or until ``get_training_model``: the training weights
-        are kept. Another one is overwritten, and has to be sharded alike (EMAConfigError if not).
+        Into the model in training until ``get_training_model``, or the trainer's next event. Another one is written to;
+        it has to be sharded alike (EMAConfigError).
         """
         ema = self._average()
-        if not self._inside and self._trains(model):
-            self._enter("get_ema_model()")
-        elif not self._trains(model):
+        if self._trains(model):
+            if not self._inside:
+                self._enter("get_ema_model()")
+        else:
             with nullcontext() if self._inside else ema.average_parameters(ema.names[0]):
-                functional.compute_ema(self._model(), model, smoothing=0.0)
+                functional.compute_ema(self._model, model, smoothing=0.0)
         return model
 
     def get_training_model(self, model: nn.Module) -> nn.Module:
@@ -250,22 +222,22 @@ class EMA(Algorithm):  # type: ignore[misc]
         inside = self._inside
         self._leave()
         if not self._trains(model):
-            functional.compute_ema(self._model(), model, smoothing=0.0)
+            functional.compute_ema(self._model, model, smoothing=0.0)
             if inside:
                 self._enter(inside)
         return model
 
     def _trains(self, model: nn.Module) -> bool:
         """Whether it is the trainer's, or a part of that."""
-        own = self._model()
-        return any(module is model for module in own.modules()) or any(module is own for module in model.modules())
+        self._average()
+        return any(own is model for own in self._model.modules()) or any(own is self._model for own in model.modules())
 
     # Checkpoints: collective.
 
     def state_dict(self) -> dict[str, Any]:
-        """The average, and where it is in the model the training weights: whole CPU tensors on rank 0. Collective.
+        """The average, and the training weights while it is in the model: whole CPU tensors, on rank 0.
 
-        Where Composer saves by shards, ``ShardedEMAState`` carries them.
+        Of an algorithm Composer saves rank 0's state. Where it saves by shards, a callback carries the tensors.
         """
         state: dict[str, Any] = super().state_dict()
         if self._state is not None and not self._state.fsdp_sharded_state_dict_enabled:
@@ -273,7 +245,7 @@ class EMA(Algorithm):  # type: ignore[misc]
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over what ``state_dict`` gave, or that of Composer's own EMA at the next AFTER_LOAD. Collective."""
+        """Takes over such a state, or at the event AFTER_LOAD that of Composer's own EMA."""
         if "dist_ema" in state:
             self._load(state["dist_ema"])
         elif "ema_model" in state:
@@ -283,91 +255,57 @@ class EMA(Algorithm):  # type: ignore[misc]
         self._average().load_state_dict(state)
         self._found = True
 
-    def _loaded(self, state: State) -> None:
+    def _after_load(self, state: State) -> None:
         if self._foreign is not None:
-            self._change_over(self._foreign, _progress(state.timestamp))
+            self._load(change_over(self._foreign, self._average().state_dict(), _progress(state.timestamp)))
             self._foreign = None
         elif state.load_path is not None and state.timestamp.batch > 0 and not self._found:
+            has_none = f"{state.load_path} has no average"
             if self._missing == "error":
-                raise CheckpointError(
-                    f"{state.load_path} holds no average: give EMA(missing='start') to begin one from its weights, or "
-                    "the trainer load_weights_only=True"
-                )
-            logger.info("%s holds no average: one begins from its weights.", state.load_path)
-
-    def _change_over(self, saved: Mapping[str, Any], clock: Progress) -> None:
-        """Goes on from Composer's own EMA: what it kept has changed places with the model where that is "active"."""
-        self._found = True
-        if not saved.get("ema_started", True):
-            return
-        active = saved.get("ema_weights_active", False)
-        kept = saved["training_model"] if active and "training_model" in saved else saved["ema_model"]
-        if "parameters" in kept:
-            raise CheckpointError("an average of Composer before 0.9 has no names: use dist-ema import")
-        if "named_parameters_dict" in kept:
-            kept = {**kept["named_parameters_dict"], **kept["named_buffers_dict"]}
-        parts = self._average().state_dict()  # of what the model holds now
-        averages, buffers = parts["averages"], parts["buffers"]
-        if active:
-            parts["live"] = _pick(kept, {**next(iter(averages.values())), **buffers})
-        else:
-            parts["averages"] = {name: _pick(kept, tensors) for name, tensors in averages.items()}
-            parts["buffers"] = _pick(kept, buffers)
-        seen = replace(clock, updates=max(1, clock.batches))
-        self._load(parts | {"progress": Moment(True, clock, Progress(), seen, 0).to_tensor()})
+                raise CheckpointError(f"{has_none}: EMA(missing='start') begins one from its weights")
+            _log.info("%s: one begins from its weights.", has_none)
 
 
 class ShardedEMAState(Callback):  # type: ignore[misc]
-    """Carries an average into sharded checkpoints: of an Algorithm's state Composer saves rank 0's, as a pickle."""
+    """Carries an average into sharded checkpoints. One of HSDP's replicas saves it, the others read what that wrote."""
 
     def __init__(self, algorithm: EMA) -> None:
         self._algorithm = algorithm
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's parts of the average and of the training weights. Collective."""
-        state = self._algorithm._state
-        if state is None or not state.fsdp_sharded_state_dict_enabled:
-            return {}
+        """This rank's parts of the average, and of the weights in training. Collective."""
         return self._algorithm._average().state_dict(live=True)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes them over. Collective."""
-        if state:
-            self._algorithm._load(state)
+        self._algorithm._load(state)
 
 
 def compute_ema(model: nn.Module, ema_model: nn.Module, smoothing: float = 0.99) -> None:
-    """``composer.functional.compute_ema``: see :func:`dist_ema.compute_ema`. A smoothing of 1 changes nothing."""
+    """:func:`dist_ema.compute_ema` as ``composer.functional.compute_ema``: with a smoothing of 1 nothing changes."""
     if smoothing != 1:
         functional.compute_ema(model, ema_model, smoothing)
 
 
 def _parse(options: Mapping[str, Any]) -> Options:
-    """Raises what ShardedEMA would, without a model."""
+    """Raises what ShardedEMA would, before there is a model."""
     given = signature(ShardedEMA).bind(None, **options)
     given.apply_defaults()
-    known = signature(Options.parse).parameters
-    return Options.parse(**{option: value for option, value in given.arguments.items() if option in known})
+    return Options.parse(**{name: given.arguments[name] for name in signature(Options.parse).parameters})
 
 
-def _progress(time: Timestamp) -> Progress:
+def _progress(time: Any) -> Progress:
     return Progress(int(time.batch), int(time.sample), int(time.token), float(int(time.epoch)))
 
 
-def _saves(event: Event, state: State) -> bool:
-    """Whether a CheckpointSaver will save at this event: it does so once a batch."""
+def _will_save(event: Event, state: State) -> bool:
     savers = [callback for callback in state.callbacks if isinstance(callback, CheckpointSaver)]
     return any(
         saver.save_interval(state, event) and saver.last_checkpoint_batch != state.timestamp.batch for saver in savers
     )
 
 
-def _pick(kept: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
-    """Those of ``names``, which Composer's own EMA kept with DDP's ``module.`` before them."""
-    return {name: kept[key] for name in names for key in [name if name in kept else f"module.{name}"] if key in kept}
-
-
-def _leaving(method: Callable[..., Any]) -> Callable[..., Any]:
+def _leaving(method: Any) -> Any:
     """No event follows an exception, and the model would keep the average."""
 
     @wraps(method)
@@ -383,16 +321,14 @@ def _leaving(method: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-for _name in ("fit", "eval", "predict"):
-    setattr(Trainer, _name, _leaving(getattr(Trainer, _name)))
-
-
-def _without_ours(state_dict: dict[str, Any], reader: Any, *args: Any, **options: Any) -> None:
-    """torch.distributed.checkpoint refuses a load that asks for keys which are not there, whatever ``missing`` is."""
-    callbacks, name = state_dict.get("state", {}).get("callbacks", {}), ShardedEMAState.__qualname__
-    if not any(key.startswith(f"state.callbacks.{name}.") for key in reader.read_metadata().state_dict_metadata):
-        callbacks.pop(name, None)
+def _load_what_there_is(state_dict: dict[str, Any], reader: Any, *args: Any, **options: Any) -> None:
+    """As Composer's, which raises if a checkpoint has no average, whatever ``missing`` is."""
+    ours, callbacks = ShardedEMAState.__qualname__, state_dict.get("state", {}).get("callbacks", {})
+    if not any(key.startswith(f"state.callbacks.{ours}.") for key in reader.read_metadata().state_dict_metadata):
+        callbacks.pop(ours, None)
     _dist_cp_load(state_dict, reader, *args, **options)
 
 
-_dist_cp_load, checkpoint.dist_cp_load = checkpoint.dist_cp_load, _without_ours
+for _method in ("fit", "eval", "predict"):
+    setattr(Trainer, _method, _leaving(getattr(Trainer, _method)))
+_dist_cp_load, checkpoint.dist_cp_load = checkpoint.dist_cp_load, _load_what_there_is

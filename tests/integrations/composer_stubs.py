@@ -1,8 +1,7 @@
 """Makes ``import composer`` work beside a torch that mosaicml does not pin.
 
-mosaicml 0.32.1 asks for torch < 2.7.1 and the torchvision of that torch, and for MosaicML's command line, of which
-nothing is used here. It is installed with ``--no-deps``, and empty modules take their places. torchmetrics, which looks
-whether there is a torchvision, has to be imported before.
+mosaicml 0.32.1 asks for torch < 2.7.1 with its torchvision, and for MosaicML's command line, of which nothing is used
+here. It is installed with ``--no-deps``, and while it is imported empty modules take the places of the two.
 """
 
 from __future__ import annotations
@@ -12,28 +11,46 @@ import sys
 from types import ModuleType
 from unittest.mock import MagicMock
 
-
-def install() -> None:
-    """Puts the stand-ins where the real ones are not installed."""
-    import torchmetrics  # noqa: F401
-
-    for name in ("torchvision", "mcli"):
-        if name not in sys.modules and importlib.util.find_spec(name) is None:
-            _stand_in(name)
-
-
-def _stand_in(name: str) -> None:
-    parts = ("transforms", "transforms.functional", "models", "models.resnet", "datasets", "ops", "utils", "io")
-    for full in (name, *(f"{name}.{part}" for part in parts)):
-        module = ModuleType(full)
-        module.__spec__ = importlib.util.spec_from_loader(full, loader=None)
-        module.__path__ = []
-        module.__version__ = "0"
-        module.__getattr__ = lambda attribute: _missing(attribute)  # type: ignore[method-assign]
-        sys.modules[full] = module
+_PARTS = (
+    "mcli",
+    "torchvision",
+    "torchvision.datasets",
+    "torchvision.models",
+    "torchvision.models.resnet",
+    "torchvision.ops",
+    "torchvision.transforms",
+    "torchvision.transforms.functional",
+    "torchvision.utils",
+)
 
 
-def _missing(attribute: str) -> MagicMock:
+def import_composer() -> None:
+    """Imports it, and takes the stand-ins away again: other libraries would find them and believe in them."""
+    import torchmetrics  # noqa: F401  (it looks for torchvision when it is imported)
+    from transformers.utils import is_torchvision_available
+
+    is_torchvision_available()  # and remembers the answer
+
+    missing = [part for part in _PARTS if importlib.util.find_spec(part.partition(".")[0]) is None]
+    sys.modules.update({part: _stand_in(part) for part in missing})
+    try:
+        import composer  # noqa: F401
+        import composer.algorithms  # noqa: F401
+        import composer.functional  # noqa: F401
+    finally:
+        for part in missing:
+            del sys.modules[part]
+
+
+def _stand_in(name: str) -> ModuleType:
+    module = ModuleType(name)
+    module.__spec__ = importlib.util.spec_from_loader(name, loader=None)
+    module.__path__ = []
+    module.__getattr__ = _anything  # type: ignore[method-assign]
+    return module
+
+
+def _anything(attribute: str) -> MagicMock:
     if attribute.startswith("__"):
         raise AttributeError(attribute)
     return MagicMock(name=attribute)
