@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from functools import wraps
 from inspect import signature
 from typing import Any
@@ -78,10 +78,10 @@ class EMA(Algorithm):  # type: ignore[misc]
         missing: str = "error",
         **options: Any,
     ) -> None:
-        others = any(options.get(option) is not None for option in ("decay", "schedule", "averages"))
-        if half_life == _DEFAULT and (smoothing is not None or others):
-            half_life = None
-        if half_life is None and smoothing is None and not others:
+        others = [smoothing, *map(options.get, ("decay", "schedule", "averages"))]
+        if any(other is not None for other in others):
+            half_life = None if half_life == _DEFAULT else half_life
+        elif half_life is None:
             raise EMAConfigError("half_life=None: give half_life, smoothing, decay, schedule or averages")
         if missing not in ("error", "start"):
             raise EMAConfigError(f"missing={missing!r}: allowed are 'error' and 'start'")
@@ -208,13 +208,13 @@ class EMA(Algorithm):  # type: ignore[misc]
         Into the model in training until ``get_training_model``, or the trainer's next event. Another one is written to;
         it has to be sharded alike (EMAConfigError).
         """
-        ema = self._average()
-        if self._trains(model):
-            if not self._inside:
-                self._enter("get_ema_model()")
-        else:
-            with nullcontext() if self._inside else ema.average_parameters(ema.names[0]):
-                functional.compute_ema(self._model, model, smoothing=0.0)
+        inside = self._inside
+        if not inside:
+            self._enter("get_ema_model()")
+        if not self._trains(model):
+            functional.compute_ema(self._model, model, smoothing=0.0)
+            if not inside:
+                self._leave()
         return model
 
     def get_training_model(self, model: nn.Module) -> nn.Module:
@@ -228,9 +228,9 @@ class EMA(Algorithm):  # type: ignore[misc]
         return model
 
     def _trains(self, model: nn.Module) -> bool:
-        """Whether it is the trainer's, or a part of that."""
+        """Whether it is the trainer's, in whatever wrapping."""
         self._average()
-        return any(own is model for own in self._model.modules()) or any(own is self._model for own in model.modules())
+        return not {*model.modules()}.isdisjoint(self._model.modules())
 
     # Checkpoints: collective.
 
