@@ -6,7 +6,6 @@ import logging
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import wraps
-from inspect import signature
 from typing import Any
 
 from torch import nn
@@ -43,17 +42,17 @@ _EVENTS = (Event.INIT, Event.AFTER_LOAD, Event.FIT_START, Event.BATCH_END, Event
 class EMA(Algorithm):  # type: ignore[misc]
     """Composer's ``EMA``, argument for argument and event for event, of a model that may be sharded.
 
-    The first update event at or after ``ema_start`` copies the weights; then each multiple of ``update_interval`` on
-    the trainer's clock decays the average by the full interval. Evaluation and prediction are on the average.
-    Checkpoints of a ``CheckpointSaver`` hold it as ``state.model``, and beside it the weights in training, which a load
-    puts back, at any world size; ``trainer.save_checkpoint()`` holds those as ``state.model``. A checkpoint of
-    Composer's own EMA (0.9 and later) is gone on from, so that a run can change over in the middle.
+    The first update event at or after ``ema_start`` copies the weights; then each multiple of ``update_interval`` decays
+    the average by the full interval. Evaluation and prediction are on the average. Checkpoints of a ``CheckpointSaver``
+    hold it as ``state.model``, and beside it the weights in training, which a load puts back, at any world size;
+    ``trainer.save_checkpoint()`` holds those as ``state.model``. What Composer's own EMA (0.9 and later) saved is gone
+    on from, so that a run can change over in the middle.
 
-    Where Composer is at fault, this is otherwise: shadows are fp32, since one in bf16 stops moving; integer buffers are
-    copied; NaN and Inf are left out; ``EMA(smoothing=.9)`` works, and so does ``half_life=None`` with it; prediction,
-    and checkpoints at ITERATION_CHECKPOINT, are of the average; it leaves the model at the event after a checkpoint, so
-    that an update per epoch does not average it into itself and it does not stay after the last one, or after an
-    exception; ``get_ema_model`` of the model in training keeps the training weights; sharded FSDP2 runs resume.
+    Composer is at fault in what follows, and this is not: its averages in bf16 stop moving (ours are fp32), those of
+    integer buffers are truncated (copied), one NaN stays (left out); ``EMA(smoothing=.9)`` and ``half_life=None`` with
+    it raise; prediction is on the live weights; ITERATION_CHECKPOINT saves them; after a checkpoint the average stays in
+    the model, so that an update per epoch averages it into itself, and after the last one and after an exception for
+    good; ``get_ema_model`` of the model in training loses its weights; sharded FSDP2 runs cannot resume.
 
     Args:
         half_life: ``"1000ba"``, ``"2ep"``; ``"50000sp"`` and ``"10000000tok"`` decay by what was trained in between.
@@ -61,11 +60,11 @@ class EMA(Algorithm):  # type: ignore[misc]
         ema_start: in ``dur``, ``ba``, ``ep``, ``sp``, ``tok``. ``dur`` moves as the trainer's ``max_duration`` does.
         update_interval: 1 in the unit of ``half_life`` by default, else ``"1ba"``.
         missing: at a checkpoint without an average: ``"error"``, or ``"start"`` anew from its weights.
-        options: of :class:`ShardedEMA`; ``buffers`` is ``"average"`` by default. Of several ``averages`` the first one
-            is evaluated and saved as ``state.model``.
+        options: of :class:`ShardedEMA`; ``buffers`` is ``"average"`` by default. The first of several ``averages`` is
+            evaluated, and saved as ``state.model``.
 
     ``ema`` is the ShardedEMA once an event has needed it. Raises EMAConfigError for an option that is wrong or
-    contradicts the trainer, CheckpointError for a checkpoint without an average; the trainer raises them on every rank.
+    contradicts the trainer, CheckpointError for a checkpoint without an average; on every rank.
     """
 
     def __init__(
@@ -86,15 +85,13 @@ class EMA(Algorithm):  # type: ignore[misc]
         if missing not in ("error", "start"):
             raise EMAConfigError(f"missing={missing!r}: allowed are 'error' and 'start'")
         options = {"buffers": "average", "half_life": half_life, "smoothing": smoothing, **options}
-        units = _parse(options).units()
+        units = Options.check(**options).units()
         life = None if half_life is None else Time.parse(half_life, option="half_life", units=CLOCK_UNITS)
         default = Time(1, "ba" if life is None else life.unit)
         interval = Time.parse(update_interval or default, option="update_interval", units=CLOCK_UNITS)
         if life is not None and life.unit != interval.unit:
-            raise EMAConfigError(
-                f"half_life={half_life!r}, update_interval={update_interval!r}: Composer takes both in one unit; "
-                f"schedule=HalfLife({half_life!r}) in the place of half_life goes with any"
-            )
+            given = f"half_life={half_life!r}, update_interval={update_interval!r}"
+            raise EMAConfigError(f"{given}: of one unit; schedule=HalfLife({half_life!r}) goes with any interval")
         if interval.value != int(interval.value):
             raise EMAConfigError(f"update_interval={update_interval!r}: Composer's trainer counts whole epochs")
         if life is not None and life.unit in ("ba", "ep"):
@@ -116,10 +113,7 @@ class EMA(Algorithm):  # type: ignore[misc]
             return
         twins = [type(other).__module__ for other in state.algorithms if isinstance(other, (EMA, ComposersEMA))]
         if len(twins) > 1:
-            raise EMAConfigError(
-                f"algorithms has EMA {len(twins)} times (of {', '.join(twins)}), and a model holds one average at a "
-                "time: leave one; EMA(averages={...}) has several"
-            )
+            raise EMAConfigError(f"algorithms has EMA {len(twins)} times: of {', '.join(twins)}. Leave one of them")
         if state.fsdp_config is not None and state.fsdp_config.state_dict_type == "sharded":
             # Composer lets the first replica alone save: of HSDP each has to hold the whole average.
             self._options["shard_replicas"] = False
@@ -199,8 +193,10 @@ class EMA(Algorithm):  # type: ignore[misc]
 
     def _stays(self, event: Event) -> bool:
         """Whether what is in the model may stay there at this event."""
-        going_on = {"evaluation": event.is_eval, "prediction": event.is_predict}
-        return not self._inside or (going_on.get(self._inside, False) and event not in _ENDS)
+        going_on = (self._inside == "evaluation" and event.is_eval) or (
+            self._inside == "prediction" and event.is_predict
+        )
+        return not self._inside or (going_on and event not in _ENDS)
 
     def get_ema_model(self, model: nn.Module) -> nn.Module:
         """Puts the average into ``model``, and returns it.
@@ -285,13 +281,6 @@ def compute_ema(model: nn.Module, ema_model: nn.Module, smoothing: float = 0.99)
     """:func:`dist_ema.compute_ema` as ``composer.functional.compute_ema``: with a smoothing of 1 nothing changes."""
     if smoothing != 1:
         functional.compute_ema(model, ema_model, smoothing)
-
-
-def _parse(options: Mapping[str, Any]) -> Options:
-    """Raises what ShardedEMA would, before there is a model."""
-    given = signature(ShardedEMA).bind(None, **options)
-    given.apply_defaults()
-    return Options.parse(**{name: given.arguments[name] for name in signature(Options.parse).parameters})
 
 
 def _progress(time: Any) -> Progress:

@@ -34,8 +34,8 @@ def import_composer() -> None:
     missing = [part for part in _PARTS if importlib.util.find_spec(part.partition(".")[0]) is None]
     sys.modules.update({part: _stand_in(part) for part in missing})
     try:
-        import composer  # noqa: F401
-        import composer.algorithms  # noqa: F401
+        import composer
+        import composer.algorithms
         import composer.functional  # noqa: F401
     finally:
         for part in missing:

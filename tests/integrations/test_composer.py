@@ -430,7 +430,7 @@ def _without_average(folder: str, fsdp: str | None) -> None:
     run.fit()
     run.close()
     path = saved(folder, 4, fsdp)
-    with pytest.raises(CheckpointError, match="has no average.*missing='start'"):
+    with pytest.raises(CheckpointError, match=r"has no average.*missing='start'"):
         runs.trainer(EMA(), fsdp=fsdp, load_path=path)
     algorithm = EMA(missing="start")
     run = runs.trainer(algorithm, fsdp=fsdp, load_path=path)
@@ -476,7 +476,7 @@ def test_autoresume_and_evaluation_before_training(tmp_path: Path) -> None:
     [
         ({"half_life": None}, "half_life=None: give half_life, smoothing, decay"),
         ({"half_life": "10ba", "smoothing": 0.9}, "give exactly one of"),
-        ({"half_life": "10ba", "update_interval": "1ep"}, "half_life='10ba', update_interval='1ep'.*in one unit"),
+        ({"half_life": "10ba", "update_interval": "1ep"}, "half_life='10ba', update_interval='1ep': of one unit"),
         ({"update_interval": "0.1dur"}, "update_interval='0.1dur': unit 'dur' is not allowed"),
         ({"update_interval": "10sec"}, "unknown unit 'sec'"),
         ({"half_life": "1ep", "update_interval": "0.5ep"}, "counts whole epochs"),
@@ -508,7 +508,7 @@ def test_options_that_contradict_the_trainer() -> None:
     with pytest.raises(TypeError, match="unexpected keyword argument 'half_live'"):
         EMA(half_live="10ba")
     for other in (EMA(), Composers()):
-        with pytest.raises(EMAConfigError, match="algorithms has EMA 2 times"):
+        with pytest.raises(EMAConfigError, match="algorithms has EMA 2 times: of dist_ema"):
             runs.trainer(EMA(), other)
     with pytest.raises(EMAConfigError, match="has no trainer"):
         EMA().get_ema_model(runs.Net())
@@ -549,7 +549,7 @@ def test_without_composer_the_import_says_how_to_install_it() -> None:
     name = "dist_ema.integrations.composer"
     with patch.dict(sys.modules, {"composer": None}):
         known = sys.modules.pop(name, None)
-        with pytest.raises(ImportError, match="needs MosaicML Composer.*pip install --no-deps mosaicml==0.32.1"):
+        with pytest.raises(ImportError, match=r"needs MosaicML Composer.*mosaicml==0\.32\.1"):
             __import__(name)
     if known is not None:
         sys.modules[name] = known
