@@ -7,6 +7,7 @@ the next test starts a new one.
 from __future__ import annotations
 
 import faulthandler
+import gc
 import importlib
 import multiprocessing
 import os
@@ -37,6 +38,7 @@ def _serve(index: int, pipe: Connection, port: int) -> None:
     sys.path.insert(0, str(Path(__file__).parent))
     sys.path.append(str(Path(__file__).parent / "integrations"))
     os.environ.update(RANK=str(index), LOCAL_RANK=str(index), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    modules = _forget_groups(0)
     while True:
         try:
             module, function, arguments, world_size, rendezvous = pipe.recv()
@@ -59,6 +61,7 @@ def _serve(index: int, pipe: Connection, port: int) -> None:
                 dist.destroy_process_group()
             # It would give the next test tensors on an equal mesh of this one, whose groups are gone.
             _forget_meshes()
+            modules = _forget_groups(modules)
         pipe.send(failure)
 
 
@@ -70,6 +73,18 @@ def _forget_meshes() -> None:
     DTensor._op_dispatcher.sharding_propagator.propagate_op_sharding.cache.cache_clear()
     if hasattr(debug, "_clear_fast_path_sharding_prop_cache"):
         debug._clear_fast_path_sharding_prop_cache()
+
+
+def _forget_groups(modules: int) -> int:
+    """Collects what a test left in cycles, process groups among it; returns how many modules there are.
+
+    A gloo group keeps three threads that wake a hundred times a second: a few hundred of them take the machine. What
+    new ``modules`` have brought stays, so it is not looked through again.
+    """
+    gc.collect()
+    if len(sys.modules) != modules:
+        gc.freeze()
+    return len(sys.modules)
 
 
 class Pool:
