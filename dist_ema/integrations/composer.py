@@ -42,17 +42,17 @@ _EVENTS = (Event.INIT, Event.AFTER_LOAD, Event.FIT_START, Event.BATCH_END, Event
 class EMA(Algorithm):  # type: ignore[misc]
     """Composer's ``EMA``, argument for argument and event for event, of a model that may be sharded.
 
-    The first update event at or after ``ema_start`` copies the weights; then each multiple of ``update_interval`` decays
-    the average by the full interval. Evaluation and prediction are on the average. Checkpoints of a ``CheckpointSaver``
-    hold it as ``state.model``, and beside it the weights in training, which a load puts back, at any world size;
+    The first update event at or after ``ema_start`` copies the weights; then each multiple of ``update_interval``
+    decays the average by the full interval. Evaluation and prediction are on the average. What a ``CheckpointSaver``
+    saves holds it as ``state.model``, beside it the weights in training, which a load puts back, at any world size;
     ``trainer.save_checkpoint()`` holds those as ``state.model``. What Composer's own EMA (0.9 and later) saved is gone
     on from, so that a run can change over in the middle.
 
     Composer is at fault in what follows, and this is not: its averages in bf16 stop moving (ours are fp32), those of
     integer buffers are truncated (copied), one NaN stays (left out); ``EMA(smoothing=.9)`` and ``half_life=None`` with
-    it raise; prediction is on the live weights; ITERATION_CHECKPOINT saves them; after a checkpoint the average stays in
-    the model, so that an update per epoch averages it into itself, and after the last one and after an exception for
-    good; ``get_ema_model`` of the model in training loses its weights; sharded FSDP2 runs cannot resume.
+    it raise; prediction is on the live weights; ITERATION_CHECKPOINT saves them; after a checkpoint the average stays
+    in the model, so that an update per epoch averages it into itself, and after the last one or an exception for good;
+    ``get_ema_model`` of the model in training loses its weights; sharded FSDP2 runs cannot resume.
 
     Args:
         half_life: ``"1000ba"``, ``"2ep"``; ``"50000sp"`` and ``"10000000tok"`` decay by what was trained in between.
