@@ -179,7 +179,9 @@ class ShardedEMA:
     # Averaging: local.
 
     @torch.no_grad()
-    def update(self, *, batches: int = 1, samples: int = 0, tokens: int = 0, epochs: float = 0) -> bool:
+    def update(
+        self, *, batches: int = 1, samples: int = 0, tokens: int = 0, epochs: float = 0, due: bool | None = None
+    ) -> bool:
         """Advances the clock by what was trained since the last call, and averages if an update is due.
 
         Local: no collective call, no host sync, no memory beyond the shadow and one chunk.
@@ -189,6 +191,8 @@ class ShardedEMA:
             samples: samples, over all ranks.
             tokens: tokens, over all ranks.
             epochs: epochs; fractions are allowed.
+            due: whether an update is due, for a trainer that has a rule of its own; the clock advances in any case.
+                None means that ``update_interval`` and ``ema_start`` say it.
 
         Returns:
             Whether it averaged. Under DeepSpeed a call on a micro-step, or on a step that was skipped for overflow,
@@ -207,7 +211,8 @@ class ShardedEMA:
         now = self._track.clock.advance(batches=batches, samples=samples, tokens=tokens, epochs=epochs)
         if not self._engine.stepped():
             return False
-        due = self._track.is_due(now)
+        if due is None:
+            due = self._track.is_due(now)
         if due:
             self._background.settle()
             self._engine.reshard()

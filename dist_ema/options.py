@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from inspect import signature
 from numbers import Real
 
 import torch
@@ -100,6 +101,15 @@ class Options:
             _threads(offload_threads, offload),
             _seed(seed, dtype),
         )
+
+    @classmethod
+    def check(cls, **options: object) -> Options:
+        """Those that a trainer's user gave for a :class:`ShardedEMA` that cannot be made yet. Raises what it would."""
+        from dist_ema.ema import ShardedEMA  # which imports this file
+
+        given = signature(ShardedEMA).bind(None, **options)
+        given.apply_defaults()
+        return cls.parse(**{name: given.arguments[name] for name in signature(cls.parse).parameters})
 
     def selects(self, name: str) -> bool:
         """Whether ``include`` and ``exclude`` let ``name`` into the average."""

@@ -1,0 +1,323 @@
+"""MosaicML Composer: ``Trainer(algorithms=[EMA()])``, in the place of its own EMA. All of Composer as of 0.32.1."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import wraps
+from typing import Any
+
+from torch import nn
+
+from dist_ema import functional
+from dist_ema.ema import ShardedEMA
+from dist_ema.errors import CheckpointError, EMAConfigError
+from dist_ema.importers.composer import change_over
+from dist_ema.options import Options
+from dist_ema.timing import CLOCK_UNITS, Progress, Time, crossed, reached
+
+_INSTALL = "pip install 'dist_ema[composer]' && pip install --no-deps mosaicml==0.32.1"
+try:
+    import composer
+    from composer.algorithms import EMA as ComposersEMA
+    from composer.callbacks import CheckpointSaver
+    from composer.core import Algorithm, Callback, Event, State
+    from composer.trainer import Trainer
+    from composer.utils import checkpoint
+except ImportError as error:
+    raise ImportError(f"dist_ema.integrations.composer needs MosaicML Composer ({error}): {_INSTALL}") from error
+if tuple(map(int, composer.__version__.split(".")[:2])) < (0, 32):
+    raise ImportError(f"dist_ema.integrations.composer needs mosaicml 0.32, not {composer.__version__}: {_INSTALL}")
+
+__all__ = ["EMA", "compute_ema"]
+_log = logging.getLogger(__name__)
+_DEFAULT = "1000ba"
+_SAVES = (Event.BATCH_CHECKPOINT, Event.EPOCH_CHECKPOINT, Event.ITERATION_CHECKPOINT)
+_VISITS = {Event.EVAL_START: "evaluation", Event.PREDICT_START: "prediction"}
+_ENDS = (*_VISITS, Event.EVAL_END, Event.PREDICT_END)
+_EVENTS = (Event.INIT, Event.AFTER_LOAD, Event.FIT_START, Event.BATCH_END, Event.EPOCH_END, *_VISITS, *_SAVES)
+
+
+class EMA(Algorithm):  # type: ignore[misc]
+    """Composer's ``EMA``, argument for argument and event for event, of a model that may be sharded.
+
+    The first update event at or after ``ema_start`` copies the weights; then each multiple of ``update_interval``
+    decays the average by the full interval. Evaluation and prediction are on the average. What a ``CheckpointSaver``
+    saves holds it as ``state.model``, beside it the weights in training, which a load puts back, at any world size;
+    ``trainer.save_checkpoint()`` holds those as ``state.model``. What Composer's own EMA (0.9 and later) saved is gone
+    on from, so that a run can change over in the middle.
+
+    Composer is at fault in what follows, and this is not: its averages in bf16 stop moving (ours are fp32), those of
+    integer buffers are truncated (copied), one NaN stays (left out); ``EMA(smoothing=.9)`` and ``half_life=None`` with
+    it raise; prediction is on the live weights; ITERATION_CHECKPOINT saves them; after a checkpoint the average stays
+    in the model, so that an update per epoch averages it into itself, and after the last one or an exception for good;
+    ``get_ema_model`` of the model in training loses its weights; sharded FSDP2 runs cannot resume.
+
+    Args:
+        half_life: ``"1000ba"``, ``"2ep"``; ``"50000sp"`` and ``"10000000tok"`` decay by what was trained in between.
+        smoothing: in the place of ``half_life``: kept fraction per update, in [0, 1).
+        ema_start: in ``dur``, ``ba``, ``ep``, ``sp``, ``tok``. ``dur`` moves as the trainer's ``max_duration`` does.
+        update_interval: 1 in the unit of ``half_life`` by default, else ``"1ba"``.
+        missing: at a checkpoint without an average: ``"error"``, or ``"start"`` anew from its weights.
+        options: of :class:`ShardedEMA`; ``buffers`` is ``"average"`` by default. The first of several ``averages`` is
+            evaluated, and saved as ``state.model``.
+
+    ``ema`` is the ShardedEMA once an event has needed it. Raises EMAConfigError for an option that is wrong or
+    contradicts the trainer, CheckpointError for a checkpoint without an average; on every rank.
+    """
+
+    def __init__(
+        self,
+        half_life: str | None = _DEFAULT,
+        smoothing: float | None = None,
+        ema_start: str = "0.0dur",
+        update_interval: str | None = None,
+        *,
+        missing: str = "error",
+        **options: Any,
+    ) -> None:
+        others = [smoothing, *map(options.get, ("decay", "schedule", "averages"))]
+        if any(other is not None for other in others):
+            half_life = None if half_life == _DEFAULT else half_life
+        elif half_life is None:
+            raise EMAConfigError("half_life=None: give half_life, smoothing, decay, schedule or averages")
+        if missing not in ("error", "start"):
+            raise EMAConfigError(f"missing={missing!r}: allowed are 'error' and 'start'")
+        options = {"buffers": "average", "half_life": half_life, "smoothing": smoothing, **options}
+        units = Options.check(**options).units()
+        life = None if half_life is None else Time.parse(half_life, option="half_life", units=CLOCK_UNITS)
+        default = Time(1, "ba" if life is None else life.unit)
+        interval = Time.parse(update_interval or default, option="update_interval", units=CLOCK_UNITS)
+        if life is not None and life.unit != interval.unit:
+            given = f"half_life={half_life!r}, update_interval={update_interval!r}"
+            raise EMAConfigError(f"{given}: of one unit; schedule=HalfLife({half_life!r}) goes with any interval")
+        if interval.value != int(interval.value):
+            raise EMAConfigError(f"update_interval={update_interval!r}: Composer's trainer counts whole epochs")
+        if life is not None and life.unit in ("ba", "ep"):
+            options |= {"half_life": None, "smoothing": 2 ** -(interval.value / life.value)}
+        self.half_life, self.smoothing, self.update_interval = life, options["smoothing"], interval
+        self.ema_start = Time.parse(ema_start, option="ema_start", positive=False)
+        self.update_event = Event.EPOCH_END if interval.unit == "ep" else Event.BATCH_END
+        self._options, self._missing = options, missing
+        self._units = units | {interval.unit, self.ema_start.unit}
+        self._visit, self._inside = ExitStack(), ""  # what holds the average in the model, and for what
+        self._begin(None)
+
+    def _begin(self, state: State | None) -> None:
+        """Another trainer may have had it before."""
+        self.ema: ShardedEMA | None = None
+        self._state, self._model = state, None  # as the trainer wraps it
+        self._found, self._foreign = False, None  # in its checkpoint: an average; one of Composer's own EMA
+        if state is None:
+            return
+        twins = [type(other).__module__ for other in state.algorithms if isinstance(other, (EMA, ComposersEMA))]
+        if len(twins) > 1:
+            raise EMAConfigError(f"algorithms has EMA {len(twins)} times: of {', '.join(twins)}. Leave one of them")
+        if state.fsdp_config is not None and state.fsdp_config.state_dict_type == "sharded":
+            # Composer lets the first replica alone save: of HSDP each has to hold the whole average.
+            self._options["shard_replicas"] = False
+            state.callbacks.append(ShardedEMAState(self))
+
+    @property
+    def ema_started(self) -> bool:
+        """Whether there is an average."""
+        return self.ema is not None and self.ema.num_updates > 0
+
+    @property
+    def ema_weights_active(self) -> bool:
+        """Whether it is in the model."""
+        return self.ema_started and self._inside != ""
+
+    def match(self, event: Event, state: State) -> bool:
+        """Whether Composer is to call ``apply``."""
+        return event in _EVENTS or not self._stays(event)
+
+    def apply(self, event: Event, state: State, logger: object) -> None:
+        """What Composer calls at an event. Collective."""
+        if not self._stays(event):
+            self._leave()
+        if event is Event.INIT:
+            self._begin(state)
+        elif event is Event.AFTER_LOAD:
+            self._after_load(state)
+        elif event is Event.FIT_START:
+            given, own = self._options.get("max_duration"), str(state.max_duration)
+            if given is not None and str(Time.parse(given, option="max_duration")) != own:
+                raise EMAConfigError(f"max_duration={given!r}: the trainer's is {own!r}; leave it out")
+            self._average()
+        elif event in (Event.BATCH_END, Event.EPOCH_END):
+            self._update(event, state)
+        elif event in _VISITS:
+            self._enter(_VISITS[event])
+        elif event in _SAVES and _will_save(event, state):
+            self._enter("checkpoint")
+
+    def _average(self) -> ShardedEMA:
+        """Of the model as it is wrapped now: Composer wraps DDP after a load. Collective."""
+        if self._state is None:
+            raise EMAConfigError("this EMA has no trainer: give it to one, in algorithms=[...]")
+        if self.ema is None:
+            self.ema = ShardedEMA(self._state.model, **self._options)
+        elif self._model is not self._state.model:
+            self.ema.rebind(self._state.model)
+        self._model = self._state.model
+        return self.ema
+
+    def _update(self, event: Event, state: State) -> None:
+        ema, now, before = self._average(), _progress(state.timestamp), _progress(state.previous_timestamp)
+        for unit in self._units & {"sp", "tok"}:
+            if not now.value(unit):
+                raise EMAConfigError(f"the options count in {unit!r}, of which the trainer's DataSpec says nothing")
+        due = event is self.update_event
+        if due and self.ema_started:
+            due = crossed(before, now, self.update_interval)
+        elif due and self.ema_start.unit == "dur":
+            due = state.get_elapsed_duration().value >= self.ema_start.value
+        elif due:
+            due = reached(now, self.ema_start)
+        new = now.since(before)
+        ema.update(batches=new.batches, samples=new.samples, tokens=new.tokens, epochs=new.epochs, due=due)
+
+    # The average in the model: collective where ShardedEMA.average_parameters() is.
+
+    def _enter(self, inside: str) -> None:
+        ema = self._average()
+        self._leave()
+        self._visit.enter_context(ema.average_parameters(ema.names[0], held_by=f"Composer's {inside}"))
+        self._inside = inside
+
+    def _leave(self) -> None:
+        self._inside = ""
+        self._visit.close()
+
+    def _stays(self, event: Event) -> bool:
+        """Whether what is in the model may stay there at this event."""
+        going_on = (self._inside == "evaluation" and event.is_eval) or (
+            self._inside == "prediction" and event.is_predict
+        )
+        return not self._inside or (going_on and event not in _ENDS)
+
+    def get_ema_model(self, model: nn.Module) -> nn.Module:
+        """Puts the average into ``model``, and returns it.
+
+        Into the model in training until ``get_training_model``, or the trainer's next event. Another one is written to;
+        it has to be sharded alike (EMAConfigError).
+        """
+        inside = self._inside
+        if not inside:
+            self._enter("get_ema_model()")
+        if not self._trains(model):
+            functional.compute_ema(self._model, model, smoothing=0.0)
+            if not inside:
+                self._leave()
+        return model
+
+    def get_training_model(self, model: nn.Module) -> nn.Module:
+        """Puts the weights in training into ``model``, as ``get_ema_model`` does the average, and returns it."""
+        inside = self._inside
+        self._leave()
+        if not self._trains(model):
+            functional.compute_ema(self._model, model, smoothing=0.0)
+            if inside:
+                self._enter(inside)
+        return model
+
+    def _trains(self, model: nn.Module) -> bool:
+        """Whether it is the trainer's, in whatever wrapping."""
+        self._average()
+        return not {*model.modules()}.isdisjoint(self._model.modules())
+
+    # Checkpoints: collective.
+
+    def state_dict(self) -> dict[str, Any]:
+        """The average, and the training weights while it is in the model: whole CPU tensors, on rank 0.
+
+        Of an algorithm Composer saves rank 0's state. Where it saves by shards, a callback carries the tensors.
+        """
+        state: dict[str, Any] = super().state_dict()
+        if self._state is not None and not self._state.fsdp_sharded_state_dict_enabled:
+            state["dist_ema"] = self._average().state_dict(full=True, live=self.ema_weights_active)
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over such a state, or at the event AFTER_LOAD that of Composer's own EMA."""
+        if "dist_ema" in state:
+            self._load(state["dist_ema"])
+        elif "ema_model" in state:
+            self._foreign = state
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        self._average().load_state_dict(state)
+        self._found = True
+
+    def _after_load(self, state: State) -> None:
+        if self._foreign is not None:
+            self._load(change_over(self._foreign, self._average().state_dict(), _progress(state.timestamp)))
+            self._foreign = None
+        elif state.load_path is not None and state.timestamp.batch > 0 and not self._found:
+            has_none = f"{state.load_path} has no average"
+            if self._missing == "error":
+                raise CheckpointError(f"{has_none}: EMA(missing='start') begins one from its weights")
+            _log.info("%s: one begins from its weights.", has_none)
+
+
+class ShardedEMAState(Callback):  # type: ignore[misc]
+    """Carries an average into sharded checkpoints. One of HSDP's replicas saves it, the others read what that wrote."""
+
+    def __init__(self, algorithm: EMA) -> None:
+        self._algorithm = algorithm
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's parts of the average, and of the weights in training. Collective."""
+        return self._algorithm._average().state_dict(live=True)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes them over. Collective."""
+        self._algorithm._load(state)
+
+
+def compute_ema(model: nn.Module, ema_model: nn.Module, smoothing: float = 0.99) -> None:
+    """:func:`dist_ema.compute_ema` as ``composer.functional.compute_ema``: with a smoothing of 1 nothing changes."""
+    if smoothing != 1:
+        functional.compute_ema(model, ema_model, smoothing)
+
+
+def _progress(time: Any) -> Progress:
+    return Progress(int(time.batch), int(time.sample), int(time.token), float(int(time.epoch)))
+
+
+def _will_save(event: Event, state: State) -> bool:
+    savers = [callback for callback in state.callbacks if isinstance(callback, CheckpointSaver)]
+    return any(
+        saver.save_interval(state, event) and saver.last_checkpoint_batch != state.timestamp.batch for saver in savers
+    )
+
+
+def _leaving(method: Any) -> Any:
+    """No event follows an exception, and the model would keep the average."""
+
+    @wraps(method)
+    def call(trainer: Trainer, *args: Any, **options: Any) -> Any:
+        try:
+            return method(trainer, *args, **options)
+        except BaseException:
+            for algorithm in trainer.state.algorithms:
+                if isinstance(algorithm, EMA):
+                    algorithm._leave()
+            raise
+
+    return call
+
+
+def _load_what_there_is(state_dict: dict[str, Any], reader: Any, *args: Any, **options: Any) -> None:
+    """As Composer's, which raises if a checkpoint has no average, whatever ``missing`` is."""
+    ours, callbacks = ShardedEMAState.__qualname__, state_dict.get("state", {}).get("callbacks", {})
+    if not any(key.startswith(f"state.callbacks.{ours}.") for key in reader.read_metadata().state_dict_metadata):
+        callbacks.pop(ours, None)
+    _dist_cp_load(state_dict, reader, *args, **options)
+
+
+for _method in ("fit", "eval", "predict"):
+    setattr(Trainer, _method, _leaving(getattr(Trainer, _method)))
+_dist_cp_load, checkpoint.dist_cp_load = checkpoint.dist_cp_load, _load_what_there_is
