@@ -1,0 +1,126 @@
+"""The README's lines for each trainer, as they are written: what a newcomer copies."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from dist_ema import ShardedEMA, read_checkpoint
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def snippet(trainer: str) -> str:
+    section = (ROOT / "README.md").read_text().split("## In your trainer\n")[1].split("\n## ")[0]
+    return section.split(f"**{trainer}**")[1].split("```python\n")[1].split("```")[0]
+
+
+def run(section: str, folder: Path, /, **names: Any) -> dict[str, Any]:
+    """Runs a snippet in a folder of its own, and returns what it has named."""
+    before = Path.cwd()
+    os.chdir(folder)
+    warnings.simplefilter("ignore")
+    try:
+        exec(compile(snippet(section), "README.md", "exec"), names)
+    finally:
+        os.chdir(before)
+    return names
+
+
+@pytest.mark.world_size(1)
+def test_composers_lines(tmp_path: Path) -> None:
+    import composer_runs
+
+    names = run(
+        "Composer", tmp_path, model=composer_runs.Net(), train=composer_runs.loader(0), evaluate=composer_runs.loader(1)
+    )
+    assert names["ema"].ema.num_updates == 6  # two epochs of three batches, from the first one on
+    assert names["trainer"].state.eval_metrics
+
+
+@pytest.mark.world_size(1)
+def test_lightnings_lines(tmp_path: Path) -> None:
+    from lightning.pytorch import LightningModule
+
+    class Module(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 1)
+
+        def training_step(self, batch: torch.Tensor, index: int) -> torch.Tensor:
+            return self.layer(batch).square().mean()
+
+        def validation_step(self, batch: torch.Tensor, index: int) -> None:
+            self.log("loss", self.training_step(batch, index))
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    data = DataLoader(torch.randn(8, 3), batch_size=2)  # type: ignore[arg-type]
+    names = run("Lightning", tmp_path, module=Module(), train=data, evaluate=data)
+    assert names["trainer"].callbacks[0].ema.num_updates == 8
+    (saved,) = tmp_path.rglob("*.ckpt.ema")
+    assert read_checkpoint(saved)["layer.weight"].shape == (1, 3)
+
+
+@pytest.mark.world_size(1)
+def test_hugging_faces_lines(tmp_path: Path) -> None:
+    from test_transformers import EVAL, TRAIN, tiny
+    from transformers import AutoModelForCausalLM, TrainingArguments
+
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), num_train_epochs=1, per_device_train_batch_size=8, report_to=[], use_cpu=True
+    )
+    names = run("Hugging Face Trainer", tmp_path, model=tiny(), arguments=arguments, train=TRAIN, evaluate=EVAL["a"])
+    ema: ShardedEMA = names["callback"].ema
+    assert ema.num_updates == 6
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "averaged").state_dict()
+    assert all(torch.equal(saved[name], value) for name, value in ema.full_state_dict().items())
+
+
+@pytest.mark.world_size(1)
+def test_accelerates_lines(tmp_path: Path) -> None:
+    from accelerate.state import AcceleratorState
+
+    model = nn.Linear(3, 1)
+    train = DataLoader(torch.randn(8, 3), batch_size=2)  # type: ignore[arg-type]
+    try:
+        names = run(
+            "Accelerate", tmp_path, model=model, optimizer=torch.optim.SGD(model.parameters(), 0.1), train=train
+        )
+    finally:
+        AcceleratorState._reset_state(True)
+    assert names["ema"].num_updates == 2
+    assert read_checkpoint(tmp_path / "state" / "ema")["weight"].shape == (1, 3)
+
+
+@pytest.mark.world_size(1)
+def test_fabrics_lines(tmp_path: Path) -> None:
+    model = nn.Linear(3, 1)
+    train = DataLoader(torch.randn(8, 3), batch_size=2)  # type: ignore[arg-type]
+    names = run("Fabric", tmp_path, model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), train=train)
+    assert names["ema"].num_updates == 4
+    assert read_checkpoint(tmp_path / "checkpoint.ema")["weight"].shape == (1, 3)
+
+
+@pytest.mark.world_size(2)
+def test_torchtitans_lines(tmp_path: Path) -> None:
+    """The trainer is that of the tests, built as torchtitan's is."""
+    from test_torchtitan import Trainer
+
+    from dist_ema.schedules import HalfLifeFraction
+
+    trainer = Trainer(tmp_path)
+    live = trainer.validate
+    names = run("torchtitan", tmp_path, trainer=trainer, ShardedEMA=ShardedEMA, HalfLifeFraction=HalfLifeFraction)
+    trainer.train(3)
+    assert names["ema"].num_updates == 3
+    assert trainer.checkpointer.states["ema"] is names["ema"]
+    assert trainer.validate() != live()
