@@ -245,8 +245,19 @@ def test_a_checkpoint_without_an_average_is_one_error_on_every_rank(tmp_path: Pa
     with pytest.raises(CheckpointError, match="no average with it: EMACallback"):
         trainer(tmp_path, "ddp", 2, callbacks=[callback()]).fit(Module(), loader(), ckpt_path=path)
     averaging = callback(missing="start")
-    trainer(tmp_path, "ddp", 2, callbacks=[averaging]).fit(Module(), loader(), ckpt_path=path)
+    module, bound = Module(), []
+    module.steps = 3  # of the checkpoint
+    watch = Watch(lambda _: bound.append(averaging.ema._engine.modules() == [run.strategy.model]))
+    run = trainer(tmp_path, "ddp", 2, callbacks=[averaging, watch])
+    run.fit(module, loader(), ckpt_path=path)
     assert averaging.ema.num_updates == 3
+
+    # Fitted again, under another DDP: whose forward must leave each rank its buffers while the average is inside.
+    run.fit_loop.max_epochs = 3
+    run.fit(module, loader(), loader(1))
+    assert averaging.ema.num_updates == 6
+    check(averaging.ema, module.dense)
+    assert bound == [True, True]
 
 
 # One process, and no process group: Lightning evaluates in inference mode.
@@ -293,6 +304,10 @@ def test_one_device(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     loaded.ema.reset()
     run.validate(other, loader(1), ckpt_path=tmp_path / "weights.ckpt", verbose=False)
     assert loaded.ema.num_updates == 12
+    run.fit_loop.max_epochs = 5
+    assert not any(tensor.is_inference() for tensor in loaded.ema._shadow.tensors("ema") if tensor is not None)
+    run.fit(other, loader(), loader(1))
+    assert loaded.ema.num_updates == 15
     run.strategy.remove_checkpoint(tmp_path / "final.ckpt")
     assert not [*tmp_path.glob("final*")]
 
@@ -373,6 +388,9 @@ def test_epochs_metrics_and_a_learning_rate_finder(tmp_path: Path) -> None:
     logged = [metrics for _, metrics in logger.kept if "ema/decay" in metrics]
     assert logged and {"ema/num_updates", "ema/distance", "ema/skipped_elements"} <= logged[-1].keys()
     assert logged[-1]["ema/num_updates"] == 3 and logged[-1]["ema/decay"] == 0.5
+    run.fit_loop.max_epochs = 5  # the finder once more, while there is an average
+    run.fit(module, loader(), loader(1))
+    assert averaging.ema.num_updates == 4
 
 
 @pytest.mark.filterwarnings("ignore")
