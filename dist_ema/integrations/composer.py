@@ -310,12 +310,14 @@ def _leaving(method: Any) -> Any:
     return call
 
 
-def _load_what_there_is(state_dict: dict[str, Any], reader: Any, *args: Any, **options: Any) -> None:
+def _load_what_there_is(state_dict: dict[str, Any], storage_reader: Any, *args: Any, **options: Any) -> None:
     """As Composer's, which raises if a checkpoint has no average, whatever ``missing`` is."""
     ours, callbacks = ShardedEMAState.__qualname__, state_dict.get("state", {}).get("callbacks", {})
-    if not any(key.startswith(f"state.callbacks.{ours}.") for key in reader.read_metadata().state_dict_metadata):
+    if not any(
+        key.startswith(f"state.callbacks.{ours}.") for key in storage_reader.read_metadata().state_dict_metadata
+    ):
         callbacks.pop(ours, None)
-    _dist_cp_load(state_dict, reader, *args, **options)
+    _dist_cp_load(state_dict, storage_reader, *args, **options)
 
 
 for _method in ("fit", "eval", "predict"):
