@@ -107,8 +107,9 @@ class EMA(Algorithm):  # type: ignore[misc]
     def _begin(self, state: State | None) -> None:
         """Another trainer may have had it before."""
         self.ema: ShardedEMA | None = None
-        self._state, self._model = state, None  # as the trainer wraps it
-        self._found, self._foreign = False, None  # in its checkpoint: an average; one of Composer's own EMA
+        self._state, self._model = state, nn.Module()  # as the trainer wraps it
+        self._foreign: Mapping[str, Any] = {}  # what Composer's own EMA saved
+        self._found = False  # an average in the checkpoint
         if state is None:
             return
         twins = [type(other).__module__ for other in state.algorithms if isinstance(other, (EMA, ComposersEMA))]
@@ -252,9 +253,9 @@ class EMA(Algorithm):  # type: ignore[misc]
         self._found = True
 
     def _after_load(self, state: State) -> None:
-        if self._foreign is not None:
+        if self._foreign:
             self._load(change_over(self._foreign, self._average().state_dict(), _progress(state.timestamp)))
-            self._foreign = None
+            self._foreign = {}
         elif state.load_path is not None and state.timestamp.batch > 0 and not self._found:
             has_none = f"{state.load_path} has no average"
             if self._missing == "error":

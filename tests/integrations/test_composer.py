@@ -471,6 +471,25 @@ def test_autoresume_and_evaluation_before_training(tmp_path: Path) -> None:
     run.close()
 
 
+@pytest.mark.world_size(1)
+def test_a_checkpoint_at_the_end_of_an_iteration(tmp_path: Path) -> None:
+    """Composer swaps at two of its three checkpoint events."""
+    import composer_runs as runs
+
+    from dist_ema.integrations.composer import EMA
+
+    algorithm = EMA(half_life="2ba")
+    run = runs.trainer(
+        algorithm, duration="2ep", save_folder=str(tmp_path), save_filename=AT_BATCH, save_interval="1iter"
+    )
+    run.state._iteration_length = "1ep"
+    run.fit()
+    state = read(saved(tmp_path, 3))
+    averages = dict(state["algorithms"])["EMA"]["dist_ema"]["averages"]["ema"]
+    assert all(torch.equal(state["model"][name], value) for name, value in averages.items())
+    run.close()
+
+
 # Bad input: one clear message.
 
 
