@@ -536,7 +536,7 @@ def test_options_that_contradict_the_trainer() -> None:
     with pytest.raises(EMAConfigError, match="has no trainer"):
         EMA().get_ema_model(runs.Net())
     for options, message in (
-        ({"half_life": "100tok"}, "count in 'tok', of which the trainer's DataSpec says nothing"),
+        ({"half_life": "100tok"}, "count in 'tok', of which the trainer has counted none"),
         ({"max_duration": "100ba"}, "max_duration='100ba': the trainer's is '1ep'; leave it out"),
     ):
         run = runs.trainer(EMA(**options), duration="1ep")
