@@ -14,8 +14,8 @@ from dist_ema import functional
 from dist_ema.ema import ShardedEMA
 from dist_ema.errors import CheckpointError, EMAConfigError
 from dist_ema.importers.composer import change_over
-from dist_ema.options import Options
-from dist_ema.timing import CLOCK_UNITS, Progress, Time, crossed, reached
+from dist_ema.pace import HALF_LIFE, Pace
+from dist_ema.timing import Progress
 
 _INSTALL = "pip install 'dist_ema[composer]' && pip install --no-deps mosaicml==0.32.1"
 try:
@@ -32,7 +32,6 @@ if tuple(map(int, composer.__version__.split(".")[:2])) < (0, 32):
 
 __all__ = ["EMA", "compute_ema"]
 _log = logging.getLogger(__name__)
-_DEFAULT = "1000ba"
 _SAVES = (Event.BATCH_CHECKPOINT, Event.EPOCH_CHECKPOINT, Event.ITERATION_CHECKPOINT)
 _VISITS = {Event.EVAL_START: "evaluation", Event.PREDICT_START: "prediction"}
 _ENDS = (*_VISITS, Event.EVAL_END, Event.PREDICT_END)
@@ -69,7 +68,7 @@ class EMA(Algorithm):  # type: ignore[misc]
 
     def __init__(
         self,
-        half_life: str | None = _DEFAULT,
+        half_life: str | None = HALF_LIFE,
         smoothing: float | None = None,
         ema_start: str = "0.0dur",
         update_interval: str | None = None,
@@ -77,38 +76,22 @@ class EMA(Algorithm):  # type: ignore[misc]
         missing: str = "error",
         **options: Any,
     ) -> None:
-        others = [smoothing, *map(options.get, ("decay", "schedule", "averages"))]
-        if any(other is not None for other in others):
-            half_life = None if half_life == _DEFAULT else half_life
-        elif half_life is None:
-            raise EMAConfigError("half_life=None: give half_life, smoothing, decay, schedule or averages")
         if missing not in ("error", "start"):
             raise EMAConfigError(f"missing={missing!r}: allowed are 'error' and 'start'")
-        options = {"buffers": "average", "half_life": half_life, "smoothing": smoothing, **options}
-        units = Options.check(**options).units()
-        life = None if half_life is None else Time.parse(half_life, option="half_life", units=CLOCK_UNITS)
-        default = Time(1, "ba" if life is None else life.unit)
-        interval = Time.parse(update_interval or default, option="update_interval", units=CLOCK_UNITS)
-        if life is not None and life.unit != interval.unit:
-            given = f"half_life={half_life!r}, update_interval={update_interval!r}"
-            raise EMAConfigError(f"{given}: of one unit; schedule=HalfLife({half_life!r}) goes with any interval")
-        if interval.value != int(interval.value):
-            raise EMAConfigError(f"update_interval={update_interval!r}: Composer's trainer counts whole epochs")
-        if life is not None and life.unit in ("ba", "ep"):
-            options |= {"half_life": None, "smoothing": 2 ** -(interval.value / life.value)}
-        self.half_life, self.smoothing, self.update_interval = life, options["smoothing"], interval
-        self.ema_start = Time.parse(ema_start, option="ema_start", positive=False)
-        self.update_event = Event.EPOCH_END if interval.unit == "ep" else Event.BATCH_END
-        self._options, self._missing = options, missing
-        self._units = units | {interval.unit, self.ema_start.unit}
-        self._visit, self._inside = ExitStack(), ""  # what holds the average in the model, and for what
+        self._pace = Pace.parse(half_life, smoothing, ema_start, update_interval, {"buffers": "average", **options})
+        self.half_life, self.smoothing = self._pace.half_life, self._pace.options["smoothing"]
+        self.ema_start, self.update_interval = self._pace.start, self._pace.interval
+        self.update_event = Event.EPOCH_END if self.update_interval.unit == "ep" else Event.BATCH_END
+        self._missing, self._visit, self._inside = missing, ExitStack(), ""  # the average in the model, and what for
         self._begin(None)
 
     def _begin(self, state: State | None) -> None:
         """Another trainer may have had it before."""
         self.ema: ShardedEMA | None = None
-        self._state, self._model = state, None  # as the trainer wraps it
-        self._found, self._foreign = False, None  # in its checkpoint: an average; one of Composer's own EMA
+        self._state, self._model = state, nn.Module()  # as the trainer wraps it
+        self._foreign: Mapping[str, Any] = {}  # what Composer's own EMA saved
+        self._found = False  # an average in the checkpoint
+        self._options = dict(self._pace.options)
         if state is None:
             return
         twins = [type(other).__module__ for other in state.algorithms if isinstance(other, (EMA, ComposersEMA))]
@@ -136,22 +119,20 @@ class EMA(Algorithm):  # type: ignore[misc]
     def apply(self, event: Event, state: State, logger: object) -> None:
         """What Composer calls at an event. Collective."""
         if not self._stays(event):
-            self._leave()
+            self._turn("")
         if event is Event.INIT:
             self._begin(state)
         elif event is Event.AFTER_LOAD:
             self._after_load(state)
         elif event is Event.FIT_START:
-            given, own = self._options.get("max_duration"), str(state.max_duration)
-            if given is not None and str(Time.parse(given, option="max_duration")) != own:
-                raise EMAConfigError(f"max_duration={given!r}: the trainer's is {own!r}; leave it out")
+            self._pace.check_duration(str(state.max_duration))
             self._average()
         elif event in (Event.BATCH_END, Event.EPOCH_END):
             self._update(event, state)
         elif event in _VISITS:
-            self._enter(_VISITS[event])
+            self._turn(_VISITS[event])
         elif event in _SAVES and _will_save(event, state):
-            self._enter("checkpoint")
+            self._turn("checkpoint")
 
     def _average(self) -> ShardedEMA:
         """Of the model as it is wrapped now: Composer wraps DDP after a load. Collective."""
@@ -166,36 +147,24 @@ class EMA(Algorithm):  # type: ignore[misc]
 
     def _update(self, event: Event, state: State) -> None:
         ema, now, before = self._average(), _progress(state.timestamp), _progress(state.previous_timestamp)
-        for unit in self._units & {"sp", "tok"}:
-            if not now.value(unit):
-                raise EMAConfigError(f"the options count in {unit!r}, of which the trainer's DataSpec says nothing")
-        due = event is self.update_event
-        if due and self.ema_started:
-            due = crossed(before, now, self.update_interval)
-        elif due and self.ema_start.unit == "dur":
-            due = state.get_elapsed_duration().value >= self.ema_start.value
-        elif due:
-            due = reached(now, self.ema_start)
-        new = now.since(before)
+        new, elapsed = now.since(before), state.get_elapsed_duration().value
+        due = self._pace.due(before, now, self.ema_started, elapsed) and event is self.update_event
         ema.update(batches=new.batches, samples=new.samples, tokens=new.tokens, epochs=new.epochs, due=due)
 
     # The average in the model: collective where ShardedEMA.average_parameters() is.
 
-    def _enter(self, inside: str) -> None:
-        ema = self._average()
-        self._leave()
-        self._visit.enter_context(ema.average_parameters(ema.names[0], held_by=f"Composer's {inside}"))
-        self._inside = inside
-
-    def _leave(self) -> None:
+    def _turn(self, inside: str) -> None:
+        """Has it there for a purpose, or not where that is empty."""
         self._inside = ""
         self._visit.close()
+        if inside:
+            ema = self._average()
+            self._visit.enter_context(ema.average_parameters(ema.names[0], held_by=f"Composer's {inside}"))
+            self._inside = inside
 
     def _stays(self, event: Event) -> bool:
-        """Whether what is in the model may stay there at this event."""
-        going_on = (self._inside == "evaluation" and event.is_eval) or (
-            self._inside == "prediction" and event.is_predict
-        )
+        """Whether what is there may stay at this event."""
+        going_on = {"evaluation": event.is_eval, "prediction": event.is_predict}.get(self._inside, False)
         return not self._inside or (going_on and event not in _ENDS)
 
     def get_ema_model(self, model: nn.Module) -> nn.Module:
@@ -204,29 +173,24 @@ class EMA(Algorithm):  # type: ignore[misc]
         Into the model in training until ``get_training_model``, or the trainer's next event. Another one is written to;
         it has to be sharded alike (EMAConfigError).
         """
-        inside = self._inside
-        if not inside:
-            self._enter("get_ema_model()")
-        if not self._trains(model):
-            functional.compute_ema(self._model, model, smoothing=0.0)
-            if not inside:
-                self._leave()
-        return model
+        return self._put("get_ema_model()", model)
 
     def get_training_model(self, model: nn.Module) -> nn.Module:
         """Puts the weights in training into ``model``, as ``get_ema_model`` does the average, and returns it."""
-        inside = self._inside
-        self._leave()
-        if not self._trains(model):
-            functional.compute_ema(self._model, model, smoothing=0.0)
-            if inside:
-                self._enter(inside)
-        return model
+        return self._put("", model)
 
-    def _trains(self, model: nn.Module) -> bool:
-        """Whether it is the trainer's, in whatever wrapping."""
+    def _put(self, inside: str, model: nn.Module) -> nn.Module:
         self._average()
-        return not {*model.modules()}.isdisjoint(self._model.modules())
+        before = self._inside
+        if bool(inside) != bool(before):
+            self._turn(inside)
+        if {*model.modules()}.isdisjoint(self._model.modules()):
+            try:
+                functional.compute_ema(self._model, model, smoothing=0.0)
+            finally:
+                if self._inside != before:
+                    self._turn(before)
+        return model
 
     # Checkpoints: collective.
 
@@ -252,9 +216,9 @@ class EMA(Algorithm):  # type: ignore[misc]
         self._found = True
 
     def _after_load(self, state: State) -> None:
-        if self._foreign is not None:
+        if self._foreign:
             self._load(change_over(self._foreign, self._average().state_dict(), _progress(state.timestamp)))
-            self._foreign = None
+            self._foreign = {}
         elif state.load_path is not None and state.timestamp.batch > 0 and not self._found:
             has_none = f"{state.load_path} has no average"
             if self._missing == "error":
@@ -289,9 +253,8 @@ def _progress(time: Any) -> Progress:
 
 def _will_save(event: Event, state: State) -> bool:
     savers = [callback for callback in state.callbacks if isinstance(callback, CheckpointSaver)]
-    return any(
-        saver.save_interval(state, event) and saver.last_checkpoint_batch != state.timestamp.batch for saver in savers
-    )
+    due = [saver for saver in savers if saver.save_interval(state, event)]
+    return any(saver.last_checkpoint_batch != state.timestamp.batch for saver in due)
 
 
 def _leaving(method: Any) -> Any:
@@ -304,18 +267,19 @@ def _leaving(method: Any) -> Any:
         except BaseException:
             for algorithm in trainer.state.algorithms:
                 if isinstance(algorithm, EMA):
-                    algorithm._leave()
+                    algorithm._turn("")
             raise
 
     return call
 
 
-def _load_what_there_is(state_dict: dict[str, Any], reader: Any, *args: Any, **options: Any) -> None:
+def _load_what_there_is(state_dict: dict[str, Any], storage_reader: Any, *args: Any, **options: Any) -> None:
     """As Composer's, which raises if a checkpoint has no average, whatever ``missing`` is."""
     ours, callbacks = ShardedEMAState.__qualname__, state_dict.get("state", {}).get("callbacks", {})
-    if not any(key.startswith(f"state.callbacks.{ours}.") for key in reader.read_metadata().state_dict_metadata):
+    saved = storage_reader.read_metadata().state_dict_metadata
+    if not any(key.startswith(f"state.callbacks.{ours}.") for key in saved):
         callbacks.pop(ours, None)
-    _dist_cp_load(state_dict, reader, *args, **options)
+    _dist_cp_load(state_dict, storage_reader, *args, **options)
 
 
 for _method in ("fit", "eval", "predict"):
