@@ -28,7 +28,12 @@ STRATEGIES = ["ddp", "fsdp2"]
 
 
 def full(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Collective under FSDP2."""
+    """Collective under FSDP2 and ZeRO-3."""
+    if any(hasattr(tensor, "ds_id") and tensor.numel() == 0 for tensor in module.parameters()):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(module.parameters())):
+            return full(module)
     return {
         name: (value.full_tensor() if hasattr(value, "full_tensor") else value).detach().clone()
         for name, value in module.state_dict().items()
@@ -118,6 +123,8 @@ def loader(batches: int = 5) -> DataLoader:
 def trainer(folder: Path, strategy: str = "auto", size: int = 1, **options: Any) -> Any:
     if strategy == "fsdp2":
         made = pl.strategies.ModelParallelStrategy(data_parallel_size=size, tensor_parallel_size=1)
+    elif strategy.startswith("zero"):
+        made = deepspeed_on_cpu(int(strategy[-1]))
     else:
         made = strategy
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
@@ -132,6 +139,25 @@ def trainer(folder: Path, strategy: str = "auto", size: int = 1, **options: Any)
             default_root_dir=folder,
             use_distributed_sampler=False,
         )
+
+
+def deepspeed_on_cpu(stage: int) -> Any:
+    """DeepSpeedStrategy refuses CPUs, DeepSpeed does not: all but that and the device's number is Lightning's own."""
+    from zero_models import reset_deepspeed
+
+    reset_deepspeed()
+
+    class OnCPU(pl.strategies.DeepSpeedStrategy):
+        root_device = torch.device("cpu", 0)
+
+        def setup_environment(self) -> None:
+            pl.strategies.DDPStrategy.setup_environment(self)
+
+        def setup_distributed(self) -> None:
+            self.set_world_ranks()
+            self._init_deepspeed_distributed()
+
+    return OnCPU(stage=stage, process_group_backend="gloo", logging_batch_size_per_gpu=1)
 
 
 def check(ema: Any, dense: DenseAverage) -> None:
@@ -258,6 +284,31 @@ def test_a_checkpoint_without_an_average_is_one_error_on_every_rank(tmp_path: Pa
     assert averaging.ema.num_updates == 6
     check(averaging.ema, module.dense)
     assert bound == [True, True]
+
+
+@pytest.mark.world_size(2)
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+def test_deepspeed(strategy: str, tmp_path: Path, rank: int) -> None:
+    """It accumulates itself, and not over the end of an epoch; the average is of the masters."""
+    pytest.importorskip("deepspeed", reason="is in the extra 'deepspeed'")
+    saving = pl.callbacks.ModelCheckpoint(tmp_path, "{step}", "loss", save_last=True)
+    module, averaging = Module(), callback()
+    run = trainer(tmp_path, strategy, 2, callbacks=[averaging, saving])
+    run.fit(module, loader(6), loader(1))
+    assert averaging.ema.num_updates == module.steps == 6
+    check(averaging.ema, module.dense)
+    assert averaging.ema.progress.epochs == pytest.approx(5 / 3)
+    run.validate(module, loader(1), verbose=False)
+    module.check_losses(3)
+    digest = averaging.ema.fingerprint()
+    assert all((path / "ema").is_dir() for path in tmp_path.glob("*.ckpt"))
+
+    resumed, seen = callback(), []
+    watch = Watch(lambda _: seen.append(resumed.ema.fingerprint() == digest))
+    run = trainer(tmp_path, strategy, 2, callbacks=[resumed, watch], max_epochs=3)
+    run.fit(Module(), loader(6), loader(1), ckpt_path=tmp_path / "last.ckpt")
+    assert seen == [True] and resumed.ema.num_updates == 9
 
 
 # One process, and no process group: Lightning evaluates in inference mode.
