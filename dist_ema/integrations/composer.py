@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from contextlib import ExitStack
-from functools import wraps
 from typing import Any
 
 from torch import nn
@@ -15,16 +14,19 @@ from dist_ema.ema import ShardedEMA
 from dist_ema.errors import CheckpointError, EMAConfigError
 from dist_ema.importers.composer import change_over
 from dist_ema.pace import HALF_LIFE, Pace
-from dist_ema.timing import Progress
 
 _INSTALL = "pip install 'dist_ema[composer]' && pip install --no-deps mosaicml==0.32.1"
 try:
     import composer
     from composer.algorithms import EMA as ComposersEMA
-    from composer.callbacks import CheckpointSaver
     from composer.core import Algorithm, Callback, Event, State
-    from composer.trainer import Trainer
-    from composer.utils import checkpoint
+
+    from dist_ema.integrations.composer_trainer import (
+        after_an_exception,
+        allow_checkpoints_without,
+        progress,
+        will_save,
+    )
 except ImportError as error:
     raise ImportError(f"dist_ema.integrations.composer needs MosaicML Composer ({error}): {_INSTALL}") from error
 if tuple(map(int, composer.__version__.split(".")[:2])) < (0, 32):
@@ -38,7 +40,7 @@ _ENDS = (*_VISITS, Event.EVAL_END, Event.PREDICT_END)
 _EVENTS = (Event.INIT, Event.AFTER_LOAD, Event.FIT_START, Event.BATCH_END, Event.EPOCH_END, *_VISITS, *_SAVES)
 
 
-class EMA(Algorithm):  # type: ignore[misc]
+class EMA(Algorithm):
     """Composer's ``EMA``, argument for argument and event for event, of a model that may be sharded.
 
     The first update event at or after ``ema_start`` copies the weights; then each multiple of ``update_interval``
@@ -131,7 +133,7 @@ class EMA(Algorithm):  # type: ignore[misc]
             self._update(event, state)
         elif event in _VISITS:
             self._turn(_VISITS[event])
-        elif event in _SAVES and _will_save(event, state):
+        elif event in _SAVES and will_save(event, state):
             self._turn("checkpoint")
 
     def _average(self) -> ShardedEMA:
@@ -146,7 +148,7 @@ class EMA(Algorithm):  # type: ignore[misc]
         return self.ema
 
     def _update(self, event: Event, state: State) -> None:
-        ema, now, before = self._average(), _progress(state.timestamp), _progress(state.previous_timestamp)
+        ema, now, before = self._average(), progress(state.timestamp), progress(state.previous_timestamp)
         new, elapsed = now.since(before), state.get_elapsed_duration().value
         due = self._pace.due(before, now, self.ema_started, elapsed) and event is self.update_event
         ema.update(batches=new.batches, samples=new.samples, tokens=new.tokens, epochs=new.epochs, due=due)
@@ -217,16 +219,17 @@ class EMA(Algorithm):  # type: ignore[misc]
 
     def _after_load(self, state: State) -> None:
         if self._foreign:
-            self._load(change_over(self._foreign, self._average().state_dict(), _progress(state.timestamp)))
+            self._load(change_over(self._foreign, self._average().state_dict(), progress(state.timestamp)))
             self._foreign = {}
         elif state.load_path is not None and state.timestamp.batch > 0 and not self._found:
-            has_none = f"{state.load_path} has no average"
             if self._missing == "error":
-                raise CheckpointError(f"{has_none}: EMA(missing='start') begins one from its weights")
-            _log.info("%s: one begins from its weights.", has_none)
+                raise CheckpointError(
+                    f"{state.load_path} has no average: EMA(missing='start') begins one from its weights"
+                )
+            _log.info("%s has no average: one begins from its weights.", state.load_path)
 
 
-class ShardedEMAState(Callback):  # type: ignore[misc]
+class ShardedEMAState(Callback):
     """Carries an average into sharded checkpoints. One of HSDP's replicas saves it, the others read what that wrote."""
 
     def __init__(self, algorithm: EMA) -> None:
@@ -247,41 +250,5 @@ def compute_ema(model: nn.Module, ema_model: nn.Module, smoothing: float = 0.99)
         functional.compute_ema(model, ema_model, smoothing)
 
 
-def _progress(time: Any) -> Progress:
-    return Progress(int(time.batch), int(time.sample), int(time.token), float(int(time.epoch)))
-
-
-def _will_save(event: Event, state: State) -> bool:
-    savers = [callback for callback in state.callbacks if isinstance(callback, CheckpointSaver)]
-    due = [saver for saver in savers if saver.save_interval(state, event)]
-    return any(saver.last_checkpoint_batch != state.timestamp.batch for saver in due)
-
-
-def _leaving(method: Any) -> Any:
-    """No event follows an exception, and the model would keep the average."""
-
-    @wraps(method)
-    def call(trainer: Trainer, *args: Any, **options: Any) -> Any:
-        try:
-            return method(trainer, *args, **options)
-        except BaseException:
-            for algorithm in trainer.state.algorithms:
-                if isinstance(algorithm, EMA):
-                    algorithm._turn("")
-            raise
-
-    return call
-
-
-def _load_what_there_is(state_dict: dict[str, Any], storage_reader: Any, *args: Any, **options: Any) -> None:
-    """As Composer's, which raises if a checkpoint has no average, whatever ``missing`` is."""
-    ours, callbacks = ShardedEMAState.__qualname__, state_dict.get("state", {}).get("callbacks", {})
-    saved = storage_reader.read_metadata().state_dict_metadata
-    if not any(key.startswith(f"state.callbacks.{ours}.") for key in saved):
-        callbacks.pop(ours, None)
-    _dist_cp_load(state_dict, storage_reader, *args, **options)
-
-
-for _method in ("fit", "eval", "predict"):
-    setattr(Trainer, _method, _leaving(getattr(Trainer, _method)))
-_dist_cp_load, checkpoint.dist_cp_load = checkpoint.dist_cp_load, _load_what_there_is
+after_an_exception(EMA, lambda algorithm: algorithm._turn(""))
+allow_checkpoints_without(ShardedEMAState)

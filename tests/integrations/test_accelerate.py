@@ -542,40 +542,6 @@ def test_free_memory_lets_go_of_averages(tmp_path: Path) -> None:
     assert there() is None
 
 
-# What the README shows.
-
-SNIPPET = """
-from accelerate import Accelerator
-from dist_ema.integrations.accelerate import prepare_ema
-
-accelerator = Accelerator(gradient_accumulation_steps=2)
-model, optimizer, data = accelerator.prepare(model, optimizer, data)
-ema = prepare_ema(accelerator, model, optimizer, half_life="1000ba")
-for x in data:
-    with accelerator.accumulate(model):
-        accelerator.backward(model(x).square().mean())
-        optimizer.step()
-        optimizer.zero_grad()
-accelerator.save_state("state")  # writes state/ema too, and load_state() reads it
-with ema.average_parameters():
-    loss = model(x).square().mean()
-"""
-
-
-@pytest.mark.world_size(1)
-def test_the_readmes_snippet(tmp_path: Path) -> None:
-    before = Path.cwd()
-    os.chdir(tmp_path)
-    try:
-        with accelerator_of("single"):
-            model = nn.Linear(3, 1)
-            names: dict[str, Any] = {"model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1)}
-            exec(SNIPPET, names | {"data": torch.utils.data.DataLoader(torch.randn(8, 3), batch_size=2)})
-        assert (tmp_path / "state" / "ema").is_dir()
-    finally:
-        os.chdir(before)
-
-
 @pytest.mark.world_size(2)
 def test_a_training_loop_as_diffusers_has_it(tmp_path: Path) -> None:
     """A UNet that predicts noise; images are made with the average, which diffusers loads in the end."""

@@ -6,7 +6,6 @@ All of it runs in the pool, whose processes import Composer once and have a proc
 from __future__ import annotations
 
 import copy
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -489,38 +488,6 @@ def test_a_checkpoint_at_the_end_of_an_iteration(tmp_path: Path) -> None:
     averages = dict(state["algorithms"])["EMA"]["dist_ema"]["averages"]["ema"]
     assert all(torch.equal(state["model"][name], value) for name, value in averages.items())
     run.close()
-
-
-README = """
-from composer import Trainer
-from dist_ema.integrations.composer import EMA  # in the place of composer.algorithms
-
-ema = EMA(half_life="1000ba", ema_start="0.1dur")
-trainer = Trainer(
-    model=model, optimizers=optimizer, train_dataloader=train_dataloader, eval_dataloader=eval_dataloader,
-    max_duration="3ep", algorithms=[ema], save_folder="checkpoints",
-)
-trainer.fit()               # evaluates on the average, and saves it as state.model
-ema.ema.export("averaged")  # as safetensors
-"""
-
-
-@pytest.mark.world_size(1)
-def test_the_readme(tmp_path: Path) -> None:
-    import composer_runs as runs
-    from safetensors.torch import load_file
-
-    model = runs.Net()
-    given = {"train_dataloader": runs.loader(1), "eval_dataloader": runs.loader(2), "model": model}
-    before = Path.cwd()
-    os.chdir(tmp_path)
-    try:
-        exec(README, given | {"optimizer": torch.optim.SGD(model.parameters(), lr=0.1)})
-        average = load_file("averaged/model.safetensors")
-        checkpoint = read("checkpoints/ep3-ba9-rank0.pt")["model"]
-    finally:
-        os.chdir(before)
-    assert all(torch.equal(value, checkpoint[name]) for name, value in average.items())
 
 
 # Bad input: one clear message.

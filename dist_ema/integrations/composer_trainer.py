@@ -1,0 +1,66 @@
+"""Composer's trainer: what is read from it, and what it has no event for. Read in 0.32.1."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from composer.callbacks import CheckpointSaver
+from composer.core import Algorithm, Callback, Event, State
+from composer.trainer import Trainer
+from composer.utils import checkpoint
+
+from dist_ema.timing import Progress
+
+
+def progress(time: Any) -> Progress:
+    """A timestamp of the trainer, as our clock."""
+    return Progress(int(time.batch), int(time.sample), int(time.token), float(int(time.epoch)))
+
+
+def will_save(event: Event, state: State) -> bool:
+    """Whether a ``CheckpointSaver`` saves at this event: at its interval, and once a batch."""
+    savers = [callback for callback in state.callbacks if isinstance(callback, CheckpointSaver)]
+    due = [saver for saver in savers if saver.save_interval(state, event)]
+    return any(saver.last_checkpoint_batch != state.timestamp.batch for saver in due)
+
+
+def after_an_exception(kind: type[Algorithm], call: Callable[[Any], None]) -> None:
+    """Has ``call`` called with a trainer's algorithms of a kind when its ``fit``, ``eval`` or ``predict`` raises.
+
+    No event follows an exception. Replaces the methods, for all trainers.
+    """
+
+    def calling(method: Any) -> Any:
+        @wraps(method)
+        def wrapped(trainer: Trainer, *args: Any, **options: Any) -> Any:
+            try:
+                return method(trainer, *args, **options)
+            except BaseException:
+                for algorithm in trainer.state.algorithms:
+                    if isinstance(algorithm, kind):
+                        call(algorithm)
+                raise
+
+        return wrapped
+
+    for name in ("fit", "eval", "predict"):
+        setattr(Trainer, name, calling(getattr(Trainer, name)))
+
+
+def allow_checkpoints_without(callback: type[Callback]) -> None:
+    """Lets a sharded checkpoint without the callback's state be loaded, for which Composer raises "Missing key".
+
+    Replaces Composer's function, for all trainers.
+    """
+    load, name = checkpoint.dist_cp_load, callback.__qualname__
+
+    @wraps(load)
+    def load_what_there_is(state_dict: dict[str, Any], storage_reader: Any, *args: Any, **options: Any) -> None:
+        saved = storage_reader.read_metadata().state_dict_metadata
+        if not any(key.startswith(f"state.callbacks.{name}.") for key in saved):
+            state_dict.get("state", {}).get("callbacks", {}).pop(name, None)
+        load(state_dict, storage_reader, *args, **options)
+
+    checkpoint.dist_cp_load = load_what_there_is
