@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
-from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -41,9 +40,8 @@ _Around = AbstractContextManager[None]
 class EMACallback(TrainerCallback):
     """Averages what a Trainer trains, evaluates on the average, and keeps it in ``checkpoint-N/ema``.
 
-    ``Trainer(..., callbacks=[EMACallback(half_life="1ep")])``, or ``trainer.add_callback(EMACallback(trainer,
-    half_life="1ep"))``. One for each Trainer, on every rank; training is bit for bit that without. ``.ema`` is the
-    :class:`dist_ema.ShardedEMA`, once training has begun.
+    ``Trainer(..., callbacks=[EMACallback(half_life="1ep")])``, or ``trainer.add_callback(EMACallback(trainer, ...))``.
+    One for each Trainer, on every rank. ``.ema`` is the :class:`dist_ema.ShardedEMA`, once training has begun.
 
     Every optimizer step that was not skipped counts: as a batch, its part of the epoch, and, with the Trainer's
     ``include_num_input_tokens_seen``, its tokens. ``evaluate()`` and ``predict()`` run on the average, in training and
@@ -52,9 +50,8 @@ class EMACallback(TrainerCallback):
     ``train()`` begins a new average, as it begins a new count of steps; with ``resume_from_checkpoint`` it goes on with
     the one of the checkpoint, at any world size. ``load_best_model_at_end`` takes the best checkpoint's average too.
 
-    ``save_model()`` and ``push_to_hub()`` write the live weights, with ``save_averaged`` the average, and inside an
-    evaluation what is evaluated. The model in a checkpoint is always the live one: training resumes from it. With
-    FSDP's ``SHARDED_STATE_DICT`` ``save_model()`` writes none, but ``ema.export()`` does.
+    ``save_model()`` writes the live weights, with ``save_averaged`` the average, inside an evaluation what is evaluated
+    (none with FSDP's ``SHARDED_STATE_DICT``, but ``ema.export()`` does). A checkpoint's model is always the live one.
 
     Args:
         trainer: whose callback it will be; None means the one whose ``train()`` finds it.
@@ -64,8 +61,8 @@ class EMACallback(TrainerCallback):
         options: of :class:`dist_ema.ShardedEMA`. ``max_duration`` is the Trainer's own, so it may be left out.
 
     Raises:
-        EMAConfigError: an option is wrong or contradicts the Trainer's arguments, or the trainer has an EMACallback
-            already. ``train()`` raises it too, EMAEngineError for a strategy, CheckpointError for a lack of ``ema/``.
+        EMAConfigError: an option is wrong, contradicts the Trainer's, or this is a second EMACallback; also on
+            ``train()``, as EMAEngineError is, EMAStateError, and CheckpointError for a lack of ``ema/``.
     """
 
     def __init__(
@@ -96,6 +93,10 @@ class EMACallback(TrainerCallback):
             raise EMAStateError("a Trainer with a train() of its own: trainer.add_callback(EMACallback(trainer, ...))")
         if trainer.is_fsdp_xla_enabled or is_sagemaker_mp_enabled():
             raise EMAEngineError("EMACallback averages under DDP, FSDP and DeepSpeed, not under XLA or SageMaker")
+        whole = not any(hasattr(parameter, "device_mesh") for parameter in trainer.model.parameters())
+        if trainer.model_wrapped is trainer.model and whole and "MULTI_" in trainer.accelerator.distributed_type.value:
+            # accelerate 1.15 takes the model for prepared, and does not wrap it.
+            raise EMAStateError("evaluate() before train() keeps the Trainer from DDP: every rank would train alone")
         self.ema = None  # of an attempt that ran out of memory (auto_find_batch_size)
         ema = ShardedEMA(trainer.model_wrapped, **self._options | {"max_duration": self._duration(args, state)})
         self._check(ema, trainer)
@@ -116,8 +117,8 @@ class EMACallback(TrainerCallback):
                 raise EMAConfigError(f"{option}={value!r}: allowed are {', '.join(map(repr, choice))}")
         units = {"ba", "ep"} | ({"tok"} if trainer.args.include_num_input_tokens_seen != "no" else set())
         if others := ", ".join(sorted(ema._options.units() - units)):
-            allowed = "ba, ep, and with TrainingArguments(include_num_input_tokens_seen='all') tok"
-            raise EMAConfigError(f"the Trainer does not count {others}: allowed are {allowed}")
+            tok = "with TrainingArguments(include_num_input_tokens_seen='all') tok"
+            raise EMAConfigError(f"the Trainer does not count {others}: allowed are ba, ep, and {tok}")
         stage = trainer.deepspeed.zero_optimization_stage() if trainer.is_deepspeed_enabled else 0
         if self._save_averaged and stage == 3 and not trainer.deepspeed.zero_gather_16bit_weights_on_model_save():
             raise EMAConfigError("save_averaged needs DeepSpeed's stage3_gather_16bit_weights_on_model_save: true")
@@ -199,7 +200,6 @@ def _logging(own: EMACallback, trainer: Any, logs: dict[str, float], *_: Any, **
 
 _WRAPPERS: dict[str, Callable[..., Any]] = dict.fromkeys(("evaluate", "predict", "evaluation_loop"), _evaluating)
 _WRAPPERS |= {"save_model": _saving, "log": _logging}
-_wrapped: WeakSet[Any] = WeakSet()
 _TWICE = "a Trainer has one EMACallback, and here is a second one: averages={...} are several averages in one"
 
 
@@ -234,8 +234,8 @@ def _wrap(owner: type, name: str, around: Callable[..., Any]) -> None:
         finally:
             own._running.discard(around)
 
-    if method not in _wrapped:
-        _wrapped.add(wrapped)
+    if getattr(method, "_dist_ema", None) is not method:
+        wrapped._dist_ema = wrapped  # type: ignore[attr-defined]
         setattr(owner, name, wrapped)
 
 
