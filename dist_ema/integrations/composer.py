@@ -21,7 +21,7 @@ try:
     from composer.algorithms import EMA as ComposersEMA
     from composer.core import Algorithm, Callback, Event, State
 
-    from dist_ema.integrations import composer_trainer
+    from dist_ema.integrations.composer_trainer import after_exception, allow_missing, progress, will_save
 except ImportError as error:
     raise ImportError(f"dist_ema.integrations.composer needs MosaicML Composer ({error}): {_INSTALL}") from error
 if tuple(map(int, composer.__version__.split(".")[:2])) < (0, 32):
@@ -128,7 +128,7 @@ class EMA(Algorithm):
             self._update(event, state)
         elif event in _VISITS:
             self._turn(_VISITS[event])
-        elif event in _SAVES and composer_trainer.will_save(event, state):
+        elif event in _SAVES and will_save(event, state):
             self._turn("checkpoint")
 
     def _average(self) -> ShardedEMA:
@@ -145,8 +145,8 @@ class EMA(Algorithm):
     def _update(self, event: Event, state: State) -> None:
         ema, now, before = (
             self._average(),
-            composer_trainer.progress(state.timestamp),
-            composer_trainer.progress(state.previous_timestamp),
+            progress(state.timestamp),
+            progress(state.previous_timestamp),
         )
         new, elapsed = now.since(before), state.get_elapsed_duration().value
         due = self._pace.due(before, now, self.ema_started, elapsed) and event is self.update_event
@@ -218,9 +218,7 @@ class EMA(Algorithm):
 
     def _after_load(self, state: State) -> None:
         if self._foreign:
-            self._load(
-                change_over(self._foreign, self._average().state_dict(), composer_trainer.progress(state.timestamp))
-            )
+            self._load(change_over(self._foreign, self._average().state_dict(), progress(state.timestamp)))
             self._foreign = {}
         elif state.load_path is not None and state.timestamp.batch > 0 and not self._found:
             if self._missing == "error":
@@ -249,5 +247,5 @@ def compute_ema(model: nn.Module, ema_model: nn.Module, smoothing: float = 0.99)
         functional.compute_ema(model, ema_model, smoothing)
 
 
-composer_trainer.after_an_exception(EMA, lambda algorithm: algorithm._turn(""))
-composer_trainer.allow_checkpoints_without(ShardedEMAState)
+after_exception(EMA, lambda algorithm: algorithm._turn(""))
+allow_missing(ShardedEMAState)

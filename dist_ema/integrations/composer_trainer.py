@@ -26,7 +26,7 @@ def will_save(event: Event, state: State) -> bool:
     return any(saver.last_checkpoint_batch != state.timestamp.batch for saver in due)
 
 
-def after_an_exception(kind: type[Algorithm], call: Callable[[Any], None]) -> None:
+def after_exception(kind: type[Algorithm], call: Callable[[Any], None]) -> None:
     """Has ``call`` called with a trainer's algorithms of a kind when its ``fit``, ``eval`` or ``predict`` raises.
 
     No event follows an exception. Replaces the methods, for all trainers.
@@ -49,7 +49,7 @@ def after_an_exception(kind: type[Algorithm], call: Callable[[Any], None]) -> No
         setattr(Trainer, name, calling(getattr(Trainer, name)))
 
 
-def allow_checkpoints_without(callback: type[Callback]) -> None:
+def allow_missing(callback: type[Callback]) -> None:
     """Lets a sharded checkpoint without the callback's state be loaded, for which Composer raises "Missing key".
 
     Replaces Composer's function, for all trainers.
