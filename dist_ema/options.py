@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from inspect import signature
 from numbers import Real
 
 import torch
@@ -58,25 +57,28 @@ class Options:
     def parse(
         cls,
         *,
-        decay: object,
-        half_life: object,
-        smoothing: object,
-        schedule: object,
-        averages: object,
-        update_interval: object,
-        ema_start: object,
-        max_duration: object,
-        dtype: object,
-        offload: object,
-        offload_threads: object,
-        shard_replicas: object,
-        include: object,
-        exclude: object,
-        buffers: object,
-        skip_nonfinite: object,
+        decay: object = None,
+        half_life: object = None,
+        smoothing: object = None,
+        schedule: object = None,
+        averages: object = None,
+        update_interval: object = "1ba",
+        ema_start: object = "0ba",
+        max_duration: object = None,
+        dtype: object = torch.float32,
+        offload: object = None,
+        offload_threads: object = None,
+        shard_replicas: object = True,
+        include: object = None,
+        exclude: object = None,
+        buffers: object = "copy",
+        skip_nonfinite: object = True,
         seed: object = 0,
     ) -> Options:
-        """Checks every option. Raises EMAConfigError naming the first that is wrong, its value and what is allowed."""
+        """Checks every option; defaults are those of ShardedEMA.
+
+        Raises EMAConfigError naming the first that is wrong, its value and what is allowed.
+        """
         duration = None
         if max_duration is not None:
             duration = Time.parse(max_duration, option="max_duration", units=CLOCK_UNITS)
@@ -103,13 +105,9 @@ class Options:
         )
 
     @classmethod
-    def check(cls, **options: object) -> Options:
+    def check(cls, group: object = None, **options: object) -> Options:
         """Those that a trainer's user gave for a :class:`ShardedEMA` that cannot be made yet. Raises what it would."""
-        from dist_ema.ema import ShardedEMA  # which imports this file
-
-        given = signature(ShardedEMA).bind(None, **options)
-        given.apply_defaults()
-        return cls.parse(**{name: given.arguments[name] for name in signature(cls.parse).parameters})
+        return cls.parse(**options)
 
     def selects(self, name: str) -> bool:
         """Whether ``include`` and ``exclude`` let ``name`` into the average."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import re
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from dist_ema import ShardedEMA, compute_ema
 from dist_ema.collectives import gather_objects
 from dist_ema.errors import EMAConfigError, EMAEngineError, EMAError, EMAStateError
+from dist_ema.options import Options
 from dist_ema.schedules import HalfLife, Uniform
 
 
@@ -598,3 +600,11 @@ def test_what_ranks_tell_each_other_arrives_whole_however_long_it_is(rank: int) 
     for length in (0, *range(200, 260), 1000):  # of 256 bytes
         found = gather_objects("x" * length if rank == 1 else rank, dist.group.WORLD)
         assert found == [0, "x" * length, 2]
+
+
+def test_options_that_are_checked_early_have_the_defaults_of_those_that_count() -> None:
+    """A trainer's user gives options before there is a model, and they are checked then."""
+    checked = inspect.signature(Options.parse).parameters
+    given = inspect.signature(ShardedEMA).parameters
+    assert {name: given[name].default for name in checked} == {name: one.default for name, one in checked.items()}
+    assert given.keys() - checked.keys() == {"target", "group"}

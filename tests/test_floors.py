@@ -35,7 +35,7 @@ ORDER = [
     "checkpoints.rearrange",
     "checkpoints.destination checkpoints.writing checkpoints.hub",
     "checkpoints.export checkpoints.saving checkpoints.loading report functional",
-    "ema checkpoints.audit planning.plan",
+    "ema checkpoints.audit planning.plan pace",
     "checkpoints.offline checkpoints.compare importing batch_norm",
 ]
 LAYERS = [{f"dist_ema.{name}" for name in names.split()} for names in ORDER]

@@ -12,7 +12,6 @@ from torch import nn
 from dist_ema import functional
 from dist_ema.ema import ShardedEMA
 from dist_ema.errors import CheckpointError, EMAConfigError
-from dist_ema.importers.composer import change_over
 from dist_ema.pace import HALF_LIFE, Pace
 
 _INSTALL = "pip install 'dist_ema[composer]' && pip install --no-deps mosaicml==0.32.1"
@@ -21,7 +20,7 @@ try:
     from composer.algorithms import EMA as ComposersEMA
     from composer.core import Algorithm, Callback, Event, State
 
-    from dist_ema.integrations.composer_trainer import after_exception, allow_missing, progress, will_save
+    from dist_ema.integrations.composer_trainer import after_exception, allow_missing, change_over, progress, will_save
 except ImportError as error:
     raise ImportError(f"dist_ema.integrations.composer needs MosaicML Composer ({error}): {_INSTALL}") from error
 if tuple(map(int, composer.__version__.split(".")[:2])) < (0, 32):

@@ -1,8 +1,9 @@
-"""Composer's trainer: what is read from it, and what it has no event for. Read in 0.32.1."""
+"""Composer's trainer: what is read from it and from its own EMA, and what it has no event for. Read in 0.32.1."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import wraps
 from typing import Any
 
@@ -10,7 +11,10 @@ from composer.callbacks import CheckpointSaver
 from composer.core import Algorithm, Callback, Event, State
 from composer.trainer import Trainer
 from composer.utils import checkpoint
+from torch import Tensor
 
+from dist_ema.dcp.stateful import Moment
+from dist_ema.errors import CheckpointError
 from dist_ema.timing import Progress
 
 
@@ -64,3 +68,34 @@ def allow_missing(callback: type[Callback]) -> None:
         load(state_dict, storage_reader, *args, **options)
 
     checkpoint.dist_cp_load = load_what_there_is
+
+
+def change_over(saved: Mapping[str, Any], parts: Mapping[str, Any], clock: Progress) -> Mapping[str, Any]:
+    """What :meth:`ShardedEMA.load_state_dict` takes in order to go on where Composer's own EMA stopped. Local.
+
+    Args:
+        saved: the state dict of that algorithm.
+        parts: ``ShardedEMA.state_dict()`` before its first update: of what the model holds after the load.
+        clock: of the training.
+    """
+    if not saved.get("ema_started", True):
+        return parts
+    active = saved.get("ema_weights_active", False)
+    kept = saved["training_model"] if active and "training_model" in saved else saved["ema_model"]
+    if "parameters" in kept:
+        raise CheckpointError("the averages of Composer before 0.9 have no names: use dist-ema import")
+    if "named_parameters_dict" in kept:
+        kept = {**kept["named_parameters_dict"], **kept["named_buffers_dict"]}
+    averages, buffers = parts["averages"], parts["buffers"]
+    if active:  # the model holds the average
+        changed = {"live": _pick(kept, {**next(iter(averages.values())), **buffers})}
+    else:
+        averages = {name: _pick(kept, tensors) for name, tensors in averages.items()}
+        changed = {"averages": averages, "buffers": _pick(kept, buffers)}
+    seen = replace(clock, updates=max(1, clock.batches))
+    return {**parts, **changed, "progress": Moment(True, clock, Progress(), seen, 0).to_tensor()}
+
+
+def _pick(kept: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    """Those of ``names``; Composer keeps DDP's ``module.`` before them."""
+    return {name: kept[key] for name in names for key in (f"module.{name}", name) if key in kept}

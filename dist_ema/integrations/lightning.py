@@ -179,8 +179,9 @@ class EMACallback(pl.Callback):
             self._begin(trainer, pl_module)
             ema = self._average_of(pl_module)
             if self._evaluate and ema is not None:
-                self._held = ExitStack()
-                self._held.enter_context(ema.average_parameters(None if self._evaluate is True else self._evaluate))
+                self._held, name = ExitStack(), None if self._evaluate is True else self._evaluate
+                held_by = f"Lightning's {trainer.state.stage}"
+                self._held.enter_context(ema.average_parameters(name, held_by=held_by))
 
     def _leave(self, *_: Any) -> None:
         held, self._held = self._held or ExitStack(), None
