@@ -157,7 +157,7 @@ class EMACallback(TrainerCallback):
     def _averaged(self, which: bool | str) -> _Around:
         if self.ema is None or which is False:
             return nullcontext()
-        return self.ema.average_parameters(which if isinstance(which, str) else None)
+        return self.ema.average_parameters(which if isinstance(which, str) else None, held_by="the Trainer")
 
 
 # Around the methods of a Trainer that has an EMACallback, whose arguments follow.
