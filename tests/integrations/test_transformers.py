@@ -586,6 +586,18 @@ def test_what_is_refused(tmp_path: Path) -> None:
         inside.train()
 
 
+def test_an_update_inside_an_evaluation_says_who_holds_the_average(tmp_path: Path) -> None:
+    callback = EMACallback(decay=DECAY)
+
+    class Update(TrainerCallback):
+        def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            assert callback.ema is not None
+            callback.ema.update()
+
+    with pytest.raises(EMAStateError, match="which the Trainer holds open"):
+        make(tmp_path, callback, Update(), eval_strategy="epoch").train()
+
+
 def test_importing_the_library_imports_no_trainer() -> None:
     code = "import sys, dist_ema; sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
