@@ -13,10 +13,10 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from dist_ema.collectives import answering, gather_objects, size_of, sum_tensor
 from dist_ema.ema import ShardedEMA
 from dist_ema.engines import Engine
-from dist_ema.engines.walk import Slot, walk_slots
+from dist_ema.engines.names import Slot, walk_slots
 from dist_ema.errors import EMAConfigError, EMAStateError
 from dist_ema.interrupts import Uninterrupted
-from dist_ema.shares import Share
+from dist_ema.sharding.shares import Share
 
 _STATISTICS = ("running_mean", "running_var")
 _COUNT = "num_batches_tracked"

@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
-    from dist_ema.checkpoints.compare import Difference
     from dist_ema.checkpoints.manifest import Manifest
-    from dist_ema.engines.simulated import Layout
+    from dist_ema.offline.compare import Difference
     from dist_ema.planning.architecture import Architecture
+    from dist_ema.planning.layouts import Layout
     from dist_ema.planning.plan import Prediction, RankCost, Speeds
 
 app = typer.Typer(
@@ -118,7 +118,7 @@ def _program(
 @app.command()
 def inspect(path: Checkpoint, as_json: AsJSON = False) -> None:
     """Show what a checkpoint consists of. Reads its manifest alone; `verify` reads the rest."""
-    from dist_ema.checkpoints.reading import read_manifest
+    from dist_ema.checkpoints.reader import read_manifest
 
     manifest = read_manifest(path)
     if as_json:
@@ -134,7 +134,7 @@ def verify(
     as_json: AsJSON = False,
 ) -> None:
     """Read every byte of a checkpoint and name all that is damaged. Status: 0 whole, 1 damaged, 2 no checkpoint."""
-    from dist_ema.checkpoints.audit import audit
+    from dist_ema.offline.verify import audit
 
     with _progress("verify") as begin, _one_thread_an_operation():
         manifest, findings = audit(path, threads=threads, begin=lambda manifest: begin(_totals(manifest)["bytes"]))
@@ -182,7 +182,7 @@ def export(
     """
     import torch
 
-    from dist_ema.checkpoints.offline import export_checkpoint
+    from dist_ema.offline.export import export_checkpoint
 
     with _progress("export") as begin, _one_thread_an_operation():
         manifest = export_checkpoint(
@@ -217,8 +217,8 @@ def diff(a: Checkpoint, b: Checkpoint, name: Name = None, as_json: AsJSON = Fals
 
     Without --name, all averages. In JSON, numbers that are not finite are the strings "nan" and "inf".
     """
-    from dist_ema.checkpoints.compare import compare
-    from dist_ema.checkpoints.reading import read_manifest
+    from dist_ema.checkpoints.reader import read_manifest
+    from dist_ema.offline.compare import compare
 
     with _progress("diff") as begin, _one_thread_an_operation():
         found = compare(a, b, name=name, begin=begin)
@@ -271,8 +271,8 @@ def import_(
     """
     import torch
 
-    from dist_ema.checkpoints.reading import read_manifest
-    from dist_ema.importing import import_checkpoint
+    from dist_ema.checkpoints.reader import read_manifest
+    from dist_ema.importers.convert import import_checkpoint
 
     with _progress("import") as begin, _one_thread_an_operation():
         imported = import_checkpoint(
@@ -336,7 +336,7 @@ def plan(
     Computed by the library's own sharding for imagined ranks on accelerators: all of them, or 64 of a larger run.
     GB are 10^9 bytes. Times are bytes over bandwidth.
     """
-    from dist_ema.engines.simulated import Layout
+    from dist_ema.planning.layouts import Layout
     from dist_ema.planning.plan import Speeds, make_options, predict
 
     layout = Layout(engine, world_size, replicate, tensor_parallel)

@@ -16,13 +16,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dist_ema.arithmetic import kernels
-from dist_ema.arithmetic.fingerprint import partial_digest
+from dist_ema import kernels
 from dist_ema.background import Background
 from dist_ema.checkpoints.export import export
-from dist_ema.checkpoints.loading import Load, report_schedules
-from dist_ema.checkpoints.reading import REREADS
-from dist_ema.checkpoints.saving import Save
+from dist_ema.checkpoints.load import Load, report_schedules
+from dist_ema.checkpoints.reader import REREADS
+from dist_ema.checkpoints.save import Save
+from dist_ema.clock import Progress
 from dist_ema.collectives import (
     Call,
     agree,
@@ -46,18 +46,19 @@ from dist_ema.errors import (
     EMAConfigError,
     EMAStateError,
 )
-from dist_ema.gather import Entry, Held, catalogue, check_readable, full_tensors, speaks
 from dist_ema.interrupts import Uninterrupted
-from dist_ema.offload.host_shadow import HostShadow, hold_back
+from dist_ema.kernels.fingerprint import partial_digest
 from dist_ema.options import Options
-from dist_ema.report import memory_report, summary
-from dist_ema.resharding import check_same_model, move
 from dist_ema.schedules import Schedule
-from dist_ema.shadow import Shadow
-from dist_ema.shares import Share, plan
-from dist_ema.swap import Swap, Visit, swaps_together
-from dist_ema.timing import Progress
-from dist_ema.track import Track
+from dist_ema.shadow.device import Shadow
+from dist_ema.shadow.host import HostShadow, hold_back
+from dist_ema.shadow.memory_report import memory_report, summary
+from dist_ema.shadow.swap import Swap, Visit, swaps_together
+from dist_ema.sharding.gather import Held, check_readable, full_tensors
+from dist_ema.sharding.resharding import check_same_model, move
+from dist_ema.sharding.shares import Share, plan
+from dist_ema.sharding.writers import Entry, catalogue, speaks
+from dist_ema.state import Track
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -96,7 +97,7 @@ class ShardedEMA:
         ema_start: when averaging begins; ``"0.1dur"`` needs ``max_duration``.
         max_duration: of the training, for ``dur``.
         dtype: of the shadow; None keeps each parameter's own. ``torch.bfloat16`` takes half the memory of fp32 and is
-            rounded stochastically, so that a slow average goes on moving; see :mod:`dist_ema.arithmetic.rounding`.
+            rounded stochastically, so that a slow average goes on moving; see :mod:`dist_ema.kernels.rounding`.
         offload: ``"cpu"`` keeps the shadow in host memory. ``update()`` then only asks for copies of the weights, which
             cross the link once, in their own dtype, and a thread averages them while training goes on; the next
             optimizer step waits for the copies. Whoever writes weights by hand after ``update()`` calls ``wait()``
@@ -916,7 +917,7 @@ class ShardedEMA:
         """A 64-bit digest of each full tensor, by canonical name, which does not depend on how it is sharded.
 
         Collective, 8 bytes a tensor; the same dict on every rank. Digests the shadow's own dtype. See
-        :mod:`dist_ema.arithmetic.fingerprint` for the formula. ``include_untracked`` and errors as ``full_state_dict``.
+        :mod:`dist_ema.kernels.fingerprint` for the formula. ``include_untracked`` and errors as ``full_state_dict``.
         """
         call = self._call("fingerprint()", name=name, include_untracked=include_untracked)
         entries, held = self._view(call, name, None, include_untracked)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dist_ema.arithmetic import kernels
+from dist_ema import kernels
 from dist_ema.engines import detect
 from dist_ema.errors import EMAConfigError
 from dist_ema.schedules import Smoothing

@@ -9,9 +9,9 @@ from numbers import Real
 
 import torch
 
+from dist_ema.clock import CLOCK_UNITS, Time
 from dist_ema.errors import EMAConfigError
 from dist_ema.schedules import ConstantDecay, HalfLife, Schedule, Smoothing
-from dist_ema.timing import CLOCK_UNITS, Time
 
 #: The name of the average where there is only one.
 ONLY = "ema"

@@ -42,7 +42,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from dist_ema import ShardedEMA
-from dist_ema.arithmetic import multi_tensor, native
+from dist_ema.kernels import cuda, native
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CHECKED = 8  # tensors that are compared with a float64 average
@@ -176,7 +176,7 @@ def ours(model: Model, guard: bool = True, averages: int = 1, eager: bool = Fals
 @contextlib.contextmanager
 def forced_eager() -> Iterator[None]:
     """What ``DIST_EMA_KERNEL=eager`` does, which is read once in a process."""
-    with mock.patch.object(native, "_decided", [None]), mock.patch.object(multi_tensor, "_decided", [None]):
+    with mock.patch.object(native, "_decided", [None]), mock.patch.object(cuda, "_decided", [None]):
         yield
 
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from dist_ema import ShardedEMA
-from dist_ema.offload import staging
-from dist_ema.offload.host_shadow import hold_back
+from dist_ema.shadow import staging
+from dist_ema.shadow.host import hold_back
 
 WIDTH = 1024
 BATCH = 64

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from dist_ema.checkpoints.manifest import NAME
-from dist_ema.engines.simulated import Layout
 from dist_ema.options import Options
 from dist_ema.planning.architecture import Architecture, of_config
+from dist_ema.planning.layouts import Layout
 from dist_ema.planning.plan import checkpoint_files, make_options, rank_cost, rank_shares
-from dist_ema.shadow import Shadow
+from dist_ema.shadow.device import Shadow
 
 MODELS = Path(__file__).parent.parent / "configs" / "models"
 T = TypeVar("T")

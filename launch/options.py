@@ -14,7 +14,7 @@ from checkpoints import FOLDER, differences, latest
 from jsonargparse import ActionConfigFile, ArgumentParser
 from jsonargparse.typing import NonNegativeInt, Path_fr, PositiveFloat, PositiveInt
 
-from dist_ema.timing import Time
+from dist_ema.clock import Time
 
 UNITS = ("ba", "sp", "tok")  # of what train.py counts
 EXPORT = "export"  # the folder of the exported average, inside the output folder

@@ -17,8 +17,8 @@ from text import Text
 from wrap import Wrapped
 
 from dist_ema import ShardedEMA
+from dist_ema.clock import Progress, crossed
 from dist_ema.collectives import agree, broadcast_object
-from dist_ema.timing import Progress, crossed
 
 T = TypeVar("T")
 

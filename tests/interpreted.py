@@ -16,10 +16,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dist_ema import ShardedEMA
-from dist_ema.arithmetic import kernels, multi_tensor, native
-from dist_ema.arithmetic.compiler import BuildError
-from dist_ema.arithmetic.rounding import Places, Rounding, average_key
+from dist_ema import ShardedEMA, kernels
+from dist_ema.kernels import cuda, native
+from dist_ema.kernels.compiler import BuildError
+from dist_ema.kernels.rounding import Places, Rounding, average_key
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: Around a block and a chunk of the kernel, which has two blocks here, and empty.
@@ -53,8 +53,8 @@ def _lerp(
     guard = kernels.Guard()
     ranges = ranges or [(0, source.numel()) for source in sources]
     counter = guard.counter if guarded else None
-    table = multi_tensor.table("cpu")
-    rest = multi_tensor.run(multi_tensor.Kernel(), averages, sources, ranges, weights, table, counter)
+    table = cuda.table("cpu")
+    rest = cuda.run(cuda.Kernel(), averages, sources, ranges, weights, table, counter)
     return averages, guard.total(), rest
 
 
@@ -168,14 +168,14 @@ def check_hundreds_of_uneven_tensors() -> None:
 
 def check_ranges_and_unaligned_views_touch_no_neighbour() -> None:
     """A share is a range of a parameter, at any offset of its memory."""
-    kernel = multi_tensor.Kernel()
+    kernel = cuda.Kernel()
     for dtype, start, length in itertools.product(DTYPES, (0, 3, 4096), (1, 15, 4999)):
         source = torch.randn(9999).to(dtype)[7:]
         flat = torch.randn(length + 8)
         shadow, before = flat[3 : 3 + length], flat.clone()
-        table, spans = multi_tensor.table("cpu"), [(start, start + length)]
+        table, spans = cuda.table("cpu"), [(start, start + length)]
         with _Fused():
-            rest = multi_tensor.run(kernel, [[shadow]], [source], spans, [0.25], table, kernels.Guard().counter)
+            rest = cuda.run(kernel, [[shadow]], [source], spans, [0.25], table, kernels.Guard().counter)
         expected = before.clone()
         expected[3 : 3 + length].lerp_(source[start : start + length].float(), 0.25)
         assert torch.equal(flat, expected), (dtype, start, length)
@@ -192,7 +192,7 @@ def check_what_does_not_lie_flat_is_left_to_the_eager_route() -> None:
 
 def check_table_is_kept_until_memory_or_dtype_changes() -> None:
     """Made anew for each update, it would cost more than the update; kept too long, it would read freed memory."""
-    kernel, table = multi_tensor.Kernel(), multi_tensor.table("cpu")
+    kernel, table = cuda.Kernel(), cuda.table("cpu")
     parameter, shadow = nn.Parameter(torch.ones(40)), torch.zeros(40)
     launches = []
     for values in (None, torch.full((40,), 2.0), torch.full((40,), 3.0).bfloat16()):
@@ -200,7 +200,7 @@ def check_table_is_kept_until_memory_or_dtype_changes() -> None:
             parameter.data = values
         for _ in range(2):
             shadow.zero_()
-            multi_tensor.run(kernel, [[shadow]], [parameter], [(0, 40)], [1.0], table, None)
+            cuda.run(kernel, [[shadow]], [parameter], [(0, 40)], [1.0], table, None)
             assert torch.equal(shadow, parameter.detach().float())
             launches.append(table.read([[shadow]], [parameter], [(0, 40)])[0])
     assert [a is b for a, b in itertools.pairwise(launches)] == [True, False, True, False, True]
@@ -208,15 +208,15 @@ def check_table_is_kept_until_memory_or_dtype_changes() -> None:
 
 def check_tensors_of_more_than_two_to_the_31_elements() -> None:
     """Offsets in 32 bits would wrap. Two bytes of memory stand for 5 GB: only the table is looked at."""
-    launch = multi_tensor._on_device([[2**31 + 2 * multi_tensor.CHUNK, 0, 0]], torch.device("cpu"))[0]
-    assert launch[-1].tolist() == [0, 2**31 + multi_tensor.CHUNK]
+    launch = cuda._on_device([[2**31 + 2 * cuda.CHUNK, 0, 0]], torch.device("cpu"))[0]
+    assert launch[-1].tolist() == [0, 2**31 + cuda.CHUNK]
     source = torch.ones(40)
     shadow = torch.zeros(40)
     low = 2**33  # elements
     chunks = torch.tensor([[0, low]])
     tensors = torch.tensor([[low + 40, source.data_ptr() - 4 * low, shadow.data_ptr() - 4 * low]])
-    made = multi_tensor.Launch(torch.device("cpu"), torch.float32, False, chunks, tensors)
-    multi_tensor.Kernel().lerp(made, [1.0], None)
+    made = cuda.Launch(torch.device("cpu"), torch.float32, False, chunks, tensors)
+    cuda.Kernel().lerp(made, [1.0], None)
     assert torch.equal(shadow, source)
 
 
@@ -229,8 +229,8 @@ def check_weights_fit_averages() -> None:
 def check_self_check_notices_a_wrong_kernel() -> None:
     """What the first update on a GPU does before it trusts the kernel."""
     device = torch.device("cpu")
-    kernel = multi_tensor.Kernel()
-    multi_tensor.check(kernel, device)
+    kernel = cuda.Kernel()
+    cuda.check(kernel, device)
     right = kernel._lerp
 
     class Wrong:
@@ -246,23 +246,23 @@ def check_self_check_notices_a_wrong_kernel() -> None:
     wrong = Wrong()  # its arguments are those of one kernel only, so the other fails in another way
     for double, why in ((wrong, "does not compute what torch does"), (Broken(), "does not compile: RuntimeError")):
         for name in ("_lerp", "_lerp_rounded"):
-            kernel = multi_tensor.Kernel()
+            kernel = cuda.Kernel()
             setattr(kernel, name, double)
             with pytest.raises(BuildError, match=why if double is not wrong or name == "_lerp" else "compile"):
-                multi_tensor.check(kernel, device)
+                cuda.check(kernel, device)
 
 
 def check_a_whole_average_goes_through_it() -> None:
     """As on a GPU, from ``ShardedEMA.update`` down: the CPU's tensors are passed off as CUDA's."""
     model = nn.Sequential(nn.Linear(30, 50), nn.Linear(50, 7))
-    averages, kernel = {"fast": 0.5, "slow": 0.999}, multi_tensor.Kernel()
+    averages, kernel = {"fast": 0.5, "slow": 0.999}, cuda.Kernel()
     fast, slow = ShardedEMA(model, averages=averages), ShardedEMA(model, averages=averages)
     calls = []
 
     def lerp(*arguments: object) -> list[int]:
         calls.append(1)
         *most, _, counter = arguments
-        return multi_tensor.run(kernel, *most, multi_tensor.table("cpu"), counter)
+        return cuda.run(kernel, *most, cuda.table("cpu"), counter)
 
     native._decided[:] = [None]
     for step in range(4):
@@ -295,7 +295,7 @@ def check_bf16_shadows_are_rounded_to_the_eager_bits() -> None:
         sources = [_spoil(torch.randn(size + 9).to(dtype)) for size in sizes]
         averages = [[_spoil(torch.randn(size).bfloat16()) for size in sizes] for _ in range(2)]
         results, guards = [], []
-        for table in (None, multi_tensor.rounded_table(rounding.places, "cpu")):
+        for table in (None, cuda.rounded_table(rounding.places, "cpu")):
             copies = [[shadow.clone() for shadow in average] for average in averages]
             guard = kernels.Guard()
             if table is None:
@@ -305,7 +305,7 @@ def check_bf16_shadows_are_rounded_to_the_eager_bits() -> None:
                 counter = guard.counter if guarded else None
                 given = (copies, sources, ranges, weights, table, counter, rounding.keys)
                 with _Fused():
-                    assert multi_tensor.run_rounded(multi_tensor.Kernel(), *given) == []
+                    assert cuda.run_rounded(cuda.Kernel(), *given) == []
             guards.append(guard.total())
             results.append([[shadow.float() for shadow in average] for average in copies])
         assert _same(*results), (dtype, weights)
@@ -319,7 +319,7 @@ CHECKS = {name: value for name, value in globals().items() if name.startswith("c
 def main() -> None:
     np.seterr(all="ignore")  # of NaN and Inf
     _mend_the_interpreter()
-    multi_tensor.CHUNK = 2 * multi_tensor.BLOCK  # the interpreter takes milliseconds for a block
+    cuda.CHUNK = 2 * cuda.BLOCK  # the interpreter takes milliseconds for a block
     results = {}
     for name, check in CHECKS.items():
         try:

@@ -38,7 +38,7 @@ PRELOAD = [
     "deepspeed.runtime.zero.stage_1_and_2",
     "deepspeed.runtime.zero.stage3",
     "dist_ema.ema",
-    "dist_ema.checkpoints.loading",
+    "dist_ema.checkpoints.load",
 ]
 
 

@@ -540,7 +540,7 @@ def test_memory_that_one_rank_lacks_for_a_swap_is_an_error_on_every_rank(
 
     with monkeypatch.context() as patch:
         if rank == 1:
-            patch.setattr("dist_ema.swap.Swap._spare", full)
+            patch.setattr("dist_ema.shadow.swap.Swap._spare", full)
         with pytest.raises(EMAStateError, match=r"average_parameters\(\) failed: rank 1: .*MemoryError: no room"):
             ema.average_parameters().__enter__()
         ema.copy_to()  # needs none
@@ -560,7 +560,7 @@ def test_an_update_that_failed_is_not_counted(monkeypatch: pytest.MonkeyPatch) -
         raise MemoryError("no room")
 
     with monkeypatch.context() as patch:
-        patch.setattr("dist_ema.arithmetic.kernels.lerp", full)
+        patch.setattr("dist_ema.kernels.lerp", full)
         with pytest.raises(MemoryError):
             ema.update()
     assert (ema.num_updates, ema.progress.batches) == (1, 0)
@@ -585,7 +585,7 @@ def test_a_load_ends_what_an_update_that_failed_on_one_rank_began(
     for restore in (lambda: ema.load(tmp_path / "c"), lambda: ema.load_state_dict(state)):
         with monkeypatch.context() as patch:
             if rank == 1:
-                patch.setattr("dist_ema.arithmetic.kernels.lerp", full)
+                patch.setattr("dist_ema.kernels.lerp", full)
             with pytest.raises(MemoryError) if rank == 1 else nullcontext():
                 ema.update()
         with pytest.raises(EMAStateError, match="different numbers of times: 2, 1"):

@@ -21,12 +21,12 @@ from models import build
 from torch import nn
 
 from dist_ema import ShardedEMA, read_checkpoint, schedules, verify_checkpoint
-from dist_ema.checkpoints.compare import compare
-from dist_ema.checkpoints.loading import open_reader, stored_tensors
+from dist_ema.checkpoints.load import open_reader, stored_tensors
 from dist_ema.checkpoints.manifest import NAME, Manifest
-from dist_ema.checkpoints.offline import export_checkpoint
 from dist_ema.checkpoints.storage import RunWriter
 from dist_ema.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError, EMAConfigError
+from dist_ema.offline.compare import compare
+from dist_ema.offline.export import export_checkpoint
 
 PAIRS = [
     ("plain", 1),
@@ -489,7 +489,7 @@ def test_the_next_update_does_not_wait_for_the_disk(tmp_path: Path, monkeypatch:
 
 def _replace_while_reading(ema: ShardedEMA, path: Path, patch: pytest.MonkeyPatch, times: int) -> None:
     """The next readers find the manifest of a checkpoint whose data are gone when they open them."""
-    from dist_ema.checkpoints.reading import RunReader
+    from dist_ema.checkpoints.reader import RunReader
 
     left = [times]
     original = RunReader.__init__
@@ -537,9 +537,9 @@ def test_a_checkpoint_of_more_files_than_a_process_may_open_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, references: dict[int, list[dict[str, int]]]
 ) -> None:
     """A large model has hundreds of files of each average; threads must not close what others read from."""
-    monkeypatch.setattr("dist_ema.checkpoints.saving.FILE_LIMIT", 300)  # a tensor a file
-    monkeypatch.setattr("dist_ema.checkpoints.loading.CHUNK", 5)
-    monkeypatch.setattr("dist_ema.checkpoints.reading._OPEN_FILES", 2)
+    monkeypatch.setattr("dist_ema.checkpoints.save.FILE_LIMIT", 300)  # a tensor a file
+    monkeypatch.setattr("dist_ema.checkpoints.load.CHUNK", 5)
+    monkeypatch.setattr("dist_ema.checkpoints.reader._OPEN_FILES", 2)
     most, real = 0, os.preadv
 
     def read(*arguments: object) -> int:

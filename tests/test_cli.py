@@ -198,8 +198,8 @@ def test_verify_checks_every_chunk_of_a_large_tensor(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A tensor is cut into stripes for threads, and these into chunks: none may be left out or counted twice."""
-    monkeypatch.setattr("dist_ema.checkpoints.audit.CHUNK", 1 << 10)
-    monkeypatch.setattr("dist_ema.checkpoints.audit._STRIPE", 3 << 10)
+    monkeypatch.setattr("dist_ema.offline.verify.CHUNK", 1 << 10)
+    monkeypatch.setattr("dist_ema.offline.verify._STRIPE", 3 << 10)
     ema = ShardedEMA(nn.Linear(100, 101, bias=False))
     ema.update()
     ema.save(tmp_path / "saved")
@@ -530,8 +530,10 @@ import sys
 import zipfile
 from pathlib import Path
 import torch, dist_ema.cli, rich.console, rich.table
-from dist_ema.checkpoints import audit, compare, offline
-from dist_ema.arithmetic.fingerprint import partial_digest
+from dist_ema.offline import export
+from dist_ema.offline import compare
+from dist_ema.offline import verify
+from dist_ema.kernels.fingerprint import partial_digest
 partial_digest(torch.zeros(8), ((0, 8),))
 def status(entry):
     lines = Path("/proc/self/status").read_text().splitlines()

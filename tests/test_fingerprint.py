@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dist_ema.arithmetic import native
-from dist_ema.arithmetic.fingerprint import BLOCK, COMPLEX, SALT, partial_digest
-from dist_ema.geometry import whole
+from dist_ema.kernels import native
+from dist_ema.kernels.fingerprint import BLOCK, COMPLEX, SALT, partial_digest
+from dist_ema.sharding.runs import whole
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=100)
 settings.load_profile("repeatable")

@@ -17,30 +17,19 @@ FILES = {
 MODULES = {name.removesuffix(".__init__"): path for name, path in FILES.items()}
 TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
 
-#: From the bottom up. A module imports what stands below it; a package's modules, also each other. What is not listed
-#: (command line, integrations) stands above.
-ORDER = [
-    "errors interrupts",
-    "timing geometry background arithmetic.memory arithmetic.compiler checkpoints.strict_json",
-    "offload.worker",
-    "arithmetic.choice arithmetic.table arithmetic.rounding",
-    "arithmetic.native arithmetic.triton_kernels",
-    "arithmetic.fused arithmetic.multi_tensor",
-    "schedules arithmetic.kernels",
-    "arithmetic.fingerprint offload.staging collectives engines options dcp.boxed checkpoints.manifest synthesis",
-    "checkpoints.storage checkpoints.places",
-    "shares track checkpoints.staging planning.architecture",
-    "shadow gather checkpoints.reading importers",
-    "swap checkpoints.upload offload.host_shadow dcp.stateful resharding",
-    "checkpoints.rearrange",
-    "checkpoints.destination checkpoints.writing checkpoints.hub",
-    "checkpoints.export checkpoints.saving checkpoints.loading report functional",
-    "ema checkpoints.audit planning.plan pace",
-    "checkpoints.offline checkpoints.compare importing batch_norm",
-]
-LAYERS = [{f"dist_ema.{name}" for name in names.split()} for names in ORDER]
-#: Modules of one may import each other.
-PACKAGES = ("dist_ema.engines", "dist_ema.importers", "dist_ema.schedules")
+#: From the bottom up. A module imports what stands on its own floor or below, and no two each other in a circle.
+FLOORS = {
+    "what all stands on": "errors interrupts background collectives clock schedules options state pace sharding.runs",
+    "arithmetic": "kernels",
+    "where elements lie": "sharding",
+    "wrappers": "engines",
+    "the averaged copy": "shadow",
+    "files": "checkpoints dcp",
+    "one process": "offline importers planning",
+    "what users call": "ema functional batch_norm",
+    "commands and trainers": "cli integrations",
+}
+LAYERS = [{f"dist_ema.{name}" for name in names.split()} for names in FLOORS.values()]
 WRAPPERS = ("torch.distributed.fsdp", "torch.nn.parallel", "torch.distributed.tensor", "deepspeed")
 TRAINERS = ("composer", "lightning", "pytorch_lightning", "transformers", "accelerate")
 #: Calls that touch the file system.
@@ -52,7 +41,7 @@ SERIALIZERS = {"torch.save", "torch.load", "pickle.dump", "pickle.load", "np.sav
 #: The files of checkpoints and exports; and ``compiler``, which keeps what it builds.
 OPENS_FILES = {f"dist_ema.checkpoints.{name}" for name in ("storage", "places", "staging", "destination", "upload")}
 OPENS_FILES |= {
-    "dist_ema.arithmetic.compiler",
+    "dist_ema.kernels.compiler",
     "dist_ema.planning.architecture",
     "dist_ema.cli",
     "dist_ema.integrations",
@@ -87,12 +76,10 @@ def importers(*packages: str) -> dict[str, list[str]]:
     return {name: modules for name, modules in found.items() if modules}
 
 
-def layer(name: str) -> int:
-    """The number of the layer of a module or of the package that it is in."""
-    for number, members in enumerate(LAYERS):
-        if any(inside(name, member) for member in members):
-            return number
-    return len(LAYERS)
+def floor(name: str) -> int:
+    """The number of the floor of a module, or of the package that it is in."""
+    found = [(member, number) for number, members in enumerate(LAYERS) for member in members if inside(name, member)]
+    return max(found, key=lambda one: len(one[0]))[1]  # sharding.runs is nearer than sharding
 
 
 def test_the_source_was_found() -> None:
@@ -101,20 +88,24 @@ def test_the_source_was_found() -> None:
 
 
 def test_time_schedules_and_geometry_do_not_know_torch() -> None:
-    pure = ("dist_ema.errors", "dist_ema.geometry", "dist_ema.timing", "dist_ema.schedules", "dist_ema.synthesis")
+    pure = [
+        f"dist_ema.{name}" for name in ("errors", "sharding.runs", "clock", "schedules", "state", "offline.synthesis")
+    ]
     found = importers("torch")
     assert not [name for name in found if name == "dist_ema" or any(inside(name, module) for module in pure)]
 
 
 def test_arithmetic_does_not_know_process_groups() -> None:
     found = importers("torch.distributed")
-    packages = ("arithmetic", "offload", "geometry", "shadow")
-    assert not [name for name in found if any(inside(name, f"dist_ema.{package}") for package in packages)]
+    below = [*(f"kernels.{path.stem}" for path in (ROOT / "kernels").glob("*.py")), "sharding.runs", "shadow.device"]
+    below += ["shadow.host", "shadow.staging", "shadow.worker"]
+    assert not found.keys() & {f"dist_ema.{name}" for name in below}
 
 
 def test_only_engines_know_wrappers() -> None:
-    outside = {name: found for name, found in importers(*WRAPPERS).items() if not inside(name, "dist_ema.engines")}
-    assert not outside
+    """And layouts, which predicts what each rank would hold from the placements that DTensor would give it."""
+    outside = {name for name in importers(*WRAPPERS) if not inside(name, "dist_ema.engines")}
+    assert outside == {"dist_ema.planning.layouts"}
 
 
 def test_only_integrations_know_trainers() -> None:
@@ -147,15 +138,12 @@ def file_calls(name: str) -> set[str]:
 
 def test_imports_go_downwards_only() -> None:
     """Also inside functions and for types alone. Public names of the package itself are lazy and the exception."""
-    upwards = []
-    for name in MODULES.keys() - {"dist_ema"}:
-        for module in imports(name):
-            if module == "dist_ema" or module not in MODULES or not list(imports(module)):
-                continue  # a package that is but a name
-            same_package = any(inside(name, package) and inside(module, package) for package in PACKAGES)
-            above = layer(module) >= layer(name) and layer(name) < len(LAYERS)
-            if above and not same_package and module != name:
-                upwards.append(f"{name} imports {module}")
+    upwards = [
+        f"{name} imports {module}"
+        for name in MODULES.keys() - {"dist_ema", "dist_ema.__main__"}
+        for module in imports(name)
+        if module in MODULES and module != "dist_ema" and floor(module) > floor(name)
+    ]
     assert not upwards
 
 
@@ -204,7 +192,7 @@ def test_no_assert_and_no_print() -> None:
     [
         ("import dist_ema", ["torch", "numpy"]),
         ("import dist_ema; dist_ema.schedules.HalfLife('10ba'); dist_ema.errors.EMAError", ["torch", "numpy"]),
-        ("import dist_ema.geometry, dist_ema.timing", ["torch", "numpy"]),
+        ("import dist_ema.sharding.runs, dist_ema.clock", ["torch", "numpy"]),
         ("import dist_ema.cli", ["torch", "numpy", "rich"]),
         ("import dist_ema.engines", ["deepspeed", *TRAINERS]),
         ("import dist_ema; dist_ema.ShardedEMA; dist_ema.compute_ema", ["deepspeed", *TRAINERS]),

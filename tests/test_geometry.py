@@ -15,9 +15,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from dist_ema import geometry
 from dist_ema.engines.dtensor import shard_runs
-from dist_ema.geometry import Rows, Runs, box_runs, chunk, chunks, count, cut, merge, overlap, split_evenly, whole
+from dist_ema.sharding import runs as geometry
+from dist_ema.sharding.runs import Rows, Runs, box_runs, chunk, chunks, count, cut, merge, overlap, split_evenly, whole
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=200)
 settings.load_profile("repeatable")

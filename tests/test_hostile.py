@@ -24,7 +24,7 @@ from dist_ema import ShardedEMA, read_checkpoint, verify_checkpoint
 from dist_ema.checkpoints.manifest import NAME, Manifest, _seal
 from dist_ema.cli import main
 from dist_ema.errors import CheckpointCorruptError, CheckpointError
-from dist_ema.importing import import_checkpoint
+from dist_ema.importers.convert import import_checkpoint
 
 #: Seconds, and bytes besides the file's own, that a refusal may take on a machine that is busy.
 SECONDS, MEMORY = 5.0, 64 << 20

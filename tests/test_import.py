@@ -32,8 +32,8 @@ from dist_ema.cli import main
 from dist_ema.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError, EMAConfigError
 from dist_ema.importers import FORMATS
 from dist_ema.importers import dcp as dcp_import
+from dist_ema.importers.convert import import_checkpoint
 from dist_ema.importers.pickles import LEFTOVERS
-from dist_ema.importing import import_checkpoint
 
 DATA = Path(__file__).parent / "data" / "imports"
 _spec = importlib.util.spec_from_file_location("make_imports", DATA / "make.py")
@@ -608,7 +608,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     torch.save({"state_dict_ema": {"a": torch.ones(size // 8), "b": torch.ones(size // 8)}}, tmp_path / "large.pt")
     code = """
 import sys, threading
-import dist_ema.cli, dist_ema.importing
+import dist_ema.cli, dist_ema.importers.convert
 def own():
     return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) << 10
 before, peak, stop = own(), 0, threading.Event()

@@ -25,7 +25,7 @@ from zero_models import make_engine
 
 import dist_ema
 from dist_ema import ShardedEMA, verify_checkpoint
-from dist_ema.checkpoints.saving import Save
+from dist_ema.checkpoints.save import Save
 from dist_ema.errors import EMAStateError
 
 SOURCE = str(Path(dist_ema.__file__).parent)

@@ -18,9 +18,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dist_ema import ShardedEMA
-from dist_ema.arithmetic import compiler, fused, kernels, native
+from dist_ema import ShardedEMA, kernels
 from dist_ema.errors import EMAConfigError
+from dist_ema.kernels import compiler, cpu, native
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: 65,536 elements are a thread's chunk, 512 go through all averages at a time.
@@ -171,8 +171,8 @@ def test_what_the_kernel_does_not_take_goes_the_eager_way_beside_it(
     before = [[shadow.clone() for shadow in average] for average in averages]
     monkeypatch.setattr(native, "_decided", [kernel])
     ranges = [(0, 24)] * 5
-    _, rest = fused.lerp(
-        [[s.clone() for s in average] for average in averages], sources, ranges, [0.1, 0.9], fused.table(), True
+    _, rest = cpu.lerp(
+        [[s.clone() for s in average] for average in averages], sources, ranges, [0.1, 0.9], cpu.table(), True
     )
     assert rest == [0, 2, 3, 4]
     kernels.lerp(averages, sources, ranges, [0.1, 0.9], kernels.Scratch(), kernels.Guard())
@@ -348,7 +348,7 @@ def test_lock_that_is_never_given_up_is_waited_for_in_bounds(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """On a network's file system a lock can outlive its holder, or the request hang."""
-    caplog.set_level(logging.INFO, "dist_ema.arithmetic.compiler")
+    caplog.set_level(logging.INFO, "dist_ema.kernels.compiler")
     monkeypatch.setattr(compiler, "PATIENCE", 0.3)
     native._check(native.build())
     assert [record.levelname for record in caplog.records] == ["INFO", "WARNING", "INFO"]
@@ -374,7 +374,7 @@ def test_lock_of_a_dead_process_is_free(
     holder: subprocess.Popen[str], counted: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A job that is killed while it compiles must not make the next one wait."""
-    caplog.set_level(logging.WARNING, "dist_ema.arithmetic.compiler")
+    caplog.set_level(logging.WARNING, "dist_ema.kernels.compiler")
     holder.kill()
     holder.wait()
     native._check(native.build())
@@ -386,7 +386,7 @@ def test_file_system_without_locks_is_no_obstacle(
     counted: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Some refuse; what the call raises there is put in its place."""
-    caplog.set_level(logging.INFO, "dist_ema.arithmetic.compiler")
+    caplog.set_level(logging.INFO, "dist_ema.kernels.compiler")
 
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
@@ -400,7 +400,7 @@ def test_file_system_without_locks_is_no_obstacle(
 @pytest.mark.usefixtures("undecided", "kernel")
 def test_choice_is_forced_by_the_environment(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """To compare, or where a compiler is not to be started."""
-    caplog.set_level(logging.INFO, "dist_ema.arithmetic.native")
+    caplog.set_level(logging.INFO, "dist_ema.kernels.native")
     monkeypatch.setenv("DIST_EMA_KERNEL", "fast")
     with pytest.raises(EMAConfigError, match="DIST_EMA_KERNEL='fast': it can be 'eager' or 'compiled'"):
         native.choice()
@@ -445,7 +445,7 @@ def test_directory_that_cannot_hold_the_cache(
     tmp_path: Path, kernel: native.Library, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Home is read-only, missing, or full on many clusters: then each process builds its own."""
-    caplog.set_level(logging.INFO, "dist_ema.arithmetic.compiler")
+    caplog.set_level(logging.INFO, "dist_ema.kernels.compiler")
     (tmp_path / "file").touch()
     monkeypatch.setenv("DIST_EMA_CACHE", str(tmp_path / "file" / "cache"))
     native._check(native.build())
@@ -506,7 +506,8 @@ def test_child_forked_after_an_update_can_average(kernel: native.Library) -> Non
     """OpenMP's threads are gone in a forked child, and a parallel region would wait for them for ever."""
     code = """
 import os, torch
-from dist_ema.arithmetic import fused, kernels
+from dist_ema.kernels import cpu
+from dist_ema import kernels
 shadow, source = torch.zeros(1 << 20), torch.ones(1 << 20)
 def update():
     kernels.lerp([[shadow]], [source], [(0, 1 << 20)], [.5], kernels.Scratch(), None)

@@ -23,7 +23,7 @@ from dist_ema import ShardedEMA
 from dist_ema.checkpoints.rearrange import Arrangement, UnknownOperationError
 from dist_ema.checkpoints.storage import TensorPlan
 from dist_ema.errors import CheckpointError, EMAConfigError
-from dist_ema.geometry import Rows, chunks, count
+from dist_ema.sharding.runs import Rows, chunks, count
 
 # What a function on state dicts does to elements.
 

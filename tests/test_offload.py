@@ -27,11 +27,10 @@ from models import CASES, Uneven, batch, build
 from torch import Tensor, nn
 from zero_models import make_engine, train
 
-from dist_ema import ShardedEMA
-from dist_ema.arithmetic import kernels
+from dist_ema import ShardedEMA, kernels
 from dist_ema.errors import EMAStateError
-from dist_ema.offload import staging
-from dist_ema.offload.staging import HostLink, Take, carve
+from dist_ema.shadow import staging
+from dist_ema.shadow.staging import HostLink, Take, carve
 
 ROUTES = ("in place", "copied")
 DELAY = 0.02
@@ -591,7 +590,7 @@ def script(code: str) -> subprocess.CompletedProcess[str]:
 import os, sys, time, torch
 from torch import nn
 from dist_ema import ShardedEMA
-from dist_ema.arithmetic import kernels
+from dist_ema import kernels
 inner = kernels.lerp
 def slow(*arguments):
     time.sleep(0.3)

@@ -31,7 +31,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
         (entry_points,) = (name for name in wheel.namelist() if name.endswith("entry_points.txt"))
         assert "dist-ema = dist_ema.cli:main" in wheel.read(entry_points).decode()
     assert names == files("dist_ema")
-    assert {"dist_ema/py.typed", "dist_ema/arithmetic/fused.cpp", "dist_ema/arithmetic/digest.cpp"} <= names
+    assert {"dist_ema/py.typed", "dist_ema/kernels/fused.cpp", "dist_ema/kernels/digest.cpp"} <= names
 
 
 def test_the_sdist_holds_all_that_its_tests_need(tmp_path: Path) -> None:

@@ -25,11 +25,12 @@ from zero_models import Net, make_engine
 from dist_ema import ShardedEMA
 from dist_ema.checkpoints.manifest import NAME
 from dist_ema.cli import main
-from dist_ema.engines import TensorSpec, detect
-from dist_ema.engines.simulated import Layout, simulate
+from dist_ema.engines import detect
 from dist_ema.errors import EMAConfigError
 from dist_ema.planning.architecture import Architecture, of_config, of_module, parse_count
+from dist_ema.planning.layouts import Layout, simulate
 from dist_ema.planning.plan import make_options, predict, rank_cost
+from dist_ema.sharding.spec import TensorSpec
 
 MODELS = Path(__file__).parent.parent / "configs" / "models"
 #: The way to wrap (tests/models.py), the engine, what it is given besides, ranks.

@@ -14,6 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 from dist_ema.cli import main
+from dist_ema.clock import Progress, Time
 from dist_ema.errors import EMAConfigError
 from dist_ema.schedules import (
     KINDS,
@@ -30,7 +31,6 @@ from dist_ema.schedules import (
     Warmup,
     Window,
 )
-from dist_ema.timing import Progress, Time
 
 EXAMPLES = [
     ConstantDecay(0.0),

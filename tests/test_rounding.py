@@ -12,14 +12,14 @@ from models import CASES
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dist_ema import ShardedEMA
-from dist_ema.arithmetic import kernels, native
-from dist_ema.arithmetic.rounding import Places, Rounding, average_key, draws, element_key, rounded
+from dist_ema import ShardedEMA, kernels
 from dist_ema.checkpoints import manifest as format_
 from dist_ema.checkpoints.manifest import Manifest
-from dist_ema.checkpoints.saving import NAME
+from dist_ema.checkpoints.save import NAME
 from dist_ema.errors import CheckpointCorruptError
-from dist_ema.geometry import Rows, Runs
+from dist_ema.kernels import native
+from dist_ema.kernels.rounding import Places, Rounding, average_key, draws, element_key, rounded
+from dist_ema.sharding.runs import Rows, Runs
 
 BF16 = torch.bfloat16
 NAN, INF = float("nan"), float("inf")

@@ -11,11 +11,11 @@ from types import ModuleType
 import pytest
 import torch
 
-from dist_ema.engines import TensorSpec
-from dist_ema.engines.simulated import ENGINES, Layout
-from dist_ema.geometry import Run
 from dist_ema.planning.architecture import Architecture
+from dist_ema.planning.layouts import ENGINES, Layout
 from dist_ema.planning.plan import make_options, rank_shares, sample
+from dist_ema.sharding.runs import Run
+from dist_ema.sharding.spec import TensorSpec
 
 OPTIONS = make_options()
 

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dist_ema.clock import Progress, Time
 from dist_ema.errors import EMAConfigError
 from dist_ema.schedules import (
     KINDS,
@@ -29,7 +30,6 @@ from dist_ema.schedules import (
     from_dict,
     sigma_rel_to_gamma,
 )
-from dist_ema.timing import Progress, Time
 
 settings.register_profile("fixed", derandomize=True, deadline=None)
 settings.load_profile("fixed")

@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from dist_ema import ShardedEMA
 from dist_ema.errors import EMAStateError
-from dist_ema.swap import __file__ as swap_file
+from dist_ema.shadow.swap import __file__ as swap_file
 
 
 def _run(server: multiprocessing.context.BaseContext, body: Callable[..., None], folder: Path, *arguments: Any) -> None:

@@ -14,8 +14,8 @@ import interpreted
 import pytest
 import torch
 
-from dist_ema.arithmetic import multi_tensor
 from dist_ema.errors import EMAConfigError
+from dist_ema.kernels import cuda
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,8 @@ import json
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from dist_ema.arithmetic import multi_tensor, triton_kernels
+from dist_ema.kernels import triton_kernels
+from dist_ema.kernels import cuda
 
 def build(kernel, arguments, constants, guarded, capability):
     if not guarded:
@@ -59,12 +60,12 @@ def build(kernel, arguments, constants, guarded, capability):
 def plain(averages, source, aligned, guarded, capability):
     arguments = {"chunks": "*i64", "tensors": "*i64", "skipped": "*i64", "weights": ("fp32",) * averages}
     constants = {"AVERAGES": averages, "SOURCE": source, "ALIGNED": aligned}
-    constants |= {"CHUNK": multi_tensor.CHUNK, "BLOCK": multi_tensor.BLOCK}
+    constants |= {"CHUNK": cuda.CHUNK, "BLOCK": cuda.BLOCK}
     return build(triton_kernels.lerp, arguments, constants, guarded, capability)
 
 def rounded(averages, source, guarded, capability):
     arguments = dict.fromkeys(["chunks", "tensors", "keys", "skipped"], "*i64") | {"weights": ("fp32",) * averages}
-    constants = {"AVERAGES": averages, "SOURCE": source, "BLOCK": multi_tensor.BLOCK}
+    constants = {"AVERAGES": averages, "SOURCE": source, "BLOCK": cuda.BLOCK}
     return build(triton_kernels.lerp_rounded, arguments, constants, guarded, capability)
 
 one = plain(1, tl.float32, True, True, 80)
@@ -104,32 +105,32 @@ def test_without_triton_it_falls_back_and_says_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Builds of torch for other systems have none."""
-    caplog.set_level(logging.INFO, "dist_ema.arithmetic.multi_tensor")
-    monkeypatch.setattr(multi_tensor, "_decided", [])
+    caplog.set_level(logging.INFO, "dist_ema.kernels.cuda")
+    monkeypatch.setattr(cuda, "_decided", [])
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.setenv("DIST_EMA_KERNEL", "")
-    assert multi_tensor.choice() is None
-    assert multi_tensor.choice() is None  # made once
+    assert cuda.choice() is None
+    assert cuda.choice() is None  # made once
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert "Averages on CUDA: eager route" in record.message
     assert "triton cannot be imported" in record.message
-    monkeypatch.setattr(multi_tensor, "_decided", [])
+    monkeypatch.setattr(cuda, "_decided", [])
     monkeypatch.setenv("DIST_EMA_KERNEL", "compiled")
     with pytest.raises(EMAConfigError, match="DIST_EMA_KERNEL=compiled, but there is no compiled kernel: triton"):
-        multi_tensor.choice()
+        cuda.choice()
 
 
 def test_eager_route_is_forced_without_a_look_at_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(multi_tensor, "_decided", [])
+    monkeypatch.setattr(cuda, "_decided", [])
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.setenv("DIST_EMA_KERNEL", "eager")
-    assert multi_tensor.choice() is None
+    assert cuda.choice() is None
 
 
 def test_tensors_on_the_cpu_start_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its import takes a second, and CPU builds of torch have none."""
-    monkeypatch.setattr(multi_tensor, "_decided", [])
+    monkeypatch.setattr(cuda, "_decided", [])
     values = [torch.ones(3)]
-    assert multi_tensor.lerp([values], values, [(0, 3)], [0.5], multi_tensor.table(), None) == [0]
-    assert not multi_tensor._decided
+    assert cuda.lerp([values], values, [(0, 3)], [0.5], cuda.table(), None) == [0]
+    assert not cuda._decided

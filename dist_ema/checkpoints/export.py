@@ -31,7 +31,8 @@ from dist_ema.checkpoints.writing import Folder
 from dist_ema.collectives import agree, broadcast_object, gather_objects, rank_in
 from dist_ema.engines.unwrapped import unwrapped
 from dist_ema.errors import CheckpointError, EMAConfigError
-from dist_ema.gather import Entry, Held, check_readable
+from dist_ema.sharding.gather import Held, check_readable
+from dist_ema.sharding.writers import Entry
 
 logger = logging.getLogger(__name__)
 _CONFIG_SUFFIXES = {".json", ".txt", ".model", ".jinja"}

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from dist_ema.checkpoints.rearrange import Convert
+from dist_ema.engines.names import walk_modules
 from dist_ema.engines.unwrapped import plain_type
-from dist_ema.engines.walk import walk_modules
 from dist_ema.errors import EMAConfigError
 
 #: How the files of each layout are called; None is that of transformers.

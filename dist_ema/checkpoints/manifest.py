@@ -16,9 +16,9 @@ from typing import Any, NoReturn
 
 from dist_ema import __version__
 from dist_ema.checkpoints.strict_json import is_count, is_shape, parse, shown
+from dist_ema.clock import Progress
 from dist_ema.errors import CheckpointCorruptError, CheckpointError, EMAError
 from dist_ema.schedules import Schedule, from_dict
-from dist_ema.timing import Progress
 
 NAME = "ema.json"
 FORMAT = "dist_ema"

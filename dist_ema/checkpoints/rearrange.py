@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dist_ema.checkpoints.storage import TensorPlan
 from dist_ema.errors import CheckpointError
-from dist_ema.geometry import Runs
+from dist_ema.sharding.runs import Runs
 
 Indices = npt.NDArray[np.int64]
 #: A function on state dicts, such as ``revert_weight_conversion`` of transformers.

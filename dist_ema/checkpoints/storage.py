@@ -24,7 +24,7 @@ from torch import Tensor
 
 from dist_ema.checkpoints.manifest import is_tensor_name
 from dist_ema.errors import CheckpointError, EMAConfigError
-from dist_ema.geometry import Runs
+from dist_ema.sharding.runs import Runs
 
 DTYPE_NAMES = {
     torch.float64: "F64",

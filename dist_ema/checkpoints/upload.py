@@ -24,7 +24,7 @@ from torch import Tensor
 from dist_ema.checkpoints.manifest import BEGIN, DATA, MAX_BYTES, NAME
 from dist_ema.checkpoints.storage import FilePlan
 from dist_ema.errors import CheckpointError
-from dist_ema.geometry import Runs
+from dist_ema.sharding.runs import Runs
 
 logger = logging.getLogger(__name__)
 #: Bytes that are kept in memory and then sent.

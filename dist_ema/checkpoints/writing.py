@@ -9,12 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_ema.arithmetic.fingerprint import partial_digest
 from dist_ema.checkpoints.rearrange import Arrangement
 from dist_ema.checkpoints.storage import FilePlan, TensorPlan, Writer, plan_files
 from dist_ema.collectives import agree
-from dist_ema.gather import Entry, Held, gather_each, speaks
-from dist_ema.geometry import Runs, chunks, count
+from dist_ema.kernels.fingerprint import partial_digest
+from dist_ema.sharding.gather import Held, gather_each
+from dist_ema.sharding.runs import Runs, chunks, count
+from dist_ema.sharding.writers import Entry, speaks
 
 #: Elements that are converted, digested and written at a time.
 CHUNK = 1 << 19

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from dist_ema.errors import EMAStateError
-from dist_ema.geometry import Box
+from dist_ema.sharding.runs import Box
 
 _aten = torch.ops.aten
 #: What staging, ``copy.deepcopy`` and a move to another device do to a tensor: the same to each element.

@@ -24,12 +24,12 @@ from torch import Tensor
 
 from dist_ema.checkpoints.manifest import check_moments, read_progress
 from dist_ema.checkpoints.strict_json import is_count, parse, shown
+from dist_ema.clock import Progress
 from dist_ema.dcp.boxed import BoxedTensor
 from dist_ema.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError, EMAError, EMAStateError
 from dist_ema.schedules import Schedule, from_dict
-from dist_ema.shadow import Shadow
-from dist_ema.shares import Share
-from dist_ema.timing import Progress
+from dist_ema.shadow.device import Shadow
+from dist_ema.sharding.shares import Share
 
 VERSION = 1
 #: Bytes of a text, padded with blanks: what is loaded must have the size of what was saved.

@@ -10,14 +10,15 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_ema.engines.base import Attached, Engine, RemovableHandle, Replicas, TensorSpec
-from dist_ema.engines.composite import CompositeEngine
+from dist_ema.engines.base import Attached, Engine, RemovableHandle
+from dist_ema.engines.ddp import DataParallelEngine
 from dist_ema.engines.loaded import loaded
-from dist_ema.engines.replicated import DataParallelEngine, PlainEngine
+from dist_ema.engines.pipeline import CompositeEngine
+from dist_ema.engines.plain import PlainEngine
 from dist_ema.engines.wrappers import stage_module, unwrap_module
 from dist_ema.errors import EMAConfigError, EMAEngineError
 
-__all__ = ["Attached", "Engine", "RemovableHandle", "Replicas", "TensorSpec", "detect", "detect_in"]
+__all__ = ["Attached", "Engine", "RemovableHandle", "detect", "detect_in"]
 
 _KNOWN = (
     "an nn.Module (plain, DDP, FSDP, fully_shard, tensor parallel), a DeepSpeed engine, a pipeline stage, or a list of "
@@ -99,7 +100,7 @@ def _detect_module(model: nn.Module) -> Engine:
     # Their files import torch.distributed.fsdp and torch.distributed.tensor, which takes longer than the rest of the
     # library, and are of no use to who has not done so.
     if flat:
-        from dist_ema.engines.flat_param import FlatParamEngine
+        from dist_ema.engines.fsdp1 import FlatParamEngine
 
         return FlatParamEngine(model)
     if sharded:

@@ -23,12 +23,12 @@ from torch.distributed.tensor.placement_types import Placement, Replicate, Shard
 # already sharded along the same dimension. There is no public way to name it.
 from torch.distributed.tensor.placement_types import _StridedShard as StridedShard
 
-from dist_ema.engines.base import Replicas, TensorSpec
-from dist_ema.engines.replicated import PlainEngine
-from dist_ema.engines.subclasses import hidden_type, look_through
-from dist_ema.engines.walk import Slot, kind_of
+from dist_ema.engines.names import Slot, kind_of
+from dist_ema.engines.plain import PlainEngine
 from dist_ema.errors import EMAEngineError, EMAStateError
-from dist_ema.geometry import Runs, box_runs, chunk, count
+from dist_ema.sharding.runs import Runs, box_runs, chunk, count
+from dist_ema.sharding.spec import Replicas, TensorSpec
+from dist_ema.sharding.subclasses import hidden_type, look_through
 
 
 class DTensorEngine(PlainEngine):

@@ -6,7 +6,7 @@ import sys
 
 from torch import nn
 
-from dist_ema.engines.walk import walk_slots
+from dist_ema.engines.names import walk_slots
 from dist_ema.errors import EMAEngineError
 
 
@@ -16,7 +16,7 @@ def refuse_sharded(model: nn.Module) -> None:
     Modules that nobody has imported have wrapped nothing, so they are not imported here either.
     """
     if "torch.distributed.fsdp" in sys.modules:
-        from dist_ema.engines.flat_param import refuse_outer_unit
+        from dist_ema.engines.fsdp1 import refuse_outer_unit
 
         refuse_outer_unit(model)
     slots = walk_slots(model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from dist_ema.engines.loaded import loaded
-from dist_ema.engines.walk import walk_modules
+from dist_ema.engines.names import walk_modules
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

@@ -14,13 +14,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dist_ema.engines.base import Engine, RemovableHandle, TensorSpec
-from dist_ema.engines.walk import Binding, Slot
+from dist_ema.engines.base import Engine, RemovableHandle
+from dist_ema.engines.names import Binding, Slot
 from dist_ema.engines.wrappers import is_training_step
 from dist_ema.engines.zero_groups import Groups
 from dist_ema.engines.zero_masters import MasterSlice, find_masters, stage3_runs, stage3_shard
 from dist_ema.errors import EMAConfigError, EMAEngineError
-from dist_ema.geometry import whole
+from dist_ema.sharding.runs import whole
+from dist_ema.sharding.spec import TensorSpec
 
 
 class ZeroEngine(Engine):

@@ -12,10 +12,10 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dist_ema.engines.base import Replicas
-from dist_ema.engines.walk import Slot, walk_slots
+from dist_ema.engines.names import Slot, walk_slots
 from dist_ema.engines.zero_marks import is_expert
 from dist_ema.errors import EMAEngineError
+from dist_ema.sharding.spec import Replicas
 
 
 @dataclass(frozen=True)

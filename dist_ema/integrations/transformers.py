@@ -18,10 +18,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from dist_ema.clock import Time
 from dist_ema.collectives import broadcast_object
 from dist_ema.ema import ShardedEMA
 from dist_ema.errors import CheckpointError, EMAConfigError, EMAEngineError, EMAStateError
-from dist_ema.timing import Time
 
 try:
     import transformers

@@ -20,9 +20,9 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from dist_ema.checkpoints.places import open_plain
 from dist_ema.checkpoints.strict_json import parse
-from dist_ema.engines.base import TensorSpec
-from dist_ema.engines.replicated import PlainEngine
+from dist_ema.engines.plain import PlainEngine
 from dist_ema.errors import EMAConfigError
+from dist_ema.sharding.spec import TensorSpec
 
 _CONFIG_BYTES, _CONFIG_DEPTH = 1 << 24, 32
 #: Modules of a model at most; those of 384 experts in 61 layers are 70,000.

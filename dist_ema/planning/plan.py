@@ -1,7 +1,7 @@
 """What an average will cost in a run that has not begun: memory, bytes moved and time per rank, and the checkpoint.
 
-Not a formula beside the library: the shares of each rank are computed by :mod:`dist_ema.shares` from the geometry that
-an engine would have, and the files by :class:`dist_ema.checkpoints.saving.Save`.
+Not a formula beside the library: the shares of each rank are computed by :mod:`dist_ema.sharding.shares` from the
+geometry that an engine would have, and the files by :class:`dist_ema.checkpoints.save.Save`.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from dataclasses import dataclass
 
 import torch
 
-from dist_ema.arithmetic.kernels import ACCELERATOR_CHUNK, CHUNK
 from dist_ema.checkpoints.manifest import NAME
-from dist_ema.checkpoints.saving import Save
-from dist_ema.engines.simulated import Layout, simulate
+from dist_ema.checkpoints.save import Save
+from dist_ema.clock import Progress
 from dist_ema.errors import EMAConfigError
-from dist_ema.gather import catalogue
+from dist_ema.kernels import ACCELERATOR_CHUNK, CHUNK
 from dist_ema.options import ONLY, Options
 from dist_ema.planning.architecture import Architecture
+from dist_ema.planning.layouts import Layout, simulate
 from dist_ema.schedules import HalfLife
-from dist_ema.shares import Share, plan
-from dist_ema.timing import Progress
-from dist_ema.track import Track
+from dist_ema.sharding.shares import Share, plan
+from dist_ema.sharding.writers import catalogue
+from dist_ema.state import Track
 
 #: Of larger runs this many ranks are looked at, at equal distances, the first and the last among them.
 SAMPLE = 64

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from dist_ema.clock import CLOCK_UNITS, Time
 from dist_ema.schedules.checks import positive, set_fields
 from dist_ema.schedules.schedule import LOG_2, Along, Moment, PerBatch, Schedule, harmonic
-from dist_ema.timing import CLOCK_UNITS, Time
 
 
 @dataclass(frozen=True, repr=False)

@@ -6,10 +6,10 @@ import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from dist_ema.clock import CLOCK_UNITS, Progress, Time
 from dist_ema.errors import EMAConfigError
 from dist_ema.schedules import ConstantDecay, HalfLife, PowerFunction, Schedule, Window, from_dict
 from dist_ema.schedules.profile import Profile
-from dist_ema.timing import CLOCK_UNITS, Progress, Time
 
 #: So many updates are looked at one by one.
 LIMIT = 2_000_000

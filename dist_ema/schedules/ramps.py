@@ -6,10 +6,10 @@ import math
 from abc import abstractmethod
 from dataclasses import dataclass, field, replace
 
+from dist_ema.clock import Time
 from dist_ema.errors import EMAConfigError
 from dist_ema.schedules.checks import set_fields, share
 from dist_ema.schedules.schedule import Along, Moment, Schedule
-from dist_ema.timing import Time
 
 
 @dataclass(frozen=True)

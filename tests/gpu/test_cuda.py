@@ -17,8 +17,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from dist_ema import ShardedEMA
-from dist_ema.arithmetic import kernels, multi_tensor
+from dist_ema import ShardedEMA, kernels
+from dist_ema.kernels import cuda
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -93,7 +93,7 @@ def test_average_on_the_device_equals_that_on_the_host(dtype: torch.dtype) -> No
 @pytest.mark.parametrize("guarded", [True, False])
 def test_triton_kernel_gives_the_eager_route_to_one_unit(dtype: torch.dtype, guarded: bool) -> None:
     """Hundreds of uneven tensors, three averages, two of them unaligned; 2**-23 of the larger of shadow and source."""
-    kernel = multi_tensor.choice()
+    kernel = cuda.choice()
     assert kernel is not None
     torch.manual_seed(0)
     sizes = [(37 * index * index) % 5000 for index in range(300)] + [3_000_001]
@@ -109,7 +109,7 @@ def test_triton_kernel_gives_the_eager_route_to_one_unit(dtype: torch.dtype, gua
             guard = kernels.Guard() if guarded else None
             copies = [[shadow.clone() for shadow in average] for average in averages]
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(multi_tensor, "_decided", [chosen])
+                patch.setattr(cuda, "_decided", [chosen])
                 kernels.lerp(copies, sources, ranges, weights, kernels.Scratch(), guard)
             counts.append(guard.total() if guard is not None else 0)
             results.append(copies)

@@ -11,9 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dist_ema import ShardedEMA
-from dist_ema.arithmetic import kernels
-from dist_ema.offload.staging import CudaLink
+from dist_ema import ShardedEMA, kernels
+from dist_ema.shadow.staging import CudaLink
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

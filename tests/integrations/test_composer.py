@@ -392,8 +392,8 @@ def test_files_of_composers_releases(version: str) -> None:
     from torch import nn
 
     from dist_ema import ShardedEMA
+    from dist_ema.clock import Progress
     from dist_ema.integrations.composer_trainer import change_over
-    from dist_ema.timing import Progress
 
     state = read(IMPORTS / f"composer-{version}.pt")
     algorithm = dict(state["algorithms"])["EMA"]

@@ -1,0 +1,246 @@
+"""Elements of full tensors out of safetensors files that a manifest lists, by range; nothing in them is believed."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import TracebackType
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from dist_ema.checkpoints.manifest import MAX_BYTES, NAME, Manifest, StoredFile, StoredTensor, checksum
+from dist_ema.checkpoints.places import OpenFile, StrPath, is_remote, place
+from dist_ema.checkpoints.storage import DTYPE_NAMES
+from dist_ema.checkpoints.strict_json import parse, shown
+from dist_ema.errors import CheckpointCorruptError, CheckpointError
+from dist_ema.sharding.runs import Runs
+
+T = TypeVar("T")
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+#: How often a reader begins anew since the checkpoint was replaced while it was read.
+REREADS = 2
+#: The longest header that safetensors itself reads.
+_MAX_HEADER = 100_000_000
+#: The header, one of its tensors, its shape.
+_HEADER_DEPTH = 3
+#: Files that one reader keeps open: far fewer than a process may have, and enough for all of most checkpoints.
+_OPEN_FILES = 256
+
+
+def read_manifest(path: StrPath) -> Manifest:
+    """The manifest of the checkpoint at ``path``, a directory or a URL. Local.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read, or it has another format version.
+        CheckpointCorruptError: it is damaged.
+    """
+    return Manifest.from_bytes(read_manifest_bytes(path))
+
+
+def read_manifest_bytes(path: StrPath) -> bytes:
+    """The text of a manifest, unchecked. Raises as :func:`read_manifest`."""
+    try:
+        file = place(path).file(NAME)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is no checkpoint: it has no {NAME}") from error
+    except NotADirectoryError as error:
+        raise CheckpointError(f"{path} is no checkpoint: it is a file, and a checkpoint is a directory") from error
+    except OSError as error:
+        raise CheckpointError(f"{NAME} of {path} cannot be read: {error.strerror or error}") from error
+    try:
+        if file.size > MAX_BYTES:
+            raise CheckpointCorruptError(f"{NAME} of {path} has {file.size} bytes, more than any manifest")
+        text = bytearray(file.size)
+        if not file.read([(0, memoryview(text))]):
+            raise CheckpointCorruptError(f"{NAME} of {path} became shorter while it was read")
+    except OSError as error:
+        raise CheckpointError(f"{NAME} of {path} cannot be read: {error.strerror or error}") from error
+    finally:
+        file.close()
+    return bytes(text)
+
+
+def reread(path: StrPath, read: Callable[[Manifest], T]) -> T:
+    """``read(manifest)``; again, up to :data:`REREADS` times, where a save has replaced what the manifest names.
+
+    Raises as :func:`read_manifest`, and what ``read`` raises.
+    """
+    attempts = REREADS
+    while True:
+        text = read_manifest_bytes(path)
+        try:
+            return read(Manifest.from_bytes(text))
+        except CheckpointCorruptError:
+            attempts -= 1
+            if attempts < 0 or read_manifest_bytes(path) == text:
+                raise
+
+
+class RunReader:
+    """Reads elements of full tensors. A context manager; may be used from several threads.
+
+    Opening it checks that every file is there, a plain file of the size that the manifest gives, with the very header
+    that was written, and that the header describes the manifest's tensors, one after the other without a gap. So every
+    byte of a file belongs to its header or to a tensor, which has a fingerprint. Files stay open, so that a save that
+    replaces them meanwhile does not disturb the reader; of more than :data:`_OPEN_FILES` some are opened again.
+
+    Args:
+        path: of the checkpoint, a directory or a URL.
+        data: the manifest's data folder.
+        files: of the manifest.
+        tensors: what to look for: the tensors of all folders, by ``(folder, name)``.
+
+    Raises:
+        CheckpointCorruptError: names the file, and the tensor if it is one.
+    """
+
+    def __init__(
+        self,
+        path: StrPath,
+        data: str,
+        files: Mapping[str, StoredFile],
+        tensors: Mapping[tuple[str, str], StoredTensor],
+    ) -> None:
+        self._folder = place(path) / data
+        self._open: dict[str, OpenFile] = {}
+        self._users: Counter[str] = Counter()
+        self._limit = sys.maxsize if is_remote(path) else _OPEN_FILES  # objects are not kept open
+        self._lock = threading.Lock()
+        self._offsets: dict[tuple[str, str], int] = {}
+        self._tensors = tensors
+        try:
+            inside: dict[str, dict[tuple[str, str], StoredTensor]] = {name: {} for name in files}
+            for key, tensor in tensors.items():
+                if tensor.file in inside:
+                    inside[tensor.file][key] = tensor
+            for name, file in files.items():
+                self._offsets |= self._check_file(name, file, inside[name])
+        except BaseException:
+            self.close()
+            raise
+
+    def dtype(self, key: tuple[str, str]) -> torch.dtype:
+        """The dtype in the file."""
+        return DTYPES[self._tensors[key].dtype]
+
+    def read(self, key: tuple[str, str], runs: Runs, out: Tensor) -> None:
+        """Puts the elements ``runs`` of a tensor into the flat CPU tensor ``out`` of the dtype in the file.
+
+        Raises CheckpointCorruptError if the file ends too early or is gone, OSError if it cannot be read.
+        """
+        tensor = self._tensors[key]
+        data = memoryview(out.view(torch.uint8).numpy().data)
+        item = out.element_size()
+        parts = []
+        position = 0
+        for start, length in runs:
+            parts.append((self._offsets[key] + start * item, data[position : position + length * item]))
+            position += length * item
+        with self._file(tensor.file) as file:
+            if not file.read(parts):
+                raise CheckpointCorruptError(f"{tensor.file} ends before {key[1]!r} does")
+
+    @contextmanager
+    def _file(self, name: str) -> Iterator[OpenFile]:
+        """An open file, which no other thread closes meanwhile."""
+        with self._lock:
+            file = self._open.pop(name) if name in self._open else self._opened(name)
+            self._open[name] = file  # the last that will be closed
+            self._users[name] += 1
+            self._close_some()
+        try:
+            yield file
+        finally:
+            with self._lock:
+                self._users[name] -= 1
+
+    def _opened(self, name: str) -> OpenFile:
+        try:
+            return self._folder.file(name)
+        except (FileNotFoundError, NotADirectoryError) as error:  # removed by a save, and then to be read anew
+            raise CheckpointCorruptError(f"{self._folder}/{name} is listed but cannot be read: {error}") from error
+
+    def _close_some(self) -> None:
+        """Of too many open files, those that were not used for longest."""
+        unused = (name for name in list(self._open) if not self._users[name])
+        while len(self._open) > self._limit and (name := next(unused, None)) is not None:
+            self._open.pop(name).close()
+
+    def _check_file(
+        self, name: str, file: StoredFile, tensors: Mapping[tuple[str, str], StoredTensor]
+    ) -> dict[tuple[str, str], int]:
+        path = f"{self._folder}/{name}"
+        try:
+            opened = self._open[name] = self._folder.file(name)
+            self._close_some()
+            if opened.size != file.size:
+                raise CheckpointCorruptError(f"{path} has {opened.size} bytes, but {file.size} were written")
+            length = int.from_bytes(_head(opened, 8), "little")
+            if length > min(_MAX_HEADER, file.size - 8):
+                raise CheckpointCorruptError(f"{path} has a damaged header: {length} bytes long")
+            header = _head(opened, 8 + length)
+        except OSError as error:
+            raise CheckpointCorruptError(f"{path} is listed but cannot be read: {error}") from error
+        if len(header) != 8 + length or checksum(header) != file.header:
+            raise CheckpointCorruptError(f"{path} has a damaged header, or that of another file")
+        return _offsets(path, header, file.size, tensors)
+
+    def __enter__(self) -> RunReader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the files."""
+        for file in self._open.values():
+            file.close()
+        self._open.clear()
+
+
+def _head(file: OpenFile, length: int) -> bytes:
+    """The first bytes of a file; fewer where it has fewer."""
+    head = bytearray(min(length, file.size))
+    return bytes(head) if file.read([(0, memoryview(head))]) else b""
+
+
+def _offsets(
+    path: str, header: bytes, size: int, tensors: Mapping[tuple[str, str], StoredTensor]
+) -> dict[tuple[str, str], int]:
+    """Where each tensor begins, after checking that the header says what the manifest says, and covers the file."""
+    try:
+        found = parse(header[8:], depth=_HEADER_DEPTH)
+        found.pop("__metadata__", None)
+        described = {}
+        for name, entry in found.items():
+            begin, end = map(_size, entry["data_offsets"])
+            described[name] = (entry["dtype"], tuple(map(_size, entry["shape"])), begin, end)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointCorruptError(f"{path} has a header that is none: {str(error)[:200]}") from error
+    listed = {name: (tensor.dtype, tensor.shape) for (_, name), tensor in tensors.items()}
+    if {name: entry[:2] for name, entry in described.items()} != listed:
+        raise CheckpointCorruptError(f"{path} does not hold the tensors that the manifest lists for it")
+    position = 0
+    offsets: dict[tuple[str, str], int] = {}
+    for key, tensor in sorted(tensors.items(), key=lambda item: described[item[0][1]][2:]):
+        begin, end = described[key[1]][2:]
+        if begin != position or end - begin != tensor.nbytes:
+            raise CheckpointCorruptError(f"{path}: {key[1]!r} lies at {begin} to {end}, where it cannot")
+        offsets[key] = len(header) + begin
+        position = end
+    if len(header) + position != size:
+        raise CheckpointCorruptError(f"{path} has {size - len(header) - position} bytes that belong to no tensor")
+    return offsets
+
+
+def _size(number: object) -> int:
+    if not isinstance(number, int) or isinstance(number, bool):
+        raise TypeError(f"{shown(number)} is not an offset or a size")
+    return number

@@ -1,0 +1,44 @@
+"""DistributedDataParallel: every rank holds every weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dist_ema.engines.names import Slot, kind_of
+from dist_ema.engines.plain import PlainEngine
+from dist_ema.sharding.spec import Replicas, TensorSpec
+
+
+class DataParallelEngine(PlainEngine):
+    """DistributedDataParallel: trained parameters are the same on all ranks of its group, and share their shadow."""
+
+    def __init__(self, model: nn.Module, wrapper: DistributedDataParallel) -> None:
+        super().__init__(model)
+        group = wrapper.process_group
+        self._wrapper = wrapper
+        self._replicas = Replicas(group, dist.get_rank(group), dist.get_world_size(group))
+        self._team = min(dist.get_process_group_ranks(group))
+        self._ignored = set(wrapper.parameters_to_ignore)  # what the user told DDP to leave to each rank
+
+    def ranks(self) -> frozenset[int]:
+        return frozenset(dist.get_process_group_ranks(self._replicas.group))
+
+    def spec(self, slot: Slot, tensor: Tensor) -> TensorSpec:
+        if kind_of(slot, tensor) != "parameter" or self._ignored.intersection((slot.name, *slot.aliases)):
+            return super().spec(slot, tensor)
+        return TensorSpec.unsharded(slot.name, tensor, replicas=self._replicas, team=self._team, aliases=slot.aliases)
+
+    @contextmanager
+    def own_buffers(self) -> Iterator[None]:
+        """See :meth:`Engine.own_buffers`: DDP would send rank 0's at every forward pass. Local."""
+        before = self._wrapper.broadcast_buffers
+        self._wrapper.broadcast_buffers = False
+        try:
+            yield
+        finally:
+            self._wrapper.broadcast_buffers = before

@@ -1,0 +1,68 @@
+"""Several modules as one model: this rank's stages of a pipeline. Ranks then hold different names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dist_ema.engines.base import Engine, RemovableHandle
+from dist_ema.errors import EMAEngineError
+from dist_ema.sharding.spec import TensorSpec
+
+
+class CompositeEngine(Engine):
+    """One engine per module, each asked in turn."""
+
+    def __init__(self, engines: Sequence[Engine]) -> None:
+        self._engines = list(engines)
+        self.group = self._engines[0].group
+        self.publish_is_collective = any(engine.publish_is_collective for engine in self._engines)
+
+    @property
+    def is_part(self) -> bool:
+        return self.group is not None and dist.get_world_size(self.group) > 1
+
+    def modules(self) -> list[nn.Module]:
+        return [module for engine in self._engines for module in engine.modules()]
+
+    def _read_specs(self) -> list[TensorSpec]:
+        specs = [spec for engine in self._engines for spec in engine.specs()]
+        names = [name for spec in specs for name in (spec.name, *spec.aliases)]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise EMAEngineError(
+                f"several modules of the list hold a tensor named {', '.join(twice[:5])}: give each pipeline stage the "
+                "names that it has in the whole model"
+            )
+        return specs
+
+    def _read_sources(self) -> list[Tensor]:
+        return [source for engine in self._engines for source in engine.sources()]
+
+    def ranks(self) -> frozenset[int]:
+        return frozenset().union(*(engine.ranks() for engine in self._engines))
+
+    def stepped(self) -> bool:
+        stepped = [engine.stepped() for engine in self._engines]  # every engine is asked, whatever the others say
+        return all(stepped)
+
+    def reshard(self) -> None:
+        for engine in self._engines:
+            engine.reshard()
+
+    def publish(self) -> None:
+        for engine in self._engines:
+            engine.publish()
+
+    @contextmanager
+    def own_buffers(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for engine in self._engines:
+                stack.enter_context(engine.own_buffers())
+            yield
+
+    def attach(self, optimizer: object, callback: Callable[[], object]) -> RemovableHandle:
+        return self._engines[0].attach(optimizer, callback)

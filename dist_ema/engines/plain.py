@@ -1,0 +1,70 @@
+"""Plain modules, which know no other rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dist_ema.engines.base import Engine
+from dist_ema.engines.names import Binding, Slot, kind_of, walk_slots
+from dist_ema.engines.outer import refuse_sharded
+from dist_ema.engines.zero_marks import Unwrapped
+from dist_ema.sharding.spec import TensorSpec
+from dist_ema.sharding.subclasses import is_hidden, look_through
+
+
+class PlainEngine(Engine):
+    """A module whose parameters lie whole on this rank.
+
+    Nothing says that another rank holds the same values, so the shadow is not split; full tensors are the lowest
+    rank's. Base of the engines that keep parameters where ``nn.Module`` does.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+        self._model = model
+        self._slots: list[Slot] = []
+        self._specs: list[TensorSpec] = []
+
+    def modules(self) -> list[nn.Module]:
+        return [self._model]
+
+    def _read_specs(self) -> list[TensorSpec]:
+        self._refuse_others()
+        self._slots = walk_slots(self._model)
+        self._unwrapped = Unwrapped(self._model, self._slots)
+        self._unwrapped.refuse()
+        self._binding = Binding(self._model, self._slots)
+        held = [(slot, tensor) for slot in self._slots if (tensor := slot.get()) is not None]
+        self._specs = [self.spec(slot, tensor) for slot, tensor in held]
+        self._has_subclasses = any(is_hidden(self.local(tensor)) for _, tensor in held)
+        return self._specs
+
+    def spec(self, slot: Slot, tensor: Tensor) -> TensorSpec:
+        """How this rank holds the tensor of one slot. Local."""
+        return TensorSpec.unsharded(
+            slot.name, tensor, kind=kind_of(slot, tensor), partitioned=False, aliases=slot.aliases
+        )
+
+    def local(self, tensor: Tensor) -> Tensor:
+        """This rank's part of what a slot holds. Local, no copy."""
+        return tensor
+
+    def _read_sources(self) -> list[Tensor]:
+        tensors = self._held()
+        return look_through(tensors, self._specs) if self._has_subclasses else tensors
+
+    def _held(self) -> list[Tensor]:
+        """What every slot holds. Local. Raises EMAStateError if that is not what it held."""
+        self._unwrapped.check()  # first, since DeepSpeed also changes what the binding looks at
+        return self._binding.check()
+
+    def _check_first(self, sources: Sequence[Tensor]) -> None:
+        self._refuse_others()
+
+    def _refuse_others(self) -> None:
+        """Raises EMAEngineError for weights that lie here in part only, since something else than this class's wrapper
+        has cut them: one around the model, or one that came after the engine. Local."""
+        refuse_sharded(self._model)

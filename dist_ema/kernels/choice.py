@@ -1,0 +1,53 @@
+"""Compiled or eager: decided once for each kind of device, logged, and forced by ``DIST_EMA_KERNEL``."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+from dist_ema.errors import EMAConfigError
+from dist_ema.kernels.compiler import BuildError
+
+Kernels = TypeVar("Kernels")
+_lock = threading.Lock()
+
+
+def choose(
+    decided: list[Kernels | None], device: str, build: Callable[[], Kernels], logger: logging.Logger
+) -> Kernels | None:
+    """The kernels, or None for the eager route: decided, and logged, at the first call.
+
+    Args:
+        decided: empty before, then with the decision in it; kept by the caller.
+        device: its name in messages.
+        build: makes and checks the kernels. Raises BuildError or OSError.
+        logger: is told.
+
+    Raises:
+        EMAConfigError: ``DIST_EMA_KERNEL`` is not a choice, or asks for what is not there.
+    """
+    if not decided:
+        with _lock:
+            if not decided:
+                decided.append(_decide(os.environ.get("DIST_EMA_KERNEL", ""), device, build, logger))
+    return decided[0]
+
+
+def _decide(wish: str, device: str, build: Callable[[], Kernels], logger: logging.Logger) -> Kernels | None:
+    if wish not in ("", "eager", "compiled"):
+        raise EMAConfigError(f"DIST_EMA_KERNEL={wish!r}: it can be 'eager' or 'compiled', or unset for what is there")
+    if wish == "eager":
+        logger.info("Averages on %s: eager route (DIST_EMA_KERNEL=eager)", device)
+        return None
+    try:
+        kernels = build()
+    except (BuildError, OSError) as error:
+        if wish == "compiled":
+            raise EMAConfigError(f"DIST_EMA_KERNEL=compiled, but there is no compiled kernel: {error}") from error
+        logger.warning("Averages on %s: eager route, at about half the speed. No compiled kernel: %s", device, error)
+        return None
+    logger.info("Averages on %s: compiled kernels, %s", device, kernels)
+    return kernels

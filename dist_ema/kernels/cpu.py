@@ -1,0 +1,85 @@
+"""The compiled update of averages on the CPU: which tensors it takes, and its arguments.
+
+One pass over memory, one parallel region for all tensors, the guard inside: what no sequence of torch operations can
+do. The bits are those of ``torch.lerp``, but for the sign of zero at a weight of exactly 1, where torch's vectors and
+the elements that are left over from them differ between themselves.
+"""
+
+from __future__ import annotations
+
+import itertools
+from array import array
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dist_ema.kernels import native
+from dist_ema.kernels.arguments import CODES, Averages, Ranges, Table, address
+from dist_ema.kernels.rounding import Rounding
+
+
+def table() -> Table[list[array[int]]]:
+    """An empty table, to be kept beside one list of tensors."""
+    return Table("cpu", _arrays)
+
+
+def _arrays(taken: list[int], averages: Averages, sources: Sequence[Tensor], ranges: Ranges) -> list[array[int]]:
+    """What :meth:`dist_ema.kernels.native.Library.lerp` asks for."""
+    counts = [ranges[index][1] - ranges[index][0] for index in taken]
+    starts = [address(sources[index], ranges[index][0]) for index in taken]
+    codes = [CODES[sources[index].dtype] for index in taken]
+    targets = [average[index].data_ptr() for average in averages for index in taken]
+    offsets = itertools.accumulate(counts, initial=0)
+    return [array("q", values) for values in (offsets, starts, codes, targets)]
+
+
+def rounded_table() -> Table[list[array[int]]]:
+    """An empty table for :func:`lerp_rounded`."""
+    return Table("cpu", lambda taken, *lists: [*_arrays(taken, *lists), array("q", taken)], torch.bfloat16)
+
+
+def lerp(
+    averages: Averages,
+    sources: Sequence[Tensor],
+    ranges: Ranges,
+    weights: Sequence[float],
+    table: Table[list[array[int]]],
+    guarded: bool,
+) -> tuple[int, list[int]]:
+    """``shadow += weight * (source - shadow)`` for the tensors that the kernel takes. Local.
+
+    It takes what lies contiguously in the CPU's memory: fp32 shadows, and sources in fp32, bf16 or fp16. Arguments are
+    those of :func:`dist_ema.kernels.lerp`; ``table`` is kept by the caller for these tensors.
+
+    Returns:
+        How many source elements were skipped since they were not finite, and the indices of the tensors that it did not
+        take: all of them where there is no kernel.
+
+    Raises:
+        EMAConfigError: ``DIST_EMA_KERNEL`` is not a choice, or asks for a kernel that cannot be built.
+    """
+    if not any(source.is_cpu for source in sources) or (kernel := native.choice()) is None:
+        return 0, list(range(len(sources)))
+    if len(weights) != len(averages):
+        raise ValueError(f"{len(weights)} weights for {len(averages)} averages")
+    arrays, rest = table.read(averages, sources, ranges)
+    return kernel.lerp(arrays, weights, guarded), rest
+
+
+def lerp_rounded(
+    averages: Averages,
+    sources: Sequence[Tensor],
+    ranges: Ranges,
+    weights: Sequence[float],
+    table: Table[list[array[int]]],
+    guarded: bool,
+    rounding: Rounding,
+) -> tuple[int, list[int]]:
+    """:func:`lerp` for bf16 shadows, which are rounded stochastically: by ``rounding``, of the same tensors."""
+    if not any(source.is_cpu for source in sources) or (kernel := native.choice()) is None:
+        return 0, list(range(len(sources)))
+    if not len(weights) == len(averages) == len(rounding.keys):
+        raise ValueError(f"{len(weights)} weights and {len(rounding.keys)} keys for {len(averages)} averages")
+    arrays, rest = table.read(averages, sources, ranges)
+    return kernel.lerp_rounded(arrays, weights, guarded, rounding), rest

@@ -1,0 +1,289 @@
+// shadow += weight * (source - shadow) over lists of tensors, for several averages at once, in one parallel region.
+//
+// Compiled on first use and loaded with ctypes: no torch headers, so that it takes seconds.
+// The arithmetic is that of torch.lerp on the CPU, bit for bit: one subtraction and one fused multiply-add, from the
+// nearer end. Never compile it with -ffast-math: it would drop the tests for NaN and Inf.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+// Elements that a thread takes at a time: few enough that threads which lose their core do not keep the others waiting.
+constexpr int64_t kChunk = 1 << 16;
+// Elements that go through all averages before the next ones: the source, and what the guard keeps of the shadows, stay
+// in the first-level cache.
+constexpr int64_t kBlock = 1 << 9;
+// The same where they are rounded: nothing is kept, and what a block has to look up is more.
+constexpr int64_t kRoundedBlock = 1 << 11;
+// Averages that share one loop at most.
+constexpr int64_t kTogether = 4;
+
+inline float from_bits(uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+inline uint32_t to_bits(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+inline bool is_finite(float value) { return (to_bits(value) & 0x7f800000u) != 0x7f800000u; }
+
+// torch's kernels fuse wherever their vectors can; DIST_EMA_NO_FMA is set where this torch runs its plain ones.
+inline float multiply_add(float a, float b, float c) {
+#if !defined(DIST_EMA_NO_FMA) && (defined(__FMA__) || defined(__FP_FAST_FMAF) || defined(__aarch64__))
+    return __builtin_fmaf(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
+struct Float32 {
+    using type = float;
+    static float load(float value) { return value; }
+};
+
+struct BFloat16 {
+    using type = uint16_t;
+    static float load(uint16_t value) { return from_bits(static_cast<uint32_t>(value) << 16); }
+};
+
+struct Float16 {
+    using type = uint16_t;
+    static float load(uint16_t value) {
+        // Moves exponent and fraction into place, and corrects the exponent's bias. Subnormals become normal numbers by
+        // a subtraction, so that it also holds where the processor flushes subnormal operands to zero.
+        const uint32_t moved = (value & 0x7fffu) << 13;
+        const uint32_t exponent = moved & 0x0f800000u;
+        const uint32_t normal = moved + (112u << 23);
+        const uint32_t special = moved | 0x7f800000u;
+        const uint32_t subnormal = to_bits(from_bits(normal + (1u << 23)) - from_bits(113u << 23));
+        const uint32_t magnitude = exponent == 0 ? subnormal : exponent == 0x0f800000u ? special : normal;
+        return from_bits(magnitude | (value & 0x8000u) << 16);
+    }
+};
+
+// Several averages share one loop: the source is loaded once, and all shadows stream from memory at the same time. One
+// after the other, block by block, they stay behind the memory's speed (measured: by a quarter for three).
+//
+// The loop has no branch, so it is vectorised. The guard costs it a store into the first-level cache and one operation:
+// a result times zero is zero unless the result is NaN or Inf, and no result is finite whose source or shadow is not.
+// (A finite blend may overflow too; then the second loop changes nothing.) Returns how many sources were not finite.
+template <typename Source, bool guarded, bool near, int averages>
+int64_t blend(float *const *shadows, const typename Source::type *__restrict source, int64_t count,
+              const float *weights) {
+    float *shadow[averages];
+    float coefficient[averages];
+    for (int k = 0; k < averages; k++) {
+        shadow[k] = shadows[k];
+        coefficient[k] = near ? weights[k] : weights[k] - 1.0f;
+    }
+    float before[averages][guarded ? kBlock : 1];
+    float check = 0.0f;
+#pragma omp simd reduction(+ : check)
+    for (int64_t i = 0; i < count; i++) {
+        const float end = Source::load(source[i]);
+        for (int k = 0; k < averages; k++) {
+            const float start = shadow[k][i];
+            const float value = multiply_add(coefficient[k], end - start, near ? start : end);
+            if (guarded) {
+                before[k][i] = start;
+                check = multiply_add(value, 0.0f, check);
+            }
+            shadow[k][i] = value;
+        }
+    }
+    if (!guarded || check == 0.0f) return 0;
+    int64_t skipped = 0;
+    for (int64_t i = 0; i < count; i++) {
+        const float end = Source::load(source[i]);
+        skipped += !is_finite(end);
+        for (int k = 0; k < averages; k++) {
+            if (!is_finite(end)) {
+                shadow[k][i] = before[k][i];
+            } else if (!is_finite(before[k][i])) {
+                shadow[k][i] = end;
+            }
+        }
+    }
+    return skipped;
+}
+
+// The averages from the first on that can share a loop: those of weights below one half, which torch blends from the
+// shadow's end. One of another weight is alone. Sets `taken` to their number.
+template <typename Source, bool guarded>
+int64_t blend_some(float *const *shadows, const void *given, int64_t low, int64_t count, const float *weights,
+                   int64_t averages, int64_t *taken) {
+    const auto *source = static_cast<const typename Source::type *>(given) + low;
+    const auto is_near = [&](int64_t k) { return (weights[k] < 0 ? -weights[k] : weights[k]) < 0.5f; };
+    int64_t together = is_near(0) ? 1 : 0;
+    while (together && together < averages && is_near(together)) together++;
+    *taken = std::max<int64_t>(together, 1);
+    switch (together) {
+        case 0: return blend<Source, guarded, false, 1>(shadows, source, count, weights);
+        case 1: return blend<Source, guarded, true, 1>(shadows, source, count, weights);
+        case 2: return blend<Source, guarded, true, 2>(shadows, source, count, weights);
+        case 3: return blend<Source, guarded, true, 3>(shadows, source, count, weights);
+        default: return blend<Source, guarded, true, kTogether>(shadows, source, count, weights);
+    }
+}
+
+template <typename Source>
+int64_t blend_some(float *const *shadows, const void *source, int64_t low, int64_t count, const float *weights,
+                   int64_t averages, bool guarded, int64_t *taken) {
+    return guarded ? blend_some<Source, true>(shadows, source, low, count, weights, averages, taken)
+                   : blend_some<Source, false>(shadows, source, low, count, weights, averages, taken);
+}
+
+int64_t blend_some(int64_t dtype, float *const *shadows, const void *source, int64_t low, int64_t count,
+                   const float *weights, int64_t averages, bool guarded, int64_t *taken) {
+    switch (dtype) {
+        case 0: return blend_some<Float32>(shadows, source, low, count, weights, averages, guarded, taken);
+        case 1: return blend_some<BFloat16>(shadows, source, low, count, weights, averages, guarded, taken);
+        default: return blend_some<Float16>(shadows, source, low, count, weights, averages, guarded, taken);
+    }
+}
+
+// Rounding to bf16 at random: dist_ema/kernels/rounding.py says what and why, and gives the same bits.
+
+inline uint64_t element_key(uint64_t tensor, uint64_t average) {
+    uint64_t key = tensor + average;
+    key = (key ^ key >> 30) * 0xbf58476d1ce4e5b9u;
+    key = (key ^ key >> 27) * 0x94d049bb133111ebu;
+    return key ^ key >> 31;
+}
+
+inline uint32_t mix(uint32_t bits) {
+    bits = (bits ^ bits >> 16) * 0x7feb352du;
+    bits = (bits ^ bits >> 15) * 0x846ca68bu;
+    return bits ^ bits >> 16;
+}
+
+inline uint16_t rounded(float value, uint32_t draw) {
+    const uint32_t bits = to_bits(value);
+    const uint32_t up = bits + draw;
+    const bool keeps = !is_finite(value) || (up & 0x7f800000u) == 0x7f800000u;
+    const uint32_t quiet = (bits & 0x7fffffffu) > 0x7f800000u ? 0x40u : 0u;
+    return static_cast<uint16_t>(keeps ? bits >> 16 | quiet : up >> 16);
+}
+
+// One piece of a run: its elements follow each other in the full tensor too, from `position` on.
+template <typename Source>
+int64_t blend_rounded(uint16_t *__restrict shadow, const void *given, int64_t count, float weight, bool guarded,
+                      int64_t position, uint64_t key) {
+    const auto *__restrict source = static_cast<const typename Source::type *>(given);
+    const bool near = (weight < 0 ? -weight : weight) < 0.5f;
+    const float coefficient = near ? weight : weight - 1.0f;
+    const auto first = static_cast<uint32_t>(key), second = static_cast<uint32_t>(key >> 32);
+    int32_t skipped = 0;
+#pragma omp simd reduction(+ : skipped)
+    for (int64_t i = 0; i < count; i++) {
+        const uint64_t place = static_cast<uint64_t>(position + i);
+        const uint32_t half = mix(static_cast<uint32_t>(place) ^ first);
+        const uint32_t draw = mix((half + static_cast<uint32_t>(place >> 32)) ^ second) >> 16;
+        const float start = BFloat16::load(shadow[i]);
+        const float end = Source::load(source[i]);
+        const float blended = multiply_add(coefficient, end - start, near ? start : end);
+        const uint16_t value = rounded(guarded && !is_finite(start) ? end : blended, draw);
+        const bool skips = guarded && !is_finite(end);
+        shadow[i] = skips ? shadow[i] : value;
+        skipped += skips;
+    }
+    return skipped;
+}
+
+int64_t blend_rounded(int64_t dtype, uint16_t *shadow, const void *source, int64_t low, int64_t count, float weight,
+                      bool guarded, int64_t position, uint64_t key) {
+    const auto *wide = static_cast<const float *>(source) + low;
+    const auto *narrow = static_cast<const uint16_t *>(source) + low;
+    shadow += low;
+    switch (dtype) {
+        case 0: return blend_rounded<Float32>(shadow, wide, count, weight, guarded, position, key);
+        case 1: return blend_rounded<BFloat16>(shadow, narrow, count, weight, guarded, position, key);
+        default: return blend_rounded<Float16>(shadow, narrow, count, weight, guarded, position, key);
+    }
+}
+
+}  // namespace
+
+// tensors, averages: how many.
+// offsets: tensors + 1; where each tensor begins in all of them laid end to end.
+// sources: the first element of each; dtypes: 0 for fp32, 1 for bf16, 2 for fp16.
+// shadows: the first element of each, average by average. weights: of each average.
+// Returns how many source elements were not finite, and therefore skipped; 0 without the guard.
+extern "C" int64_t dist_ema_lerp(int64_t tensors, int64_t averages, const int64_t *offsets, const void *const *sources,
+                                 const int64_t *dtypes, float *const *shadows, const double *weights, int64_t guarded,
+                                 int64_t threads) {
+    const int64_t total = offsets[tensors];
+    const int64_t chunks = (total + kChunk - 1) / kChunk;
+    int64_t skipped = 0;
+#pragma omp parallel for schedule(dynamic) reduction(+ : skipped) num_threads(threads) if (threads > 1 && chunks > 1)
+    for (int64_t chunk = 0; chunk < chunks; chunk++) {
+        int64_t position = chunk * kChunk;
+        const int64_t stop = std::min(position + kChunk, total);
+        int64_t tensor = std::upper_bound(offsets, offsets + tensors + 1, position) - offsets - 1;
+        while (position < stop) {
+            const int64_t low = position - offsets[tensor];
+            const int64_t count = std::min({kBlock, stop - position, offsets[tensor + 1] - position});
+            for (int64_t average = 0, taken = 0; average < averages; average += taken) {
+                float *targets[kTogether];
+                float parts[kTogether];
+                const int64_t most = std::min(kTogether, averages - average);
+                for (int64_t k = 0; k < most; k++) {
+                    targets[k] = shadows[(average + k) * tensors + tensor] + low;
+                    parts[k] = static_cast<float>(weights[average + k]);
+                }
+                const int64_t found = blend_some(dtypes[tensor], targets, sources[tensor], low, count, parts,
+                                                 most, guarded != 0, &taken);
+                skipped += average == 0 ? found : 0;
+            }
+            position += count;
+            while (position < stop && position >= offsets[tensor + 1]) tensor++;  // empty tensors too
+        }
+    }
+    return skipped;
+}
+
+// As above for bf16 shadows, rounded at random. Besides:
+// names: hash of each tensor's name; keys: of each average, for this update.
+// indices: the number of each tensor among those that names and runs are of; runs: where each one's runs begin, and the
+// end; locals, fulls: the element of the shadow, and of the full tensor, that each run begins at.
+extern "C" int64_t dist_ema_lerp_rounded(int64_t tensors, int64_t averages, const int64_t *offsets,
+                                         const void *const *sources, const int64_t *dtypes, uint16_t *const *shadows,
+                                         const int64_t *indices, const double *weights, const uint64_t *keys,
+                                         const uint64_t *names, const int64_t *runs, const int64_t *locals,
+                                         const int64_t *fulls, int64_t guarded, int64_t threads) {
+    const int64_t total = offsets[tensors];
+    const int64_t chunks = (total + kChunk - 1) / kChunk;
+    int64_t skipped = 0;
+#pragma omp parallel for schedule(dynamic) reduction(+ : skipped) num_threads(threads) if (threads > 1 && chunks > 1)
+    for (int64_t chunk = 0; chunk < chunks; chunk++) {
+        int64_t position = chunk * kChunk;
+        const int64_t stop = std::min(position + kChunk, total);
+        int64_t tensor = std::upper_bound(offsets, offsets + tensors + 1, position) - offsets - 1;
+        while (position < stop) {
+            const int64_t low = position - offsets[tensor];
+            const int64_t *first = locals + runs[indices[tensor]];
+            const int64_t *last = locals + runs[indices[tensor] + 1];
+            const int64_t *run = std::upper_bound(first, last, low) - 1;
+            const int64_t end = std::min(stop, offsets[tensor + 1]) - offsets[tensor];
+            const int64_t count = std::min({kRoundedBlock, end - low, run + 1 < last ? run[1] - low : end - low});
+            const int64_t place = fulls[run - locals] + low - *run;
+            for (int64_t average = 0; average < averages; average++) {
+                const int64_t found = blend_rounded(
+                    dtypes[tensor], shadows[average * tensors + tensor], sources[tensor], low, count,
+                    static_cast<float>(weights[average]), guarded != 0, place,
+                    element_key(names[indices[tensor]], keys[average]));
+                skipped += average == 0 ? found : 0;
+            }
+            position += count;
+            while (position < stop && position >= offsets[tensor + 1]) tensor++;  // empty tensors too
+        }
+    }
+    return skipped;
+}

@@ -1,0 +1,176 @@
+"""The compiled kernels on the CPU, called through ctypes: the choice is made once, and logged.
+
+``fused.cpp`` averages, ``digest.cpp`` takes fingerprints. Where there is no compiler, the callers' own routes give the
+same bits more slowly. ``DIST_EMA_KERNEL`` forces the choice: ``eager`` or ``compiled``.
+
+OpenMP is torch's own runtime where that is GNU's, so both share one set of threads. Its threads do not survive a fork:
+a child forked later (a worker of a data loader) computes with one thread.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import logging
+import os
+from array import array
+from collections.abc import Sequence
+from ctypes import c_int64, c_void_p
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dist_ema.kernels import compiler
+from dist_ema.kernels.arguments import CODES
+from dist_ema.kernels.choice import choose
+from dist_ema.kernels.compiler import BuildError
+from dist_ema.kernels.rounding import Places, Rounding, average_key
+
+logger = logging.getLogger(__name__)
+
+#: Every loop of the kernel: one to four averages together, and one of a large weight behind them.
+_CHECKED_WEIGHTS = ((1e-4,), (1e-4, 0.3), (1e-4, 0.3, 0.01), (1e-4, 0.3, 0.01, 0.2, 0.7))
+_SOURCES = [Path(__file__).with_name(name) for name in ("fused.cpp", "digest.cpp")]
+
+
+class Library:
+    """The loaded kernels.
+
+    Attributes:
+        path: of the shared library.
+
+    Raises:
+        OSError: it is another library.
+    """
+
+    def __init__(self, path: Path, library: ctypes.CDLL) -> None:
+        self.path = path
+        try:
+            self._lerp, self._digest = library.dist_ema_lerp, library.dist_ema_digest
+            self._lerp_rounded = library.dist_ema_lerp_rounded
+        except AttributeError as error:
+            raise OSError(str(error)) from error
+        self._lerp.argtypes = [c_int64] * 2 + [c_void_p] * 5 + [c_int64] * 2
+        self._lerp.restype = c_int64
+        self._lerp_rounded.argtypes = [c_int64] * 2 + [c_void_p] * 11 + [c_int64] * 2
+        self._lerp_rounded.restype = c_int64
+        self._digest.argtypes = [c_void_p, c_int64, c_void_p, c_int64, c_void_p]
+        self._digest.restype = ctypes.c_uint64
+        self._process = os.getpid()
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def lerp(self, arrays: Sequence[array[int]], weights: Sequence[float], guarded: bool) -> int:
+        """Averages; other Python threads run meanwhile.
+
+        Args:
+            arrays: for each tensor where it begins in all of them laid end to end, and the end; the address of its
+                source; the code of the source's dtype; and, average by average, the address of its shadow.
+            weights: of each average.
+            guarded: leave out what is not finite.
+
+        Returns:
+            How many source elements were left out.
+        """
+        scale = array("d", weights)
+        given = _addresses([*arrays, scale])
+        skipped: int = self._lerp(len(arrays[1]), len(weights), *given, guarded, self._threads())
+        return skipped
+
+    def lerp_rounded(
+        self, arrays: Sequence[array[int]], weights: Sequence[float], guarded: bool, rounding: Rounding
+    ) -> int:
+        """:meth:`lerp` for bf16 shadows, rounded stochastically.
+
+        Args:
+            arrays: as there, and the number of each tensor in ``rounding``.
+            weights: of each average.
+            guarded: leave out what is not finite.
+            rounding: of this update.
+
+        Returns:
+            How many source elements were left out.
+        """
+        places = rounding.places
+        tables = [array("Q", rounding.keys), places.names, places.first, places.local, places.full]
+        scale = array("d", weights)
+        given = _addresses([*arrays, scale, *tables])
+        skipped: int = self._lerp_rounded(len(arrays[1]), len(weights), *given, guarded, self._threads())
+        return skipped
+
+    def _threads(self) -> int:
+        return torch.get_num_threads() if os.getpid() == self._process else 1
+
+    def digest(self, address: int, width: int, runs: Sequence[tuple[int, int]], keys: Tensor) -> int:
+        """The digest's sum over ``runs``, by one thread; other Python threads run meanwhile.
+
+        Args:
+            address: of the elements of all runs, one after the other.
+            width: bytes of an element: 1, 2, 4 or 8.
+            runs: first position and number of elements of each, in the full tensor.
+            keys: of the places in a block, int64.
+        """
+        pairs = array("q", itertools.chain.from_iterable(runs))
+        total: int = self._digest(address, width, pairs.buffer_info()[0], len(runs), keys.data_ptr())
+        return total
+
+
+def _addresses(arrays: Sequence[array[int] | array[float]]) -> list[int]:
+    """Of what the caller holds on to."""
+    return [values.buffer_info()[0] for values in arrays]
+
+
+# The choice.
+
+_decided: list[Library | None] = []
+
+
+def choice() -> Library | None:
+    """The kernels, or None for the eager route: decided, and logged, at the first call. Raises EMAConfigError."""
+    return choose(_decided, "the CPU", _build_and_check, logger)
+
+
+def _build_and_check() -> Library:
+    library = build()
+    _check(library)
+    return library
+
+
+def build() -> Library:
+    """The kernels, from the cache or newly compiled. Raises BuildError or OSError."""
+    return Library(*compiler.build(_SOURCES))
+
+
+def _check(library: Library) -> None:
+    """A few elements against torch: another processor or compiler may round otherwise, and then is not used."""
+    source = torch.linspace(-3, 5, 99, dtype=torch.float32, device="cpu").tan_()  # whatever the defaults are
+    source[7], source[60] = float("nan"), float("inf")
+    for dtype, code in CODES.items():
+        values = source.to(dtype)
+        for weights in _CHECKED_WEIGHTS:
+            shadows = [
+                torch.linspace(1, -2 - number, 99, dtype=torch.float32, device="cpu") for number in range(len(weights))
+            ]
+            lerped = [
+                torch.lerp(shadow, values.float(), weight) for shadow, weight in zip(shadows, weights, strict=True)
+            ]
+            expected = torch.where(values.isfinite(), torch.stack(lerped), torch.stack(shadows))
+            entries = [[0, 99], [values.data_ptr()], [code], [shadow.data_ptr() for shadow in shadows]]
+            skipped = library.lerp([array("q", entry) for entry in entries], weights, True)
+            if skipped != 2 or not torch.equal(torch.stack(shadows), expected):
+                raise BuildError(f"{library.path} does not compute what torch does from {dtype}")
+        for weight in (1e-4, 0.7):
+            _check_rounding(library, values, code, weight)
+
+
+def _check_rounding(library: Library, values: Tensor, code: int, weight: float) -> None:
+    rounding = Rounding(Places(["check"], [((2**32 - 50, 99),)]), [average_key(0, 1, "check")])
+    shadow = torch.linspace(1, -2, 99, dtype=torch.float32, device="cpu").bfloat16()
+    blended = rounding.apply(0, 0, 0, torch.lerp(shadow.float(), values.float(), weight))
+    expected = torch.where(values.isfinite(), blended, shadow)
+    entries = ([0, 99], [values.data_ptr()], [code], [shadow.data_ptr()], [0])
+    skipped = library.lerp_rounded([array("q", entry) for entry in entries], [weight], True, rounding)
+    if skipped != 2 or not torch.equal(shadow, expected):
+        raise BuildError(f"{library.path} does not round as torch's operations do")

@@ -1,0 +1,140 @@
+"""Stochastic rounding of averages to bf16: up or down at random, so that the expectation is the unrounded value.
+
+A bf16 average that is rounded to nearest stops moving: the steps of a slow average are smaller than half of its last
+bit, and are lost. Rounded stochastically, a step of a thousandth of the last bit moves it by one once in a thousand
+times, and the average follows that of an fp32 shadow, with noise of about the last bit.
+
+The random bits of an element depend on the seed, the number of the update, the names of average and tensor, and the
+element's position in the full tensor, and on nothing else: so the bits of an average do not depend on how it is
+sharded, in which order and by which kernel it is computed, or whether the run was interrupted. They are a hash of these
+(counter-based, as in Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011), by the 32-bit finaliser
+"lowbias32" of C. Wellons' hash-prospector (2018) twice, with 32 bits of a key before each. ``fused.cpp`` has the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dist_ema.sharding.runs import Runs
+
+_MASK = (1 << 64) - 1
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What one update of a list of tensors is rounded by.
+
+    Attributes:
+        places: of the tensors.
+        keys: of each average; see :func:`average_key`.
+    """
+
+    places: Places
+    keys: Sequence[int]
+
+    def apply(self, average: int, tensor: int, low: int, values: Tensor) -> Tensor:
+        """``values``, flat fp32, the elements from ``low`` on of a tensor's shadow, in bf16."""
+        positions = self.places.positions(tensor, low, values.numel(), values.device)
+        return rounded(values, draws(positions, element_key(self.places.names[tensor], self.keys[average])))
+
+
+class Places:
+    """Where the elements of shadows lie in their full tensors.
+
+    Args:
+        names: of the tensors.
+        runs: of each.
+
+    Attributes:
+        names: hashes of the names.
+        first: of each tensor, the number of its first run; and the number of all runs.
+        local: of each run, the element of the shadow that it begins at.
+        full: of each run, the element of the full tensor that it begins at.
+    """
+
+    def __init__(self, names: Sequence[str], runs: Sequence[Runs]) -> None:
+        self.names = array("Q", [_hash(name) for name in names])
+        self.first, self.local, self.full = array("q", [0]), array("q"), array("q")
+        for found in runs:
+            position = 0
+            for start, length in found:
+                self.local.append(position)
+                self.full.append(start)
+                position += length
+            self.first.append(len(self.local))
+
+    def positions(self, tensor: int, low: int, count: int, device: torch.device) -> Tensor:
+        """Of ``count`` elements of a shadow from ``low`` on, of which there is at least one: int64. No host sync."""
+        begin, end = self.first[tensor], self.first[tensor + 1]
+        begin = bisect_right(self.local, low, begin, end) - 1
+        end = bisect_right(self.local, low + count - 1, begin, end)
+        elements = torch.arange(low, low + count, device=device)
+        if end - begin == 1:
+            return elements.add_(self.full[begin] - self.local[begin])
+        local = torch.tensor(self.local[begin:end], dtype=torch.int64, device="cpu")
+        shifts = torch.tensor(self.full[begin:end], dtype=torch.int64, device="cpu") - local
+        bounds = [max(self.local[begin], low), *self.local[begin + 1 : end], low + count]
+        lengths = torch.tensor(bounds, dtype=torch.int64, device="cpu").diff()
+        spread = torch.repeat_interleave(shifts, lengths, output_size=count)
+        if device.type == "cuda":
+            spread = spread.pin_memory().to(device, non_blocking=True)
+        return elements.add_(spread.to(device))
+
+
+# The random bits.
+
+
+def average_key(seed: int, update: int, average: str) -> int:
+    """Of one update of one average, 64 bits."""
+    return _hash(f"{seed}/{update}/{average}")
+
+
+def element_key(tensor: int, average: int) -> int:
+    """Of one update of one tensor, from the hash of its name and the average's key: SplitMix64's finaliser."""
+    key = (tensor + average) & _MASK
+    key = ((key ^ key >> 30) * 0xBF58476D1CE4E5B9) & _MASK
+    key = ((key ^ key >> 27) * 0x94D049BB133111EB) & _MASK
+    return key ^ key >> 31
+
+
+def draws(positions: Tensor, key: int) -> Tensor:
+    """16 random bits of each position (int64), as int32."""
+    bits = _mix(positions.to(torch.int32) ^ _signed(key))
+    bits = _mix((bits + (positions >> 32).to(torch.int32)) ^ _signed(key >> 32))
+    return (bits >> 16) & 0xFFFF
+
+
+def rounded(values: Tensor, draws: Tensor) -> Tensor:
+    """fp32 to bf16: up in magnitude as often as the bits that are cut off say.
+
+    Values that bf16 has, Inf among them, stay as they are, NaN stays NaN, and no finite value becomes Inf.
+    """
+    bits = values.view(torch.int32)
+    up, down = (bits + draws) >> 16, bits >> 16
+    keeps = ~values.isfinite() | (up & 0x7F80 == 0x7F80)
+    quiet = values.isnan().to(torch.int32) << 6  # a NaN whose upper bits are those of Inf
+    return torch.where(keeps, down | quiet, up).to(torch.int16).view(torch.bfloat16)
+
+
+def _mix(bits: Tensor) -> Tensor:
+    """Changes int32 in place. Products wrap around, and shifts to the right bring in zeros."""
+    bits = bits.bitwise_xor_((bits >> 16) & 0xFFFF).mul_(0x7FEB352D)
+    bits = bits.bitwise_xor_((bits >> 15) & 0x1FFFF).mul_(_signed(0x846CA68B))
+    return bits.bitwise_xor_((bits >> 16) & 0xFFFF)
+
+
+def _signed(bits: int) -> int:
+    """The lower 32 bits as an int32."""
+    bits &= 0xFFFFFFFF
+    return bits - (1 << 32) if bits >> 31 else bits
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")

@@ -1,0 +1,167 @@
+"""How far two checkpoints lie apart, tensor by tensor, in one process and bounded memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dist_ema.checkpoints.load import Key, choose_average, stored_tensors
+from dist_ema.checkpoints.manifest import LIVE, Manifest, StoredTensor
+from dist_ema.checkpoints.places import StrPath
+from dist_ema.checkpoints.reader import RunReader, reread
+from dist_ema.errors import CheckpointMismatchError
+from dist_ema.offline.verify import Advance, VerifiedTensor, no_advance
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One tensor in two checkpoints, A and B. Norms are Euclidean and taken in float64.
+
+    Attributes:
+        average: its name; None for a tensor that is not averaged.
+        name: of the tensor in A.
+        equal: whether dtype and every bit are the same. Values may be equal and bits not, as those of 0.0 and -0.0.
+        norm: of A.
+        distance: norm of A - B.
+        largest: absolute difference of one element.
+    """
+
+    average: str | None
+    name: str
+    equal: bool
+    norm: float
+    distance: float
+    largest: float
+
+    @property
+    def relative(self) -> float:
+        """``distance / norm``: 0 where there is no distance, infinite where A is 0 and B is not."""
+        if not self.distance:
+            return 0.0
+        return self.distance / self.norm if self.norm else math.inf * self.distance
+
+
+def compare(
+    a: StrPath, b: StrPath, *, name: str | None = None, begin: Callable[[int], Advance] | None = None
+) -> list[Difference]:
+    """Compares the tensors of two checkpoints; neither their clocks nor their schedules. One process.
+
+    Tensors meet by name, tied ones by any of their names. What is read is checked against its fingerprint. What one of
+    them was saved without (``Manifest.lacking``) is not compared.
+
+    Args:
+        a, b: paths of the checkpoints.
+        name: compare this average alone, and what is not averaged; None means all averages.
+        begin: called with the bytes to read; returns what is told of the progress.
+
+    Returns:
+        One entry a tensor, those that differ most in proportion to their norm first.
+
+    Raises:
+        CheckpointMismatchError: the two do not hold the same names and shapes; lists all that is missing or misshapen.
+        CheckpointError, CheckpointCorruptError: one of them is none, or is damaged.
+        EMAConfigError: one of them has no average ``name``.
+    """
+    return reread(a, lambda first: reread(b, lambda second: _compare((a, b), first, second, name, begin)))
+
+
+def _compare(
+    paths: tuple[StrPath, StrPath],
+    first: Manifest,
+    second: Manifest,
+    name: str | None,
+    begin: Callable[[int], Advance] | None,
+) -> list[Difference]:
+    ours, theirs = _chosen(first, name), _chosen(second, name)
+    pairs = _match(paths, ours, theirs, {*first.lacking, *second.lacking})
+    with _reader(paths[0], first, ours) as left, _reader(paths[1], second, theirs) as right:
+        advance = begin(sum(tensor.nbytes for tensor in ours.values())) if begin else no_advance
+        found = [
+            _compare_tensors(
+                key, VerifiedTensor(left, key, ours[key]), VerifiedTensor(right, other, theirs[other]), advance
+            )
+            for key, other in pairs.items()
+        ]
+    return sorted(found, key=_order)
+
+
+def _chosen(manifest: Manifest, name: str | None) -> dict[Key, StoredTensor]:
+    wanted = None if name is None else {f"averages/{choose_average(manifest, name)}", LIVE}
+    return {key: tensor for key, tensor in stored_tensors(manifest).items() if wanted is None or key[0] in wanted}
+
+
+def _reader(path: StrPath, manifest: Manifest, tensors: dict[Key, StoredTensor]) -> RunReader:
+    files = {tensor.file: manifest.files[tensor.file] for tensor in tensors.values()}
+    return RunReader(path, manifest.data, files, tensors)
+
+
+def _match(
+    paths: tuple[StrPath, StrPath],
+    ours: dict[Key, StoredTensor],
+    theirs: dict[Key, StoredTensor],
+    lacking: set[str],
+) -> dict[Key, Key]:
+    """The key in B for each key in A; without what is not averaged and one of them is known to lack."""
+    by_name = {(key[0], known): key for key, tensor in theirs.items() for known in (key[1], *tensor.aliases)}
+    pairs: dict[Key, Key] = {}
+    problems: list[str] = []
+    for key, tensor in ours.items():
+        other = next(
+            (by_name[key[0], known] for known in (key[1], *tensor.aliases) if (key[0], known) in by_name), None
+        )
+        if other is None and key[0] == LIVE and not lacking.isdisjoint((key[1], *tensor.aliases)):
+            continue
+        if other is None:
+            problems.append(f"{_shown(key)} is missing in {paths[1]}")
+            continue
+        pairs[key] = other
+        if theirs[other].shape != tensor.shape:
+            problems.append(f"{_shown(key)} has the shapes {tensor.shape} and {theirs[other].shape}")
+    met = set(pairs.values())
+    unmet = {key: tensor for key, tensor in theirs.items() if key not in met}
+    for key, tensor in unmet.items():
+        if key[0] != LIVE or lacking.isdisjoint((key[1], *tensor.aliases)):
+            problems.append(f"{_shown(key)} is missing in {paths[0]}")
+    if problems:
+        raise CheckpointMismatchError(f"{paths[0]} and {paths[1]} do not hold the same tensors: {'; '.join(problems)}")
+    return pairs
+
+
+def _shown(key: Key) -> str:
+    return f"{key[1]!r} ({key[0]})"
+
+
+def _compare_tensors(key: Key, a: VerifiedTensor, b: VerifiedTensor, advance: Advance) -> Difference:
+    equal, norm, distance, largest = a.dtype == b.dtype, 0.0, 0.0, 0.0
+    for x, y in zip(a.chunks(), b.chunks(), strict=True):
+        left = _real(x)
+        norm += float(left.square().sum())
+        # Equal bits are no distance, be they NaN or infinite.
+        if a.dtype != b.dtype or not torch.equal(x.view(torch.uint8), y.view(torch.uint8)):
+            equal = False
+            apart = left.sub_(_real(y)).abs_()
+            largest = _larger(largest, float(apart.max()))
+            distance += float(apart.square_().sum())
+        advance(x.nbytes)
+    average = None if key[0] == LIVE else key[0].removeprefix("averages/")
+    return Difference(average, key[1], equal, math.sqrt(norm), math.sqrt(distance), largest)
+
+
+def _real(values: Tensor) -> Tensor:
+    """A copy in float64; complex numbers as pairs."""
+    return (torch.view_as_real(values) if values.is_complex() else values).to(torch.float64, copy=True)
+
+
+def _larger(one: float, other: float) -> float:
+    """The larger of the two, and NaN if either is."""
+    return math.nan if math.isnan(one) or math.isnan(other) else max(one, other)
+
+
+def _order(found: Difference) -> tuple[bool, float]:
+    """What is not a number first, then what differs most, what is equal last."""
+    relative = math.inf if math.isnan(found.relative) else found.relative
+    return found.equal, -relative

@@ -1,0 +1,202 @@
+"""Every damage of a checkpoint, in one process and bounded memory; and reading that notices damage on its way."""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dist_ema.checkpoints.load import CHUNK, Key, damaged_error, stored_tensors
+from dist_ema.checkpoints.manifest import NAME, Manifest, StoredTensor
+from dist_ema.checkpoints.places import StrPath
+from dist_ema.checkpoints.reader import DTYPES, REREADS, RunReader, read_manifest_bytes
+from dist_ema.errors import CheckpointCorruptError
+from dist_ema.kernels.fingerprint import partial_digest
+from dist_ema.sharding.runs import Runs, chunks, count, whole
+
+#: Told how many more bytes of tensors are done; may be called from any thread.
+Advance = Callable[[int], None]
+WRONG = "its data are not what was written"
+#: Elements that one thread takes at a time, chunk by chunk.
+_STRIPE = 32 * CHUNK
+#: Elements that :meth:`VerifiedTensor.chunks` gives at a time: few, as a caller has them in float64 several times over.
+_PIECE = CHUNK // 2
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One damage.
+
+    Attributes:
+        file: in the checkpoint's data folder, or the manifest.
+        tensor: None where the file itself is damaged.
+        problem: what is wrong with it.
+    """
+
+    file: str
+    tensor: str | None
+    problem: str
+
+
+def no_advance(_: int) -> None:
+    """Does nothing, where nobody looks at the progress."""
+
+
+def audit(
+    path: StrPath, *, threads: int = 4, begin: Callable[[Manifest], Advance] | None = None
+) -> tuple[Manifest | None, list[Finding]]:
+    """Reads all of a checkpoint and lists every damage, where :func:`verify_checkpoint` raises.
+
+    The chunks of one file at a time go to the threads, so a single large tensor keeps all of them busy. Memory: 8 MiB a
+    thread and some scratch, whatever the checkpoint's size.
+
+    Args:
+        path: of the checkpoint.
+        threads: that read and digest side by side.
+        begin: called with the manifest before anything is read; returns what is told of the progress.
+
+    Returns:
+        What the checkpoint consists of, None if the manifest itself is damaged; and what is wrong, if anything.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or it has another format version.
+    """
+    attempts = REREADS
+    while True:
+        try:
+            text = read_manifest_bytes(path)
+            manifest = Manifest.from_bytes(text)
+        except CheckpointCorruptError as error:
+            return None, [Finding(NAME, None, str(error))]
+        findings = _audit(path, manifest, threads, begin)
+        attempts -= 1
+        if not findings or attempts < 0 or read_manifest_bytes(path) == text:
+            return manifest, findings
+
+
+def _audit(
+    path: StrPath, manifest: Manifest, threads: int, begin: Callable[[Manifest], Advance] | None
+) -> list[Finding]:
+    advance = begin(manifest) if begin is not None else no_advance
+    by_file: dict[str, dict[Key, StoredTensor]] = defaultdict(dict)
+    for key, tensor in stored_tensors(manifest).items():
+        by_file[tensor.file][key] = tensor
+    findings: list[Finding] = []
+    pool = ThreadPoolExecutor(threads)
+    try:
+        for name, file in manifest.files.items():
+            try:
+                with RunReader(path, manifest.data, {name: file}, by_file[name]) as reader:
+                    findings += _audit_file(reader, by_file[name], pool, advance)
+            except CheckpointCorruptError as error:
+                findings.append(Finding(name, None, str(error)))
+                advance(sum(tensor.nbytes for tensor in by_file[name].values()))
+    finally:
+        pool.shutdown(cancel_futures=True)  # when interrupted, not after all that is waiting
+    return findings
+
+
+def verify_checkpoint(path: StrPath, *, threads: int = 4) -> Manifest:
+    """Reads all of a checkpoint and checks every byte of it. One process; memory of some MiB a thread.
+
+    Args:
+        path: of the checkpoint.
+        threads: that read and digest side by side.
+
+    Returns:
+        What the checkpoint consists of, read from its manifest: ``schedules`` by average, ``seen.updates`` (how often
+        weights were taken into it), ``clock`` and ``start`` (of the training, in batches, samples, tokens and epochs),
+        ``skipped`` (NaN and Inf elements), ``averages`` and ``live`` (each tensor's file, shape, dtype and digest) and
+        ``files``; see :class:`dist_ema.checkpoints.manifest.Manifest`.
+
+    Raises:
+        CheckpointError: there is none, or it has another format version.
+        CheckpointCorruptError: lists every file and tensor that is damaged, missing, or not the one that was written.
+    """
+    manifest, findings = audit(path, threads=threads)
+    if manifest is None or findings:
+        found = [
+            finding.problem if finding.tensor is None else f"{finding.file}: {finding.tensor!r}" for finding in findings
+        ]
+        raise damaged_error(path, found)
+    return manifest
+
+
+def _audit_file(
+    reader: RunReader, tensors: dict[Key, StoredTensor], pool: ThreadPoolExecutor, advance: Advance
+) -> list[Finding]:
+    scratch = threading.local()
+
+    def digest(key: Key, stripe: Runs) -> int | str:
+        dtype = reader.dtype(key)
+        if not hasattr(scratch, "bytes"):
+            scratch.bytes = torch.empty(CHUNK * 8, dtype=torch.uint8)
+        total = 0
+        for part in chunks(stripe, CHUNK):
+            values = scratch.bytes[: count(part) * dtype.itemsize].view(dtype)
+            try:
+                reader.read(key, part, values)
+            except (OSError, CheckpointCorruptError) as error:  # a bad block of the disk; a file cut off meanwhile
+                return f"cannot be read: {error}"
+            total += partial_digest(values, part)
+            advance(values.nbytes)
+        return total
+
+    jobs = {
+        key: [pool.submit(digest, key, stripe) for stripe in chunks(whole(_numel(tensor)), _STRIPE)]
+        for key, tensor in tensors.items()
+    }
+    findings: list[Finding] = []
+    for key, tensor in tensors.items():
+        results = [job.result() for job in jobs[key]]
+        failures = [result for result in results if isinstance(result, str)]
+        total = sum(result for result in results if isinstance(result, int)) % (1 << 64)
+        if failures or total != tensor.digest:
+            findings.append(Finding(tensor.file, key[1], failures[0] if failures else WRONG))
+    return findings
+
+
+class VerifiedTensor:
+    """One stored tensor, read from its first element to its last; what was read is checked when the last has been.
+
+    Args:
+        reader: of its file.
+        key: its folder and name.
+        tensor: what the manifest says of it.
+    """
+
+    def __init__(self, reader: RunReader, key: Key, tensor: StoredTensor) -> None:
+        self.dtype = DTYPES[tensor.dtype]
+        self.numel = _numel(tensor)
+        self._reader = reader
+        self._key = key
+        self._tensor = tensor
+        self._total = 0
+
+    def read(self, start: int, out: Tensor) -> None:
+        """Puts the next elements, which begin at ``start``, into the flat CPU tensor ``out`` of the file's dtype.
+
+        Raises CheckpointCorruptError, naming file and tensor, with the last elements, if not all were as written.
+        """
+        runs = ((start, out.numel()),)
+        self._reader.read(self._key, runs, out)
+        self._total += partial_digest(out, runs)
+        if start + out.numel() == self.numel and self._total % (1 << 64) != self._tensor.digest:
+            raise CheckpointCorruptError(f"{self._tensor.file}: {self._key[1]!r}: {WRONG}")
+
+    def chunks(self) -> Iterator[Tensor]:
+        """The elements in order, :data:`_PIECE` at a time; each is overwritten by the next."""
+        scratch = torch.empty(min(_PIECE, self.numel), dtype=self.dtype)
+        for start in range(0, self.numel, _PIECE):
+            values = scratch[: min(_PIECE, self.numel - start)]
+            self.read(start, values)
+            yield values
+
+
+def _numel(tensor: StoredTensor) -> int:
+    return torch.Size(tensor.shape).numel()

@@ -1,1 +1,0 @@
-"""Averages in host memory, which a thread keeps up to date."""

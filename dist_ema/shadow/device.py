@@ -1,0 +1,180 @@
+"""Where averaged values live: flat memory beside the weights, one allocation per average, dtype and device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from dist_ema import kernels
+from dist_ema.errors import EMAStateError
+from dist_ema.kernels import memory
+from dist_ema.kernels.rounding import Places, Rounding, average_key
+from dist_ema.sharding.shares import Share
+
+
+class Shadow:
+    """The averages of one model on this rank, and the last copy of its buffers, which all averages have in common.
+
+    Memory is taken at the first update, since a model may still be on the meta device before.
+
+    Args:
+        names: of the averages.
+        shares: what this rank keeps of each tensor.
+        skip_nonfinite: leave out NaN and Inf.
+        seed: of stochastic rounding, for bf16 shadows; None rounds to nearest.
+    """
+
+    def __init__(
+        self, names: Iterable[str], shares: Sequence[Share], skip_nonfinite: bool, seed: int | None = None
+    ) -> None:
+        self.seed = seed
+        self._places: Places | None = None
+        self.guard = kernels.Guard() if skip_nonfinite else None
+        self.scratch = kernels.Scratch()
+        self._names = tuple(names)
+        self._averaged = [index for index, share in enumerate(shares) if share.mode == "average"]
+        self._copied = [index for index, share in enumerate(shares) if share.mode == "copy"]
+        self._shares = shares
+        self._averages: dict[str, list[Tensor]] = {}
+        self._spans: list[tuple[int, int]] | None = None  # of what is averaged, once it is known where that lies
+        self._buffers: list[Tensor] = []
+
+    @property
+    def started(self) -> bool:
+        """Whether there is an average yet."""
+        return bool(self._averages)
+
+    def allocate(self, sources: Sequence[Tensor]) -> None:
+        """Takes memory, uninitialised, beside the sources. Local."""
+        averages = {name: self._allocate(sources, self._averaged) for name in self._names}
+        self._buffers = self._allocate(sources, self._copied)
+        self._averages, self._spans = averages, None
+
+    def start(self, sources: Sequence[Tensor]) -> None:
+        """Takes memory, and copies the sources into every average. Local."""
+        self.allocate(sources)
+        self.fill(sources)
+
+    def fill(self, sources: Sequence[Tensor]) -> None:
+        """Copies the sources into every average. Local."""
+        averages = list(self._averages.values())
+        rounding = self._rounding(1)
+        kernels.copy(averages, self._pick(sources), self._ranges(self._averaged), self.guard, rounding)
+        self._copy_buffers(sources)
+
+    def loaded(self) -> None:
+        """After the shadows were filled from a checkpoint: forgets what the first copy noticed; an update looks."""
+        if self.guard is not None:
+            self.guard = kernels.Guard()
+            self.guard.tainted.update(range(len(self._averaged)))
+
+    def update(self, sources: Sequence[Tensor], weights: Sequence[float], number: int) -> None:
+        """Moves every average by its weight. Local; no host sync, no memory beyond the scratch.
+
+        Args:
+            sources: the live tensors.
+            weights: of each average.
+            number: of this update; the first copy was number 1. Rounding depends on it.
+        """
+        if self._spans is None:
+            self._spans = self._ranges(self._averaged)
+        averages, taken, rounding = list(self._averages.values()), self._pick(sources), self._rounding(number)
+        if rounding is None:
+            kernels.lerp(averages, taken, self._spans, weights, self.scratch, self.guard)
+        else:
+            kernels.lerp_rounded(averages, taken, self._spans, weights, self.scratch, self.guard, rounding)
+        self._copy_buffers(sources)
+
+    def _rounding(self, update: int) -> Rounding | None:
+        if self.seed is None:
+            return None
+        if self._places is None:
+            shares = [self._shares[index] for index in self._averaged]
+            self._places = Places([share.spec.name for share in shares], [share.runs for share in shares])
+        return Rounding(self._places, [average_key(self.seed, update, name) for name in self._names])
+
+    def tensors(self, name: str) -> list[Tensor | None]:
+        """The flat shadow of every share, None where it is live."""
+        tensors: list[Tensor | None] = [None] * len(self._shares)
+        for index, tensor in zip(self._averaged, self._averages[name], strict=True):
+            tensors[index] = tensor
+        for index, tensor in zip(self._copied, self._buffers, strict=True):
+            tensors[index] = tensor
+        return tensors
+
+    def nbytes(self) -> dict[torch.device, int]:
+        """Bytes held, by device, scratch included."""
+        sizes: dict[torch.device, int] = {}
+        lists = [*self._averages.values(), self._buffers]
+        for tensor in (tensor for tensors in lists for tensor in tensors):
+            sizes[tensor.device] = sizes.get(tensor.device, 0) + tensor.nbytes
+        return sizes
+
+    # What a shadow that is kept up to date by a thread does more.
+
+    #: Whether the averages cannot be used any more.
+    failed = False
+
+    def check(self, sources: Sequence[Tensor]) -> None:
+        """Raises EMAStateError if the next update cannot take these sources. Local."""
+        return
+
+    def drain(self) -> None:
+        """Waits until nothing works on the averages. Local; raises nothing."""
+        return
+
+    def report(self) -> None:
+        """Raises EMAStateError if work on the averages has failed. Local; does not wait."""
+        return
+
+    def wait(self) -> None:
+        """``drain()``, then ``report()``."""
+        self.drain()
+        self.report()
+
+    def close(self) -> None:
+        """Gives back what only updates need. Local. Raises what nobody has seen yet."""
+        return
+
+    def discard(self) -> None:
+        """Ends work on averages that nobody wants any more. Local; raises nothing."""
+        return
+
+    def notes(self) -> list[str]:
+        """Lines for a report on memory."""
+        return []
+
+    def _pick(self, sources: Sequence[Tensor]) -> list[Tensor]:
+        return list(map(sources.__getitem__, self._averaged))
+
+    def _ranges(self, indices: Iterable[int]) -> list[tuple[int, int]]:
+        return [(self._shares[index].start, self._shares[index].stop) for index in indices]
+
+    def _copy_buffers(self, sources: Sequence[Tensor]) -> None:
+        kernels.copy([self._buffers], [sources[index] for index in self._copied], self._ranges(self._copied), None)
+
+    def _allocate(self, sources: Sequence[Tensor], indices: Sequence[int]) -> list[Tensor]:
+        """One flat tensor per share, views of one allocation per dtype and device."""
+        totals: dict[tuple[torch.dtype, torch.device], int] = {}
+        for index in indices:
+            share, device = self._shares[index], sources[index].device
+            if device.type == "meta":
+                raise EMAStateError(f"{share.spec.name!r} is on the meta device: materialise the model before update()")
+            key = (share.dtype, device)
+            totals[key] = totals.get(key, 0) + _room(share.numel)
+        flats = {key: memory.empty(total, *key) for key, total in totals.items()}
+        used = dict.fromkeys(flats, 0)
+        views = []
+        for index in indices:
+            share = self._shares[index]
+            key = (share.dtype, sources[index].device)
+            views.append(flats[key][used[key] : used[key] + share.numel])
+            used[key] += _room(share.numel)
+        return views
+
+
+def _room(numel: int) -> int:
+    """Elements to the next tensor, so that all begin where wide loads can: at a multiple of 16 bytes and more."""
+    return -(-numel // 16) * 16

@@ -1,0 +1,49 @@
+"""What an average is, and what it costs on this rank, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from dist_ema.shadow.device import Shadow
+from dist_ema.sharding.shares import Share
+from dist_ema.state import Track
+
+
+def memory_report(shares: Sequence[Share], names: Collection[str], shadow: Shadow) -> str:
+    """One line for what is averaged and one for each device. Local."""
+    averaged = [share for share in shares if share.mode == "average"]
+    local = sum(share.numel for share in averaged)
+    full = sum(share.spec.numel for share in averaged)
+    kept = sum(share.numel * share.dtype.itemsize for share in averaged) * len(names)
+    copied = sum(share.numel * share.dtype.itemsize for share in shares if share.mode == "copy")
+    plural = "" if len(names) == 1 else "s"
+    lines = [
+        f"{len(names)} average{plural} ({', '.join(names)}) of {len(averaged)} tensors: this rank keeps {local:,} of "
+        f"{full:,} elements of each, {_mebibytes(kept)}, and {_mebibytes(copied)} of buffers"
+    ]
+    if not shadow.started:
+        lines.append("nothing is allocated before the first update")
+    lines += [f"{device}: {_mebibytes(size)} in use" for device, size in shadow.nbytes().items()]
+    lines += shadow.notes()
+    lines += [f"scratch: {_mebibytes(shadow.scratch.nbytes())}"]
+    return "\n".join(lines)
+
+
+def summary(kind: str, engine: str, shares: Sequence[Share], track: Track) -> str:
+    """One line for ``repr()``: engine, averages with their schedules, size, updates and progress. Local."""
+    averaged = [share.spec for share in shares if share.mode == "average"]
+    averages = ", ".join(f"{name!r}: {schedule!r}" for name, schedule in track.schedules.items())
+    elements = sum(spec.numel for spec in averaged)
+    updates = track.seen.updates
+    return (
+        f"<{kind} on {engine}: {{{averages}}} of {_counted(len(averaged), 'tensor')}, {elements:,} elements; "
+        f"{_counted(updates, 'update')}, progress {track.progress}>"
+    )
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"

@@ -1,0 +1,371 @@
+"""Puts an average into the live model, and the live weights back, without a second model.
+
+Where shadow and source have one dtype they change places, so nothing else is held. Where they differ (an fp32 shadow of
+bf16 weights) the live elements that this rank averages are kept beside. Replicas each write the part that they average
+and then send it to each other; on the way back they send the live weights in the same manner, which restores them bit
+for bit because replicas hold the same bits. That is checked on the way in, and where it does not hold each rank keeps
+what it had. Buffers that each rank has for itself (BatchNorm's) are inside those that an export would write: the rank
+that writes them sends them, and every rank keeps its own.
+
+What is local may break off anywhere and goes on where it was. What is collective cannot be repeated, since the other
+ranks are elsewhere by then: signals wait for its end, and where it fails the weights are said to be *torn*.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dist_ema import kernels
+from dist_ema.collectives import answered, broadcast_flat, gather_objects
+from dist_ema.engines.base import Engine
+from dist_ema.errors import EMAError, EMAStateError
+from dist_ema.interrupts import Uninterrupted
+from dist_ema.sharding.shares import Share, replica_sets, split_over
+from dist_ema.sharding.spec import Replicas
+from dist_ema.sharding.writers import Entry
+
+logger = logging.getLogger(__name__)
+#: Errors in a row after which the way back is given up; interrupts do not count.
+_TRIES = 3
+
+
+@dataclass(eq=False)
+class Visit:
+    """One visit of an average to a live model, as all calls that touch the model have to know of it.
+
+    Attributes:
+        name: of the average.
+        doing: the call.
+        held_by: who opened it, as errors say it.
+        open: whether the model computes with it.
+        torn: what happened to live weights that are neither the average nor what they were before.
+    """
+
+    name: str
+    doing: str
+    held_by: str = ""
+    open: bool = False
+    torn: str | None = None
+
+
+def swaps_together(engine: Engine, shares: Sequence[Share]) -> bool:
+    """Whether a swap is collective, in the engine's group: replicas send each other their parts, it publishes, or ranks
+    have buffers of their own."""
+    if engine.group is None:
+        return False
+    several = _spreads(engine)
+    return engine.publish_is_collective or any(share.split or (several and _is_own(share)) for share in shares)
+
+
+def _spreads(engine: Engine) -> bool:
+    """Whether other ranks hold the same model. Those that hold a plain module may: each is asked for itself."""
+    return len(engine.ranks()) > 1
+
+
+def _is_own(share: Share) -> bool:
+    """Whether it is a buffer that each rank has for itself, and that belongs to the average."""
+    return share.spec.kind == "buffer" and share.mode != "live" and not share.spec.partitioned
+
+
+class Swap:
+    """One visit of an average to the live model: ``prepare()``, ``enter()``, then ``leave()``; or ``copy()``.
+
+    Args:
+        engine: of the model.
+        shares: what this rank keeps of each tensor.
+        shadows: the average, None where it is live.
+        scratch: nothing else may use it until ``leave()``.
+        visit: told whether the weights are torn.
+        wait: returns when nobody reads the average any more where it is. To be left, it has to be moved.
+
+    Attributes:
+        entries: every full tensor of the model; to be set before ``enter()`` where the swap is collective.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        shares: Sequence[Share],
+        shadows: Sequence[Tensor | None],
+        scratch: kernels.Scratch,
+        visit: Visit,
+        wait: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._engine = engine
+        self._shares = shares
+        self._shadows = shadows
+        self._scratch = scratch
+        self._visit = visit
+        self._wait = wait
+        self._sets = replica_sets([share.spec if share.split else None for share in shares])
+        self.entries: Sequence[Entry] = ()
+        self._several = _spreads(engine)
+        self._exchanges: dict[int, kernels.Exchange] = {}
+        self._kept: dict[int, Tensor] = {}
+        self._diverged: dict[int, Tensor] = {}
+        self._sources: list[Tensor] = []
+        # How far it has come.
+        self._is_kept = False  # live elements that cannot change places are
+        self._where: Literal["outside", "sending", "inside"] = "outside"  # of what ranks bring each other
+        self._done = True  # nothing is left to do, or to undo
+
+    def prepare(self, keep: bool) -> None:
+        """Looks whether this rank can take part; with ``keep`` takes the memory that ``enter()`` needs. Local.
+
+        Raises EMAStateError. To be called first, and where the swap is collective by all ranks, which then agree to go
+        on: the others would wait for one that cannot.
+        """
+        try:
+            self._engine.reshard()
+            sources = self._engine.sources()
+            if keep:
+                self._kept = self._spare(sources)
+                self._exchanges = self._plan(sources)
+        except EMAError:
+            raise
+        except Exception as error:  # no memory, for one
+            raise EMAStateError(f"{type(error).__name__}: {error}") from error
+
+    def in_model(self, index: int) -> bool:
+        """Whether share ``index`` of the average is in the model, and its shadow holds the live elements. Local."""
+        return index in self._exchanges
+
+    def live(self, index: int) -> Tensor | None:
+        """This rank's live elements of share ``index``, flat, while the average is in the model; None if they are in
+        the model. Local."""
+        return self._shadows[index] if index in self._exchanges else self._kept.get(index)
+
+    @torch.no_grad()
+    def enter(self) -> None:
+        """The live model computes with the average afterwards. Collective as :func:`swaps_together` says. If it raises,
+        ``leave()`` undoes what was done."""
+        self._engine.reshard()
+        self._sources = self._engine.sources()
+        self._settle()
+        self._done = False
+        self._keep()
+        self._put(inside=True)
+        self._share(inside=True)
+        torch.clear_autocast_cache()  # it holds casts of the weights that were
+
+    def leave(self) -> None:
+        """The live weights are bit for bit what they were, and the shadow too. Collective where replicas or ``publish``
+        are.
+
+        Called again it goes on where it broke off. What interrupts it is raised when all is done.
+
+        Raises:
+            EMAStateError: a parameter was replaced inside; or the weights are torn, which ``visit.torn`` then says.
+        """
+        self._finish(self._leave)
+
+    def copy(self) -> None:
+        """Writes the average into the live model for good; the shadow stays. Collective as ``enter``. Raises as
+        ``leave``."""
+        self._done = False
+        self._finish(self._copy)
+
+    def _finish(self, step: Callable[[], None]) -> None:
+        """Repeats a step that goes on where it stopped until all is done; raises what came in its way afterwards."""
+        first: BaseException | None = None
+        failures = 0
+        with Uninterrupted():
+            while not self._done:
+                try:
+                    step()
+                except BaseException as error:
+                    first = error if first is None else first
+                    failures += isinstance(error, Exception)
+                    if failures >= _TRIES and not self._done:
+                        raise self._tear() from first
+        if self._visit.torn is not None and first is not None:
+            raise self._tear() from first
+        if first is not None:
+            raise first
+
+    @torch.no_grad()
+    def _leave(self) -> None:
+        self._wait()
+        self._engine.reshard()
+        replaced: EMAStateError | None = None
+        try:
+            self._sources = self._engine.sources()
+        except EMAStateError as error:  # the shadow is still in the tensors that there were
+            replaced = error
+        self._settle()
+        self._put(inside=False)
+        if self._where != "outside":
+            self._share(inside=False)
+        for index, whole in self._diverged.items():
+            kernels.write(self._sources[index], 0, self._shares[index].spec.local_numel, whole)
+        torch.clear_autocast_cache()
+        self._done = True
+        if replaced is not None:
+            raise replaced
+
+    @torch.no_grad()
+    def _copy(self) -> None:
+        if not self._sources:
+            self._done = True  # what is raised before anything is written has changed nothing
+            self._engine.reshard()
+            sources = self._engine.sources()
+            self._done = False
+            self._sources = sources
+        self._settle()
+        for share, shadow, source in zip(self._shares, self._shadows, self._sources, strict=True):
+            if shadow is not None:
+                kernels.write(source, share.start, share.stop, shadow)
+        self._share(inside=True)
+        torch.clear_autocast_cache()
+        self._done = True
+
+    def _put(self, inside: bool) -> None:
+        """This rank's part of the average goes into its sources, or its live elements back. Local."""
+        exchanges = list(self._exchanges.items())
+        for index, exchange in exchanges if inside else exchanges[::-1]:  # one that broke off needs the scratch first
+            exchange.go(self._sources[index], inside)
+        if self._is_kept:
+            for index, kept in self._kept.items():
+                share, shadow = self._shares[index], self._shadows[index]
+                if shadow is not None:
+                    kernels.write(self._sources[index], share.start, share.stop, shadow if inside else kept)
+
+    def _share(self, inside: bool) -> None:
+        """Ranks bring each other what each has put into its own sources. Collective where ``swaps_together`` says."""
+        if self._where == "sending" and self._several:  # it broke off
+            raise self._tear()
+        self._where = "sending"
+        self._spread()
+        if inside:
+            self._send_buffers()
+        with answered() if self._engine.publish_is_collective else nullcontext():
+            self._engine.publish()
+        self._where = "inside" if inside else "outside"
+
+    def _tear(self) -> EMAStateError:
+        """Notes that the live weights are neither the one nor the other. The shadow is whole, if this rank's is."""
+        self._visit.torn = (
+            f"the live weights are partly those of the average {self._visit.name!r} and partly others, since "
+            "ranks could not bring them in or out together (one is gone or did not answer in time, or was "
+            "interrupted): do not save them. Load a checkpoint into the model, then load() one of the average, or "
+            "reset() it"
+        )
+        self._done = True
+        return EMAStateError(f"{self._visit.doing} failed: {self._visit.torn}")
+
+    def _settle(self) -> None:
+        """Waits for copies to the device that still read weights in host memory (CPU offload): they are written now."""
+        if torch.cuda.is_available() and any(source.device.type == "cpu" for source in self._sources):
+            torch.cuda.synchronize()
+
+    def _spare(self, sources: Sequence[Tensor]) -> dict[int, Tensor]:
+        """Memory for live elements that cannot change places with their shadow: its dtype is another, or another rank's
+        buffer will stand there."""
+        return {
+            index: torch.empty(share.numel, dtype=source.dtype, device=shadow.device)
+            for index, (share, shadow, source) in enumerate(zip(self._shares, self._shadows, sources, strict=True))
+            if shadow is not None and (shadow.dtype != source.dtype or (self._several and _is_own(share)))
+        }
+
+    def _plan(self, sources: Sequence[Tensor]) -> dict[int, kernels.Exchange]:
+        """The others change places; a chunk of memory is taken for that."""
+        exchanges = {}
+        for index, (share, shadow) in enumerate(zip(self._shares, self._shadows, strict=True)):
+            if shadow is not None and index not in self._kept:
+                self._scratch.like(shadow[:1], sources[index].dtype, sources[index].device)
+                exchanges[index] = kernels.Exchange(shadow, share.start, share.stop, self._scratch)
+        return exchanges
+
+    def _keep(self) -> None:
+        """Copies what could not be brought back, before anything is changed."""
+        for index, kept in self._kept.items():
+            kernels.read(self._sources[index], self._shares[index].start, self._shares[index].stop, kept)
+        self._is_kept = True
+        for members in self._sets:
+            if not self._replicas_agree(members):
+                logger.warning(
+                    "Replicas of %r and %d more parameters differ between ranks: each rank keeps a copy of its own "
+                    "while the average is in use.",
+                    self._shares[members[0]].spec.name,
+                    len(members) - 1,
+                )
+                for index in members:
+                    source = self._sources[index]
+                    whole = torch.empty(source.numel(), dtype=source.dtype, device="cpu")
+                    kernels.read(source, 0, source.numel(), whole)
+                    self._diverged[index] = whole
+
+    def _replicas_agree(self, members: Sequence[int]) -> bool:
+        """Whether all replicas hold the same bits, by the sum of those bits as integers. Collective among them."""
+        totals: dict[torch.device, Tensor] = {}
+        for index in members:
+            source = self._sources[index]
+            total = totals.setdefault(source.device, torch.zeros((), dtype=torch.int64, device=source.device))
+            bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[source.element_size()]
+            for _, piece in kernels.pieces(source, 0, source.numel(), kernels.chunk_size(source.device)):
+                total += piece.view(bits).sum(dtype=torch.int64)
+        digest = sum(int(total) for total in totals.values())
+        return len(set(gather_objects(digest, self._group_of(members).group))) == 1
+
+    def _spread(self) -> None:
+        """Replicas send each other the parts that they average. Collective among them."""
+        for members in self._sets:
+            replicas = self._group_of(members)
+            specs = [self._shares[index].spec for index in members]
+            dtypes = [self._shares[index].dtype for index in members]
+            for owner in range(replicas.size):
+                ranges = split_over(specs, dtypes, replicas, owner)
+                self._send(members, ranges, owner, replicas.group)
+
+    def _send(
+        self, members: Sequence[int], ranges: Sequence[tuple[int, int]], owner: int, group: dist.ProcessGroup
+    ) -> None:
+        sources = [self._sources[index] for index in members]
+
+        def read(index: int, start: int, stop: int, out: Tensor) -> None:
+            kernels.read(sources[index], ranges[index][0] + start, ranges[index][0] + stop, out)
+
+        def write(index: int, start: int, stop: int, values: Tensor) -> None:
+            kernels.write(sources[index], ranges[index][0] + start, ranges[index][0] + stop, values)
+
+        sizes = [stop - start for start, stop in ranges]
+        broadcast_flat(sizes, [source.dtype for source in sources], owner, group, read, write)
+
+    def _send_buffers(self) -> None:
+        """Buffers that each rank has for itself become, on all, those of the rank that writes them in an export: the
+        first that has them (``gather.speaks``). Collective if there are any."""
+        group = self._engine.group
+        if group is None or not self._several:
+            return
+        own = [entry for entry in self.entries if entry.buffer and entry.mode != "live" and not entry.partitioned]
+        places = {share.spec.name: index for index, share in enumerate(self._shares)}
+        for owner in sorted({entry.team for entry in own}):
+            entries = [entry for entry in own if entry.team == owner]
+            here = [places.get(entry.name) for entry in entries]
+
+            def read(number: int, start: int, stop: int, out: Tensor, here: list[int | None] = here) -> None:
+                place = here[number]
+                if place is not None:
+                    kernels.read(self._sources[place], start, stop, out)
+
+            def write(number: int, start: int, stop: int, values: Tensor, here: list[int | None] = here) -> None:
+                place = here[number]
+                if place is not None:
+                    kernels.write(self._sources[place], start, stop, values)
+
+            sizes, dtypes = [entry.numel for entry in entries], [entry.live_dtype for entry in entries]
+            broadcast_flat(sizes, dtypes, owner, group, read, write)
+
+    def _group_of(self, members: Sequence[int]) -> Replicas:
+        replicas = self._shares[members[0]].spec.replicas
+        if replicas is None:
+            raise EMAStateError(f"{self._shares[members[0]].spec.name!r} has no replicas")
+        return replicas

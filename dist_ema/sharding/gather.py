@@ -1,0 +1,169 @@
+"""Full tensors from what the ranks hold: which there are, and bringing them to rank 0 one window at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dist_ema import kernels
+from dist_ema.collectives import Window, agree, rank_in
+from dist_ema.errors import EMAStateError
+from dist_ema.sharding.runs import Runs, overlap
+from dist_ema.sharding.shares import Share
+from dist_ema.sharding.writers import Entry, speaks
+
+
+@dataclass(frozen=True)
+class Held:
+    """Values that this rank holds of one full tensor.
+
+    Attributes:
+        share: the share that they belong to.
+        values: a shadow, or a live tensor in any layout.
+        start: the first element of ``values`` that counts; there are ``share.numel``.
+    """
+
+    share: Share
+    values: Tensor
+    start: int
+
+    @property
+    def runs(self) -> Runs:
+        """Where they lie in the full tensor."""
+        return self.share.runs
+
+    def read(self, start: int, stop: int, out: Tensor) -> None:
+        """Puts kept elements ``[start, stop)`` into the flat ``out``, converted. Local."""
+        kernels.read(self.values, self.start + start, self.start + stop, out)
+
+    def flat(self) -> Tensor:
+        """All of them, flat; a view where they lie together. Local."""
+        return self.values.detach().reshape(-1)[self.start : self.start + self.share.numel]
+
+    def chunk(self, start: int, stop: int, scratch: Tensor) -> Tensor:
+        """Kept elements ``[start, stop)``, flat, on the CPU and in the dtype of ``scratch``. Local.
+
+        They are a view where that is how they lie, and else converted into ``scratch``.
+        """
+        values = self.values.detach()
+        first, last = self.start + start, self.start + stop
+        lies_there = values.is_cpu and values.numel() >= last and values.is_contiguous()  # else read() finds it
+        if lies_there and values.dtype == scratch.dtype:
+            return values.view(-1)[first:last]
+        self.read(start, stop, scratch[: stop - start])
+        return scratch[: stop - start]
+
+
+def check_readable(held: Iterable[Held]) -> None:
+    """Raises EMAStateError for a tensor that is more, or something else, than its elements one after the other. Local.
+
+    Such are the quantised weights under an adapter: their class computes as if it had the elements of the shape.
+    """
+    for one in held:
+        if one.share.spec.hidden or not _is_readable(one.values):
+            raise EMAStateError(
+                f"{one.share.spec.name!r} is not averaged and is a {type(one.values).__name__}, which cannot be read "
+                "by ranges of its elements: pass include_untracked=False, which leaves out what is not averaged"
+            )
+
+
+def _is_readable(values: Tensor) -> bool:
+    if type(values) in (Tensor, nn.Parameter):
+        return values.layout == torch.strided and not values.is_quantized
+    # bitsandbytes (0.49) keeps the scales of its packed weights in these attributes.
+    scales = (getattr(values, name, None) for name in ("quant_state", "SCB"))
+    if values.layout != torch.strided or values.is_quantized or any(scale is not None for scale in scales):
+        return False
+    try:
+        values.untyped_storage().data_ptr()
+    except RuntimeError:  # of a class that keeps other tensors in place of memory (torchao)
+        return False
+    return True
+
+
+def gather_each(
+    entries: Sequence[Entry],
+    held: Callable[[str], Held | None],
+    dtypes: Mapping[str, torch.dtype],
+    group: dist.ProcessGroup | None,
+    take: Callable[[Entry, int, Tensor], None],
+    doing: str,
+    everywhere: bool = False,
+) -> None:
+    """Brings full tensors to rank 0, or to every rank, one window at a time. Collective.
+
+    A rank that fails, be it in reading or in ``take``, goes on to send and to receive, so that no other rank waits for
+    it, and its error is raised on every rank at the end.
+
+    Args:
+        entries: the tensors.
+        held: what this rank has of each, if anything.
+        dtypes: of each result, by name; conversion happens before anything is sent.
+        group: the ranks.
+        take: called on rank 0 with a tensor, the first element of a window, and the values there.
+        doing: for the error.
+        everywhere: call ``take`` on every rank.
+    """
+    window = agree(lambda: Window(group), group, doing)
+    failure: Exception | None = None
+    for entry in entries:
+        dtype = dtypes[entry.name]
+        for start in range(0, entry.numel, window.capacity(dtype)):
+            stop = min(start + window.capacity(dtype), entry.numel)
+            values = window.clear(stop - start, dtype)
+            try:
+                if failure is None:
+                    _read_window(entry, held(entry.name), start, stop, values, group)
+            except Exception as error:
+                failure = error
+            if everywhere or entry.partitioned or entry.team != 0:  # else rank 0 has it, and all ranks know that
+                window.collect(everywhere)
+            try:
+                if failure is None and (everywhere or rank_in(group) == 0):
+                    take(entry, start, values)
+            except Exception as error:
+                failure = error
+
+    def finish() -> None:
+        if failure is not None:
+            raise failure
+
+    agree(finish, group, doing)
+
+
+def _read_window(
+    entry: Entry, held: Held | None, start: int, stop: int, out: Tensor, group: dist.ProcessGroup | None
+) -> None:
+    """Puts this rank's elements of the window ``[start, stop)`` of a full tensor into their places in ``out``."""
+    if held is None or not speaks(entry, held.share, group):
+        return
+    for local, inside, length in overlap(held.runs, start, stop):
+        held.read(local, local + length, out[inside : inside + length])
+
+
+def full_tensors(
+    entries: Sequence[Entry],
+    held: Callable[[str], Held | None],
+    dtype: torch.dtype | None,
+    group: dist.ProcessGroup | None,
+    doing: str,
+) -> dict[str, Tensor]:
+    """Full CPU tensors by name on rank 0, ``{}`` elsewhere; tied names share one tensor. Collective."""
+    dtypes = {entry.name: entry.cast(dtype) for entry in entries}
+    state: dict[str, Tensor] = {}
+
+    def allocate() -> None:  # before anything is sent: where memory may be short
+        if rank_in(group) == 0:
+            for entry in entries:
+                state.update(dict.fromkeys(entry.names, torch.empty(entry.shape, dtype=dtypes[entry.name])))
+
+    def take(entry: Entry, start: int, values: Tensor) -> None:
+        state[entry.name].view(-1)[start : start + values.numel()].copy_(values)
+
+    agree(allocate, group, doing)
+    gather_each(entries, held, dtypes, group, take, doing)
+    return state

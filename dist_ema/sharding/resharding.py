@@ -1,0 +1,93 @@
+"""An average that goes on with another wrapping of its model: from where its elements lie to where they have to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch.distributed as dist
+from torch import Tensor
+
+from dist_ema.collectives import agree, gather_objects
+from dist_ema.errors import EMAEngineError
+from dist_ema.sharding.gather import Held, gather_each
+from dist_ema.sharding.runs import count, overlap
+from dist_ema.sharding.shares import Share
+from dist_ema.sharding.writers import Entry
+
+
+def check_same_model(old: Sequence[Entry], new: Sequence[Entry], doing: str) -> None:
+    """Raises EMAEngineError, listing all differences, unless both average the same names and shapes. Local."""
+    before, after = ({name: entry for entry in entries for name in entry.names} for entries in (old, new))
+    problems = [f"missing {entry.name!r}" for entry in old if _kept(entry) and not _kept(after.get(entry.name))]
+    problems += [f"unexpected {entry.name!r}" for entry in new if _kept(entry) and not _kept(before.get(entry.name))]
+    for entry in new:
+        known = before.get(entry.name)
+        if known is not None and known.shape != entry.shape:
+            problems.append(f"misshapen {entry.name!r}: {entry.shape} instead of {known.shape}")
+    if problems:
+        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+        raise EMAEngineError(f"{doing}: this is not the model that is averaged: {shown}")
+
+
+def _kept(entry: Entry | None) -> bool:
+    return entry is not None and entry.mode != "live"
+
+
+def move(
+    entries: Sequence[Entry],
+    held: Callable[[str], Held | None],
+    shares: Sequence[Share],
+    tensors: Sequence[Tensor | None],
+    group: dist.ProcessGroup | None,
+    doing: str,
+) -> None:
+    """Fills flat new tensors from what the ranks hold. Collective.
+
+    What a rank holds already it copies; tensors of which some rank lacks elements are sent to all ranks, through one
+    window at a time, which is the only memory that is needed.
+
+    Args:
+        entries: every full tensor, as it is held; the same on every rank.
+        held: what this rank holds of one, by its name there.
+        shares: what this rank shall hold.
+        tensors: where to, for each share; None for what is not kept.
+        group: the ranks.
+        doing: for errors.
+    """
+    wanted = {
+        name: (share, tensor)
+        for share, tensor in zip(shares, tensors, strict=True)
+        if tensor is not None
+        for name in (share.spec.name, *share.spec.aliases)
+    }
+
+    def copy() -> list[str]:
+        return [
+            entry.name for entry in entries if entry.name in wanted and not _copy(held(entry.name), wanted[entry.name])
+        ]
+
+    lacking = {name for found in gather_objects(agree(copy, group, doing), group) for name in found}
+    dtypes = {entry.name: entry.dtype for entry in entries}
+
+    def take(entry: Entry, start: int, values: Tensor) -> None:
+        if entry.name in wanted:
+            share, out = wanted[entry.name]
+            for local, inside, length in overlap(share.runs, start, start + values.numel()):
+                out[local : local + length].copy_(values[inside : inside + length])
+
+    sent = [entry for entry in entries if entry.name in lacking]
+    gather_each(sent, held, dtypes, group, take, doing, everywhere=True)
+
+
+def _copy(held: Held | None, wanted: tuple[Share, Tensor]) -> bool:
+    """Copies the wanted elements that this rank holds. Local. Returns whether these are all of them."""
+    share, out = wanted
+    filled = 0
+    if held is not None:
+        position = 0
+        for start, length in share.runs:
+            for local, inside, size in overlap(held.runs, start, start + length):
+                held.read(local, local + size, out[position + inside : position + inside + size])
+                filled += size
+            position += length
+    return filled == count(share.runs)

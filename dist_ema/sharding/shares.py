@@ -1,0 +1,130 @@
+"""What this rank keeps of each tensor: which elements it averages, and for which it speaks.
+
+Where ranks hold the same elements (DDP, HSDP, ZeRO-0), each averages an equal part of them, in bytes, and only the
+gathering calls bring the parts together. Knows no wrapper and makes no collective call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+
+from dist_ema.errors import EMAConfigError, EMAEngineError
+from dist_ema.options import Options
+from dist_ema.sharding.runs import Box, Runs, boxes, cut, split_evenly
+from dist_ema.sharding.spec import Replicas, TensorSpec
+
+Mode = Literal["average", "copy", "live"]
+
+
+@dataclass(frozen=True)
+class Share:
+    """This rank's part of one tensor.
+
+    Attributes:
+        spec: the tensor, as the engine describes it.
+        mode: ``"average"`` it, ``"copy"`` it at every update (buffers), or take what is ``"live"``.
+        start, stop: the local elements, of those that ``spec.runs`` lists, that this rank keeps a shadow of.
+        dtype: of the shadow; of a live tensor, its own.
+        split: the other replicas keep the other elements.
+        owned: this rank speaks for its elements in collective output. Of a tensor that is not partitioned every holder
+            says so, and the lowest rank is heard.
+    """
+
+    spec: TensorSpec
+    mode: Mode
+    start: int
+    stop: int
+    dtype: torch.dtype
+    split: bool
+    owned: bool
+
+    @property
+    def numel(self) -> int:
+        """Elements kept."""
+        return self.stop - self.start
+
+    @property
+    def runs(self) -> Runs:
+        """Where the kept elements lie in the full tensor."""
+        return cut(self.spec.runs, self.start, self.stop)
+
+    @cached_property
+    def boxes(self) -> tuple[Box, ...]:
+        """The same as boxes; there may be a thousand runs to one of them."""
+        return tuple(boxes(self.runs, self.spec.shape))
+
+
+def plan(specs: Sequence[TensorSpec], options: Options) -> list[Share]:
+    """One share for each spec, in order. Local.
+
+    Raises EMAConfigError if a trained dtype cannot be averaged, EMAEngineError if a tensor's elements cannot be read.
+    """
+    modes = [_mode(spec, options) for spec in specs]
+    for spec, mode in zip(specs, modes, strict=True):
+        if spec.hidden and mode != "live":
+            advice = "buffers='ignore'" if spec.kind == "buffer" else f"exclude={spec.name!r}, or freeze it"
+            raise EMAEngineError(
+                f"{spec.kind} {spec.name!r} is a {spec.hidden}, a tensor subclass that does not hold its elements as "
+                f"they are: it cannot be averaged. Give {advice}"
+            )
+    dtypes = [_dtype(spec, mode, options) for spec, mode in zip(specs, modes, strict=True)]
+    ranges = [(0, spec.local_numel) for spec in specs]
+    split = [mode == "average" and spec.replicas is not None for spec, mode in zip(specs, modes, strict=True)]
+    split = [wanted and options.shard_replicas for wanted in split]
+    for members in replica_sets([spec if wanted else None for spec, wanted in zip(specs, split, strict=True)]):
+        replicas = specs[members[0]].replicas
+        if replicas is not None:
+            parts = split_over([specs[i] for i in members], [dtypes[i] for i in members], replicas, replicas.index)
+            for index, part in zip(members, parts, strict=True):
+                ranges[index] = part
+    return [
+        Share(spec, mode, *range_, dtype, is_split, spec.primary and (is_split or _first(spec.replicas)))
+        for spec, mode, range_, dtype, is_split in zip(specs, modes, ranges, dtypes, split, strict=True)
+    ]
+
+
+def replica_sets(specs: Sequence[TensorSpec | None]) -> list[list[int]]:
+    """Indices of the specs that have replicas, one list for each process group."""
+    sets: dict[int, list[int]] = {}
+    for index, spec in enumerate(specs):
+        if spec is not None and spec.replicas is not None:
+            sets.setdefault(id(spec.replicas.group), []).append(index)
+    return list(sets.values())
+
+
+def split_over(
+    specs: Sequence[TensorSpec], dtypes: Sequence[torch.dtype], replicas: Replicas, index: int
+) -> list[tuple[int, int]]:
+    """The local elements of each tensor of one replica set that replica ``index`` keeps. The same on all of them."""
+    sizes = [spec.local_numel for spec in specs]
+    return split_evenly(sizes, [dtype.itemsize for dtype in dtypes], replicas.size, index)
+
+
+def _mode(spec: TensorSpec, options: Options) -> Mode:
+    if spec.kind == "frozen" or not options.selects(spec.name):
+        return "live"
+    if spec.kind == "parameter":
+        return "average"
+    if options.buffers == "ignore":
+        return "live"
+    return "average" if options.buffers == "average" and spec.dtype.is_floating_point else "copy"
+
+
+def _dtype(spec: TensorSpec, mode: Mode, options: Options) -> torch.dtype:
+    if mode != "average":
+        return spec.dtype
+    if not spec.dtype.is_floating_point:
+        raise EMAConfigError(
+            f"parameter {spec.name!r} is {spec.dtype}, which cannot be averaged: "
+            f"give exclude={spec.name!r}, or freeze it"
+        )
+    return spec.dtype if options.dtype is None else options.dtype
+
+
+def _first(replicas: Replicas | None) -> bool:
+    return replicas is None or replicas.index == 0

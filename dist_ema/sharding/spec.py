@@ -1,0 +1,79 @@
+"""How one rank holds one tensor of the model, as an engine says it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dist_ema.sharding.runs import Runs, count, whole
+from dist_ema.sharding.subclasses import hidden_type
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """Ranks that hold the same elements of a tensor, and so may share its shadow between them.
+
+    Attributes:
+        group: the process group of those ranks.
+        index: this rank's place in it.
+        size: how many they are.
+    """
+
+    group: dist.ProcessGroup
+    index: int
+    size: int
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One parameter or buffer of the model as this rank holds it.
+
+    Attributes:
+        name: canonical name.
+        shape: shape of the full tensor.
+        dtype: dtype of the live tensor (not of fp32 masters); what ``export`` casts to.
+        runs: this rank's elements, in the row-major flattening of the full tensor.
+        kind: parameters are trained (``"parameter"``) or not (``"frozen"``); a ``"buffer"`` is always whole.
+        partitioned: True if the runs of a team of ranks, one of each set of replicas, make up the full tensor; False if
+            each rank that has this name holds it whole and the ranks are not known to agree (buffers, plain modules).
+        team: the lowest rank of the team. Several teams may hold one tensor (FSDP2 on one dimension of a mesh, with
+            tensor parallelism for other tensors on the next): the one with the lowest number is heard.
+        replicas: the ranks that hold the same runs and may split the shadow; None if there are none.
+        primary: False on a rank whose runs belong to another rank although no ``replicas`` say so (a second
+            replicated dimension of a mesh). Such a rank averages but never writes or sends.
+        aliases: other canonical names of the same (tied) tensor.
+        hidden: the class of a tensor whose elements do not lie in memory as they are (quantised weights), which can
+            neither be averaged nor be read in place; "" for all others.
+    """
+
+    name: str
+    shape: torch.Size
+    dtype: torch.dtype
+    runs: Runs
+    kind: Literal["parameter", "frozen", "buffer"] = "parameter"
+    partitioned: bool = True
+    team: int = 0
+    replicas: Replicas | None = None
+    primary: bool = True
+    aliases: tuple[str, ...] = field(default=())
+    hidden: str = ""
+
+    @property
+    def numel(self) -> int:
+        """Elements of the full tensor."""
+        return self.shape.numel()
+
+    @property
+    def local_numel(self) -> int:
+        """Elements on this rank."""
+        return count(self.runs)
+
+    @classmethod
+    def unsharded(cls, name: str, tensor: Tensor, **options: object) -> TensorSpec:
+        """The spec of a tensor that this rank holds whole."""
+        options.setdefault("hidden", hidden_type(tensor))
+        return cls(name, tensor.shape, tensor.dtype, whole(tensor.numel()), **options)  # type: ignore[arg-type]
