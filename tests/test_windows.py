@@ -223,7 +223,7 @@ class Dense:
         (Linear(0.5, 1.0, "1dur"), lambda n: min(0.5 + 0.5 * n / 12, 1)),
         (HalfLife("40sp", ramp=0.5), lambda n: 0.5 ** (10 / max(min(40, 5 * n), 1e-8))),
     ],
-    ids=repr,
+    ids=["cosine", "cosine-in-samples", "linear", "ramp"],
 )
 def test_teacher_follows_its_published_decays(schedule: Schedule, decay: Callable[[int], float]) -> None:
     """A real optimizer, and updates that are counted from the first copy, which is the published step 0."""
