@@ -46,8 +46,9 @@ def prepare_ema(
     """An average of a model that ``accelerator.prepare()`` returned. Local; every rank calls it.
 
     ``accelerator.save_state()`` then writes it to ``<output_dir>/<name>``, and ``load_state()`` reads it, at another
-    number of processes too; both are called by all ranks, as ever. Checkpoints that ``total_limit`` removes take the
-    average with them. The accelerator holds the average, as it holds the model, until ``free_memory()``. Under one
+    number of processes too. All ranks have to call both, also under DDP, where Accelerate alone takes the main process
+    for enough and many scripts save ``if accelerator.is_main_process``. Checkpoints that ``total_limit`` removes take
+    the average with them. The accelerator holds the average, as it holds the model, until ``free_memory()``. Under one
     process, DDP, FSDP, FSDP2 and DeepSpeed::
 
         model, optimizer, data = accelerator.prepare(model, optimizer, data)

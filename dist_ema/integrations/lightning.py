@@ -52,6 +52,7 @@ class EMACallback(pl.Callback):
 
     Attributes:
         ema: the ShardedEMA, once fitting has begun or a checkpoint was loaded; goes on when the module is fitted again.
+            Under ddp_spawn and ddp_notebook it ends with fit()'s processes: evaluate and export from a checkpoint then.
 
     Raises EMAConfigError (options, also against the trainer's; two averaging callbacks), EMAEngineError (strategy) and
     CheckpointError (a checkpoint's average is missing, or of another moment), on every rank.
@@ -64,8 +65,7 @@ class EMACallback(pl.Callback):
     ) -> None:
         inspect.signature(ShardedEMA).bind(None, **options)  # TypeError for a name that it does not have
         self._options = options
-        parsed = self._parse("1ep")
-        names = list(parsed.schedules)
+        names = list((parsed := self._parse("1ep")).schedules)
         if others := sorted(parsed.units() - {"ba", "ep"}):
             raise EMAConfigError(f"the options count in {', '.join(others)}, Lightning in ba and ep only: use those")
         if (isinstance(evaluate, str) and evaluate not in names) or (evaluate is True and len(names) > 1):
@@ -77,7 +77,7 @@ class EMACallback(pl.Callback):
         self._bound: list[Any] = []  # whose average it is, what the strategy made of that, its parameters
         self._held: ExitStack | None = None  # while the average is in the model
         self._handles: list[RemovableHandle] = []
-        self._ready = self._fitting = self._at_once = self._stepped = False
+        self._ready = self._fitting = self._at_once = self._stepped = self._due = False  # due: not yet averaged
         self._epochs = 0.0  # trained since the last update
         self._saved: dict[str, Any] | None = None  # our state in the checkpoint; None where it has none of callbacks
 
@@ -85,8 +85,7 @@ class EMACallback(pl.Callback):
         parameters = inspect.signature(ShardedEMA).parameters.values()
         options = {one.name: one.default for one in parameters if one.kind is one.KEYWORD_ONLY}
         options |= {"max_duration": duration} | self._options
-        options.pop("group")
-        return Options.parse(**options)
+        return Options.parse(**{name: value for name, value in options.items() if name != "group"})
 
     def __getstate__(self) -> dict[str, Any]:
         # Of the process, which no copy shares; Lightning itself has set log and log_dict.
@@ -111,7 +110,9 @@ class EMACallback(pl.Callback):
 
     def _begin(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Once a run, when all is wrapped and restored, and nothing has been computed yet. Collective."""
-        if self._ready or not (self._fitting or self._evaluate):
+        # With evaluate=False too an average goes with its weights, where a checkpoint has replaced these.
+        replaced = trainer.ckpt_path is not None and self._average_of(module) is not None
+        if self._ready or not (self._fitting or self._evaluate or replaced):
             return
         self._ready = True
         target, path, ema = trainer.strategy.model, trainer.ckpt_path, self._average_of(module)
@@ -137,27 +138,27 @@ class EMACallback(pl.Callback):
         given = self._options.get("max_duration")
         if duration and given and str(given) != duration:
             raise EMAConfigError(f"max_duration={given!r}: the Trainer says {duration!r}; leave it out")
-        if "ep" in self._parse(duration).units() and trainer.num_training_batches == float("inf"):
-            raise EMAConfigError("the options count in ep, but the loader's length is unknown: use ba")
         return duration
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._begin(trainer, pl_module)
-        self._epochs, self._stepped, optimizers = 0.0, False, trainer.strategy.optimizers
+        self._epochs, self._stepped, self._due, optimizers = 0.0, False, False, trainer.strategy.optimizers
         self._at_once = not pl_module.automatic_optimization and len(optimizers) == 1
         if (ema := self._average_of(pl_module)) is not None:
+            if "ep" in ema._options.units() and trainer.num_training_batches == float("inf"):
+                raise EMAConfigError("the options count in ep, but the loader's length is unknown: use ba")
             self._handles = [ema.attach(one, call=partial(self._on_step, ema)) for one in optimizers]
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         self._epochs += 1 / trainer.num_training_batches
 
     def _on_step(self, ema: ShardedEMA) -> None:
-        self._stepped = True
+        self._stepped = self._due = True
         if self._at_once:
             self._update(ema)
 
     def _update(self, ema: ShardedEMA) -> None:
-        before = ema._track.clock
+        before, self._due = ema._track.clock, False
         ema.update(epochs=self._epochs)
         if ema._track.clock is not before:  # else a micro-step of DeepSpeed, or one that it skipped
             self._epochs = 0.0
@@ -166,7 +167,7 @@ class EMACallback(pl.Callback):
         stepped, self._stepped = self._stepped, False
         if not stepped or (ema := self._average_of(pl_module)) is None:
             return
-        if not self._at_once:  # after whatever else the step did to the weights
+        if self._due:  # after whatever else the step did to the weights
             self._update(ema)
         # Private, and asked by Lightning's own callbacks for monitoring: whether what is logged now is written.
         if self._log and trainer.loggers and trainer._logger_connector.should_update_logs:
@@ -180,8 +181,7 @@ class EMACallback(pl.Callback):
             ema = self._average_of(pl_module)
             if self._evaluate and ema is not None:
                 self._held, name = ExitStack(), None if self._evaluate is True else self._evaluate
-                held_by = f"Lightning's {trainer.state.stage}"
-                self._held.enter_context(ema.average_parameters(name, held_by=held_by))
+                self._held.enter_context(ema.average_parameters(name, held_by=f"Lightning's {trainer.state.stage}"))
 
     def _leave(self, *_: Any) -> None:
         held, self._held = self._held or ExitStack(), None
@@ -202,15 +202,15 @@ class EMACallback(pl.Callback):
         return {"average": None if ema is None else f"{ema._track.clock}, {ema.num_updates} updates"}
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Any) -> None:
-        self._saved = checkpoint["callbacks"].get(
-            self.state_key, {}
-        )  # tells whether an average is the one saved with it
+        self._saved = checkpoint["callbacks"].get(self.state_key, {})  # tells whether an average was saved with it
 
     def _save_checkpoint(self, trainer: Any, save: Callable[..., None], filepath: Any, *args: Any, **how: Any) -> None:
-        inside = self._held is not None
+        inside, ema = self._held is not None, self._average_of(trainer.lightning_module)
         self._leave()  # the live weights are written
+        if ema is not None and self._due and trainer.lightning_module.automatic_optimization:
+            self._update(ema)  # by a callback before this one: the weights have made the step, the average has not
         save(filepath, *args, **how)
-        if (ema := self._average_of(trainer.lightning_module)) is not None:
+        if ema is not None:
             path = f"{filepath}/ema" if _is_directory(f"{filepath}") else f"{filepath}.ema"
             ema.save(trainer.strategy.broadcast(path))
         if inside:

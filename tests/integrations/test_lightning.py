@@ -493,6 +493,46 @@ def test_what_contradicts_the_trainer_is_refused(tmp_path: Path) -> None:
         pickle.dumps(several.ema)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_epochs_with_a_sanity_check(tmp_path: Path) -> None:
+    """Which evaluates before the Trainer has looked at the training data."""
+    averaging = callback(decay=None, half_life="1ep")
+    trainer(tmp_path, callbacks=[averaging], max_epochs=2).fit(Module(), loader(), loader(1))
+    assert averaging.ema.num_updates == 6 and averaging.ema.progress.epochs == pytest.approx(1.6)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_callback_that_saves_before_this_one(tmp_path: Path) -> None:
+    """The weights have made their step by then, so the average in that checkpoint has to have it too, once."""
+
+    class Saving(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            trainer.save_checkpoint(tmp_path / f"{trainer.global_step}.ckpt")
+
+    averaging, module = callback(), Module()
+    trainer(tmp_path, callbacks=[Saving(), averaging]).fit(module, loader())
+    saved = torch.load(tmp_path / "4.ckpt", weights_only=False)
+    assert saved["global_step"] == 4
+    assert saved["callbacks"][averaging.state_key]["average"].endswith("4 updates")
+    check(averaging.ema, module.dense)
+    assert averaging.ema.num_updates == 6
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_without_evaluation_a_checkpoint_replaces_the_average_too(tmp_path: Path) -> None:
+    """Else a later checkpoint would have the weights of one moment and the average of another."""
+    saving = pl.callbacks.ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    averaging, module = callback(evaluate=False), Module()
+    module.validation_step = module.predict_step  # type: ignore[method-assign]
+    run = trainer(tmp_path, callbacks=[averaging, saving])
+    run.fit(module, loader())
+    run.validate(module, loader(1), ckpt_path=tmp_path / "epoch=0.ckpt", verbose=False)
+    run.save_checkpoint(tmp_path / "again.ckpt")
+    saved = torch.load(tmp_path / "again.ckpt", weights_only=False)
+    assert saved["callbacks"][averaging.state_key]["average"].endswith("3 updates")
+    assert averaging.ema.num_updates == 3
+
+
 class _Endless(torch.utils.data.IterableDataset):
     def __iter__(self) -> Any:
         return iter(batch(step) for step in range(1000))
