@@ -15,13 +15,13 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from dist_ema.clock import Time
 from dist_ema.collectives import broadcast_object
 from dist_ema.ema import ShardedEMA
 from dist_ema.errors import CheckpointError, EMAConfigError, EMAEngineError, EMAStateError
+from dist_ema.integrations.transformers_trainer import epochs_begun, evaluating_on, refuse_unwrapped, scale
 
 try:
     import transformers
@@ -85,7 +85,7 @@ class EMACallback(TrainerCallback):
         self._resume: Path | None = None  # the checkpoint that training goes on from
         self._running: set[object] = set()  # what is under way of the wrappers below
         self._metrics: dict[str, float] = {}  # for the next log
-        self._epochs, self._tokens, self._scale = 0.0, 0, 0.0  # of the training, at the last update
+        self._steps, self._epochs, self._tokens, self._scale = 0, 0.0, 0, 0.0  # of the training, at the last update
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """The model is wrapped by now, and loaded where a run is resumed. Collective."""
@@ -93,17 +93,15 @@ class EMACallback(TrainerCallback):
             raise EMAStateError("a Trainer with a train() of its own: trainer.add_callback(EMACallback(trainer, ...))")
         if trainer.is_fsdp_xla_enabled or is_sagemaker_mp_enabled():
             raise EMAEngineError("EMACallback averages under DDP, FSDP and DeepSpeed, not under XLA or SageMaker")
-        whole = not any(hasattr(parameter, "device_mesh") for parameter in trainer.model.parameters())
-        if trainer.model_wrapped is trainer.model and whole and "MULTI_" in trainer.accelerator.distributed_type.value:
-            # accelerate 1.15 takes the model for prepared, and does not wrap it.
-            raise EMAStateError("evaluate() before train() keeps the Trainer from DDP: every rank would train alone")
+        refuse_unwrapped(trainer)
         self.ema = None  # of an attempt that ran out of memory (auto_find_batch_size)
         ema = ShardedEMA(trainer.model_wrapped, **self._options | {"max_duration": self._duration(args, state)})
         self._check(ema, trainer)
         if self._resume is not None:
             self._load(ema, self._resume)
         self.ema, self._metrics = ema, {}
-        self._epochs, self._tokens, self._scale = state.epoch or 0.0, state.num_input_tokens_seen, _scale(trainer)
+        self._epochs, self._tokens = epochs_begun(trainer), state.num_input_tokens_seen
+        self._steps, self._scale = state.global_step, scale(trainer)
 
     def _duration(self, args: Any, state: Any) -> str:
         own = [f"{state.max_steps}ba"] + [f"{args.num_train_epochs:g}ep"] * (args.max_steps <= 0)
@@ -137,12 +135,18 @@ class EMACallback(TrainerCallback):
         """Takes the weights into the average, unless the step was skipped, as when gradients of fp16 overflow."""
         if self.ema is None:
             raise EMAStateError("EMACallback was added while training was under way: add it before train()")
-        before, self._scale = self._scale, _scale(self._trainer)
+        self._count(self.ema, state)
+        self.on_epoch_end(args, state, control)
+
+    def _count(self, ema: ShardedEMA, state: Any) -> None:
+        """Once a step: a callback that comes before may save a checkpoint of it (``enable_jit_checkpoint``)."""
+        if state.global_step == self._steps:
+            return
+        before, self._scale, self._steps = self._scale, scale(self._trainer), state.global_step
         if not self._trainer.accelerator.optimizer_step_was_skipped and self._scale >= before:
             epochs, tokens = state.epoch or 0.0, state.num_input_tokens_seen
-            self.ema.update(epochs=epochs - self._epochs, tokens=tokens - self._tokens)
+            ema.update(epochs=max(0.0, epochs - self._epochs), tokens=tokens - self._tokens)
             self._epochs, self._tokens = epochs, tokens
-        self.on_epoch_end(args, state, control)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Measures what the next log says. Here, where all ranks are: log() may be called on one alone."""
@@ -174,14 +178,12 @@ def _training(own: EMACallback, trainer: Any, resume_from_checkpoint: Any = None
 
 
 def _evaluating(own: EMACallback, trainer: Any, *_: Any, **__: Any) -> _Around:
-    half = torch.float16 if trainer.args.fp16_full_eval else torch.bfloat16 if trainer.args.bf16_full_eval else None
-    if own.ema is not None and half is not None and not trainer.is_in_train:
-        trainer.model.to(half)  # as the Trainer will, for good; with the average inside, that would be rounded
-    return own._averaged(own._evaluate)
+    inside = own.ema is not None and own._evaluate is not False
+    return evaluating_on(own._averaged(own._evaluate), trainer) if inside else nullcontext()
 
 
 @contextmanager
-def _saving(own: EMACallback, _: Any, output_dir: str | None = None, _internal_call: bool = False) -> Iterator[None]:
+def _saving(own: EMACallback, of: Any, output_dir: str | None = None, _internal_call: bool = False) -> Iterator[None]:
     inside = own.ema is not None and _evaluating in own._running and own._evaluate is not False
     checkpoint = output_dir if _internal_call else None  # push_to_hub()'s call is internal, but names no folder
     if checkpoint is not None and inside:
@@ -189,6 +191,7 @@ def _saving(own: EMACallback, _: Any, output_dir: str | None = None, _internal_c
     with own._averaged(False if inside or checkpoint is not None else own._save_averaged):
         yield
     if checkpoint is not None and own.ema is not None:  # on_save() is after older ones were removed, and an upload
+        own._count(own.ema, of.state)
         own.ema.save(Path(checkpoint) / "ema")
 
 
@@ -201,11 +204,6 @@ def _logging(own: EMACallback, trainer: Any, logs: dict[str, float], *_: Any, **
 _WRAPPERS: dict[str, Callable[..., Any]] = dict.fromkeys(("evaluate", "predict", "evaluation_loop"), _evaluating)
 _WRAPPERS |= {"save_model": _saving, "log": _logging}
 _TWICE = "a Trainer has one EMACallback, and here is a second one: averages={...} are several averages in one"
-
-
-def _scale(trainer: Any) -> float:
-    """Of the loss in fp16; it falls when a step is skipped, which accelerate 1.15 does not see of fused optimizers."""
-    return 0.0 if trainer.accelerator.scaler is None else float(trainer.accelerator.scaler.get_scale())
 
 
 def _callback_of(trainer: Trainer | None) -> EMACallback | None:
@@ -240,8 +238,8 @@ def _wrap(owner: type, name: str, around: Callable[..., Any]) -> None:
 
 
 def _wrap_methods(kind: type) -> None:
-    """Of a Trainer and of its bases, which may override them with or without ``super()``; each once."""
-    for owner in (base for base in kind.__mro__ if issubclass(base, Trainer)):
+    """Of a Trainer and of its bases, mixins too, which may override them with or without ``super()``; each once."""
+    for owner in kind.__mro__[: kind.__mro__.index(Trainer) + 1]:
         for name in _WRAPPERS.keys() & vars(owner).keys():
             _wrap(owner, name, _WRAPPERS[name])
 

@@ -450,10 +450,15 @@ def test_peft_and_a_compiled_model(tmp_path: Path) -> None:
 def test_a_subclass_with_an_evaluation_of_its_own(tmp_path: Path) -> None:
     """Neither ``super().evaluate()`` nor ``evaluation_loop()`` is called: examples of question answering do so."""
 
-    class Own(Trainer):
+    class Mixin:
+        model: Any
+
         def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
             weight = next(self.model.parameters())
             return {"eval_loss": float(weight.detach().double().sum())}
+
+    class Own(Mixin, Trainer):  # type: ignore[misc]
+        """One that inherits it."""
 
     callback = EMACallback(decay=DECAY)
     trainer = make(tmp_path, callback, kind=Own)
@@ -506,6 +511,111 @@ def test_trl(tmp_path: Path) -> None:
         assert value == pytest.approx(loss_of(recorder.at[step], EVAL["b"].rows), rel=1e-5)
     assert logged(trainer, "ema/num_updates") == {step: step for step in range(1, 7)}
     assert (tmp_path / "checkpoint-3" / "ema").is_dir()
+
+
+def test_an_optimizer_that_moves_the_weights_for_an_evaluation(tmp_path: Path) -> None:
+    """As schedule-free ones do, and trl's vLLM holds weights of a step: neither may take the average for the live."""
+
+    class ScheduleFree(torch.optim.SGD):
+        training = True
+
+        def eval(self) -> None:
+            self._move(2.0, False)
+
+        def train(self) -> None:
+            self._move(0.5, True)
+
+        @torch.no_grad()
+        def _move(self, factor: float, training: bool) -> None:
+            if self.training is not training:
+                self.training = training
+                for parameter in self.param_groups[0]["params"]:
+                    parameter.mul_(factor)
+
+    class Own(Trainer):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self._last_loaded_step, self.generated = -1, []
+
+        def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+            self.optimizer = ScheduleFree(self.model.parameters(), lr=0.05)
+            return self.optimizer
+
+        def generate(self) -> None:
+            if self.state.global_step != self._last_loaded_step:
+                self.vllm = next(self.model.parameters()).detach().clone()
+                self._last_loaded_step = self.state.global_step
+            self.generated.append(self.vllm)
+
+        def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+            loss = super().training_step(*args, **kwargs)
+            self.generate()
+            return loss
+
+        def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+            found = super().prediction_step(*args, **kwargs)
+            self.generate()
+            return found
+
+    arguments = {"kind": Own, "eval_strategy": "steps", "eval_steps": 2, "eval_dataset": EVAL["a"], "use_cpu": True}
+    plain: Any = make(tmp_path, **{**arguments, "eval_strategy": "no"})
+    plain.train()
+    trainer: Any = make(tmp_path, EMACallback(decay=DECAY), **arguments)
+    recorder = follow(trainer)
+    trainer.train()
+    assert logged(trainer, "loss") == logged(plain, "loss")
+    for step, value in logged(trainer, "eval_loss").items():
+        assert value == pytest.approx(loss_of(recorder.at[step], EVAL["a"].rows), rel=1e-5)
+    trained = [trainer.generated[index] for index in (0, 1, 6, 7, 12, 13)]  # four batches are evaluated in between
+    assert all(torch.equal(one, other) for one, other in zip(trained, plain.generated, strict=True))
+    name = next(iter(recorder.at[2]))
+    torch.testing.assert_close(trainer.generated[2], recorder.at[2][name].float())
+
+
+@pytest.mark.parametrize(
+    ("options", "before"),
+    [
+        ({"ignore_data_skip": True}, 4),  # the epoch begins again, so that state.epoch falls back
+        ({"per_device_train_batch_size": 8}, 6),  # twice the steps an epoch: for the Trainer it is the second again
+        ({"per_device_train_batch_size": 24}, 6),  # fewer: it is the fourth already
+    ],
+)
+def test_epochs_of_a_run_that_is_resumed_in_another_way(options: dict[str, Any], before: int, tmp_path: Path) -> None:
+    """One step is trained, and it is one step's part of an epoch that counts."""
+    arguments: dict[str, Any] = {"num_train_epochs": 4, "use_cpu": True}
+    make(tmp_path, EMACallback(half_life="1ep"), save_strategy="steps", save_steps=2, **arguments).train()
+    callback = EMACallback(half_life="1ep")
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_training_stop = True
+
+    trainer = make(tmp_path, callback, Stop(), **arguments, **options)
+    trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{before}"))
+    assert callback.ema is not None and callback.ema.num_updates == before + 1
+    step = options.get("per_device_train_batch_size", 16) / 48
+    assert callback.ema.progress.epochs == pytest.approx((before - 1) / 3 + step)
+
+
+def test_a_checkpoint_from_a_callback_that_comes_before(tmp_path: Path) -> None:
+    """``enable_jit_checkpoint`` saves in ``on_step_end``, before the callbacks that were given see the step."""
+
+    class Terminate(TrainerCallback):
+        def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            for other in trainer.callback_handler.callbacks:
+                if state.global_step == 2 and (manager := getattr(other, "jit_manager", None)) is not None:
+                    manager.is_checkpoint_requested = True
+
+    whole = EMACallback(decay=DECAY)
+    make(tmp_path / "whole", whole, use_cpu=True).train()
+    callback = EMACallback(decay=DECAY)
+    trainer = make(tmp_path, callback, Terminate(), enable_jit_checkpoint=True, use_cpu=True)
+    trainer.train()
+    assert callback.ema is not None and whole.ema is not None and callback.ema.num_updates == 3
+    assert same(read_checkpoint(tmp_path / "checkpoint-3" / "ema"), callback.ema.full_state_dict())
+    resumed = EMACallback(decay=DECAY)
+    make(tmp_path, resumed, use_cpu=True).train(resume_from_checkpoint=True)
+    assert resumed.ema is not None and resumed.ema.fingerprint() == whole.ema.fingerprint()
 
 
 def test_bf16_full_eval_leaves_the_average_whole(tmp_path: Path) -> None:
