@@ -137,8 +137,6 @@ class EMACallback(pl.Callback):
         given = self._options.get("max_duration")
         if duration and given and str(given) != duration:
             raise EMAConfigError(f"max_duration={given!r}: the Trainer says {duration!r}; leave it out")
-        if "ep" in self._parse(duration).units() and trainer.num_training_batches == float("inf"):
-            raise EMAConfigError("the options count in ep, but the loader's length is unknown: use ba")
         return duration
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -146,6 +144,9 @@ class EMACallback(pl.Callback):
         self._epochs, self._stepped, optimizers = 0.0, False, trainer.strategy.optimizers
         self._at_once = not pl_module.automatic_optimization and len(optimizers) == 1
         if (ema := self._average_of(pl_module)) is not None:
+            # Here, since the sanity check comes before Lightning has looked at the loader.
+            if "ep" in ema._options.units() and trainer.num_training_batches == float("inf"):
+                raise EMAConfigError("the options count in ep, but the loader's length is unknown: use ba")
             self._handles = [ema.attach(one, call=partial(self._on_step, ema)) for one in optimizers]
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
@@ -202,9 +203,8 @@ class EMACallback(pl.Callback):
         return {"average": None if ema is None else f"{ema._track.clock}, {ema.num_updates} updates"}
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Any) -> None:
-        self._saved = checkpoint["callbacks"].get(
-            self.state_key, {}
-        )  # tells whether an average is the one saved with it
+        # Tells whether an average is the one saved with it.
+        self._saved = checkpoint["callbacks"].get(self.state_key, {})
 
     def _save_checkpoint(self, trainer: Any, save: Callable[..., None], filepath: Any, *args: Any, **how: Any) -> None:
         inside = self._held is not None
