@@ -162,3 +162,19 @@ def test_an_error_inside_says_who_holds_the_average_in_the_model() -> None:
         with pytest.raises(EMAStateError, match=r"which a trainer's validation holds open"):
             with ema.average_parameters():
                 pass
+
+
+def test_what_is_no_dict_in_a_state_dict_is_named() -> None:
+    ema = ShardedEMA(CASES["plain"].model(), averages=AVERAGES)
+    ema.update()
+    state, digest = ema.state_dict(full=True, live=True), ema.fingerprint("slow")
+    for key, wrong, name in (
+        ("schedules", 3, "schedules"),
+        ("averages", [1], "averages"),
+        ("averages", {**state["averages"], "fast": None}, "averages/fast"),
+        ("buffers", "x", "buffers"),
+        ("live", None, "live"),
+    ):
+        with pytest.raises(CheckpointMismatchError, match=f"'{name}' is a .*, not a dict"):
+            ema.load_state_dict({**state, key: wrong})
+    assert ema.fingerprint("slow") == digest

@@ -368,3 +368,18 @@ def test_resumed_inside_a_window_by_dcp(rank: int) -> None:
     _train(again, range(STOP + 1, STEPS + 1))
     assert [again.fingerprint(name) for name in AVERAGES] == expected
     dist.barrier()
+
+
+@pytest.mark.parametrize(
+    "schedule", [HalfLife("40sp", ramp=0.5), Cosine(0.5, 1.0, "400sp"), Linear(0.5, 1.0, "400sp")], ids=repr
+)
+def test_who_counts_samples_and_no_batches_has_an_average_too(schedule: Schedule) -> None:
+    """One that stood still for ever, without a word, where a plain half life moves."""
+    found = []
+    for batches in (0, 1):
+        model, ema = one_number(schedule=schedule, update_interval="10sp")
+        for step in range(8):
+            nn.init.constant_(model.weight, value(step))
+            assert ema.update(batches=batches, samples=10)
+        found.append(averaged(ema))
+    assert found[0] == found[1] != value(0)

@@ -148,6 +148,7 @@ class Restore:
         if not isinstance(state, Mapping):
             raise EMAStateError(f"load_state_dict() of a {type(state).__name__}: pass what state_dict() returned")
         problems = [f"missing {key!r}" for key in ("progress", "schedules", "averages") if key not in state]
+        problems += [f"{key!r} is a {type(found).__name__}, not a dict" for key, found in _no_dicts(state)]
         if problems:
             raise CheckpointMismatchError(f"the state dict is not one of a ShardedEMA: {'; '.join(problems)}")
         self.moment = Moment.from_tensor(state["progress"])
@@ -226,6 +227,15 @@ def _parts(
         tensor = held[average, share.spec.name]
         if tensor is not None:
             yield path, share, tensor
+
+
+def _no_dicts(state: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
+    """What has the place of a dict of tensors or of texts and is none."""
+    for key in ("schedules", "averages", "buffers", "live"):
+        if not isinstance(found := state.get(key, {}), Mapping):
+            yield key, found
+        elif key == "averages":
+            yield from ((f"averages/{name}", one) for name, one in found.items() if not isinstance(one, Mapping))
 
 
 def _look(state: Mapping[str, Any], path: Sequence[str]) -> Mapping[str, Any]:

@@ -100,6 +100,11 @@ def prepare_ema(
             "accelerator.prepare() returned for it, or None and call update() yourself"
         )
     ema = ShardedEMA(model, **options)
+    if optimizer is not None and (others := sorted(ema._options.units() - {"ba"})):
+        raise EMAConfigError(
+            f"the options count in {', '.join(others)}, and of an optimizer steps are counted only: leave optimizer "
+            "out, and call ema.update(samples=..., tokens=..., epochs=...) after each real step"
+        )
     if optimizer is not None:
         ema.attach(optimizer)
     averages.known[name] = _Average(ema, missing)

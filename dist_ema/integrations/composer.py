@@ -14,7 +14,7 @@ from dist_ema.ema import ShardedEMA
 from dist_ema.errors import CheckpointError, EMAConfigError
 from dist_ema.pace import HALF_LIFE, Pace
 
-_INSTALL = "pip install 'dist_ema[composer]' && pip install --no-deps mosaicml==0.32.1"
+_INSTALL = "pip install 'dist_ema[composer]' torchvision mosaicml-cli && pip install --no-deps mosaicml==0.32.1"
 try:
     import composer
     from composer.algorithms import EMA as ComposersEMA

@@ -82,10 +82,7 @@ class EMACallback(pl.Callback):
         self._saved: dict[str, Any] | None = None  # our state in the checkpoint; None where it has none of callbacks
 
     def _parse(self, duration: str | None) -> Options:
-        parameters = inspect.signature(ShardedEMA).parameters.values()
-        options = {one.name: one.default for one in parameters if one.kind is one.KEYWORD_ONLY}
-        options |= {"max_duration": duration} | self._options
-        return Options.parse(**{name: value for name, value in options.items() if name != "group"})
+        return Options.check(**{"max_duration": duration} | self._options)
 
     def __getstate__(self) -> dict[str, Any]:
         # Of the process, which no copy shares; Lightning itself has set log and log_dict.

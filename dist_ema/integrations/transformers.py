@@ -212,7 +212,7 @@ def _callback_of(trainer: Trainer | None) -> EMACallback | None:
     if len(found) > 1:
         raise EMAConfigError(_TWICE)
     if found and found[0]._trainer not in (None, trainer):
-        raise EMAConfigError("this EMACallback is another Trainer's: make one for each")
+        raise EMAConfigError(f"this EMACallback is another Trainer's, {found[0]._trainer!r}: make one for each")
     return found[0] if found else None
 
 

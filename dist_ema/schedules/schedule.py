@@ -164,7 +164,7 @@ class Along(PerBatch):
     """A factor for each batch that depends on how much has been trained, in any unit.
 
     Batches between two readings of the clock are taken to be of one size. Between plain numbers in another unit than
-    batches lies one batch, since they do not say how many there were.
+    batches lies one batch, since they do not say how many there were; so it does where no batches were counted.
     """
 
     def log_retain(self, before: Moment, after: Moment) -> float:
@@ -172,7 +172,8 @@ class Along(PerBatch):
             return super().log_retain(before, after)
         start, stop = self._positions(before, after)
         both = isinstance(before, Progress) and isinstance(after, Progress)
-        batches = after.batches - before.batches if both else int(start < stop)  # type: ignore[union-attr]
+        batches = after.batches - before.batches if both else 0  # type: ignore[union-attr]
+        batches = batches or int(start < stop)  # who counts samples alone has trained all the same
         return self._log_batches(start, (stop - start) / batches, batches) if batches else 0.0
 
     def _log_factors(self, first: int, last: int) -> float:

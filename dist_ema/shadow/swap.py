@@ -341,7 +341,7 @@ class Swap:
 
     def _send_buffers(self) -> None:
         """Buffers that each rank has for itself become, on all, those of the rank that writes them in an export: the
-        first that has them (``gather.speaks``). Collective if there are any."""
+        first that has them (``writers.speaks``). Collective if there are any."""
         group = self._engine.group
         if group is None or not self._several:
             return

@@ -445,6 +445,16 @@ def test_epochs_metrics_and_a_learning_rate_finder(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("options", [{"half_life": "1ep"}, {"half_life": "4ba", "ema_start": "0.5dur"}])
+def test_epochs_and_the_sanity_check(options: dict[str, str], tmp_path: Path) -> None:
+    """That comes before Lightning has counted the batches of an epoch, where nothing else has asked for them."""
+    averaging = callback(decay=None, **options)
+    trainer(tmp_path, callbacks=[averaging]).fit(Module(), loader(), loader(1))
+    assert averaging.ema.num_updates == (6 if "ema_start" not in options else 4)
+    assert averaging.ema._track.clock.epochs == pytest.approx(2)
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_asynchronous_checkpoints(tmp_path: Path) -> None:
     """The file may not be there yet when its average is written."""
     plugin = pl.plugins.io.AsyncCheckpointIO()
@@ -486,6 +496,8 @@ def test_what_contradicts_the_trainer_is_refused(tmp_path: Path) -> None:
     endless = DataLoader(_Endless(), batch_size=None)
     with pytest.raises(EMAConfigError, match="count in ep, but the loader's length is unknown"):
         trainer(tmp_path, callbacks=[callback(update_interval="1ep")], max_steps=4).fit(Module(), endless)
+    with pytest.raises(EMAConfigError, match="count in ep, but the loader's length is unknown"):
+        trainer(tmp_path, callbacks=[callback(update_interval="1ep")]).fit(Module(), endless, loader(1))
     several = callback(decay=None, averages={"fast": 0.5, "slow": 0.9}, evaluate="fast")
     fit(several, max_steps=3)
     assert several.ema.names == ("fast", "slow")

@@ -678,6 +678,9 @@ def test_what_is_refused(tmp_path: Path) -> None:
     with pytest.raises(EMAConfigError, match="another Trainer's"):
         make(tmp_path, shared).train()
 
+    with pytest.raises(EMAConfigError, match="another Trainer's, '1ep'"):  # meant as a half life
+        make(tmp_path, EMACallback("1ep")).train()
+
     class Late(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step == 1:
