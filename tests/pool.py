@@ -27,6 +27,9 @@ from tempfile import TemporaryDirectory
 SIZE = 4
 TEST_TIMEOUT = 180.0
 GRACE_AFTER_FAILURE = 10.0
+#: Of one worker. A gloo group has three, which wake a hundred times a second, and some tests leave theirs: torch and
+#: DeepSpeed keep groups in caches of their own. A few hundred groups take the machine, so there are new workers then.
+MAX_THREADS = 120
 COLLECTIVE_TIMEOUT = timedelta(seconds=60)
 #: What takes long to import. What is not there is left out: the tests that need it say so themselves.
 PRELOAD = [
@@ -99,8 +102,7 @@ def _forget_meshes() -> None:
 def _forget_groups(modules: int) -> int:
     """Collects what a test left in cycles, process groups among it; returns how many modules there are.
 
-    A gloo group keeps three threads that wake a hundred times a second: a few hundred of them take the machine. What
-    new ``modules`` have brought stays, so it is not looked through again.
+    What new ``modules`` have brought stays, so it is not looked through again.
     """
     gc.collect()
     if len(sys.modules) != modules:
@@ -126,6 +128,8 @@ class Pool:
         for pipe in self._pipes[:world_size]:
             pipe.send((module, function, dict(arguments), world_size, str(rendezvous)))
         failures = self._collect(world_size)
+        if any(_threads(worker) > MAX_THREADS for worker in self._workers):
+            self.close()
         if failures:
             raise AssertionError("\n".join(f"[rank {rank}] {text}" for rank, text in sorted(failures.items())))
 
@@ -171,6 +175,12 @@ class Pool:
             worker.kill()
             worker.join()
         self._workers, self._pipes = [], []
+
+
+def _threads(worker: multiprocessing.process.BaseProcess) -> int:
+    """0 where the system does not say."""
+    tasks = Path(f"/proc/{worker.pid}/task")
+    return sum(1 for _ in tasks.iterdir()) if tasks.is_dir() else 0
 
 
 def _free_port() -> int:
