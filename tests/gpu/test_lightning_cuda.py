@@ -1,4 +1,4 @@
-"""Lightning's FSDPStrategy, which refuses CPUs. No GPU has run this yet."""
+"""Lightning's FSDPStrategy, which refuses CPUs."""
 
 from __future__ import annotations
 
