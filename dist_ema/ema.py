@@ -48,6 +48,7 @@ from dist_ema.errors import (
 )
 from dist_ema.interrupts import Uninterrupted
 from dist_ema.kernels.fingerprint import partial_digest
+from dist_ema.kernels.streams import Handover
 from dist_ema.options import Options
 from dist_ema.schedules import Schedule
 from dist_ema.shadow.device import Shadow
@@ -645,7 +646,14 @@ class ShardedEMA:
                 return
             save.start()
         guard = answering(f"save to {path}", timeout)
-        self._background.start(guard(save.write_averages), guard(save.finish), save.abandon)
+        shadows = (shadow for name in self.names for shadow in self._shadow.tensors(name) if shadow is not None)
+        handover = Handover(shadows if started else ())
+
+        def write_averages() -> None:
+            with handover.taken():
+                save.write_averages()
+
+        self._background.start(guard(write_averages), guard(save.finish), save.abandon)
 
     def _views(self, include_untracked: bool) -> dict[str, Callable[[str], Held | None]]:
         """What this rank holds of each tensor, for each average. Local."""

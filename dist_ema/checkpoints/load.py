@@ -29,6 +29,7 @@ from dist_ema.collectives import (
 )
 from dist_ema.errors import CheckpointCorruptError, CheckpointMismatchError, EMAConfigError, EMAError
 from dist_ema.kernels.fingerprint import partial_digest
+from dist_ema.kernels.streams import Handover
 from dist_ema.schedules import Schedule
 from dist_ema.shadow.device import Shadow
 from dist_ema.sharding.runs import Runs, chunks, count, overlap, whole
@@ -276,9 +277,11 @@ class Load:
             values = scratch.bytes[: count(runs) * dtype.itemsize].view(dtype)
             reader.read(want.key, runs, values)
             if out is not None:
-                out.copy_(values)
+                with handover.taken():
+                    out.copy_(values)
             return partial_digest(values, runs) if verify else 0
 
+        handover = Handover(want.out for want in wants if want.out is not None)
         with open_reader(self._path, self.manifest) as reader:
             pool = ThreadPoolExecutor(torch.get_num_threads())
             try:

@@ -108,7 +108,8 @@ class CudaLink(Link):
         torch.cuda.current_stream(self.device).wait_event(self._copied)
 
     def join(self) -> None:
-        self._copied.synchronize()
+        with torch.cuda.device(self.device):  # the worker's own is device 0, where this would make a context
+            self._copied.synchronize()
 
 
 #: By the type of a device. Weights in host memory need none: the worker reads them where they are.
