@@ -57,7 +57,6 @@ def _serve(index: int, pipe: Connection, port: int) -> None:
     import torch
     import torch.distributed as dist
 
-    torch.set_num_threads(1)
     gc.freeze()  # all that was imported: DeepSpeed collects garbage in every stage 3 engine, and would look through it
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "integrations")]
@@ -70,6 +69,7 @@ def _serve(index: int, pipe: Connection, port: int) -> None:
             return
         failure = None
         os.environ.update(WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size))
+        torch.set_num_threads(1)  # a trainer may have said otherwise, and bits depend on it
         try:
             torch.manual_seed(0)
             dist.init_process_group(
