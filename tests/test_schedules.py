@@ -307,11 +307,12 @@ def test_a_factor_per_batch_does_not_depend_on_the_unit_nor_on_the_interval(sche
 
 
 def test_a_clock_that_stands_still_in_the_schedules_unit() -> None:
-    """Batches without tokens stay where the schedule was; tokens without batches are no batch."""
+    """Batches without tokens stay where the schedule was; tokens of which no batch was counted are those of one."""
     cosine, ramp = Cosine(0.9, 1, "100tok"), HalfLife("100tok", ramp=0.1)
     still, moved = (Progress(3, tokens=50), Progress(5, tokens=50)), (Progress(3, tokens=50), Progress(3, tokens=60))
     assert cosine.retain(*still) == pytest.approx(0.95**2, rel=1e-13)
-    assert cosine.retain(*moved) == ramp.retain(*still) == 1
+    assert ramp.retain(*still) == 1
+    assert cosine.retain(*moved) == cosine.retain(moved[0], Progress(4, tokens=60)) < 1
     past = (Progress(3, tokens=100), Progress(5, tokens=100))
     assert cosine.retain(*past) == 1
 
