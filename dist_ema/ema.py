@@ -450,17 +450,20 @@ class ShardedEMA:
         visit = Visit("", "average_parameters()", held_by or _calling_line())
         try:
             try:
-                with Uninterrupted():  # other ranks would go on alone, with weights half of which are to come from here
-                    swap = self._swap(self._call("average_parameters()", name=name), name, visit, keep=True)
-                    visit.open = True
-                    self._visit, self._swap_inside = visit, swap
-                    if swap is not None:
-                        with answering("average_parameters()"):
-                            swap.enter()
-                yield
-            finally:
+                try:
+                    with Uninterrupted():  # other ranks would go on alone, with weights half of which come from here
+                        swap = self._swap(self._call("average_parameters()", name=name), name, visit, keep=True)
+                        visit.open = True
+                        self._visit, self._swap_inside = visit, swap
+                        if swap is not None:
+                            with answering("average_parameters()"):
+                                swap.enter()
+                    yield
+                finally:
+                    _end(swap, visit)
+            finally:  # an exception between any two lines above ends here, and what has been done is not done again
                 _end(swap, visit)
-        finally:  # an exception between any two lines above ends here, and what has been done is not done again
+        finally:  # so does a second one, which comes as late as here: a launcher sends SIGINT, then SIGTERM
             _end(swap, visit)
             self._visit = self._swap_inside = None
 
