@@ -114,6 +114,8 @@ class EMA(Algorithm):
 
     def apply(self, event: Event, state: State, logger: object) -> None:
         """What Composer calls at an event. Collective."""
+        if event is not Event.INIT and state is not self._state:
+            raise EMAConfigError("this EMA is another trainer's since that one was made: make one for each")
         if not self._stays(event):
             self._turn("")
         if event is Event.INIT:
@@ -142,11 +144,7 @@ class EMA(Algorithm):
         return self.ema
 
     def _update(self, event: Event, state: State) -> None:
-        ema, now, before = (
-            self._average(),
-            progress(state.timestamp),
-            progress(state.previous_timestamp),
-        )
+        ema, now, before = self._average(), progress(state.timestamp), progress(state.previous_timestamp)
         new, elapsed = now.since(before), state.get_elapsed_duration().value
         due = self._pace.due(before, now, self.ema_started, elapsed) and event is self.update_event
         ema.update(batches=new.batches, samples=new.samples, tokens=new.tokens, epochs=new.epochs, due=due)

@@ -543,6 +543,14 @@ def test_options_that_contradict_the_trainer() -> None:
         with pytest.raises(EMAConfigError, match=message):
             run.fit()
         run.close()
+    shared = EMA()  # or the first trainer's events would average the second one's model
+    first, second = runs.trainer(shared, duration="1ep"), runs.trainer(shared, duration="1ep")
+    with pytest.raises(EMAConfigError, match="another trainer's since that one was made"):
+        first.fit()
+    second.fit()
+    assert shared.ema is not None and shared.ema.num_updates == 3
+    first.close()
+    second.close()
 
 
 @pytest.mark.world_size(1)
