@@ -1140,7 +1140,7 @@ class ShardedEMA:
         flat = list(self._shadow.tensors(name))
         for index, (share, source) in enumerate(zip(self._shares, sources, strict=True)):
             if flat[index] is not None and self._in_model(name, index):
-                flat[index] = source.detach().reshape(-1)[share.start : share.stop]
+                flat[index] = Held(share, source, share.start).flat()
         return flat
 
     def _name(self, name: str | None) -> str:

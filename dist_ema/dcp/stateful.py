@@ -161,8 +161,9 @@ class Restore:
         places: list[tuple[str, ...]] = [*(("averages", name) for name in names), ("buffers",)]
         if "live" in state:
             places.append(("live",))
-            for share in self._trained():
-                problems += _problems(_look(state, ("live",)).get(share.spec.name), share, "live")
+            for share in shares:
+                if share.numel and share.mode != "live":
+                    problems += _problems(_look(state, ("live",)).get(share.spec.name), share, "live")
         for path in places:
             problems += [f"unexpected {name!r} in {'/'.join(path)}" for name in _look(state, path) if name not in known]
         if problems:
@@ -179,20 +180,16 @@ class Restore:
         """This rank's live elements of each share, flat and as its source is; None where the dict has none. Local."""
         if "live" not in self._state:
             return None
-        trained = {share.spec.name for share in self._trained()}
         values: list[Tensor | None] = []
         for share, source in zip(self._shares, sources, strict=True):
-            out = None
-            if share.mode != "live":
-                out = torch.empty(share.numel, dtype=source.dtype, device=source.device)
-            if out is not None and share.spec.name in trained:
+            if share.mode == "live":
+                values.append(None)
+                continue
+            out = torch.empty(share.numel, dtype=source.dtype, device=source.device)
+            if share.numel:
                 _copy(self._state["live"][share.spec.name], share, out)
             values.append(out)
         return values
-
-    def _trained(self) -> list[Share]:
-        """Those whose live elements a dict has."""
-        return [share for share in self._shares if share.numel and share.mode != "live"]
 
 
 def _copy(value: Tensor, share: Share, out: Tensor) -> None:

@@ -119,7 +119,7 @@ class Window(Schedule):
             return 0.0
         if old <= begin + self._slack(new):
             return -math.inf
-        begin, size, origin = begin, self.time.value, max(begin, self.origin)
+        size, origin = self.time.value, max(begin, self.origin)
         weigh = SHAPES[self.shape]
         low, middle, high = ((at - begin) / size for at in (origin, old, new))
         kept, added = weigh(low, middle), weigh(middle, min(high, 1.0))
