@@ -88,13 +88,13 @@ class Background:
                 if thread.ident is None:  # it could not be started
                     work.end()
 
-    def settle(self) -> None:
+    def wait_until_read(self) -> None:
         """Waits until the shadow may be changed. Local; raises nothing, since other ranks may not have failed yet."""
         self._notice_fork()
         if self._work is not None:
             self._work.read.wait()
 
-    def report(self) -> None:
+    def raise_failure(self) -> None:
         """Raises what failed in work that has ended. Local; does not wait."""
         self._notice_fork()
         if self._work is not None and self._work.done.is_set():

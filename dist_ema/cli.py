@@ -650,18 +650,18 @@ def _print_table(console: Console, title: str, columns: Sequence[str], rows: Seq
 
 
 @contextmanager
-def _progress(doing: str) -> Iterator[Callable[[int], Callable[[int], None]]]:
+def _progress(operation: str) -> Iterator[Callable[[int], Callable[[int], None]]]:
     """A bar on stderr if that is a terminal. Gives a function of all bytes that gives a function of those done."""
     if not sys.stderr.isatty():
         yield lambda _: lambda _: None
         return
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    columns = (TextColumn(doing), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (TextColumn(operation), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=_console(error=True), transient=True) as bar:
 
         def begin(total: int) -> Callable[[int], None]:
-            task = bar.add_task(doing, total=total)
+            task = bar.add_task(operation, total=total)
             return lambda done: bar.advance(task, done)
 
         yield begin

@@ -119,25 +119,25 @@ def broadcast_object(value: T, group: dist.ProcessGroup | None) -> T:
     return values[0]
 
 
-def agree(action: Callable[[], T], group: dist.ProcessGroup | None, doing: str) -> T:
+def agree(action: Callable[[], T], group: dist.ProcessGroup | None, operation: str) -> T:
     """Runs ``action`` on every rank; if it raised anywhere, raises everywhere. Collective.
 
     The error has the class of the first failure where that is one of this library's, else it is a CheckpointError, and
     names the ranks that failed.
     """
     results: list[T] = []
-    exchange(lambda: results.append(action()), group, doing)
+    exchange(lambda: results.append(action()), group, operation)
     return results[0]
 
 
-def exchange(action: Callable[[], T], group: dist.ProcessGroup | None, doing: str) -> list[T]:
+def exchange(action: Callable[[], T], group: dist.ProcessGroup | None, operation: str) -> list[T]:
     """As :func:`agree`, and gives what ``action`` returned on every rank, in the order of the ranks. For small things.
 
     Collective, in one round where what is returned is short.
     """
     result, failure = _tried(action)
     found = gather_objects((result, _told(failure)), group)
-    _raise_failures([what for _, what in found], failure, doing)
+    _raise_failures([what for _, what in found], failure, operation)
     return [result for result, _ in found]  # type: ignore[misc]
 
 
@@ -150,15 +150,15 @@ class Call:
     Attributes:
         name: the method, such as ``"export()"``.
         facts: arguments and options that have to be the same on every rank, by name, in words.
-        doing: for errors; may differ from rank to rank, as a path may. Empty means ``name``.
+        operation: for errors; may differ from rank to rank, as a path may. Empty means ``name``.
     """
 
     name: str
     facts: Mapping[str, str]
-    doing: str = ""
+    operation: str = ""
 
     def __str__(self) -> str:
-        return self.doing or self.name
+        return self.operation or self.name
 
     @property
     def digest(self) -> bytes:
@@ -217,7 +217,7 @@ def _told(failure: Exception | None) -> tuple[str, str] | None:
     return None if failure is None else (type(failure).__name__, str(failure))
 
 
-def _raise_failures(found: Sequence[tuple[str, str] | None], own: Exception | None, doing: str) -> None:
+def _raise_failures(found: Sequence[tuple[str, str] | None], own: Exception | None, operation: str) -> None:
     """Raises what failed on any rank, if anything did. ``found`` is what each rank told, ``own`` is this rank's."""
     failed = {rank: what for rank, what in enumerate(found) if what is not None}
     if not failed:
@@ -229,11 +229,11 @@ def _raise_failures(found: Sequence[tuple[str, str] | None], own: Exception | No
     if not (isinstance(kind, type) and issubclass(kind, errors.EMAError)):
         kind = errors.CheckpointError
     details = "; ".join(f"rank {rank}: {name}: {text}" for rank, (name, text) in failed.items())
-    raise kind(f"{doing} failed: {details}") from own
+    raise kind(f"{operation} failed: {details}") from own
 
 
 @contextmanager
-def answering(doing: str, timeout: float | None = None) -> Iterator[None]:
+def answering(operation: str, timeout: float | None = None) -> Iterator[None]:
     """Names the call in the error of a collective that a rank did not join; also a decorator.
 
     EMAStateError; with a ``timeout`` CheckpointError, which says how long was waited, and which anything becomes that
@@ -246,9 +246,9 @@ def answering(doing: str, timeout: float | None = None) -> Iterator[None]:
         if not lost and (timeout is None or isinstance(error, errors.EMAError)):
             raise
         if timeout is None:
-            raise EMAStateError(f"{doing} failed: {error}") from error
+            raise EMAStateError(f"{operation} failed: {error}") from error
         raise errors.CheckpointError(
-            f"{doing} failed: a rank did not answer within {timeout:g} s, or is gone: {error}"
+            f"{operation} failed: a rank did not answer within {timeout:g} s, or is gone: {error}"
         ) from error
 
 

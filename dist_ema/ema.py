@@ -52,13 +52,13 @@ from dist_ema.kernels.streams import Handover
 from dist_ema.options import Options
 from dist_ema.schedules import Schedule
 from dist_ema.shadow.device import Shadow
-from dist_ema.shadow.host import HostShadow, hold_back
+from dist_ema.shadow.host import HostShadow, wait_for_reads
 from dist_ema.shadow.memory_report import memory_report, summary
 from dist_ema.shadow.swap import Swap, Visit, swaps_together
-from dist_ema.sharding.gather import Held, check_readable, full_tensors
+from dist_ema.sharding.gather import LocalValues, check_readable, full_tensors
 from dist_ema.sharding.resharding import check_same_model, move
-from dist_ema.sharding.shares import Share, plan
-from dist_ema.sharding.writers import Entry, catalogue, speaks
+from dist_ema.sharding.shares import Share, assign_shares
+from dist_ema.sharding.writers import FullTensor, catalogue, is_writer
 from dist_ema.state import Track
 
 logger = logging.getLogger(__name__)
@@ -209,14 +209,14 @@ class ShardedEMA:
         middle of it, every call that needs the average raises EMAStateError until ``reset()`` or ``load()``.
         """
         self._refuse("update()")
-        self._shadow.report()
+        self._shadow.raise_failure()
         now = self._track.clock.advance(batches=batches, samples=samples, tokens=tokens, epochs=epochs)
         if not self._engine.stepped():
             return False
         if due is None:
             due = self._track.is_due(now)
         if due:
-            self._background.settle()
+            self._background.wait_until_read()
             self._engine.reshard()
             sources = self._engine.sources()
             self._shadow.check(sources)
@@ -226,7 +226,7 @@ class ShardedEMA:
                 self._broken = None
         else:
             self._track.clock = now
-        self._background.report()  # last, so that no update is lost
+        self._background.raise_failure()  # last, so that no update is lost
         return due
 
     def _average(self, sources: Sequence[Tensor], now: Progress) -> None:
@@ -318,7 +318,7 @@ class ShardedEMA:
         names = [spec.name for spec in specs]
         if not self._engine.is_part:  # a pattern may be meant for another rank's stage
             self._options.check_patterns(names)
-        shares = plan(specs, self._options)
+        shares = assign_shares(specs, self._options)
         if not self._engine.is_part and not any(share.mode == "average" for share in shares):
             trained = sum(spec.kind == "parameter" for spec in specs)
             raise EMAConfigError(
@@ -332,7 +332,7 @@ class ShardedEMA:
         self._track = Track(self._options, clock)
         self._shadow = self._new_shadow()
         self._skipped_before = 0  # of a run that was resumed; counted by rank 0
-        self._entries: list[Entry] | None = None
+        self._entries: list[FullTensor] | None = None
         self._broken = None
 
     @answering("rebind()")
@@ -352,31 +352,31 @@ class ShardedEMA:
             EMAStateError: inside ``average_parameters()``, or an offloaded update has failed. Nothing has changed then.
         """
         self._background.drain()
-        doing = "rebind()"
+        operation = "rebind()"
 
         def look() -> tuple[Engine, list[Share], list[Tensor]]:
-            self._refuse(doing)
+            self._refuse(operation)
             self._shadow.wait()
             engine = detect_in(target, self._group)
-            shares = plan(engine.specs(), self._options)
+            shares = assign_shares(engine.specs(), self._options)
             engine.reshard()
             return engine, shares, engine.sources()
 
         group = self._engine.group
-        (engine, shares, sources), known = self._met(self._call(doing), self._after_save(look))
+        (engine, shares, sources), known = self._met(self._call(operation), self._after_save(look))
         old = self._entries if known and self._entries is not None else catalogue(self._shares, group)
         new = catalogue(shares, group)
-        check_same_model(old, new, doing)
+        check_same_model(old, new, operation)
         shadow = self._new_shadow(self._shadow.seed, shares)
         if self._shadow.started:
-            agree(lambda: shadow.allocate(sources), group, doing)
+            agree(lambda: shadow.allocate(sources), group, operation)
             for name in self.names:
                 held = {
-                    share.spec.name: Held(share, values, 0)
+                    share.spec.name: LocalValues(share, values, 0)
                     for share, values in zip(self._shares, self._shadow.tensors(name), strict=True)
                     if values is not None
                 }
-                move(old, held.get, shares, shadow.tensors(name), group, doing)
+                move(old, held.get, shares, shadow.tensors(name), group, operation)
             shadow.loaded()
         with Uninterrupted():
             self._skipped_before = self._skipped()
@@ -469,7 +469,7 @@ class ShardedEMA:
 
     def _quiesce(self) -> None:
         """Waits, so long as signals need not wait, for whoever still works on the averages or reads them. Local."""
-        self._background.settle()
+        self._background.wait_until_read()
         self._shadow.drain()
 
     def _swap(self, call: Call, name: str | None, visit: Visit, keep: bool) -> Swap | None:
@@ -479,7 +479,9 @@ class ShardedEMA:
             self._refuse(call.name)
             visit.name = self._name(name)
             shadows = self._shadow.tensors(visit.name) if started else [None] * len(self._shares)
-            swap = Swap(self._engine, self._shares, shadows, self._shadow.scratch, visit, self._background.settle)
+            swap = Swap(
+                self._engine, self._shares, shadows, self._shadow.scratch, visit, self._background.wait_until_read
+            )
             swap.prepare(keep and started)
             return swap
 
@@ -491,7 +493,7 @@ class ShardedEMA:
         else:
             swap = look()
         _visits.update(dict.fromkeys(_holders(self._engine), visit))
-        hold_back()
+        wait_for_reads()
         return swap if started else None
 
     def copy_to(self, name: str | None = None) -> None:
@@ -658,7 +660,7 @@ class ShardedEMA:
 
         self._background.start(guard(write_averages), guard(save.finish), save.abandon)
 
-    def _views(self, include_untracked: bool) -> dict[str, Callable[[str], Held | None]]:
+    def _views(self, include_untracked: bool) -> dict[str, Callable[[str], LocalValues | None]]:
         """What this rank holds of each tensor, for each average. Local."""
         sources = self._sources("save()")
         views = {name: self._held(name, sources, include_untracked) for name in self.names}
@@ -745,9 +747,9 @@ class ShardedEMA:
         # Here, since torch.distributed.checkpoint takes seconds to import and brings torch.distributed.tensor.
         from dist_ema.dcp.stateful import Moment, add_live, make_head, make_state_dict
 
-        group, doing = self._engine.group, "state_dict()"
-        call = self._call(doing, full=full, live=live)
-        sources, every = self._joined(call, lambda: self._sources(doing))
+        group, operation = self._engine.group, "state_dict()"
+        call = self._call(operation, full=full, live=live)
+        sources, every = self._joined(call, lambda: self._sources(operation))
         entries = {entry.name: entry for entry in every}
         (skipped,) = sum_integers([self._skipped()], group)
 
@@ -760,7 +762,7 @@ class ShardedEMA:
             moment = Moment(self._shadow.started, track.clock, track.start, track.seen, skipped, shadow.seed)
             if full:
                 return make_head(moment, self._options.schedules)
-            spoken = [speaks(entries[share.spec.name], share, group) for share in self._shares]
+            spoken = [is_writer(entries[share.spec.name], share, group) for share in self._shares]
             spare = shadow is not self._shadow
             averaged = shadow.tensors if spare else lambda name: self._flat(name, sources)
             state = make_state_dict(moment, self._options.schedules, averaged, self._shares, spoken, spare)
@@ -771,15 +773,15 @@ class ShardedEMA:
                 shadow.discard()  # what keeps it up to date; its memory is the dict's
             return state
 
-        state = agree(make, group, doing)
+        state = agree(make, group, operation)
         if full:
             state |= self._full_parts(every, sources, live)
         return state
 
-    def _full_parts(self, every: Sequence[Entry], sources: Sequence[Tensor], live: bool) -> dict[str, Any]:
+    def _full_parts(self, every: Sequence[FullTensor], sources: Sequence[Tensor], live: bool) -> dict[str, Any]:
         """The tensors of ``state_dict(full=True)``, on rank 0. Collective."""
 
-        def whole(held: Mapping[str, Held], modes: Sequence[str], live: bool = False) -> dict[str, Tensor]:
+        def whole(held: Mapping[str, LocalValues], modes: Sequence[str], live: bool = False) -> dict[str, Tensor]:
             wanted = [
                 replace(entry, aliases=(), dtype=entry.live_dtype if live else entry.dtype)
                 for entry in every
@@ -818,21 +820,21 @@ class ShardedEMA:
             CheckpointError: it is damaged, or of a later version.
             EMAStateError: inside ``average_parameters()``, or the model has changed.
         """
-        from dist_ema.dcp.stateful import Restore  # as in state_dict()
+        from dist_ema.dcp.stateful import LoadedStateDict  # as in state_dict()
 
         self._shadow.drain()  # what fails in it does not matter any more
         self._background.drain()
-        group, doing = self._engine.group, "load_state_dict()"
-        sources, entries = self._begun(self._call(doing), lambda: self._live(doing), replaces=True)
+        group, operation = self._engine.group, "load_state_dict()"
+        sources, entries = self._begun(self._call(operation), lambda: self._live(operation), replaces=True)
         known = {entry.name for entry in entries if entry.mode != "live"}
-        restore = agree(lambda: Restore(state_dict, self._shares, self.names, known), group, doing)
+        restore = agree(lambda: LoadedStateDict(state_dict, self._shares, self.names, known), group, operation)
         moment = restore.moment
-        live, visit = agree(lambda: restore.live(sources), group, doing), Visit("", doing)
+        live, visit = agree(lambda: restore.live(sources), group, operation), Visit("", operation)
         if len(set(gather_objects(live is None, group))) > 1:
-            raise CheckpointMismatchError(f"{doing}: some ranks' state dicts have 'live' and others' have not")
+            raise CheckpointMismatchError(f"{operation}: some ranks' state dicts have 'live' and others' have not")
         back = None
         if live is not None:
-            back = Swap(self._engine, self._shares, live, self._shadow.scratch, visit, self._background.settle)
+            back = Swap(self._engine, self._shares, live, self._shadow.scratch, visit, self._background.wait_until_read)
             back.entries = entries
         check_same_updates(gather_objects(moment.seen.updates, group))
         shadow = self._shadow
@@ -846,9 +848,9 @@ class ShardedEMA:
             shadow.loaded()
 
         with Uninterrupted():
-            self._broken = doing
+            self._broken = operation
             if moment.started:
-                agree(fill, group, doing)
+                agree(fill, group, operation)
             shadow.seed = self._seed(moment.seed)
             self._take(shadow)
             self._track.restore(moment.clock, moment.start, moment.seen)
@@ -857,7 +859,7 @@ class ShardedEMA:
             if back is not None:
                 _visits.update(dict.fromkeys(_holders(self._engine), visit))
                 try:
-                    hold_back()
+                    wait_for_reads()
                     back.copy()
                 finally:
                     _forget(visit)
@@ -867,7 +869,7 @@ class ShardedEMA:
         """Waits for a save in the background and for an offloaded update, and raises what failed in them. Local."""
         self._shadow.drain()
         self._background.wait()
-        self._shadow.report()
+        self._shadow.raise_failure()
 
     def close(self) -> None:
         """``wait()``, and gives back what saving and offloading took, but not the average.
@@ -936,7 +938,7 @@ class ShardedEMA:
         for entry in entries:
             mine = held.get(entry.name)
             digest = 0
-            if mine is not None and speaks(entry, mine.share, self._engine.group):
+            if mine is not None and is_writer(entry, mine.share, self._engine.group):
                 digest = partial_digest(mine.values, mine.runs, entry.dtype, mine.start)
             partial.append(digest)
         totals = sum_integers(partial, self._engine.group)
@@ -953,7 +955,7 @@ class ShardedEMA:
         """
         sources, every = self._joined(self._call("metrics()"), lambda: self._sources("metrics()", inside=False))
         entries = {entry.name: entry for entry in every}
-        spoken = [speaks(entries[share.spec.name], share, self._engine.group) for share in self._shares]
+        spoken = [is_writer(entries[share.spec.name], share, self._engine.group) for share in self._shares]
         squares = [self._squared_distance(name, sources, spoken) for name in self._options.schedules]
         *squares, skipped = sum_floats([*squares, self._skipped()], self._engine.group)
         values = {"ema/num_updates": float(self.num_updates), "ema/skipped_elements": skipped}
@@ -1014,18 +1016,18 @@ class ShardedEMA:
 
     # Views of an average.
 
-    def _call(self, call: str, doing: str = "", /, **arguments: object) -> Call:
+    def _call(self, call: str, operation: str = "", /, **arguments: object) -> Call:
         """A collective call, with the arguments that all ranks have to give alike. (A path is rank 0's.) Local."""
         facts = {argument: repr(value) for argument, value in arguments.items()}
         options = {f"ShardedEMA's {option}": value for option, value in self._options.facts().items()}
-        return Call(call, facts | options, doing)
+        return Call(call, facts | options, operation)
 
     def _view(
         self, call: Call, name: str | None, dtype: object, include_untracked: bool = True, check: bool = True
-    ) -> tuple[list[Entry], dict[str, Held]]:
+    ) -> tuple[list[FullTensor], dict[str, LocalValues]]:
         """All full tensors, and what this rank holds of them in one average, checked to be readable. Collective."""
 
-        def look() -> dict[str, Held]:
+        def look() -> dict[str, LocalValues]:
             if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
                 raise EMAConfigError(f"dtype={dtype!r}: allowed is a floating-point torch.dtype, or None")
             held = self._held(self._name(name), self._sources(call.name), include_untracked)
@@ -1038,7 +1040,7 @@ class ShardedEMA:
 
     def _joined(
         self, call: Call, look: Callable[[], T], replaces: bool = False, timeout: float | None = None
-    ) -> tuple[T, list[Entry]]:
+    ) -> tuple[T, list[FullTensor]]:
         """As ``_met``, and every full tensor."""
         looked, known = self._met(call, look, replaces, timeout)
         if not known:
@@ -1075,7 +1077,7 @@ class ShardedEMA:
 
     def _begun(
         self, call: Call, look: Callable[[], T], replaces: bool = False, timeout: float | None = None
-    ) -> tuple[T, list[Entry]]:
+    ) -> tuple[T, list[FullTensor]]:
         """As ``_joined``, and raises what failed in the background, which some ranks may have raised already."""
         return self._joined(call, self._after_save(look), replaces, timeout)
 
@@ -1091,20 +1093,20 @@ class ShardedEMA:
 
         return look_after_save
 
-    def _sources(self, doing: str, inside: bool = True) -> list[Tensor]:
+    def _sources(self, operation: str, inside: bool = True) -> list[Tensor]:
         """For a call that reads the average too; one that may also be made ``inside`` ``average_parameters()``."""
-        self._refuse(doing, inside=inside)
+        self._refuse(operation, inside=inside)
         self._shadow.wait()
         self._engine.reshard()
         return self._engine.sources()
 
-    def _live(self, doing: str) -> list[Tensor]:
+    def _live(self, operation: str) -> list[Tensor]:
         """For a call that replaces the average."""
-        self._refuse(doing, mends=True)
+        self._refuse(operation, mends=True)
         self._engine.reshard()
         return self._engine.sources()
 
-    def _held(self, name: str, sources: Sequence[Tensor], include_untracked: bool) -> dict[str, Held]:
+    def _held(self, name: str, sources: Sequence[Tensor], include_untracked: bool) -> dict[str, LocalValues]:
         """What this rank holds of each tensor of an average, wherever it is now. Local."""
         shadows = self._shadow.tensors(name) if self._shadow.started else [None] * len(self._shares)
         held = {}
@@ -1115,16 +1117,16 @@ class ShardedEMA:
             values, start = (source, share.start) if in_model or shadow is None else (shadow, 0)
             if values.is_meta:
                 raise EMAStateError(f"{share.spec.name!r} is on the meta device: materialise the model first")
-            held[share.spec.name] = Held(share, values, start)
+            held[share.spec.name] = LocalValues(share, values, start)
         return held
 
-    def _live_held(self, sources: Sequence[Tensor]) -> list[Held | None]:
+    def _live_held(self, sources: Sequence[Tensor]) -> list[LocalValues | None]:
         """What this rank holds of the live weights of what is averaged or copied, wherever they are now. Local."""
         swap = self._swap_inside if self._visit is not None and self._visit.open else None
-        held: list[Held | None] = []
+        held: list[LocalValues | None] = []
         for index, (share, source) in enumerate(zip(self._shares, sources, strict=True)):
             kept = None if swap is None else swap.live(index)
-            whole = Held(share, source, share.start) if kept is None else Held(share, kept, 0)
+            whole = LocalValues(share, source, share.start) if kept is None else LocalValues(share, kept, 0)
             held.append(None if share.mode == "live" else whole)
         return held
 
@@ -1140,7 +1142,7 @@ class ShardedEMA:
         flat = list(self._shadow.tensors(name))
         for index, (share, source) in enumerate(zip(self._shares, sources, strict=True)):
             if flat[index] is not None and self._in_model(name, index):
-                flat[index] = Held(share, source, share.start).flat()
+                flat[index] = LocalValues(share, source, share.start).flat()
         return flat
 
     def _name(self, name: str | None) -> str:
@@ -1151,31 +1153,31 @@ class ShardedEMA:
             raise EMAConfigError(f"name={name!r}: allowed are {', '.join(map(repr, names))}")
         return name
 
-    def _refuse(self, doing: str, mends: bool = False, inside: bool = False) -> None:
+    def _refuse(self, operation: str, mends: bool = False, inside: bool = False) -> None:
         """Raises EMAStateError inside ``average_parameters()``, unless the call may be made ``inside`` our own, and if
         the average or the live weights are not whole, unless it ``mends`` them. Local."""
         visits = self._visiting()
         for visit in visits:
             if visit.open and not (inside and visit is self._visit):
                 raise EMAStateError(
-                    f"{doing} inside average_parameters({visit.name!r}), which {visit.held_by} holds open: the live "
-                    "weights and the shadow have changed places there; call it after the with block"
+                    f"{operation} inside average_parameters({visit.name!r}), which {visit.held_by} holds open: the "
+                    "live weights and the shadow have changed places there; call it after the with block"
                 )
         if mends:
             return
         for visit in visits:
             if visit.torn is not None:
-                raise EMAStateError(f"{doing}: {visit.torn}")
+                raise EMAStateError(f"{operation}: {visit.torn}")
         if self._broken is not None:
             raise EMAStateError(
-                f"{doing}: the average is not whole, since {self._broken} broke off when it had changed a part of it. "
-                "Call reset() to start anew from the live weights, or load() a checkpoint"
+                f"{operation}: the average is not whole, since {self._broken} broke off when it had changed a part of "
+                "it. Call reset() to start anew from the live weights, or load() a checkpoint"
             )
 
-    def _refuse_torn(self, doing: str) -> None:
+    def _refuse_torn(self, operation: str) -> None:
         """As ``_refuse``, before a collective call that other ranks cannot answer any more. Local."""
         if any(visit.torn is not None for visit in self._visiting()):
-            self._refuse(doing)
+            self._refuse(operation)
 
     def _visiting(self) -> list[Visit]:
         """Those of any average to these modules. Local; as good as always there are none at all."""

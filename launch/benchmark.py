@@ -35,7 +35,7 @@ import torch
 import torch.distributed as dist
 from benchmark_checkpoint import add_checkpoint
 from benchmark_offload import add_offload
-from benchmark_peers import DECAY, Contender, Entry, Model, package, peers, weights
+from benchmark_peers import DECAY, Contender, FullTensor, Model, package, peers, weights
 from benchmark_scale import add_scale
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -189,13 +189,13 @@ GUARDED: dict[str, dict[str, Any]] = {
 UNGUARDED = ", skip_nonfinite=False"
 
 
-def contenders(dtype: torch.dtype) -> dict[str, Entry]:
+def contenders(dtype: torch.dtype) -> dict[str, FullTensor]:
     """Label and contender of everyone, in the table's order."""
     entries = {}
     for label, given in GUARDED.items():
         for ending, guard in (("", True), (UNGUARDED, False)):
             builder = functools.partial(ours, guard=guard, **given)
-            entries[label + ending] = Entry(builder, averages=given.get("averages", 1))
+            entries[label + ending] = FullTensor(builder, averages=given.get("averages", 1))
     return entries | peers(dtype)
 
 

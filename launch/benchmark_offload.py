@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dist_ema import ShardedEMA
 from dist_ema.shadow import staging
-from dist_ema.shadow.host import hold_back
+from dist_ema.shadow.host import wait_for_reads
 
 WIDTH = 1024
 BATCH = 64
@@ -82,7 +82,7 @@ class Training:
         start = time.perf_counter()
         self.model(batch).square().mean().backward()
         ready = time.perf_counter()
-        hold_back()
+        wait_for_reads()
         waited = time.perf_counter()
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -56,7 +56,7 @@ Builder = Callable[[Model], Contender]
 
 
 @dataclass
-class Entry:
+class FullTensor:
     """A row of the table to be. Each ``builder`` makes the first copy, so that every update averages.
 
     Attributes:
@@ -206,7 +206,7 @@ def torchtitan(model: Model) -> Contender:
     return Contender(lambda: torch._foreach_lerp_(shadows, live, WEIGHT), lambda: list(averages))
 
 
-def peers(dtype: torch.dtype) -> dict[str, Entry]:
+def peers(dtype: torch.dtype) -> dict[str, FullTensor]:
     """Label and contender of each, in the table's order, for weights of this dtype."""
     own = "" if dtype == torch.float32 else " (bf16 shadow)"
 
@@ -216,12 +216,12 @@ def peers(dtype: torch.dtype) -> dict[str, Entry]:
         return f"{distribution} {metadata.version(distribution)} {name}"
 
     return {
-        f"the form of torchtitan, DTensors{own}": Entry(torchtitan, dtype),
-        f"torch AveragedModel{own}": Entry(averaged_model, dtype),
-        real("ModelEmaV3", "timm", "timm.utils"): Entry(timm),
-        f"the form of NeMo, mul and add{own}": Entry(nemo, dtype),
-        real("EMA", "ema-pytorch", "ema_pytorch"): Entry(ema_pytorch),
-        real("EMAModel", "diffusers", "diffusers.training_utils"): Entry(diffusers),
-        f"the form of DeepSpeed-Chat{own}": Entry(deepspeed_chat, dtype),
-        "the form of Composer compute_ema, FSDP": Entry(composer),
+        f"the form of torchtitan, DTensors{own}": FullTensor(torchtitan, dtype),
+        f"torch AveragedModel{own}": FullTensor(averaged_model, dtype),
+        real("ModelEmaV3", "timm", "timm.utils"): FullTensor(timm),
+        f"the form of NeMo, mul and add{own}": FullTensor(nemo, dtype),
+        real("EMA", "ema-pytorch", "ema_pytorch"): FullTensor(ema_pytorch),
+        real("EMAModel", "diffusers", "diffusers.training_utils"): FullTensor(diffusers),
+        f"the form of DeepSpeed-Chat{own}": FullTensor(deepspeed_chat, dtype),
+        "the form of Composer compute_ema, FSDP": FullTensor(composer),
     }

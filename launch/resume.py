@@ -100,12 +100,12 @@ class Resume:
             data=self._data,
             curves=list(curves),
         )
-        doing = f"checkpoint after step {step}"
-        staging = first(lambda: checkpoints.begin(self._out, record), doing)
-        agree(lambda: self._see(staging), dist.group.WORLD, doing)
+        operation = f"checkpoint after step {step}"
+        staging = first(lambda: checkpoints.begin(self._out, record), operation)
+        agree(lambda: self._see(staging), dist.group.WORLD, operation)
         wrapped.save(staging / MODEL)
         ema.save(staging / EMA)
-        first(lambda: checkpoints.commit(self._out, record, self._options.keep_checkpoints), doing)
+        first(lambda: checkpoints.commit(self._out, record, self._options.keep_checkpoints), operation)
 
     @staticmethod
     def _see(staging: Path) -> None:
@@ -115,7 +115,7 @@ class Resume:
             )
 
 
-def first(action: Callable[[], T], doing: str) -> T:
+def first(action: Callable[[], T], operation: str) -> T:
     """What ``action`` returns on rank 0, on every rank; an error of rank 0 is raised by all. Collective."""
-    result = agree(lambda: action() if dist.get_rank() == 0 else None, dist.group.WORLD, doing)
+    result = agree(lambda: action() if dist.get_rank() == 0 else None, dist.group.WORLD, operation)
     return broadcast_object(result, dist.group.WORLD)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dist_ema import ShardedEMA, kernels
 from dist_ema.kernels import cuda, native
 from dist_ema.kernels.compiler import BuildError
-from dist_ema.kernels.rounding import Places, Rounding, average_key
+from dist_ema.kernels.rounding import ElementPositions, Rounding, average_key
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: Around a block and a chunk of the kernel, which has two blocks here, and empty.
@@ -208,8 +208,8 @@ def check_table_is_kept_until_memory_or_dtype_changes() -> None:
 
 def check_tensors_of_more_than_two_to_the_31_elements() -> None:
     """Offsets in 32 bits would wrap. Two bytes of memory stand for 5 GB: only the table is looked at."""
-    launch = cuda._on_device([[2**31 + 2 * cuda.CHUNK, 0, 0]], torch.device("cpu"))[0]
-    assert launch[-1].tolist() == [0, 2**31 + cuda.CHUNK]
+    launch = cuda._on_device([[2**31 + 2 * cuda.PROGRAM_CHUNK, 0, 0]], torch.device("cpu"))[0]
+    assert launch[-1].tolist() == [0, 2**31 + cuda.PROGRAM_CHUNK]
     source = torch.ones(40)
     shadow = torch.zeros(40)
     low = 2**33  # elements
@@ -288,7 +288,7 @@ def check_bf16_shadows_are_rounded_to_the_eager_bits() -> None:
     torch.manual_seed(0)
     runs = [((5, 4_099),), (), tuple((2**32 - 30 + 7 * row, 3) for row in range(9)), ((2**40, 1),)]
     sizes = [sum(length for _, length in found) for found in runs]
-    rounding = Rounding(Places(list("abcd"), runs), [average_key(7, 3, name) for name in "xy"])
+    rounding = Rounding(ElementPositions(list("abcd"), runs), [average_key(7, 3, name) for name in "xy"])
     ranges = [(4, 4 + size) for size in sizes]
     modes = ([0.0, 1e-4], True), ([0.5, 0.3], True), ([0.7, 1.0], False)
     for dtype, (weights, guarded) in zip(DTYPES, modes, strict=True):
@@ -319,7 +319,7 @@ CHECKS = {name: value for name, value in globals().items() if name.startswith("c
 def main() -> None:
     np.seterr(all="ignore")  # of NaN and Inf
     _mend_the_interpreter()
-    cuda.CHUNK = 2 * cuda.BLOCK  # the interpreter takes milliseconds for a block
+    cuda.PROGRAM_CHUNK = 2 * cuda.BLOCK  # the interpreter takes milliseconds for a block
     results = {}
     for name, check in CHECKS.items():
         try:

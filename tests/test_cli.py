@@ -198,7 +198,7 @@ def test_verify_checks_every_chunk_of_a_large_tensor(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A tensor is cut into stripes for threads, and these into chunks: none may be left out or counted twice."""
-    monkeypatch.setattr("dist_ema.offline.verify.CHUNK", 1 << 10)
+    monkeypatch.setattr("dist_ema.offline.verify.IO_CHUNK", 1 << 10)
     monkeypatch.setattr("dist_ema.offline.verify._STRIPE", 3 << 10)
     ema = ShardedEMA(nn.Linear(100, 101, bias=False))
     ema.update()

@@ -453,7 +453,7 @@ def test_a_damaged_or_foreign_state_dict_is_refused_and_changes_nothing() -> Non
 def test_a_part_can_be_copied_and_not_computed_with() -> None:
     """A part that passed for the full tensor would give wrong numbers without an error."""
     held = torch.arange(5.0)
-    part = BoxedTensor((3, 4), held, (((0, 3), (1, 1)), ((1, 0), (1, 4))), speaks=True, spare=False)
+    part = BoxedTensor((3, 4), held, (((0, 3), (1, 1)), ((1, 0), (1, 4))), is_writer=True, spare=False)
     assert (part.size(), part.dtype, part.device) == (torch.Size([3, 4]), held.dtype, held.device)
     for copied in (part.clone(), copy.deepcopy(part), part.detach().to(torch.float64).float()):
         assert isinstance(copied, BoxedTensor) and copied.boxes == part.boxes

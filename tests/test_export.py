@@ -427,19 +427,19 @@ def test_a_write_that_fails_on_one_rank_is_an_error_on_every_rank_and_leaves_not
 @pytest.mark.world_size(2)
 def test_a_rank_that_cannot_read_its_shard_is_an_error_on_every_rank(rank: int, tmp_path: Path) -> None:
     """While tensors are gathered the others wait for what this rank sends: it has to go on sending."""
-    from dist_ema.sharding.gather import Held
+    from dist_ema.sharding.gather import LocalValues
 
     model = CASES["fsdp2"].model()
     ema, oracle = average(model, CASES["fsdp2"].plain())
-    original = Held.runs.fget
+    original = LocalValues.runs.fget
 
-    def runs(self: Held) -> object:
+    def runs(self: LocalValues) -> object:
         if self.share.spec.name == "frozen.weight":
             raise MemoryError("no room")
         return original(self)
 
     if rank == 1:
-        Held.runs = property(runs)  # type: ignore[assignment]
+        LocalValues.runs = property(runs)  # type: ignore[assignment]
     try:
         for call in (
             ema.full_state_dict,
@@ -451,7 +451,7 @@ def test_a_rank_that_cannot_read_its_shard_is_an_error_on_every_rank(rank: int, 
             dist.barrier()
             assert not list(tmp_path.iterdir())
     finally:
-        Held.runs = property(original)  # type: ignore[assignment]
+        LocalValues.runs = property(original)  # type: ignore[assignment]
     state = ema.full_state_dict()
     if rank == 0:
         oracle.check(state)

@@ -37,7 +37,7 @@ DELAY = 0.02
 
 
 class SlowLink(HostLink):
-    """What an accelerator does, in a thread: copies lie behind, ``hold_back`` and ``join`` wait for them."""
+    """What an accelerator does, in a thread: copies lie behind, ``wait_for_reads`` and ``join`` wait for them."""
 
     def copy(self, takes: Sequence[Take]) -> None:
         super().copy([take for take in takes if take.soon])
@@ -50,7 +50,7 @@ class SlowLink(HostLink):
         super().copy(takes)
         done.set()
 
-    def hold_back(self) -> None:
+    def wait_for_reads(self) -> None:
         self._done.wait()
 
     def join(self) -> None:

@@ -18,7 +18,7 @@ from dist_ema.checkpoints.manifest import Manifest
 from dist_ema.checkpoints.save import NAME
 from dist_ema.errors import CheckpointCorruptError
 from dist_ema.kernels import native
-from dist_ema.kernels.rounding import Places, Rounding, average_key, draws, element_key, rounded
+from dist_ema.kernels.rounding import ElementPositions, Rounding, average_key, draws, element_key, rounded
 from dist_ema.sharding.runs import Rows, Runs
 
 BF16 = torch.bfloat16
@@ -52,7 +52,9 @@ def test_nan_stays_nan_and_nothing_finite_becomes_infinite() -> None:
 
 def test_random_bits_are_uniform_and_independent_of_position_update_and_name() -> None:
     positions = torch.arange(1 << 16) + (1 << 33) - 1000
-    keys = [element_key(Places([name], [()]).names[0], average_key(0, n, "ema")) for name in "ab" for n in (1, 2)]
+    keys = [
+        element_key(ElementPositions([name], [()]).names[0], average_key(0, n, "ema")) for name in "ab" for n in (1, 2)
+    ]
     columns = torch.stack([draws(positions, key).double() / 65536 for key in keys])
     assert abs(columns.mean() - 0.5) < 0.003
     correlations = torch.corrcoef(torch.cat([columns, columns.roll(1, dims=1)])) - torch.eye(8)
@@ -67,7 +69,7 @@ def _blend(
     averages: list[list[Tensor]],
     sources: list[Tensor],
     ranges: list[tuple[int, int]],
-    places: Places,
+    places: ElementPositions,
     guarded: bool,
     weights: list[float],
 ) -> tuple[list[list[Tensor]], int]:
@@ -101,7 +103,7 @@ def test_compiled_gives_the_eager_bits(dtype: torch.dtype, guarded: bool) -> Non
         ((2**40, 1),),
     ]
     sizes = [sum(length for _, length in found) for found in runs]
-    places = Places([f"layer.{number}" for number in range(5)], runs)
+    places = ElementPositions([f"layer.{number}" for number in range(5)], runs)
     sources = [torch.randn(size + 9).to(dtype) for size in sizes]
     ranges = [(4, 4 + size) for size in sizes]
     averages = [[torch.randn(size).to(BF16) for size in sizes] for _ in range(2)]
@@ -127,11 +129,11 @@ def test_pieces_of_a_tensor_are_rounded_as_the_whole(route: str) -> None:
     """Ranks hold pieces; so do the chunks of an update."""
     kernel = native.build() if route == "compiled" else None
     source, shadow = torch.randn(100_000), torch.randn(100_000).to(BF16)
-    whole = Places(["w"], [((0, 100_000),)])
+    whole = ElementPositions(["w"], [((0, 100_000),)])
     ((expected,),), _ = _blend(kernel, [[shadow]], [source], [(0, 100_000)], whole, True, [0.01])
     cuts = [0, 1, 33_333, 70_001, 100_000]
     for start, stop in itertools.pairwise(cuts):
-        part = Places(["w"], [((start, stop - start),)])
+        part = ElementPositions(["w"], [((start, stop - start),)])
         ((found,),), _ = _blend(kernel, [[shadow[start:stop]]], [source], [(start, stop)], part, True, [0.01])
         assert torch.equal(found, expected[start:stop])
     assert not torch.equal(expected, shadow.float().lerp(source, 0.01).to(BF16))

@@ -50,7 +50,7 @@ def test_what_all_ranks_speak_for_is_every_element_once(layout: Layout) -> None:
     heard: dict[str, list[Run]] = {spec.name: [] for spec in model.tensors}
     for rank in range(layout.world_size):
         for share in rank_shares(model, layout, OPTIONS, rank):
-            if share.owned and (share.spec.team if share.spec.partitioned else rank) == 0:
+            if share.first_replica and (share.spec.lowest_mesh_rank if share.spec.partitioned else rank) == 0:
                 heard[share.spec.name] += share.runs
     for spec in model.tensors:
         position = 0

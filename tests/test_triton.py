@@ -60,7 +60,7 @@ def build(kernel, arguments, constants, guarded, capability):
 def plain(averages, source, aligned, guarded, capability):
     arguments = {"chunks": "*i64", "tensors": "*i64", "skipped": "*i64", "weights": ("fp32",) * averages}
     constants = {"AVERAGES": averages, "SOURCE": source, "ALIGNED": aligned}
-    constants |= {"CHUNK": cuda.CHUNK, "BLOCK": cuda.BLOCK}
+    constants |= {"CHUNK": cuda.PROGRAM_CHUNK, "BLOCK": cuda.BLOCK}
     return build(triton_kernels.lerp, arguments, constants, guarded, capability)
 
 def rounded(averages, source, guarded, capability):

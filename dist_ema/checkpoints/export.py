@@ -31,8 +31,8 @@ from dist_ema.checkpoints.writing import Folder
 from dist_ema.collectives import agree, broadcast_object, gather_objects, rank_in
 from dist_ema.engines.unwrapped import unwrapped
 from dist_ema.errors import CheckpointError, EMAConfigError
-from dist_ema.sharding.gather import Held, check_readable
-from dist_ema.sharding.writers import Entry
+from dist_ema.sharding.gather import LocalValues, check_readable
+from dist_ema.sharding.writers import FullTensor
 
 logger = logging.getLogger(__name__)
 _CONFIG_SUFFIXES = {".json", ".txt", ".model", ".jinja"}
@@ -40,8 +40,8 @@ _CONFIG_SUFFIXES = {".json", ".txt", ".model", ".jinja"}
 
 def export(
     path: str | os.PathLike[str],
-    entries: Sequence[Entry],
-    held: Callable[[str], Held | None],
+    entries: Sequence[FullTensor],
+    held: Callable[[str], LocalValues | None],
     group: dist.ProcessGroup | None,
     *,
     dtype: torch.dtype | None,
@@ -57,7 +57,7 @@ def export(
     ``entries`` are all of the model's. ``model`` is the target without wrappers, for its names and its configuration.
     """
     first = rank_in(group) == 0
-    doing = f"export to {path}"
+    operation = f"export to {path}"
     dtypes = {entry.name: entry.live_dtype if dtype is None else entry.cast(dtype) for entry in entries}
 
     left_out = set() if include_untracked else {entry.name for entry in entries if entry.mode == "live"}
@@ -66,7 +66,7 @@ def export(
         _check(path, gather, layout, model)
         return _arrange(model, layout, entries, dtypes, left_out) if first else None
 
-    arrangement = agree(look, group, doing)
+    arrangement = agree(look, group, operation)
     token = Staging.new_token()
     gather, token, arranged = gather_objects((gather, token, arrangement is not None), group)[0]
     if arranged:  # one rank's, since it may come from what others do not see
@@ -79,9 +79,9 @@ def export(
         wanted = [entry for entry in entries if entry.name not in left_out]
         folder = Folder(wanted, held, dtypes, limit, tied=True, stem=STEMS[layout], arrangement=arrangement)
         check_readable(mine for entry in folder.written if (mine := held(entry.name)) is not None)
-        return folder, folder.plan()
+        return folder, folder.lay_out_files()
 
-    folder, plans = agree(plan, group, doing)
+    folder, plans = agree(plan, group, operation)
     staging = Staging(local_path(path), token)
 
     def prepare() -> None:
@@ -91,10 +91,10 @@ def export(
             _Configuration(model, layout, dtype or written, staging.path).write(config_from)
 
     try:
-        agree(prepare, group, doing)
+        agree(prepare, group, operation)
         shared = all(gather_objects(staging.is_visible(), group))
         if gather is False and not shared:
-            raise CheckpointError(f"{doing}: gather=False, but not all ranks see {staging.target.parent} of rank 0")
+            raise CheckpointError(f"{operation}: gather=False, but not all ranks see {staging.target.parent} of rank 0")
         with RunWriter(staging.path, plans) as writer:
 
             def finish() -> None:
@@ -102,15 +102,15 @@ def export(
                 writer.close()  # some file systems say only now that there was no room
 
             def fill() -> None:
-                folder.write(writer, plans, group, True, False, doing)
+                folder.write(writer, plans, group, True, False, operation)
                 finish()
 
             if shared and not gather:
-                agree(fill, group, doing)
+                agree(fill, group, operation)
             else:
-                folder.write(writer, plans, group, False, False, doing)
-                agree(finish, group, doing)
-        agree(lambda: _commit(staging) if first else None, group, doing)
+                folder.write(writer, plans, group, False, False, operation)
+                agree(finish, group, operation)
+        agree(lambda: _commit(staging) if first else None, group, operation)
     except BaseException:
         if first:
             staging.discard()
@@ -129,7 +129,7 @@ def _check(path: object, gather: object, layout: object, model: nn.Module | None
 def _arrange(
     model: nn.Module | None,
     layout: str | None,
-    entries: Sequence[Entry],
+    entries: Sequence[FullTensor],
     dtypes: Mapping[str, torch.dtype],
     left_out: set[str],
 ) -> Arrangement | None:

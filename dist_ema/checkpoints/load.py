@@ -34,11 +34,11 @@ from dist_ema.schedules import Schedule
 from dist_ema.shadow.device import Shadow
 from dist_ema.sharding.runs import Runs, chunks, count, overlap, whole
 from dist_ema.sharding.shares import Share
-from dist_ema.sharding.writers import Entry, speaks
+from dist_ema.sharding.writers import FullTensor, is_writer
 
 logger = logging.getLogger(__name__)
 #: Elements that are read, digested and converted at a time.
-CHUNK = 1 << 19
+IO_CHUNK = 1 << 19
 Key = tuple[str, str]
 
 
@@ -123,7 +123,7 @@ class Want:
     """What this rank wants of one stored tensor: the elements of a share, into a flat shadow."""
 
     key: Key
-    entry: Entry
+    entry: FullTensor
     share: Share | None
     out: Tensor | None
 
@@ -139,12 +139,12 @@ class Load:
     """
 
     def __init__(
-        self, path: StrPath, entries: Sequence[Entry], names: Sequence[str], group: dist.ProcessGroup | None
+        self, path: StrPath, entries: Sequence[FullTensor], names: Sequence[str], group: dist.ProcessGroup | None
     ) -> None:
         self._path = path
         self._group = group
         self._first = rank_in(group) == 0
-        self._doing = f"load from {path}"
+        self._operation = f"load from {path}"
         self._text = b""
 
         def look() -> str:
@@ -155,7 +155,7 @@ class Load:
                     raise
             return checksum(self._text)
 
-        self._shared = len(set(exchange(look, group, self._doing))) == 1
+        self._shared = len(set(exchange(look, group, self._operation))) == 1
         if not self._shared:
             self._text = broadcast_object(self._text, group)
         self.manifest = Manifest.from_bytes(self._text)
@@ -204,9 +204,9 @@ class Load:
         if self.manifest.averages.keys() - set(self._names):
             problems += [f"unexpected average {name!r}" for name in self.manifest.averages if name not in self._names]
         if problems and strict:
-            raise CheckpointMismatchError(f"{self._doing}: it does not fit this model: {'; '.join(problems)}")
+            raise CheckpointMismatchError(f"{self._operation}: it does not fit this model: {'; '.join(problems)}")
         if problems:
-            logger.warning("%s: left out, as it does not fit: %s", self._doing, "; ".join(problems))
+            logger.warning("%s: left out, as it does not fit: %s", self._operation, "; ".join(problems))
         return found
 
     def wants(self, found: Mapping[str, Mapping[str, Key]], shares: Mapping[str, Share], shadow: Shadow) -> list[Want]:
@@ -226,7 +226,7 @@ class Load:
         Raises CheckpointCorruptError on every rank; what was filled is then not to be used.
         """
         if self._shared:
-            sums = agree(lambda: self._read_own(wants, verify), self._group, self._doing)
+            sums = agree(lambda: self._read_own(wants, verify), self._group, self._operation)
         else:
             sums = self._read_sent(wants, verify)
         if verify:
@@ -242,7 +242,7 @@ class Load:
         damaged = []
         spoken = []
         for want, own in zip(wants, sums, strict=True):
-            heard = want.share is not None and speaks(want.entry, want.share, self._group)
+            heard = want.share is not None and is_writer(want.entry, want.share, self._group)
             spoken.append(own if heard else 0)
             # Another rank's sum is counted; one that holds everything can check for itself.
             whole_tensor = want.share is not None and want.share.numel == want.entry.numel
@@ -273,7 +273,7 @@ class Load:
                 reader.read(want.key, runs, out)
                 return partial_digest(out, runs) if verify else 0
             if not hasattr(scratch, "bytes"):
-                scratch.bytes = torch.empty(CHUNK * 16, dtype=torch.uint8)
+                scratch.bytes = torch.empty(IO_CHUNK * 16, dtype=torch.uint8)
             values = scratch.bytes[: count(runs) * dtype.itemsize].view(dtype)
             reader.read(want.key, runs, values)
             if out is not None:
@@ -287,7 +287,7 @@ class Load:
             try:
                 jobs = []
                 for want in wants:
-                    parts = list(chunks(want.share.runs if want.share is not None else (), CHUNK))
+                    parts = list(chunks(want.share.runs if want.share is not None else (), IO_CHUNK))
                     lows = accumulate(map(count, parts), initial=0)
                     jobs.append([pool.submit(take, want, part, low) for part, low in zip(parts, lows, strict=False)])
                 return [sum(job.result() for job in parts) for parts in jobs]
@@ -297,9 +297,9 @@ class Load:
     def _read_sent(self, wants: Sequence[Want], verify: bool) -> list[int]:
         """Rank 0 reads and sends, window by window, where others do not see its disk. Collective."""
         reader = agree(
-            lambda: open_reader(self._path, self.manifest) if self._first else None, self._group, self._doing
+            lambda: open_reader(self._path, self.manifest) if self._first else None, self._group, self._operation
         )
-        buffer = agree(lambda: torch.empty(WINDOW_BYTES, dtype=torch.uint8), self._group, self._doing)
+        buffer = agree(lambda: torch.empty(WINDOW_BYTES, dtype=torch.uint8), self._group, self._operation)
         failures: list[Exception] = []  # a rank that fails goes on sending and receiving, so that no other waits
         sums = []
         try:
@@ -322,7 +322,7 @@ class Load:
             if failures:
                 raise failures[0]
 
-        agree(finish, self._group, self._doing)
+        agree(finish, self._group, self._operation)
         return sums
 
     def _windows(

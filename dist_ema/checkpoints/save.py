@@ -17,8 +17,8 @@ from dist_ema.checkpoints.storage import DTYPE_NAMES, FilePlan, Writer
 from dist_ema.checkpoints.writing import Folder
 from dist_ema.collectives import agree, exchange, rank_in, sum_integers
 from dist_ema.errors import CheckpointError
-from dist_ema.sharding.gather import Held
-from dist_ema.sharding.writers import Entry
+from dist_ema.sharding.gather import LocalValues
+from dist_ema.sharding.writers import FullTensor
 from dist_ema.state import Track
 
 #: Bytes of one file at most.
@@ -53,15 +53,15 @@ class Save:
         track: Track,
         started: bool,
         skipped: int,
-        entries: Sequence[Entry],
-        views: Mapping[str, Callable[[str], Held | None]],
+        entries: Sequence[FullTensor],
+        views: Mapping[str, Callable[[str], LocalValues | None]],
         group: dist.ProcessGroup | None,
         seed: int | None = None,
         include_untracked: bool = True,
         overwrite: bool = True,
     ) -> None:
         self._overwrite = overwrite
-        self._doing = f"save to {path}"
+        self._operation = f"save to {path}"
         self._path = path
         self._destination: Destination | None = None
         self._failure: Exception | None = None  # of this rank's writing, until the ranks agree
@@ -98,7 +98,7 @@ class Save:
         for name, (wanted, held) in folders.items():
             dtypes = {entry.name: entry.dtype for entry in wanted}
             folder = Folder(wanted, held, dtypes, FILE_LIMIT, tied=False)
-            parts[name] = _Part(folder, folder.plan())
+            parts[name] = _Part(folder, folder.lay_out_files())
         return parts
 
     def run(self) -> None:
@@ -118,7 +118,7 @@ class Save:
             prefix = LIVE if self._record.started else ""
             self._write(prefix)
             if any(name.startswith(prefix) for name in self._parts):
-                agree(self._report, self._group, self._doing)
+                agree(self._report, self._group, self._operation)
         except BaseException:
             self.abandon()
             raise
@@ -141,13 +141,13 @@ class Save:
                 self._destination.create(plans, self._overwrite)
             return own
 
-        token, *_ = exchange(create, self._group, self._doing)
+        token, *_ = exchange(create, self._group, self._operation)
 
         def look() -> bool:
             self._to = self._destination or destination(self._path, token)
             return self._to.is_visible()
 
-        self._shared = all(exchange(look, self._group, self._doing))
+        self._shared = all(exchange(look, self._group, self._operation))
 
     def _write(self, prefix: str) -> None:
         """Fills the files of the folders whose names begin so. Collective, or local as ``write_averages``."""
@@ -156,7 +156,7 @@ class Save:
                 try:
                     writer = self._to.writer(name, part.plans)
                     self._writers.append(writer)
-                    part.folder.write(writer, part.plans, self._group, self._shared, True, self._doing)
+                    part.folder.write(writer, part.plans, self._group, self._shared, True, self._operation)
                 except Exception as error:
                     if not self._shared:
                         raise
@@ -181,14 +181,14 @@ class Save:
 
     def finish(self) -> None:
         """Waits for the disk, writes the manifest and puts the checkpoint in its place. Collective."""
-        agree(self._sync, self._group, self._doing)
+        agree(self._sync, self._group, self._operation)
         digests = self._total_digests()
 
         def commit() -> None:
             if self._first:
                 self._to.commit(_readable(self._manifest(digests, self._to.data)))
 
-        agree(commit, self._group, self._doing)
+        agree(commit, self._group, self._operation)
 
     def _total_digests(self) -> dict[str, dict[str, int]]:
         """Fingerprints of all full tensors, by folder and name, and all elements that were left out. Collective."""

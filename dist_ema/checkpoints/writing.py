@@ -13,12 +13,12 @@ from dist_ema.checkpoints.rearrange import Arrangement
 from dist_ema.checkpoints.storage import FilePlan, TensorPlan, Writer, plan_files
 from dist_ema.collectives import agree
 from dist_ema.kernels.fingerprint import partial_digest
-from dist_ema.sharding.gather import Held, gather_each
+from dist_ema.sharding.gather import LocalValues, gather_each
 from dist_ema.sharding.runs import Runs, chunks, count
-from dist_ema.sharding.writers import Entry, speaks
+from dist_ema.sharding.writers import FullTensor, is_writer
 
 #: Elements that are converted, digested and written at a time.
-CHUNK = 1 << 19
+IO_CHUNK = 1 << 19
 
 
 @dataclass
@@ -36,8 +36,8 @@ class Folder:
         digests: of what this rank wrote, by name; empty unless they were asked for.
     """
 
-    entries: Sequence[Entry]
-    held: Callable[[str], Held | None]
+    entries: Sequence[FullTensor]
+    held: Callable[[str], LocalValues | None]
     dtypes: dict[str, torch.dtype]
     limit: int
     tied: bool
@@ -45,7 +45,7 @@ class Folder:
     arrangement: Arrangement | None = None
     digests: dict[str, int] = field(default_factory=dict)
 
-    def plan(self) -> list[FilePlan]:
+    def lay_out_files(self) -> list[FilePlan]:
         """The files. Pure: every rank computes the same."""
         if self.arrangement is not None:
             return plan_files(self.arrangement.targets, self.limit, self.stem)
@@ -57,12 +57,12 @@ class Folder:
         return plan_files(tensors, self.limit, self.stem)
 
     @property
-    def written(self) -> list[Entry]:
+    def written(self) -> list[FullTensor]:
         """The tensors that have an element in the files."""
         known = None if self.arrangement is None else self.arrangement.sources
         return [entry for entry in self.entries if known is None or entry.name in known]
 
-    def names(self, entry: Entry) -> tuple[str, ...]:
+    def names(self, entry: FullTensor) -> tuple[str, ...]:
         """The names under which a tensor is written."""
         return entry.names if self.tied else (entry.name,)
 
@@ -73,7 +73,7 @@ class Folder:
         group: dist.ProcessGroup | None,
         shared: bool,
         digest: bool,
-        doing: str,
+        operation: str,
     ) -> None:
         """Fills the files; what was written has to be synced yet. Collective unless ``shared``.
 
@@ -82,41 +82,41 @@ class Folder:
 
         Args:
             writer: of the files.
-            plans: what ``plan()`` gave.
+            plans: what ``lay_out_files()`` gave.
             group: the ranks.
             shared: every rank sees the files and writes its own elements; else rank 0 writes all of them, tensor by
                 tensor in the order of the files where no tensor is tied.
             digest: take the fingerprint of what is written.
-            doing: for the error.
+            operation: for the error.
         """
         if shared:
             self._each_chunk(group, digest, writer)
         else:
-            self._write_gathered(writer, plans, group, digest, doing)
+            self._write_gathered(writer, plans, group, digest, operation)
 
     def _write_gathered(
-        self, writer: Writer, plans: Sequence[FilePlan], group: dist.ProcessGroup | None, digest: bool, doing: str
+        self, writer: Writer, plans: Sequence[FilePlan], group: dist.ProcessGroup | None, digest: bool, operation: str
     ) -> None:
-        def take(entry: Entry, start: int, values: Tensor) -> None:
+        def take(entry: FullTensor, start: int, values: Tensor) -> None:
             self._write(writer, entry, ((start, values.numel()),), values.cpu())
 
         if digest:
-            agree(lambda: self._each_chunk(group, digest, None), group, doing)
+            agree(lambda: self._each_chunk(group, digest, None), group, operation)
         ordered = self.written
         if self.arrangement is None:
             tensors = (tensor for plan in plans for tensor in plan.tensors)
             places = {tensor.name: place for place, tensor in enumerate(tensors)}
             ordered.sort(key=lambda entry: places[entry.name])
-        gather_each(ordered, self.held, self.dtypes, group, take, doing)
+        gather_each(ordered, self.held, self.dtypes, group, take, operation)
 
     def _each_chunk(self, group: dist.ProcessGroup | None, digest: bool, writer: Writer | None) -> None:
         for entry in self.written:
             mine = self.held(entry.name)
-            if mine is None or not speaks(entry, mine.share, group):
+            if mine is None or not is_writer(entry, mine.share, group):
                 continue
-            scratch = torch.empty(min(CHUNK, mine.share.numel), dtype=self.dtypes[entry.name])
+            scratch = torch.empty(min(IO_CHUNK, mine.share.numel), dtype=self.dtypes[entry.name])
             low, total = 0, 0
-            for runs in chunks(mine.runs, CHUNK):
+            for runs in chunks(mine.runs, IO_CHUNK):
                 values = mine.chunk(low, low + count(runs), scratch)
                 low += values.numel()
                 total += partial_digest(values, runs) if digest else 0
@@ -124,13 +124,13 @@ class Folder:
                     self._write(writer, entry, runs, values)
             self.digests[entry.name] = total
 
-    def _write(self, writer: Writer, entry: Entry, runs: Runs, values: Tensor) -> None:
+    def _write(self, writer: Writer, entry: FullTensor, runs: Runs, values: Tensor) -> None:
         if self.arrangement is None:
             for name in self.names(entry):
                 writer.write(name, runs, values)
             return
         low = 0
-        for part in chunks(runs, CHUNK):  # what is gathered comes in more, and has an index for each element
+        for part in chunks(runs, IO_CHUNK):  # what is gathered comes in more, and has an index for each element
             high = low + count(part)
             for name, places, moved in self.arrangement.place(entry.name, part, values[low:high]):
                 writer.write(name, places, moved)

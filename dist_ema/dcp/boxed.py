@@ -36,7 +36,7 @@ class BoxedTensor(Tensor):
     Attributes:
         held: this rank's elements, flat: those of the first box, then those of the second, and so on.
         boxes: where they lie in the full tensor.
-        speaks: whether this rank writes them.
+        is_writer: whether this rank writes them.
         spare: whether ``held`` is memory that reading may overwrite. If not, it is copied as soon as a read is planned,
             so that a read that fails has damaged nothing.
     """
@@ -46,18 +46,24 @@ class BoxedTensor(Tensor):
 
     held: Tensor
     boxes: tuple[Box, ...]
-    speaks: bool
+    is_writer: bool
     spare: bool
 
     @staticmethod
     def __new__(
-        cls: type[BoxedTensor], shape: Sequence[int], held: Tensor, boxes: Sequence[Box], *, speaks: bool, spare: bool
+        cls: type[BoxedTensor],
+        shape: Sequence[int],
+        held: Tensor,
+        boxes: Sequence[Box],
+        *,
+        is_writer: bool,
+        spare: bool,
     ) -> BoxedTensor:
         # A tensor without memory of its own, as torch's DTensor is.
         made: BoxedTensor = Tensor._make_wrapper_subclass(cls, torch.Size(shape), dtype=held.dtype, device=held.device)
         made.held = held
         made.boxes = tuple(boxes)
-        made.speaks = speaks
+        made.is_writer = is_writer
         made.spare = spare
         return made
 
@@ -83,14 +89,14 @@ class BoxedTensor(Tensor):
         )
 
     def _with(self, held: Tensor) -> BoxedTensor:
-        return BoxedTensor(self.size(), held, self.boxes, speaks=self.speaks, spare=True)
+        return BoxedTensor(self.size(), held, self.boxes, is_writer=self.is_writer, spare=True)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"BoxedTensor(shape={tuple(self.size())}, boxes={self.boxes}, held={self.held})"
 
     def __create_write_items__(self, fqn: str, object: object) -> list[WriteItem]:
-        """What this rank writes: all boxes, or none where another rank speaks for them."""
-        if not self.speaks:
+        """What this rank writes: all boxes, or none where another rank writes them."""
+        if not self.is_writer:
             return []
         return [
             WriteItem(

@@ -101,13 +101,13 @@ def make_state_dict(
         spare: whether reading may overwrite them, since it serves nothing else.
     """
     state = make_head(moment, schedules)
-    speaks = {share.spec.name: speaks for share, speaks in zip(shares, spoken, strict=True)}
+    is_writer = {share.spec.name: is_writer for share, is_writer in zip(shares, spoken, strict=True)}
     for path, share, held in _parts(averaged, shares, tuple(schedules)):
         place = state
         for key in path:
             place = place.setdefault(key, {})
         name = share.spec.name
-        place[name] = BoxedTensor(share.spec.shape, held, share.boxes, speaks=speaks[name], spare=spare)
+        place[name] = BoxedTensor(share.spec.shape, held, share.boxes, is_writer=is_writer[name], spare=spare)
     return state
 
 
@@ -122,13 +122,13 @@ def add_live(
 ) -> None:
     """Adds the live weights of what is averaged or copied: for each share the flat tensor of its elements. Local."""
     state["live"] = {
-        share.spec.name: BoxedTensor(share.spec.shape, values, share.boxes, speaks=speaks, spare=False)
-        for share, values, speaks in zip(shares, live, spoken, strict=True)
+        share.spec.name: BoxedTensor(share.spec.shape, values, share.boxes, is_writer=is_writer, spare=False)
+        for share, values, is_writer in zip(shares, live, spoken, strict=True)
         if values is not None and share.numel
     }
 
 
-class Restore:
+class LoadedStateDict:
     """What came back: all of it is checked at construction, then ``fill()`` writes it into a shadow. Local.
 
     Args:

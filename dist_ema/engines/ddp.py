@@ -31,7 +31,9 @@ class DataParallelEngine(PlainEngine):
     def spec(self, slot: Slot, tensor: Tensor) -> TensorSpec:
         if kind_of(slot, tensor) != "parameter" or self._ignored.intersection((slot.name, *slot.aliases)):
             return super().spec(slot, tensor)
-        return TensorSpec.unsharded(slot.name, tensor, replicas=self._replicas, team=self._team, aliases=slot.aliases)
+        return TensorSpec.unsharded(
+            slot.name, tensor, replicas=self._replicas, lowest_mesh_rank=self._team, aliases=slot.aliases
+        )
 
     @contextmanager
     def own_buffers(self) -> Iterator[None]:

@@ -56,7 +56,7 @@ class DTensorEngine(PlainEngine):
             tensor.dtype,
             runs,
             kind=kind_of(slot, tensor),
-            team=int(mesh.mesh.min()),
+            lowest_mesh_rank=int(mesh.mesh.min()),
             replicas=replicas,
             primary=primary,
             aliases=slot.aliases,
@@ -169,7 +169,7 @@ def _sharding_order(placements: Sequence[Placement]) -> list[int]:
 
 
 def replicas_of(mesh: DeviceMesh, placements: Sequence[Placement]) -> tuple[Replicas | None, bool]:
-    """The ranks that share a DTensor's shadow with this one, and whether this rank speaks for them."""
+    """The ranks that share a DTensor's shadow with this one, and whether this rank writes its elements."""
     coordinate = mesh.get_coordinate()
     if coordinate is None:
         return None, False

@@ -155,7 +155,7 @@ class FlatParamEngine(Engine):
             flat_param.dtype,
             held.runs(),
             kind="parameter" if held.trained else "frozen",
-            team=_team(held.unit),
+            lowest_mesh_rank=_team(held.unit),
             replicas=_replicas(held.unit, held.handle),
             aliases=aliases,
         )

@@ -123,7 +123,7 @@ class ZeroEngine(Engine):
         if slot.is_buffer:
             return TensorSpec.unsharded(slot.name, tensor, kind="buffer", partitioned=False, aliases=slot.aliases)
         shape, team = _full_shape(tensor), self._groups.of(slot.name, tensor)
-        known: dict[str, Any] = {"team": min(team.ranks), "aliases": slot.aliases}
+        known: dict[str, Any] = {"lowest_mesh_rank": min(team.ranks), "aliases": slot.aliases}
         if piece is not None and piece.group is not None:
             if dist.get_process_group_ranks(piece.group) != team.ranks:
                 raise EMAEngineError(

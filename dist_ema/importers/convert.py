@@ -20,11 +20,11 @@ from dist_ema.importers import AUTO, FORMATS, recognise
 from dist_ema.importers.files import open_foreign, open_model
 from dist_ema.importers.foreign import Foreign, LazyTensor, Model, Tensors, check_shapes, ties
 from dist_ema.schedules import ConstantDecay, HalfLife, Schedule
-from dist_ema.sharding.gather import Held
+from dist_ema.sharding.gather import LocalValues
 from dist_ema.sharding.runs import whole
 from dist_ema.sharding.shares import Mode, Share
 from dist_ema.sharding.spec import TensorSpec
-from dist_ema.sharding.writers import Entry
+from dist_ema.sharding.writers import FullTensor
 from dist_ema.state import Track
 
 Advance = Callable[[int], None]
@@ -242,7 +242,7 @@ def _save(
     entries = [*tracked, *live]
     total = sum(entry.numel * entry.dtype.itemsize * count.get(entry.name, 1) for entry in entries)
     advance = begin(total) if begin else _no
-    views: dict[str, Callable[[str], Held | None]] = {}
+    views: dict[str, Callable[[str], LocalValues | None]] = {}
     for average, tensors in assembly.averages.items():
         everything = {**assembly.live, **tensors}
         views[average] = {entry.name: _hold(entry, everything[entry.name], advance) for entry in entries}.get
@@ -252,16 +252,16 @@ def _save(
 
 def _entry(
     name: str, tensor: LazyTensor, assembly: _Assembly, dtype: torch.dtype | None, mode: Mode | None = None
-) -> Entry:
+) -> FullTensor:
     floating = tensor.dtype.is_floating_point
     kept = dtype if dtype is not None and floating else tensor.dtype
     mode = mode or ("average" if floating else "copy")
     aliases = assembly.aliases.get(name, ())
-    return Entry(name, aliases, tensor.shape, kept, tensor.dtype, mode, partitioned=False)
+    return FullTensor(name, aliases, tensor.shape, kept, tensor.dtype, mode, partitioned=False)
 
 
 @dataclass(frozen=True)
-class _Foreign(Held):
+class _Foreign(LocalValues):
     """A tensor in a foreign file; ``values`` is empty."""
 
     source: LazyTensor
@@ -273,9 +273,9 @@ class _Foreign(Held):
         self.advance(out.nbytes)
 
 
-def _hold(entry: Entry, tensor: LazyTensor, advance: Advance) -> _Foreign:
+def _hold(entry: FullTensor, tensor: LazyTensor, advance: Advance) -> _Foreign:
     spec = TensorSpec(entry.name, torch.Size(entry.shape), tensor.dtype, whole(entry.numel), partitioned=False)
-    share = Share(spec, entry.mode, 0, entry.numel, entry.dtype, split=False, owned=True)
+    share = Share(spec, entry.mode, 0, entry.numel, entry.dtype, split=False, first_replica=True)
     return _Foreign(share, torch.empty(0, dtype=tensor.dtype), 0, tensor, advance)
 
 

@@ -1,8 +1,8 @@
 """In-place arithmetic on lists of plain local tensors. Knows no process group and no wrapper.
 
-What takes several steps runs over chunks of at most ``CHUNK`` elements, so that what one step leaves behind is still in
-the cache for the next, and no temporary is larger than a chunk. A source is read from memory once, whatever the
-number of averages.
+What takes several steps runs over chunks of at most ``CACHE_CHUNK`` elements, so that what one step leaves behind is
+still in the cache for the next, and no temporary is larger than a chunk. A source is read from memory once, whatever
+the number of averages.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from torch import Tensor
 
 from dist_ema.kernels import cpu, cuda
 from dist_ema.kernels.arguments import Table
-from dist_ema.kernels.rounding import Places, Rounding
+from dist_ema.kernels.rounding import ElementPositions, Rounding
 
 #: Elements at a time: 1 MiB of fp32, which stays in the cache. On an accelerator a launch has to be worth its cost.
-CHUNK = 1 << 18
+CACHE_CHUNK = 1 << 18
 ACCELERATOR_CHUNK = 1 << 22
 
 
 def chunk_size(device: torch.device) -> int:
     """Elements of one chunk on ``device``."""
-    return CHUNK if device.type == "cpu" else ACCELERATOR_CHUNK
+    return CACHE_CHUNK if device.type == "cpu" else ACCELERATOR_CHUNK
 
 
 def pieces(tensor: Tensor, start: int, stop: int, limit: int) -> Iterator[tuple[int, Tensor]]:
@@ -70,7 +70,7 @@ class Scratch:
         self.touched = False
         self.tables = cpu.table(), cuda.table()
         self.rounded_table = cpu.rounded_table()
-        self._rounded_on_device: tuple[Places, Table[list[cuda.RoundedLaunch]]] | None = None
+        self._rounded_on_device: tuple[ElementPositions, Table[list[cuda.RoundedLaunch]]] | None = None
         self._buffers: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
     def like(self, values: Tensor, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
@@ -86,7 +86,7 @@ class Scratch:
         """``values`` themselves if they have this dtype, else a converted copy in the scratch."""
         return values if values.dtype == dtype else self.like(values, dtype).copy_(values)
 
-    def rounded_on_device(self, places: Places) -> Table[list[cuda.RoundedLaunch]]:
+    def rounded_on_device(self, places: ElementPositions) -> Table[list[cuda.RoundedLaunch]]:
         """What the kernel for bf16 shadows on GPUs was last called with, for tensors of these places."""
         if self._rounded_on_device is None or self._rounded_on_device[0] is not places:
             self._rounded_on_device = places, cuda.rounded_table(places)
@@ -260,7 +260,7 @@ def is_finite(shadow: Tensor) -> bool:
     """Whether a shadow on the CPU has no NaN and no Inf; True elsewhere, where asking would wait. Local."""
     if shadow.device.type != "cpu":
         return True
-    parts = (piece for _, piece in pieces(shadow, 0, shadow.numel(), CHUNK))
+    parts = (piece for _, piece in pieces(shadow, 0, shadow.numel(), CACHE_CHUNK))
     return all(looks_finite(part) or bool(torch.isfinite(part).all()) for part in parts)
 
 

@@ -19,12 +19,12 @@ from torch import Tensor
 from dist_ema.kernels.arguments import CODES, Averages, Ranges, Table, address
 from dist_ema.kernels.choice import choose
 from dist_ema.kernels.compiler import BuildError
-from dist_ema.kernels.rounding import Places, Rounding, average_key
+from dist_ema.kernels.rounding import ElementPositions, Rounding, average_key
 
 logger = logging.getLogger(__name__)
 
 #: Elements of one program, and at a time. Small enough that a few large tensors keep every processor of a GPU busy.
-CHUNK = 1 << 14
+PROGRAM_CHUNK = 1 << 14
 BLOCK = 1 << 11
 #: Bytes that a thread loads at once, where addresses are multiples of them.
 _ALIGNMENT = 16
@@ -85,7 +85,7 @@ class RoundedLaunch:
     tensors: Tensor
 
 
-def rounded_table(places: Places, device_type: str = "cuda") -> Table[list[RoundedLaunch]]:
+def rounded_table(places: ElementPositions, device_type: str = "cuda") -> Table[list[RoundedLaunch]]:
     """An empty table for :func:`lerp_rounded`, for tensors whose elements have these places."""
 
     def make(taken: list[int], averages: Averages, sources: Sequence[Tensor], ranges: Ranges) -> list[RoundedLaunch]:
@@ -110,24 +110,24 @@ def rounded_table(places: Places, device_type: str = "cuda") -> Table[list[Round
     return Table(device_type, make, torch.bfloat16)
 
 
-def _run_chunks(places: Places, tensor: int, numel: int) -> Iterator[tuple[int, int, int]]:
+def _run_chunks(places: ElementPositions, tensor: int, numel: int) -> Iterator[tuple[int, int, int]]:
     """Each run of a tensor, cut: first element, number of elements, position of the first."""
     first, last = places.first[tensor], places.first[tensor + 1]
     for run in range(first, last):
         local, full = places.local[run], places.full[run]
         end = places.local[run + 1] if run + 1 < last else numel
-        for low in range(local, end, CHUNK):
-            yield low, min(CHUNK, end - low), full + low - local
+        for low in range(local, end, PROGRAM_CHUNK):
+            yield low, min(PROGRAM_CHUNK, end - low), full + low - local
 
 
 def _on_device(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """Chunks and tensors of a launch, sent without waiting."""
     with torch.inference_mode(False):
         tensors = torch.tensor(rows, dtype=torch.int64, device="cpu")
-        parts = (tensors[:, 0] + CHUNK - 1) // CHUNK
+        parts = (tensors[:, 0] + PROGRAM_CHUNK - 1) // PROGRAM_CHUNK
         owners = torch.repeat_interleave(torch.arange(len(rows), device="cpu"), parts)
         firsts = torch.cumsum(parts, 0) - parts
-        lows = (torch.arange(len(owners), device="cpu") - firsts[owners]) * CHUNK
+        lows = (torch.arange(len(owners), device="cpu") - firsts[owners]) * PROGRAM_CHUNK
         chunks = torch.stack([owners, lows], dim=1)
         return _send(chunks, device), _send(tensors, device)
 
@@ -177,7 +177,7 @@ class Kernel:
                 len(weights),
                 self._dtypes[launch.dtype],
                 launch.aligned,
-                CHUNK,
+                PROGRAM_CHUNK,
                 BLOCK,
                 num_warps=_WARPS,
             )
@@ -302,7 +302,7 @@ def check(kernel: Kernel, device: torch.device) -> None:
         BuildError: a kernel does not compile, or differs by more than one unit in the last place.
     """
     table_ = table(device.type)
-    rounding = Rounding(Places(["check"], [((2**32 - 50, 99),)]), [average_key(0, 1, "check")])
+    rounding = Rounding(ElementPositions(["check"], [((2**32 - 50, 99),)]), [average_key(0, 1, "check")])
     rounded_table_ = rounded_table(rounding.places, device.type)
     for dtype in CODES:
         source = torch.linspace(-3, 5, 99, dtype=torch.float32, device=device).tan_().to(dtype)

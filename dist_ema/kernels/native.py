@@ -25,7 +25,7 @@ from dist_ema.kernels import compiler
 from dist_ema.kernels.arguments import CODES
 from dist_ema.kernels.choice import choose
 from dist_ema.kernels.compiler import BuildError
-from dist_ema.kernels.rounding import Places, Rounding, average_key
+from dist_ema.kernels.rounding import ElementPositions, Rounding, average_key
 
 logger = logging.getLogger(__name__)
 
@@ -166,7 +166,7 @@ def _check(library: Library) -> None:
 
 
 def _check_rounding(library: Library, values: Tensor, code: int, weight: float) -> None:
-    rounding = Rounding(Places(["check"], [((2**32 - 50, 99),)]), [average_key(0, 1, "check")])
+    rounding = Rounding(ElementPositions(["check"], [((2**32 - 50, 99),)]), [average_key(0, 1, "check")])
     shadow = torch.linspace(1, -2, 99, dtype=torch.float32, device="cpu").bfloat16()
     blended = rounding.apply(0, 0, 0, torch.lerp(shadow.float(), values.float(), weight))
     expected = torch.where(values.isfinite(), blended, shadow)

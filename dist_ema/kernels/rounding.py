@@ -36,7 +36,7 @@ class Rounding:
         keys: of each average; see :func:`average_key`.
     """
 
-    places: Places
+    places: ElementPositions
     keys: Sequence[int]
 
     def apply(self, average: int, tensor: int, low: int, values: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ class Rounding:
         return rounded(values, draws(positions, element_key(self.places.names[tensor], self.keys[average])))
 
 
-class Places:
+class ElementPositions:
     """Where the elements of shadows lie in their full tensors.
 
     Args:

@@ -16,11 +16,11 @@ from dist_ema.checkpoints.places import StrPath
 from dist_ema.checkpoints.reader import DTYPES, RunReader, reread
 from dist_ema.errors import EMAConfigError
 from dist_ema.offline.verify import Advance, VerifiedTensor, no_advance
-from dist_ema.sharding.gather import Held
+from dist_ema.sharding.gather import LocalValues
 from dist_ema.sharding.runs import whole
 from dist_ema.sharding.shares import Mode, Share
 from dist_ema.sharding.spec import TensorSpec
-from dist_ema.sharding.writers import Entry
+from dist_ema.sharding.writers import FullTensor
 
 
 def export_checkpoint(
@@ -101,7 +101,7 @@ def _export(
 
 
 @dataclass(frozen=True)
-class _Stored(Held):
+class _Stored(LocalValues):
     """A tensor in a file; ``values`` is empty.
 
     Attributes:
@@ -126,10 +126,10 @@ def _hold(reader: RunReader, key: Key, tensor: StoredTensor, advance: Advance) -
     shape, dtype = torch.Size(tensor.shape), DTYPES[tensor.dtype]
     spec = TensorSpec(key[1], shape, dtype, whole(source.numel), partitioned=False, aliases=tensor.aliases)
     mode: Mode = "live" if key[0] == LIVE else "average"
-    share = Share(spec, mode, 0, source.numel, dtype, split=False, owned=True)
+    share = Share(spec, mode, 0, source.numel, dtype, split=False, first_replica=True)
     return _Stored(share, torch.empty(0, dtype=dtype), 0, source, advance)
 
 
-def _entry(share: Share) -> Entry:
+def _entry(share: Share) -> FullTensor:
     spec = share.spec
-    return Entry(spec.name, spec.aliases, tuple(spec.shape), spec.dtype, spec.dtype, share.mode, partitioned=False)
+    return FullTensor(spec.name, spec.aliases, tuple(spec.shape), spec.dtype, spec.dtype, share.mode, partitioned=False)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dist_ema.checkpoints.load import CHUNK, Key, damaged_error, stored_tensors
+from dist_ema.checkpoints.load import IO_CHUNK, Key, damaged_error, stored_tensors
 from dist_ema.checkpoints.manifest import NAME, Manifest, StoredTensor
 from dist_ema.checkpoints.places import StrPath
 from dist_ema.checkpoints.reader import DTYPES, REREADS, RunReader, read_manifest_bytes
@@ -23,9 +23,9 @@ from dist_ema.sharding.runs import Runs, chunks, count, whole
 Advance = Callable[[int], None]
 WRONG = "its data are not what was written"
 #: Elements that one thread takes at a time, chunk by chunk.
-_STRIPE = 32 * CHUNK
+_STRIPE = 32 * IO_CHUNK
 #: Elements that :meth:`VerifiedTensor.chunks` gives at a time: few, as a caller has them in float64 several times over.
-_PIECE = CHUNK // 2
+_PIECE = IO_CHUNK // 2
 
 
 @dataclass(frozen=True)
@@ -135,9 +135,9 @@ def _audit_file(
     def digest(key: Key, stripe: Runs) -> int | str:
         dtype = reader.dtype(key)
         if not hasattr(scratch, "bytes"):
-            scratch.bytes = torch.empty(CHUNK * 8, dtype=torch.uint8)
+            scratch.bytes = torch.empty(IO_CHUNK * 8, dtype=torch.uint8)
         total = 0
-        for part in chunks(stripe, CHUNK):
+        for part in chunks(stripe, IO_CHUNK):
             values = scratch.bytes[: count(part) * dtype.itemsize].view(dtype)
             try:
                 reader.read(key, part, values)

@@ -173,7 +173,7 @@ def _dtensor(spec: TensorSpec, mesh: Sequence[tuple[int, int, Placement]], team:
         spec,
         runs=placed_runs(spec.shape, sizes, coordinate, placements, spec.name),
         partitioned=True,
-        team=team,
+        lowest_mesh_rank=team,
         replicas=None if shared is None else _replicas(coordinate[shared], sizes[shared]),
         primary=primary,
     )

@@ -15,12 +15,12 @@ from dist_ema.checkpoints.manifest import NAME
 from dist_ema.checkpoints.save import Save
 from dist_ema.clock import Progress
 from dist_ema.errors import EMAConfigError
-from dist_ema.kernels import ACCELERATOR_CHUNK, CHUNK
+from dist_ema.kernels import ACCELERATOR_CHUNK, CACHE_CHUNK
 from dist_ema.options import ONLY, Options
 from dist_ema.planning.architecture import Architecture
 from dist_ema.planning.layouts import Layout, simulate
 from dist_ema.schedules import HalfLife
-from dist_ema.sharding.shares import Share, plan
+from dist_ema.sharding.shares import Share, assign_shares
 from dist_ema.sharding.writers import catalogue
 from dist_ema.state import Track
 
@@ -159,7 +159,7 @@ def sample(world_size: int) -> list[int]:
 
 def rank_shares(model: Architecture, layout: Layout, options: Options, rank: int) -> list[Share]:
     """What one rank keeps of each tensor. Pure."""
-    return plan(simulate(model.tensors, layout, rank, model.styles), options)
+    return assign_shares(simulate(model.tensors, layout, rank, model.styles), options)
 
 
 def rank_cost(model: Architecture, layout: Layout, options: Options, rank: int) -> RankCost:
@@ -183,13 +183,13 @@ def rank_cost(model: Architecture, layout: Layout, options: Options, rank: int) 
             buffers += kept
             update += read + kept
         checkpoint += number * kept if _writes(share, rank) else 0
-    scratch = widest * (CHUNK if options.offload else _ACCELERATOR_CHUNKS * ACCELERATOR_CHUNK)
+    scratch = widest * (CACHE_CHUNK if options.offload else _ACCELERATOR_CHUNKS * ACCELERATOR_CHUNK)
     return RankCost(rank, shadow, buffers, staging, scratch, in_use, update, staging, checkpoint)
 
 
 def _writes(share: Share, rank: int) -> bool:
     """Whether this rank writes what it holds of a tensor: the lowest team does, and of what is not spread, rank 0."""
-    return share.owned and (share.spec.team if share.spec.partitioned else rank) == 0
+    return share.first_replica and (share.spec.lowest_mesh_rank if share.spec.partitioned else rank) == 0
 
 
 def checkpoint_files(shares: Sequence[Share], options: Options) -> dict[str, int]:

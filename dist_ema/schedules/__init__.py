@@ -24,7 +24,7 @@ from dist_ema.schedules.half_life import HalfLife, HalfLifeFraction
 from dist_ema.schedules.power import PowerFunction, sigma_rel_to_gamma
 from dist_ema.schedules.profile import Profile
 from dist_ema.schedules.ramps import Cosine, Linear
-from dist_ema.schedules.schedule import Moment, Schedule
+from dist_ema.schedules.schedule import Position, Schedule
 from dist_ema.schedules.warmup import NumUpdatesWarmup, Warmup
 from dist_ema.schedules.window import Window
 
@@ -35,8 +35,8 @@ __all__ = [
     "HalfLife",
     "HalfLifeFraction",
     "Linear",
-    "Moment",
     "NumUpdatesWarmup",
+    "Position",
     "PowerFunction",
     "Profile",
     "Schedule",

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from dist_ema.clock import CLOCK_UNITS, Time
 from dist_ema.schedules.checks import positive, set_fields
-from dist_ema.schedules.schedule import LOG_2, Along, Moment, PerBatch, Schedule, harmonic
+from dist_ema.schedules.schedule import LOG_2, Along, PerBatch, Position, Schedule, harmonic
 
 
 @dataclass(frozen=True, repr=False)
@@ -50,7 +50,7 @@ class HalfLife(Along):
         """That of the half life."""
         return self.time.unit
 
-    def log_retain(self, before: Moment, after: Moment) -> float:
+    def log_retain(self, before: Position, after: Position) -> float:
         """As of every schedule."""
         if self.ramp is None:
             return Schedule.log_retain(self, before, after)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from dist_ema.clock import Time
 from dist_ema.errors import EMAConfigError
 from dist_ema.schedules.checks import set_fields, share
-from dist_ema.schedules.schedule import Along, Moment, Schedule
+from dist_ema.schedules.schedule import Along, Position, Schedule
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class _Ramp(Along):
         """With ``over`` in a unit of the clock. Raises EMAConfigError for a ``dur`` without ``max_duration``."""
         return replace(self, over=str(self.time.resolve(max_duration, option="over")))
 
-    def _position(self, moment: Moment, name: str) -> float:
+    def _position(self, moment: Position, name: str) -> float:
         if self.unit == "dur":
             raise EMAConfigError(
                 f"over={self.over!r} is a part of max_duration, which is not known here: resolve() it, or give a time "

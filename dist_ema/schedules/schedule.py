@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from dist_ema.schedules.profile import Profile
 
-Moment: TypeAlias = Progress | float
+Position: TypeAlias = Progress | float
 
 LOG_2 = math.log(2)
 
@@ -28,7 +28,7 @@ class Schedule(ABC):
     #: Whether ``_log_retain`` takes arrays of positions as well.
     elementwise: ClassVar[bool] = False
 
-    def log_retain(self, before: Moment, after: Moment) -> float:
+    def log_retain(self, before: Position, after: Position) -> float:
         """Natural logarithm of :meth:`retain`: 0 where nothing is forgotten, ``-inf`` where everything is.
 
         Raises:
@@ -37,11 +37,11 @@ class Schedule(ABC):
         start, stop = self._positions(before, after)
         return self._log_retain(start, stop) if start < stop else 0.0
 
-    def retain(self, before: Moment, after: Moment) -> float:
+    def retain(self, before: Position, after: Position) -> float:
         """The fraction, in [0, 1], of the average at ``before`` that is left at ``after``. Raises as ``log_retain``."""
         return math.exp(self.log_retain(before, after))
 
-    def weight(self, before: Moment, after: Moment) -> float:
+    def weight(self, before: Position, after: Position) -> float:
         """``1 - retain(before, after)`` to full double precision: the weight of ``lerp_``. Raises as ``log_retain``."""
         return -math.expm1(self.log_retain(before, after))
 
@@ -79,7 +79,7 @@ class Schedule(ABC):
         """
         return self
 
-    def profile(self, progress: Moment | str, *, every: float | None = None) -> Profile:
+    def profile(self, progress: Position | str, *, every: float | None = None) -> Profile:
         """How much the weights of each past step weigh in the average at ``progress``.
 
         Args:
@@ -113,7 +113,7 @@ class Schedule(ABC):
         """The position of a clock reading in the schedule's own unit."""
         return progress.value(self.unit)
 
-    def _position(self, moment: Moment, name: str) -> float:
+    def _position(self, moment: Position, name: str) -> float:
         if isinstance(moment, Progress):
             return self._read(moment)
         position = number(name, moment, "a Progress or a finite number, 0 or more")
@@ -121,7 +121,7 @@ class Schedule(ABC):
             raise EMAConfigError(f"{name}={moment!r}: allowed is a Progress or a finite number, 0 or more")
         return position
 
-    def _positions(self, before: Moment, after: Moment) -> tuple[float, float]:
+    def _positions(self, before: Position, after: Position) -> tuple[float, float]:
         start, stop = self._position(before, "before"), self._position(after, "after")
         if stop < start:
             raise EMAConfigError(f"after={after!r}: allowed is a moment not earlier than before={before!r}")
@@ -167,7 +167,7 @@ class Along(PerBatch):
     batches lies one batch, since they do not say how many there were; so it does where no batches were counted.
     """
 
-    def log_retain(self, before: Moment, after: Moment) -> float:
+    def log_retain(self, before: Position, after: Position) -> float:
         if self.unit == "ba":
             return super().log_retain(before, after)
         start, stop = self._positions(before, after)

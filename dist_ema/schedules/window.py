@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from dist_ema.clock import Progress, Time
 from dist_ema.errors import EMAConfigError
 from dist_ema.schedules.checks import set_fields
-from dist_ema.schedules.schedule import Moment, Schedule
+from dist_ema.schedules.schedule import Position, Schedule
 
 if TYPE_CHECKING:
     import numpy as np
@@ -104,7 +104,7 @@ class Window(Schedule):
         set_fields(begun, first=first, origin=max(first - span, 0))
         return begun
 
-    def _position(self, moment: Moment, name: str) -> float:
+    def _position(self, moment: Position, name: str) -> float:
         if self.unit == "dur":
             raise EMAConfigError(
                 f"length={self.length!r}, every={self.every!r}: a part of max_duration, which is not known here: "

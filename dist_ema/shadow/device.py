@@ -10,7 +10,7 @@ from torch import Tensor
 from dist_ema import kernels
 from dist_ema.errors import EMAStateError
 from dist_ema.kernels import memory
-from dist_ema.kernels.rounding import Places, Rounding, average_key
+from dist_ema.kernels.rounding import ElementPositions, Rounding, average_key
 from dist_ema.sharding.shares import Share
 
 
@@ -30,7 +30,7 @@ class Shadow:
         self, names: Iterable[str], shares: Sequence[Share], skip_nonfinite: bool, seed: int | None = None
     ) -> None:
         self.seed = seed
-        self._places: Places | None = None
+        self._places: ElementPositions | None = None
         self.guard = kernels.Guard() if skip_nonfinite else None
         self.scratch = kernels.Scratch()
         self._names = tuple(names)
@@ -92,7 +92,7 @@ class Shadow:
             return None
         if self._places is None:
             shares = [self._shares[index] for index in self._averaged]
-            self._places = Places([share.spec.name for share in shares], [share.runs for share in shares])
+            self._places = ElementPositions([share.spec.name for share in shares], [share.runs for share in shares])
         return Rounding(self._places, [average_key(self.seed, update, name) for name in self._names])
 
     def tensors(self, name: str) -> list[Tensor | None]:
@@ -125,14 +125,14 @@ class Shadow:
         """Waits until nothing works on the averages. Local; raises nothing."""
         return
 
-    def report(self) -> None:
+    def raise_failure(self) -> None:
         """Raises EMAStateError if work on the averages has failed. Local; does not wait."""
         return
 
     def wait(self) -> None:
-        """``drain()``, then ``report()``."""
+        """``drain()``, then ``raise_failure()``."""
         self.drain()
-        self.report()
+        self.raise_failure()
 
     def close(self) -> None:
         """Gives back what only updates need. Local. Raises what nobody has seen yet."""

@@ -3,10 +3,10 @@
 An update asks for copies of the weights and returns; the thread waits for them and averages. Weights that are in host
 memory already are not copied: the thread reads them in place.
 
-The weights have to stay as they are until they have been read. Whoever writes them waits for that, by ``hold_back()``:
-every optimizer step (a hook for all of torch's optimizers, from which DeepSpeed's inherit), and every average that goes
-into the model. A write by other hands is noticed where torch counts it, and logged. What a forward pass writes
-(buffers) is copied before ``update`` returns, or in the order of the device's work.
+The weights have to stay as they are until they have been read. Whoever writes them waits for that, by
+``wait_for_reads()``: every optimizer step (a hook for all of torch's optimizers, from which DeepSpeed's inherit), and
+every average that goes into the model. A write by other hands is noticed where torch counts it, and logged. What a
+forward pass writes (buffers) is copied before ``update`` returns, or in the order of the device's work.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ class HostShadow(Shadow):
 
     # Who waits for whom.
 
-    def hold_back(self) -> None:
+    def wait_for_reads(self) -> None:
         """Before the weights are written: waits until they have been read, the device's copies in the device's order.
 
         Raises nothing: a failure is for the next call to this library.
@@ -137,7 +137,7 @@ class HostShadow(Shadow):
         self._look_for_writes(self._read)
         self._released = True
         for link in self._links.values():
-            link.hold_back()
+            link.wait_for_reads()
         if self._read.keys() - self._staging:
             self._worker.drain()
 
@@ -160,9 +160,9 @@ class HostShadow(Shadow):
         """Waits for the thread; raises nothing."""
         self._worker.drain()
 
-    def report(self) -> None:
+    def raise_failure(self) -> None:
         """Raises EMAStateError if the thread has failed; does not wait."""
-        self._worker.report()
+        self._worker.raise_failure()
 
     def close(self) -> None:
         """Ends the thread, which starts again when it is needed. Raises what nobody has seen yet."""
@@ -219,15 +219,15 @@ _reading: WeakSet[HostShadow] = WeakSet()
 _hooks: list[object] = []
 
 
-def hold_back(*_: object) -> None:
+def wait_for_reads(*_: object) -> None:
     """Every offloaded average of this process has read its weights afterwards, as far as the device's order goes."""
     for shadow in list(_reading):
-        shadow.hold_back()
+        shadow.wait_for_reads()
 
 
 def _guard_optimizers() -> None:
     if not _hooks:
-        _hooks.append(register_optimizer_step_pre_hook(hold_back))
+        _hooks.append(register_optimizer_step_pre_hook(wait_for_reads))
 
 
 def _version(tensor: Tensor) -> int:

@@ -1,9 +1,10 @@
 """The way of weights from where they are trained to host memory, and the order in which that has to happen.
 
 A *link* takes copies of one device's tensors. Everything that was asked of the device before a copy is in it, and
-nothing that is asked after ``hold_back()``. Copies go straight into host memory of the size and dtype of this rank's
-weights: a smaller staging area would have to be emptied by the worker before the last part can be copied, so that the
-next optimizer step would wait for the worker, and the host for both. Here only the device waits, and only for copies.
+nothing that is asked after ``wait_for_reads()``. Copies go straight into host memory of the size and dtype of this
+rank's weights: a smaller staging area would have to be emptied by the worker before the last part can be copied, so
+that the next optimizer step would wait for the worker, and the host for both. Here only the device waits, and only for
+copies.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Link(ABC):
         """Asks for copies of what the sources are now. May return before they are made."""
 
     @abstractmethod
-    def hold_back(self) -> None:
+    def wait_for_reads(self) -> None:
         """What the device is asked after this waits for the copies."""
 
     @abstractmethod
@@ -73,7 +74,7 @@ class HostLink(Link):
         for take in takes:
             kernels.read(take.source, take.start, take.stop, take.out)
 
-    def hold_back(self) -> None:
+    def wait_for_reads(self) -> None:
         return
 
     def join(self) -> None:
@@ -104,7 +105,7 @@ class CudaLink(Link):
         for take in takes:
             kernels.read(take.source, take.start, take.stop, take.out, non_blocking=True)
 
-    def hold_back(self) -> None:
+    def wait_for_reads(self) -> None:
         torch.cuda.current_stream(self.device).wait_event(self._copied)
 
     def join(self) -> None:

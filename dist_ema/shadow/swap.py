@@ -30,7 +30,7 @@ from dist_ema.errors import EMAError, EMAStateError
 from dist_ema.interrupts import Uninterrupted
 from dist_ema.sharding.shares import Share, replica_sets, split_over
 from dist_ema.sharding.spec import Replicas
-from dist_ema.sharding.writers import Entry
+from dist_ema.sharding.writers import FullTensor
 
 logger = logging.getLogger(__name__)
 #: Errors in a row after which the way back is given up; interrupts do not count.
@@ -43,14 +43,14 @@ class Visit:
 
     Attributes:
         name: of the average.
-        doing: the call.
+        operation: the call.
         held_by: who opened it, as errors say it.
         open: whether the model computes with it.
         torn: what happened to live weights that are neither the average nor what they were before.
     """
 
     name: str
-    doing: str
+    operation: str
     held_by: str = ""
     open: bool = False
     torn: str | None = None
@@ -106,7 +106,7 @@ class Swap:
         self._visit = visit
         self._wait = wait
         self._sets = replica_sets([share.spec if share.split else None for share in shares])
-        self.entries: Sequence[Entry] = ()
+        self.entries: Sequence[FullTensor] = ()
         self._several = _spreads(engine)
         self._exchanges: dict[int, kernels.Exchange] = {}
         self._kept: dict[int, Tensor] = {}
@@ -259,7 +259,7 @@ class Swap:
             "reset() it"
         )
         self._done = True
-        return EMAStateError(f"{self._visit.doing} failed: {self._visit.torn}")
+        return EMAStateError(f"{self._visit.operation} failed: {self._visit.torn}")
 
     def _settle(self) -> None:
         """Waits for copies to the device that still read weights in host memory (CPU offload): they are written now."""
@@ -341,14 +341,14 @@ class Swap:
 
     def _send_buffers(self) -> None:
         """Buffers that each rank has for itself become, on all, those of the rank that writes them in an export: the
-        first that has them (``writers.speaks``). Collective if there are any."""
+        first that has them (``writers.is_writer``). Collective if there are any."""
         group = self._engine.group
         if group is None or not self._several:
             return
         own = [entry for entry in self.entries if entry.buffer and entry.mode != "live" and not entry.partitioned]
         places = {share.spec.name: index for index, share in enumerate(self._shares)}
-        for owner in sorted({entry.team for entry in own}):
-            entries = [entry for entry in own if entry.team == owner]
+        for owner in sorted({entry.lowest_mesh_rank for entry in own}):
+            entries = [entry for entry in own if entry.lowest_mesh_rank == owner]
             here = [places.get(entry.name) for entry in entries]
 
             def read(number: int, start: int, stop: int, out: Tensor, here: list[int | None] = here) -> None:

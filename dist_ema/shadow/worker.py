@@ -70,7 +70,7 @@ class Worker:
             job.result()
             self._job = None
 
-    def report(self) -> None:
+    def raise_failure(self) -> None:
         """Raises EMAStateError if a job has failed; does not wait."""
         self._notice_fork()
         if self._error is not None:
@@ -83,7 +83,7 @@ class Worker:
     def wait(self) -> None:
         """Waits for the end of the job. Raises as ``report``."""
         self.drain()
-        self.report()
+        self.raise_failure()
 
     @property
     def failed(self) -> bool:
@@ -95,7 +95,7 @@ class Worker:
         """Ends the thread; the next job starts another. Raises what nobody has seen yet."""
         unseen = self._end()
         if unseen:
-            self.report()
+            self.raise_failure()
 
     def discard(self) -> None:
         """Ends the thread for good. What failed has been logged, and does not matter any more."""

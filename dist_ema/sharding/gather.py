@@ -14,11 +14,11 @@ from dist_ema.collectives import Window, agree, rank_in
 from dist_ema.errors import EMAStateError
 from dist_ema.sharding.runs import Runs, overlap
 from dist_ema.sharding.shares import Share
-from dist_ema.sharding.writers import Entry, speaks
+from dist_ema.sharding.writers import FullTensor, is_writer
 
 
 @dataclass(frozen=True)
-class Held:
+class LocalValues:
     """Values that this rank holds of one full tensor.
 
     Attributes:
@@ -58,7 +58,7 @@ class Held:
         return scratch[: stop - start]
 
 
-def check_readable(held: Iterable[Held]) -> None:
+def check_readable(held: Iterable[LocalValues]) -> None:
     """Raises EMAStateError for a tensor that is more, or something else, than its elements one after the other. Local.
 
     Such are the quantised weights under an adapter: their class computes as if it had the elements of the shape.
@@ -86,12 +86,12 @@ def _is_readable(values: Tensor) -> bool:
 
 
 def gather_each(
-    entries: Sequence[Entry],
-    held: Callable[[str], Held | None],
+    entries: Sequence[FullTensor],
+    held: Callable[[str], LocalValues | None],
     dtypes: Mapping[str, torch.dtype],
     group: dist.ProcessGroup | None,
-    take: Callable[[Entry, int, Tensor], None],
-    doing: str,
+    take: Callable[[FullTensor, int, Tensor], None],
+    operation: str,
     everywhere: bool = False,
 ) -> None:
     """Brings full tensors to rank 0, or to every rank, one window at a time. Collective.
@@ -105,10 +105,10 @@ def gather_each(
         dtypes: of each result, by name; conversion happens before anything is sent.
         group: the ranks.
         take: called on rank 0 with a tensor, the first element of a window, and the values there.
-        doing: for the error.
+        operation: for the error.
         everywhere: call ``take`` on every rank.
     """
-    window = agree(lambda: Window(group), group, doing)
+    window = agree(lambda: Window(group), group, operation)
     failure: Exception | None = None
     for entry in entries:
         dtype = dtypes[entry.name]
@@ -120,7 +120,9 @@ def gather_each(
                     _read_window(entry, held(entry.name), start, stop, values, group)
             except Exception as error:
                 failure = error
-            if everywhere or entry.partitioned or entry.team != 0:  # else rank 0 has it, and all ranks know that
+            if (
+                everywhere or entry.partitioned or entry.lowest_mesh_rank != 0
+            ):  # else rank 0 has it, and all ranks know that
                 window.collect(everywhere)
             try:
                 if failure is None and (everywhere or rank_in(group) == 0):
@@ -132,25 +134,25 @@ def gather_each(
         if failure is not None:
             raise failure
 
-    agree(finish, group, doing)
+    agree(finish, group, operation)
 
 
 def _read_window(
-    entry: Entry, held: Held | None, start: int, stop: int, out: Tensor, group: dist.ProcessGroup | None
+    entry: FullTensor, held: LocalValues | None, start: int, stop: int, out: Tensor, group: dist.ProcessGroup | None
 ) -> None:
     """Puts this rank's elements of the window ``[start, stop)`` of a full tensor into their places in ``out``."""
-    if held is None or not speaks(entry, held.share, group):
+    if held is None or not is_writer(entry, held.share, group):
         return
     for local, inside, length in overlap(held.runs, start, stop):
         held.read(local, local + length, out[inside : inside + length])
 
 
 def full_tensors(
-    entries: Sequence[Entry],
-    held: Callable[[str], Held | None],
+    entries: Sequence[FullTensor],
+    held: Callable[[str], LocalValues | None],
     dtype: torch.dtype | None,
     group: dist.ProcessGroup | None,
-    doing: str,
+    operation: str,
 ) -> dict[str, Tensor]:
     """Full CPU tensors by name on rank 0, ``{}`` elsewhere; tied names share one tensor. Collective."""
     dtypes = {entry.name: entry.cast(dtype) for entry in entries}
@@ -161,9 +163,9 @@ def full_tensors(
             for entry in entries:
                 state.update(dict.fromkeys(entry.names, torch.empty(entry.shape, dtype=dtypes[entry.name])))
 
-    def take(entry: Entry, start: int, values: Tensor) -> None:
+    def take(entry: FullTensor, start: int, values: Tensor) -> None:
         state[entry.name].view(-1)[start : start + values.numel()].copy_(values)
 
-    agree(allocate, group, doing)
-    gather_each(entries, held, dtypes, group, take, doing)
+    agree(allocate, group, operation)
+    gather_each(entries, held, dtypes, group, take, operation)
     return state

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from dist_ema.collectives import agree, gather_objects
 from dist_ema.errors import EMAEngineError
-from dist_ema.sharding.gather import Held, gather_each
+from dist_ema.sharding.gather import LocalValues, gather_each
 from dist_ema.sharding.runs import count, overlap
 from dist_ema.sharding.shares import Share
-from dist_ema.sharding.writers import Entry
+from dist_ema.sharding.writers import FullTensor
 
 
-def check_same_model(old: Sequence[Entry], new: Sequence[Entry], doing: str) -> None:
+def check_same_model(old: Sequence[FullTensor], new: Sequence[FullTensor], operation: str) -> None:
     """Raises EMAEngineError, listing all differences, unless both average the same names and shapes. Local."""
     before, after = ({name: entry for entry in entries for name in entry.names} for entries in (old, new))
     problems = [f"missing {entry.name!r}" for entry in old if _kept(entry) and not _kept(after.get(entry.name))]
@@ -26,20 +26,20 @@ def check_same_model(old: Sequence[Entry], new: Sequence[Entry], doing: str) -> 
             problems.append(f"misshapen {entry.name!r}: {entry.shape} instead of {known.shape}")
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-        raise EMAEngineError(f"{doing}: this is not the model that is averaged: {shown}")
+        raise EMAEngineError(f"{operation}: this is not the model that is averaged: {shown}")
 
 
-def _kept(entry: Entry | None) -> bool:
+def _kept(entry: FullTensor | None) -> bool:
     return entry is not None and entry.mode != "live"
 
 
 def move(
-    entries: Sequence[Entry],
-    held: Callable[[str], Held | None],
+    entries: Sequence[FullTensor],
+    held: Callable[[str], LocalValues | None],
     shares: Sequence[Share],
     tensors: Sequence[Tensor | None],
     group: dist.ProcessGroup | None,
-    doing: str,
+    operation: str,
 ) -> None:
     """Fills flat new tensors from what the ranks hold. Collective.
 
@@ -52,7 +52,7 @@ def move(
         shares: what this rank shall hold.
         tensors: where to, for each share; None for what is not kept.
         group: the ranks.
-        doing: for errors.
+        operation: for errors.
     """
     wanted = {
         name: (share, tensor)
@@ -66,20 +66,20 @@ def move(
             entry.name for entry in entries if entry.name in wanted and not _copy(held(entry.name), wanted[entry.name])
         ]
 
-    lacking = {name for found in gather_objects(agree(copy, group, doing), group) for name in found}
+    lacking = {name for found in gather_objects(agree(copy, group, operation), group) for name in found}
     dtypes = {entry.name: entry.dtype for entry in entries}
 
-    def take(entry: Entry, start: int, values: Tensor) -> None:
+    def take(entry: FullTensor, start: int, values: Tensor) -> None:
         if entry.name in wanted:
             share, out = wanted[entry.name]
             for local, inside, length in overlap(share.runs, start, start + values.numel()):
                 out[local : local + length].copy_(values[inside : inside + length])
 
     sent = [entry for entry in entries if entry.name in lacking]
-    gather_each(sent, held, dtypes, group, take, doing, everywhere=True)
+    gather_each(sent, held, dtypes, group, take, operation, everywhere=True)
 
 
-def _copy(held: Held | None, wanted: tuple[Share, Tensor]) -> bool:
+def _copy(held: LocalValues | None, wanted: tuple[Share, Tensor]) -> bool:
     """Copies the wanted elements that this rank holds. Local. Returns whether these are all of them."""
     share, out = wanted
     filled = 0

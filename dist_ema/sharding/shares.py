@@ -1,4 +1,4 @@
-"""What this rank keeps of each tensor: which elements it averages, and for which it speaks.
+"""What this rank keeps of each tensor: which elements it averages, and for which it is_writer.
 
 Where ranks hold the same elements (DDP, HSDP, ZeRO-0), each averages an equal part of them, in bytes, and only the
 gathering calls bring the parts together. Knows no wrapper and makes no collective call.
@@ -31,8 +31,8 @@ class Share:
         start, stop: the local elements, of those that ``spec.runs`` lists, that this rank keeps a shadow of.
         dtype: of the shadow; of a live tensor, its own.
         split: the other replicas keep the other elements.
-        owned: this rank speaks for its elements in collective output. Of a tensor that is not partitioned every holder
-            says so, and the lowest rank is heard.
+        first_replica: of the ranks that keep these same elements this one writes them. Of a tensor that is not
+            partitioned every holder says so, and the lowest rank writes it.
     """
 
     spec: TensorSpec
@@ -41,7 +41,7 @@ class Share:
     stop: int
     dtype: torch.dtype
     split: bool
-    owned: bool
+    first_replica: bool
 
     @property
     def numel(self) -> int:
@@ -59,7 +59,7 @@ class Share:
         return tuple(boxes(self.runs, self.spec.shape))
 
 
-def plan(specs: Sequence[TensorSpec], options: Options) -> list[Share]:
+def assign_shares(specs: Sequence[TensorSpec], options: Options) -> list[Share]:
     """One share for each spec, in order. Local.
 
     Raises EMAConfigError if a trained dtype cannot be averaged, EMAEngineError if a tensor's elements cannot be read.

@@ -38,10 +38,11 @@ class TensorSpec:
         dtype: dtype of the live tensor (not of fp32 masters); what ``export`` casts to.
         runs: this rank's elements, in the row-major flattening of the full tensor.
         kind: parameters are trained (``"parameter"``) or not (``"frozen"``); a ``"buffer"`` is always whole.
-        partitioned: True if the runs of a team of ranks, one of each set of replicas, make up the full tensor; False if
+        partitioned: True if the runs of a mesh of ranks, one of each set of replicas, make up the full tensor; False if
             each rank that has this name holds it whole and the ranks are not known to agree (buffers, plain modules).
-        team: the lowest rank of the team. Several teams may hold one tensor (FSDP2 on one dimension of a mesh, with
-            tensor parallelism for other tensors on the next): the one with the lowest number is heard.
+        lowest_mesh_rank: the lowest rank of the mesh over which the tensor is spread. Several meshes may hold one
+            tensor (FSDP2 on one dimension, with tensor parallelism for other tensors on the next): the one whose lowest
+            rank is the smallest writes it.
         replicas: the ranks that hold the same runs and may split the shadow; None if there are none.
         primary: False on a rank whose runs belong to another rank although no ``replicas`` say so (a second
             replicated dimension of a mesh). Such a rank averages but never writes or sends.
@@ -56,7 +57,7 @@ class TensorSpec:
     runs: Runs
     kind: Literal["parameter", "frozen", "buffer"] = "parameter"
     partitioned: bool = True
-    team: int = 0
+    lowest_mesh_rank: int = 0
     replicas: Replicas | None = None
     primary: bool = True
     aliases: tuple[str, ...] = field(default=())

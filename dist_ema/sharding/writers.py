@@ -15,7 +15,7 @@ from dist_ema.sharding.shares import Mode, Share
 
 
 @dataclass(frozen=True)
-class Entry:
+class FullTensor:
     """One full tensor of an average; the same on every rank.
 
     Attributes:
@@ -26,7 +26,7 @@ class Entry:
         live_dtype: of the live tensor.
         mode: whether it is averaged, copied or live.
         partitioned: whether its elements are spread over several ranks.
-        team: the lowest of the ranks that are heard; where the tensor is not partitioned, the only one.
+        lowest_mesh_rank: lowest rank of the mesh that writes it; where it is not partitioned, the writer.
         buffer: whether it is a buffer.
     """
 
@@ -37,7 +37,7 @@ class Entry:
     live_dtype: torch.dtype
     mode: Mode
     partitioned: bool
-    team: int = 0
+    lowest_mesh_rank: int = 0
     buffer: bool = False
 
     @property
@@ -55,33 +55,35 @@ class Entry:
         return dtype if dtype is not None and self.dtype.is_floating_point else self.dtype
 
 
-def catalogue(shares: Sequence[Share], group: dist.ProcessGroup | None) -> list[Entry]:
+def catalogue(shares: Sequence[Share], group: dist.ProcessGroup | None) -> list[FullTensor]:
     """Every full tensor of the model, in an order that all ranks share: rank 0's, then what the next ranks add.
 
     Collective. Ranks first compare a hash of what they hold, and exchange the lists only where they differ (pipeline
     stages). Raises EMAEngineError, on all ranks, if two of them disagree on a tensor.
     """
     mine = [_entry(share) for share in shares]
-    common = [replace(entry, team=share.spec.team) for entry, share in zip(mine, shares, strict=True)]
+    common = [
+        replace(entry, lowest_mesh_rank=share.spec.lowest_mesh_rank) for entry, share in zip(mine, shares, strict=True)
+    ]
     digest = hashlib.blake2b(repr(common).encode(), digest_size=16).digest()
     if len(set(gather_objects(digest, group))) == 1:
         return common  # one team each; and where everyone holds a tensor whole, rank 0 does, which is heard
     teams = [_team(share, group) for share in shares]
-    entries: dict[str, Entry] = {}
+    entries: dict[str, FullTensor] = {}
     for rank, found in enumerate(gather_objects(list(zip(mine, teams, strict=True)), group)):
         for entry, team in found:
-            known = entries.setdefault(entry.name, replace(entry, team=team))
-            if replace(known, team=0) != entry:
+            known = entries.setdefault(entry.name, replace(entry, lowest_mesh_rank=team))
+            if replace(known, lowest_mesh_rank=0) != entry:
                 raise EMAEngineError(
                     f"ranks must hold parts of one model, but rank {rank} has {entry} and a lower rank {known}"
                 )
-            entries[entry.name] = replace(known, team=min(known.team, team))
+            entries[entry.name] = replace(known, lowest_mesh_rank=min(known.lowest_mesh_rank, team))
     return list(entries.values())
 
 
-def _entry(share: Share) -> Entry:
+def _entry(share: Share) -> FullTensor:
     spec = share.spec
-    return Entry(
+    return FullTensor(
         spec.name,
         spec.aliases,
         tuple(spec.shape),
@@ -94,9 +96,9 @@ def _entry(share: Share) -> Entry:
 
 
 def _team(share: Share, group: dist.ProcessGroup | None) -> int:
-    return share.spec.team if share.spec.partitioned else rank_in(group)
+    return share.spec.lowest_mesh_rank if share.spec.partitioned else rank_in(group)
 
 
-def speaks(entry: Entry, share: Share, group: dist.ProcessGroup | None) -> bool:
+def is_writer(entry: FullTensor, share: Share, group: dist.ProcessGroup | None) -> bool:
     """Whether what this rank holds goes into collective output."""
-    return share.owned and _team(share, group) == entry.team
+    return share.first_replica and _team(share, group) == entry.lowest_mesh_rank

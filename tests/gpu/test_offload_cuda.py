@@ -71,7 +71,7 @@ def test_offloading_takes_the_weights_of_the_moment_whatever_is_late(late: str, 
 
 def test_this_attack_finds_a_race() -> None:
     """Without the wait of the next step the copies are too late: else the test above proves nothing."""
-    with mock.patch.object(CudaLink, "hold_back", lambda _link: None):
+    with mock.patch.object(CudaLink, "wait_for_reads", lambda _link: None):
         found, expected = _offloaded("copies", torch.float32)
     assert found != expected
 
