@@ -174,7 +174,7 @@ class Contenders:
             _sync(self.folder / "hf")
 
     def _undigested(self) -> None:
-        with mock.patch("dist_ema.checkpoints.writing.partial_digest", lambda *_: 0):
+        with mock.patch("dist_ema.checkpoints.folder.partial_digest", lambda *_: 0):
             self.ema.save(self.folder / "plain")
 
     def _export(self) -> None:

@@ -20,7 +20,7 @@ from torch import nn
 
 from dist_ema import ShardedEMA, read_checkpoint, schedules
 from dist_ema.checkpoints.manifest import NAME, Manifest
-from dist_ema.checkpoints.storage import RunWriter
+from dist_ema.checkpoints.storage.local import RunWriter
 from dist_ema.cli import main
 
 INDEX = "model.safetensors.index.json"

@@ -15,9 +15,9 @@ from mounts import UNSHARE, can_mount
 from torch import nn
 
 from dist_ema import ShardedEMA, verify_checkpoint
-from dist_ema.checkpoints import destination
-from dist_ema.checkpoints.destination import Directory
-from dist_ema.checkpoints.staging import remove_leftovers
+from dist_ema.checkpoints.storage import local_commit
+from dist_ema.checkpoints.storage.local_commit import LocalWriter
+from dist_ema.checkpoints.storage.staging import remove_leftovers
 from dist_ema.errors import CheckpointError
 
 #: Fills the disk so far that the save fails at another place each time.
@@ -94,7 +94,7 @@ verify_checkpoint(disk / "c")
 
 def test_a_save_under_way_is_no_leftover_if_its_lock_cannot_be_opened(tmp_path: Path) -> None:
     """A process that has too many files open cannot open a lock; it took the save of another for a dead one."""
-    other = Directory(tmp_path / "other", "0" * 32)
+    other = LocalWriter(tmp_path / "other", "0" * 32)
     other.create({})
     (staging,) = tmp_path.iterdir()
     os.utime(staging, (0, 0))
@@ -126,7 +126,7 @@ def test_a_save_that_fails_in_its_last_steps_leaves_whole_data_and_no_other(step
         if path == tmp_path / "c" and synced.count(path) == step:
             raise OSError(errno.EIO, "Input/output error")
 
-    with mock.patch.object(destination, "sync", fail), pytest.raises(CheckpointError, match="Input/output error"):
+    with mock.patch.object(local_commit, "sync", fail), pytest.raises(CheckpointError, match="Input/output error"):
         ema.save(tmp_path / "c")
     manifest = verify_checkpoint(tmp_path / "c")
     assert manifest.seen.updates == step

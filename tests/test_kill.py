@@ -17,6 +17,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from itertools import count
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -135,13 +136,13 @@ def test_200_kills_at_random_moments_leave_the_old_checkpoint_or_the_new_one(
 # At every single operation on files.
 
 
-def _save_and_die(path: Path, count: int, pipe: Connection) -> None:
+def _write_and_die(call: str, path: Path, number: int, pipe: Connection) -> None:
     """Kills itself at the operation of this number; says how many there were if there were fewer."""
     model, ema = make_trainer()
     if path.exists():
         ema.load(path)
     train_once(model, ema)
-    left = count
+    left = number
 
     def hook(event: str, arguments: tuple[object, ...]) -> None:
         nonlocal left
@@ -153,8 +154,8 @@ def _save_and_die(path: Path, count: int, pipe: Connection) -> None:
 
     os.fsync = lambda _: hook("os.fsync", ())
     sys.addaudithook(hook)
-    ema.save(path)
-    pipe.send(count - left)
+    ema.save(path) if call == "save" else ema.export(path, name="fast")
+    pipe.send(number - left)
     left = sys.maxsize
 
 
@@ -173,7 +174,7 @@ def test_a_kill_at_every_operation_on_files_leaves_a_whole_checkpoint(
         path.parent.mkdir()
         if not fresh:
             shutil.copytree(tmp_path / "old", path)
-        with forked(server, _save_and_die, path, operation) as (process, pipe):
+        with forked(server, _write_and_die, "save", path, operation) as (process, pipe):
             process.join()
             said = _drain(pipe)
         found = whole(path) if path.exists() else 0
@@ -186,6 +187,38 @@ def test_a_kill_at_every_operation_on_files_leaves_a_whole_checkpoint(
         operation += 1
     assert results == sorted(results)  # once the new one is there, it stays
     assert operation > 25 and results[0] < results[-1]
+
+
+def test_an_export_that_is_killed_at_any_operation_leaves_nothing_for_ever(
+    server: multiprocessing.context.BaseContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An export is never written again: what a kill leaves in it stays, and a directory is taken for a whole one."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    model, ema = make_trainer()
+    train_once(model, ema)
+    ema.export(tmp_path / "whole", name="fast")
+    (weights,) = (tmp_path / "whole").iterdir()
+    there = []
+    for operation in count():
+        path = tmp_path / str(operation) / "c"
+        path.parent.mkdir()
+        with forked(server, _write_and_die, "export", path, operation) as (process, pipe):
+            process.join()
+            done = bool(_drain(pipe))
+        there.append(path.exists())
+        if there[-1]:
+            assert [(found.name, found.read_bytes()) for found in path.iterdir()] == [
+                (weights.name, weights.read_bytes())
+            ]
+        if done:
+            break
+        for found in path.parent.iterdir():
+            if found != path and not (found / "lock").exists():
+                os.utime(found, (0, 0))
+        ema.export(path.parent / "next", name="fast")
+        assert sorted(found.name for found in path.parent.iterdir()) == ["c", "next"][1 - there[-1] :]
+    assert there == sorted(there) and len(there) > 10
+    assert there.count(True) > 1, "no kill came after it was in its place"
 
 
 # A rank among others.
@@ -264,7 +297,7 @@ def test_a_killed_rank_is_an_error_on_the_other_and_the_checkpoint_is_whole(
 SCRIPT = """
 import logging, sys, torch
 from dist_ema import ShardedEMA
-from dist_ema.checkpoints.storage import RunWriter
+from dist_ema.checkpoints.storage.local import RunWriter
 logging.basicConfig(filename={log!r})
 ema = ShardedEMA(torch.nn.Linear(3, 2), decay=0.5)
 ema.update()

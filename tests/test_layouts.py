@@ -20,8 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 from zero_models import make_engine
 
 from dist_ema import ShardedEMA
+from dist_ema.checkpoints.layout import TensorPlan
 from dist_ema.checkpoints.rearrange import Arrangement, UnknownOperationError
-from dist_ema.checkpoints.storage import TensorPlan
 from dist_ema.errors import CheckpointError, EMAConfigError
 from dist_ema.sharding.runs import Rows, chunks, count
 

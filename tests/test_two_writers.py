@@ -23,10 +23,10 @@ from any_engine import average_ema, make_ema, small_ema
 from killing import CHANGES, forked, make_trainer, train_once, whole
 
 from dist_ema import verify_checkpoint
-from dist_ema.checkpoints import destination
-from dist_ema.checkpoints.destination import Directory
 from dist_ema.checkpoints.manifest import NAME
-from dist_ema.checkpoints.storage import RunWriter
+from dist_ema.checkpoints.storage import local_commit
+from dist_ema.checkpoints.storage.local import RunWriter
+from dist_ema.checkpoints.storage.local_commit import LocalWriter
 from dist_ema.errors import CheckpointError
 
 LANES = 3
@@ -91,7 +91,7 @@ def test_a_writer_that_sleeps_at_any_operation_while_another_saves_does_no_harm_
 ) -> None:
     """A run that was taken for dead wrote a manifest whose data the restarted one had removed."""
     monkeypatch.setattr(os, "fsync", lambda _: None)
-    monkeypatch.setattr(destination, "_PATIENCE", 0.05)
+    monkeypatch.setattr(local_commit, "_PATIENCE", 0.05)
     torch.set_num_threads(1)
 
     def attempt(operation: int) -> tuple[str, str, bool]:
@@ -181,20 +181,20 @@ def test_a_save_that_was_overtaken_is_an_error_on_every_rank(rank: int, block: b
     ema.save(tmp_path / "c")
     average_ema(ema, range(2, 3))
     ema.save(tmp_path / "other")
-    commit = Directory.commit
+    commit = LocalWriter.commit
 
-    def overtaken(self: Directory, manifest: bytes) -> None:
+    def overtaken(self: LocalWriter, manifest: bytes) -> None:
         for found in sorted((tmp_path / "other").iterdir()):  # the data, then the manifest
             found.rename(tmp_path / "c" / found.name)
         commit(self, manifest)
 
-    Directory.commit = overtaken  # type: ignore[method-assign]
+    LocalWriter.commit = overtaken  # type: ignore[method-assign]
     try:
         with pytest.raises(CheckpointError, match=r"rank 0.*was replaced by another save"):
             ema.save(tmp_path / "c", block=block)
             ema.wait()
     finally:
-        Directory.commit = commit  # type: ignore[method-assign]
+        LocalWriter.commit = commit  # type: ignore[method-assign]
     if rank == 0:
         assert verify_checkpoint(tmp_path / "c").seen.updates == NEW
         assert sorted(found.name for found in tmp_path.iterdir()) == ["c", "other"]
@@ -251,13 +251,13 @@ def test_what_killed_exports_and_saves_left_is_removed_and_nothing_of_those_that
 def test_data_that_were_removed_before_the_end_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A manifest must not name what somebody's clean-up has taken."""
     _save(tmp_path / "c", OLD)
-    check = Directory._check_data
+    check = LocalWriter._check_data
 
-    def remove(self: Directory) -> None:
+    def remove(self: LocalWriter) -> None:
         next((tmp_path / "c" / self.data).rglob("*.safetensors")).unlink()
         check(self)
 
-    monkeypatch.setattr(Directory, "_check_data", remove)
+    monkeypatch.setattr(LocalWriter, "_check_data", remove)
     assert "was removed or changed before it was done" in _outcome(tmp_path / "c", NEW)
     assert whole(tmp_path / "c") == OLD
     assert len(list((tmp_path / "c").iterdir())) == 2

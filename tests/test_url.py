@@ -17,9 +17,9 @@ from any_engine import AVERAGES, average_ema, digests_of, make_ema, reference_di
 from fsspec.implementations.memory import MemoryFileSystem
 
 from dist_ema import read_checkpoint, verify_checkpoint
-from dist_ema.checkpoints import places
 from dist_ema.checkpoints.manifest import NAME
-from dist_ema.checkpoints.upload import Upload
+from dist_ema.checkpoints.storage import paths, remote, storage_reader
+from dist_ema.checkpoints.storage.remote_commit import RemoteWriter
 from dist_ema.cli import main
 from dist_ema.errors import CheckpointCorruptError, CheckpointError, EMAConfigError
 
@@ -67,7 +67,7 @@ def test_a_rank_that_cannot_open_urls_is_sent_to(rank: int) -> None:
     ema.save(url)
     other = make_ema("fsdp2")
     missing = mock.Mock(side_effect=EMAConfigError("Install s3fs to access S3"))
-    with mock.patch.object(places, "file_system", missing) if rank == 1 else nullcontext():
+    with mock.patch.object(paths, "file_system", missing) if rank == 1 else nullcontext():
         other.load(url)
     assert [other.fingerprint(name) for name in AVERAGES] == reference_digests(3)
     ema.close()
@@ -169,10 +169,10 @@ def test_ranges_that_lie_close_are_asked_for_at_once(memory: str, monkeypatch: p
         return content
 
     monkeypatch.setattr(MemoryFileSystem, "cat_file", count)
-    monkeypatch.setattr(places, "_GAP", 100)
+    monkeypatch.setattr(remote, "_GAP", 100)
     outs = [bytearray(3) for _ in range(60)] + [bytearray(0), bytearray(5)]
     starts = [100 * row for row in range(60)] + [7000, 9000]
-    file = places.place(memory).file("file")
+    file = storage_reader(memory).file("file")
     assert file.read([(start, memoryview(out)) for start, out in zip(starts, outs, strict=True)])
     assert [bytes(out) for out in outs] == [
         data[start : start + len(out)] for start, out in zip(starts, outs, strict=True)
@@ -261,14 +261,14 @@ OLD, LATE, NEW = 1, 2, 3
 
 def _overtake(monkeypatch: pytest.MonkeyPatch, method: str, url: str) -> None:
     """Lets another save come between what an upload does before the method and what it does there."""
-    original: Callable[..., Any] = getattr(Upload, method)
+    original: Callable[..., Any] = getattr(RemoteWriter, method)
 
-    def overtaken(self: Upload, *arguments: Any) -> Any:
-        monkeypatch.setattr(Upload, method, original)
+    def overtaken(self: RemoteWriter, *arguments: Any) -> Any:
+        monkeypatch.setattr(RemoteWriter, method, original)
         small_ema(NEW).save(url)
         return original(self, *arguments)
 
-    monkeypatch.setattr(Upload, method, overtaken)
+    monkeypatch.setattr(RemoteWriter, method, overtaken)
 
 
 @pytest.mark.parametrize("old", [False, True])

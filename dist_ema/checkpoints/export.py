@@ -14,20 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from dist_ema.checkpoints.folder import Folder
 from dist_ema.checkpoints.hub import STEMS, check_layout, conversion, has_config, write_adapter_config, write_config
-from dist_ema.checkpoints.places import check_path, is_url, local_path
+from dist_ema.checkpoints.layout import FilePlan, TensorPlan, index_json, parse_size
 from dist_ema.checkpoints.rearrange import Arrangement, UnknownOperationError
-from dist_ema.checkpoints.staging import Staging
-from dist_ema.checkpoints.storage import (
-    FilePlan,
-    RunWriter,
-    TensorPlan,
-    create_file,
-    index_json,
-    parse_size,
-    write_text,
-)
-from dist_ema.checkpoints.writing import Folder
+from dist_ema.checkpoints.storage.local import write_text
+from dist_ema.checkpoints.storage.paths import check_path, is_url, local_path
+from dist_ema.checkpoints.storage.staging import Staging
 from dist_ema.collectives import agree, broadcast_object, gather_objects, rank_in
 from dist_ema.engines.unwrapped import unwrapped
 from dist_ema.errors import CheckpointError, EMAConfigError
@@ -88,14 +81,14 @@ def export(
         if first:
             _prepare(staging, plans, STEMS[layout])
             written = next((dtypes[entry.name] for entry in entries if dtypes[entry.name].is_floating_point), None)
-            _Configuration(model, layout, dtype or written, staging.path).write(config_from)
+            _Configuration(model, layout, dtype or written, staging.content).write(config_from)
 
     try:
         agree(prepare, group, operation)
         shared = all(gather_objects(staging.is_visible(), group))
         if gather is False and not shared:
             raise CheckpointError(f"{operation}: gather=False, but not all ranks see {staging.target.parent} of rank 0")
-        with RunWriter(staging.path, plans) as writer:
+        with staging.writer("", plans) as writer:
 
             def finish() -> None:
                 writer.sync()
@@ -160,10 +153,9 @@ def _arrange(
 def _prepare(staging: Staging, plans: Sequence[FilePlan], stem: str) -> None:
     _refuse_existing(staging.target)
     staging.create()
-    for plan in plans:
-        create_file(staging.path, plan)
+    staging.create_files("", plans)
     if len(plans) > 1:
-        write_text(staging.path / f"{stem}.safetensors.index.json", index_json(plans))
+        write_text(staging.content / f"{stem}.safetensors.index.json", index_json(plans))
 
 
 def _commit(staging: Staging) -> None:

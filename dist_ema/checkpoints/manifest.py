@@ -15,6 +15,7 @@ from math import isfinite, prod
 from typing import Any, NoReturn
 
 from dist_ema import __version__
+from dist_ema.checkpoints.dtypes import ITEM_SIZES
 from dist_ema.checkpoints.strict_json import is_count, is_shape, parse, shown
 from dist_ema.clock import Progress
 from dist_ema.errors import CheckpointCorruptError, CheckpointError, EMAError
@@ -42,8 +43,6 @@ _DEPTH = 6
 _FIELDS = {"format", "version", "library", "data", "started", "clock", "start", "seen", "skipped", "averages", "live"}
 _FIELDS |= {"files", "seed", "lacking"}
 _TENSOR_FIELDS = {"file", "dtype", "shape", "digest", "aliases"}
-_ITEM_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I16": 2}
-_ITEM_SIZES |= {"I8": 1, "U8": 1, "U16": 2, "U32": 4, "U64": 8, "BOOL": 1, "C64": 8}
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ class StoredTensor:
     @property
     def nbytes(self) -> int:
         """Bytes in the file."""
-        return prod(self.shape) * _ITEM_SIZES[self.dtype]
+        return prod(self.shape) * ITEM_SIZES[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -265,7 +264,7 @@ def _read_tensors(found: Mapping[str, Any], folder: str, files: Mapping[str, Sto
         shape, aliases = entry["shape"], entry["aliases"]
         if entry.keys() != _TENSOR_FIELDS or not isinstance(shape, list) or not isinstance(aliases, list):
             _refuse(f"tensor {shown(name)} is not described as one")
-        if entry["dtype"] not in _ITEM_SIZES or not is_shape(shape, _ITEM_SIZES[entry["dtype"]]):
+        if entry["dtype"] not in ITEM_SIZES or not is_shape(shape, ITEM_SIZES[entry["dtype"]]):
             sizes = f"shape {shape}" if len(shape) <= 8 else f"{len(shape)} sizes"
             _refuse(f"tensor {shown(name)} has the dtype {shown(entry['dtype'])} and {sizes}")
         stored = StoredTensor(entry["file"], entry["dtype"], tuple(shape), 0, tuple(aliases))

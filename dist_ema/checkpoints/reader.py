@@ -13,15 +13,16 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from dist_ema.checkpoints.layout import DTYPES
 from dist_ema.checkpoints.manifest import MAX_BYTES, NAME, Manifest, StoredFile, StoredTensor, checksum
-from dist_ema.checkpoints.places import OpenFile, StrPath, is_remote, place
-from dist_ema.checkpoints.storage import DTYPE_NAMES
+from dist_ema.checkpoints.storage import storage_reader
+from dist_ema.checkpoints.storage.base import OpenFile
+from dist_ema.checkpoints.storage.paths import StrPath, is_remote
 from dist_ema.checkpoints.strict_json import parse, shown
 from dist_ema.errors import CheckpointCorruptError, CheckpointError
 from dist_ema.sharding.runs import Runs
 
 T = TypeVar("T")
-DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 #: How often a reader begins anew since the checkpoint was replaced while it was read.
 REREADS = 2
 #: The longest header that safetensors itself reads.
@@ -45,7 +46,7 @@ def read_manifest(path: StrPath) -> Manifest:
 def read_manifest_bytes(path: StrPath) -> bytes:
     """The text of a manifest, unchecked. Raises as :func:`read_manifest`."""
     try:
-        file = place(path).file(NAME)
+        file = storage_reader(path).file(NAME)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is no checkpoint: it has no {NAME}") from error
     except NotADirectoryError as error:
@@ -106,7 +107,7 @@ class RunReader:
         files: Mapping[str, StoredFile],
         tensors: Mapping[tuple[str, str], StoredTensor],
     ) -> None:
-        self._folder = place(path) / data
+        self._folder = storage_reader(path) / data
         self._open: dict[str, OpenFile] = {}
         self._users: Counter[str] = Counter()
         self._limit = sys.maxsize if is_remote(path) else _OPEN_FILES  # objects are not kept open

@@ -23,7 +23,7 @@ from torch import Tensor
 # What "Extending PyTorch" names for seeing every operation; its module has no public name (torch 2.13).
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dist_ema.checkpoints.storage import TensorPlan
+from dist_ema.checkpoints.layout import TensorPlan
 from dist_ema.errors import CheckpointError
 from dist_ema.sharding.runs import Runs
 

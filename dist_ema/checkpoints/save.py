@@ -10,11 +10,12 @@ from functools import cached_property
 
 import torch.distributed as dist
 
-from dist_ema.checkpoints.destination import Destination, destination
+from dist_ema.checkpoints.folder import Folder
+from dist_ema.checkpoints.layout import DTYPE_NAMES, FilePlan
 from dist_ema.checkpoints.manifest import LIVE, NAME, Manifest, StoredFile, StoredTensor, checksum
-from dist_ema.checkpoints.places import StrPath, check_path
-from dist_ema.checkpoints.storage import DTYPE_NAMES, FilePlan, Writer
-from dist_ema.checkpoints.writing import Folder
+from dist_ema.checkpoints.storage import storage_writer
+from dist_ema.checkpoints.storage.base import StorageWriter, TensorWriter
+from dist_ema.checkpoints.storage.paths import StrPath, check_path
 from dist_ema.collectives import agree, exchange, rank_in, sum_integers
 from dist_ema.errors import CheckpointError
 from dist_ema.sharding.gather import LocalValues
@@ -63,9 +64,9 @@ class Save:
         self._overwrite = overwrite
         self._operation = f"save to {path}"
         self._path = path
-        self._destination: Destination | None = None
+        self._destination: StorageWriter | None = None
         self._failure: Exception | None = None  # of this rank's writing, until the ranks agree
-        self._writers: list[Writer] = []
+        self._writers: list[TensorWriter] = []
         self._group = group
         self._first = rank_in(group) == 0
         self._skipped = skipped
@@ -137,14 +138,14 @@ class Save:
             plans = {name: part.plans for name, part in self._parts.items()}
             if self._first:
                 _readable(self._without_digests())  # before anything is written
-                self._destination = destination(self._path, own)
+                self._destination = storage_writer(self._path, own)
                 self._destination.create(plans, self._overwrite)
             return own
 
         token, *_ = exchange(create, self._group, self._operation)
 
         def look() -> bool:
-            self._to = self._destination or destination(self._path, token)
+            self._to = self._destination or storage_writer(self._path, token)
             return self._to.is_visible()
 
         self._shared = all(exchange(look, self._group, self._operation))

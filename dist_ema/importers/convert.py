@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from dist_ema.checkpoints.manifest import is_tensor_name
-from dist_ema.checkpoints.places import check_path
 from dist_ema.checkpoints.save import Save
+from dist_ema.checkpoints.storage.paths import check_path
 from dist_ema.clock import Progress
 from dist_ema.errors import CheckpointCorruptError, CheckpointMismatchError, EMAConfigError
 from dist_ema.importers import AUTO, FORMATS, recognise

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_ema.checkpoints.places import open_plain
+from dist_ema.checkpoints.storage.local import open_plain
 from dist_ema.checkpoints.strict_json import MAX_DIMENSIONS, is_count, is_shape, shown
 from dist_ema.errors import CheckpointCorruptError, CheckpointError
 from dist_ema.importers.foreign import Content, LazyTensor

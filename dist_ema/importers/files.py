@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from dist_ema.checkpoints.manifest import NAME
-from dist_ema.checkpoints.places import open_plain
+from dist_ema.checkpoints.storage.local import open_plain
 from dist_ema.checkpoints.strict_json import is_count, is_shape, parse
 from dist_ema.errors import CheckpointCorruptError, CheckpointError
 from dist_ema.importers import dcp

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from dist_ema.checkpoints.places import open_plain
+from dist_ema.checkpoints.storage.local import open_plain
 from dist_ema.checkpoints.strict_json import is_count, is_shape
 from dist_ema.errors import CheckpointCorruptError, CheckpointError
 from dist_ema.importers.archive import CompressedError, Member, members

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from dist_ema.checkpoints.load import Key, choose_average, stored_tensors
 from dist_ema.checkpoints.manifest import LIVE, Manifest, StoredTensor
-from dist_ema.checkpoints.places import StrPath
 from dist_ema.checkpoints.reader import RunReader, reread
+from dist_ema.checkpoints.storage.paths import StrPath
 from dist_ema.errors import CheckpointMismatchError
 from dist_ema.offline.verify import Advance, VerifiedTensor, no_advance
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from dist_ema.checkpoints.export import export
+from dist_ema.checkpoints.layout import DTYPES
 from dist_ema.checkpoints.load import Key, choose_average, stored_tensors
 from dist_ema.checkpoints.manifest import LIVE, Manifest, StoredTensor
-from dist_ema.checkpoints.places import StrPath
-from dist_ema.checkpoints.reader import DTYPES, RunReader, reread
+from dist_ema.checkpoints.reader import RunReader, reread
+from dist_ema.checkpoints.storage.paths import StrPath
 from dist_ema.errors import EMAConfigError
 from dist_ema.offline.verify import Advance, VerifiedTensor, no_advance
 from dist_ema.sharding.gather import LocalValues

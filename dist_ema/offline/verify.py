@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dist_ema.checkpoints.layout import DTYPES
 from dist_ema.checkpoints.load import IO_CHUNK, Key, damaged_error, stored_tensors
 from dist_ema.checkpoints.manifest import NAME, Manifest, StoredTensor
-from dist_ema.checkpoints.places import StrPath
-from dist_ema.checkpoints.reader import DTYPES, REREADS, RunReader, read_manifest_bytes
+from dist_ema.checkpoints.reader import REREADS, RunReader, read_manifest_bytes
+from dist_ema.checkpoints.storage.paths import StrPath
 from dist_ema.errors import CheckpointCorruptError
 from dist_ema.kernels.fingerprint import partial_digest
 from dist_ema.sharding.runs import Runs, chunks, count, whole

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from dist_ema.checkpoints.places import open_plain
+from dist_ema.checkpoints.storage.local import open_plain
 from dist_ema.checkpoints.strict_json import parse
 from dist_ema.engines.plain import PlainEngine
 from dist_ema.errors import EMAConfigError

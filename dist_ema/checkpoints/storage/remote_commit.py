@@ -1,13 +1,14 @@
-"""A checkpoint in an object store, or whatever else fsspec writes to: files one after the other, the manifest last.
+"""A checkpoint in an object store, or in whatever else fsspec writes to: the data first, the manifest last.
 
-Objects appear when they are complete, and cannot be renamed. So the data folder is written in its place, under a name
-that no other save has, and the one object that is replaced is the manifest: until then the old one stands, with the
-data that it names. Where an object replaces another in one step, as in all object stores, so does the checkpoint.
+Objects appear when they are complete, and cannot be renamed. So the data folder is written where it will stay, under a
+name that no other save has, and the one object that is replaced is the manifest: until then the old one stands, with
+the data that it names. All object stores replace one object in one step, and with it the checkpoint is replaced.
 
-Only one run may save to a URL at a time: stores have no locks. Of two that do, the one that comes last to the manifest
-finds another than was there when it began, and fails. A new manifest is only written where there still is none, and on
-S3 an old one is only replaced if it is still the same; elsewhere a save that sleeps between looking and writing, while
-another replaces the checkpoint, writes a manifest whose data are gone. It looks once more afterwards, and says so.
+Only one run may save to a URL at a time, since stores have no locks. Of two that do, the one that comes last to the
+manifest finds another than when it began, and fails. A save may also sleep between looking and writing. So a first
+manifest is written on condition that there is none, and on S3 a later one on condition that the old one is still there.
+Other stores take no such condition: there the save looks once more afterwards, and says if another one's data, or its
+own, are gone.
 """
 
 from __future__ import annotations
@@ -18,28 +19,23 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-
+from dist_ema.checkpoints.layout import FilePlan
 from dist_ema.checkpoints.manifest import BEGIN, DATA, MAX_BYTES, NAME
-from dist_ema.checkpoints.storage import FilePlan
+from dist_ema.checkpoints.storage.remote import UploadWriter
 from dist_ema.errors import CheckpointError
-from dist_ema.sharding.runs import Runs
 
 logger = logging.getLogger(__name__)
-#: Bytes that are kept in memory and then sent.
-_BLOCK = 16 << 20
-#: What a store says that does not know conditions.
+#: The errors of a store that takes no conditions.
 _UNKNOWN = (errno.ENOSYS, errno.EOPNOTSUPP)
 
 
-class Upload:
-    """A checkpoint in a file system of fsspec, written by rank 0; a ``destination.Destination``.
+class RemoteWriter:
+    """A checkpoint in a store in the making; a :class:`~dist_ema.checkpoints.storage.base.StorageWriter`.
 
-    What saves left that were killed is removed by the next one to the same place.
+    What a killed save left is removed by the next save to the same URL.
 
     Args:
-        system: the file system.
+        system: fsspec's file system.
         root: the path in it.
         token: of this save.
     """
@@ -53,7 +49,7 @@ class Upload:
         self._before: _Object | None = None
 
     def create(self, folders: Mapping[str, Sequence[FilePlan]], overwrite: bool = True) -> None:
-        """Makes directories where there are such things: a path of an object store begins with its bucket."""
+        """As :meth:`StorageWriter.create`; makes no objects yet."""
         if not self._root.strip("/"):
             raise CheckpointError("a checkpoint needs a path of its own: the URL names none")
         if self._system.isfile(self._root):
@@ -63,11 +59,11 @@ class Upload:
         self._begun = True
         for name, plans in folders.items():
             self._sizes |= {f"{name}/{plan.name}": plan.size for plan in plans}
-            if self._root.startswith("/"):
+            if self._root.startswith("/"):  # a store has no directories, and its paths begin with a bucket
                 self._system.makedirs(f"{self._root}/{self.data}/{name}", exist_ok=True)
 
     def _check_place(self, overwrite: bool) -> None:
-        """As for a directory: refuses one that holds something else than a checkpoint, or what is left of one."""
+        """Raises CheckpointError unless nothing is there, or a checkpoint, however damaged."""
         if self._before is not None and not overwrite:
             raise CheckpointError(
                 f"{self._root} is a checkpoint already: give another path, or overwrite=True (--overwrite)"
@@ -78,13 +74,14 @@ class Upload:
             raise CheckpointError(f"{self._root} holds {min(names)!r} and is no checkpoint: give another path")
 
     def _list(self) -> list[str]:
-        """The paths of what lies here."""
+        """The paths of all that lies directly under the root."""
         try:
             self._system.invalidate_cache(self._root)
             found = [str(name).rstrip("/") for name in self._system.ls(self._root, detail=False)]
         except FileNotFoundError:
             return []
-        return [name for name in found if name.strip("/") != self._root.strip("/")]  # a store's mark of a folder
+        # An empty object named like the folder, which some tools make, stands for the folder itself.
+        return [name for name in found if name.strip("/") != self._root.strip("/")]
 
     def _manifest(self) -> _Object | None:
         """The manifest that is there now."""
@@ -101,11 +98,11 @@ class Upload:
         return False
 
     def writer(self, folder: str, plans: Sequence[FilePlan]) -> UploadWriter:
-        """Of the files of one folder, to be written to in their order."""
+        """As :meth:`StorageWriter.writer`."""
         return UploadWriter(self._system, f"{self._root}/{self.data}/{folder}", plans)
 
     def commit(self, manifest: bytes) -> None:
-        """Replaces the manifest, and removes the data that nothing names any more. Raises CheckpointError."""
+        """As :meth:`StorageWriter.commit`; removes the data of older saves."""
         self._check_data()
         found = self._manifest()
         if found is not None and (self._before is None or found.text != self._before.text):
@@ -119,18 +116,18 @@ class Upload:
         self._remove_old_data()
 
     def _put(self, manifest: bytes, found: _Object | None) -> None:
-        """Writes the manifest if what is there is still ``found``, as far as the store can tell."""
+        """Writes the manifest on condition that ``found`` is still there, if the store takes conditions."""
         path = f"{self._root}/{NAME}"
         condition: dict[str, Any] = {}
         if found is None:
-            condition = {"mode": "create"}  # fsspec: only if there is none
+            condition = {"mode": "create"}  # fsspec: fails if there is one
         elif found.tag is not None and "s3" in _protocols(self._system):
-            condition = {"IfMatch": found.tag, "chunksize": MAX_BYTES}  # s3fs: in one request, which alone may have it
+            condition = {"IfMatch": found.tag, "chunksize": MAX_BYTES}  # s3fs: one request, as a condition needs
         try:
             self._system.pipe_file(path, manifest, **condition)
         except Exception as error:
             now = self._manifest()
-            if now is not None and now.text == manifest:  # it is the answer that was lost
+            if now is not None and now.text == manifest:  # it was written, and only the answer was lost
                 return
             if (now and now.text) != (found and found.text):
                 raise self._lost() from error
@@ -140,7 +137,7 @@ class Upload:
             self._system.pipe_file(path, manifest)
 
     def _check_data(self) -> None:
-        """Raises CheckpointError unless everything that was written is there. One listing, for any number of files."""
+        """Raises CheckpointError unless all that was written is there. One listing, however many files there are."""
         folder = f"{self._root}/{self.data}"
         self._system.invalidate_cache(folder)
         found = {str(name).strip("/"): facts["size"] for name, facts in self._system.find(folder, detail=True).items()}
@@ -167,17 +164,17 @@ class Upload:
             logger.warning("%s: data of an older save could not be removed: %s", self._root, error)
 
     def abandon(self) -> None:
-        """Removes the data folder, unless the manifest names it, or cannot be read."""
+        """As :meth:`StorageWriter.abandon`. Data stay that the manifest names, or may name where it cannot be read."""
         if self._begun:
             self._begun = False
-            with suppress(Exception):  # there is an error already
+            with suppress(Exception):  # the error that ended the save is raised, not this one
                 found = self._manifest()
                 if found is None or self.data.encode() not in found.text:
                     self._system.rm(f"{self._root}/{self.data}", recursive=True)
 
 
 class _Object(NamedTuple):
-    """What an object holds, and the store's tag of this version of it."""
+    """The content of an object, and the store's tag of this version of it."""
 
     text: bytes
     tag: str | None
@@ -185,63 +182,3 @@ class _Object(NamedTuple):
 
 def _protocols(system: Any) -> tuple[str, ...]:
     return (system.protocol,) if isinstance(system.protocol, str) else tuple(system.protocol)
-
-
-class UploadWriter:
-    """Writes tensors in the order of the files, each from its first element to its last."""
-
-    def __init__(self, system: Any, folder: str, plans: Sequence[FilePlan]) -> None:
-        self._system = system
-        self._folder = folder
-        self._plans = list(reversed(plans))  # those to come
-        self._plan: FilePlan | None = None
-        self._file: Any = None
-        self._position = 0
-
-    def write(self, name: str, runs: Runs, values: Tensor) -> None:
-        """Takes the next elements: flat, on the CPU, of the planned dtype. Raises what the file system raises."""
-        while self._plan is None or name not in self._plan.offsets:
-            self._next()
-        ((start, _),) = runs
-        if self._position != self._plan.offsets[name] + start * values.itemsize:
-            raise CheckpointError(f"{self._plan.name}: {name!r} came at byte {self._position}, out of its order")
-        self._put(memoryview(values.contiguous().view(torch.uint8).numpy().data))
-
-    def sync(self) -> None:
-        """Completes all files."""
-        while self._plan is not None or self._plans:
-            self._finish()
-            if self._plans:
-                self._next()
-
-    def _next(self) -> None:
-        self._finish()
-        if not self._plans:
-            raise CheckpointError(f"{self._folder}: more was written than was planned")
-        plan = self._plans.pop()
-        self._file = self._system.open(f"{self._folder}/{plan.name}", "wb", block_size=_BLOCK)
-        self._plan = plan
-        self._position = 0
-        self._put(memoryview(plan.header))
-
-    def _put(self, data: memoryview) -> None:
-        self._file.write(data)
-        self._position += len(data)
-
-    def _finish(self) -> None:
-        """Completes a file, and looks whether it is there as it should be."""
-        if self._plan is None:
-            return
-        plan, file, self._plan, self._file = self._plan, self._file, None, None
-        file.close()
-        path = f"{self._folder}/{plan.name}"
-        self._system.invalidate_cache(self._folder)
-        if (found := self._system.size(path)) != plan.size:
-            raise CheckpointError(f"{path} has {found} bytes after writing {self._position}; {plan.size} were planned")
-
-    def close(self) -> None:
-        """Gives up a file that is not complete: an upload of which half is done must not become an object."""
-        file, self._file, self._plan = self._file, None, None
-        if file is not None:
-            with suppress(Exception):
-                file.discard()

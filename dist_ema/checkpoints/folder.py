@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dist_ema.checkpoints.layout import FilePlan, TensorPlan, plan_files
 from dist_ema.checkpoints.rearrange import Arrangement
-from dist_ema.checkpoints.storage import FilePlan, TensorPlan, Writer, plan_files
+from dist_ema.checkpoints.storage.base import TensorWriter
 from dist_ema.collectives import agree
 from dist_ema.kernels.fingerprint import partial_digest
 from dist_ema.sharding.gather import LocalValues, gather_each
@@ -68,7 +69,7 @@ class Folder:
 
     def write(
         self,
-        writer: Writer,
+        writer: TensorWriter,
         plans: Sequence[FilePlan],
         group: dist.ProcessGroup | None,
         shared: bool,
@@ -95,7 +96,12 @@ class Folder:
             self._write_gathered(writer, plans, group, digest, operation)
 
     def _write_gathered(
-        self, writer: Writer, plans: Sequence[FilePlan], group: dist.ProcessGroup | None, digest: bool, operation: str
+        self,
+        writer: TensorWriter,
+        plans: Sequence[FilePlan],
+        group: dist.ProcessGroup | None,
+        digest: bool,
+        operation: str,
     ) -> None:
         def take(entry: FullTensor, start: int, values: Tensor) -> None:
             self._write(writer, entry, ((start, values.numel()),), values.cpu())
@@ -109,7 +115,7 @@ class Folder:
             ordered.sort(key=lambda entry: places[entry.name])
         gather_each(ordered, self.held, self.dtypes, group, take, operation)
 
-    def _each_chunk(self, group: dist.ProcessGroup | None, digest: bool, writer: Writer | None) -> None:
+    def _each_chunk(self, group: dist.ProcessGroup | None, digest: bool, writer: TensorWriter | None) -> None:
         for entry in self.written:
             mine = self.held(entry.name)
             if mine is None or not is_writer(entry, mine.share, group):
@@ -124,7 +130,7 @@ class Folder:
                     self._write(writer, entry, runs, values)
             self.digests[entry.name] = total
 
-    def _write(self, writer: Writer, entry: FullTensor, runs: Runs, values: Tensor) -> None:
+    def _write(self, writer: TensorWriter, entry: FullTensor, runs: Runs, values: Tensor) -> None:
         if self.arrangement is None:
             for name in self.names(entry):
                 writer.write(name, runs, values)

@@ -1,7 +1,13 @@
-"""A directory that is written beside its place and put there in one step: of checkpoints and of exports alike.
+"""A directory that is written beside its place and renamed when it is whole: of checkpoints and of exports alike.
 
-While it is written, its process holds a lock on a file in it. So another process can tell a directory that is being
-written from one that a killed process left; the latter is removed by whoever writes into the same parent next.
+::
+
+    parent/.NAME.saving-<token>/lock       locked by the process that writes
+    parent/.NAME.saving-<token>/content/   becomes parent/NAME
+
+A process that is killed gives up its lock. So every other process can tell a directory that is being written from a
+leftover, and whoever writes into the same parent next removes the leftovers. The lock lies beside the content, not in
+it, so that there is no moment at which a kill would leave a lock in the finished directory.
 """
 
 from __future__ import annotations
@@ -13,17 +19,19 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
 
-from dist_ema.checkpoints.storage import sync
+from dist_ema.checkpoints.layout import FilePlan
+from dist_ema.checkpoints.storage.local import RunWriter, create_file, sync
 from dist_ema.errors import CheckpointError
 
 #: The file that is locked.
 LOCK = "lock"
-#: Seconds in which a staging directory may have no lock yet.
+_CONTENT = "content"
+#: Seconds after which a staging directory that still has no lock is taken for a leftover.
 _YOUNG = 60
 #: Bytes of the target's name that are kept; a name has at most 255, and some file systems allow fewer.
 _NAME_BYTES = 100
@@ -31,7 +39,8 @@ _STAGING = re.compile(r"\..*\.saving-[0-9a-f]{32}", re.DOTALL)
 
 
 class Staging:
-    """A temporary sibling of a directory to come. One rank calls all but :meth:`is_visible`.
+    """A directory to come, and what is written of it so far. Rank 0 calls all but :meth:`is_visible` and
+    :meth:`writer`, which every rank does with an object of its own.
 
     Args:
         target: the directory to come, absolute.
@@ -39,14 +48,16 @@ class Staging:
 
     Attributes:
         target: as given.
-        path: the directory that is written.
+        path: the staging directory.
+        content: what is renamed to ``target`` in the end.
     """
 
     def __init__(self, target: Path, token: str) -> None:
         self.target = target
         self.path = staging_path(target, token)
+        self.content = self.path / _CONTENT
         self._lock: int | None = None
-        self._made: list[Path] = []
+        self._made: list[Path] = []  # parents of the target that were missing
 
     @staticmethod
     def new_token() -> str:
@@ -67,6 +78,7 @@ class Staging:
         self._lock = os.open(unlocked, os.O_CREAT | os.O_RDWR)
         try_lock(self._lock)
         unlocked.rename(self.path / LOCK)  # whoever sees the lock sees it held
+        self.content.mkdir()
 
     def _make_parents(self) -> None:
         parent = self.target.parent
@@ -77,17 +89,28 @@ class Staging:
         if not parent.is_dir():
             raise CheckpointError(f"{parent} is not a directory, so nothing can be written into it")
         for parent in reversed(missing):
-            with suppress(FileExistsError):  # another process writes beside this one
+            with suppress(FileExistsError):  # another process has made it since
                 parent.mkdir()
                 self._made.append(parent)
 
+    def create_files(self, folder: str, plans: Sequence[FilePlan]) -> None:
+        """Makes files of their final sizes in a folder of the content, ``""`` being the content itself."""
+        directory = self.content / folder
+        directory.mkdir(parents=True, exist_ok=True)
+        for plan in plans:
+            create_file(directory, plan)
+
     def is_visible(self) -> bool:
-        """Whether this process sees the directory that another one made: do the two share the file system?"""
+        """Whether this process sees the directory that rank 0 made, which tells whether the two share a file system."""
         return os.path.exists(self.path / LOCK)  # noqa: PTH110 - Path's raises where access is denied
 
+    def writer(self, folder: str, plans: Sequence[FilePlan]) -> RunWriter:
+        """Fills the files of a folder of the content."""
+        return RunWriter(self.content / folder, plans)
+
     def sync(self) -> None:
-        """Waits until all that was written is on disk, of which no writer may have synced headers and small files."""
-        for directory, _, files in os.walk(self.path, topdown=False):
+        """Waits until all of the content is on disk: writers sync their elements, not headers and small files."""
+        for directory, _, files in os.walk(self.content, topdown=False):
             for file in files:
                 sync(Path(directory) / file)
             sync(Path(directory))
@@ -95,9 +118,9 @@ class Staging:
             sync(parent.parent)
 
     def put_in_place(self) -> None:
-        """Makes it the target, which must not be there. Raises CheckpointError if it is, OSError."""
+        """Renames the content to the target, which must not be there. Raises CheckpointError if it is, OSError."""
         try:
-            self.path.rename(self.target)
+            self.content.rename(self.target)
         except OSError as error:
             if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
                 raise CheckpointError(
@@ -106,39 +129,38 @@ class Staging:
                 ) from error
             raise
         self._made.clear()
-        (self.target / LOCK).unlink(missing_ok=True)
         sync(self.target.parent)
         self.discard()
 
     def discard(self) -> None:
-        """Removes what is left here, and parents that were made for nothing. Harmless at any time."""
-        lock, self._lock = self._lock, None  # in this order: a number that is closed twice may be another file by then
+        """Removes the staging directory, and parents that were made for nothing. Harmless at any time."""
+        lock, self._lock = self._lock, None  # first, since a number that is closed twice may be another file by then
         if lock is not None:
             os.close(lock)
         shutil.rmtree(self.path, ignore_errors=True)
-        with suppress(OSError):  # there is something in them
+        with suppress(OSError):  # somebody has put something into them
             while self._made:
                 self._made.pop().rmdir()
 
     def rivals(self) -> Iterator[Path]:
-        """Other directories that may still become the same target."""
+        """What other live processes are writing, and may still put in the same place: the content of each."""
         pattern = re.compile(re.escape(_prefix(self.target)) + "[0-9a-f]{32}")
         for found in self.target.parent.iterdir():
             if pattern.fullmatch(found.name) and found != self.path and is_alive(found):
-                yield found
+                yield found / _CONTENT
 
 
 def staging_path(target: Path, token: str) -> Path:
-    """Where what is to become ``target`` is written."""
+    """The staging directory of what is to become ``target``."""
     return target.parent / f"{_prefix(target)}{token}"
 
 
 def _prefix(target: Path) -> str:
-    """Of the names of a target's staging directories, and of those of no other target."""
+    """What the names of a target's staging directories begin with; no other target's do."""
     name = os.fsencode(target.name)
     text = name.decode("utf-8", "ignore")
     if len(name) > _NAME_BYTES or text != target.name:
-        cut = name[: _NAME_BYTES - 17].decode("utf-8", "ignore")  # no half of a character
+        cut = name[: _NAME_BYTES - 17].decode("utf-8", "ignore")  # drops half a character at the end
         text = f"{cut}~{blake2b(name, digest_size=8).hexdigest()}"
     return f".{text}.saving-"
 
@@ -151,10 +173,10 @@ def remove_leftovers(parent: Path) -> None:
 
 
 def is_alive(staging: Path) -> bool:
-    """Whether a process may still write into this staging directory; True where nobody can tell."""
+    """Whether a process may still write into this staging directory; True where that cannot be known."""
     try:
         lock = os.open(staging / LOCK, os.O_RDWR | os.O_NOFOLLOW)
-    except FileNotFoundError:  # made a moment ago, or killed in that moment; or put in its place
+    except FileNotFoundError:  # it is being made or removed, or its process was killed then; or it is gone
         try:
             return time.time() - staging.lstat().st_mtime <= _YOUNG
         except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Where a checkpoint is written: beside its place first, and put there in one step when it is whole and on disk.
+"""A checkpoint directory: written beside its place, and put there in one step when it is whole and on disk.
 
 A checkpoint is a directory with ``ema.json``, the manifest, and a data folder that it names::
 
@@ -6,15 +6,15 @@ A checkpoint is a directory with ``ema.json``, the manifest, and a data folder t
     checkpoint/data-<token>/averages/<name>/model.safetensors
     checkpoint/data-<token>/live/model.safetensors              what is not averaged: frozen parameters, buffers
 
-Everything is written into a temporary sibling first. A new checkpoint is that sibling, renamed. An existing one is
-replaced by moving the new data folder beside the old and then renaming the new manifest over the old one, so that at
-every moment the manifest names one whole set of data; what it does not name is no part of the checkpoint.
+A new checkpoint is its staging directory, renamed. An existing one is replaced in two renames: the new data folder
+moves beside the old one, then the new manifest over the old one. So at every moment the manifest names one whole set of
+data, and what it does not name is no part of the checkpoint.
 
-Where two saves replace one checkpoint at a time, one of them fails: that which comes to its last rename and finds
-another manifest than was there when it began. Before that rename each takes away the manifests that others have ready,
-so that one which slept between looking and renaming has nothing to rename when it wakes. All of this holds without
-locks; a lock makes saves that are awake take turns, so that one of them succeeds. Data are removed only when no save
-that is alive, and not the manifest, can name them.
+Where two saves replace one checkpoint at a time, one of them fails: the one that comes to its last rename and finds
+another manifest than when it began. A save may also sleep between looking and renaming. So before that rename each save
+removes the manifests that others have ready, and the one that slept has nothing to rename when it wakes. All of this
+holds without locks; a lock makes saves that are awake take turns, so that one of them succeeds. Data are removed only
+when neither a live save nor the manifest can name them.
 """
 
 from __future__ import annotations
@@ -29,58 +29,25 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Protocol
 
+from dist_ema.checkpoints.layout import FilePlan
 from dist_ema.checkpoints.manifest import BEGIN, DATA, MAX_BYTES, NAME, checksum
-from dist_ema.checkpoints.places import StrPath, file_system, is_remote, local_path
-from dist_ema.checkpoints.staging import LOCK, Staging, is_alive, staging_path
-from dist_ema.checkpoints.storage import FilePlan, RunWriter, Writer, create_file, sync
-from dist_ema.checkpoints.upload import Upload
+from dist_ema.checkpoints.storage.local import RunWriter, sync
+from dist_ema.checkpoints.storage.staging import LOCK, Staging, is_alive, staging_path
 from dist_ema.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
-#: Seconds to wait for a save that is just replacing the same checkpoint, which takes milliseconds; then it hangs.
+#: Seconds to wait for another save that is replacing the same checkpoint; one that takes longer hangs, since that takes
+#: milliseconds.
 _PATIENCE = 3.0
 _NAMES_DATA = re.compile(rb'"data":"(data-[0-9a-f]{32})"')
 
 
-class Destination(Protocol):
-    """One checkpoint in the making. Rank 0 calls ``create``, ``commit`` and ``abandon``; every rank has an object."""
-
-    #: The data folder.
-    data: str
-
-    def create(self, folders: Mapping[str, Sequence[FilePlan]], overwrite: bool) -> None:
-        """Makes the files of every folder, or what is needed to make them.
-
-        Refuses a place that holds something else than a checkpoint and, unless ``overwrite``, one that holds one.
-        """
-
-    def is_visible(self) -> bool:
-        """Whether this process can write into what rank 0 made."""
-
-    def writer(self, folder: str, plans: Sequence[FilePlan]) -> Writer:
-        """What fills the files of a folder."""
-
-    def commit(self, manifest: bytes) -> None:
-        """Puts the checkpoint in its place. Raises CheckpointError if another save has done so since ``create``."""
-
-    def abandon(self) -> None:
-        """Removes what was written; harmless before ``create`` and after ``commit``."""
-
-
-def destination(path: StrPath, token: str) -> Destination:
-    """Where to write the checkpoint ``path``; ``token``, 32 hexadecimal digits, is this save's own."""
-    if is_remote(path):
-        return Upload(*file_system(os.fspath(path)), token)
-    return Directory(local_path(path), token)
-
-
-class Directory:
-    """A directory of a file system that the ranks may share.
+class LocalWriter:
+    """A checkpoint directory in the making; a :class:`~dist_ema.checkpoints.storage.base.StorageWriter`.
 
     Args:
-        target: the checkpoint to be.
+        target: the directory.
         token: of this save.
     """
 
@@ -88,30 +55,27 @@ class Directory:
         self.data = f"data-{token}"
         self._target = target
         self._staging = Staging(target, token)
-        self._sizes: dict[str, int] = {}
+        self._sizes: dict[str, int] = {}  # of every file, by its path in the data folder
         self._created = False
 
     def create(self, folders: Mapping[str, Sequence[FilePlan]], overwrite: bool = True) -> None:
-        """As :meth:`Destination.create`. Raises CheckpointError, OSError."""
+        """As :meth:`StorageWriter.create`."""
         _check_target(self._target, overwrite)
         self._before = _digest(self._target)
         self._created = True
         self._staging.create()
-        (self._staging.path / self.data).mkdir()
+        (self._staging.content / self.data).mkdir()
         if self._target.exists():
             self._try_moving()
         for name, plans in folders.items():
-            directory = self._staging.path / self.data / name
-            directory.mkdir(parents=True)
-            for plan in plans:
-                create_file(directory, plan)
-                self._sizes[f"{name}/{plan.name}"] = plan.size
+            self._staging.create_files(f"{self.data}/{name}", plans)
+            self._sizes |= {f"{name}/{plan.name}": plan.size for plan in plans}
 
     def _try_moving(self) -> None:
-        """Moves the empty data folder to where it will go, and back: what cannot be done is known before the work."""
+        """Moves the empty data folder to where it will go, and back, so that what is impossible fails at once."""
         try:
-            (self._staging.path / self.data).rename(self._target / self.data)
-            (self._target / self.data).rename(self._staging.path / self.data)
+            (self._staging.content / self.data).rename(self._target / self.data)
+            (self._target / self.data).rename(self._staging.content / self.data)
         except OSError as error:
             if error.errno in (errno.EXDEV, errno.EBUSY):
                 raise CheckpointError(
@@ -121,47 +85,48 @@ class Directory:
             raise
 
     def is_visible(self) -> bool:
-        """As :meth:`Destination.is_visible`."""
+        """As :meth:`StorageWriter.is_visible`."""
         return self._staging.is_visible()
 
     def writer(self, folder: str, plans: Sequence[FilePlan]) -> RunWriter:
-        """As :meth:`Destination.writer`."""
-        return RunWriter(self._staging.path / self.data / folder, plans)
+        """As :meth:`StorageWriter.writer`."""
+        return self._staging.writer(f"{self.data}/{folder}", plans)
 
     def commit(self, manifest: bytes) -> None:
-        """As :meth:`Destination.commit`; all is on disk then. Raises CheckpointError, OSError."""
+        """As :meth:`StorageWriter.commit`."""
         self._staging.sync()
-        with (self._staging.path / NAME).open("wb") as file:  # which another save may take away from now on
+        with (self._staging.content / NAME).open("wb") as file:  # which another save may remove from now on
             file.write(manifest)
             file.flush()
             os.fsync(file.fileno())
-        sync(self._staging.path)
+        sync(self._staging.content)
         if self._target.exists():
             self._replace(manifest)
             self._staging.discard()
-            _remove_old_data(self._target)
         else:
             self._staging.put_in_place()
+        _remove_old_data(self._target)  # also after the first save: another may have replaced it already
 
     def _replace(self, manifest: bytes) -> None:
         """Until the second rename the old manifest stands, and after it the new one: each with all of its data."""
         with _taking_turns(self._target):
             self._check_unchanged()
-            (self._staging.path / self.data).rename(self._target / self.data)
+            (self._staging.content / self.data).rename(self._target / self.data)
             sync(self._target)
             for rival in self._staging.rivals():
                 (rival / NAME).unlink(missing_ok=True)
             self._check_unchanged()
             self._check_data()
             try:
-                (self._staging.path / NAME).rename(self._target / NAME)
+                (self._staging.content / NAME).rename(self._target / NAME)
             except FileNotFoundError as error:
-                if _digest(self._target) != checksum(manifest):  # a network's file system may say so after it is done
+                # A network file system may repeat a request whose answer was lost, and report the second try.
+                if _digest(self._target) != checksum(manifest):
                     raise self._lost() from error
             sync(self._target)
 
     def _check_unchanged(self) -> None:
-        """What was removed meanwhile cannot be lost any more; what was put there can."""
+        """Raises CheckpointError if another save has put a manifest there. One that was removed costs nothing."""
         if _digest(self._target) not in (None, self._before):
             raise self._lost()
 
@@ -178,16 +143,16 @@ class Directory:
                 raise CheckpointError(f"{file}, which this save wrote, was removed or changed before it was done")
 
     def abandon(self) -> None:
-        """As :meth:`Destination.abandon`."""
+        """As :meth:`StorageWriter.abandon`."""
         if self._created:
-            with suppress(OSError):  # where the manifest cannot be read, it may name them
+            with suppress(OSError):  # a manifest that cannot be read may name the data: they stay
                 if _data_of(self._target) != self.data:
                     shutil.rmtree(self._target / self.data, ignore_errors=True)
             self._staging.discard()
 
 
 def _check_target(target: Path, overwrite: bool) -> None:
-    """Raises CheckpointError unless a checkpoint may be put there: where nothing is, or one, or what is left of one."""
+    """Raises CheckpointError unless nothing is there, or an empty directory, or a checkpoint, however damaged."""
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise CheckpointError(f"{target} is not a directory: give another path, or remove it")
     names = {found.name for found in target.iterdir()} - {LOCK} if target.exists() else set()
@@ -201,7 +166,7 @@ def _check_target(target: Path, overwrite: bool) -> None:
 
 
 def _text(target: Path) -> bytes:
-    """Of the manifest; empty where there is none."""
+    """The text of the manifest; empty where there is none."""
     try:
         descriptor = os.open(target / NAME, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except (FileNotFoundError, NotADirectoryError):
@@ -211,22 +176,22 @@ def _text(target: Path) -> bytes:
 
 
 def _digest(target: Path) -> str | None:
-    """What tells one manifest from another; None where there is none."""
+    """Tells one manifest from another; None where there is none."""
     text = _text(target)
     return checksum(text) if text else None
 
 
 def _data_of(target: Path) -> str | None:
-    """The data folder that the manifest names, be it damaged elsewhere."""
+    """The data folder that the manifest names, even if the manifest is damaged elsewhere."""
     found = _NAMES_DATA.search(_text(target))
     return found[1].decode() if found else None
 
 
 @contextmanager
 def _taking_turns(target: Path) -> Iterator[None]:
-    """Holds the lock of a directory that exists, in a file that is there no longer than it is held.
+    """Holds the lock of a checkpoint directory, whose file is removed when the lock is released.
 
-    Goes on without it where there are no locks, and where another process does not give it back, since that one hangs.
+    Goes on without the lock where the file system has none, and where its holder hangs.
     """
     lock = _lock(target / LOCK)
     try:
@@ -248,7 +213,7 @@ def _lock(path: Path) -> int | None:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(descriptor), path.stat()):
                 return descriptor
-        except FileNotFoundError:  # who held it has removed it
+        except FileNotFoundError:  # its holder has removed it since: try the next file of this name
             pass
         except BlockingIOError:
             if time.monotonic() > last:
@@ -264,9 +229,9 @@ def _lock(path: Path) -> int | None:
 
 
 def _remove_old_data(target: Path) -> None:
-    """Removes the data folders that no save that is alive is about to name, and that the manifest does not.
+    """Removes data folders that the manifest does not name and that no live save is about to name.
 
-    In this order: a save moves its data there, names them, and only then is not alive any more.
+    It looks for a live save first: a save moves its data here, then its manifest, and only then stops being alive.
     """
     with suppress(OSError):  # the new checkpoint stands; the next save tries again
         for found in target.iterdir():

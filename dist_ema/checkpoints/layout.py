@@ -1,0 +1,132 @@
+"""The safetensors files of full tensors, laid out before anyone writes a byte of them. Pure, so all ranks agree.
+
+The format (safetensors 0.4 and later): eight bytes with the length of the header, little-endian; the header, JSON that
+gives each tensor's dtype, shape and byte range; then the tensors, without a gap. All shapes are known beforehand, and
+with them the place of every element in the files, so each rank can write its own elements there.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import NamedTuple
+
+import torch
+
+from dist_ema.checkpoints.dtypes import TORCH_NAMES
+from dist_ema.checkpoints.manifest import is_tensor_name
+from dist_ema.errors import CheckpointError, EMAConfigError
+
+#: Of torch's dtypes, by safetensors' names; and the other way round.
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, attribute) for name, attribute in TORCH_NAMES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+class TensorPlan(NamedTuple):
+    """A full tensor to be written under ``name``."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class FilePlan:
+    """One safetensors file.
+
+    Attributes:
+        name: of the file.
+        header: everything before the tensors.
+        tensors: what is in it, in the order of the file.
+        offsets: of each tensor's first byte in the file, by tensor name.
+        size: of the whole file.
+    """
+
+    name: str
+    header: bytes
+    tensors: tuple[TensorPlan, ...]
+    offsets: dict[str, int]
+    size: int
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes of ``"5GB"`` (decimal, as Hugging Face reads it), ``"512MiB"`` or an int. Raises EMAConfigError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", size) if isinstance(size, str) else None
+    unit = _UNITS.get(match[2].upper()) if match else None
+    if match and unit:
+        number = int(Decimal(match[1]) * unit)
+    elif isinstance(size, int) and not isinstance(size, bool):
+        number = size
+    else:
+        number = 0
+    if number <= 0:
+        raise EMAConfigError(f"max_shard_size={size!r}: allowed is a positive number of bytes, or a string like '5GB'")
+    return number
+
+
+def plan_files(tensors: Sequence[TensorPlan], limit: int, stem: str = "model") -> list[FilePlan]:
+    """Distributes tensors, in order, over files of at most ``limit`` bytes, headers included; a tensor too large for
+    that has a file of its own.
+
+    One file is called ``{stem}.safetensors``, several ``{stem}-00001-of-0000n.safetensors``. Pure: every rank computes
+    the same. Raises CheckpointError for a dtype or a name that safetensors does not have.
+    """
+    for tensor in tensors:
+        if not is_tensor_name(tensor.name):
+            raise CheckpointError(f"safetensors cannot store a tensor of the name {tensor.name!r}: rename it")
+        if tensor.dtype not in DTYPE_NAMES:
+            raise CheckpointError(f"{tensor.name!r} is {tensor.dtype}, which safetensors cannot store")
+    groups: list[list[TensorPlan]] = [[]]
+    used = empty = len(_plan_file("", ()).header)
+    for tensor in tensors:
+        # A bound: the header of this tensor alone, with offsets that have as many digits as the limit.
+        size = tensor.nbytes + len(json.dumps({tensor.name: _header_entry(tensor, limit)})) + 8
+        if groups[-1] and used + size > limit:
+            groups.append([])
+            used = empty
+        groups[-1].append(tensor)
+        used += size
+    count = len(groups)
+    names = [f"{stem}-{index:05d}-of-{count:05d}.safetensors" for index in range(1, count + 1)]
+    if count == 1:
+        names = [f"{stem}.safetensors"]
+    return [_plan_file(name, group) for name, group in zip(names, groups, strict=True)]
+
+
+def _plan_file(name: str, tensors: Sequence[TensorPlan]) -> FilePlan:
+    # Wide elements first, so that every tensor starts at a multiple of its element size.
+    ordered = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    begins: dict[str, int] = {}
+    for tensor in ordered:
+        begins[tensor.name] = position
+        header[tensor.name] = _header_entry(tensor, position)
+        position += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    prefix = len(text).to_bytes(8, "little") + text
+    offsets = {key: len(prefix) + begin for key, begin in begins.items()}
+    return FilePlan(name, prefix, tuple(ordered), offsets, len(prefix) + position)
+
+
+def _header_entry(tensor: TensorPlan, begin: int) -> dict[str, object]:
+    offsets = [begin, begin + tensor.nbytes]
+    return {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+
+
+def index_json(files: Sequence[FilePlan]) -> str:
+    """The ``model.safetensors.index.json`` of several files."""
+    weight_map = {tensor.name: file.name for file in files for tensor in file.tensors}
+    total = sum(tensor.nbytes for file in files for tensor in file.tensors)
+    return json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}, indent=2)

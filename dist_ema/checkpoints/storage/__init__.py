@@ -1,0 +1,46 @@
+"""Where the files of checkpoints and exports lie: one backend for this machine's file systems, one for fsspec's URLs.
+
+=====================  =====================================================================
+``base``               the protocols of a backend, and in which order which rank calls what
+``paths``              what a user's path or URL means
+``local``              files of this machine: read by position, written in place by all ranks
+``staging``            a directory that is written beside its place and renamed when whole
+``local_commit``       a checkpoint directory: made, or replaced in one step
+``remote``             objects of a store: read by ranges, written from first byte to last
+``remote_commit``      a checkpoint in a store: the manifest, written last, replaces the old one
+=====================  =====================================================================
+"""
+
+from __future__ import annotations
+
+import os
+
+from dist_ema.checkpoints.storage import paths
+from dist_ema.checkpoints.storage.base import StorageReader, StorageWriter
+from dist_ema.checkpoints.storage.local import LocalReader
+from dist_ema.checkpoints.storage.local_commit import LocalWriter
+from dist_ema.checkpoints.storage.paths import StrPath
+from dist_ema.checkpoints.storage.remote import RemoteReader
+from dist_ema.checkpoints.storage.remote_commit import RemoteWriter
+
+
+def storage_reader(path: StrPath) -> StorageReader:
+    """Reads files of the directory or URL ``path``; opens none yet.
+
+    Raises EMAConfigError where ``path`` is neither, or fsspec lacks what opens it, and CheckpointError where the store
+    cannot be reached.
+    """
+    paths.check_path(path)
+    if paths.is_remote(path):
+        return RemoteReader(*paths.file_system(os.fspath(path)))
+    return LocalReader(paths.local_path(path))
+
+
+def storage_writer(path: StrPath, token: str) -> StorageWriter:
+    """Writes the checkpoint ``path``; ``token``, 32 hexadecimal digits, belongs to this save alone.
+
+    Raises as :func:`storage_reader`.
+    """
+    if paths.is_remote(path):
+        return RemoteWriter(*paths.file_system(os.fspath(path)), token)
+    return LocalWriter(paths.local_path(path), token)

@@ -1,0 +1,106 @@
+"""What a storage backend has to do: two protocols for reading, two for writing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from dist_ema.checkpoints.layout import FilePlan
+from dist_ema.sharding.runs import Runs
+
+
+class OpenFile(Protocol):
+    """A file that is read by position; several threads may read it at a time.
+
+    Attributes:
+        size: bytes.
+    """
+
+    size: int
+
+    def read(self, parts: Sequence[tuple[int, memoryview]]) -> bool:
+        """Fills each part's memory with the bytes from its position on.
+
+        Args:
+            parts: ``(position, memory)``, in ascending order of the positions.
+
+        Returns:
+            False if the file ends before that.
+
+        Raises:
+            OSError: whatever the backend raises.
+        """
+
+    def close(self) -> None:
+        """Closes it."""
+
+
+class StorageReader(Protocol):
+    """A directory to read from, or what stands for one. Local: each rank reads for itself."""
+
+    def file(self, name: str) -> OpenFile:
+        """Opens a file of this directory. Raises FileNotFoundError where there is none, OSError for all else."""
+
+    def __truediv__(self, name: str) -> StorageReader: ...
+
+
+class TensorWriter(Protocol):
+    """Takes elements of full tensors, for the files of one folder."""
+
+    def write(self, name: str, runs: Runs, values: Tensor) -> None:
+        """Puts ``values`` into the elements ``runs`` of the tensor ``name``.
+
+        ``values`` is flat, on the CPU and of the planned dtype. A backend that writes a file from its first byte to
+        its last wants the tensors in the order of the files and each of them from its first element on.
+        """
+
+    def sync(self) -> None:
+        """Waits until all that was written is there for good."""
+
+    def close(self) -> None:
+        """Releases what it holds. What was not synced need not be there."""
+
+
+class StorageWriter(Protocol):
+    """One checkpoint in the making, which replaces the old one in one step or leaves it as it was.
+
+    Every rank makes an object, with the same token. Expect these calls in this order:
+
+    1. (all ranks) the constructor, which touches nothing yet
+    2. (rank 0) ``create()``: the files, at their final sizes and beside their final place
+    3. (all ranks) ``is_visible()``; the ranks then tell each other whether all of them see the files
+    4. (all ranks if they all see the files, else rank 0 alone) ``writer()`` for each folder, then ``write()`` of what
+       it gave, any number of times
+    5. (the same ranks) ``sync()`` and ``close()`` of each; the ranks then tell each other that no one failed
+    6. (rank 0) ``commit()`` with the manifest
+
+    If any rank fails at any step, rank 0 calls ``abandon()`` in place of the steps that are left.
+
+    Attributes:
+        data: name of the data folder, ``data-<token>``, which the manifest names.
+    """
+
+    data: str
+
+    def create(self, folders: Mapping[str, Sequence[FilePlan]], overwrite: bool) -> None:
+        """Makes every folder's files, or checks that they can be made.
+
+        Raises CheckpointError for a place that holds anything but a checkpoint, or one without ``overwrite``; OSError.
+        """
+
+    def is_visible(self) -> bool:
+        """Whether this process can write into the files that rank 0 made."""
+
+    def writer(self, folder: str, plans: Sequence[FilePlan]) -> TensorWriter:
+        """Fills the files of one folder."""
+
+    def commit(self, manifest: bytes) -> None:
+        """Puts the checkpoint in its place; it is there for good afterwards.
+
+        Raises CheckpointError if another save has replaced it since ``create()``; OSError.
+        """
+
+    def abandon(self) -> None:
+        """Removes what was written; harmless before ``create()`` and after ``commit()``."""

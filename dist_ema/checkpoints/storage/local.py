@@ -1,0 +1,201 @@
+"""Files of this machine: read by position, and written in place by every rank that has elements for them."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import stat
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import lru_cache
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from dist_ema.checkpoints.layout import FilePlan
+from dist_ema.errors import CheckpointCorruptError, CheckpointError
+from dist_ema.sharding.runs import Runs
+
+#: Bytes written to a file after which the system is asked to start bringing them to disk.
+_WRITE_BEHIND = 4 << 20
+#: Files that one writer keeps open.
+_OPEN_FILES = 8
+_SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
+
+
+# Reading.
+
+
+class LocalReader:
+    """A directory to read from; a :class:`~dist_ema.checkpoints.storage.base.StorageReader`.
+
+    A checkpoint may come from anywhere, so no symbolic link inside it is followed: it could point at any file that the
+    user may read. Nor is anything opened that is not a plain file: a pipe would block.
+
+    Args:
+        path: of the directory. It, and what lies above it, may be links: the user has named them.
+        inside: path of a subdirectory, relative to ``path``.
+    """
+
+    def __init__(self, path: Path, inside: str = "") -> None:
+        self._path = path
+        self._inside = inside
+
+    def __truediv__(self, name: str) -> LocalReader:
+        return LocalReader(self._path, f"{self._inside}/{name}".lstrip("/"))
+
+    def __str__(self) -> str:
+        return str(self._path / self._inside)
+
+    def file(self, name: str) -> LocalFile:
+        """Opens a plain file. Raises OSError, or CheckpointCorruptError for a symbolic link."""
+        inside = Path(self._inside) / name
+        for parent in list(inside.parents)[:-1]:
+            if (self._path / parent).is_symlink():
+                raise CheckpointCorruptError(f"{self._path / parent} is a symbolic link: not followed")
+        return LocalFile(self._path / inside)
+
+
+class LocalFile:
+    """An open plain file; an :class:`~dist_ema.checkpoints.storage.base.OpenFile`."""
+
+    def __init__(self, path: Path) -> None:
+        # O_NONBLOCK: opening a pipe would wait for a writer.
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        facts = os.fstat(self._descriptor)
+        self.size = facts.st_size
+        if not stat.S_ISREG(facts.st_mode):
+            self.close()
+            raise OSError(f"{path} is not a plain file")
+
+    def read(self, parts: Sequence[tuple[int, memoryview]]) -> bool:
+        """As :meth:`OpenFile.read`."""
+        for position, out in parts:
+            while out:  # the system may give a part only
+                count = os.preadv(self._descriptor, [out], position)
+                if count == 0:
+                    return False
+                out, position = out[count:], position + count
+        return True
+
+    def close(self) -> None:
+        """As :meth:`OpenFile.close`."""
+        os.close(self._descriptor)
+
+
+def open_plain(path: Path) -> BinaryIO:
+    """Opens a plain file that a user has named, also through links. Raises OSError for a pipe, which would block."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(f"{path} is not a plain file")
+    return os.fdopen(descriptor, "rb")
+
+
+# Writing.
+
+
+def create_file(directory: Path, plan: FilePlan) -> None:
+    """Makes a file of its final size with its header; the tensors are holes until they are written."""
+    with (directory / plan.name).open("xb") as file:
+        file.write(plan.header)
+        file.truncate(plan.size)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a small file."""
+    path.write_text(text, encoding="utf-8")
+
+
+def sync(path: Path) -> None:
+    """Waits until a file is on disk; of a directory, until the names in it are."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class RunWriter:
+    """Writes runs of elements to where they belong in files that exist; several ranks write into one file at a time.
+
+    A :class:`~dist_ema.checkpoints.storage.base.TensorWriter`, and a context manager that closes the files.
+
+    Args:
+        directory: that holds the files.
+        plans: of the files.
+    """
+
+    def __init__(self, directory: Path, plans: Sequence[FilePlan]) -> None:
+        self._directory = directory
+        self._places = {
+            tensor.name: (plan.name, plan.offsets[tensor.name], tensor) for plan in plans for tensor in plan.tensors
+        }
+        self._open: dict[str, int] = {}
+        self._dirty: dict[str, int] = {}  # bytes written since the system was last asked to bring a file to disk
+
+    def write(self, name: str, runs: Runs, values: Tensor) -> None:
+        """As :meth:`TensorWriter.write`; in any order. Raises CheckpointError for another dtype, OSError."""
+        file, offset, tensor = self._places[name]
+        if values.dtype != tensor.dtype:
+            raise CheckpointError(f"{name!r} is planned as {tensor.dtype}, got {values.dtype}")
+        descriptor = self._descriptor(file)
+        data = memoryview(values.contiguous().view(torch.uint8).numpy().data)
+        item = tensor.dtype.itemsize
+        for start, length in runs:
+            _pwrite(descriptor, data[: length * item], offset + start * item)
+            data = data[length * item :]
+        self._dirty[file] = self._dirty.get(file, 0) + values.nbytes
+        if self._dirty[file] >= _WRITE_BEHIND:
+            _write_behind(descriptor)
+            self._dirty[file] = 0
+
+    def _descriptor(self, file: str) -> int:
+        """Of an open file. Only a few are open at a time: tensors come in the order of the files, of which are many."""
+        if file not in self._open:
+            if len(self._open) >= _OPEN_FILES:
+                os.close(self._open.pop(next(iter(self._open))))
+            self._open[file] = os.open(self._directory / file, os.O_WRONLY)
+        return self._open[file]
+
+    def __enter__(self) -> RunWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def sync(self) -> None:
+        """Waits until what was written is on disk."""
+        for file in self._dirty:
+            os.fsync(self._descriptor(file))
+
+    def close(self) -> None:
+        """Closes all files even if closing one fails: some file systems report a used-up quota only then."""
+        with ExitStack() as stack:
+            while self._open:
+                stack.callback(os.close, self._open.popitem()[1])
+
+
+def _write_behind(descriptor: int) -> None:
+    """Asks the system to start bringing a file to disk, and does not wait: else Linux starts at fsync only.
+
+    It guarantees nothing, so a system without the call is only slower.
+    """
+    if (call := _sync_file_range()) is not None:
+        call(descriptor, ctypes.c_int64(0), ctypes.c_int64(0), ctypes.c_uint(_SYNC_FILE_RANGE_WRITE))
+
+
+@lru_cache(maxsize=1)
+def _sync_file_range() -> Callable[..., int] | None:
+    return getattr(ctypes.CDLL(None), "sync_file_range", None)
+
+
+def _pwrite(descriptor: int, data: memoryview, position: int) -> None:
+    while data:  # the system may take a part only
+        written = os.pwrite(descriptor, data, position)
+        data, position = data[written:], position + written
