@@ -20,7 +20,7 @@ from dist_ema import kernels
 from dist_ema.background import Background
 from dist_ema.checkpoints.export import export
 from dist_ema.checkpoints.load import Load, report_schedules
-from dist_ema.checkpoints.reader import REREADS
+from dist_ema.checkpoints.reader import read_anew_if_replaced
 from dist_ema.checkpoints.save import Save
 from dist_ema.clock import Progress
 from dist_ema.collectives import (
@@ -40,7 +40,6 @@ from dist_ema.collectives import (
 from dist_ema.engines import Attached, Engine, RemovableHandle, detect_in
 from dist_ema.engines.unwrapped import unwrapped
 from dist_ema.errors import (
-    CheckpointCorruptError,
     CheckpointError,
     CheckpointMismatchError,
     EMAConfigError,
@@ -690,15 +689,10 @@ class ShardedEMA:
         group = self._engine.group
         call = self._call("load()", f"load from {path}", strict=strict, verify=verify)
         sources, entries = self._begun(call, lambda: self._live("load()"), replaces=True)
-        for attempt in range(REREADS + 1):
-            load = Load(path, entries, self.names, group)
-            try:
-                shadow = self._filled(load, sources, strict, verify)
-                break
-            except CheckpointCorruptError:
-                if attempt == REREADS or not load.was_replaced():
-                    raise
-        manifest = load.manifest
+        manifest, shadow = read_anew_if_replaced(
+            lambda: Load(path, entries, self.names, group),
+            lambda load: (load.manifest, self._filled(load, sources, strict, verify)),
+        )
         with Uninterrupted():
             self._broken = "load()"
             self._take(shadow)

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -66,20 +66,50 @@ def read_manifest_bytes(path: StrPath) -> bytes:
     return bytes(text)
 
 
-def reread(path: StrPath, read: Callable[[Manifest], T]) -> T:
-    """``read(manifest)``; again, up to :data:`REREADS` times, where a save has replaced what the manifest names.
+class Version(Protocol):
+    """A checkpoint as it was at one moment."""
 
-    Raises as :func:`read_manifest`, and what ``read`` raises.
+    def was_replaced(self) -> bool:
+        """Whether a save has put another checkpoint in its place since."""
+
+
+V = TypeVar("V", bound=Version)
+
+
+def read_anew_if_replaced(look: Callable[[], V], read: Callable[[V], T]) -> T:
+    """``read(look())``; again, up to :data:`REREADS` times, where it met damage that a save has caused meanwhile.
+
+    A save removes the data of the checkpoint that it replaces, and whoever is reading them finds files missing.
+    Collective if ``was_replaced()`` is: ``read`` then raises CheckpointCorruptError on all ranks or on none.
+
+    Raises what the two raise; CheckpointCorruptError for damage of a checkpoint that still stands.
     """
     attempts = REREADS
     while True:
-        text = read_manifest_bytes(path)
+        version = look()
         try:
-            return read(Manifest.from_bytes(text))
+            return read(version)
         except CheckpointCorruptError:
             attempts -= 1
-            if attempts < 0 or read_manifest_bytes(path) == text:
+            if attempts < 0 or not version.was_replaced():
                 raise
+
+
+class _LocalVersion:
+    """The manifest as this process alone has read it."""
+
+    def __init__(self, path: StrPath) -> None:
+        self._path = path
+        self.text = read_manifest_bytes(path)
+
+    def was_replaced(self) -> bool:
+        """As :meth:`Version.was_replaced`. Raises CheckpointError if there is no checkpoint any more."""
+        return read_manifest_bytes(self._path) != self.text
+
+
+def reread(path: StrPath, read: Callable[[Manifest], T]) -> T:
+    """``read(manifest)`` by one process; see :func:`read_anew_if_replaced`. Raises as :func:`read_manifest`."""
+    return read_anew_if_replaced(lambda: _LocalVersion(path), lambda version: read(Manifest.from_bytes(version.text)))
 
 
 class RunReader:

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
+from dist_ema.checkpoints.file_values import Advance, FileValues, no_advance
 from dist_ema.checkpoints.manifest import is_tensor_name
 from dist_ema.checkpoints.save import Save
 from dist_ema.checkpoints.storage.paths import check_path
@@ -21,13 +21,10 @@ from dist_ema.importers.files import open_foreign, open_model
 from dist_ema.importers.foreign import Foreign, LazyTensor, Model, Tensors, check_shapes, ties
 from dist_ema.schedules import ConstantDecay, HalfLife, Schedule
 from dist_ema.sharding.gather import LocalValues
-from dist_ema.sharding.runs import whole
-from dist_ema.sharding.shares import Mode, Share
-from dist_ema.sharding.spec import TensorSpec
+from dist_ema.sharding.shares import Mode
 from dist_ema.sharding.writers import FullTensor
 from dist_ema.state import Track
 
-Advance = Callable[[int], None]
 _AVERAGE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
@@ -241,11 +238,11 @@ def _save(
     count = {entry.name: len(assembly.averages) for entry in tracked}
     entries = [*tracked, *live]
     total = sum(entry.numel * entry.dtype.itemsize * count.get(entry.name, 1) for entry in entries)
-    advance = begin(total) if begin else _no
+    advance = begin(total) if begin else no_advance
     views: dict[str, Callable[[str], LocalValues | None]] = {}
     for average, tensors in assembly.averages.items():
         everything = {**assembly.live, **tensors}
-        views[average] = {entry.name: _hold(entry, everything[entry.name], advance) for entry in entries}.get
+        views[average] = {entry.name: FileValues.of(entry, everything[entry.name], advance) for entry in entries}.get
     track = _Moment(foreign, dict.fromkeys(assembly.averages, schedule))
     Save(target, track, foreign.updates > 0, 0, entries, views, None, overwrite=overwrite).run()
 
@@ -260,25 +257,6 @@ def _entry(
     return FullTensor(name, aliases, tensor.shape, kept, tensor.dtype, mode, partitioned=False)
 
 
-@dataclass(frozen=True)
-class _Foreign(LocalValues):
-    """A tensor in a foreign file; ``values`` is empty."""
-
-    source: LazyTensor
-    advance: Advance
-
-    def read(self, start: int, stop: int, out: Tensor) -> None:
-        """Puts elements ``[start, stop)`` into ``out``, converted."""
-        self.source.read(start, stop, out)
-        self.advance(out.nbytes)
-
-
-def _hold(entry: FullTensor, tensor: LazyTensor, advance: Advance) -> _Foreign:
-    spec = TensorSpec(entry.name, torch.Size(entry.shape), tensor.dtype, whole(entry.numel), partitioned=False)
-    share = Share(spec, entry.mode, 0, entry.numel, entry.dtype, split=False, first_replica=True)
-    return _Foreign(share, torch.empty(0, dtype=tensor.dtype), 0, tensor, advance)
-
-
 class _Moment(Track):
     """The clocks of a foreign average. There is no training whose options they could follow."""
 
@@ -291,7 +269,3 @@ class _Moment(Track):
     def schedules(self) -> Mapping[str, Schedule]:
         """Of each average."""
         return self._schedules
-
-
-def _no(_: int) -> None:
-    """Does nothing, where nobody looks at the progress."""

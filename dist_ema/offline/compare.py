@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dist_ema.checkpoints.file_values import Advance, no_advance
 from dist_ema.checkpoints.load import Key, choose_average, stored_tensors
 from dist_ema.checkpoints.manifest import LIVE, Manifest, StoredTensor
 from dist_ema.checkpoints.reader import RunReader, reread
 from dist_ema.checkpoints.storage.paths import StrPath
 from dist_ema.errors import CheckpointMismatchError
-from dist_ema.offline.verify import Advance, VerifiedTensor, no_advance
+from dist_ema.offline.verify import VerifiedTensor
 
 
 @dataclass(frozen=True)

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from dist_ema.checkpoints.export import export
+from dist_ema.checkpoints.file_values import Advance, FileValues, no_advance
 from dist_ema.checkpoints.layout import DTYPES
 from dist_ema.checkpoints.load import Key, choose_average, stored_tensors
 from dist_ema.checkpoints.manifest import LIVE, Manifest, StoredTensor
 from dist_ema.checkpoints.reader import RunReader, reread
 from dist_ema.checkpoints.storage.paths import StrPath
 from dist_ema.errors import EMAConfigError
-from dist_ema.offline.verify import Advance, VerifiedTensor, no_advance
-from dist_ema.sharding.gather import LocalValues
-from dist_ema.sharding.runs import whole
-from dist_ema.sharding.shares import Mode, Share
-from dist_ema.sharding.spec import TensorSpec
+from dist_ema.offline.verify import VerifiedTensor
+from dist_ema.sharding.shares import Mode
 from dist_ema.sharding.writers import FullTensor
 
 
@@ -87,10 +83,14 @@ def _export(
     files = {tensor.file: manifest.files[tensor.file] for tensor in tensors.values()}
     with RunReader(path, manifest.data, files, tensors) as reader:
         advance = begin(manifest, sum(tensor.nbytes for tensor in tensors.values())) if begin else no_advance
-        held = {key[1]: _hold(reader, key, tensor, advance) for key, tensor in tensors.items()}
+        entries = [_entry(key, tensor) for key, tensor in tensors.items()]
+        sources = [VerifiedTensor(reader, key, tensor) for key, tensor in tensors.items()]
+        held = {
+            entry.name: FileValues.of(entry, source, advance) for entry, source in zip(entries, sources, strict=True)
+        }
         export(
             out,
-            [_entry(one.share) for one in held.values()],
+            entries,
             held.get,
             None,
             dtype=dtype,
@@ -101,36 +101,9 @@ def _export(
         )
 
 
-@dataclass(frozen=True)
-class _Stored(LocalValues):
-    """A tensor in a file; ``values`` is empty.
-
-    Attributes:
-        source: where its elements come from.
-        advance: told of the bytes read.
-    """
-
-    source: VerifiedTensor
-    advance: Advance
-
-    def read(self, start: int, stop: int, out: Tensor) -> None:
-        """Puts elements ``[start, stop)`` into ``out``, converted; the last call checks what all have read."""
-        values = out if out.dtype == self.source.dtype else torch.empty(stop - start, dtype=self.source.dtype)
-        self.source.read(start, values)
-        if values is not out:
-            out.copy_(values)
-        self.advance(values.nbytes)
-
-
-def _hold(reader: RunReader, key: Key, tensor: StoredTensor, advance: Advance) -> _Stored:
-    source = VerifiedTensor(reader, key, tensor)
-    shape, dtype = torch.Size(tensor.shape), DTYPES[tensor.dtype]
-    spec = TensorSpec(key[1], shape, dtype, whole(source.numel), partitioned=False, aliases=tensor.aliases)
-    mode: Mode = "live" if key[0] == LIVE else "average"
-    share = Share(spec, mode, 0, source.numel, dtype, split=False, first_replica=True)
-    return _Stored(share, torch.empty(0, dtype=dtype), 0, source, advance)
-
-
-def _entry(share: Share) -> FullTensor:
-    spec = share.spec
-    return FullTensor(spec.name, spec.aliases, tuple(spec.shape), spec.dtype, spec.dtype, share.mode, partitioned=False)
+def _entry(key: Key, tensor: StoredTensor) -> FullTensor:
+    """A stored tensor as something to write; ``live_dtype`` is that of the file, since the model's is not known."""
+    folder, name = key
+    dtype = DTYPES[tensor.dtype]
+    mode: Mode = "live" if folder == LIVE else "average"
+    return FullTensor(name, tensor.aliases, tensor.shape, dtype, dtype, mode, partitioned=False)

@@ -11,17 +11,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dist_ema.checkpoints.file_values import Advance, no_advance
 from dist_ema.checkpoints.layout import DTYPES
 from dist_ema.checkpoints.load import IO_CHUNK, Key, damaged_error, stored_tensors
 from dist_ema.checkpoints.manifest import NAME, Manifest, StoredTensor
-from dist_ema.checkpoints.reader import REREADS, RunReader, read_manifest_bytes
+from dist_ema.checkpoints.reader import RunReader, reread
 from dist_ema.checkpoints.storage.paths import StrPath
 from dist_ema.errors import CheckpointCorruptError
 from dist_ema.kernels.fingerprint import partial_digest
 from dist_ema.sharding.runs import Runs, chunks, count, whole
 
-#: Told how many more bytes of tensors are done; may be called from any thread.
-Advance = Callable[[int], None]
 WRONG = "its data are not what was written"
 #: Elements that one thread takes at a time, chunk by chunk.
 _STRIPE = 32 * IO_CHUNK
@@ -44,10 +43,6 @@ class Finding:
     problem: str
 
 
-def no_advance(_: int) -> None:
-    """Does nothing, where nobody looks at the progress."""
-
-
 def audit(
     path: StrPath, *, threads: int = 4, begin: Callable[[Manifest], Advance] | None = None
 ) -> tuple[Manifest | None, list[Finding]]:
@@ -67,17 +62,27 @@ def audit(
     Raises:
         CheckpointError: there is no checkpoint, or it has another format version.
     """
-    attempts = REREADS
-    while True:
-        try:
-            text = read_manifest_bytes(path)
-            manifest = Manifest.from_bytes(text)
-        except CheckpointCorruptError as error:
-            return None, [Finding(NAME, None, str(error))]
-        findings = _audit(path, manifest, threads, begin)
-        attempts -= 1
-        if not findings or attempts < 0 or read_manifest_bytes(path) == text:
-            return manifest, findings
+
+    def check(manifest: Manifest) -> Manifest:
+        if findings := _audit(path, manifest, threads, begin):
+            raise _DamagedError(manifest, findings)
+        return manifest
+
+    try:
+        return reread(path, check), []
+    except _DamagedError as error:
+        return error.manifest, error.findings
+    except CheckpointCorruptError as error:
+        return None, [Finding(NAME, None, str(error))]
+
+
+class _DamagedError(CheckpointCorruptError):
+    """Carries every damage of a checkpoint through :func:`reread`, which tries again if a save has replaced it."""
+
+    def __init__(self, manifest: Manifest, findings: list[Finding]) -> None:
+        super().__init__(findings[0].problem)
+        self.manifest = manifest
+        self.findings = findings
 
 
 def _audit(
@@ -179,23 +184,27 @@ class VerifiedTensor:
         self._tensor = tensor
         self._total = 0
 
-    def read(self, start: int, out: Tensor) -> None:
-        """Puts the next elements, which begin at ``start``, into the flat CPU tensor ``out`` of the file's dtype.
+    def read(self, start: int, stop: int, out: Tensor) -> None:
+        """Puts the next elements, ``[start, stop)``, into the flat CPU tensor ``out``, converted to its dtype.
 
         Raises CheckpointCorruptError, naming file and tensor, with the last elements, if not all were as written.
         """
-        runs = ((start, out.numel()),)
-        self._reader.read(self._key, runs, out)
-        self._total += partial_digest(out, runs)
-        if start + out.numel() == self.numel and self._total % (1 << 64) != self._tensor.digest:
+        runs = ((start, stop - start),)
+        values = out if out.dtype == self.dtype else torch.empty(stop - start, dtype=self.dtype)
+        self._reader.read(self._key, runs, values)
+        self._total += partial_digest(values, runs)
+        if values is not out:
+            out.copy_(values)
+        if stop == self.numel and self._total % (1 << 64) != self._tensor.digest:
             raise CheckpointCorruptError(f"{self._tensor.file}: {self._key[1]!r}: {WRONG}")
 
     def chunks(self) -> Iterator[Tensor]:
         """The elements in order, :data:`_PIECE` at a time; each is overwritten by the next."""
         scratch = torch.empty(min(_PIECE, self.numel), dtype=self.dtype)
         for start in range(0, self.numel, _PIECE):
-            values = scratch[: min(_PIECE, self.numel - start)]
-            self.read(start, values)
+            stop = min(start + _PIECE, self.numel)
+            values = scratch[: stop - start]
+            self.read(start, stop, values)
             yield values
 
 

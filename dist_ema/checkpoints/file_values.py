@@ -1,0 +1,62 @@
+"""Full tensors that one process reads out of a file while it writes them into another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dist_ema.sharding.gather import LocalValues
+from dist_ema.sharding.runs import whole
+from dist_ema.sharding.shares import Share
+from dist_ema.sharding.spec import TensorSpec
+from dist_ema.sharding.writers import FullTensor
+
+#: Told how many more bytes of tensors are done; may be called from any thread.
+Advance = Callable[[int], None]
+
+
+def no_advance(_: int) -> None:
+    """Does nothing, where nobody looks at the progress."""
+
+
+class Source(Protocol):
+    """A full tensor in a file.
+
+    Attributes:
+        dtype: in the file.
+    """
+
+    dtype: torch.dtype
+
+    def read(self, start: int, stop: int, out: Tensor) -> None:
+        """Puts elements ``[start, stop)`` into the flat CPU tensor ``out``, converted to its dtype."""
+
+
+@dataclass(frozen=True)
+class FileValues(LocalValues):
+    """All elements of a full tensor, none of which is in memory: ``values`` is empty.
+
+    Attributes:
+        source: gives the elements.
+        advance: told of the bytes that have been read, in the dtype of ``share``.
+    """
+
+    source: Source
+    advance: Advance
+
+    @classmethod
+    def of(cls, entry: FullTensor, source: Source, advance: Advance) -> FileValues:
+        """The values of ``entry``, as this one process holds all of it."""
+        shape = torch.Size(entry.shape)
+        spec = TensorSpec(entry.name, shape, source.dtype, whole(entry.numel), partitioned=False, aliases=entry.aliases)
+        share = Share(spec, entry.mode, 0, entry.numel, entry.dtype, split=False, first_replica=True)
+        return cls(share, torch.empty(0, dtype=source.dtype), 0, source, advance)
+
+    def read(self, start: int, stop: int, out: Tensor) -> None:
+        """As :meth:`LocalValues.read`; in ascending order, without gaps."""
+        self.source.read(start, stop, out)
+        self.advance((stop - start) * self.share.dtype.itemsize)
