@@ -5,7 +5,7 @@ tensors than the module has, whose elements are those of the module in other pla
 element goes, so that every rank can write the elements that it holds, and no full tensor is ever made.
 :mod:`dist_ema.checkpoints.trace` finds out the arrangement.
 
-Terms: a *memory* is the storage of one tensor, numbered; a *link* says which of its elements stand where in another one;
+Terms: a *memory* is the storage of one tensor, numbered; a *link* says which of its elements stand where in another;
 a memory below zero is a tensor of the files, -1 the first.
 """
 
