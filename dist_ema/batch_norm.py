@@ -56,28 +56,25 @@ def update_bn(
             another rank. On the rank where it raised, what it raised. The average is then what it was.
     """
     engine, shares, group = ema._engine, {share.spec.name: share for share in ema._shares}, ema._engine.group
-
-    def look() -> list[Slot]:
-        ema._refuse("update_bn()")
+    with ema._begun(ema._call("update_bn()", name=name)):
+        ema._condition.refuse("update_bn()")
         ema._name(name)
         if not ema._shadow.started:
             raise EMAStateError("update_bn(): there is no average before the first update; call update() first")
         if forward is None and len(engine.modules()) != 1:
             raise EMAConfigError("forward=None: a list of modules has no forward pass of its own; give a function")
-        return _slots(engine, shares)
-
-    slots, _ = ema._joined(ema._call("update_bn()", name=name), look)
+        slots = _slots(engine, shares)
     with ema.average_parameters(name):
         found = _run(engine, slots, batches, forward or engine.modules()[0], group)
     average = ema._name(name)
     shadows = dict(zip(shares, ema._shadow.tensors(average), strict=True))
     with Uninterrupted():
-        ema._broken = "update_bn()"
+        ema._condition.broken = "update_bn()"
         for key, value in found.items():
             shadow = shadows[key]
             if shadow is not None:
                 shadow.copy_(value.reshape(-1))
-        ema._broken = None
+        ema._condition.broken = None
 
 
 def _slots(engine: Engine, shares: dict[str, Share]) -> list[Slot]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -119,26 +119,52 @@ def broadcast_object(value: T, group: dist.ProcessGroup | None) -> T:
     return values[0]
 
 
-def agree(action: Callable[[], T], group: dist.ProcessGroup | None, operation: str) -> T:
-    """Runs ``action`` on every rank; if it raised anywhere, raises everywhere. Collective.
+class Round:
+    """What ranks tell each other at the end of one :func:`agreed` or :func:`same_call` block.
 
-    The error has the class of the first failure where that is one of this library's, else it is a CheckpointError, and
-    names the ranks that failed.
+    Attributes:
+        received: after the block, what each rank sent, in the order of the ranks; None for one that sent nothing.
     """
-    results: list[T] = []
-    exchange(lambda: results.append(action()), group, operation)
-    return results[0]
+
+    def __init__(self) -> None:
+        self._sent: Any = None
+        self.received: list[Any] = []
+
+    def send(self, value: object) -> None:
+        """Inside the block: what the others are told. A small thing: it is pickled, and short ones cost no round."""
+        self._sent = value
 
 
-def exchange(action: Callable[[], T], group: dist.ProcessGroup | None, operation: str) -> list[T]:
-    """As :func:`agree`, and gives what ``action`` returned on every rank, in the order of the ranks. For small things.
+@contextmanager
+def agreed(group: dist.ProcessGroup | None, operation: str) -> Iterator[Round]:
+    """Inside the block each rank works alone; at its end all ranks go on, or all of them raise what failed on any.
 
-    Collective, in one round where what is returned is short.
+    Collective at the end of the block, in one round where what is sent is short. The block must make no collective call
+    that another rank would miss when it fails. What is no ``Exception``, such as KeyboardInterrupt, leaves at once: the
+    other ranks then wait until the group gives up.
+
+    Args:
+        group: the ranks; None for one process.
+        operation: for the error.
+
+    Raises:
+        EMAError: of the class of the first failure where that is one of this library's, else a CheckpointError; it
+            names the ranks that failed.
+
+    >>> with agreed(None, "adding") as round_:
+    ...     round_.send(1 + 1)
+    >>> round_.received
+    [2]
     """
-    result, failure = _tried(action)
-    found = gather_objects((result, _told(failure)), group)
-    _raise_failures([what for _, what in found], failure, operation)
-    return [result for result, _ in found]  # type: ignore[misc]
+    round_ = Round()
+    failure: Exception | None = None
+    try:
+        yield round_
+    except Exception as error:  # the other ranks wait to be told
+        failure = error
+    found = gather_objects((round_._sent, _told(failure)), group)
+    _raise_failures([told for _, told in found], failure, operation)
+    round_.received = [sent for sent, _ in found]
 
 
 @dataclass(frozen=True)
@@ -166,19 +192,26 @@ class Call:
         return hashlib.blake2b(repr((self.name, list(self.facts.items()))).encode(), digest_size=8).digest()
 
 
-def meet(call: Call, action: Callable[[], T], group: dist.ProcessGroup | None, timeout: float | None = None) -> list[T]:
-    """As :func:`exchange`, and raises EMAStateError on every rank unless all make the same ``call``. Collective.
+@contextmanager
+def same_call(call: Call, group: dist.ProcessGroup | None, timeout: float | None = None) -> Iterator[Round]:
+    """As :func:`agreed`, and raises EMAStateError on every rank unless all make the same ``call``. Collective.
 
     Every collective call of the library begins with this, in the group of the model, so that also a ``metrics()`` and a
-    ``save()`` meet here. In one round where what is returned is short; only ranks that differ tell each other how.
+    ``save()`` meet here. In one round where what is sent is short; only ranks that differ tell each other how.
+    ``timeout`` is that of the round, in seconds.
     """
-    result, failure = _tried(action)
-    found = gather_objects((call.digest, result, _told(failure)), group, timeout)
+    round_ = Round()
+    failure: Exception | None = None
+    try:
+        yield round_
+    except Exception as error:
+        failure = error
+    found = gather_objects((call.digest, round_._sent, _told(failure)), group, timeout)
     if len({digest for digest, _, _ in found}) > 1:
         calls = gather_objects((call.name, dict(call.facts)), group, timeout)
         raise EMAStateError(f"{call} on this rank: {_difference(calls)}. Make the same call on every rank") from failure
-    _raise_failures([what for _, _, what in found], failure, str(call))
-    return [result for _, result, _ in found]  # type: ignore[misc]
+    _raise_failures([told for _, _, told in found], failure, str(call))
+    round_.received = [sent for _, sent, _ in found]
 
 
 def _difference(calls: Sequence[tuple[str, Mapping[str, str]]]) -> str:
@@ -203,14 +236,6 @@ def _by_rank(values: Sequence[str]) -> str:
         listed = ", ".join(map(str, where[:4])) + (f" and {len(where) - 4} more" if len(where) > 4 else "")
         shown.append(f"{value} on rank{'s' if len(where) > 1 else ''} {listed}")
     return ", ".join(shown)
-
-
-def _tried(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
-    """What ``action`` returned, or what it raised: other ranks wait to be told."""
-    try:
-        return action(), None
-    except Exception as error:
-        return None, error
 
 
 def _told(failure: Exception | None) -> tuple[str, str] | None:

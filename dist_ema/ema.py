@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import replace
-from datetime import timedelta
-from typing import Any, NoReturn, TypeVar
-from weakref import WeakKeyDictionary, ref
+from contextlib import contextmanager, nullcontext
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from dist_ema import kernels
 from dist_ema.background import Background
 from dist_ema.checkpoints.export import export
 from dist_ema.checkpoints.load import Load, report_schedules
@@ -25,48 +22,37 @@ from dist_ema.checkpoints.save import Save
 from dist_ema.clock import Progress
 from dist_ema.collectives import (
     Call,
-    agree,
-    answered,
+    agreed,
     answering,
     check_same_clocks,
     check_same_updates,
-    gather_objects,
-    meet,
     rank_in,
-    size_of,
+    same_call,
     sum_floats,
     sum_integers,
 )
-from dist_ema.engines import Attached, Engine, RemovableHandle, detect_in
+from dist_ema.engines import Attached, RemovableHandle, detect_in
 from dist_ema.engines.unwrapped import unwrapped
-from dist_ema.errors import (
-    CheckpointError,
-    CheckpointMismatchError,
-    EMAConfigError,
-    EMAStateError,
-)
+from dist_ema.errors import CheckpointError, CheckpointMismatchError, EMAConfigError, EMAStateError
+from dist_ema.groups import OwnGroups
 from dist_ema.interrupts import Uninterrupted
 from dist_ema.kernels.fingerprint import partial_digest
 from dist_ema.kernels.streams import Handover
 from dist_ema.options import Options
 from dist_ema.schedules import Schedule
+from dist_ema.shadow.condition import Condition
 from dist_ema.shadow.device import Shadow
 from dist_ema.shadow.host import HostShadow, wait_for_reads
 from dist_ema.shadow.memory_report import memory_report, summary
 from dist_ema.shadow.swap import Swap, Visit, swaps_together
+from dist_ema.shadow.view import View
 from dist_ema.sharding.gather import LocalValues, check_readable, full_tensors
 from dist_ema.sharding.resharding import check_same_model, move
 from dist_ema.sharding.shares import Share, assign_shares
 from dist_ema.sharding.writers import FullTensor, catalogue, is_writer
-from dist_ema.state import Track
+from dist_ema.state import EMAState, Track
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
-#: The visit of an average to a model that is under way, or that left its weights torn, for every module that holds
-#: tensors itself: another object may average the same model, a part of it, or one of which it is a part.
-_visits: WeakKeyDictionary[nn.Module, Visit] = WeakKeyDictionary()
-#: Bytes a second that every rank's disk is expected to write: time that a rank is not said to hang.
-_SLOW_DISK = 50e6
 
 
 class ShardedEMA:
@@ -163,18 +149,11 @@ class ShardedEMA:
         )
         self._group = group
         self._engine = detect_in(target, group)
-        ranks = self._engine.group
-        self._is_world = ranks is not None and size_of(ranks) == dist.get_world_size()
+        self._groups = OwnGroups(self._engine.group)
+        self._condition = Condition(self._engine)
         self._warned = False
         self._attached: Attached | None = None
         self._background = Background()
-        self._visit: Visit | None = None  # of an average of ours to the model
-        self._swap_inside: Swap | None = None  # that brought it in, if there is one yet
-        # Weak, so that destroy_process_group() ends its threads: at the end of the interpreter they may abort it.
-        self._meeting: ref[dist.ProcessGroup] | None = None
-        self._control: dist.ProcessGroup | None = None
-        self._timeout = 0.0  # of the control group
-        self._broken: str | None = None  # the call that has changed a part of the average only
         self._plan(Progress())
 
     # Averaging: local.
@@ -207,9 +186,9 @@ class ShardedEMA:
         A signal's handler waits until the average has moved. An update that raises is not counted. If it was in the
         middle of it, every call that needs the average raises EMAStateError until ``reset()`` or ``load()``.
         """
-        self._refuse("update()")
+        self._condition.refuse("update()")
         self._shadow.raise_failure()
-        now = self._track.clock.advance(batches=batches, samples=samples, tokens=tokens, epochs=epochs)
+        now = self._track.training.advance(batches=batches, samples=samples, tokens=tokens, epochs=epochs)
         if not self._engine.stepped():
             return False
         if due is None:
@@ -221,38 +200,39 @@ class ShardedEMA:
             self._shadow.check(sources)
             with Uninterrupted():
                 self._average(sources, now)
-                self._track.clock = now
-                self._broken = None
+                self._track.training = now
+                self._condition.broken = None
         else:
-            self._track.clock = now
+            self._track.training = now
         self._background.raise_failure()  # last, so that no update is lost
         return due
 
     def _average(self, sources: Sequence[Tensor], now: Progress) -> None:
         if not self._shadow.started:
-            self._broken = "update()"
+            self._condition.broken = "update()"
             try:
                 self._shadow.start(sources)
                 self._track.begin(now)
             except BaseException:
                 self._take(self._new_shadow())  # it may have memory, but no average in it
-                self._track.restore(self._track.clock, Progress(), Progress())
-                self._broken = None
+                self._track.forget()
+                self._condition.broken = None
                 raise
         else:
             after = self._track.after(now)
-            weights = self._track.weights(after)
+            log_retained = self._track.log_retained(after)
+            weights = [-math.expm1(logarithm) for logarithm in log_retained.values()]
             self._warn_if_still(after)
             self._shadow.scratch.touched = False
-            self._broken = "update()"
+            self._condition.broken = "update()"
             try:
                 if any(weights):  # between two windows an average stands still, and its buffers with it
                     self._shadow.update(sources, weights, after.updates)
             except BaseException:
                 if not self._shadow.scratch.touched:
-                    self._broken = None
+                    self._condition.broken = None
                 raise
-            self._track.step(after)
+            self._track.step(after, log_retained)
 
     def _warn_if_still(self, after: Progress) -> None:
         units = self._track.unmoved(after) - {"ba"}
@@ -304,13 +284,13 @@ class ShardedEMA:
         ``average_parameters()`` that left the live weights torn, load them first. Raises EMAStateError inside
         ``average_parameters()``.
         """
-        self._refuse("reset()", mends=True)
+        self._condition.refuse("reset()", mends=True)
         self._background.wait()
         old = self._shadow
         with Uninterrupted():
-            self._plan(self._track.clock)
+            self._plan(self._track.training)
             old.discard()
-            self._mended()
+            self._condition.mended()
 
     def _plan(self, clock: Progress) -> None:
         specs = self._engine.specs()
@@ -324,15 +304,15 @@ class ShardedEMA:
                 f"nothing to average: the model has {trained} trained of {len(specs)} parameters and buffers, and "
                 "include and exclude leave none of them"
             )
-        self._broken = "reset()"
+        self._condition.broken = "reset()"
         self._shares = shares
         self._warn_if_coarse()
         self._warned = False
         self._track = Track(self._options, clock)
         self._shadow = self._new_shadow()
         self._skipped_before = 0  # of a run that was resumed; counted by rank 0
-        self._entries: list[FullTensor] | None = None
-        self._broken = None
+        self._known: list[FullTensor] | None = None  # every full tensor, once all ranks have told each other
+        self._condition.broken = None
 
     @answering("rebind()")
     def rebind(self, target: object) -> None:
@@ -352,23 +332,21 @@ class ShardedEMA:
         """
         self._background.drain()
         operation = "rebind()"
-
-        def look() -> tuple[Engine, list[Share], list[Tensor]]:
-            self._refuse(operation)
+        group = self._engine.group
+        with self._begun(self._call(operation)):
+            self._wait_for_save()
+            self._condition.refuse(operation)
             self._shadow.wait()
             engine = detect_in(target, self._group)
             shares = assign_shares(engine.specs(), self._options)
             engine.reshard()
-            return engine, shares, engine.sources()
-
-        group = self._engine.group
-        (engine, shares, sources), known = self._met(self._call(operation), self._after_save(look))
-        old = self._entries if known and self._entries is not None else catalogue(self._shares, group)
-        new = catalogue(shares, group)
+            sources = engine.sources()
+        old, new = self._full_tensors(), catalogue(shares, group)
         check_same_model(old, new, operation)
         shadow = self._new_shadow(self._shadow.seed, shares)
         if self._shadow.started:
-            agree(lambda: shadow.allocate(sources), group, operation)
+            with agreed(group, operation):
+                shadow.allocate(sources)
             for name in self.names:
                 held = {
                     share.spec.name: LocalValues(share, values, 0)
@@ -379,7 +357,8 @@ class ShardedEMA:
             shadow.loaded()
         with Uninterrupted():
             self._skipped_before = self._skipped()
-            self._engine, self._shares, self._entries = engine, shares, new
+            self._engine, self._shares, self._known = engine, shares, new
+            self._condition = Condition(engine)
             self._take(shadow)
 
     def _take(self, shadow: Shadow) -> None:
@@ -446,6 +425,7 @@ class ShardedEMA:
         """
         self._quiesce()
         swap: Swap | None = None
+        condition = self._condition
         visit = Visit("", "average_parameters()", held_by or _calling_line())
         try:
             try:
@@ -453,18 +433,27 @@ class ShardedEMA:
                     with Uninterrupted():  # other ranks would go on alone, with weights half of which come from here
                         swap = self._swap(self._call("average_parameters()", name=name), name, visit, keep=True)
                         visit.open = True
-                        self._visit, self._swap_inside = visit, swap
+                        condition.visit, condition.swap = visit, swap
                         if swap is not None:
                             with answering("average_parameters()"):
                                 swap.enter()
                     yield
                 finally:
-                    _end(swap, visit)
+                    self._leave(swap, visit)
             finally:  # an exception between any two lines above ends here, and what has been done is not done again
-                _end(swap, visit)
+                self._leave(swap, visit)
         finally:  # so does a second one, which comes as late as here: a launcher sends SIGINT, then SIGTERM
-            _end(swap, visit)
-            self._visit = self._swap_inside = None
+            self._leave(swap, visit)
+            condition.visit = condition.swap = None
+
+    def _leave(self, swap: Swap | None, visit: Visit) -> None:
+        """Leaves the model, unless that is done. Collective where the swap is."""
+        try:
+            if swap is not None:
+                swap.leave()
+        finally:
+            visit.open = False
+            self._condition.end(visit)
 
     def _quiesce(self) -> None:
         """Waits, so long as signals need not wait, for whoever still works on the averages or reads them. Local."""
@@ -474,24 +463,19 @@ class ShardedEMA:
     def _swap(self, call: Call, name: str | None, visit: Visit, keep: bool) -> Swap | None:
         """None before the first update, when the average is the live model. Collective where the swap is."""
 
-        def look() -> Swap:
-            self._refuse(call.name)
+        started = self._shadow.started
+        # Another rank's stage may have buffers.
+        together = self._engine.is_part or swaps_together(self._engine, self._shares)
+        with answering(call.name), self._begun(call) if together else nullcontext():
+            self._condition.refuse(call.name)
             visit.name = self._name(name)
             shadows = self._shadow.tensors(visit.name) if started else [None] * len(self._shares)
-            swap = Swap(
-                self._engine, self._shares, shadows, self._shadow.scratch, visit, self._background.wait_until_read
-            )
+            wait = self._background.wait_until_read
+            swap = Swap(self._engine, self._shares, shadows, self._shadow.scratch, visit, wait)
             swap.prepare(keep and started)
-            return swap
-
-        started = self._shadow.started
-        if self._engine.is_part or swaps_together(self._engine, self._shares):  # another rank's stage may have buffers
-            with answering(call.name):
-                swap, entries = self._joined(call, look)
-            swap.entries = entries
-        else:
-            swap = look()
-        _visits.update(dict.fromkeys(_holders(self._engine), visit))
+        if together:
+            swap.entries = self._full_tensors()
+        self._condition.begin(visit)
         wait_for_reads()
         return swap if started else None
 
@@ -510,7 +494,7 @@ class ShardedEMA:
                     with answering("copy_to()"):
                         swap.copy()
             finally:
-                _forget(visit)
+                self._condition.end(visit)
 
     # Full tensors: collective.
 
@@ -534,8 +518,11 @@ class ShardedEMA:
             EMAConfigError: no such average, or ``dtype`` is not a floating-point dtype.
         """
         call = self._call("full_state_dict()", name=name, dtype=dtype, include_untracked=include_untracked)
-        entries, held = self._view(call, name, dtype, include_untracked)
-        return full_tensors(entries, held.get, dtype, self._engine.group, "full_state_dict()")
+        with self._begun(call):
+            _check_dtype(dtype)
+            held = self._view(call.name).average(self._name(name), include_untracked)
+            check_readable(held.values())
+        return full_tensors(self._wanted(include_untracked), held.get, dtype, self._engine.group, "full_state_dict()")
 
     @answering("export()")
     def export(
@@ -585,11 +572,14 @@ class ShardedEMA:
         """
         arguments = {"name": name, "dtype": dtype, "max_shard_size": max_shard_size, "gather": gather}
         arguments |= {"include_untracked": include_untracked, "layout": layout}
-        entries, held = self._view(self._call("export()", **arguments), name, dtype, check=False)
+        call = self._call("export()", **arguments)
+        with self._begun(call):
+            _check_dtype(dtype)
+            held = self._view(call.name).average(self._name(name))
         modules = self._engine.modules()
         export(
             path,
-            entries,
+            self._full_tensors(),
             held.get,
             self._engine.group,
             dtype=dtype,
@@ -640,31 +630,28 @@ class ShardedEMA:
         self._background.drain()
         with answering(f"save to {path}", timeout):
             arguments = {"block": block, "timeout": timeout, "include_untracked": include_untracked}
-            call = self._call("save()", f"save to {path}", **arguments)
-            views, entries = self._begun(call, lambda: self._views(include_untracked), timeout=timeout)
-            group = self._control_group(timeout)
-            started, skipped, seed = self._shadow.started, self._skipped(), self._shadow.seed
-            save = Save(path, self._track, started, skipped, entries, views, group, seed, include_untracked)
+            with self._begun(self._call("save()", f"save to {path}", **arguments), timeout=timeout):
+                self._wait_for_save()
+                view = self._view("save()")
+                held = {name: view.average(name, include_untracked) for name in self.names}
+                check_readable(values for average in held.values() for values in average.values())
+            group = self._groups.background(timeout, self._shadow_bytes())
+            views = {name: average.get for name, average in held.items()}
+            state, schedules = self._state(self._skipped()), self._options.schedules
+            save = Save(path, state, schedules, self._full_tensors(), views, group, include_untracked)
             if block:
                 save.run()
                 return
             save.start()
         guard = answering(f"save to {path}", timeout)
         shadows = (shadow for name in self.names for shadow in self._shadow.tensors(name) if shadow is not None)
-        handover = Handover(shadows if started else ())
+        handover = Handover(shadows if self._shadow.started else ())
 
         def write_averages() -> None:
             with handover.taken():
                 save.write_averages()
 
         self._background.start(guard(write_averages), guard(save.finish), save.abandon)
-
-    def _views(self, include_untracked: bool) -> dict[str, Callable[[str], LocalValues | None]]:
-        """What this rank holds of each tensor, for each average. Local."""
-        sources = self._sources("save()")
-        views = {name: self._held(name, sources, include_untracked) for name in self.names}
-        check_readable(held for view in views.values() for held in view.values())
-        return {name: view.get for name, view in views.items()}
 
     @answering("load()")
     def load(self, path: str | os.PathLike[str], *, strict: bool = True, verify: bool = True) -> None:
@@ -686,19 +673,16 @@ class ShardedEMA:
             EMAStateError: inside ``average_parameters()``, or the model has changed.
         """
         self._background.drain()
-        group = self._engine.group
         call = self._call("load()", f"load from {path}", strict=strict, verify=verify)
-        sources, entries = self._begun(call, lambda: self._live("load()"), replaces=True)
+        with self._begun(call, replaces=True):
+            self._wait_for_save()
+            sources = self._live("load()")
         manifest, shadow = read_anew_if_replaced(
-            lambda: Load(path, entries, self.names, group),
+            lambda: Load(path, self._full_tensors(), self.names, self._engine.group),
             lambda load: (load.manifest, self._filled(load, sources, strict, verify)),
         )
         with Uninterrupted():
-            self._broken = "load()"
-            self._take(shadow)
-            self._track.restore(manifest.clock, manifest.start, manifest.seen)
-            self._skipped_before = manifest.skipped if rank_in(group) == 0 else 0
-            self._mended()
+            self._replace(shadow, manifest.state, "load()")
         report_schedules(manifest.schedules, self._options.schedules)
 
     def _filled(self, load: Load, sources: Sequence[Tensor], strict: bool, verify: bool) -> Shadow:
@@ -708,15 +692,20 @@ class ShardedEMA:
         if load.manifest.started:
             # What a checkpoint lacks starts from the live weights; where it may lack nothing, none are copied.
             begin = shadow.allocate if strict else shadow.start
-
-            def make() -> None:
+            with agreed(self._engine.group, "load()"):
                 begin(sources)
                 shadow.wait()
-
-            agree(make, self._engine.group, "load()")
             load.read(load.wants(found, {share.spec.name: share for share in self._shares}, shadow), verify)
             shadow.loaded()
         return shadow
+
+    def _replace(self, shadow: Shadow, state: EMAState, operation: str) -> None:
+        """A loaded average takes the place of the one that there was. Local."""
+        self._condition.broken = operation
+        self._take(shadow)
+        self._track.restore(state)
+        self._skipped_before = state.skipped if rank_in(self._engine.group) == 0 else 0
+        self._condition.mended()
 
     @answering("state_dict()")
     def state_dict(self, *, full: bool = False, live: bool = False) -> dict[str, Any]:
@@ -739,58 +728,35 @@ class ShardedEMA:
             EMAStateError: on every rank: the model has changed, or another object's average is in it.
         """
         # Here, since torch.distributed.checkpoint takes seconds to import and brings torch.distributed.tensor.
-        from dist_ema.dcp.stateful import Moment, add_live, make_head, make_state_dict
+        from dist_ema.dcp.stateful import full_parts, make_head
 
-        group, operation = self._engine.group, "state_dict()"
-        call = self._call(operation, full=full, live=live)
-        sources, every = self._joined(call, lambda: self._sources(operation))
-        entries = {entry.name: entry for entry in every}
-        (skipped,) = sum_integers([self._skipped()], group)
-
-        def make() -> dict[str, Any]:
-            shadow, track = self._shadow, self._track
-            if not (shadow.started or full):
-                shadow = self._new_shadow()
-                shadow.start(sources)
-                shadow.wait()
-            moment = Moment(self._shadow.started, track.clock, track.start, track.seen, skipped, shadow.seed)
-            if full:
-                return make_head(moment, self._options.schedules)
-            spoken = [is_writer(entries[share.spec.name], share, group) for share in self._shares]
-            spare = shadow is not self._shadow
-            averaged = shadow.tensors if spare else lambda name: self._flat(name, sources)
-            state = make_state_dict(moment, self._options.schedules, averaged, self._shares, spoken, spare)
-            if live:
-                flat = [None if held is None else held.flat() for held in self._live_held(sources)]
-                add_live(state, flat, self._shares, spoken)
-            if spare:
-                shadow.discard()  # what keeps it up to date; its memory is the dict's
-            return state
-
-        state = agree(make, group, operation)
+        operation = "state_dict()"
+        with self._begun(self._call(operation, full=full, live=live)):
+            view = self._view(operation)
+        (skipped,) = sum_integers([self._skipped()], self._engine.group)
+        state = self._state(skipped)
         if full:
-            state |= self._full_parts(every, sources, live)
-        return state
+            head = make_head(state, self._options.schedules)
+            return head | full_parts(view, self.names, self._full_tensors(), self._engine.group, live)
+        with agreed(self._engine.group, operation):
+            return self._parts(view, state, live)
 
-    def _full_parts(self, every: Sequence[FullTensor], sources: Sequence[Tensor], live: bool) -> dict[str, Any]:
-        """The tensors of ``state_dict(full=True)``, on rank 0. Collective."""
+    def _parts(self, view: View, state: EMAState, live: bool) -> dict[str, Any]:
+        """This rank's part of ``state_dict()``. Local."""
+        from dist_ema.dcp.stateful import add_live, make_state_dict
 
-        def whole(held: Mapping[str, LocalValues], modes: Sequence[str], live: bool = False) -> dict[str, Tensor]:
-            wanted = [
-                replace(entry, aliases=(), dtype=entry.live_dtype if live else entry.dtype)
-                for entry in every
-                if entry.mode in modes
-            ]
-            return full_tensors(wanted, held.get, None, self._engine.group, "state_dict()")
-
-        views = {name: self._held(name, sources, include_untracked=False) for name in self.names}
-        parts: dict[str, Any] = {
-            "averages": {name: whole(view, ["average"]) for name, view in views.items()},
-            "buffers": whole(views[self.names[0]], ["copy"]),
-        }
+        writes, schedules = self._writes(), self._options.schedules
+        if self._shadow.started:
+            parts = make_state_dict(state, schedules, view.flat, self._shares, writes, spare=False)
+        else:
+            spare = self._new_shadow()
+            spare.start(view.sources)
+            spare.wait()
+            parts = make_state_dict(state, schedules, spare.tensors, self._shares, writes, spare=True)
+            spare.discard()  # what keeps it up to date; its memory is the dict's
         if live:
-            held = {one.share.spec.name: one for one in self._live_held(sources) if one is not None}
-            parts["live"] = whole(held, ["average", "copy"], live=True)
+            flat = [None if values is None else values.flat() for values in view.live()]
+            add_live(parts, flat, self._shares, writes)
         return parts
 
     @answering("load_state_dict()")
@@ -819,44 +785,42 @@ class ShardedEMA:
         self._shadow.drain()  # what fails in it does not matter any more
         self._background.drain()
         group, operation = self._engine.group, "load_state_dict()"
-        sources, entries = self._begun(self._call(operation), lambda: self._live(operation), replaces=True)
-        known = {entry.name for entry in entries if entry.mode != "live"}
-        restore = agree(lambda: LoadedStateDict(state_dict, self._shares, self.names, known), group, operation)
-        moment = restore.moment
-        live, visit = agree(lambda: restore.live(sources), group, operation), Visit("", operation)
-        if len(set(gather_objects(live is None, group))) > 1:
+        with self._begun(self._call(operation), replaces=True):
+            self._wait_for_save()
+            sources = self._live(operation)
+        with agreed(group, operation) as round_:
+            tracked = {entry.name for entry in self._full_tensors() if entry.mode != "live"}
+            restore = LoadedStateDict(state_dict, self._shares, self.names, tracked)
+            live = restore.live(sources)
+            round_.send((live is None, restore.state.averaged.updates))
+        without_live, updates = zip(*round_.received, strict=True)
+        if len(set(without_live)) > 1:
             raise CheckpointMismatchError(f"{operation}: some ranks' state dicts have 'live' and others' have not")
-        back = None
+        check_same_updates(updates)
+        back, visit = None, Visit("", operation)
         if live is not None:
             back = Swap(self._engine, self._shares, live, self._shadow.scratch, visit, self._background.wait_until_read)
-            back.entries = entries
-        check_same_updates(gather_objects(moment.seen.updates, group))
+            back.entries = self._full_tensors()
         shadow = self._shadow
-        if shadow.failed or not (moment.started and shadow.started):
+        if shadow.failed or not (restore.state.started and shadow.started):
             shadow = self._new_shadow()
-
-        def fill() -> None:  # some ranks may need memory, and others not: those whose update failed
-            if not shadow.started:
-                shadow.allocate(sources)
-            restore.fill(shadow)
-            shadow.loaded()
-
         with Uninterrupted():
-            self._broken = operation
-            if moment.started:
-                agree(fill, group, operation)
-            shadow.seed = self._seed(moment.seed)
-            self._take(shadow)
-            self._track.restore(moment.clock, moment.start, moment.seen)
-            self._skipped_before = moment.skipped if rank_in(group) == 0 else 0
-            self._mended()
+            self._condition.broken = operation
+            if restore.state.started:
+                with agreed(group, operation):
+                    if not shadow.started:  # where an update failed on some ranks, these alone need memory
+                        shadow.allocate(sources)
+                    restore.fill(shadow)
+                    shadow.loaded()
+            shadow.seed = self._seed(restore.state.seed)
+            self._replace(shadow, restore.state, operation)
             if back is not None:
-                _visits.update(dict.fromkeys(_holders(self._engine), visit))
+                self._condition.begin(visit)
                 try:
                     wait_for_reads()
                     back.copy()
                 finally:
-                    _forget(visit)
+                    self._condition.end(visit)
         report_schedules(restore.schedules, self._options.schedules)
 
     def wait(self) -> None:
@@ -872,52 +836,8 @@ class ShardedEMA:
         """
         self._shadow.drain()
         self._background.wait()
-        self._drop_control_group()
+        self._groups.close()
         self._shadow.close()
-
-    def _meeting_group(self, timeout: float | None) -> dist.ProcessGroup | None:
-        """Where ranks meet at the beginning of every collective call. Collective at the first one, whichever it is.
-
-        A group of our own, so that a rank may give up after ``timeout`` seconds without leaving half a collective call
-        in the group that trains. A part of the world meets in its own group: a further one has to be named alike on all
-        of its ranks, which torch counts up from how many groups each of them is in.
-        """
-        if not self._is_world:
-            return self._engine.group
-        group = None if self._meeting is None else self._meeting()
-        if group is None and self._meeting is not None:
-            raise EMAStateError("the process group that the average was made in is gone: make a new ShardedEMA")
-        if group is None:
-            wait = None if timeout is None else timedelta(seconds=timeout)
-            with answered():
-                group = dist.new_group(backend="gloo", timeout=wait)
-            self._meeting = ref(group)
-        return group
-
-    def _control_group(self, timeout: float) -> dist.ProcessGroup | None:
-        """A group of our own on the CPU, so that a thread may use it and a rank that hangs is noticed. Collective."""
-        if self._engine.group is None:
-            return None
-        if self._control is None or self._timeout != timeout:
-            self._drop_control_group()
-            self._timeout = timeout
-            writing = sum(share.numel * share.dtype.itemsize for share in self._shares) * len(self.names) / _SLOW_DISK
-            self._control = dist.new_group(
-                dist.get_process_group_ranks(self._engine.group),
-                backend="gloo",
-                timeout=timedelta(seconds=timeout + writing),
-                use_local_synchronization=not self._is_world,  # ranks that hold another model make no such call
-            )
-        return self._control
-
-    def _drop_control_group(self) -> None:
-        """Collective if there is one."""
-        group, self._control = self._control, None
-        # torch names the group of a part of the world by its ranks and the number of groups that there are. The next
-        # one would be called like this one, and find the addresses that its ranks have left in the store.
-        if group is not None and dist.is_initialized() and self._is_world:
-            with suppress(ValueError):  # the program has destroyed all groups and made others since
-                dist.destroy_process_group(group)
 
     @answering("fingerprint()")
     def fingerprint(self, name: str | None = None, *, include_untracked: bool = True) -> dict[str, int]:
@@ -927,8 +847,10 @@ class ShardedEMA:
         :mod:`dist_ema.kernels.fingerprint` for the formula. ``include_untracked`` and errors as ``full_state_dict``.
         """
         call = self._call("fingerprint()", name=name, include_untracked=include_untracked)
-        entries, held = self._view(call, name, None, include_untracked)
-        partial = []
+        with self._begun(call):
+            held = self._view(call.name).average(self._name(name), include_untracked)
+            check_readable(held.values())
+        entries, partial = self._wanted(include_untracked), []
         for entry in entries:
             mine = held.get(entry.name)
             digest = 0
@@ -947,10 +869,10 @@ class ShardedEMA:
         ``distance`` are ``ema/<name>/decay`` and ``ema/<name>/distance``. Raises EMAStateError, on every rank, inside
         ``average_parameters()``, or if the model has changed.
         """
-        sources, every = self._joined(self._call("metrics()"), lambda: self._sources("metrics()", inside=False))
-        entries = {entry.name: entry for entry in every}
-        spoken = [is_writer(entries[share.spec.name], share, self._engine.group) for share in self._shares]
-        squares = [self._squared_distance(name, sources, spoken) for name in self._options.schedules]
+        with self._begun(self._call("metrics()")):
+            view = self._view("metrics()", inside=False)
+        writes = self._writes()
+        squares = [view.squared_distance(name, writes) for name in self.names]
         *squares, skipped = sum_floats([*squares, self._skipped()], self._engine.group)
         values = {"ema/num_updates": float(self.num_updates), "ema/skipped_elements": skipped}
         for name, square in zip(self._options.schedules, squares, strict=True):
@@ -964,17 +886,7 @@ class ShardedEMA:
         guard = self._shadow.guard
         return self._skipped_before + (guard.total() if guard is not None else 0)
 
-    def _squared_distance(self, name: str, sources: Sequence[Tensor], spoken: Sequence[bool]) -> float:
-        if not self._shadow.started:
-            return 0.0
-        total = 0.0
-        shadows = self._shadow.tensors(name)
-        for share, shadow, source, mine in zip(self._shares, shadows, sources, spoken, strict=True):
-            if mine and share.mode == "average" and shadow is not None:
-                total += float(kernels.squared_distance(shadow, source, share.start, share.stop))
-        return total
-
-    # What is here: local.
+    # Properties: local.
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -984,12 +896,27 @@ class ShardedEMA:
     @property
     def num_updates(self) -> int:
         """How often weights were taken into the average, the first copy included."""
-        return self._track.seen.updates
+        return self._track.averaged.updates
 
     @property
     def progress(self) -> Progress:
         """The training clock since the first copy, in all units."""
         return self._track.progress
+
+    @property
+    def clock(self) -> Progress:
+        """The training clock, which runs from construction, or from that of the run whose checkpoint was loaded."""
+        return self._track.training
+
+    @property
+    def units(self) -> frozenset[str]:
+        """The units of the clock that the options depend on, of ``ba``, ``sp``, ``tok`` and ``ep``."""
+        return frozenset(self._options.units())
+
+    @property
+    def held_by(self) -> str | None:
+        """Who holds an average in the model now, as ``average_parameters`` was told; None if nobody does."""
+        return self._condition.held_by
 
     def __repr__(self) -> str:
         if "_track" not in vars(self):  # of a construction that failed
@@ -1016,128 +943,65 @@ class ShardedEMA:
         options = {f"ShardedEMA's {option}": value for option, value in self._options.facts().items()}
         return Call(call, facts | options, operation)
 
-    def _view(
-        self, call: Call, name: str | None, dtype: object, include_untracked: bool = True, check: bool = True
-    ) -> tuple[list[FullTensor], dict[str, LocalValues]]:
-        """All full tensors, and what this rank holds of them in one average, checked to be readable. Collective."""
+    @contextmanager
+    def _begun(self, call: Call, replaces: bool = False, timeout: float | None = None) -> Iterator[None]:
+        """Begins a collective call: in the block each rank looks whether it can take part; then all go on, or none.
 
-        def look() -> dict[str, LocalValues]:
-            if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-                raise EMAConfigError(f"dtype={dtype!r}: allowed is a floating-point torch.dtype, or None")
-            held = self._held(self._name(name), self._sources(call.name), include_untracked)
-            if check:
-                check_readable(held.values())
-            return held
-
-        held, entries = self._joined(call, look)
-        return [entry for entry in entries if include_untracked or entry.mode != "live"], held
-
-    def _joined(
-        self, call: Call, look: Callable[[], T], replaces: bool = False, timeout: float | None = None
-    ) -> tuple[T, list[FullTensor]]:
-        """As ``_met``, and every full tensor."""
-        looked, known = self._met(call, look, replaces, timeout)
-        if not known:
-            self._entries = catalogue(self._shares, self._engine.group)
-        return looked, self._entries or []
-
-    def _met(
-        self, call: Call, look: Callable[[], T], replaces: bool = False, timeout: float | None = None
-    ) -> tuple[T, bool]:
-        """What ``look`` gives, and whether all ranks know all full tensors. Collective; a rank's failure is raised on
-        all.
-
-        So are calls that differ between ranks, and clocks that do, unless the average is to be replaced: by a
-        ``load()`` after an update that failed on some ranks. ``timeout`` is that of this round.
+        Collective at the end of the block. Raises, on every rank, what any raised in the block; EMAStateError if ranks
+        make different calls, or have counted different training, unless the average is to be replaced: by a ``load()``
+        after an update that failed on some ranks. ``timeout`` is that of this round, in seconds.
         """
         if not replaces:
-            self._refuse_torn(call.name)
-        looked: list[T] = []
-
-        def join() -> tuple[int, dict[str, float], bool]:
-            looked.append(look())
-            clock = self._track.clock
-            return self.num_updates, {unit: clock.value(unit) for unit in units}, self._entries is not None
-
+            self._condition.refuse_torn(call.name)
         units = sorted(self._options.units())
+        with same_call(call, self._groups.meeting(timeout), timeout) as round_:
+            yield
+            clocks = {unit: self._track.training.value(unit) for unit in units}
+            round_.send((self.num_updates, clocks, self._known is not None))
+        updates, readings, known = zip(*round_.received, strict=True)
+        if not replaces:
+            check_same_updates(updates)
+            check_same_clocks(readings)
+        if not all(known):  # reset() is local
+            self._known = catalogue(self._shares, self._engine.group)
+
+    def _full_tensors(self) -> list[FullTensor]:
+        """Every full tensor of the model, after ``_begun``."""
+        return self._known or []
+
+    def _wanted(self, include_untracked: bool) -> list[FullTensor]:
+        return [entry for entry in self._full_tensors() if include_untracked or entry.mode != "live"]
+
+    def _writes(self) -> list[bool]:
+        """For each share, whether this rank writes it into what is collected from all ranks."""
+        entries = {entry.name: entry for entry in self._full_tensors()}
+        return [is_writer(entries[share.spec.name], share, self._engine.group) for share in self._shares]
+
+    def _wait_for_save(self) -> None:
+        """Waits for a save in the background; raises what failed in it, which some ranks may have raised already."""
         try:
-            updates, clocks, known = zip(*meet(call, join, self._meeting_group(timeout), timeout), strict=True)
-            if not replaces:
-                check_same_updates(updates)
-                check_same_clocks(clocks)
-            return looked.pop(), all(known)  # reset() is local
-        finally:
-            looked.clear()  # memory that it holds would live as long as the traceback
+            self._background.wait()
+        except Exception as error:
+            raise CheckpointError(f"the save before failed: {error}") from error
 
-    def _begun(
-        self, call: Call, look: Callable[[], T], replaces: bool = False, timeout: float | None = None
-    ) -> tuple[T, list[FullTensor]]:
-        """As ``_joined``, and raises what failed in the background, which some ranks may have raised already."""
-        return self._joined(call, self._after_save(look), replaces, timeout)
-
-    def _after_save(self, look: Callable[[], T]) -> Callable[[], T]:
-        """``look``, once a save in the background has ended; raises if it failed."""
-
-        def look_after_save() -> T:
-            try:
-                self._background.wait()
-            except Exception as error:
-                raise CheckpointError(f"the save before failed: {error}") from error
-            return look()
-
-        return look_after_save
-
-    def _sources(self, operation: str, inside: bool = True) -> list[Tensor]:
-        """For a call that reads the average too; one that may also be made ``inside`` ``average_parameters()``."""
-        self._refuse(operation, inside=inside)
+    def _view(self, operation: str, inside: bool = True) -> View:
+        """For a call that reads the average; one that may also be made ``inside`` ``average_parameters()``."""
+        self._condition.refuse(operation, inside=inside)
         self._shadow.wait()
         self._engine.reshard()
-        return self._engine.sources()
+        return View(self._shares, self._shadow, self._engine.sources(), self._condition)
 
     def _live(self, operation: str) -> list[Tensor]:
-        """For a call that replaces the average."""
-        self._refuse(operation, mends=True)
+        """The live tensors, for a call that replaces the average."""
+        self._condition.refuse(operation, mends=True)
         self._engine.reshard()
         return self._engine.sources()
 
-    def _held(self, name: str, sources: Sequence[Tensor], include_untracked: bool) -> dict[str, LocalValues]:
-        """What this rank holds of each tensor of an average, wherever it is now. Local."""
-        shadows = self._shadow.tensors(name) if self._shadow.started else [None] * len(self._shares)
-        held = {}
-        for index, (share, shadow, source) in enumerate(zip(self._shares, shadows, sources, strict=True)):
-            if share.mode == "live" and not include_untracked:
-                continue
-            in_model = shadow is None or self._in_model(name, index)
-            values, start = (source, share.start) if in_model or shadow is None else (shadow, 0)
-            if values.is_meta:
-                raise EMAStateError(f"{share.spec.name!r} is on the meta device: materialise the model first")
-            held[share.spec.name] = LocalValues(share, values, start)
-        return held
+    def _state(self, skipped: int) -> EMAState:
+        return self._track.state(self._shadow.started, skipped, self._shadow.seed)
 
-    def _live_held(self, sources: Sequence[Tensor]) -> list[LocalValues | None]:
-        """What this rank holds of the live weights of what is averaged or copied, wherever they are now. Local."""
-        swap = self._swap_inside if self._visit is not None and self._visit.open else None
-        held: list[LocalValues | None] = []
-        for index, (share, source) in enumerate(zip(self._shares, sources, strict=True)):
-            kept = None if swap is None else swap.live(index)
-            whole = LocalValues(share, source, share.start) if kept is None else LocalValues(share, kept, 0)
-            held.append(None if share.mode == "live" else whole)
-        return held
-
-    def _in_model(self, name: str, index: int) -> bool:
-        """Whether an average's elements of a share have changed places with the live ones. Local."""
-        if self._visit is None or self._swap_inside is None or not self._visit.open:
-            return False
-        shared = self._shares[index].mode == "copy"  # all averages have these in common
-        return self._swap_inside.in_model(index) and (shared or name == self._visit.name)
-
-    def _flat(self, name: str, sources: Sequence[Tensor]) -> list[Tensor | None]:
-        """An average's elements of every share, flat; None where it is live. Views where they lie together. Local."""
-        flat = list(self._shadow.tensors(name))
-        for index, (share, source) in enumerate(zip(self._shares, sources, strict=True)):
-            if flat[index] is not None and self._in_model(name, index):
-                flat[index] = LocalValues(share, source, share.start).flat()
-        return flat
+    def _shadow_bytes(self) -> int:
+        return sum(share.numel * share.dtype.itemsize for share in self._shares) * len(self.names)
 
     def _name(self, name: str | None) -> str:
         names = self.names
@@ -1146,44 +1010,6 @@ class ShardedEMA:
         if name is None or name not in names:
             raise EMAConfigError(f"name={name!r}: allowed are {', '.join(map(repr, names))}")
         return name
-
-    def _refuse(self, operation: str, mends: bool = False, inside: bool = False) -> None:
-        """Raises EMAStateError inside ``average_parameters()``, unless the call may be made ``inside`` our own, and if
-        the average or the live weights are not whole, unless it ``mends`` them. Local."""
-        visits = self._visiting()
-        for visit in visits:
-            if visit.open and not (inside and visit is self._visit):
-                raise EMAStateError(
-                    f"{operation} inside average_parameters({visit.name!r}), which {visit.held_by} holds open: the "
-                    "live weights and the shadow have changed places there; call it after the with block"
-                )
-        if mends:
-            return
-        for visit in visits:
-            if visit.torn is not None:
-                raise EMAStateError(f"{operation}: {visit.torn}")
-        if self._broken is not None:
-            raise EMAStateError(
-                f"{operation}: the average is not whole, since {self._broken} broke off when it had changed a part of "
-                "it. Call reset() to start anew from the live weights, or load() a checkpoint"
-            )
-
-    def _refuse_torn(self, operation: str) -> None:
-        """As ``_refuse``, before a collective call that other ranks cannot answer any more. Local."""
-        if any(visit.torn is not None for visit in self._visiting()):
-            self._refuse(operation)
-
-    def _visiting(self) -> list[Visit]:
-        """Those of any average to these modules. Local; as good as always there are none at all."""
-        if not _visits:
-            return []
-        return list(dict.fromkeys(_visits[module] for module in _holders(self._engine) if module in _visits))
-
-    def _mended(self) -> None:
-        """The average is whole, and the user says that the live weights are. Local."""
-        self._broken = None
-        for module in _holders(self._engine):
-            _visits.pop(module, None)
 
 
 def _calling_line() -> str:
@@ -1194,24 +1020,6 @@ def _calling_line() -> str:
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
-def _holders(engine: Engine) -> list[nn.Module]:
-    """The modules that hold tensors themselves: overlapping targets have some of them in common. Local."""
-    roots = engine.modules()
-    return [module for root in roots for module in root.modules() if module._parameters or module._buffers]
-
-
-def _end(swap: Swap | None, visit: Visit) -> None:
-    """Leaves the model, unless that is done. Collective where the swap is."""
-    try:
-        if swap is not None:
-            swap.leave()
-    finally:
-        visit.open = False
-        _forget(visit)
-
-
-def _forget(visit: Visit) -> None:
-    """A visit that is over concerns nobody any more, unless it left the weights torn. Local."""
-    if visit.torn is None:
-        for module in [module for module, known in _visits.items() if known is visit]:
-            _visits.pop(module, None)
+def _check_dtype(dtype: object) -> None:
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise EMAConfigError(f"dtype={dtype!r}: allowed is a floating-point torch.dtype, or None")

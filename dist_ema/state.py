@@ -1,65 +1,100 @@
-"""Where an average stands on the training clock: when an update is due, and how much of the average it leaves. Pure."""
+"""Where an average stands on the training clock: when an update is due, and how much of the average it keeps. Pure."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from dist_ema.clock import Progress, crossed, reached
 from dist_ema.options import Options
 from dist_ema.schedules import Schedule
 
 
+@dataclass(frozen=True)
+class EMAState:
+    """All that an average is besides its tensors and schedules: what every checkpoint carries. The same on every rank.
+
+    Attributes:
+        started: whether there is an average yet; before the first copy the live model is the average.
+        training: the training clock.
+        first_copy: the training clock at the first copy.
+        averaged: training from the first copy to the last update; ``averaged.updates`` counts the first copy too.
+        skipped: NaN and Inf elements left out so far, over all ranks.
+        seed: of the stochastic rounding of bf16 averages; None where values are rounded to nearest.
+
+    >>> state = EMAState(True, Progress(batches=12), Progress(batches=10), Progress(batches=2, updates=3))
+    >>> str(state.training), state.averaged.updates
+    ('12ba', 3)
+    """
+
+    started: bool
+    training: Progress
+    first_copy: Progress
+    averaged: Progress
+    skipped: int = 0
+    seed: int | None = None
+
+
 class Track:
     """The clocks of one :class:`ShardedEMA`.
 
     Attributes:
-        clock: of the training, since construction.
-        start: the clock at the first copy.
-        seen: training since then, as of the last update; ``updates`` counts them, the copy included.
-        decays: the fraction of each average that the last update left.
+        training: the training clock, since construction.
+        first_copy: the training clock at the first copy.
+        averaged: training from the first copy to the last update; ``averaged.updates`` counts the first copy too.
+        decays: the fraction of each average that the last update kept.
     """
 
-    def __init__(self, options: Options, clock: Progress = Progress()) -> None:  # noqa: B008 - frozen
+    def __init__(self, options: Options, training: Progress = Progress()) -> None:  # noqa: B008 - frozen
         self._options = options
-        self.clock = clock
-        self.start = Progress()
-        self.seen = Progress()
+        self.training = training
+        self.first_copy = Progress()
+        self.averaged = Progress()
         self.decays: Mapping[str, float] = dict.fromkeys(options.schedules, 0.0)
 
     def is_due(self, now: Progress) -> bool:
         """Whether the clock passes a multiple of the interval on its way to ``now``, at or after the start."""
-        return crossed(self.clock, now, self._options.interval) and reached(now, self._options.start)
+        return crossed(self.training, now, self._options.interval) and reached(now, self._options.start)
 
     def begin(self, now: Progress) -> None:
         """The first copy."""
-        self.start, self.seen = now, Progress(updates=1)
+        self.first_copy, self.averaged = now, Progress(updates=1)
 
     def after(self, now: Progress) -> Progress:
-        """Training since the first copy, once the weights of ``now`` have been taken into the averages too."""
-        return now.since(self.start).advance(batches=0, updates=self.seen.updates + 1)
+        """``averaged`` as it will be once the weights of ``now`` have been taken in."""
+        return now.since(self.first_copy).advance(batches=0, updates=self.averaged.updates + 1)
 
-    def weights(self, after: Progress) -> list[float]:
-        """How much of each average the update at ``after`` makes new, in the order of the schedules."""
-        return [schedule.weight(self.seen, after) for schedule in self._begun().values()]
+    def log_retained(self, after: Progress) -> dict[str, float]:
+        """Logarithm of the fraction that each average keeps in the update that leads to ``after``, by name."""
+        return {name: schedule.log_retain(self.averaged, after) for name, schedule in self._begun().items()}
 
     def unmoved(self, after: Progress) -> set[str]:
         """Units in which a schedule counts and in which nothing was counted since the last update, up to ``after``."""
         units = {schedule.unit for schedule in self.schedules.values()}
-        return {unit for unit in units if after.value(unit) == self.seen.value(unit)}
+        return {unit for unit in units if after.value(unit) == self.averaged.value(unit)}
 
-    def step(self, after: Progress) -> None:
-        """The update at ``after`` has been made."""
-        self.decays = {name: schedule.retain(self.seen, after) for name, schedule in self._begun().items()}
-        self.seen = after
+    def step(self, after: Progress, log_retained: Mapping[str, float]) -> None:
+        """The update that leads to ``after`` has been made, in which the averages kept as much."""
+        self.decays = {name: math.exp(logarithm) for name, logarithm in log_retained.items()}
+        self.averaged = after
 
     def _begun(self) -> dict[str, Schedule]:
-        """Schedules that know where the first copy was: windows lie on the clock of the training."""
+        """Schedules that know where the first copy was: windows lie on the training clock."""
         interval = self._options.interval
-        return {name: schedule.begun(self.start, interval) for name, schedule in self.schedules.items()}
+        return {name: schedule.begun(self.first_copy, interval) for name, schedule in self.schedules.items()}
 
-    def restore(self, clock: Progress, start: Progress, seen: Progress) -> None:
+    def state(self, started: bool, skipped: int, seed: int | None) -> EMAState:
+        """The clocks with what others count, for a checkpoint."""
+        return EMAState(started, self.training, self.first_copy, self.averaged, skipped, seed)
+
+    def forget(self) -> None:
+        """There is no average; the training clock goes on."""
+        self.first_copy = self.averaged = Progress()
+
+    def restore(self, state: EMAState) -> None:
         """Goes on where another run stopped."""
-        self.clock, self.start, self.seen = clock, start, seen
+        self.training, self.first_copy, self.averaged = state.training, state.first_copy, state.averaged
 
     @property
     def schedules(self) -> Mapping[str, Schedule]:
@@ -69,6 +104,6 @@ class Track:
     @property
     def progress(self) -> Progress:
         """Training since the first copy."""
-        if not self.seen.updates:
+        if not self.averaged.updates:
             return Progress()
-        return self.clock.since(self.start).advance(batches=0, updates=self.seen.updates)
+        return self.training.since(self.first_copy).advance(batches=0, updates=self.averaged.updates)

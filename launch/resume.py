@@ -18,7 +18,7 @@ from wrap import Wrapped
 
 from dist_ema import ShardedEMA
 from dist_ema.clock import Progress, crossed
-from dist_ema.collectives import agree, broadcast_object
+from dist_ema.collectives import agreed
 
 T = TypeVar("T")
 
@@ -102,7 +102,8 @@ class Resume:
         )
         operation = f"checkpoint after step {step}"
         staging = first(lambda: checkpoints.begin(self._out, record), operation)
-        agree(lambda: self._see(staging), dist.group.WORLD, operation)
+        with agreed(dist.group.WORLD, operation):
+            self._see(staging)
         wrapped.save(staging / MODEL)
         ema.save(staging / EMA)
         first(lambda: checkpoints.commit(self._out, record, self._options.keep_checkpoints), operation)
@@ -117,5 +118,8 @@ class Resume:
 
 def first(action: Callable[[], T], operation: str) -> T:
     """What ``action`` returns on rank 0, on every rank; an error of rank 0 is raised by all. Collective."""
-    result = agree(lambda: action() if dist.get_rank() == 0 else None, dist.group.WORLD, operation)
-    return broadcast_object(result, dist.group.WORLD)
+    with agreed(dist.group.WORLD, operation) as round_:
+        if dist.get_rank() == 0:
+            round_.send(action())
+    result: T = round_.received[0]
+    return result

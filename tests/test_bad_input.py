@@ -514,14 +514,15 @@ def test_ranks_with_different_models_are_told(rank: int) -> None:
 @pytest.mark.world_size(2)
 def test_an_unforeseen_error_of_one_rank_keeps_its_words(rank: int) -> None:
     """Errors that are not the library's own become one of its kinds, with the rank and the original text."""
-    from dist_ema.collectives import agree
+    from dist_ema.collectives import agreed
 
     def fail() -> None:
         if rank == 1:
             raise KeyError("a bug")
 
-    with pytest.raises(EMAError, match="trying failed: rank 1: KeyError: 'a bug'") as caught:
-        agree(fail, dist.group.WORLD, "trying")
+    words = "trying failed: rank 1: KeyError: 'a bug'"
+    with pytest.raises(EMAError, match=words) as caught, agreed(dist.group.WORLD, "trying"):
+        fail()
     assert (caught.value.__cause__ is not None) == (rank == 1)
 
 

@@ -136,7 +136,7 @@ class _Run:
     def moment(self) -> tuple[object, ...]:
         """The average and its clocks."""
         ema = self.ema
-        return ema.fingerprint(), ema.num_updates, ema.progress, ema._track.clock
+        return ema.fingerprint(), ema.num_updates, ema.progress, ema.clock
 
     def later(self) -> tuple[object, ...]:
         """The same two updates later: clocks that do not belong to the average would show."""

@@ -115,7 +115,7 @@ def test_what_is_kept_while_an_average_is_in_use() -> None:
         ema.update()
         cost = rank_cost(of_module(model), Layout("plain", 1), make_options(), 0)
         with ema.average_parameters():
-            swap = ema._swap_inside
+            swap = ema._condition.swap
             assert swap is not None
             assert sum(tensor.nbytes for tensor in swap._kept.values()) == cost.in_use
         assert (cost.in_use > 0) == (dtype == torch.bfloat16)

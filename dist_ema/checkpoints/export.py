@@ -22,7 +22,7 @@ from dist_ema.checkpoints.storage.local import write_text
 from dist_ema.checkpoints.storage.paths import check_path, is_url, local_path
 from dist_ema.checkpoints.storage.staging import Staging
 from dist_ema.checkpoints.trace import trace
-from dist_ema.collectives import agree, broadcast_object, gather_objects, rank_in
+from dist_ema.collectives import agreed, broadcast_object, gather_objects, rank_in
 from dist_ema.engines.unwrapped import unwrapped
 from dist_ema.errors import CheckpointError, EMAConfigError
 from dist_ema.sharding.gather import LocalValues, check_readable
@@ -55,56 +55,43 @@ def export(
     dtypes = {entry.name: entry.live_dtype if dtype is None else entry.cast(dtype) for entry in entries}
 
     left_out = set() if include_untracked else {entry.name for entry in entries if entry.mode == "live"}
-
-    def look() -> Arrangement | None:
+    with agreed(group, operation) as round_:
         _check(path, gather, layout, model)
-        return _arrange(model, layout, entries, dtypes, left_out) if first else None
-
-    arrangement = agree(look, group, operation)
-    token = Staging.new_token()
-    gather, token, arranged = gather_objects((gather, token, arrangement is not None), group)[0]
+        arrangement = _arrange(model, layout, entries, dtypes, left_out) if first else None
+        round_.send((gather, Staging.new_token(), arrangement is not None))
+    gather, token, arranged = round_.received[0]
     if arranged:  # one rank's, since it may come from what others do not see
         arrangement = broadcast_object(arrangement, group)
-
-    def plan() -> tuple[Folder, list[FilePlan]]:
+    with agreed(group, operation):
         limit = parse_size(max_shard_size)
         if layout == "peft":  # which reads one file
             limit = sys.maxsize
         wanted = [entry for entry in entries if entry.name not in left_out]
         folder = Folder(wanted, held, dtypes, limit, tied=True, stem=STEMS[layout], arrangement=arrangement)
         check_readable(mine for entry in folder.written if (mine := held(entry.name)) is not None)
-        return folder, folder.lay_out_files()
-
-    folder, plans = agree(plan, group, operation)
+        plans = folder.lay_out_files()
     staging = Staging(local_path(path), token)
-
-    def prepare() -> None:
-        if first:
-            _prepare(staging, plans, STEMS[layout])
-            written = next((dtypes[entry.name] for entry in entries if dtypes[entry.name].is_floating_point), None)
-            _Configuration(model, layout, dtype or written, staging.content).write(config_from)
-
     try:
-        agree(prepare, group, operation)
+        with agreed(group, operation):
+            if first:
+                _prepare(staging, plans, STEMS[layout])
+                written = next((dtypes[entry.name] for entry in entries if dtypes[entry.name].is_floating_point), None)
+                _Configuration(model, layout, dtype or written, staging.content).write(config_from)
         shared = all(gather_objects(staging.is_visible(), group))
         if gather is False and not shared:
             raise CheckpointError(f"{operation}: gather=False, but not all ranks see {staging.target.parent} of rank 0")
         with staging.writer("", plans) as writer:
-
-            def finish() -> None:
+            together = shared and not gather
+            if not together:
+                folder.write(writer, plans, group, False, False, operation)
+            with agreed(group, operation):
+                if together:
+                    folder.write(writer, plans, group, True, False, operation)
                 writer.sync()
                 writer.close()  # some file systems say only now that there was no room
-
-            def fill() -> None:
-                folder.write(writer, plans, group, True, False, operation)
-                finish()
-
-            if shared and not gather:
-                agree(fill, group, operation)
-            else:
-                folder.write(writer, plans, group, False, False, operation)
-                agree(finish, group, operation)
-        agree(lambda: _commit(staging) if first else None, group, operation)
+        with agreed(group, operation):
+            if first:
+                _commit(staging)
     except BaseException:
         if first:
             staging.discard()

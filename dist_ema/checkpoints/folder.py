@@ -12,7 +12,7 @@ from torch import Tensor
 from dist_ema.checkpoints.arrangement import Arrangement
 from dist_ema.checkpoints.layout import FilePlan, TensorPlan, plan_files
 from dist_ema.checkpoints.storage.base import TensorWriter
-from dist_ema.collectives import agree
+from dist_ema.collectives import agreed
 from dist_ema.kernels.fingerprint import partial_digest
 from dist_ema.sharding.gather import LocalValues, gather_each
 from dist_ema.sharding.runs import Runs, chunks, count
@@ -107,7 +107,8 @@ class Folder:
             self._write(writer, entry, ((start, values.numel()),), values.cpu())
 
         if digest:
-            agree(lambda: self._each_chunk(group, digest, None), group, operation)
+            with agreed(group, operation):
+                self._each_chunk(group, digest, None)
         ordered = self.written
         if self.arrangement is None:
             tensors = (tensor for plan in plans for tensor in plan.tensors)

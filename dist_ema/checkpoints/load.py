@@ -19,11 +19,10 @@ from dist_ema.checkpoints.reader import RunReader, read_manifest_bytes, reread
 from dist_ema.checkpoints.storage.paths import StrPath
 from dist_ema.collectives import (
     WINDOW_BYTES,
-    agree,
+    agreed,
     answered,
     broadcast_object,
     device_for,
-    exchange,
     gather_objects,
     rank_in,
     sum_integers,
@@ -147,16 +146,14 @@ class Load:
         self._first = rank_in(group) == 0
         self._operation = f"load from {path}"
         self._text = b""
-
-        def look() -> str:
+        with agreed(group, self._operation) as round_:
             try:
                 self._text = read_manifest_bytes(self._path)
             except EMAError:  # others may not see the disk, or lack what reads URLs
                 if self._first:
                     raise
-            return checksum(self._text)
-
-        self._shared = len(set(exchange(look, group, self._operation))) == 1
+            round_.send(checksum(self._text))
+        self._shared = len(set(round_.received)) == 1
         if not self._shared:
             self._text = broadcast_object(self._text, group)
         self.manifest = Manifest.from_bytes(self._text)
@@ -227,7 +224,8 @@ class Load:
         Raises CheckpointCorruptError on every rank; what was filled is then not to be used.
         """
         if self._shared:
-            sums = agree(lambda: self._read_own(wants, verify), self._group, self._operation)
+            with agreed(self._group, self._operation):
+                sums = self._read_own(wants, verify)
         else:
             sums = self._read_sent(wants, verify)
         if verify:
@@ -297,10 +295,9 @@ class Load:
 
     def _read_sent(self, wants: Sequence[Want], verify: bool) -> list[int]:
         """Rank 0 reads and sends, window by window, where others do not see its disk. Collective."""
-        reader = agree(
-            lambda: open_reader(self._path, self.manifest) if self._first else None, self._group, self._operation
-        )
-        buffer = agree(lambda: torch.empty(WINDOW_BYTES, dtype=torch.uint8), self._group, self._operation)
+        with agreed(self._group, self._operation):
+            buffer = torch.empty(WINDOW_BYTES, dtype=torch.uint8)
+            reader = open_reader(self._path, self.manifest) if self._first else None
         failures: list[Exception] = []  # a rank that fails goes on sending and receiving, so that no other waits
         sums = []
         try:
@@ -318,12 +315,9 @@ class Load:
         finally:
             if reader is not None:
                 reader.close()
-
-        def finish() -> None:
+        with agreed(self._group, self._operation):
             if failures:
                 raise failures[0]
-
-        agree(finish, self._group, self._operation)
         return sums
 
     def _windows(

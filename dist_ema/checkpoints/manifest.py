@@ -10,17 +10,19 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from math import isfinite, prod
+from dataclasses import asdict, dataclass
+from math import prod
 from typing import Any, NoReturn
 
 from dist_ema import __version__
 from dist_ema.checkpoints.dtypes import ITEM_SIZES
+from dist_ema.checkpoints.state_json import state_from_json, state_to_json
 from dist_ema.checkpoints.strict_json import is_count, is_shape, parse, shown
 from dist_ema.clock import Progress
 from dist_ema.errors import CheckpointCorruptError, CheckpointError, EMAError
 from dist_ema.schedules import Schedule, from_dict
 from dist_ema.schedules.checks import AVERAGE_NAME
+from dist_ema.state import EMAState
 
 NAME = "ema.json"
 FORMAT = "dist_ema"
@@ -83,33 +85,23 @@ class Manifest:
 
     Attributes:
         data: name of the data folder, which holds the files.
-        started: whether there was an average yet; if not, its tensors are those of the live model.
-        clock: of the training.
-        start: the clock at the first copy.
-        seen: the average's own clock at its last update.
-        skipped: NaN and Inf elements left out so far, over all ranks.
+        state: the clocks, and whether there was an average yet; if not, its tensors are those of the live model.
         schedules: of each average.
         averages: the tensors of each average.
         live: tensors that are not averaged.
         files: every file, by its path in the data folder.
         library: version of the library that wrote it.
-        seed: of the stochastic rounding of bf16 averages; None, which is not written, where there is none.
         lacking: names of the tensors that the model has and the checkpoint has not: it was saved without frozen
             parameters and others that are not averaged. Empty, which is not written, for a whole model.
     """
 
     data: str
-    started: bool
-    clock: Progress
-    start: Progress
-    seen: Progress
-    skipped: int
+    state: EMAState
     schedules: Mapping[str, Schedule]
     averages: Mapping[str, Mapping[str, StoredTensor]]
     live: Mapping[str, StoredTensor]
     files: Mapping[str, StoredFile]
     library: str = __version__
-    seed: int | None = None
     lacking: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
@@ -123,16 +115,14 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """The text of ``ema.json``. Raises CheckpointError if it is longer than ``from_bytes`` takes."""
+        state = state_to_json(self.state)
+        seed = state.pop("seed")
         body: dict[str, Any] = {
             "format": FORMAT,
             "version": VERSION,
             "library": self.library,
             "data": self.data,
-            "started": self.started,
-            "clock": asdict(self.clock),
-            "start": asdict(self.start),
-            "seen": asdict(self.seen),
-            "skipped": self.skipped,
+            **state,
             "averages": {
                 name: {"schedule": self.schedules[name].to_dict(), "tensors": _write_tensors(tensors)}
                 for name, tensors in self.averages.items()
@@ -140,7 +130,7 @@ class Manifest:
             "live": _write_tensors(self.live),
             "files": {name: asdict(file) for name, file in self.files.items()},
         }
-        body |= {} if self.seed is None else {"seed": self.seed}
+        body |= {} if seed is None else {"seed": seed}
         text = _seal(body | ({"lacking": list(self.lacking)} if self.lacking else {}))
         if len(text) > MAX_BYTES:
             raise CheckpointError(
@@ -164,11 +154,6 @@ class Manifest:
     def _from_body(cls, body: dict[str, Any]) -> Manifest:
         if unknown := body.keys() - _FIELDS:
             _refuse(f"unknown entries {sorted(unknown)[:3]}")
-        if "seed" in body and not is_count(body["seed"], 63):
-            _refuse(f"invalid seed {shown(body['seed'])}; expected a whole number from 0 to 2**63 - 1")
-        if not isinstance(body["started"], bool) or not is_count(body["skipped"]):
-            found = f"started={shown(body['started'])}, skipped={shown(body['skipped'])}"
-            _refuse(f"invalid {found}; expected true or false, and a count")
         library = body["library"]
         if not isinstance(library, str) or len(library) > 100 or not library.isprintable():
             _refuse(f"invalid library version {shown(library)}")
@@ -186,11 +171,7 @@ class Manifest:
                 _refuse(f"invalid average {shown(name)}; expected a name of A-Z a-z 0-9 _ . -, schedule and tensors")
         manifest = cls(
             data=body["data"],
-            started=body["started"],
-            clock=read_progress(body["clock"]),
-            start=read_progress(body["start"]),
-            seen=read_progress(body["seen"]),
-            skipped=body["skipped"],
+            state=state_from_json(body),
             schedules={name: from_dict(average["schedule"]) for name, average in averages.items()},
             averages={
                 name: _read_tensors(average["tensors"], f"averages/{name}", files) for name, average in averages.items()
@@ -198,12 +179,40 @@ class Manifest:
             live=_read_tensors(body["live"], LIVE, files),
             files=files,
             library=library,
-            seed=body.get("seed"),
             lacking=_read_lacking(body.get("lacking", []), averages),
         )
-        check_moments(manifest.clock, manifest.start, manifest.seen)
         _check_room(manifest)
         return manifest
+
+    @property
+    def started(self) -> bool:
+        """Whether there was an average yet; if not, its tensors are those of the live model."""
+        return self.state.started
+
+    @property
+    def clock(self) -> Progress:
+        """The training clock."""
+        return self.state.training
+
+    @property
+    def start(self) -> Progress:
+        """The training clock at the first copy."""
+        return self.state.first_copy
+
+    @property
+    def seen(self) -> Progress:
+        """Training from the first copy to the last update."""
+        return self.state.averaged
+
+    @property
+    def skipped(self) -> int:
+        """NaN and Inf elements left out so far, over all ranks."""
+        return self.state.skipped
+
+    @property
+    def seed(self) -> int | None:
+        """Of the stochastic rounding of bf16 averages; None where they are rounded to nearest."""
+        return self.state.seed
 
     def folders(self) -> dict[str, Mapping[str, StoredTensor]]:
         """The tensors of every folder, by its path in the data folder."""
@@ -291,29 +300,6 @@ def _read_lacking(names: object, averages: Mapping[str, Any]) -> tuple[str, ...]
     if "" in names or len(set(names)) < len(names) or not there.isdisjoint(names):
         _refuse("invalid 'lacking': a name is empty, stands there twice, or is that of a tensor that is there")
     return tuple(names)
-
-
-def read_progress(values: Mapping[str, Any]) -> Progress:
-    """A clock of unknown origin. Raises ValueError for units or values that a clock cannot have."""
-    names = {field.name for field in fields(Progress)}
-    if not isinstance(values, Mapping) or values.keys() != names:
-        raise ValueError("invalid clock; expected batches, samples, tokens, epochs and updates")
-    epochs = values["epochs"]
-    if not (is_count(epochs) or (isinstance(epochs, float) and isfinite(epochs) and 0 <= epochs < 1 << 62)):
-        raise ValueError(f"invalid clock: {shown(epochs)} epochs; expected a number of 0 or more")
-    for name in sorted(names - {"epochs"}):
-        if not is_count(values[name]):
-            raise ValueError(f"invalid clock: {shown(values[name])} {name}; expected a count")
-    return Progress().advance(**values)
-
-
-def check_moments(clock: Progress, start: Progress, seen: Progress) -> None:
-    """Raises ValueError unless the first copy and the last update lie before the save."""
-    for name in (field.name for field in fields(Progress) if field.name != "updates"):
-        now, begun, passed = (getattr(moment, name) for moment in (clock, start, seen))
-        slack = 1e-6 * now if name == "epochs" else 0  # epochs are sums of fractions, and rounded
-        if begun + passed > now + slack:
-            raise ValueError(f"the average began at {begun} {name} and went on for {passed}, but {now} were trained")
 
 
 def _check_room(manifest: Manifest) -> None:

@@ -16,11 +16,12 @@ from dist_ema.checkpoints.manifest import LIVE, NAME, Manifest, StoredFile, Stor
 from dist_ema.checkpoints.storage import storage_writer
 from dist_ema.checkpoints.storage.base import StorageWriter, TensorWriter
 from dist_ema.checkpoints.storage.paths import StrPath, check_path
-from dist_ema.collectives import agree, exchange, rank_in, sum_integers
+from dist_ema.collectives import agreed, rank_in, sum_integers
 from dist_ema.errors import CheckpointError
+from dist_ema.schedules import Schedule
 from dist_ema.sharding.gather import LocalValues
 from dist_ema.sharding.writers import FullTensor
-from dist_ema.state import Track
+from dist_ema.state import EMAState
 
 #: Bytes of one file at most.
 FILE_LIMIT = 5 * 10**9
@@ -37,13 +38,11 @@ class Save:
 
     Args:
         path: of the checkpoint, a directory or a URL.
-        track: the clocks.
-        started: whether there is an average yet.
-        skipped: how many NaN and Inf elements this rank has left out.
+        state: the clocks, and how many NaN and Inf elements this rank has left out.
+        schedules: of each average.
         entries: every full tensor of the model.
         views: what this rank holds of each, for each average.
         group: the ranks.
-        seed: of the averages' rounding, if they are rounded stochastically.
         include_untracked: with what is not averaged; without, the manifest says what was left out.
         overwrite: replace a checkpoint that is there already.
     """
@@ -51,13 +50,11 @@ class Save:
     def __init__(
         self,
         path: StrPath,
-        track: Track,
-        started: bool,
-        skipped: int,
+        state: EMAState,
+        schedules: Mapping[str, Schedule],
         entries: Sequence[FullTensor],
         views: Mapping[str, Callable[[str], LocalValues | None]],
         group: dist.ProcessGroup | None,
-        seed: int | None = None,
         include_untracked: bool = True,
         overwrite: bool = True,
     ) -> None:
@@ -69,19 +66,13 @@ class Save:
         self._writers: list[TensorWriter] = []
         self._group = group
         self._first = rank_in(group) == 0
-        self._skipped = skipped
         self._record = Manifest(
             data="",
-            started=started,
-            clock=track.clock,
-            start=track.start,
-            seen=track.seen,
-            skipped=0,
-            schedules=track.schedules,
+            state=state,
+            schedules=schedules,
             averages={},
             live={},
             files={},
-            seed=seed,
             lacking=() if include_untracked else tuple(entry.name for entry in entries if entry.mode == "live"),
         )
         self._entries = [entry for entry in entries if include_untracked or entry.mode != "live"]
@@ -119,7 +110,8 @@ class Save:
             prefix = LIVE if self._record.started else ""
             self._write(prefix)
             if any(name.startswith(prefix) for name in self._parts):
-                agree(self._report, self._group, self._operation)
+                with agreed(self._group, self._operation):
+                    self._report()
         except BaseException:
             self.abandon()
             raise
@@ -132,23 +124,19 @@ class Save:
     def _prepare(self) -> None:
         """Makes the files, or what is needed to make them. Collective."""
         own = os.urandom(16).hex()
-
-        def create() -> str:
+        with agreed(self._group, self._operation) as round_:
             check_path(self._path)
             plans = {name: part.plans for name, part in self._parts.items()}
             if self._first:
                 _readable(self._without_digests())  # before anything is written
                 self._destination = storage_writer(self._path, own)
                 self._destination.create(plans, self._overwrite)
-            return own
-
-        token, *_ = exchange(create, self._group, self._operation)
-
-        def look() -> bool:
+            round_.send(own)
+        token = round_.received[0]
+        with agreed(self._group, self._operation) as round_:
             self._to = self._destination or storage_writer(self._path, token)
-            return self._to.is_visible()
-
-        self._shared = all(exchange(look, self._group, self._operation))
+            round_.send(self._to.is_visible())
+        self._shared = all(round_.received)
 
     def _write(self, prefix: str) -> None:
         """Fills the files of the folders whose names begin so. Collective, or local as ``write_averages``."""
@@ -182,21 +170,20 @@ class Save:
 
     def finish(self) -> None:
         """Waits for the disk, writes the manifest and puts the checkpoint in its place. Collective."""
-        agree(self._sync, self._group, self._operation)
+        with agreed(self._group, self._operation):
+            self._sync()
         digests = self._total_digests()
-
-        def commit() -> None:
+        with agreed(self._group, self._operation):
             if self._first:
                 self._to.commit(_readable(self._manifest(digests, self._to.data)))
-
-        agree(commit, self._group, self._operation)
 
     def _total_digests(self) -> dict[str, dict[str, int]]:
         """Fingerprints of all full tensors, by folder and name, and all elements that were left out. Collective."""
         names = [(part, entry.name) for part, found in self._parts.items() for entry in found.folder.entries]
         own = [self._parts[part].folder.digests.get(name, 0) for part, name in names]
-        skipped, *totals = sum_integers([self._skipped, *own], self._group)
-        self._record = replace(self._record, skipped=skipped)
+        state = self._record.state
+        skipped, *totals = sum_integers([state.skipped, *own], self._group)
+        self._record = replace(self._record, state=replace(state, skipped=skipped))
         digests: dict[str, dict[str, int]] = {part: {} for part in self._parts}
         for (part, name), total in zip(names, totals, strict=True):
             digests[part][name] = total

@@ -16,20 +16,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from dist_ema.checkpoints.manifest import check_moments, read_progress
+from dist_ema.checkpoints.state_json import state_from_json, state_to_json
 from dist_ema.checkpoints.strict_json import is_count, parse, shown
-from dist_ema.clock import Progress
 from dist_ema.dcp.boxed import BoxedTensor
 from dist_ema.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError, EMAError, EMAStateError
 from dist_ema.schedules import Schedule, from_dict
 from dist_ema.shadow.device import Shadow
+from dist_ema.shadow.view import View
+from dist_ema.sharding.gather import LocalValues, full_tensors
 from dist_ema.sharding.shares import Share
+from dist_ema.sharding.writers import FullTensor
+from dist_ema.state import EMAState
 
 VERSION = 1
 #: Bytes of a text, padded with blanks: what is loaded must have the size of what was saved.
@@ -38,52 +42,27 @@ TEXT_BYTES = 2048
 _DEPTH = 4
 
 
-@dataclass(frozen=True)
-class Moment:
-    """Where an average stands; the same on every rank.
+def write_state(state: EMAState) -> Tensor:
+    """The clocks as text: what a state dict has under ``"progress"``."""
+    return _write_text({"version": VERSION, **state_to_json(state)})
 
-    Attributes:
-        started: whether there is an average yet; if not, the tensors are those of the live model.
-        clock: of the training.
-        start: the clock at the first copy.
-        seen: the average's own clock at its last update.
-        skipped: NaN and Inf elements left out so far, over all ranks.
-        seed: of the rounding of bf16 averages; None where they are rounded to nearest.
-    """
 
-    started: bool
-    clock: Progress
-    start: Progress
-    seen: Progress
-    skipped: int
-    seed: int | None = None
-
-    def to_tensor(self) -> Tensor:
-        """As text."""
-        return _write_text({"version": VERSION, **asdict(self)})
-
-    @classmethod
-    def from_tensor(cls, text: object) -> Moment:
-        """Raises CheckpointCorruptError if ``to_tensor`` did not make it, CheckpointError if a later version did."""
-        body = _read_text(text, "progress")
-        version = body.get("version")
-        if not is_count(version):
-            raise CheckpointCorruptError(f"'progress' of the state dict is damaged: version {shown(version)} is none")
-        if version != VERSION:
-            raise CheckpointError(f"the state dict has version {version}; this library reads version {VERSION}")
-        try:
-            clocks = {name: read_progress(body[name]) for name in ("clock", "start", "seen")}
-            check_moments(**clocks)
-            started, skipped, seed = body["started"], body["skipped"], body.get("seed")
-            if not isinstance(started, bool) or not is_count(skipped) or not (seed is None or is_count(seed, 63)):
-                raise ValueError("a flag, a count or a seed is none")
-            return cls(started=started, skipped=skipped, seed=seed, **clocks)
-        except (KeyError, TypeError, ValueError, EMAError) as error:
-            raise CheckpointCorruptError(f"'progress' of the state dict is damaged: {str(error)[:200]}") from error
+def read_state(text: object) -> EMAState:
+    """Raises CheckpointCorruptError if ``write_state`` did not make it, CheckpointError if a later version did."""
+    body = _read_text(text, "progress")
+    version = body.get("version")
+    if not is_count(version):
+        raise CheckpointCorruptError(f"'progress' of the state dict is damaged: its version is {shown(version)}")
+    if version != VERSION:
+        raise CheckpointError(f"the state dict has version {version}; this library reads version {VERSION}")
+    try:
+        return state_from_json(body)
+    except (KeyError, TypeError, ValueError, EMAError) as error:
+        raise CheckpointCorruptError(f"'progress' of the state dict is damaged: {str(error)[:200]}") from error
 
 
 def make_state_dict(
-    moment: Moment,
+    ema_state: EMAState,
     schedules: Mapping[str, Schedule],
     averaged: Callable[[str], Sequence[Tensor | None]],
     shares: Sequence[Share],
@@ -93,14 +72,14 @@ def make_state_dict(
     """The state dict of one rank; its tensors share the average's memory. Local.
 
     Args:
-        moment: where the average stands.
+        ema_state: where the average stands.
         schedules: of each average.
         averaged: an average's flat tensor for each share, None where it is live.
         shares: what this rank keeps of each tensor.
         spoken: for each of them, whether it is this rank that writes it.
         spare: whether reading may overwrite them, since it serves nothing else.
     """
-    state = make_head(moment, schedules)
+    state = make_head(ema_state, schedules)
     is_writer = {share.spec.name: is_writer for share, is_writer in zip(shares, spoken, strict=True)}
     for path, share, held in _parts(averaged, shares, tuple(schedules)):
         place = state
@@ -111,10 +90,10 @@ def make_state_dict(
     return state
 
 
-def make_head(moment: Moment, schedules: Mapping[str, Schedule]) -> dict[str, Any]:
+def make_head(ema_state: EMAState, schedules: Mapping[str, Schedule]) -> dict[str, Any]:
     """A state dict without tensors of the model: what is the same on every rank. Local."""
     texts = {name: _write_text(schedule.to_dict()) for name, schedule in schedules.items()}
-    return {"progress": moment.to_tensor(), "schedules": texts, "averages": {}, "buffers": {}}
+    return {"progress": write_state(ema_state), "schedules": texts, "averages": {}, "buffers": {}}
 
 
 def add_live(
@@ -126,6 +105,38 @@ def add_live(
         for share, values, is_writer in zip(shares, live, spoken, strict=True)
         if values is not None and share.numel
     }
+
+
+def full_parts(
+    view: View, names: Sequence[str], entries: Sequence[FullTensor], group: dist.ProcessGroup | None, live: bool
+) -> dict[str, Any]:
+    """The tensors of a state dict, whole and on rank 0; no tensors elsewhere. Collective; gathered one at a time.
+
+    Args:
+        view: what this rank holds.
+        names: of the averages.
+        entries: every full tensor of the model.
+        group: the ranks.
+        live: with the live weights of what is averaged or copied.
+    """
+
+    def gathered(held: Mapping[str, LocalValues], modes: Sequence[str], live: bool = False) -> dict[str, Tensor]:
+        wanted = [
+            replace(entry, aliases=(), dtype=entry.live_dtype if live else entry.dtype)
+            for entry in entries
+            if entry.mode in modes
+        ]
+        return full_tensors(wanted, held.get, None, group, "state_dict()")
+
+    averages = {name: view.average(name, include_untracked=False) for name in names}
+    parts: dict[str, Any] = {
+        "averages": {name: gathered(held, ["average"]) for name, held in averages.items()},
+        "buffers": gathered(averages[names[0]], ["copy"]),
+    }
+    if live:
+        held = {values.share.spec.name: values for values in view.live() if values is not None}
+        parts["live"] = gathered(held, ["average", "copy"], live=True)
+    return parts
 
 
 class LoadedStateDict:
@@ -151,9 +162,9 @@ class LoadedStateDict:
         problems += [f"{key!r} is a {type(found).__name__}, not a dict" for key, found in _no_dicts(state)]
         if problems:
             raise CheckpointMismatchError(f"the state dict is not one of a ShardedEMA: {'; '.join(problems)}")
-        self.moment = Moment.from_tensor(state["progress"])
+        self.state = read_state(state["progress"])
         self.schedules = {name: _read_schedule(text, name) for name, text in state["schedules"].items()}
-        self._state = state
+        self._dict = state
         self._shares, self._names = shares, names
         problems = [f"unexpected average {name!r}" for name in state["averages"] if name not in names]
         for path, share in _wanted(shares, names):
@@ -173,12 +184,12 @@ class LoadedStateDict:
     def fill(self, shadow: Shadow) -> None:
         """Copies the values into the shadow, which has its memory. Local."""
         for path, share, out in _parts(shadow.tensors, self._shares, self._names):
-            _copy(_look(self._state, path)[share.spec.name], share, out)
+            _copy(_look(self._dict, path)[share.spec.name], share, out)
 
     @torch.no_grad()
     def live(self, sources: Sequence[Tensor]) -> list[Tensor | None] | None:
         """This rank's live elements of each share, flat and as its source is; None where the dict has none. Local."""
-        if "live" not in self._state:
+        if "live" not in self._dict:
             return None
         values: list[Tensor | None] = []
         for share, source in zip(self._shares, sources, strict=True):
@@ -187,7 +198,7 @@ class LoadedStateDict:
                 continue
             out = torch.empty(share.numel, dtype=source.dtype, device=source.device)
             if share.numel:
-                _copy(self._state["live"][share.spec.name], share, out)
+                _copy(self._dict["live"][share.spec.name], share, out)
             values.append(out)
         return values
 

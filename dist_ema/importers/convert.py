@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from dist_ema.schedules import ConstantDecay, HalfLife, Schedule
 from dist_ema.sharding.gather import LocalValues
 from dist_ema.sharding.shares import Mode
 from dist_ema.sharding.writers import FullTensor
-from dist_ema.state import Track
+from dist_ema.state import EMAState
 
 
 @dataclass(frozen=True)
@@ -168,8 +168,8 @@ def _save(
     for average, tensors in assembly.averages.items():
         everything = {**assembly.live, **tensors}
         views[average] = {entry.name: FileValues.of(entry, everything[entry.name], advance) for entry in entries}.get
-    track = _Moment(foreign, dict.fromkeys(assembly.averages, schedule))
-    Save(target, track, foreign.updates > 0, 0, entries, views, None, overwrite=overwrite).run()
+    schedules = dict.fromkeys(assembly.averages, schedule)
+    Save(target, _state(foreign), schedules, entries, views, None, overwrite=overwrite).run()
 
 
 def _entry(
@@ -182,15 +182,8 @@ def _entry(
     return FullTensor(name, aliases, tensor.shape, kept, tensor.dtype, mode, partitioned=False)
 
 
-class _Moment(Track):
-    """The clocks of a foreign average. There is no training whose options they could follow."""
-
-    def __init__(self, foreign: Foreign, schedules: Mapping[str, Schedule]) -> None:
-        self._schedules = schedules
-        seen = foreign.clock.since(foreign.start).advance(batches=0, updates=foreign.updates)
-        self.restore(foreign.clock, foreign.start, seen if foreign.updates else Progress())
-
-    @property
-    def schedules(self) -> Mapping[str, Schedule]:
-        """Of each average."""
-        return self._schedules
+def _state(foreign: Foreign) -> EMAState:
+    """The clocks of a foreign average."""
+    averaged = foreign.clock.since(foreign.start).advance(batches=0, updates=foreign.updates)
+    started = foreign.updates > 0
+    return EMAState(started, foreign.clock, foreign.start, averaged if started else Progress())

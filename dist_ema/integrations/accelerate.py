@@ -17,7 +17,7 @@ from typing import Any, cast
 
 from dist_ema.ema import ShardedEMA
 from dist_ema.engines.unwrapped import unwrapped
-from dist_ema.errors import CheckpointError, EMAConfigError, EMAEngineError
+from dist_ema.errors import CheckpointError, EMAConfigError, EMAEngineError, EMAStateError
 
 try:
     import accelerate
@@ -100,7 +100,7 @@ def prepare_ema(
             "accelerator.prepare() returned for it, or None and call update() yourself"
         )
     ema = ShardedEMA(model, **options)
-    if optimizer is not None and (others := sorted(ema._options.units() - {"ba"})):
+    if optimizer is not None and (others := sorted(ema.units - {"ba"})):
         raise EMAConfigError(
             f"the options count in {', '.join(others)}, and of an optimizer steps are counted only: leave optimizer "
             "out, and call ema.update(samples=..., tokens=..., epochs=...) after each real step"
@@ -201,7 +201,11 @@ class _Averages:
         """Before anything is written or loaded. Local."""
         _refuse_registered(self._accelerator._custom_objects)
         for average in self.known.values():
-            average.ema._refuse(f"accelerator.{call}", mends=True)  # inside average_parameters() only
+            if (holder := average.ema.held_by) is not None:
+                raise EMAStateError(
+                    f"accelerator.{call} inside average_parameters(), which {holder} holds open: the model has the "
+                    "averaged weights there; call it after the with block"
+                )
 
     # Hooks: on all ranks.
 

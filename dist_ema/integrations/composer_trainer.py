@@ -14,8 +14,9 @@ from composer.utils import checkpoint
 from torch import Tensor
 
 from dist_ema.clock import Progress
-from dist_ema.dcp.stateful import Moment
+from dist_ema.dcp.stateful import write_state
 from dist_ema.errors import CheckpointError
+from dist_ema.state import EMAState
 
 
 def progress(time: Any) -> Progress:
@@ -93,7 +94,7 @@ def change_over(saved: Mapping[str, Any], parts: Mapping[str, Any], clock: Progr
         averages = {name: _pick(kept, tensors) for name, tensors in averages.items()}
         changed = {"averages": averages, "buffers": _pick(kept, buffers)}
     seen = replace(clock, updates=max(1, clock.batches))
-    return {**parts, **changed, "progress": Moment(True, clock, Progress(), seen, 0).to_tensor()}
+    return {**parts, **changed, "progress": write_state(EMAState(True, clock, Progress(), seen))}
 
 
 def _pick(kept: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:

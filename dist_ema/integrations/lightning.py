@@ -142,7 +142,7 @@ class EMACallback(pl.Callback):
         self._epochs, self._stepped, self._due, optimizers = 0.0, False, False, trainer.strategy.optimizers
         self._at_once = not pl_module.automatic_optimization and len(optimizers) == 1
         if (ema := self._average_of(pl_module)) is not None:
-            if "ep" in ema._options.units() and trainer.num_training_batches == float("inf"):
+            if "ep" in ema.units and trainer.num_training_batches == float("inf"):
                 raise EMAConfigError("the options count in ep, but the loader's length is unknown: use ba")
             self._handles = [ema.attach(one, call=partial(self._on_step, ema)) for one in optimizers]
 
@@ -155,9 +155,9 @@ class EMACallback(pl.Callback):
             self._update(ema)
 
     def _update(self, ema: ShardedEMA) -> None:
-        before, self._due = ema._track.clock, False
+        before, self._due = ema.clock, False
         ema.update(epochs=self._epochs)
-        if ema._track.clock is not before:  # else a micro-step of DeepSpeed, or one that it skipped
+        if ema.clock is not before:  # else a micro-step of DeepSpeed, or one that it skipped
             self._epochs = 0.0
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
@@ -196,7 +196,7 @@ class EMACallback(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         ema = self._average_of(self._bound[0]) if self._bound else None
-        return {"average": None if ema is None else f"{ema._track.clock}, {ema.num_updates} updates"}
+        return {"average": None if ema is None else f"{ema.clock}, {ema.num_updates} updates"}
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Any) -> None:
         self._saved = checkpoint["callbacks"].get(self.state_key, {})  # tells whether an average was saved with it

@@ -114,7 +114,7 @@ class EMACallback(TrainerCallback):
             if value not in (choice := [False, *[True][len(ema.names) - 1 :], *ema.names]):
                 raise EMAConfigError(f"{option}={value!r}: allowed are {', '.join(map(repr, choice))}")
         units = {"ba", "ep"} | ({"tok"} if trainer.args.include_num_input_tokens_seen != "no" else set())
-        if others := ", ".join(sorted(ema._options.units() - units)):
+        if others := ", ".join(sorted(ema.units - units)):
             tok = "with TrainingArguments(include_num_input_tokens_seen='all') tok"
             raise EMAConfigError(f"the Trainer does not count {others}: allowed are ba, ep, and {tok}")
         stage = trainer.deepspeed.zero_optimization_stage() if trainer.is_deepspeed_enabled else 0

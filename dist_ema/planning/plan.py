@@ -22,7 +22,7 @@ from dist_ema.planning.layouts import Layout, simulate
 from dist_ema.schedules import HalfLife
 from dist_ema.sharding.shares import Share, assign_shares
 from dist_ema.sharding.writers import catalogue
-from dist_ema.state import Track
+from dist_ema.state import EMAState
 
 #: Of larger runs this many ranks are looked at, at equal distances, the first and the last among them.
 SAMPLE = 64
@@ -194,8 +194,6 @@ def _writes(share: Share, rank: int) -> bool:
 
 def checkpoint_files(shares: Sequence[Share], options: Options) -> dict[str, int]:
     """Bytes of every file of a checkpoint, by its path. Pure: any rank's shares give the same."""
-    track = Track(options)
-    track.begin(Progress().advance(batches=1))
-    entries = catalogue(shares, None)
-    save = Save("plan", track, True, 0, entries, dict.fromkeys(options.schedules, lambda _: None), None)
-    return save.sizes()
+    state = EMAState(True, Progress(batches=1), Progress(batches=1), Progress(updates=1))
+    views = dict.fromkeys(options.schedules, lambda _: None)
+    return Save("plan", state, options.schedules, catalogue(shares, None), views, None).sizes()

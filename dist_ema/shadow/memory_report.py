@@ -34,7 +34,7 @@ def summary(kind: str, engine: str, shares: Sequence[Share], track: Track) -> st
     averaged = [share.spec for share in shares if share.mode == "average"]
     averages = ", ".join(f"{name!r}: {schedule!r}" for name, schedule in track.schedules.items())
     elements = sum(spec.numel for spec in averaged)
-    updates = track.seen.updates
+    updates = track.averaged.updates
     return (
         f"<{kind} on {engine}: {{{averages}}} of {_counted(len(averaged), 'tensor')}, {elements:,} elements; "
         f"{_counted(updates, 'update')}, progress {track.progress}>"

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_ema import kernels
-from dist_ema.collectives import Window, agree, rank_in
+from dist_ema.collectives import Window, agreed, rank_in
 from dist_ema.errors import EMAStateError
 from dist_ema.sharding.runs import Runs, overlap
 from dist_ema.sharding.shares import Share
@@ -108,7 +108,8 @@ def gather_each(
         operation: for the error.
         everywhere: call ``take`` on every rank.
     """
-    window = agree(lambda: Window(group), group, operation)
+    with agreed(group, operation):
+        window = Window(group)
     failure: Exception | None = None
     for entry in entries:
         dtype = dtypes[entry.name]
@@ -120,21 +121,17 @@ def gather_each(
                     _read_window(entry, held(entry.name), start, stop, values, group)
             except Exception as error:
                 failure = error
-            if (
-                everywhere or entry.partitioned or entry.lowest_mesh_rank != 0
-            ):  # else rank 0 has it, and all ranks know that
+            # Else rank 0 has it whole, and all ranks know that.
+            if everywhere or entry.partitioned or entry.lowest_mesh_rank != 0:
                 window.collect(everywhere)
             try:
                 if failure is None and (everywhere or rank_in(group) == 0):
                     take(entry, start, values)
             except Exception as error:
                 failure = error
-
-    def finish() -> None:
+    with agreed(group, operation):
         if failure is not None:
             raise failure
-
-    agree(finish, group, operation)
 
 
 def _read_window(
@@ -158,14 +155,12 @@ def full_tensors(
     dtypes = {entry.name: entry.cast(dtype) for entry in entries}
     state: dict[str, Tensor] = {}
 
-    def allocate() -> None:  # before anything is sent: where memory may be short
-        if rank_in(group) == 0:
-            for entry in entries:
-                state.update(dict.fromkeys(entry.names, torch.empty(entry.shape, dtype=dtypes[entry.name])))
-
     def take(entry: FullTensor, start: int, values: Tensor) -> None:
         state[entry.name].view(-1)[start : start + values.numel()].copy_(values)
 
-    agree(allocate, group, operation)
+    with agreed(group, operation):  # before anything is sent: memory may be short
+        if rank_in(group) == 0:
+            for entry in entries:
+                state.update(dict.fromkeys(entry.names, torch.empty(entry.shape, dtype=dtypes[entry.name])))
     gather_each(entries, held, dtypes, group, take, operation)
     return state

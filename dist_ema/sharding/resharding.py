@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_ema.collectives import agree, gather_objects
+from dist_ema.collectives import agreed
 from dist_ema.errors import EMAEngineError
 from dist_ema.sharding.gather import LocalValues, gather_each
 from dist_ema.sharding.runs import count, overlap
@@ -54,19 +54,16 @@ def move(
         group: the ranks.
         operation: for errors.
     """
+    names = [entry.name for entry in entries]
     wanted = {
         name: (share, tensor)
         for share, tensor in zip(shares, tensors, strict=True)
         if tensor is not None
         for name in (share.spec.name, *share.spec.aliases)
     }
-
-    def copy() -> list[str]:
-        return [
-            entry.name for entry in entries if entry.name in wanted and not _copy(held(entry.name), wanted[entry.name])
-        ]
-
-    lacking = {name for found in gather_objects(agree(copy, group, operation), group) for name in found}
+    with agreed(group, operation) as round_:
+        round_.send([name for name in names if name in wanted and not _copy(held(name), wanted[name])])
+    lacking = {name for found in round_.received for name in found}
     dtypes = {entry.name: entry.dtype for entry in entries}
 
     def take(entry: FullTensor, start: int, values: Tensor) -> None:

@@ -451,7 +451,7 @@ def test_epochs_and_the_sanity_check(options: dict[str, str], tmp_path: Path) ->
     averaging = callback(decay=None, **options)
     trainer(tmp_path, callbacks=[averaging]).fit(Module(), loader(), loader(1))
     assert averaging.ema.num_updates == (6 if "ema_start" not in options else 4)
-    assert averaging.ema._track.clock.epochs == pytest.approx(2)
+    assert averaging.ema.clock.epochs == pytest.approx(2)
 
 
 @pytest.mark.filterwarnings("ignore")
