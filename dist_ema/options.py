@@ -12,10 +12,10 @@ import torch
 from dist_ema.clock import CLOCK_UNITS, Time
 from dist_ema.errors import EMAConfigError
 from dist_ema.schedules import ConstantDecay, HalfLife, Schedule, Smoothing
+from dist_ema.schedules.checks import AVERAGE_NAME
 
 #: The name of the average where there is only one.
 ONLY = "ema"
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 _DTYPES_TEXT = "torch.float32, torch.float64 and torch.bfloat16 (stochastically rounded)"
 _BUFFERS = ("copy", "average", "ignore")
@@ -177,7 +177,7 @@ def _named_schedules(averages: object) -> dict[str, Schedule]:
         raise EMAConfigError(f"averages={averages!r}: allowed is a dict of names to schedules or decays, not empty")
     schedules: dict[str, Schedule] = {}
     for name, value in averages.items():
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
+        if not isinstance(name, str) or not AVERAGE_NAME.fullmatch(name):
             raise EMAConfigError(f"averages: the name {name!r} must consist of letters, digits, '_', '-' and '.'")
         option = f"averages[{name!r}]"
         if isinstance(value, Real):

@@ -519,14 +519,14 @@ def _chunk(index: int, field: str, value: tuple[int, ...]) -> Callable[[Any], No
         (_set(0, relative_path="missing"), "cannot be read"),
         (_set(0, offset=1), "is damaged"),
         (_set(0, length=40), "has too few bytes"),
-        (_set(0, length=-1), "is not described"),
+        (_set(0, length=-1), "invalid description"),
         (_set(0, transform_descriptors=["zstd"]), "zstd"),
         (_chunk(0, "sizes", (2, 4)), "do not make up the tensor"),
         (_chunk(0, "sizes", (4, 4)), "overlap"),
         (_chunk(2, "sizes", (2, 4)), "lies outside of it"),
         (_chunk(0, "sizes", (1 << 40, 1 << 40)), "lies outside of it"),
         (lambda metadata: metadata.state_dict_metadata.update(b=7), None),
-        (lambda metadata: setattr(metadata, "storage_data", {1: 2}), "is not an entry"),
+        (lambda metadata: setattr(metadata, "storage_data", {1: 2}), "invalid index"),
         (lambda metadata: setattr(metadata, "storage_data", None), "mapping"),
         (lambda metadata: setattr(metadata, "state_dict_metadata", {}), "none of the known formats"),
     ],
@@ -574,7 +574,7 @@ def test_a_tensor_that_claims_more_than_the_file_has_is_refused(tmp_path: Path) 
         import_checkpoint(tmp_path / "huge.pt", tmp_path / "out")
     for name in ("__metadata__", "a\nb", ""):
         torch.save({"state_dict_ema": {name: torch.zeros(1)}}, tmp_path / "name.pt")
-        with pytest.raises(CheckpointCorruptError, match="is no name of a tensor"):
+        with pytest.raises(CheckpointCorruptError, match="invalid tensor name"):
             import_checkpoint(tmp_path / "name.pt", tmp_path / "out")
 
 

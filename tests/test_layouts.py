@@ -20,8 +20,9 @@ from torch.nn.parallel import DistributedDataParallel
 from zero_models import make_engine
 
 from dist_ema import ShardedEMA
+from dist_ema.checkpoints.arrangement import UnknownOperationError
 from dist_ema.checkpoints.layout import TensorPlan
-from dist_ema.checkpoints.rearrange import Arrangement, UnknownOperationError
+from dist_ema.checkpoints.trace import trace
 from dist_ema.errors import CheckpointError, EMAConfigError
 from dist_ema.sharding.runs import Rows, chunks, count
 
@@ -58,7 +59,7 @@ def test_elements_arrive_where_the_function_itself_puts_them(conversion: str, dt
     state = {name: torch.randn(shape).to(dtype) for name, shape in SHAPES.items()}
     expected = CONVERSIONS[conversion](dict(state))
     plans = [((name,), TensorPlan(name, dtype, shape)) for name, shape in SHAPES.items()]
-    arrangement = Arrangement.trace(CONVERSIONS[conversion], plans)
+    arrangement = trace(CONVERSIONS[conversion], plans)
     assert not arrangement.is_trivial
     assert [(plan.name, plan.shape) for plan in arrangement.targets] == [
         (name, tuple(tensor.shape)) for name, tensor in expected.items()
@@ -97,8 +98,11 @@ def _overlapping(state: dict[str, Tensor]) -> dict[str, Tensor]:
     ("convert", "message"),
     [
         (_doubled, r"'a' comes from aten.mul"),
-        (_overlapping, "elements of a tensor that overlap"),
-        (lambda state: {"a": torch.zeros(3)}, "'a' comes from aten.zeros|'a' comes from a tensor that is none"),
+        (_overlapping, "a tensor whose elements overlap in memory"),
+        (
+            lambda state: {"a": torch.zeros(3)},
+            "'a' comes from aten.zeros|'a' comes from a tensor that is not in the state dict",
+        ),
         (lambda state: {"a": torch.cat([state["b"], state["b"].double()])}, "several dtypes|_to_copy"),
         (lambda state: {"a": state["a"].zero_()}, "changes a tensor in place"),
         (lambda state: {"a": state["missing"]}, "KeyError: 'missing'"),
@@ -111,7 +115,7 @@ def test_what_is_more_than_a_move_of_elements_is_refused(
     """Else the file would have elements that nobody wrote."""
     plans = [((name,), TensorPlan(name, torch.float32, shape)) for name, shape in SHAPES.items()]
     with pytest.raises(UnknownOperationError, match=message):
-        Arrangement.trace(convert, plans)
+        trace(convert, plans)
 
 
 # transformers: random weights, no download.

@@ -14,13 +14,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from dist_ema.checkpoints.arrangement import Arrangement, UnknownOperationError
 from dist_ema.checkpoints.folder import Folder
 from dist_ema.checkpoints.hub import STEMS, check_layout, conversion, has_config, write_adapter_config, write_config
 from dist_ema.checkpoints.layout import FilePlan, TensorPlan, index_json, parse_size
-from dist_ema.checkpoints.rearrange import Arrangement, UnknownOperationError
 from dist_ema.checkpoints.storage.local import write_text
 from dist_ema.checkpoints.storage.paths import check_path, is_url, local_path
 from dist_ema.checkpoints.storage.staging import Staging
+from dist_ema.checkpoints.trace import trace
 from dist_ema.collectives import agreed, broadcast_object, gather_objects, rank_in
 from dist_ema.engines.unwrapped import unwrapped
 from dist_ema.errors import CheckpointError, EMAConfigError
@@ -119,7 +120,7 @@ def _arrange(
         return None
     tensors = [(entry.names, TensorPlan(entry.name, dtypes[entry.name], entry.shape)) for entry in entries]
     try:
-        arrangement = Arrangement.trace(convert, tensors)
+        arrangement = trace(convert, tensors)
         if left_out and not arrangement.is_trivial:  # after all has been seen: halves are joined without a word
             arrangement = arrangement.without(left_out)
     except UnknownOperationError as error:

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dist_ema.checkpoints.arrangement import Arrangement
 from dist_ema.checkpoints.layout import FilePlan, TensorPlan, plan_files
-from dist_ema.checkpoints.rearrange import Arrangement
 from dist_ema.checkpoints.storage.base import TensorWriter
 from dist_ema.collectives import agreed
 from dist_ema.kernels.fingerprint import partial_digest

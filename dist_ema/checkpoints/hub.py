@@ -1,7 +1,7 @@
-"""Names and configuration files as transformers, diffusers and peft write them with ``save_pretrained``.
+"""Names and configuration files as ``save_pretrained`` of transformers, diffusers and peft writes them.
 
-Read from the model's own class and from functions of those libraries, if they are in memory: a model of theirs cannot
-be without them. None is imported here. Read in transformers 5.23, diffusers 0.42, peft 0.21.
+They come from the model's own class and from functions of those libraries, none of which is imported here: where the
+model is theirs, the library is in memory. Read in transformers 5.23, diffusers 0.42, peft 0.21.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dist_ema.checkpoints.rearrange import Convert
+from dist_ema.checkpoints.trace import Convert
 from dist_ema.engines.names import walk_modules
 from dist_ema.engines.unwrapped import plain_type
 from dist_ema.errors import EMAConfigError
 
-#: How the files of each layout are called; None is that of transformers.
+#: Names of the weight files in each layout, without number and suffix; None means that of transformers.
 STEMS = {
     None: "model",
     "transformers": "model",
@@ -30,7 +30,7 @@ STEMS = {
 
 
 def check_layout(layout: object, model: nn.Module | None) -> None:
-    """Raises EMAConfigError for a layout that there is not, or that the model cannot be written in. Local."""
+    """Raises EMAConfigError for an unknown layout, or one that does not fit the model. Local."""
     if not (layout is None or isinstance(layout, str)) or layout not in STEMS:
         raise EMAConfigError(f"layout={layout!r}: allowed are None, 'transformers', 'diffusers' and 'peft'")
     if layout == "peft":
@@ -49,11 +49,11 @@ def check_layout(layout: object, model: nn.Module | None) -> None:
 
 
 def conversion(model: nn.Module, layout: str | None) -> Convert | None:
-    """What turns the model's state dict into the one that the library saves; None where they are the same. Local.
+    """The function from the model's state dict to the one that its library saves; None where they are the same. Local.
 
     Args:
         model: without wrappers.
-        layout: what is written.
+        layout: as of ``ShardedEMA.export``.
     """
     if layout == "peft":
         return lambda state: _adapter_state(model, state)
@@ -79,10 +79,10 @@ def _is_pretrained(model: nn.Module) -> bool:
 
 
 def _stand_in(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
-    """The model as those functions ask for it, without what sharding did to its classes, names and shapes.
+    """Takes the model's place in those functions, with the classes, names and shapes that it had before sharding.
 
-    They look up conversions by the classes and names of the transformers models inside the model, and ask for
-    parameters: for their shapes, and for which of them are one.
+    The functions look up conversions by the classes and names of the transformers models inside the model, and ask for
+    parameters: for their shapes, and to find tied ones.
     """
     parts = [(name, _empty(part)) for name, part in walk_modules(model) if _is_pretrained(part)]
     root = parts[0][1]
@@ -98,7 +98,7 @@ def _stand_in(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
 
 
 def _empty(model: nn.Module) -> nn.Module:
-    """A module of the same plain class that has nothing but its configuration."""
+    """A module of the same class without wrappers, which has the configuration and nothing else."""
     kind = plain_type(model)
     empty: nn.Module = object.__new__(kind)
     nn.Module.__init__(empty)
@@ -109,7 +109,7 @@ def _empty(model: nn.Module) -> nn.Module:
 
 
 class _Canonical:
-    """A model whose modules have canonical names, whatever it holds wrappers of."""
+    """A model whose modules have canonical names, also where it holds wrappers."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -122,7 +122,7 @@ class _Canonical:
 
 
 def _adapters(model: nn.Module) -> Mapping[str, Any]:
-    """The configurations of a model's adapters by their names; none in a model without."""
+    """The configurations of a model's adapters, by the adapters' names; empty where there are none."""
     found = getattr(model, "peft_config", None)
     return found if isinstance(found, Mapping) else {}
 
@@ -144,10 +144,10 @@ def _is_peft_model(model: nn.Module) -> bool:
 
 
 def _adapter_state(model: nn.Module, state: dict[str, Tensor]) -> Mapping[str, Tensor]:
-    peft = sys.modules["peft"]  # the adapter's configuration is an object of it
+    peft = sys.modules["peft"]  # in memory, since the adapter's configuration is an object of it
     adapter = _active_adapter(model)
     found: dict[str, Tensor] = peft.get_peft_model_state_dict(_Canonical(model), state_dict=state, adapter_name=adapter)
-    # A model with an adapter of its own, which no PeftModel is around, lacks the prefix; its save_pretrained adds it.
+    # Where the model holds its adapter itself, without a PeftModel around it, its save_pretrained adds this prefix.
     prefix = "" if _is_peft_model(model) else "base_model.model."
     return {f"{prefix}{name}": tensor for name, tensor in found.items()}
 

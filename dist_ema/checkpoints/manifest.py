@@ -1,7 +1,7 @@
-"""``ema.json``: what a checkpoint consists of, and the only thing that makes one. Pure Python.
+"""``ema.json``, the manifest: lists all that a checkpoint consists of, and makes a directory a checkpoint. Pure Python.
 
-A reader takes nothing but what the manifest lists, and believes nothing in it before it is checked: a checkpoint may
-come from anywhere. The text is canonical JSON that ends with a checksum of the rest, so a flipped bit in it is seen.
+A checkpoint may come from anywhere, so every value is checked before it is used, and a reader opens only the files that
+the manifest lists. The text is canonical JSON that ends with a checksum of the rest, so a flipped bit in it is noticed.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from dist_ema.checkpoints.strict_json import is_count, is_shape, parse, shown
 from dist_ema.clock import Progress
 from dist_ema.errors import CheckpointCorruptError, CheckpointError, EMAError
 from dist_ema.schedules import Schedule, from_dict
+from dist_ema.schedules.checks import AVERAGE_NAME
 from dist_ema.state import EMAState
 
 NAME = "ema.json"
 FORMAT = "dist_ema"
 VERSION = 1
-#: How every manifest begins, of whatever version.
+#: How every manifest begins, whatever its version.
 BEGIN = b'{"format":"dist_ema",'
-#: A manifest has some hundred bytes a tensor, that of two averages of the largest public models 30 MB.
+#: Bytes of a manifest at most. It has some hundred bytes a tensor: 30 MB for two averages of the largest models.
 MAX_BYTES = 1 << 26
-#: The folder of what is not averaged, beside those of the averages.
+#: The folder of the tensors that are not averaged, beside the folders of the averages.
 LIVE = "live"
 #: Names of data folders.
 DATA = re.compile(r"data-[0-9a-f]{32}")
-#: Characters of an error that tell what was found.
+#: Characters that an error shows of what was found.
 _SHOWN = 500
-_FILE = re.compile(r"(averages/[A-Za-z0-9_][A-Za-z0-9_.-]*|live)/model(-\d{5}-of-\d{5})?\.safetensors")
 _DIGEST = re.compile(r"[0-9a-f]{16}")
 _CHECKSUM = re.compile(r"[0-9a-f]{64}")
-_AVERAGE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
-#: The manifest, its averages, one of them, its tensors, one of them, its shape.
+_FILE = re.compile(rf"(averages/{AVERAGE_NAME.pattern}|{LIVE})/model(-\d{{5}}-of-\d{{5}})?\.safetensors")
+#: Levels of JSON: the manifest, its averages, one of them, its tensors, one of them, its shape.
 _DEPTH = 6
 _FIELDS = {"format", "version", "library", "data", "started", "clock", "start", "seen", "skipped", "averages", "live"}
 _FIELDS |= {"files", "seed", "lacking"}
@@ -52,10 +52,10 @@ class StoredTensor:
     """One full tensor in a file.
 
     Attributes:
-        file: path in the data folder.
-        dtype: safetensors' name for it.
+        file: path of the file in the data folder.
+        dtype: safetensors' name of it.
         shape: of the full tensor.
-        digest: its fingerprint.
+        digest: its fingerprint, 64 bits.
         aliases: other names of the same (tied) tensor.
     """
 
@@ -84,15 +84,15 @@ class Manifest:
     """A whole checkpoint: what ``dist_ema.verify_checkpoint()`` returns. Its ``repr()`` is one line.
 
     Attributes:
-        data: the folder, in the checkpoint's, that holds the files.
+        data: name of the data folder, which holds the files.
         state: the clocks, and whether there was an average yet; if not, its tensors are those of the live model.
         schedules: of each average.
         averages: the tensors of each average.
         live: tensors that are not averaged.
-        files: every file.
+        files: every file, by its path in the data folder.
         library: version of the library that wrote it.
-        lacking: names of what the model has besides and was left out: frozen parameters, and others that are not
-            averaged. Empty, which is not written, where the checkpoint is a whole model.
+        lacking: names of the tensors that the model has and the checkpoint has not: it was saved without frozen
+            parameters and others that are not averaged. Empty, which is not written, for a whole model.
     """
 
     data: str
@@ -114,7 +114,7 @@ class Manifest:
         )
 
     def to_bytes(self) -> bytes:
-        """The text of ``ema.json``. Raises CheckpointError if it were longer than any that is read."""
+        """The text of ``ema.json``. Raises CheckpointError if it is longer than ``from_bytes`` takes."""
         state = state_to_json(self.state)
         seed = state.pop("seed")
         body: dict[str, Any] = {
@@ -135,7 +135,7 @@ class Manifest:
         if len(text) > MAX_BYTES:
             raise CheckpointError(
                 f"{NAME} of {sum(map(len, self.averages.values())) + len(self.live)} tensors would have {len(text)} "
-                f"bytes, and {MAX_BYTES} are the most that is read: save fewer averages in one checkpoint"
+                f"bytes; the limit is {MAX_BYTES}. Save fewer averages in one checkpoint"
             )
         return text
 
@@ -153,22 +153,22 @@ class Manifest:
     @classmethod
     def _from_body(cls, body: dict[str, Any]) -> Manifest:
         if unknown := body.keys() - _FIELDS:
-            _refuse(f"no version of it has {sorted(unknown)[:3]}")
+            _refuse(f"unknown entries {sorted(unknown)[:3]}")
         library = body["library"]
         if not isinstance(library, str) or len(library) > 100 or not library.isprintable():
-            _refuse(f"the library's version {shown(library)} is none")
+            _refuse(f"invalid library version {shown(library)}")
         files = {}
         for name, file in body["files"].items():
             known = file.keys() == {"size", "header"} and _FILE.fullmatch(name)
             if not known or not is_count(file["size"]) or not _CHECKSUM.fullmatch(file["header"]):
-                _refuse(f"the file {shown(name)} has a name, size or checksum that none has")
+                _refuse(f"invalid file {shown(name)}; expected a path like {LIVE}/model.safetensors, size and checksum")
             files[name] = StoredFile(file["size"], file["header"])
         if not DATA.fullmatch(body["data"]):
-            _refuse(f"the data folder {shown(body['data'])} has a name that none has")
+            _refuse(f"invalid data folder name {shown(body['data'])}; expected data-<32 hex digits>")
         averages = body["averages"]
         for name, average in averages.items():
-            if not _AVERAGE.fullmatch(name) or average.keys() != {"schedule", "tensors"}:
-                _refuse(f"the average {shown(name)} has a name that none has, or more than a schedule and tensors")
+            if not AVERAGE_NAME.fullmatch(name) or average.keys() != {"schedule", "tensors"}:
+                _refuse(f"invalid average {shown(name)}; expected a name of A-Z a-z 0-9 _ . -, schedule and tensors")
         manifest = cls(
             data=body["data"],
             state=state_from_json(body),
@@ -221,9 +221,12 @@ class Manifest:
 
 
 def is_tensor_name(name: str) -> bool:
-    """Whether a tensor can be stored under this name: any text on one line but what safetensors keeps for itself.
+    """Whether a tensor can be stored under this name: any text of one line but ``__metadata__``, which is safetensors'.
 
-    Whoever prints names has to escape what a terminal would obey.
+    It may hold control characters: escape them before a name is printed.
+
+    >>> is_tensor_name("layers.0.weight"), is_tensor_name("two" + chr(10) + "lines"), is_tensor_name("")
+    (True, False, False)
     """
     try:
         name.encode()
@@ -245,21 +248,21 @@ def _seal(body: dict[str, Any]) -> bytes:
 
 def _unseal(text: bytes) -> dict[str, Any]:
     if len(text) > MAX_BYTES:
-        _refuse(f"it has {len(text)} bytes, more than any manifest")
+        _refuse(f"it has {len(text)} bytes; the limit is {MAX_BYTES}")
     try:
         body = parse(text, depth=_DEPTH)
     except ValueError as error:
-        raise CheckpointCorruptError(f"{NAME}: not JSON of this library: {str(error)[:_SHOWN]}") from error
+        raise CheckpointCorruptError(f"{NAME}: invalid JSON: {str(error)[:_SHOWN]}") from error
     if not isinstance(body, dict) or body.get("format") != FORMAT:
         _refuse("it was not written by dist_ema, or is damaged")
     version = body.get("version")
     if not is_count(version):
-        _refuse(f"version {shown(version)} is none")
+        _refuse(f"invalid format version {shown(version)}")
     if version != VERSION:
         raise CheckpointError(f"{NAME}: format version {version}; this library reads version {VERSION}")
     body.pop("checksum", None)
     if _seal(body) != text:
-        _refuse("its checksum does not fit: it is damaged, or was edited")
+        _refuse("its checksum does not match: it is damaged, or was edited")
     return body
 
 
@@ -273,34 +276,34 @@ def _read_tensors(found: Mapping[str, Any], folder: str, files: Mapping[str, Sto
     for name, entry in found.items():
         shape, aliases = entry["shape"], entry["aliases"]
         if entry.keys() != _TENSOR_FIELDS or not isinstance(shape, list) or not isinstance(aliases, list):
-            _refuse(f"tensor {shown(name)} is not described as one")
+            _refuse(f"invalid description of tensor {shown(name)}; expected {', '.join(sorted(_TENSOR_FIELDS))}")
         if entry["dtype"] not in ITEM_SIZES or not is_shape(shape, ITEM_SIZES[entry["dtype"]]):
             sizes = f"shape {shape}" if len(shape) <= 8 else f"{len(shape)} sizes"
-            _refuse(f"tensor {shown(name)} has the dtype {shown(entry['dtype'])} and {sizes}")
+            _refuse(f"tensor {shown(name)}: invalid dtype {shown(entry['dtype'])} or {sizes}")
         stored = StoredTensor(entry["file"], entry["dtype"], tuple(shape), 0, tuple(aliases))
         for known in (name, *stored.aliases):
             if known in names or not isinstance(known, str) or not is_tensor_name(known):
-                _refuse(f"{shown(known)} cannot be the name of a tensor, or comes twice")
+                _refuse(f"tensor name {shown(known)} is invalid, or stands there twice")
             names.add(known)
         if stored.file not in files or stored.file.rpartition("/")[0] != folder:
-            _refuse(f"tensor {shown(name)} is said to lie in {shown(stored.file)}")
+            _refuse(f"tensor {shown(name)}: invalid file {shown(stored.file)}; expected a listed one in {folder}/")
         if not _DIGEST.fullmatch(entry["digest"]):
-            _refuse(f"tensor {shown(name)} has no fingerprint")
+            _refuse(f"tensor {shown(name)}: invalid fingerprint; expected 16 hex digits")
         tensors[name] = StoredTensor(stored.file, stored.dtype, stored.shape, int(entry["digest"], 16), stored.aliases)
     return tensors
 
 
 def _read_lacking(names: object, averages: Mapping[str, Any]) -> tuple[str, ...]:
     if not isinstance(names, list) or not all(isinstance(name, str) and is_tensor_name(name) for name in names):
-        _refuse("what it lacks is not a list of names")
+        _refuse("invalid 'lacking'; expected a list of tensor names")
     there = {name for average in averages.values() for name in average["tensors"]}
     if "" in names or len(set(names)) < len(names) or not there.isdisjoint(names):
-        _refuse("what it lacks has no name, or is there, or comes twice")
+        _refuse("invalid 'lacking': a name is empty, stands there twice, or is that of a tensor that is there")
     return tuple(names)
 
 
 def _check_room(manifest: Manifest) -> None:
-    """Every file has tensors, and room for them."""
+    """Refuses a file that has no tensors, or no room for those that it is said to hold."""
     room = {name: file.size for name, file in manifest.files.items()}
     used = set()
     for tensors in manifest.folders().values():
@@ -308,9 +311,9 @@ def _check_room(manifest: Manifest) -> None:
             used.add(tensor.file)
             room[tensor.file] -= tensor.nbytes
             if room[tensor.file] < 0:
-                _refuse(f"tensor {shown(name)} and those before it are larger than their file {tensor.file}")
+                _refuse(f"tensor {shown(name)} and those before it do not fit into their file {tensor.file}")
     if used != room.keys():
-        _refuse(f"no tensor lies in {sorted(room.keys() - used)[:3]}")
+        _refuse(f"files without tensors: {sorted(room.keys() - used)[:3]}")
 
 
 def _refuse(why: str) -> NoReturn:

@@ -1,4 +1,4 @@
-"""Elements of full tensors out of safetensors files that a manifest lists, by range; nothing in them is believed."""
+"""Reads elements of full tensors, by ranges of the safetensors files that a manifest lists; checks files before use."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from dist_ema.errors import CheckpointCorruptError, CheckpointError
 from dist_ema.sharding.runs import Runs
 
 T = TypeVar("T")
-#: How often a reader begins anew since the checkpoint was replaced while it was read.
+#: How often a reader starts over because a save has replaced the checkpoint that it was reading.
 REREADS = 2
 #: The longest header that safetensors itself reads.
 _MAX_HEADER = 100_000_000
-#: The header, one of its tensors, its shape.
+#: Levels of JSON: the header, one of its tensors, its shape.
 _HEADER_DEPTH = 3
-#: Files that one reader keeps open: far fewer than a process may have, and enough for all of most checkpoints.
+#: Files that one reader keeps open: far fewer than a process may open, and as many as most checkpoints have.
 _OPEN_FILES = 256
 
 
@@ -44,7 +44,7 @@ def read_manifest(path: StrPath) -> Manifest:
 
 
 def read_manifest_bytes(path: StrPath) -> bytes:
-    """The text of a manifest, unchecked. Raises as :func:`read_manifest`."""
+    """The text of a manifest, as it is. Local. Raises as :func:`read_manifest`."""
     try:
         file = storage_reader(path).file(NAME)
     except FileNotFoundError as error:
@@ -55,7 +55,7 @@ def read_manifest_bytes(path: StrPath) -> bytes:
         raise CheckpointError(f"{NAME} of {path} cannot be read: {error.strerror or error}") from error
     try:
         if file.size > MAX_BYTES:
-            raise CheckpointCorruptError(f"{NAME} of {path} has {file.size} bytes, more than any manifest")
+            raise CheckpointCorruptError(f"{NAME} of {path} has {file.size} bytes; the limit is {MAX_BYTES}")
         text = bytearray(file.size)
         if not file.read([(0, memoryview(text))]):
             raise CheckpointCorruptError(f"{NAME} of {path} became shorter while it was read")
@@ -113,21 +113,22 @@ def reread(path: StrPath, read: Callable[[Manifest], T]) -> T:
 
 
 class RunReader:
-    """Reads elements of full tensors. A context manager; may be used from several threads.
+    """Reads elements of full tensors. Local. A context manager; several threads may use it at a time.
 
-    Opening it checks that every file is there, a plain file of the size that the manifest gives, with the very header
-    that was written, and that the header describes the manifest's tensors, one after the other without a gap. So every
-    byte of a file belongs to its header or to a tensor, which has a fingerprint. Files stay open, so that a save that
-    replaces them meanwhile does not disturb the reader; of more than :data:`_OPEN_FILES` some are opened again.
+    Opening it checks that every file is a plain file of the size that the manifest gives, with the very header that was
+    written, and that the header describes the manifest's tensors, one after the other without a gap. So every byte of a
+    file belongs to the header, which has a checksum, or to a tensor, which has a fingerprint. Files stay open, so a
+    save that replaces the checkpoint meanwhile does not disturb the reader; where there are more than
+    :data:`_OPEN_FILES`, some are closed and opened again.
 
     Args:
         path: of the checkpoint, a directory or a URL.
-        data: the manifest's data folder.
-        files: of the manifest.
-        tensors: what to look for: the tensors of all folders, by ``(folder, name)``.
+        data: name of the data folder, from the manifest.
+        files: the files to open, by their path in that folder.
+        tensors: the tensors in those files, by ``(folder, name)``.
 
     Raises:
-        CheckpointCorruptError: names the file, and the tensor if it is one.
+        CheckpointCorruptError: names the file, and the tensor where the damage is in one.
     """
 
     def __init__(
@@ -138,13 +139,14 @@ class RunReader:
         tensors: Mapping[tuple[str, str], StoredTensor],
     ) -> None:
         self._folder = storage_reader(path) / data
-        self._open: dict[str, OpenFile] = {}
-        self._users: Counter[str] = Counter()
-        self._limit = sys.maxsize if is_remote(path) else _OPEN_FILES  # objects are not kept open
+        self._open: dict[str, OpenFile] = {}  # the one that was used last comes last
+        self._users: Counter[str] = Counter()  # threads that read a file now
+        self._limit = sys.maxsize if is_remote(path) else _OPEN_FILES  # an object takes no file descriptor
         self._lock = threading.Lock()
         self._offsets: dict[tuple[str, str], int] = {}
         self._tensors = tensors
         try:
+            # By file, so that many files of many tensors take no time that is their product.
             inside: dict[str, dict[tuple[str, str], StoredTensor]] = {name: {} for name in files}
             for key, tensor in tensors.items():
                 if tensor.file in inside:
@@ -160,7 +162,7 @@ class RunReader:
         return DTYPES[self._tensors[key].dtype]
 
     def read(self, key: tuple[str, str], runs: Runs, out: Tensor) -> None:
-        """Puts the elements ``runs`` of a tensor into the flat CPU tensor ``out`` of the dtype in the file.
+        """Puts the elements ``runs`` of a tensor into the flat CPU tensor ``out``, which has the dtype of the file.
 
         Raises CheckpointCorruptError if the file ends too early or is gone, OSError if it cannot be read.
         """
@@ -178,10 +180,10 @@ class RunReader:
 
     @contextmanager
     def _file(self, name: str) -> Iterator[OpenFile]:
-        """An open file, which no other thread closes meanwhile."""
+        """An open file, which no other thread closes inside the block."""
         with self._lock:
             file = self._open.pop(name) if name in self._open else self._opened(name)
-            self._open[name] = file  # the last that will be closed
+            self._open[name] = file
             self._users[name] += 1
             self._close_some()
         try:
@@ -193,11 +195,11 @@ class RunReader:
     def _opened(self, name: str) -> OpenFile:
         try:
             return self._folder.file(name)
-        except (FileNotFoundError, NotADirectoryError) as error:  # removed by a save, and then to be read anew
+        except (FileNotFoundError, NotADirectoryError) as error:  # perhaps by a save: then all is read anew
             raise CheckpointCorruptError(f"{self._folder}/{name} is listed but cannot be read: {error}") from error
 
     def _close_some(self) -> None:
-        """Of too many open files, those that were not used for longest."""
+        """Closes the files that were not used for longest, as many as there are too many."""
         unused = (name for name in list(self._open) if not self._users[name])
         while len(self._open) > self._limit and (name := next(unused, None)) is not None:
             self._open.pop(name).close()
@@ -213,12 +215,12 @@ class RunReader:
                 raise CheckpointCorruptError(f"{path} has {opened.size} bytes, but {file.size} were written")
             length = int.from_bytes(_head(opened, 8), "little")
             if length > min(_MAX_HEADER, file.size - 8):
-                raise CheckpointCorruptError(f"{path} has a damaged header: {length} bytes long")
+                raise CheckpointCorruptError(f"{path}: damaged header of {length} bytes")
             header = _head(opened, 8 + length)
         except OSError as error:
             raise CheckpointCorruptError(f"{path} is listed but cannot be read: {error}") from error
         if len(header) != 8 + length or checksum(header) != file.header:
-            raise CheckpointCorruptError(f"{path} has a damaged header, or that of another file")
+            raise CheckpointCorruptError(f"{path}: damaged header, or the header of another file")
         return _offsets(path, header, file.size, tensors)
 
     def __enter__(self) -> RunReader:
@@ -245,7 +247,7 @@ def _head(file: OpenFile, length: int) -> bytes:
 def _offsets(
     path: str, header: bytes, size: int, tensors: Mapping[tuple[str, str], StoredTensor]
 ) -> dict[tuple[str, str], int]:
-    """Where each tensor begins, after checking that the header says what the manifest says, and covers the file."""
+    """The first byte of each tensor. Checks that the header agrees with the manifest and accounts for every byte."""
     try:
         found = parse(header[8:], depth=_HEADER_DEPTH)
         found.pop("__metadata__", None)
@@ -254,7 +256,7 @@ def _offsets(
             begin, end = map(_size, entry["data_offsets"])
             described[name] = (entry["dtype"], tuple(map(_size, entry["shape"])), begin, end)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointCorruptError(f"{path} has a header that is none: {str(error)[:200]}") from error
+        raise CheckpointCorruptError(f"{path}: invalid header: {str(error)[:200]}") from error
     listed = {name: (tensor.dtype, tensor.shape) for (_, name), tensor in tensors.items()}
     if {name: entry[:2] for name, entry in described.items()} != listed:
         raise CheckpointCorruptError(f"{path} does not hold the tensors that the manifest lists for it")
@@ -263,7 +265,9 @@ def _offsets(
     for key, tensor in sorted(tensors.items(), key=lambda item: described[item[0][1]][2:]):
         begin, end = described[key[1]][2:]
         if begin != position or end - begin != tensor.nbytes:
-            raise CheckpointCorruptError(f"{path}: {key[1]!r} lies at {begin} to {end}, where it cannot")
+            raise CheckpointCorruptError(
+                f"{path}: {key[1]!r} lies at {begin} to {end}; expected {tensor.nbytes} bytes at {position}"
+            )
         offsets[key] = len(header) + begin
         position = end
     if len(header) + position != size:

@@ -1,7 +1,7 @@
-"""JSON of unknown origin: bounded before it is parsed, so that a refusal takes neither time nor memory. Pure Python.
+"""JSON of unknown origin, measured before it is parsed, so that a hostile text costs little. Pure Python.
 
-A parser makes an object of every two bytes of ``[],[],[]``, and Python counts them again and again while it does. How
-much a text amounts to is therefore counted in its brackets and commas before.
+A parser makes an object of every two bytes of ``[],[],[]``: gigabytes out of some megabytes of text. So brackets and
+commas are counted first, and a text with more of them than a description of tensors needs is refused.
 """
 
 from __future__ import annotations
@@ -11,29 +11,36 @@ import re
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-#: torch has no tensor of more dimensions.
+#: Dimensions of a tensor at most, as in torch.
 MAX_DIMENSIONS = 64
-#: No size, offset or clock has more digits; 2**63 has 19.
+#: Digits of a whole number at most: 2**63 has 19.
 _DIGITS = 20
-#: So many lists, objects, commas and quotes are taken in any text; more of them take some bytes each in texts of ours.
+#: Lists, objects, commas and quotes (each) that any text may have. For more of them the text must be longer in
+#: proportion, as descriptions of tensors are.
 _FREE = 100_000
 _BYTES_A_CONTAINER = 24
 _BYTES_A_COMMA = 8
 _BYTES_A_QUOTE = 3
-_STRING = re.compile(rb'"[^"]*"?')  # where there is no escape: never looks at a byte twice
+_STRING = re.compile(rb'"[^"]*"?')  # after escapes are removed; linear, as no byte is looked at twice
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 
 def parse(text: bytes, *, depth: int) -> Any:
-    """What the text says.
+    """Parses a text.
 
     Args:
         text: in UTF-8.
-        depth: of lists and objects in each other, at most.
+        depth: levels of nested lists and objects at most; a list in an object may count as one level with it.
 
     Raises:
         ValueError: it is not JSON, or has NaN or Infinity, one key twice, a whole number of more than 20 digits, or
-            more in it than a description of tensors of that length; says what.
+            more brackets, commas or quotes than a description of tensors of that length; says which.
+
+    >>> parse(b'{"shape": [3, 2]}', depth=2)
+    {'shape': [3, 2]}
+    >>> parse(b'[[[3, 2]]]', depth=2)
+    Traceback (most recent call last):
+    ValueError: lists and objects are nested more than 2 deep, or not closed
     """
     plain = text.replace(b"\\\\", b"").replace(b'\\"', b"")
     _limit("quotes", plain.count(b'"'), text, _BYTES_A_QUOTE)
@@ -42,9 +49,9 @@ def parse(text: bytes, *, depth: int) -> Any:
     _limit("commas", frame.count(b","), text, _BYTES_A_COMMA)
     brackets = frame.translate(None, _NO_BRACKETS)
     for _ in range(depth):
-        brackets = brackets.replace(b"[]", b"").replace(b"{}", b"")  # the innermost ones
+        brackets = brackets.replace(b"[]", b"").replace(b"{}", b"")  # the innermost level
     if brackets:
-        raise ValueError(f"lists and objects lie more than {depth} deep in each other, or are not closed")
+        raise ValueError(f"lists and objects are nested more than {depth} deep, or not closed")
     try:
         return json.loads(text, object_pairs_hook=_unique, parse_int=_whole, parse_constant=_refuse)
     except RecursionError as error:
@@ -52,14 +59,21 @@ def parse(text: bytes, *, depth: int) -> Any:
 
 
 def is_count(value: object, bits: int = 62) -> bool:
-    """Whether it is a whole number from 0 to 2**62, and not a bool."""
+    """Whether it is a whole number from 0 to 2**bits - 1, and not a bool.
+
+    >>> is_count(3), is_count(-1), is_count(True), is_count(3.0)
+    (True, False, False, False)
+    """
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << bits
 
 
 def is_shape(sizes: Sequence[Any], itemsize: int) -> bool:
-    """Whether torch could have a tensor of these sizes: up to 64 of them, and less than 2**62 bytes.
+    """Whether torch could have a tensor of these sizes: at most 64 of them, and less than 2**62 bytes.
 
-    An empty tensor is measured without the sizes that make it empty, since torch computes its strides from the rest.
+    Sizes of 0 count as 1: torch computes the strides of an empty tensor from the other sizes, and they may overflow.
+
+    >>> is_shape([3, 2], itemsize=4), is_shape([2**40, 2**40], itemsize=4), is_shape([0, 2**62], itemsize=4)
+    (True, False, False)
     """
     if len(sizes) > MAX_DIMENSIONS or not all(is_count(size) for size in sizes):
         return False
@@ -72,7 +86,11 @@ def is_shape(sizes: Sequence[Any], itemsize: int) -> bool:
 
 
 def shown(value: object) -> str:
-    """A value of a file for a message: short, and of a container no more than its type."""
+    """A value of a file as an error shows it: shortened, and of a container its type only.
+
+    >>> shown("weight"), shown([1, 2, 3])
+    ("'weight'", 'a list')
+    """
     if isinstance(value, (str, bytes)):
         return repr(value[:80]) + ("..." if len(value) > 80 else "")
     if value is None or isinstance(value, (bool, float)) or (isinstance(value, int) and value.bit_length() < 256):
@@ -82,13 +100,13 @@ def shown(value: object) -> str:
 
 def _limit(what: str, found: int, text: bytes, bytes_each: int) -> None:
     if found > _FREE + len(text) // bytes_each:
-        raise ValueError(f"{found} {what} in {len(text)} bytes: it describes no tensors")
+        raise ValueError(f"{found} {what} in {len(text)} bytes: too many for a description of tensors")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a key comes twice")
+        raise ValueError("a key stands there twice")
     return found
 
 

@@ -1,1 +1,1 @@
-"""Averages in ``torch.distributed.checkpoint``."""
+"""Averages in checkpoints of ``torch.distributed.checkpoint`` (DCP)."""

@@ -1,8 +1,8 @@
-"""A full tensor of which this rank holds some elements, in a form that ``torch.distributed.checkpoint`` carries.
+"""A full tensor of which this rank holds some elements, in a form that ``torch.distributed.checkpoint`` (DCP) carries.
 
-Its planner asks a tensor for three things: what of it this rank writes, which parts it wants to read, and the memory of
-a part. It asks by methods of names of its own (``torch/distributed/_checkpointable.py``, read in torch 2.13), and parts
-are boxes of the full tensor. So shards of every engine have one form, also those that are cut within a row.
+DCP's planner asks a tensor for three things: what this rank writes of it, which parts this rank wants to read, and the
+memory of a part. It calls three methods for that (``torch/distributed/_checkpointable.py``, read in torch 2.13), and
+parts are boxes of the full tensor. So the shards of every engine have one form, also shards that are cut within a row.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dist_ema.errors import EMAStateError
 from dist_ema.sharding.runs import Box
 
 _aten = torch.ops.aten
-#: What staging, ``copy.deepcopy`` and a move to another device do to a tensor: the same to each element.
+#: The operations of staging, ``copy.deepcopy`` and moves to another device. Each treats every element alike.
 _ELEMENTWISE = {
     _aten.detach.default,
     _aten.clone.default,
@@ -31,17 +31,17 @@ _ELEMENTWISE = {
 
 
 class BoxedTensor(Tensor):
-    """``size()`` is the full tensor's, ``held`` what there is of it. It can be copied and carried, not computed with.
+    """A full tensor by its ``size()``, of which ``held`` is this rank's part. It can be copied, not computed with.
 
     Attributes:
         held: this rank's elements, flat: those of the first box, then those of the second, and so on.
-        boxes: where they lie in the full tensor.
+        boxes: their places in the full tensor, each box as ``(offsets, sizes)``.
         is_writer: whether this rank writes them.
-        spare: whether ``held`` is memory that reading may overwrite. If not, it is copied as soon as a read is planned,
-            so that a read that fails has damaged nothing.
+        spare: whether a read may overwrite ``held``. If not, ``held`` is copied as soon as a read is planned, so that a
+            read that fails has damaged nothing.
     """
 
-    # No subclass-preserving layer in between: what comes out of __torch_dispatch__ is what it should be.
+    # __torch_dispatch__ sees all operations and returns the class that it means: no layer above it is needed.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     held: Tensor
@@ -78,14 +78,14 @@ class BoxedTensor(Tensor):
         if func is _aten.new_empty.default and torch.Size(args[1]) == first.size():
             return first._with(first.held.new_empty(first.held.shape, **options))
         if func is _aten.copy_.default and isinstance(args[1], BoxedTensor):
-            # FileSystemWriter's staging takes a 0-d tensor apart: it copies it to one of its own making.
+            # FileSystemWriter's staging copies a 0-d tensor into a plain one that it has made.
             target = first.held if isinstance(first, BoxedTensor) else first
             if target.numel() == args[1].held.numel():
                 target.copy_(args[1].held.view(target.shape), *args[2:], **options)
                 return first
-        raise EMAStateError(  # no TypeError: Python's operators would hide what it says
-            f"{func} on a part of an average, as ShardedEMA.state_dict() gives it to torch.distributed.checkpoint: it "
-            "can be saved, loaded and copied only. ShardedEMA.full_state_dict() gives whole tensors to compute with"
+        raise EMAStateError(  # not a TypeError, which Python's operators replace by one of their own
+            f"{func} on a part of an average from ShardedEMA.state_dict(), which can only be saved, loaded and copied "
+            "(by torch.distributed.checkpoint). ShardedEMA.full_state_dict() gives whole tensors to compute with"
         )
 
     def _with(self, held: Tensor) -> BoxedTensor:
@@ -95,7 +95,7 @@ class BoxedTensor(Tensor):
         return f"BoxedTensor(shape={tuple(self.size())}, boxes={self.boxes}, held={self.held})"
 
     def __create_write_items__(self, fqn: str, object: object) -> list[WriteItem]:
-        """What this rank writes: all boxes, or none where another rank writes them."""
+        """DCP asks what this rank writes: all boxes, or none where another rank writes them."""
         if not self.is_writer:
             return []
         return [
@@ -108,24 +108,24 @@ class BoxedTensor(Tensor):
         ]
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        """What this rank reads; only a read asks for it."""
+        """DCP asks what this rank reads; only a load asks this."""
         if not self.spare:
             self.held, self.spare = self.held.clone(), True
         return self._chunks()
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        """The memory of one box, to write from or to read into."""
+        """DCP asks for the memory of one box, to write from or to read into."""
         low = 0
         for offsets, sizes in self.boxes:
             high = low + prod(sizes)
             if index.offset == torch.Size(offsets):
                 return self.held[low:high].view(sizes)
             low = high
-        raise ValueError(f"{index.fqn}: this rank holds nothing at {index.offset}, but {self.boxes}")
+        raise ValueError(f"{index.fqn}: this rank holds no box at {index.offset}; it holds {self.boxes}")
 
     def _chunks(self) -> list[ChunkStorageMetadata]:
         return [ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)) for offsets, sizes in self.boxes]
 
 
-# What torch.save() wrote of it, torch.load(weights_only=True) reads.
+# So that torch.load(weights_only=True) reads what torch.save() has written of it.
 torch.serialization.add_safe_globals([BoxedTensor])

@@ -1,4 +1,4 @@
-"""Averages that other libraries saved: one module for each format, and finding out which one a file has."""
+"""Averages that other libraries saved: one module a format, and which format a file has."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Format:
     """One library's way of saving an average.
 
     Attributes:
-        matches: whether a file has it.
-        read: its average; the state dict of the model is needed where a file has no names.
+        matches: whether a file has this format.
+        read: reads the average of such a file. Where the file has no names, they come from the model's state dict.
     """
 
     matches: Callable[[Content], bool]
@@ -35,16 +35,21 @@ FORMATS = {
     "nemo": Format(nemo.matches, nemo.read),
     "torchtitan": Format(torchtitan.matches, torchtitan.read),
 }
-#: Formats of which some files can only be told by who wrote them.
+#: Formats of which some files look like any state dict, so that only the user can tell.
 _PLAIN = {"timm"}
 
 
 def recognise(content: Content, name: str, where: str) -> str:
-    """The format of a file, checked if the caller named one.
+    """The name of a file's format.
+
+    Args:
+        content: of the file.
+        name: the format that the caller named, or ``"auto"``.
+        where: the file, for errors.
 
     Raises:
         EMAConfigError: there is no format of that name.
-        CheckpointError: the file has none of the formats, or not the one; says what is in it.
+        CheckpointError: the file has none of the formats, or another than the caller named; says what is in it.
     """
     if name != AUTO and name not in FORMATS:
         raise EMAConfigError(f"format={name!r}: allowed are {AUTO}, {', '.join(FORMATS)}")

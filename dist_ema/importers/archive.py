@@ -1,8 +1,8 @@
-"""The directory of a zip file, read with suspicion: where each member's bytes lie, if they lie there as they are.
+"""The directory of a zip file: where each member's bytes lie. Everything in it is checked before it is used.
 
-torch.save stores its members and compresses none, so that they can be mapped. Of a file that was packed again, the
-mapped bytes would be those of the compressed member: garbage that looks like weights; and a member of a few bytes could
-inflate to gigabytes. Both are refused here, from what the directory says, before anything is read.
+torch.save does not compress its members, so they can be mapped. If a file was packed again with compression, mapping it
+would give the compressed bytes, which look like weights and are garbage; and a member of a few bytes could inflate to
+gigabytes. So compressed members are refused, by what the directory says, before any member is read.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ _CENTRAL = struct.Struct("<4sHHHHHHIIIHHHHHII")
 _LOCAL = struct.Struct("<4sHHHHHIIIHH")
 _NONE = 0xFFFFFFFF
 _ENCRYPTED = 1 | 1 << 6 | 1 << 13
-#: The size stands behind the data, and not before them.
+#: The flag of a member whose sizes stand behind its data, and are 0 before them.
 _SIZE_FOLLOWS = 1 << 3
-#: Members of the largest files that a process saves alone are some ten thousand.
+#: Members at most; the largest files that one process saves have some ten thousand.
 _MEMBERS = 1 << 18
 
 
@@ -29,7 +29,7 @@ class ArchiveError(ValueError):
 
 
 class CompressedError(ArchiveError):
-    """A member is not stored as it is."""
+    """A member is compressed or encrypted."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def members(file: BinaryIO, size: int) -> dict[str, Member]:
     """
     count, begin, length = _find_directory(file, size)
     if count > _MEMBERS or length < count * _CENTRAL.size or begin + length > size:
-        raise ArchiveError(f"its directory of {count} members has {length} bytes at {begin}, which cannot be")
+        raise ArchiveError(f"its directory is damaged: {count} members, {length} bytes at {begin}")
     directory = _read(file, begin, length)
     found: dict[str, Member] = {}
     headers: list[tuple[int, int]] = []
@@ -61,7 +61,7 @@ def members(file: BinaryIO, size: int) -> dict[str, Member]:
     for _ in range(count):
         name, header, stored, position = _entry(directory, position)
         if name in found:
-            raise ArchiveError(f"{name[:80]!r} is in it twice")
+            raise ArchiveError(f"it has two members {name[:80]!r}")
         found[name] = _locate(file, name, header, stored)
         headers.append((header, found[name].begin + stored))
     end = 0
@@ -70,12 +70,12 @@ def members(file: BinaryIO, size: int) -> dict[str, Member]:
             raise ArchiveError("its members overlap")
         end = stop
     if end > begin:
-        raise ArchiveError("a member ends behind the beginning of the directory")
+        raise ArchiveError("a member overlaps the directory")
     return found
 
 
 def _find_directory(file: BinaryIO, size: int) -> tuple[int, int, int]:
-    """Number of members, and where the directory begins and how long it is."""
+    """The directory: number of members, position of its first byte, number of bytes."""
     tail = _read(file, max(0, size - _END.size - 0xFFFF), min(size, _END.size + 0xFFFF))
     place = tail.rfind(b"PK\5\6")
     if place < 0 or len(tail) - place < _END.size:
@@ -89,12 +89,12 @@ def _find_directory(file: BinaryIO, size: int) -> tuple[int, int, int]:
         return count, begin, length
     signature, _, _, _, _, _, _, count, length, begin = _END64.unpack(_read(file, where, _END64.size))
     if signature != b"PK\6\6":
-        raise ArchiveError("it has no directory where its end says")
+        raise ArchiveError("its directory is not where its last bytes say")
     return count, begin, length
 
 
 def _entry(directory: bytes, position: int) -> tuple[str, int, int, int]:
-    """Name, place of the header and size of a member, and where the next entry begins."""
+    """Of a member: its name, the position of its header, its bytes, and the position of the next entry."""
     if position + _CENTRAL.size > len(directory):
         raise ArchiveError("its directory ends too early")
     facts = _CENTRAL.unpack_from(directory, position)
@@ -113,7 +113,7 @@ def _entry(directory: bytes, position: int) -> tuple[str, int, int, int]:
 
 
 def _wide(extra: bytes, numbers: tuple[int, int, int]) -> tuple[int, int, int]:
-    """Numbers of more than 32 bits stand in an extra field, in this order, those of fewer do not."""
+    """Replaces the numbers that do not fit into 32 bits by those of the extra field, where they stand in this order."""
     wide: list[int] = []
     position = 0
     while position + 4 <= len(extra):
@@ -130,13 +130,13 @@ def _wide(extra: bytes, numbers: tuple[int, int, int]) -> tuple[int, int, int]:
 
 
 def _locate(file: BinaryIO, name: str, header: int, stored: int) -> Member:
-    """The bytes of a member, after checking that its own header says what the directory says."""
+    """The bytes of a member. Checks that its own header agrees with the directory."""
     fixed = _read(file, header, _LOCAL.size)
     signature, _, flags, method, _, _, _, packed, size, names, extras = _LOCAL.unpack(fixed)
     raw = _read(file, header + _LOCAL.size, names)
     known = {(stored, stored), (_NONE, _NONE)} | ({(0, 0)} if flags & _SIZE_FOLLOWS else set())
     if signature != b"PK\3\4" or raw.decode("utf-8", "replace") != name:
-        raise ArchiveError(f"{name[:80]!r} is not where its directory says")
+        raise ArchiveError(f"{name[:80]!r} is not where the directory says")
     if method or flags & _ENCRYPTED or (packed, size) not in known:
         raise ArchiveError(f"the directory and the header of {name[:80]!r} do not agree")
     return Member(header + _LOCAL.size + names + extras, stored)

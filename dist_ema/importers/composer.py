@@ -1,8 +1,11 @@
 """MosaicML Composer's ``EMA`` algorithm, in a checkpoint of its trainer or as its state dict alone.
 
-Since 0.13 ``ema_model`` holds dicts of parameters and buffers, and where ``ema_weights_active`` is set, as in the files
-that the trainer writes, they have changed places with the model's: the average is ``state["model"]``. From 0.9 to 0.12
-``ema_model`` was a state dict of the average in every case; before that, two lists without names.
+Composer has written ``ema_model`` in three ways:
+
+- since 0.13 as dicts of parameters and buffers. Where ``ema_weights_active`` is set, as in files of the trainer, they
+  have changed places with the model's, and the average is ``state["model"]``;
+- from 0.9 to 0.12 as a state dict, always of the average;
+- before 0.9 as two lists without names.
 """
 
 from __future__ import annotations
@@ -77,7 +80,7 @@ def _algorithm(values: Mapping[str, Any]) -> Mapping[str, Any] | None:
 def _named(stored: Mapping[str, Any], swapped: bool, whole: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
     kept = read_tensors({**stored["named_parameters_dict"], **(stored.get("named_buffers_dict") or {})}, "'ema_model'")
     if not swapped:
-        # Buffers that the model does not save are not wanted here either.
+        # Non-persistent buffers are left out, as in the model's own state dict.
         return {name: tensor for name, tensor in kept.items() if not whole or name in whole}
     if not whole:
         raise CheckpointError(

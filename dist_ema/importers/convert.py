@@ -1,4 +1,4 @@
-"""An average that another library saved, as a checkpoint of ours: one process, no model, tensor after tensor."""
+"""Converts an average that another library saved into a checkpoint: one process, no model, tensor after tensor."""
 
 from __future__ import annotations
 
@@ -11,21 +11,19 @@ from pathlib import Path
 import torch
 
 from dist_ema.checkpoints.file_values import Advance, FileValues, no_advance
-from dist_ema.checkpoints.manifest import is_tensor_name
 from dist_ema.checkpoints.save import Save
 from dist_ema.checkpoints.storage.paths import check_path
 from dist_ema.clock import Progress
-from dist_ema.errors import CheckpointCorruptError, CheckpointMismatchError, EMAConfigError
+from dist_ema.errors import EMAConfigError
 from dist_ema.importers import AUTO, FORMATS, recognise
+from dist_ema.importers.assembly import Assembly
 from dist_ema.importers.files import open_foreign, open_model
-from dist_ema.importers.foreign import Foreign, LazyTensor, Model, Tensors, check_shapes, ties
+from dist_ema.importers.foreign import Foreign, LazyTensor, Model, Tensors
 from dist_ema.schedules import ConstantDecay, HalfLife, Schedule
 from dist_ema.sharding.gather import LocalValues
 from dist_ema.sharding.shares import Mode
 from dist_ema.sharding.writers import FullTensor
 from dist_ema.state import EMAState
-
-_AVERAGE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ class Imported:
 
     Attributes:
         format: of the file.
-        notes: what the file did not say, and what was taken instead.
+        notes: what the file did not say, and what was assumed in its place.
     """
 
     format: str
@@ -64,21 +62,21 @@ def import_checkpoint(
         source: the file, or the directory.
         target: of the checkpoint; missing parents are made.
         format: one of :data:`dist_ema.importers.FORMATS`, or ``"auto"``: the file's content tells.
-        model: a state dict of the same model, by torch.save or safetensors. It gives names to a list of tensors that
-            has none (torch.save only, since safetensors files sort), and supplies what the file lacks: buffers.
-        frozen: regular expression on names: those are parameters that are not trained, which few files tell.
-        prefix: the module that is wanted of a larger one, such as ``"net"`` of a LightningModule: its names lose
-            ``net.``, and what has other names is left out. A ``model`` is cut likewise if it is the larger one too.
+        model: a state dict of the same model, by torch.save or safetensors. It names the tensors of a list without
+            names (torch.save only: safetensors files do not keep the order), and supplies what the file lacks: buffers.
+        frozen: regular expression on the names of parameters that are not trained; few files tell which those are.
+        prefix: takes one module out of a larger one, such as ``"net"`` of a LightningModule: its names lose ``net.``,
+            and all other tensors are left out. A ``model`` is cut likewise if it is the larger one.
         decay: kept fraction per batch, where the file does not say.
         half_life: in its place, such as ``"1000ba"``.
         dtype: of the floating-point tensors of the average; None means the file's own.
         overwrite: replace a checkpoint that is there already, in one step.
-        begin: called with the bytes to write; returns what is told of the progress.
+        begin: called with the bytes to write; gives the function that is told of the progress.
 
     Raises:
         EMAConfigError: an option has a value that is not allowed.
-        CheckpointError: the file has no known format, is more than data, or lacks names that ``model`` would give; or
-            there is something else at ``target``.
+        CheckpointError: the file has no known format, holds more than data, or lacks names that ``model`` would give;
+            or ``target`` holds something else than a checkpoint.
         CheckpointMismatchError: the file is not of that model; lists the differences.
         CheckpointCorruptError: the file is damaged.
     """
@@ -93,7 +91,7 @@ def import_checkpoint(
     foreign = FORMATS[name].read(content, state)
     if prefix is not None:
         foreign, state = _part(foreign, state, prefix.removesuffix(".") + ".")
-    whole_model = _Assembly(foreign, state, pattern)
+    whole_model = Assembly(foreign, state, pattern)
     schedule = given or foreign.schedule or foreign.usual
     _save(target, foreign, whole_model, schedule, dtype, overwrite, begin)
     return Imported(name, tuple(_notes(name, foreign, given, schedule)))
@@ -107,14 +105,14 @@ def _pattern(frozen: str | None) -> re.Pattern[str] | None:
 
 
 def _part(foreign: Foreign, model: Model | None, prefix: str) -> tuple[Foreign, Model | None]:
-    """What stands under a prefix, without it."""
+    """What has names with this prefix, which they lose."""
 
     def cut(tensors: Tensors) -> dict[str, LazyTensor]:
         return {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
 
     averages = {average: dict(tensors) for average, tensors in foreign.averages.items()}
     live = dict(foreign.live)
-    for group in foreign.tied:  # the name that is averaged may be one of those that are left out
+    for group in foreign.tied:  # the averaged name of a tied tensor may be one that is left out
         for tensors in averages.values():
             if (held := next((tensors[name] for name in group if name in tensors), None)) is not None:
                 tensors.update(dict.fromkeys(group, held))
@@ -141,92 +139,19 @@ def _schedule(decay: float | None, half_life: str | None) -> Schedule | None:
 def _notes(name: str, foreign: Foreign, given: Schedule | None, schedule: Schedule) -> Iterable[str]:
     yield from foreign.notes
     if given is None and foreign.schedule is None:
-        yield f"the file does not say how the average decays: taken is {schedule}, {name}'s usual one; or give --decay"
+        yield f"the file does not say how the average decays: assumed is {schedule}, {name}'s default; or give --decay"
     if given is not None and foreign.schedule not in (None, given):
-        yield f"the file's schedule is {foreign.schedule}; taken is {given}"
+        yield f"the file's schedule is {foreign.schedule}; used is {given}"
     if not foreign.updates:
         yield "averaging had not started when the file was written: these are the weights of that moment"
     elif not foreign.clock.batches:
         yield "the file does not say how many steps were trained: the clock starts at 0"
 
 
-class _Assembly:
-    """All tensors of the model: which are averaged, which are live, and which names are one tensor.
-
-    Attributes:
-        averages: by the name of the average; all have the same names.
-        live: what is not averaged.
-        aliases: the other names of a tensor.
-    """
-
-    def __init__(self, foreign: Foreign, model: Model | None, frozen: re.Pattern[str] | None) -> None:
-        self.averages = {name: dict(tensors) for name, tensors in foreign.averages.items()}
-        self.live = dict(foreign.live)
-        first = next(iter(self.averages.values()))
-        groups = list(foreign.tied)
-        if model is not None:
-            _check_model(first, model.tensors)
-            groups += ties(model.tensors)
-            self._complete(model.tensors)
-        self._set_apart(frozen)
-        self._merge(groups)
-        self._check()
-
-    def _complete(self, model: Tensors) -> None:
-        """Takes from the model what the file lacks; most of that is buffers, which an average holds as they are."""
-        for tensors in self.averages.values():
-            tensors.update({name: model[name] for name in model if name not in tensors and name not in self.live})
-
-    def _set_apart(self, frozen: re.Pattern[str] | None) -> None:
-        if frozen is None:
-            return
-        names = {name for name in (*self._first, *self.live) if frozen.search(name)}
-        if not names:
-            raise EMAConfigError(f"frozen={frozen.pattern!r} matches no name; names are {', '.join(self._first)[:200]}")
-        for tensors in reversed(self.averages.values()):
-            self.live |= {name: tensors.pop(name) for name in names & tensors.keys()}
-
-    def _merge(self, groups: Iterable[tuple[str, ...]]) -> None:
-        """Keeps one of the names of tied tensors, an averaged one where there is one."""
-        self.aliases: dict[str, tuple[str, ...]] = {}
-        for group in groups:
-            known = [name for name in group if name in self._first] + [name for name in group if name in self.live]
-            others = tuple(name for name in group if name != known[0]) if known else ()
-            for name in others:
-                self.live.pop(name, None)
-                for tensors in self.averages.values():
-                    tensors.pop(name, None)
-            if known:
-                self.aliases[known[0]] = tuple(dict.fromkeys((*self.aliases.get(known[0], ()), *others)))
-
-    @property
-    def _first(self) -> dict[str, LazyTensor]:
-        return next(iter(self.averages.values()))
-
-    def _check(self) -> None:
-        if not self._first:
-            raise CheckpointCorruptError("the file has no averaged tensors")
-        described = {name: (tensor.shape, tensor.dtype) for name, tensor in self._first.items()}
-        for average, tensors in self.averages.items():
-            if not _AVERAGE.fullmatch(average):
-                raise CheckpointCorruptError(f"{average!r} is no name of an average")
-            if {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()} != described:
-                raise CheckpointCorruptError(f"average {average!r} has other tensors than the others")
-        for name in (*self._first, *self.live, *(alias for names in self.aliases.values() for alias in names)):
-            if not is_tensor_name(name):
-                raise CheckpointCorruptError(f"{name!r} is no name of a tensor")
-
-
-def _check_model(average: Tensors, model: Tensors) -> None:
-    check_shapes(average, model, "the average")
-    if missing := [name for name in average if name not in model]:
-        raise CheckpointMismatchError(f"the model has no {', '.join(map(repr, missing[:8]))}; it has {list(model)[:8]}")
-
-
 def _save(
     target: str | os.PathLike[str],
     foreign: Foreign,
-    assembly: _Assembly,
+    assembly: Assembly,
     schedule: Schedule,
     dtype: torch.dtype | None,
     overwrite: bool,
@@ -248,7 +173,7 @@ def _save(
 
 
 def _entry(
-    name: str, tensor: LazyTensor, assembly: _Assembly, dtype: torch.dtype | None, mode: Mode | None = None
+    name: str, tensor: LazyTensor, assembly: Assembly, dtype: torch.dtype | None, mode: Mode | None = None
 ) -> FullTensor:
     floating = tensor.dtype.is_floating_point
     kept = dtype if dtype is not None and floating else tensor.dtype

@@ -1,8 +1,8 @@
-"""Directories of ``torch.distributed.checkpoint``, read without its unpickler, which would run what a file says.
+"""Directories of ``torch.distributed.checkpoint``, read without its unpickler, which would run code that a file names.
 
-``.metadata`` is a pickle. It is read by an unpickler that knows the names of DCP's own classes, makes plain records of
-them, and refuses everything else. Each part of a tensor is a file of torch.save inside of a ``.distcp`` file, read with
-``weights_only=True``; so are the few entries that are not tensors.
+``.metadata`` is a pickle. Our unpickler accepts the names of DCP's own classes only, and makes plain records of their
+objects. Each part of a tensor is a file of torch.save inside a ``.distcp`` file, read as :mod:`.pickles` reads any such
+file; so are the few entries that are not tensors.
 """
 
 from __future__ import annotations
@@ -42,25 +42,25 @@ _RECORDS = {
 _RECORDS |= {"torch.distributed.checkpoint.filesystem._StorageInfo", "torch.serialization._get_layout"}
 _RECORDS |= {f"pathlib.{name}" for name in ("Path", "PosixPath", "WindowsPath", "PurePosixPath")}
 _MAX_BYTES = 1 << 28
-#: Comparisons of parts with each other that a second has time for: those of 512 rows of columns beside each other, or
-#: of half a million parts in rows.
+#: Comparisons of two parts that one tensor may take, about a second: enough for half a million parts in rows, or for
+#: rows of 512 parts beside each other.
 _COMPARISONS = 1 << 20
-#: The largest entry that is no tensor and is looked at.
+#: Bytes at most of an entry that is not a tensor; larger ones are not read.
 _ENTRY_BYTES = 1 << 20
 
 
 class _Record(StandIn):
-    """Stands in for an object of DCP: its arguments and its state, and no code."""
+    """Takes the place of an object of DCP: its state by attribute name, and no code."""
 
     def __getitem__(self, key: str) -> Any:
         return self.state.get(key) if isinstance(self.state, dict) else None
 
 
 class _Unpickler(Unpickler):
-    """Knows DCP's metadata."""
+    """Accepts the names that DCP's metadata have."""
 
     def named(self, name: str) -> object:
-        """What a pickle means by a name. Raises RefusedError for any but DCP's."""
+        """As :meth:`Unpickler.named`."""
         module, _, last = name.rpartition(".")
         if name == "torch.Size":
             return Function(lambda sizes=(): tuple(sizes))
@@ -83,17 +83,17 @@ class _Part:
 
 
 def open_directory(path: Path) -> Content:
-    """The tensors, and of the entries that are not tensors the small ones that are plain values.
+    """Opens a directory; ``values`` are its entries that are not tensors, as :func:`read_value` takes them.
 
     Raises:
-        CheckpointError: the metadata name something that is not DCP's.
-        CheckpointCorruptError: they are damaged, or parts do not make up their tensors.
+        CheckpointError: the metadata name a class that is not DCP's.
+        CheckpointCorruptError: they are damaged, or the parts of a tensor overlap or do not make it up.
     """
     metadata = _load_metadata(path / METADATA)
     storage: dict[str, list[tuple[Any, Any]]] = {}
     for index, info in _mapping(metadata["storage_data"]).items():
         if not isinstance(index, _Record) or not isinstance(info, _Record):
-            raise CheckpointCorruptError(f"{path / METADATA}: {shown(index)} is not an entry")
+            raise CheckpointCorruptError(f"{path / METADATA}: invalid index {shown(index)}")
         storage.setdefault(_name(index["fqn"]), []).append((index, info))
     tensors: dict[str, LazyTensor] = {}
     values: dict[str, Any] = {}
@@ -106,20 +106,20 @@ def open_directory(path: Path) -> Content:
                 values[known] = _Entry(path, storage.get(known, []))
         except (TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
             raise CheckpointCorruptError(
-                f"{path / METADATA}: {shown(known)} is not described: {str(error)[:200]}"
+                f"{path / METADATA}: invalid description of {shown(known)}: {str(error)[:200]}"
             ) from error
     return Content("dcp", values, tensors)
 
 
 class _Entry:
-    """An entry that is not a tensor; ``read()`` gives its value, or None if it is more than plain data."""
+    """An entry that is not a tensor."""
 
     def __init__(self, path: Path, stored: list[tuple[Any, Any]]) -> None:
         self._path = path
         self._stored = stored
 
     def read(self) -> Any:
-        """The value; a class in it is refused."""
+        """The value; None if it is large, damaged, or holds more than data."""
         for _, info in self._stored:
             part = _part(self._path, (), (), info)
             if part.length <= _ENTRY_BYTES:
@@ -131,7 +131,7 @@ class _Entry:
 
 
 def read_value(content: Content, name: str) -> Any:
-    """An entry of a DCP directory, a tensor of one element among them; None if there is none or it is not plain."""
+    """An entry of a DCP directory, or a tensor of one element; None if there is none, or as :meth:`_Entry.read`."""
     if name in content.tensors and content.tensors[name].numel == 1:
         tensor = content.tensors[name]
         out = torch.empty(1, dtype=tensor.dtype)
@@ -161,13 +161,13 @@ def _load_metadata(file: Path) -> _Record:
 
 def _mapping(value: Any) -> Mapping[Any, Any]:
     if not isinstance(value, Mapping):
-        raise CheckpointCorruptError(f"{METADATA}: {type(value).__name__} where a mapping is expected")
+        raise CheckpointCorruptError(f"{METADATA}: {type(value).__name__}; expected a mapping")
     return value
 
 
 def _name(value: Any) -> str:
     if not isinstance(value, str):
-        raise CheckpointCorruptError(f"{METADATA}: {shown(value)} is no name of an entry")
+        raise CheckpointCorruptError(f"{METADATA}: invalid name {shown(value)} of an entry")
     return value
 
 
@@ -178,7 +178,7 @@ def _tensor(path: Path, name: str, described: _Record, stored: list[tuple[Any, A
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"{shown(dtype)} is not a dtype")
     if not is_shape(shape, dtype.itemsize):
-        raise ValueError(f"a tensor of {len(shape)} dimensions has a shape that none has")
+        raise ValueError(f"invalid shape of {len(shape)} dimensions")
     infos = {_box(index["offset"]): info for index, info in stored}
     parts = [
         _part(path, _box(chunk["offsets"]), _box(chunk["sizes"]), infos[_box(chunk["offsets"])])
@@ -190,7 +190,7 @@ def _tensor(path: Path, name: str, described: _Record, stored: list[tuple[Any, A
 
 def _box(value: Any) -> tuple[int, ...]:
     if not isinstance(value, (tuple, list)) or len(value) > MAX_DIMENSIONS or not all(map(is_count, value)):
-        raise ValueError(f"{shown(value)} of {len(value)} entries are not sizes")
+        raise ValueError(f"invalid sizes {shown(value)}, {len(value)} of them")
     return tuple(value)
 
 
@@ -222,10 +222,10 @@ def _check_parts(path: Path, name: str, shape: tuple[int, ...], dtype: torch.dty
 
 
 def _any_overlap(path: Path, name: str, parts: list[_Part]) -> bool:
-    """Where thousands of ranks each have some rows, the rows of few begin before those of another end.
+    """Whether two parts of a tensor overlap, in little time where thousands of ranks hold some rows each.
 
-    So it is looked along the dimension in which the parts begin at most places. Raises CheckpointError where they lie
-    so that each would have to be compared with too many.
+    Parts are sorted along the dimension in which they begin at most places, and each is compared with those only that
+    have not ended there. Raises CheckpointError where even that takes too many comparisons.
     """
     parts = [part for part in parts if prod(part.sizes)]
     if len(parts) < 2:
@@ -233,14 +233,16 @@ def _any_overlap(path: Path, name: str, parts: list[_Part]) -> bool:
     dimensions = range(len(parts[0].offsets))
     along = max(dimensions, key=lambda dimension: len({part.offsets[dimension] for part in parts}), default=None)
     if along is None:
-        return True  # two parts of one number
+        return True  # two parts of a tensor of no dimensions, which has one element
     open_parts: list[_Part] = []
     left = _COMPARISONS
     for part in sorted(parts, key=lambda part: part.offsets[along]):
         open_parts = [other for other in open_parts if other.offsets[along] + other.sizes[along] > part.offsets[along]]
         left -= len(open_parts)
         if left < 0:
-            raise CheckpointError(f"{path}: {name!r} has {len(parts)} parts, too many beside each other to be compared")
+            raise CheckpointError(
+                f"{path}: {name!r} has {len(parts)} parts, and too many beside each other to compare them"
+            )
         if any(_overlap(part, other) for other in open_parts):
             return True
         open_parts.append(part)
@@ -258,7 +260,9 @@ def _assembly(name: str, shape: tuple[int, ...], dtype: torch.dtype, parts: list
         for part in parts:
             value = _load_part(part)
             if not isinstance(value, Tensor) or (tuple(value.shape), value.dtype) != (part.sizes, dtype):
-                raise CheckpointCorruptError(f"{part.file}: what lies at {part.begin} is no part of {name!r}")
+                raise CheckpointCorruptError(
+                    f"{part.file}: no part of {name!r} at byte {part.begin}, where the metadata expect one"
+                )
             target = full
             for dimension, (begin, size) in enumerate(zip(part.offsets, part.sizes, strict=True)):
                 target = target.narrow(dimension, begin, size)
@@ -272,7 +276,7 @@ def _load_part(part: _Part) -> Any:
     try:
         with open_plain(part.file) as file:
             if part.begin + part.length > file.seek(0, io.SEEK_END):
-                raise CheckpointCorruptError(f"{part.file} ends before a part that lies at {part.begin}")
+                raise CheckpointCorruptError(f"{part.file} ends before the part at byte {part.begin} does")
             file.seek(part.begin)
             data = file.read(part.length)
     except OSError as error:

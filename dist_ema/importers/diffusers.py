@@ -35,7 +35,7 @@ def read(content: Content, model: Model | None) -> Foreign:
     """The average of the parameters. Raises CheckpointError, also where names are needed and missing."""
     values = search(content.values, _KEYS) or {}
     schedule, notes = _schedule(values)
-    # save_pretrained makes a new model for the average, so these are not the buffers of the one that was trained.
+    # save_pretrained builds a new model for the average, whose buffers are not those of the trained model.
     fresh = [name for name in content.tensors if BATCH_NORM.search(name)]
     given = set(fresh) & (model.tensors.keys() if model is not None else set())
     average = {name: tensor for name, tensor in content.tensors.items() if name not in given}
@@ -46,7 +46,7 @@ def read(content: Content, model: Model | None) -> Foreign:
             raise CheckpointCorruptError("'shadow_params' is not a list")
         shadows = [LazyTensor.of(f"shadow_params[{i}]", value) for i, value in enumerate(values["shadow_params"])]
         average = name_by_position(shadows, model, "'shadow_params'")
-    # The first step that is past update_after_step copies the weights; those before it do as well.
+    # diffusers copies the weights at every step up to the first one past update_after_step.
     steps = integer(values["optimization_step"], "optimization_step")
     first = min(steps, integer(values["update_after_step"], "update_after_step") + 1)
     return Foreign(
@@ -63,7 +63,9 @@ def read(content: Content, model: Model | None) -> Foreign:
 
 def _schedule(values: Mapping[str, Any]) -> tuple[Schedule | None, list[str]]:
     if values.get("min_decay"):
-        return None, [f"min_decay={shown(values['min_decay'])} has no schedule here"]
+        return None, [
+            f"the file's schedule cannot be used: no schedule here has a min_decay={shown(values['min_decay'])}"
+        ]
     numbers = [values.get(key, 1) for key in ("decay", "inv_gamma", "power")]
     if not all(isinstance(number, (int, float)) for number in numbers):
         return None, ["the file's schedule cannot be used: its decay is not a number"]

@@ -18,7 +18,7 @@ def matches(content: Content) -> bool:
 
 
 def read(content: Content, model: Model | None) -> Foreign:
-    """The average, which does not say what is frozen. Raises CheckpointCorruptError."""
+    """The average; the file does not tell frozen parameters from others. Raises CheckpointCorruptError."""
     values = search(content.values, _KEYS) or {}
     found = {name.removeprefix(_PREFIX): value for name, value in values.items() if name.startswith(_PREFIX)}
     average = read_tensors(found, "'ema_model'")

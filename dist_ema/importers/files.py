@@ -1,4 +1,4 @@
-"""Opens foreign files and directories; with the modules for pickles and for DCP, the importers' only one that does."""
+"""Opens foreign files and directories. Of the importers only this module, ``pickles`` and ``dcp`` open any."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from dist_ema.importers.pickles import load_file
 
 _CONFIG_BYTES = 1 << 24
 _CONFIG_DEPTH = 32
-#: The longest header that safetensors itself reads; its tensors, one of them, its shape.
+#: The longest header that safetensors itself reads; levels of JSON: the header, one of its tensors, its shape.
 _HEADER_BYTES, _HEADER_DEPTH = 100_000_000, 3
 
 
 def open_foreign(path: Path) -> Content:
-    """What is at ``path``, whatever its library.
+    """Opens the file or directory ``path``, whichever library wrote it.
 
     Raises:
-        CheckpointError: there is nothing, nothing that is known, or a pickle that is not mere data.
+        CheckpointError: nothing is there, or it is no known kind of file, or a pickle that holds more than data.
         CheckpointCorruptError: it is damaged.
     """
     if path.is_dir():
@@ -41,12 +41,12 @@ def open_foreign(path: Path) -> Content:
     _check_plain(path)
     values = load_file(path)
     if not isinstance(values, Mapping):
-        raise CheckpointError(f"{path} holds a {type(values).__name__}, where every known format has a dict")
+        raise CheckpointError(f"{path} holds a {type(values).__name__}; expected a dict, as every known format has")
     return Content("file", values)
 
 
 def _check_plain(path: Path) -> None:
-    """Raises CheckpointError for what is no file, or is one that is not there."""
+    """Raises CheckpointError unless there is a file."""
     try:
         mode = path.stat().st_mode
     except FileNotFoundError as error:
@@ -58,7 +58,10 @@ def _check_plain(path: Path) -> None:
 
 
 def open_model(path: Path, frozen: re.Pattern[str] | None) -> Model:
-    """A model's state dict: a safetensors file, a directory of those, or a file of torch.save. Raises as above."""
+    """A model's state dict: a safetensors file, a directory of those, or a file of torch.save.
+
+    Raises as :func:`open_foreign`.
+    """
     if path.is_dir() or path.suffix == ".safetensors":
         if not path.is_dir():
             _check_plain(path)
@@ -99,13 +102,13 @@ def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
         except (OSError, SafetensorError) as error:
             raise CheckpointCorruptError(f"{file} cannot be read: {error}") from error
         if twice := found.keys() & tensors.keys():
-            raise CheckpointCorruptError(f"{path}: {min(twice)!r} is in two files")
+            raise CheckpointCorruptError(f"{path}: two files hold a tensor {min(twice)!r}")
         tensors |= read_tensors(found, str(file))
     return tensors
 
 
 def _check_header(file: Path) -> None:
-    """Bounds what safetensors and torch would have to make of a header. Raises CheckpointCorruptError."""
+    """Checks a header before safetensors and torch, which would believe it, see it. Raises CheckpointCorruptError."""
     try:
         with open_plain(file) as opened:
             size = opened.seek(0, 2)
@@ -118,6 +121,6 @@ def _check_header(file: Path) -> None:
         for entry in described.values():
             begin, end = entry["data_offsets"]
             if not (is_shape(entry["shape"], 1) and is_count(begin) and is_count(end) and begin <= end <= size):
-                raise ValueError("a tensor has a shape or a place that none has")
+                raise ValueError("a tensor has an invalid shape or invalid data_offsets")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointCorruptError(f"{file} cannot be read: {str(error)[:200]}") from error

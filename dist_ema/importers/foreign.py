@@ -1,4 +1,4 @@
-"""What an importer makes of a foreign file: named tensors that are read when they are wanted, and a clock."""
+"""What every importer makes of its file: named tensors, which are read when they are needed, and a clock."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ BATCH_NORM = re.compile(r"(^|\.)(running_mean|running_var|num_batches_tracked)$"
 
 
 class LazyTensor:
-    """A tensor of a foreign file, loaded at its first read and let go after its last element has been read.
+    """A tensor of a foreign file, loaded at its first read and released when its last element has been read.
 
     Attributes:
         shape, dtype: of the full tensor.
-        place: equal for two tensors of one file that are the same memory (tied weights); None if that cannot be known.
+        place: equal for two tensors of one file that share their memory (tied weights); None where that is not known.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class LazyTensor:
 
     @classmethod
     def of(cls, name: str, value: Any) -> LazyTensor:
-        """A tensor that was mapped, or is in memory. Raises CheckpointCorruptError if it is not one to be stored."""
+        """A tensor, mapped or in memory. Raises CheckpointCorruptError unless it is plain and all of it there."""
         if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_quantized or value.is_nested:
             raise CheckpointCorruptError(f"{name!r} is a {type(value).__name__} where a plain tensor is expected")
         value = value.detach()
@@ -52,11 +52,11 @@ class LazyTensor:
 
     @property
     def numel(self) -> int:
-        """Elements."""
+        """Elements of the full tensor."""
         return torch.Size(self.shape).numel()
 
     def read(self, start: int, stop: int, out: Tensor) -> None:
-        """Puts elements ``[start, stop)`` into the flat ``out``, converted."""
+        """Puts elements ``[start, stop)`` into the flat ``out``, converted to its dtype; in ascending order."""
         if self._loaded is None:
             self._loaded = self._load()
         kernels.read(self._loaded, start, stop, out)
@@ -74,8 +74,9 @@ class Content:
     Attributes:
         kind: a ``"file"`` of torch.save, a ``"pretrained"`` directory of safetensors files and a configuration, or a
             ``"dcp"`` directory of torch.distributed.checkpoint.
-        values: what is in the file; the configuration; the entries that are no tensors.
-        tensors: of a directory.
+        values: of a file, all that is in it; of a pretrained directory, the configuration; of a DCP directory, the
+            entries that are not tensors.
+        tensors: of a directory, by name.
     """
 
     kind: Literal["file", "pretrained", "dcp"]
@@ -85,11 +86,11 @@ class Content:
 
 @dataclass(frozen=True)
 class Model:
-    """A state dict of the model, for names and for what an average's file lacks.
+    """A state dict of the model: gives names, and tensors that the average's file lacks.
 
     Attributes:
         tensors: by name.
-        ordered: whether their order is that of the model; safetensors files sort theirs.
+        ordered: whether they come in the model's order. Those of a safetensors file do not: it sorts names.
         frozen: matches the names of parameters that are not averaged.
     """
 
@@ -104,13 +105,13 @@ class Foreign:
 
     Attributes:
         averages: its tensors, buffers among them, by the name of the average and of the tensor.
-        usual: the schedule that its library uses unless told otherwise.
-        schedule: the one that the file gives, if it does.
+        usual: the schedule that its library uses by default.
+        schedule: the schedule that the file gives, if it gives one.
         live: tensors that are known not to be averaged.
-        tied: names of the same tensor, the first name first.
-        clock: of the training; ``updates`` is not looked at.
+        tied: groups of names of one tensor, the first name first.
+        clock: of the training; its ``updates`` are ignored.
         start: the clock at the first copy.
-        updates: sets of weights in the average; 0 if averaging had not started.
+        updates: how often weights were taken into the average; 0 if averaging had not started.
         notes: what a user should know.
     """
 
@@ -126,33 +127,33 @@ class Foreign:
 
 
 def search(values: Mapping[str, Any], keys: Iterable[str]) -> Mapping[str, Any] | None:
-    """The mapping that has all of the keys: the file's own, or one in it."""
+    """The mapping that has all of the keys: ``values`` itself, or one of its values; None if there is none."""
     wanted = set(keys)
     inner = (value for value in values.values() if isinstance(value, Mapping))
     return next((found for found in (values, *inner) if wanted <= found.keys()), None)
 
 
 def read_tensors(values: Any, what: str) -> dict[str, LazyTensor]:
-    """The tensors of a state dict by canonical name; what is no tensor (``_extra_state``) is left out.
+    """The tensors of a state dict by canonical name; other values (``_extra_state``) are left out.
 
-    Raises CheckpointCorruptError if there are none.
+    Raises CheckpointCorruptError if there are none, CheckpointError if two have one canonical name.
     """
     found = values if isinstance(values, Mapping) else {}
     names = [name for name, value in found.items() if isinstance(name, str) and isinstance(value, Tensor)]
     if not names:
-        raise CheckpointCorruptError(f"{what} is not a state dict with tensors in it")
+        raise CheckpointCorruptError(f"{what} is not a state dict: there are no tensors in it")
     prefix = "module." if all(name.startswith("module.") for name in names) else ""  # of DistributedDataParallel
     tensors: dict[str, LazyTensor] = {}
     for name in names:
         plain = _TOKENS.sub("", name.removeprefix(prefix))
         if plain in tensors:
-            raise CheckpointError(f"{what}: two names become {plain!r} without the parts that wrappers add")
+            raise CheckpointError(f"{what}: two names are {plain!r} without the parts that wrappers have added")
         tensors[plain] = LazyTensor.of(name, found[name])
     return tensors
 
 
 def ties(*states: Tensors) -> list[tuple[str, ...]]:
-    """Names of the same tensor in any of the state dicts."""
+    """Groups of names that are one tensor in any of the state dicts; of two names or more, the first name first."""
     groups: dict[str, list[str]] = {}
     for state in states:
         by_place: dict[object, str] = {}
@@ -166,11 +167,11 @@ def ties(*states: Tensors) -> list[tuple[str, ...]]:
 
 
 def name_by_position(tensors: Sequence[LazyTensor], model: Model | None, what: str) -> dict[str, LazyTensor]:
-    """Names for a library's plain list of ``model.parameters()``, from a state dict of the same model.
+    """Names the tensors of a list in the order of ``model.parameters()``, by a state dict of the same model.
 
     Raises:
-        CheckpointError: there is no state dict, or it has no order.
-        CheckpointMismatchError: it is not of the same model; lists where the shapes differ.
+        CheckpointError: there is no state dict, or its order is not the model's.
+        CheckpointMismatchError: it is of another model; lists where the shapes differ.
     """
     if model is None or not model.ordered:
         raise CheckpointError(
@@ -188,14 +189,14 @@ def name_by_position(tensors: Sequence[LazyTensor], model: Model | None, what: s
     if len(names) != len(tensors):
         raise CheckpointMismatchError(
             f"{what} has {len(tensors)} tensors, and the model has {len(names)} parameters: {', '.join(names[:8])}. "
-            "If it averages trained parameters only, --frozen tells which ones are not"
+            "If only trained parameters were averaged, name the others by --frozen"
         )
     check_shapes(dict(zip(names, tensors, strict=True)), model.tensors, what)
     return dict(zip(names, tensors, strict=True))
 
 
 def check_shapes(tensors: Tensors, model: Tensors, what: str) -> None:
-    """Raises CheckpointMismatchError listing every name whose shape is not that of the model."""
+    """Raises CheckpointMismatchError, which lists every tensor that has another shape in the model."""
     problems = [
         f"{name!r} is {tensor.shape} and in the model {model[name].shape}"
         for name, tensor in tensors.items()
@@ -206,8 +207,8 @@ def check_shapes(tensors: Tensors, model: Tensors, what: str) -> None:
 
 
 def integer(value: Any, what: str) -> int:
-    """A count in a file, 0 or more, be it a number or a tensor of one. Raises CheckpointCorruptError."""
+    """A count from a file, as a number or a tensor of one element. Raises CheckpointCorruptError for anything else."""
     plain = value.item() if isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta else value
     if not is_count(plain):
-        raise CheckpointCorruptError(f"{what} is {shown(plain)}, which is not a count")
+        raise CheckpointCorruptError(f"{what} is {shown(plain)}; expected a count")
     return int(plain)

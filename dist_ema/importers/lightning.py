@@ -1,4 +1,4 @@
-"""Lightning's ``WeightAveraging``: its checkpoints have the average in ``state_dict``, and besides the live weights."""
+"""Lightning's ``WeightAveraging``: ``state_dict`` is the average, ``current_model_state`` are the live weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def matches(content: Content) -> bool:
 
 
 def read(content: Content, model: Model | None) -> Foreign:
-    """The average, which does not say what is frozen. Raises CheckpointCorruptError."""
+    """The average; the file does not tell frozen parameters from others. Raises CheckpointCorruptError."""
     average = read_tensors(content.values["state_dict"], "'state_dict'")
     averaging = content.values["averaging_state"]
     if not isinstance(averaging, Mapping):
@@ -29,7 +29,7 @@ def read(content: Content, model: Model | None) -> Foreign:
         tied=ties(average),
         usual=ConstantDecay(0.999),
         clock=Progress(batches=steps),
-        # As if every step since the first copy had been an update: the interval is not in the file.
+        # The file does not give the interval, so every step since the first copy counts as an update.
         start=Progress(batches=max(0, steps - updates + 1) if updates else steps),
         updates=updates,
     )

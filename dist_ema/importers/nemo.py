@@ -1,4 +1,4 @@
-"""NeMo's ``EMA`` callback: the ``-EMA.ckpt`` beside a checkpoint, whose ``state_dict`` is the average."""
+"""NeMo's ``EMA`` callback: the ``-EMA.ckpt`` that it writes beside a checkpoint; its ``state_dict`` is the average."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def matches(content: Content) -> bool:
 
 
 def read(content: Content, model: Model | None) -> Foreign:
-    """The average; what no optimizer trains (buffers, frozen parameters) is as it was.
+    """The average, with buffers and frozen parameters as they are in the model.
 
-    Raises CheckpointError if the average is a list without names, as in a file that NeMo's checkpoint callback did not
-    write, and CheckpointCorruptError.
+    Raises CheckpointError if the average is a list without names, as in files that NeMo's own checkpoint callback did
+    not write, and CheckpointCorruptError.
     """
     average = read_tensors(content.values.get("state_dict"), "'state_dict'")
     optimizers = _optimizers(content.values)
@@ -45,7 +45,7 @@ def read(content: Content, model: Model | None) -> Foreign:
     return Foreign(
         averages={ONLY: average},
         tied=ties(average),
-        # NeMo applies its decay once an update; per batch that is its root.
+        # NeMo's decay is per update; ours is per batch.
         schedule=ConstantDecay(decay ** (1 / interval)) if usable else None,
         usual=ConstantDecay(0.9999),
         clock=Progress(batches=steps),

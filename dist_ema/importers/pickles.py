@@ -1,11 +1,13 @@
-"""Files of torch.save, read without torch.load: tensors and plain values, and no code of a file.
+"""Files of torch.save, read without torch.load: tensors and plain values, and no code that a file names.
 
-Real files also hold leftovers of their trainer (arguments, times, generators' states). A class on the list below
-becomes an empty stand-in, so it is never imported and none of its code runs; a file that names others is refused.
+Real files also hold other objects of their trainer (arguments, times, states of random generators). If the class of
+such an object is on the list below, an empty stand-in takes its place: the class is not imported and none of its code
+runs. A file that names any other class is refused.
 
-Of a zip file, which torch.save writes since 1.6, and of the format before, the tensors are mapped: views of the file.
-A tensor may claim only what the file holds for it. ``torch.load`` believes its claims: it maps what lies behind the
-member, or reads memory behind the buffer, or makes room for it; read in torch 2.13.
+Both formats are read: zip files, which torch.save writes since 1.6, and the format before that. Tensors are mapped, so
+they are views of the file. The size that a tensor claims is checked against the bytes that the file has for it.
+``torch.load`` believes the claim, and maps what lies behind the member, reads memory behind the buffer, or allocates
+that much (read in torch 2.13).
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from dist_ema.errors import CheckpointCorruptError, CheckpointError
 from dist_ema.importers.archive import CompressedError, Member, members
 from dist_ema.importers.unpickling import MAX_BYTES, Bounded, Function, RefusedError, Unpickler, loads, stand_in
 
-#: Classes of values that no average needs.
+#: Classes of objects that no average needs.
 LEFTOVERS = re.compile(
     r"(numpy|omegaconf|composer|lightning|lightning_fabric|pytorch_lightning|nemo|timm|datetime|pathlib|typing)\..+"
     r"|argparse\.Namespace|torch\.torch_version\.TorchVersion|collections\.(defaultdict|Counter|deque)|_codecs\.encode"
@@ -38,7 +40,7 @@ LEFTOVERS = re.compile(
 )
 _ZIP = b"PK\x03\x04"
 _PICKLE = "/data.pkl"
-#: What the format before zip files begins with.
+#: The first two values of the format before zip files.
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 _STORAGES = {
     "DoubleStorage": torch.float64,
@@ -55,14 +57,14 @@ _STORAGES = {
     "ComplexFloatStorage": torch.complex64,
     "UntypedStorage": torch.uint8,
 }
-#: Where a tensor may begin to be read in place.
+#: A tensor is read in place if its first byte is a multiple of this; else it is copied.
 _ALIGNMENT = 16
 #: Gives the bytes ``[begin, begin + size)`` of a file.
 _Bytes = Callable[[int, int], torch.UntypedStorage]
 
 
 class _Storage:
-    """Bytes of the file, or None while it is not known where they lie; and the dtype that they were saved as."""
+    """Bytes of the file, or None while their place is not known; and the dtype that they were saved as."""
 
     def __init__(self, data: torch.UntypedStorage | None, dtype: torch.dtype) -> None:
         self.data = data
@@ -74,12 +76,12 @@ class _StorageType:
         self.dtype = dtype
 
 
-#: Finds the bytes of a storage: its key, their number and dtype.
+#: Finds the bytes of a storage, by its key, size in bytes and dtype.
 _Find = Callable[[str, int, torch.dtype], "torch.UntypedStorage | None"]
 
 
 class _TensorUnpickler(Unpickler):
-    """Makes tensors of what torch.save writes; each is checked against the bytes that the file has for it."""
+    """Makes tensors of what torch.save writes, none larger than the bytes that the file has for it."""
 
     find: _Find
 
@@ -104,20 +106,20 @@ class _TensorUnpickler(Unpickler):
         """A storage."""
         kind, saved, key, _, count, *rest = (_text(value) for value in pid)
         if kind != "storage" or not isinstance(saved, _StorageType) or not isinstance(key, str) or any(rest):
-            raise ValueError("something stands in it that torch.save since 0.4 does not write")
+            raise ValueError("it has a storage that torch.save since 0.4 does not write")
         if key not in self._storages:
             if not is_count(count):
-                raise ValueError(f"the storage {key[:80]!r} has a size that is none")
+                raise ValueError(f"the storage {key[:80]!r} has an invalid size")
             data = self.find(key, count * saved.dtype.itemsize, saved.dtype)
             self._storages[key] = _Storage(data, saved.dtype)
         return self._storages[key]
 
 
 def load_file(path: Path) -> Any:
-    """What is in a file; its tensors are mapped and not read.
+    """Reads a file; its tensors are mapped, and their bytes not read yet.
 
     Raises:
-        CheckpointError: it cannot be read, is none of torch.save's, is compressed, or holds more than data.
+        CheckpointError: it cannot be read, torch.save did not write it, it is compressed, or holds more than data.
         CheckpointCorruptError: it is damaged.
     """
     try:
@@ -131,7 +133,7 @@ def load_file(path: Path) -> Any:
 
 
 def load_bytes(data: bytes, where: str) -> Any:
-    """What torch.save wrote into the middle of a file. Raises as :func:`load_file`."""
+    """Reads what torch.save wrote into a part of a larger file. Raises as :func:`load_file`."""
     whole = torch.frombuffer(bytearray(data), dtype=torch.uint8).untyped_storage() if data else _nothing()
     return _load(io.BytesIO(data), len(data), where, lambda begin, length: whole[begin : begin + length])
 
@@ -151,10 +153,10 @@ def _load(file: BinaryIO, size: int, where: str, read: _Bytes) -> Any:
         ) from error
     except CompressedError as error:
         raise CheckpointError(
-            f"{where} was not read: {error}, which torch.save never does, so that its tensors cannot be mapped. Unpack "
+            f"{where} was not read: {error}, so its tensors cannot be mapped; torch.save does not do that. Unpack "
             "it and pack it again without compression (zip -0 -r), or torch.save() what torch.load() reads of it"
         ) from error
-    except Exception as error:  # damaged files raise nearly anything
+    except Exception as error:  # a damaged file raises nearly anything
         reason = str(error)[:200] or type(error).__name__
         raise CheckpointCorruptError(f"{where} is damaged, or not a file of torch.save: {reason}") from error
 
@@ -166,7 +168,7 @@ def _load_zip(file: BinaryIO, size: int, where: str, read: _Bytes) -> Any:
         raise CheckpointError(f"{where} is a zip file, but not one of torch.save: it has no data.pkl")
     folder = pickles[0].removesuffix("data.pkl")
     if folder + "constants.pkl" in found:
-        raise CheckpointError(f"{where} is a TorchScript archive, which holds a program: save a state dict of it")
+        raise CheckpointError(f"{where} is a TorchScript archive, which holds a program: save its state dict instead")
     _check_order(_member(file, found.get(folder + "byteorder")) or b"little", where)
 
     class Zipped(_TensorUnpickler):
@@ -183,15 +185,16 @@ def _member(file: BinaryIO, member: Member | None) -> bytes:
     if member is None:
         return b""
     if member.size > MAX_BYTES:
-        raise ValueError(f"its pickle has {member.size} bytes, more than any that describes tensors")
+        raise ValueError(f"its pickle has {member.size} bytes; the limit is {MAX_BYTES}")
     file.seek(member.begin)
     return file.read(member.size)
 
 
 def _load_legacy(file: BinaryIO, size: int, where: str, read: _Bytes) -> Any:
-    """One pickle after the other, and then the storages; of which the fourth pickle does not say where they lie.
+    """Some pickles, one after the other, and then the bytes of the storages.
 
-    So that one is read twice, first to know what follows it.
+    The fourth pickle holds the tensors and refers to storages whose places are known only when all that follows it has
+    been read. So it is read twice: first for the storages that it refers to, then for the tensors.
     """
     file.seek(0)
     magic: object = None
@@ -200,12 +203,12 @@ def _load_legacy(file: BinaryIO, size: int, where: str, read: _Bytes) -> Any:
     if magic != _MAGIC and isinstance(file, io.BytesIO):
         raise ValueError("torch.save did not write this part of a file")
     if magic != _MAGIC:
-        raise CheckpointError(f"{where} is none of the files that can be imported: torch.save did not write it")
+        raise CheckpointError(f"{where} cannot be imported: torch.save did not write it")
     if Unpickler(Bounded(file)).load() != _PROTOCOL:
         raise ValueError("it has another version of the format")
     facts = Unpickler(Bounded(file)).load()
     if not isinstance(facts, Mapping):
-        raise ValueError("it does not say how numbers lie in it")
+        raise ValueError("it does not say in which order the bytes of a number lie")
     _check_order(b"little" if facts.get("little_endian", facts.get(b"little_endian", True)) else b"big", where)
     begin, claims, places = file.tell(), dict[str, tuple[int, torch.dtype]](), dict[str, int]()
 
@@ -225,7 +228,7 @@ def _load_legacy(file: BinaryIO, size: int, where: str, read: _Bytes) -> Any:
         (count,) = struct.unpack("<q", file.read(8))
         length, dtype = claims[key]
         if count * dtype.itemsize != length or position + 8 + length > size or key in places:
-            raise ValueError(f"{key[:80]!r} claims {length} bytes, and the file holds others for it")
+            raise ValueError(f"{key[:80]!r} claims {length} bytes; the file holds {count * dtype.itemsize} for it")
         places[key] = position + 8
         position += 8 + length
     file.seek(begin)
@@ -234,11 +237,11 @@ def _load_legacy(file: BinaryIO, size: int, where: str, read: _Bytes) -> Any:
 
 def _check_order(order: bytes, where: str) -> None:
     if order.decode("ascii", "replace") != sys.byteorder:
-        raise CheckpointError(f"{where} was written on a machine with another order of bytes: torch.load() converts it")
+        raise CheckpointError(f"{where} was written on a machine with another byte order: torch.load() converts it")
 
 
 def _aligned(read: _Bytes, begin: int, size: int) -> torch.UntypedStorage:
-    """Bytes of the file, mapped; a copy of them where they lie so that elements are not aligned."""
+    """Bytes of the file, mapped; copied where they do not lie at a multiple of :data:`_ALIGNMENT`."""
     if not size:
         return _nothing()
     found = read(begin, size)
@@ -250,7 +253,7 @@ def _nothing() -> torch.UntypedStorage:
 
 
 def _text(value: Any) -> Any:
-    """Old pickles have strings of bytes."""
+    """Strings are bytes in old pickles."""
     return value.decode("ascii") if isinstance(value, bytes) else value
 
 
@@ -259,18 +262,18 @@ def _tensor(storage: object, offset: Any, size: Any, stride: Any, *_: object) ->
 
 
 def _tensor_of_dtype(storage: object, offset: Any, size: Any, stride: Any, *rest: object) -> Tensor | None:
-    _, _, dtype, *_ = rest  # after whether it wants a gradient, and its hooks
+    _, _, dtype, *_ = rest  # requires_grad, hooks, dtype
     return _tensor_of(storage, dtype, offset, size, stride)
 
 
 def _tensor_of(storage: object, dtype: object, offset: Any, size: Any, stride: Any) -> Tensor | None:
-    """The tensor that is so much of a storage; raises ValueError where the storage has no such bytes."""
+    """The tensor of this view of a storage. Raises ValueError where the storage is smaller than the view."""
     if not isinstance(storage, _Storage) or not isinstance(dtype, torch.dtype):
         raise ValueError("a tensor in it has no storage")
     sizes, strides = tuple(size), tuple(stride)
     fits = is_shape(sizes, dtype.itemsize) and len(strides) == len(sizes) and all(map(is_count, (offset, *strides)))
     if not fits:
-        raise ValueError("a tensor in it has a shape, strides or an offset that none has")
+        raise ValueError("a tensor in it has an invalid shape, strides or offset")
     if storage.data is None:
         return None
     last = offset + sum((length - 1) * step for length, step in zip(sizes, strides, strict=True)) + 1
@@ -286,9 +289,9 @@ def _first(value: object, *_: object) -> object:
 
 
 def _inner(function: Any, kind: object, args: Any, *_: object) -> object:
-    """A tensor of a subclass: what it is made of."""
+    """The plain tensor that an instance of a tensor subclass is made of."""
     if not isinstance(function, Function):
-        raise ValueError("a tensor of a subclass is made by what is no function")
+        raise ValueError("a tensor of a subclass is made by something else than a function")
     return function.call(*args)
 
 

@@ -1,6 +1,6 @@
 """torchtitan's EMA in a checkpoint of its trainer: ``ema.state.<name>.ema_params``, one for each trained parameter.
 
-``ema_params.<key>`` are several averages. The file does not say how they decay.
+Where there are several averages, their keys follow: ``ema_params.<key>``. The file does not say how they decay.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def matches(content: Content) -> bool:
 
 
 def read(content: Content, model: Model | None) -> Foreign:
-    """The averages of trained parameters."""
+    """The averages, which hold trained parameters only."""
     averages: dict[str, dict[str, LazyTensor]] = {}
     for name, tensor in content.tensors.items():
         if found := _NAME.fullmatch(name):
@@ -37,11 +37,11 @@ def read(content: Content, model: Model | None) -> Foreign:
 def options_of(config: Any) -> dict[str, Any]:
     """Options of :class:`ShardedEMA` for the config of torchtitan's own EMA. Local; imports nothing of torchtitan.
 
-    ``EMAOptimizersContainer.Config`` of its main branch (``components/ema.py``; the release 0.3.0 has no EMA). What is
-    not the same: the first update copies the weights, and does not blend them into those of the construction; updates
-    fall on multiples of the interval, also where ``start_step`` does not; the growing half life is kept per batch and
-    from the first update on, so with ``start_step=0`` it is one batch behind; the average is in fp32 unless ``dtype``
-    says otherwise, and theirs in the weights' dtype.
+    ``EMAOptimizersContainer.Config`` of its main branch (``components/ema.py``; the release 0.3.0 has no EMA). What
+    differs: our first update copies the weights, theirs blends them into those of the construction; our updates fall on
+    multiples of the interval, also where ``start_step`` does not; our growing half life is per batch and counts from
+    the first update, so with ``start_step=0`` it is one batch behind; our average is in fp32 unless ``dtype`` says
+    otherwise, theirs in the weights' dtype.
 
     Args:
         config: with ``decay``, ``half_life_fraction``, ``start_step``, ``step_bias``, ``update_every_n_steps`` and

@@ -1,8 +1,8 @@
-"""An unpickler that makes data of a pickle and nothing else: no class or function of a file's choice is ever reached.
+"""An unpickler that reads data and nothing else: no class or function that a file names is ever imported or called.
 
-What a pickle names becomes what :meth:`Unpickler.named` says: a function of ours, or a stand-in. Python's own unpickler
-would besides make room for what a few bytes say is large, and hash what it puts into dicts: a tuple of twice a tuple of
-twice a tuple, forty times, takes no memory and years.
+A name in a pickle becomes what :meth:`Unpickler.named` makes of it: a function of ours, or a stand-in. Two more attacks
+work on Python's own unpickler. It allocates as much memory as a few bytes ask for. And it hashes the keys of dicts: a
+pair of twice the same pair of twice the same pair, forty levels deep, takes some bytes to write and years to hash.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
-#: A pickle has some hundred bytes a tensor, and takes about as many microseconds.
+#: Bytes of a pickle at most. It has some hundred bytes a tensor, and takes about as many microseconds to read.
 MAX_BYTES = 1 << 25
 
 
 class RefusedError(Exception):
-    """A pickle is more than data; says what it names."""
+    """A pickle names something that is not data; the message is that name."""
 
 
 class Reader(Protocol):
-    """What a pickle is read from."""
+    """What a pickle is read from: an open file, or a part of it."""
 
     def read(self, size: int, /) -> bytes: ...
 
@@ -31,7 +31,7 @@ class Reader(Protocol):
 
 
 class StandIn:
-    """In place of an object of a class that is not imported: its arguments and its state, and no code."""
+    """Takes the place of an object whose class is not imported: its arguments and its state, and no code."""
 
     def __init__(self, *args: object) -> None:
         self.args = args
@@ -40,7 +40,7 @@ class StandIn:
 
 @dataclass(frozen=True)
 class Function:
-    """In place of a function that a pickle calls."""
+    """Takes the place of a function that a pickle calls."""
 
     call: Callable[..., object]
 
@@ -51,14 +51,14 @@ def stand_in(name: str) -> type[StandIn]:
 
 
 class Bounded:
-    """A file of which no more than some bytes are read. Raises ValueError beyond them."""
+    """A file of which at most ``left`` bytes are read. Raises ValueError beyond them."""
 
     def __init__(self, file: Reader, left: int = MAX_BYTES) -> None:
         self._file = file
         self._left = left
 
     def read(self, size: int, /) -> bytes:
-        """As a file's; never makes room for more than there may be."""
+        """As a file's; allocates no more than the bytes that are left."""
         self._take(size)
         return self._file.read(size)
 
@@ -74,8 +74,8 @@ class Bounded:
         self._left -= size
 
 
-class Unpickler(pickle._Unpickler):  # the one in C takes memory for as many memos as a file of ten bytes says
-    """Knows the names that :meth:`named` knows, and gives each file classes of its own, which it cannot spoil."""
+class Unpickler(pickle._Unpickler):  # the one in C allocates as many memo entries as a file of ten bytes asks for
+    """Accepts the names that :meth:`named` accepts. Each file gets stand-in classes of its own, which it may spoil."""
 
     stack: list[Any]
     append: Callable[[object], None]
@@ -87,11 +87,11 @@ class Unpickler(pickle._Unpickler):  # the one in C takes memory for as many mem
         self._known: dict[str, Any] = {}
 
     def named(self, name: str) -> object:
-        """What a dotted name of the pickle becomes. Raises RefusedError for one that is not data."""
+        """What a dotted name in the pickle becomes. Raises RefusedError for a name that is not data."""
         raise RefusedError(name)
 
     def find_class(self, module: str, name: str) -> Any:
-        """As :meth:`named`, once a name."""
+        """As :meth:`named`, which is asked once a name."""
         full = f"{module}.{name}"
         if full not in self._known:
             if full == "collections.OrderedDict":
@@ -118,7 +118,7 @@ class Unpickler(pickle._Unpickler):  # the one in C takes memory for as many mem
             return function.call(*args)
         if isinstance(function, type) and issubclass(function, StandIn):
             return function(*args)
-        raise ValueError("a pickle calls what is no function")
+        raise ValueError("a pickle calls something that is not a function")
 
     def _load_build(self) -> None:
         state = self.stack.pop()
@@ -147,14 +147,14 @@ class Unpickler(pickle._Unpickler):  # the one in C takes memory for as many mem
         values = self.pop_mark()
         _extend(self.stack[-1], values)
 
-    def _load_list_of_items(self) -> None:  # a set is data too, but nothing that is wanted is in one
+    def _load_list_of_items(self) -> None:  # a set is data, but no average is in one: a list does
         self.append(self.pop_mark())
 
     def _load_empty_list(self) -> None:
         self.append([])
 
     def _refuse(self) -> None:
-        raise ValueError("an instruction that no pickle of tensors has")
+        raise ValueError("it has an instruction that no pickle of tensors needs")
 
 
 for _code, _method in {
@@ -171,14 +171,14 @@ for _code, _method in {
     pickle.ADDITEMS: Unpickler._load_appends,
     pickle.FROZENSET: Unpickler._load_list_of_items,
     **dict.fromkeys((pickle.INST, pickle.OBJ, pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.PERSID), Unpickler._refuse),
-    # Makes room for as many bytes as it says.
+    # These allocate as many bytes as they ask for.
     **dict.fromkeys((pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER), Unpickler._refuse),
 }.items():
     Unpickler.dispatch[_code[0]] = _method
 
 
 def loads(data: bytes, kind: type[Unpickler]) -> Any:
-    """What a pickle of these bytes says. Raises RefusedError, and for a damaged one nearly anything."""
+    """Reads a pickle. Raises RefusedError, and nearly anything for a damaged one."""
     return kind(io.BytesIO(data)).load()
 
 
@@ -193,10 +193,10 @@ def _put(target: object, items: list[Any]) -> None:
     if isinstance(target, StandIn):
         return
     if not isinstance(target, dict):
-        raise ValueError("a pickle puts entries into what is no dict")
+        raise ValueError("a pickle puts entries into something that is not a dict")
     for key, value in zip(items[::2], items[1::2], strict=True):
         if not _is_key(key):
-            raise ValueError("a dict in it has a key that is no plain value")
+            raise ValueError("a dict in it has a key that is not a plain value")
         target[key] = value
 
 
@@ -204,11 +204,11 @@ def _extend(target: object, values: list[Any]) -> None:
     if isinstance(target, list):
         target.extend(values)
     elif not isinstance(target, StandIn):
-        raise ValueError("a pickle appends to what is no list")
+        raise ValueError("a pickle appends to something that is not a list")
 
 
 def _is_key(key: object, inner: bool = False) -> bool:
-    """A tuple's hash visits all that is in it, once for each way there: a tuple may have plain values only."""
+    """Whether hashing it is quick. The hash of nested tuples takes exponential time, so tuples of plain values only."""
     if isinstance(key, tuple):
         return not inner and all(_is_key(value, inner=True) for value in key)
     return key is None or isinstance(key, (str, bytes, int, float, StandIn))

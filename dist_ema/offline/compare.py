@@ -1,4 +1,4 @@
-"""How far two checkpoints lie apart, tensor by tensor, in one process and bounded memory."""
+"""Compares two checkpoints, tensor by tensor, in one process and bounded memory."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Difference:
     """One tensor in two checkpoints, A and B. Norms are Euclidean and taken in float64.
 
     Attributes:
-        average: its name; None for a tensor that is not averaged.
+        average: the name of the average; None for a tensor that is not averaged.
         name: of the tensor in A.
-        equal: whether dtype and every bit are the same. Values may be equal and bits not, as those of 0.0 and -0.0.
+        equal: whether dtype and every bit are the same. (0.0 and -0.0 are equal values of different bits.)
         norm: of A.
         distance: norm of A - B.
         largest: absolute difference of one element.
@@ -40,7 +40,11 @@ class Difference:
 
     @property
     def relative(self) -> float:
-        """``distance / norm``: 0 where there is no distance, infinite where A is 0 and B is not."""
+        """``distance / norm``: 0 where both are 0, infinite where A is 0 and B is not.
+
+        >>> Difference(None, "weight", equal=False, norm=2.0, distance=0.5, largest=0.25).relative
+        0.25
+        """
         if not self.distance:
             return 0.0
         return self.distance / self.norm if self.norm else math.inf * self.distance
@@ -49,22 +53,22 @@ class Difference:
 def compare(
     a: StrPath, b: StrPath, *, name: str | None = None, begin: Callable[[int], Advance] | None = None
 ) -> list[Difference]:
-    """Compares the tensors of two checkpoints; neither their clocks nor their schedules. One process.
+    """Compares the tensors of two checkpoints, but not their clocks and schedules. One process.
 
-    Tensors meet by name, tied ones by any of their names. What is read is checked against its fingerprint. What one of
-    them was saved without (``Manifest.lacking``) is not compared.
+    Tensors are paired by name, tied ones by any of their names, and checked against their fingerprints. Tensors that
+    one of the checkpoints was saved without (``Manifest.lacking``) are not compared.
 
     Args:
         a, b: paths of the checkpoints.
         name: compare this average alone, and what is not averaged; None means all averages.
-        begin: called with the bytes to read; returns what is told of the progress.
+        begin: called with the bytes to read; gives the function that is told of the progress.
 
     Returns:
-        One entry a tensor, those that differ most in proportion to their norm first.
+        One entry a tensor, in descending order of the distance in proportion to the norm.
 
     Raises:
         CheckpointMismatchError: the two do not hold the same names and shapes; lists all that is missing or misshapen.
-        CheckpointError, CheckpointCorruptError: one of them is none, or is damaged.
+        CheckpointError, CheckpointCorruptError: one of them is no checkpoint, or is damaged.
         EMAConfigError: one of them has no average ``name``.
     """
     return reread(a, lambda first: reread(b, lambda second: _compare((a, b), first, second, name, begin)))
@@ -106,7 +110,7 @@ def _match(
     theirs: dict[Key, StoredTensor],
     lacking: set[str],
 ) -> dict[Key, Key]:
-    """The key in B for each key in A; without what is not averaged and one of them is known to lack."""
+    """The key in B of each tensor in A, but for live tensors that one of the two was saved without."""
     by_name = {(key[0], known): key for key, tensor in theirs.items() for known in (key[1], *tensor.aliases)}
     pairs: dict[Key, Key] = {}
     problems: list[str] = []
@@ -141,7 +145,7 @@ def _compare_tensors(key: Key, a: VerifiedTensor, b: VerifiedTensor, advance: Ad
     for x, y in zip(a.chunks(), b.chunks(), strict=True):
         left = _real(x)
         norm += float(left.square().sum())
-        # Equal bits are no distance, be they NaN or infinite.
+        # Equal bits are at no distance, even where they are NaN or infinite.
         if a.dtype != b.dtype or not torch.equal(x.view(torch.uint8), y.view(torch.uint8)):
             equal = False
             apart = left.sub_(_real(y)).abs_()
@@ -163,6 +167,6 @@ def _larger(one: float, other: float) -> float:
 
 
 def _order(found: Difference) -> tuple[bool, float]:
-    """What is not a number first, then what differs most, what is equal last."""
+    """NaN first, then the largest relative distance, equal tensors last."""
     relative = math.inf if math.isnan(found.relative) else found.relative
     return found.equal, -relative

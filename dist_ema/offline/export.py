@@ -1,4 +1,4 @@
-"""An average out of a checkpoint as a Hugging Face directory: one process, no accelerator, no model, a few MiB."""
+"""Exports an average of a checkpoint as a Hugging Face directory: one process, no accelerator, no model, a few MiB."""
 
 from __future__ import annotations
 
@@ -33,24 +33,24 @@ def export_checkpoint(
 ) -> Manifest:
     """Writes an average of a checkpoint as :meth:`ShardedEMA.export` would have. One process.
 
-    What is read is checked against its fingerprint while it is written, and only the files that are needed are opened:
+    Each tensor is checked against its fingerprint while it is written. Only the files of this average are opened, so
     damage to another average does not matter. Memory: some chunks of half a million elements, whatever the size.
 
     Args:
         path: of the checkpoint.
         out: the directory to make, which must not exist; missing parents are made.
         name: which average; None means the only one.
-        dtype: of floating-point tensors; None means that of the file, which is the shadow's (a checkpoint does not say
-            what the live weights were).
+        dtype: of floating-point tensors; None means the checkpoint's, which is the shadow's (a checkpoint does not
+            know the dtype of the live weights).
         max_shard_size: bytes of one file at most, such as ``"5GB"`` or an int; a larger tensor has its own file.
         config_from: a file or directory whose configuration files are copied, an object with ``save_pretrained``, or a
             list of such.
-        layout: ``"diffusers"`` names the files as diffusers does, None and ``"transformers"`` as transformers does. The
-            names of the tensors are the module's own, as a checkpoint does not know the model's class.
-        begin: called with the manifest and the bytes to read; returns what is told of the progress.
+        layout: ``"diffusers"`` names the files as diffusers does, None and ``"transformers"`` as transformers does.
+            Tensors have the module's own names, as a checkpoint does not know the model's class.
+        begin: called with the manifest and the bytes to read; gives the function that is told of the progress.
 
     Returns:
-        What the checkpoint consists of.
+        The manifest of the checkpoint.
 
     Raises:
         CheckpointError: there is no checkpoint, ``out`` exists, or it cannot be written; nothing is left behind.

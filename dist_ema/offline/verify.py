@@ -1,4 +1,4 @@
-"""Every damage of a checkpoint, in one process and bounded memory; and reading that notices damage on its way."""
+"""Finds every damage of a checkpoint, in one process and bounded memory; and reads single tensors, verified."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from dist_ema.sharding.runs import Runs, chunks, count, whole
 WRONG = "its data are not what was written"
 #: Elements that one thread takes at a time, chunk by chunk.
 _STRIPE = 32 * IO_CHUNK
-#: Elements that :meth:`VerifiedTensor.chunks` gives at a time: few, as a caller has them in float64 several times over.
+#: Elements that :meth:`VerifiedTensor.chunks` gives at a time: few, since callers make several float64 copies of them.
 _PIECE = IO_CHUNK // 2
 
 
@@ -33,9 +33,9 @@ class Finding:
     """One damage.
 
     Attributes:
-        file: in the checkpoint's data folder, or the manifest.
-        tensor: None where the file itself is damaged.
-        problem: what is wrong with it.
+        file: path in the data folder, or the manifest.
+        tensor: name of the damaged tensor; None where the file itself is damaged.
+        problem: what is wrong.
     """
 
     file: str
@@ -46,18 +46,18 @@ class Finding:
 def audit(
     path: StrPath, *, threads: int = 4, begin: Callable[[Manifest], Advance] | None = None
 ) -> tuple[Manifest | None, list[Finding]]:
-    """Reads all of a checkpoint and lists every damage, where :func:`verify_checkpoint` raises.
+    """Reads all of a checkpoint and lists every damage, where :func:`verify_checkpoint` raises. One process.
 
-    The chunks of one file at a time go to the threads, so a single large tensor keeps all of them busy. Memory: 8 MiB a
-    thread and some scratch, whatever the checkpoint's size.
+    Files are read one after the other, and the chunks of a file by all threads, so that a single large tensor keeps all
+    of them busy. Memory: 8 MiB a thread and some scratch, whatever the checkpoint's size.
 
     Args:
         path: of the checkpoint.
         threads: that read and digest side by side.
-        begin: called with the manifest before anything is read; returns what is told of the progress.
+        begin: called with the manifest before anything is read; gives the function that is told of the progress.
 
     Returns:
-        What the checkpoint consists of, None if the manifest itself is damaged; and what is wrong, if anything.
+        The manifest, None if the manifest itself is damaged; and what is wrong, if anything.
 
     Raises:
         CheckpointError: there is no checkpoint, or it has another format version.
@@ -103,7 +103,7 @@ def _audit(
                 findings.append(Finding(name, None, str(error)))
                 advance(sum(tensor.nbytes for tensor in by_file[name].values()))
     finally:
-        pool.shutdown(cancel_futures=True)  # when interrupted, not after all that is waiting
+        pool.shutdown(cancel_futures=True)  # an interrupt need not wait for work that has not begun
     return findings
 
 
@@ -115,7 +115,7 @@ def verify_checkpoint(path: StrPath, *, threads: int = 4) -> Manifest:
         threads: that read and digest side by side.
 
     Returns:
-        What the checkpoint consists of, read from its manifest: ``schedules`` by average, ``seen.updates`` (how often
+        The manifest, which lists what the checkpoint consists of: ``schedules`` by average, ``seen.updates`` (how often
         weights were taken into it), ``clock`` and ``start`` (of the training, in batches, samples, tokens and epochs),
         ``skipped`` (NaN and Inf elements), ``averages`` and ``live`` (each tensor's file, shape, dtype and digest) and
         ``files``; see :class:`dist_ema.checkpoints.manifest.Manifest`.
@@ -147,7 +147,10 @@ def _audit_file(
             values = scratch.bytes[: count(part) * dtype.itemsize].view(dtype)
             try:
                 reader.read(key, part, values)
-            except (OSError, CheckpointCorruptError) as error:  # a bad block of the disk; a file cut off meanwhile
+            except (
+                OSError,
+                CheckpointCorruptError,
+            ) as error:  # a bad block; a file cut off just now
                 return f"cannot be read: {error}"
             total += partial_digest(values, part)
             advance(values.nbytes)
@@ -168,12 +171,14 @@ def _audit_file(
 
 
 class VerifiedTensor:
-    """One stored tensor, read from its first element to its last; what was read is checked when the last has been.
+    """One stored tensor, read from its first element to its last, and verified with the last.
+
+    A :class:`~dist_ema.checkpoints.file_values.Source`.
 
     Args:
-        reader: of its file.
+        reader: has the tensor's file open.
         key: its folder and name.
-        tensor: what the manifest says of it.
+        tensor: its entry in the manifest.
     """
 
     def __init__(self, reader: RunReader, key: Key, tensor: StoredTensor) -> None:

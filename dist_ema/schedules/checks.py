@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from numbers import Real
 
 from dist_ema.errors import EMAConfigError
+
+#: Names of averages: they are names of folders, too.
+AVERAGE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
 def number(name: str, value: object, allowed: str) -> float:
