@@ -239,15 +239,16 @@ class Load:
             sums: of what this rank has read of each, for the digest.
         """
         damaged = []
-        spoken = []
+        written = []
+        rank = rank_in(self._group)
         for want, own in zip(wants, sums, strict=True):
-            heard = want.share is not None and is_writer(want.entry, want.share, self._group)
-            spoken.append(own if heard else 0)
+            writes = want.share is not None and is_writer(want.entry, want.share, rank)
+            written.append(own if writes else 0)
             # Another rank's sum is counted; one that holds everything can check for itself.
             whole_tensor = want.share is not None and want.share.numel == want.entry.numel
-            if not heard and whole_tensor and own % (1 << 64) != self._stored(want).digest:
+            if not writes and whole_tensor and own % (1 << 64) != self._stored(want).digest:
                 damaged.append(self._name(want))
-        count_damaged, *totals = sum_integers([len(damaged), *spoken], self._group)
+        count_damaged, *totals = sum_integers([len(damaged), *written], self._group)
         read = zip(wants, totals, strict=True)
         found = {self._name(want) for want, total in read if total != self._stored(want).digest}
         if count_damaged:

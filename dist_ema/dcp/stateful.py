@@ -66,7 +66,7 @@ def make_state_dict(
     schedules: Mapping[str, Schedule],
     averaged: Callable[[str], Sequence[Tensor | None]],
     shares: Sequence[Share],
-    spoken: Sequence[bool],
+    writes: Sequence[bool],
     spare: bool,
 ) -> dict[str, Any]:
     """The state dict of one rank; its tensors share the average's memory. Local.
@@ -76,11 +76,11 @@ def make_state_dict(
         schedules: of each average.
         averaged: an average's flat tensor for each share, None where it is live.
         shares: what this rank keeps of each tensor.
-        spoken: for each of them, whether it is this rank that writes it.
+        writes: for each of them, whether it is this rank that writes it.
         spare: whether reading may overwrite them, since it serves nothing else.
     """
     state = make_head(ema_state, schedules)
-    is_writer = {share.spec.name: is_writer for share, is_writer in zip(shares, spoken, strict=True)}
+    is_writer = {share.spec.name: is_writer for share, is_writer in zip(shares, writes, strict=True)}
     for path, share, held in _parts(averaged, shares, tuple(schedules)):
         place = state
         for key in path:
@@ -97,12 +97,12 @@ def make_head(ema_state: EMAState, schedules: Mapping[str, Schedule]) -> dict[st
 
 
 def add_live(
-    state: dict[str, Any], live: Sequence[Tensor | None], shares: Sequence[Share], spoken: Sequence[bool]
+    state: dict[str, Any], live: Sequence[Tensor | None], shares: Sequence[Share], writes: Sequence[bool]
 ) -> None:
     """Adds the live weights of what is averaged or copied: for each share the flat tensor of its elements. Local."""
     state["live"] = {
         share.spec.name: BoxedTensor(share.spec.shape, values, share.boxes, is_writer=is_writer, spare=False)
-        for share, values, is_writer in zip(shares, live, spoken, strict=True)
+        for share, values, is_writer in zip(shares, live, writes, strict=True)
         if values is not None and share.numel
     }
 
