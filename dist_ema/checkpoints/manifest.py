@@ -154,6 +154,8 @@ class Manifest:
     def _from_body(cls, body: dict[str, Any]) -> Manifest:
         if unknown := body.keys() - _FIELDS:
             _refuse(f"unknown entries {sorted(unknown)[:3]}")
+        if "seed" in body and body["seed"] is None:
+            _refuse("'seed' is null: it is left out where there is none")
         library = body["library"]
         if not isinstance(library, str) or len(library) > 100 or not library.isprintable():
             _refuse(f"invalid library version {shown(library)}")
