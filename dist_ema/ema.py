@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_ema.background import Background
+from dist_ema.checkpoints.background import Background
+from dist_ema.checkpoints.contents import Contents
 from dist_ema.checkpoints.export import export
 from dist_ema.checkpoints.load import Load, report_schedules
 from dist_ema.checkpoints.reader import read_anew_if_replaced
@@ -638,20 +639,15 @@ class ShardedEMA:
             group = self._groups.background(timeout, self._shadow_bytes())
             views = {name: average.get for name, average in held.items()}
             state, schedules = self._state(self._skipped()), self._options.schedules
-            save = Save(path, state, schedules, self._full_tensors(), views, group, include_untracked)
+            contents = Contents(state, schedules, self._full_tensors(), views, include_untracked)
+            save = Save(path, contents, group)
             if block:
                 save.run()
                 return
             save.start()
-        guard = answering(f"save to {path}", timeout)
         shadows = (shadow for name in self.names for shadow in self._shadow.tensors(name) if shadow is not None)
         handover = Handover(shadows if self._shadow.started else ())
-
-        def write_averages() -> None:
-            with handover.taken():
-                save.write_averages()
-
-        self._background.start(guard(write_averages), guard(save.finish), save.abandon)
+        self._background.start(answering(f"save to {path}", timeout)(save.finish), handover)
 
     @answering("load()")
     def load(self, path: str | os.PathLike[str], *, strict: bool = True, verify: bool = True) -> None:

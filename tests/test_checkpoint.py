@@ -537,7 +537,7 @@ def test_a_checkpoint_of_more_files_than_a_process_may_open_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, references: dict[int, list[dict[str, int]]]
 ) -> None:
     """A large model has hundreds of files of each average; threads must not close what others read from."""
-    monkeypatch.setattr("dist_ema.checkpoints.save.FILE_LIMIT", 300)  # a tensor a file
+    monkeypatch.setattr("dist_ema.checkpoints.contents.FILE_LIMIT", 300)  # a tensor a file
     monkeypatch.setattr("dist_ema.checkpoints.load.IO_CHUNK", 5)
     monkeypatch.setattr("dist_ema.checkpoints.reader._OPEN_FILES", 2)
     most, real = 0, os.preadv

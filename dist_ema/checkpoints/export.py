@@ -69,7 +69,7 @@ def export(
         wanted = [entry for entry in entries if entry.name not in left_out]
         folder = Folder(wanted, held, dtypes, limit, tied=True, stem=STEMS[layout], arrangement=arrangement)
         check_readable(mine for entry in folder.written if (mine := held(entry.name)) is not None)
-        plans = folder.lay_out_files()
+        plans = folder.plans
     staging = Staging(local_path(path), token)
     try:
         with agreed(group, operation):
@@ -81,12 +81,12 @@ def export(
         if gather is False and not shared:
             raise CheckpointError(f"{operation}: gather=False, but not all ranks see {staging.target.parent} of rank 0")
         with staging.writer("", plans) as writer:
-            together = shared and not gather
-            if not together:
-                folder.write(writer, plans, group, False, False, operation)
+            in_place = shared and not gather
+            if not in_place:
+                folder.write_gathered(writer, group, operation)
             with agreed(group, operation):
-                if together:
-                    folder.write(writer, plans, group, True, False, operation)
+                if in_place:
+                    folder.write_own(writer, group)
                 writer.sync()
                 writer.close()  # some file systems say only now that there was no room
         with agreed(group, operation):

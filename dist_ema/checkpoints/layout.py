@@ -16,13 +16,10 @@ from typing import NamedTuple
 
 import torch
 
-from dist_ema.checkpoints.dtypes import TORCH_NAMES
+from dist_ema.checkpoints.dtypes import DTYPE_NAMES
 from dist_ema.checkpoints.manifest import is_tensor_name
 from dist_ema.errors import CheckpointError, EMAConfigError
 
-#: Of torch's dtypes, by safetensors' names; and the other way round.
-DTYPES: dict[str, torch.dtype] = {name: getattr(torch, attribute) for name, attribute in TORCH_NAMES.items()}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 

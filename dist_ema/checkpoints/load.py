@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_ema.checkpoints.layout import DTYPES
+from dist_ema.checkpoints.dtypes import DTYPES
 from dist_ema.checkpoints.manifest import Manifest, StoredTensor, checksum
 from dist_ema.checkpoints.reader import RunReader, read_manifest_bytes, reread
 from dist_ema.checkpoints.storage.paths import StrPath

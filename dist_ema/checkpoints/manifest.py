@@ -1,4 +1,4 @@
-"""``ema.json``, the manifest: lists all that a checkpoint consists of, and makes a directory a checkpoint. Pure Python.
+"""``ema.json``, the manifest: lists all that a checkpoint consists of, and makes a directory a checkpoint.
 
 A checkpoint may come from anywhere, so every value is checked before it is used, and a reader opens only the files that
 the manifest lists. The text is canonical JSON that ends with a checksum of the rest, so a flipped bit in it is noticed.
@@ -15,7 +15,7 @@ from math import prod
 from typing import Any, NoReturn
 
 from dist_ema import __version__
-from dist_ema.checkpoints.dtypes import ITEM_SIZES
+from dist_ema.checkpoints.dtypes import DTYPES
 from dist_ema.checkpoints.state_json import state_from_json, state_to_json
 from dist_ema.checkpoints.strict_json import is_count, is_shape, parse, shown
 from dist_ema.clock import Progress
@@ -68,7 +68,7 @@ class StoredTensor:
     @property
     def nbytes(self) -> int:
         """Bytes in the file."""
-        return prod(self.shape) * ITEM_SIZES[self.dtype]
+        return prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
 @dataclass(frozen=True)
@@ -277,7 +277,7 @@ def _read_tensors(found: Mapping[str, Any], folder: str, files: Mapping[str, Sto
         shape, aliases = entry["shape"], entry["aliases"]
         if entry.keys() != _TENSOR_FIELDS or not isinstance(shape, list) or not isinstance(aliases, list):
             _refuse(f"invalid description of tensor {shown(name)}; expected {', '.join(sorted(_TENSOR_FIELDS))}")
-        if entry["dtype"] not in ITEM_SIZES or not is_shape(shape, ITEM_SIZES[entry["dtype"]]):
+        if entry["dtype"] not in DTYPES or not is_shape(shape, DTYPES[entry["dtype"]].itemsize):
             sizes = f"shape {shape}" if len(shape) <= 8 else f"{len(shape)} sizes"
             _refuse(f"tensor {shown(name)}: invalid dtype {shown(entry['dtype'])} or {sizes}")
         stored = StoredTensor(entry["file"], entry["dtype"], tuple(shape), 0, tuple(aliases))

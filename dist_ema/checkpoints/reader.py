@@ -13,7 +13,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from dist_ema.checkpoints.layout import DTYPES
+from dist_ema.checkpoints.dtypes import DTYPES
 from dist_ema.checkpoints.manifest import MAX_BYTES, NAME, Manifest, StoredFile, StoredTensor, checksum
 from dist_ema.checkpoints.storage import storage_reader
 from dist_ema.checkpoints.storage.base import OpenFile

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from dist_ema.checkpoints.contents import Contents
 from dist_ema.checkpoints.file_values import Advance, FileValues, no_advance
 from dist_ema.checkpoints.save import Save
 from dist_ema.checkpoints.storage.paths import check_path
@@ -169,7 +170,7 @@ def _save(
         everything = {**assembly.live, **tensors}
         views[average] = {entry.name: FileValues.of(entry, everything[entry.name], advance) for entry in entries}.get
     schedules = dict.fromkeys(assembly.averages, schedule)
-    Save(target, _state(foreign), schedules, entries, views, None, overwrite=overwrite).run()
+    Save(target, Contents(_state(foreign), schedules, entries, views), None, overwrite).run()
 
 
 def _entry(

@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import torch
 
+from dist_ema.checkpoints.dtypes import DTYPES
 from dist_ema.checkpoints.export import export
 from dist_ema.checkpoints.file_values import Advance, FileValues, no_advance
-from dist_ema.checkpoints.layout import DTYPES
 from dist_ema.checkpoints.load import Key, choose_average, stored_tensors
 from dist_ema.checkpoints.manifest import LIVE, Manifest, StoredTensor
 from dist_ema.checkpoints.reader import RunReader, reread

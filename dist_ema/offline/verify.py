@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dist_ema.checkpoints.dtypes import DTYPES
 from dist_ema.checkpoints.file_values import Advance, no_advance
-from dist_ema.checkpoints.layout import DTYPES
 from dist_ema.checkpoints.load import IO_CHUNK, Key, damaged_error, stored_tensors
 from dist_ema.checkpoints.manifest import NAME, Manifest, StoredTensor
 from dist_ema.checkpoints.reader import RunReader, reread
