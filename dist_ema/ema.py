@@ -18,8 +18,8 @@ from dist_ema.checkpoints.background import Background
 from dist_ema.checkpoints.contents import Contents
 from dist_ema.checkpoints.export import export
 from dist_ema.checkpoints.load import Load, report_schedules
-from dist_ema.checkpoints.reader import read_anew_if_replaced
 from dist_ema.checkpoints.save import Save
+from dist_ema.checkpoints.versions import read_anew_if_replaced
 from dist_ema.clock import Progress
 from dist_ema.collectives import (
     Call,
@@ -691,7 +691,7 @@ class ShardedEMA:
             with agreed(self._engine.group, "load()"):
                 begin(sources)
                 shadow.wait()
-            load.read(load.wants(found, {share.spec.name: share for share in self._shares}, shadow), verify)
+            load.fill(shadow, self._shares, found, verify)
             shadow.loaded()
         return shadow
 

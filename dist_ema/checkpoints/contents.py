@@ -9,7 +9,8 @@ from functools import cached_property
 from dist_ema.checkpoints.dtypes import DTYPE_NAMES
 from dist_ema.checkpoints.folder import Folder
 from dist_ema.checkpoints.layout import FilePlan
-from dist_ema.checkpoints.manifest import LIVE, NAME, Manifest, StoredFile, StoredTensor, checksum
+from dist_ema.checkpoints.manifest import LIVE, NAME, Manifest, checksum
+from dist_ema.checkpoints.stored import StoredFile, StoredTensor
 from dist_ema.schedules import Schedule
 from dist_ema.sharding.gather import LocalValues
 from dist_ema.sharding.writers import FullTensor

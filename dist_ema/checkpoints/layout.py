@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from dist_ema.checkpoints.dtypes import DTYPE_NAMES
-from dist_ema.checkpoints.manifest import is_tensor_name
+from dist_ema.checkpoints.stored import is_tensor_name
 from dist_ema.errors import CheckpointError, EMAConfigError
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}

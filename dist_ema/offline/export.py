@@ -10,10 +10,11 @@ import torch
 from dist_ema.checkpoints.dtypes import DTYPES
 from dist_ema.checkpoints.export import export
 from dist_ema.checkpoints.file_values import Advance, FileValues, no_advance
-from dist_ema.checkpoints.load import Key, choose_average, stored_tensors
-from dist_ema.checkpoints.manifest import LIVE, Manifest, StoredTensor
-from dist_ema.checkpoints.reader import RunReader, reread
+from dist_ema.checkpoints.manifest import LIVE, Key, Manifest
+from dist_ema.checkpoints.reader import RunReader
 from dist_ema.checkpoints.storage.paths import StrPath
+from dist_ema.checkpoints.stored import StoredTensor
+from dist_ema.checkpoints.versions import reread
 from dist_ema.errors import EMAConfigError
 from dist_ema.offline.verify import VerifiedTensor
 from dist_ema.sharding.shares import Mode
@@ -78,10 +79,8 @@ def _export(
     layout: str | None,
     begin: Callable[[Manifest, int], Advance] | None,
 ) -> None:
-    wanted = {f"averages/{choose_average(manifest, name)}", LIVE}
-    tensors = {key: tensor for key, tensor in stored_tensors(manifest).items() if key[0] in wanted}
-    files = {tensor.file: manifest.files[tensor.file] for tensor in tensors.values()}
-    with RunReader(path, manifest.data, files, tensors) as reader:
+    tensors = manifest.tensors(manifest.choose(name))
+    with RunReader.of(path, manifest, tensors) as reader:
         advance = begin(manifest, sum(tensor.nbytes for tensor in tensors.values())) if begin else no_advance
         entries = [_entry(key, tensor) for key, tensor in tensors.items()]
         sources = [VerifiedTensor(reader, key, tensor) for key, tensor in tensors.items()]

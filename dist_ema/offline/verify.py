@@ -13,10 +13,12 @@ from torch import Tensor
 
 from dist_ema.checkpoints.dtypes import DTYPES
 from dist_ema.checkpoints.file_values import Advance, no_advance
-from dist_ema.checkpoints.load import IO_CHUNK, Key, damaged_error, stored_tensors
-from dist_ema.checkpoints.manifest import NAME, Manifest, StoredTensor
-from dist_ema.checkpoints.reader import RunReader, reread
+from dist_ema.checkpoints.manifest import NAME, Key, Manifest
+from dist_ema.checkpoints.parts import IO_CHUNK
+from dist_ema.checkpoints.reader import RunReader, damaged_error
 from dist_ema.checkpoints.storage.paths import StrPath
+from dist_ema.checkpoints.stored import StoredTensor
+from dist_ema.checkpoints.versions import reread
 from dist_ema.errors import CheckpointCorruptError
 from dist_ema.kernels.fingerprint import partial_digest
 from dist_ema.sharding.runs import Runs, chunks, count, whole
@@ -90,7 +92,7 @@ def _audit(
 ) -> list[Finding]:
     advance = begin(manifest) if begin is not None else no_advance
     by_file: dict[str, dict[Key, StoredTensor]] = defaultdict(dict)
-    for key, tensor in stored_tensors(manifest).items():
+    for key, tensor in manifest.tensors().items():
         by_file[tensor.file][key] = tensor
     findings: list[Finding] = []
     pool = ThreadPoolExecutor(threads)
