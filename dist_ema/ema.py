@@ -776,7 +776,7 @@ class ShardedEMA:
             CheckpointError: it is damaged, or of a later version.
             EMAStateError: inside ``average_parameters()``, or the model has changed.
         """
-        from dist_ema.dcp.stateful import LoadedStateDict  # as in state_dict()
+        from dist_ema.dcp.loaded import LoadedStateDict  # as in state_dict()
 
         self._shadow.drain()  # what fails in it does not matter any more
         self._background.drain()
