@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import stat
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -108,6 +109,11 @@ def create_file(directory: Path, plan: FilePlan) -> None:
 def write_text(path: Path, text: str) -> None:
     """Writes a small file."""
     path.write_text(text, encoding="utf-8")
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copies the bytes of a file, and not its permissions."""
+    shutil.copyfile(source, target)
 
 
 def sync(path: Path) -> None:
