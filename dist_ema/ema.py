@@ -39,7 +39,7 @@ from dist_ema.groups import OwnGroups
 from dist_ema.interrupts import Uninterrupted
 from dist_ema.kernels.fingerprint import partial_digest
 from dist_ema.kernels.streams import Handover
-from dist_ema.options import Options
+from dist_ema.options import Options, check_cast
 from dist_ema.schedules import Schedule
 from dist_ema.shadow.condition import Condition
 from dist_ema.shadow.device import Shadow
@@ -520,7 +520,7 @@ class ShardedEMA:
         """
         call = self._call("full_state_dict()", name=name, dtype=dtype, include_untracked=include_untracked)
         with self._begun(call):
-            _check_dtype(dtype)
+            check_cast(dtype)
             held = self._view(call.name).average(self._name(name), include_untracked)
             check_readable(held.values())
         return full_tensors(self._wanted(include_untracked), held.get, dtype, self._engine.group, "full_state_dict()")
@@ -575,7 +575,7 @@ class ShardedEMA:
         arguments |= {"include_untracked": include_untracked, "layout": layout}
         call = self._call("export()", **arguments)
         with self._begun(call):
-            _check_dtype(dtype)
+            check_cast(dtype)
             held = self._view(call.name).average(self._name(name))
         modules = self._engine.modules()
         export(

@@ -20,6 +20,7 @@ from dist_ema.importers import AUTO, FORMATS, recognise
 from dist_ema.importers.assembly import Assembly
 from dist_ema.importers.files import open_foreign, open_model
 from dist_ema.importers.foreign import Foreign, LazyTensor, Model, Tensors
+from dist_ema.options import check_cast
 from dist_ema.schedules import ConstantDecay, HalfLife, Schedule
 from dist_ema.sharding.gather import LocalValues
 from dist_ema.sharding.shares import Mode
@@ -82,8 +83,7 @@ def import_checkpoint(
         CheckpointCorruptError: the file is damaged.
     """
     pattern, given = _pattern(frozen), _schedule(decay, half_life)
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise EMAConfigError(f"dtype={dtype!r}: allowed is a floating-point torch.dtype, or None")
+    check_cast(dtype)
     for path in (source, target, *([] if model is None else [model])):
         check_path(path)
     content = open_foreign(Path(source))

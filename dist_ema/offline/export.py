@@ -15,8 +15,8 @@ from dist_ema.checkpoints.reader import RunReader
 from dist_ema.checkpoints.storage.paths import StrPath
 from dist_ema.checkpoints.stored import StoredTensor
 from dist_ema.checkpoints.versions import reread
-from dist_ema.errors import EMAConfigError
 from dist_ema.offline.verify import VerifiedTensor
+from dist_ema.options import check_cast
 from dist_ema.sharding.shares import Mode
 from dist_ema.sharding.writers import FullTensor
 
@@ -58,8 +58,7 @@ def export_checkpoint(
         CheckpointCorruptError: what was to be exported is damaged; names the first damaged file and tensor.
         EMAConfigError: no such average, or an option has a value that is not allowed.
     """
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise EMAConfigError(f"dtype={dtype!r}: allowed is a floating-point torch.dtype, or None")
+    check_cast(dtype)
 
     def export_it(manifest: Manifest) -> Manifest:
         _export(path, manifest, out, name, dtype, max_shard_size, config_from, layout, begin)
