@@ -123,6 +123,8 @@ class Manifest:
     def _from_body(cls, body: dict[str, Any]) -> Manifest:
         if unknown := body.keys() - _FIELDS:
             _refuse(f"unknown entries {sorted(unknown)[:3]}")
+        if body.get("seed", 0) is None:  # to_bytes() leaves it out
+            _refuse("invalid seed=None; expected a whole number, or no such entry")
         library = body["library"]
         if not isinstance(library, str) or len(library) > 100 or not library.isprintable():
             _refuse(f"invalid library version {shown(library)}")
