@@ -71,6 +71,19 @@ def compare(
         CheckpointMismatchError: the two do not hold the same names and shapes; lists all that is missing or misshapen.
         CheckpointError, CheckpointCorruptError: one of them is no checkpoint, or is damaged.
         EMAConfigError: one of them has no average ``name``.
+
+    >>> import tempfile
+    >>> from dist_ema import ShardedEMA
+    >>> model = torch.nn.Linear(3, 2)
+    >>> ema = ShardedEMA(model, decay=0.9)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     ema.save(f"{folder}/before")
+    ...     with torch.no_grad():
+    ...         _ = model.bias.add_(0.5)
+    ...     ema.save(f"{folder}/after")
+    ...     found = compare(f"{folder}/before", f"{folder}/after")
+    >>> [(difference.name, difference.equal, difference.largest) for difference in found]
+    [('bias', False, 0.5), ('weight', True, 0.0)]
     """
     return reread(a, lambda first: reread(b, lambda second: _compare((a, b), first, second, name, begin)))
 

@@ -26,6 +26,16 @@ def read_checkpoint(path: StrPath, name: str | None = None) -> dict[str, Tensor]
         EMAConfigError: there is no such average, or there are several and none was named.
         CheckpointError, CheckpointCorruptError: there is no checkpoint, or it is damaged; what is returned has been
             verified.
+
+    >>> import tempfile
+    >>> from dist_ema import ShardedEMA
+    >>> model = torch.nn.Linear(3, 2)
+    >>> ema = ShardedEMA(model, decay=0.9)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     ema.save(f"{folder}/ema")
+    ...     state = read_checkpoint(f"{folder}/ema")
+    >>> {name: tuple(tensor.shape) for name, tensor in state.items()}
+    {'weight': (2, 3), 'bias': (2,)}
     """
     return reread(path, lambda manifest: _read(path, manifest, name))
 

@@ -125,6 +125,17 @@ def verify_checkpoint(path: StrPath, *, threads: int = 4) -> Manifest:
     Raises:
         CheckpointError: there is none, or it has another format version.
         CheckpointCorruptError: lists every file and tensor that is damaged, missing, or not the one that was written.
+
+    >>> import tempfile
+    >>> from dist_ema import ShardedEMA
+    >>> ema = ShardedEMA(torch.nn.Linear(3, 2), decay=0.9)
+    >>> ema.update()
+    True
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     ema.save(f"{folder}/ema")
+    ...     manifest = verify_checkpoint(f"{folder}/ema")
+    >>> manifest.seen.updates, manifest.averages["ema"]["weight"].shape
+    (1, (2, 3))
     """
     manifest, findings = audit(path, threads=threads)
     if manifest is None or findings:
