@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -106,7 +106,7 @@ def read_sent(
     A rank that fails goes on sending and receiving, so that no other rank waits for it.
     """
     with agreed(group, operation):
-        opened = closing(RunReader.of(path, manifest)) if rank_in(group) == 0 else nullcontext()
+        opened = RunReader.of(path, manifest) if rank_in(group) == 0 else nullcontext()
         buffer = torch.empty(WINDOW_BYTES, dtype=torch.uint8)
     failure = _FirstFailure()
     sums = []

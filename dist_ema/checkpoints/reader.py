@@ -7,7 +7,6 @@ import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import TracebackType
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from torch import Tensor
 from dist_ema.checkpoints.dtypes import DTYPES
 from dist_ema.checkpoints.manifest import Key, Manifest, checksum
 from dist_ema.checkpoints.storage import storage_reader
-from dist_ema.checkpoints.storage.base import OpenFile
+from dist_ema.checkpoints.storage.base import Closing, OpenFile
 from dist_ema.checkpoints.storage.paths import StrPath, is_remote
 from dist_ema.checkpoints.stored import StoredFile, StoredTensor
 from dist_ema.checkpoints.strict_json import parse, shown
@@ -30,7 +29,7 @@ _HEADER_DEPTH = 3
 _OPEN_FILES = 256
 
 
-class RunReader:
+class RunReader(Closing):
     """Reads elements of full tensors. Local. A context manager; several threads may use it at a time.
 
     Opening it checks that every file is a plain file of the size that the manifest gives, with the very header that was
@@ -146,14 +145,6 @@ class RunReader:
         if len(header) != 8 + length or checksum(header) != file.header:
             raise CheckpointCorruptError(f"{path}: damaged header, or the header of another file")
         return _offsets(path, header, file.size, tensors)
-
-    def __enter__(self) -> RunReader:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Closes the files."""

@@ -10,13 +10,13 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import lru_cache
 from pathlib import Path
-from types import TracebackType
 from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
 from dist_ema.checkpoints.layout import FilePlan
+from dist_ema.checkpoints.storage.base import Closing
 from dist_ema.errors import CheckpointCorruptError, CheckpointError
 from dist_ema.sharding.runs import Runs
 
@@ -125,7 +125,7 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-class RunWriter:
+class RunWriter(Closing):
     """Writes runs of elements to where they belong in files that exist; several ranks write into one file at a time.
 
     A :class:`~dist_ema.checkpoints.storage.base.TensorWriter`, and a context manager that closes the files.
@@ -166,14 +166,6 @@ class RunWriter:
                 os.close(self._open.pop(next(iter(self._open))))
             self._open[file] = os.open(self._directory / file, os.O_WRONLY)
         return self._open[file]
-
-    def __enter__(self) -> RunWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def sync(self) -> None:
         """Waits until what was written is on disk."""
