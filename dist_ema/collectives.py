@@ -109,13 +109,13 @@ def gather_objects(value: T, group: dist.ProcessGroup | None, timeout: float | N
     return values  # type: ignore[return-value]
 
 
-def broadcast_object(value: T, group: dist.ProcessGroup | None) -> T:
-    """Rank 0's ``value``. Collective. For small things only: it is pickled."""
+def broadcast_object(value: T, group: dist.ProcessGroup | None, owner: int = 0) -> T:
+    """The ``value`` of rank ``owner``. Collective. For small things only: it is pickled."""
     if group is None:
         return value
     values = [value]
     with answered():
-        dist.broadcast_object_list(values, group=group, group_src=0)
+        dist.broadcast_object_list(values, group=group, group_src=owner)
     return values[0]
 
 

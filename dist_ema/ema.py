@@ -846,11 +846,11 @@ class ShardedEMA:
         with self._begun(call):
             held = self._view(call.name).average(self._name(name), include_untracked)
             check_readable(held.values())
-        entries, partial = self._wanted(include_untracked), []
+        entries, partial, rank = self._wanted(include_untracked), [], rank_in(self._engine.group)
         for entry in entries:
             mine = held.get(entry.name)
             digest = 0
-            if mine is not None and is_writer(entry, mine.share, self._engine.group):
+            if mine is not None and is_writer(entry, mine.share, rank):
                 digest = partial_digest(mine.values, mine.runs, entry.dtype, mine.start)
             partial.append(digest)
         totals = sum_integers(partial, self._engine.group)
@@ -971,7 +971,8 @@ class ShardedEMA:
     def _writes(self) -> list[bool]:
         """For each share, whether this rank writes it into what is collected from all ranks."""
         entries = {entry.name: entry for entry in self._full_tensors()}
-        return [is_writer(entries[share.spec.name], share, self._engine.group) for share in self._shares]
+        rank = rank_in(self._engine.group)
+        return [is_writer(entries[share.spec.name], share, rank) for share in self._shares]
 
     def _wait_for_save(self) -> None:
         """Waits for a save in the background; raises what failed in it, which some ranks may have raised already."""

@@ -53,7 +53,7 @@ def _lerp(
     guard = kernels.Guard()
     ranges = ranges or [(0, source.numel()) for source in sources]
     counter = guard.counter if guarded else None
-    table = cuda.table("cpu")
+    table = cuda.table(device_type="cpu")
     rest = cuda.run(cuda.Kernel(), averages, sources, ranges, weights, table, counter)
     return averages, guard.total(), rest
 
@@ -173,7 +173,7 @@ def check_ranges_and_unaligned_views_touch_no_neighbour() -> None:
         source = torch.randn(9999).to(dtype)[7:]
         flat = torch.randn(length + 8)
         shadow, before = flat[3 : 3 + length], flat.clone()
-        table, spans = cuda.table("cpu"), [(start, start + length)]
+        table, spans = cuda.table(device_type="cpu"), [(start, start + length)]
         with _Fused():
             rest = cuda.run(kernel, [[shadow]], [source], spans, [0.25], table, kernels.Guard().counter)
         expected = before.clone()
@@ -192,7 +192,7 @@ def check_what_does_not_lie_flat_is_left_to_the_eager_route() -> None:
 
 def check_table_is_kept_until_memory_or_dtype_changes() -> None:
     """Made anew for each update, it would cost more than the update; kept too long, it would read freed memory."""
-    kernel, table = cuda.Kernel(), cuda.table("cpu")
+    kernel, table = cuda.Kernel(), cuda.table(device_type="cpu")
     parameter, shadow = nn.Parameter(torch.ones(40)), torch.zeros(40)
     launches = []
     for values in (None, torch.full((40,), 2.0), torch.full((40,), 3.0).bfloat16()):
@@ -208,7 +208,7 @@ def check_table_is_kept_until_memory_or_dtype_changes() -> None:
 
 def check_tensors_of_more_than_two_to_the_31_elements() -> None:
     """Offsets in 32 bits would wrap. Two bytes of memory stand for 5 GB: only the table is looked at."""
-    launch = cuda._on_device([[2**31 + 2 * cuda.PROGRAM_CHUNK, 0, 0]], torch.device("cpu"))[0]
+    launch = cuda._even_chunks([2**31 + 2 * cuda.PROGRAM_CHUNK])
     assert launch[-1].tolist() == [0, 2**31 + cuda.PROGRAM_CHUNK]
     source = torch.ones(40)
     shadow = torch.zeros(40)
@@ -261,8 +261,8 @@ def check_a_whole_average_goes_through_it() -> None:
 
     def lerp(*arguments: object) -> list[int]:
         calls.append(1)
-        *most, _, counter = arguments
-        return cuda.run(kernel, *most, cuda.table("cpu"), counter)
+        *most, _, counter, rounding = arguments
+        return cuda.run(kernel, *most, cuda.table(device_type="cpu"), counter, rounding)
 
     native._decided[:] = [None]
     for step in range(4):
@@ -295,17 +295,17 @@ def check_bf16_shadows_are_rounded_to_the_eager_bits() -> None:
         sources = [_spoil(torch.randn(size + 9).to(dtype)) for size in sizes]
         averages = [[_spoil(torch.randn(size).bfloat16()) for size in sizes] for _ in range(2)]
         results, guards = [], []
-        for table in (None, cuda.rounded_table(rounding.places, "cpu")):
+        for table in (None, cuda.table(rounding.positions, "cpu")):
             copies = [[shadow.clone() for shadow in average] for average in averages]
             guard = kernels.Guard()
             if table is None:
                 chosen = guard if guarded else None
-                kernels.lerp_rounded(copies, sources, ranges, weights, kernels.Scratch(), chosen, rounding)
+                kernels.lerp(copies, sources, ranges, weights, kernels.Scratch(), chosen, rounding)
             else:
                 counter = guard.counter if guarded else None
-                given = (copies, sources, ranges, weights, table, counter, rounding.keys)
+                given = (copies, sources, ranges, weights, table, counter, rounding)
                 with _Fused():
-                    assert cuda.run_rounded(cuda.Kernel(), *given) == []
+                    assert cuda.run(cuda.Kernel(), *given) == []
             guards.append(guard.total())
             results.append([[shadow.float() for shadow in average] for average in copies])
         assert _same(*results), (dtype, weights)

@@ -77,7 +77,7 @@ def _blend(
     rounding = Rounding(places, [average_key(7, 3, str(number)) for number in range(len(averages))])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "_decided", [chosen])
-        kernels.lerp_rounded(averages, sources, ranges, weights, kernels.Scratch(), guard, rounding)
+        kernels.lerp(averages, sources, ranges, weights, kernels.Scratch(), guard, rounding)
     return averages, guard.total() if guard is not None else 0
 
 

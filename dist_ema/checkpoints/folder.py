@@ -13,7 +13,7 @@ from torch import Tensor
 from dist_ema.checkpoints.arrangement import Arrangement
 from dist_ema.checkpoints.layout import FilePlan, TensorPlan, plan_files
 from dist_ema.checkpoints.storage.base import TensorWriter
-from dist_ema.collectives import agreed
+from dist_ema.collectives import agreed, rank_in
 from dist_ema.kernels.fingerprint import partial_digest
 from dist_ema.sharding.gather import LocalValues, gather_each
 from dist_ema.sharding.runs import Runs, chunks, count
@@ -102,9 +102,10 @@ class Folder:
 
     def _read_own(self, writer: TensorWriter | None, group: dist.ProcessGroup | None) -> None:
         """Reads this rank's elements chunk by chunk: digests them, and writes them if there is a writer. Local."""
+        rank = rank_in(group)
         for entry in self.written:
             mine = self.held(entry.name)
-            if mine is None or not is_writer(entry, mine.share, group):
+            if mine is None or not is_writer(entry, mine.share, rank):
                 continue
             scratch = torch.empty(min(IO_CHUNK, mine.share.numel), dtype=self.dtypes[entry.name])
             low, total = 0, 0

@@ -175,10 +175,11 @@ class Load:
             parts: what was read.
             sums: for each part, the sum over the elements that this rank has read.
         """
+        rank = rank_in(self._group)
         counted = []
         damaged = []
         for part, own in zip(parts, sums, strict=True):
-            counts = part.share is not None and is_writer(part.entry, part.share, self._group)
+            counts = part.share is not None and is_writer(part.entry, part.share, rank)
             counted.append(own if counts else 0)
             is_whole = part.share is not None and part.share.numel == part.entry.numel
             if not counts and is_whole and own % (1 << 64) != part.stored.digest:

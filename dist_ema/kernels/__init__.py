@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from dist_ema.kernels import cpu, cuda
-from dist_ema.kernels.arguments import Table
 from dist_ema.kernels.rounding import ElementPositions, Rounding
 
 #: Elements at a time: 1 MiB of fp32, which stays in the cache. On an accelerator a launch has to be worth its cost.
@@ -61,16 +60,12 @@ class Scratch:
     """One chunk of memory per dtype and device, made when it is first needed and then kept.
 
     Attributes:
-        tables: what the compiled kernels were last called with, on the CPU and on GPUs.
-        rounded_table: the same for bf16 shadows on the CPU.
         touched: set before the first shadow is written; whoever wants to know sets it back.
     """
 
     def __init__(self) -> None:
         self.touched = False
-        self.tables = cpu.table(), cuda.table()
-        self.rounded_table = cpu.rounded_table()
-        self._rounded_on_device: tuple[ElementPositions, Table[list[cuda.RoundedLaunch]]] | None = None
+        self._tables: dict[bool, tuple[ElementPositions | None, cpu.Table, cuda.Table]] = {}
         self._buffers: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
     def like(self, values: Tensor, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
@@ -86,11 +81,15 @@ class Scratch:
         """``values`` themselves if they have this dtype, else a converted copy in the scratch."""
         return values if values.dtype == dtype else self.like(values, dtype).copy_(values)
 
-    def rounded_on_device(self, places: ElementPositions) -> Table[list[cuda.RoundedLaunch]]:
-        """What the kernel for bf16 shadows on GPUs was last called with, for tensors of these places."""
-        if self._rounded_on_device is None or self._rounded_on_device[0] is not places:
-            self._rounded_on_device = places, cuda.rounded_table(places)
-        return self._rounded_on_device[1]
+    def tables(self, positions: ElementPositions | None) -> tuple[cpu.Table, cuda.Table]:
+        """Cached kernel arguments, on the CPU and on GPUs: rebuilding them costs more than checking them.
+
+        ``positions`` are those of the rounding, always the same object for the same tensors; None without rounding.
+        """
+        known = self._tables.get(positions is None)
+        if known is None or known[0] is not positions:
+            known = self._tables[positions is None] = positions, cpu.table(positions), cuda.table(positions)
+        return known[1:]
 
     def nbytes(self) -> int:
         """Bytes held."""
@@ -141,11 +140,12 @@ def lerp(
     weights: Sequence[float],
     scratch: Scratch,
     guard: Guard | None,
+    rounding: Rounding | None = None,
 ) -> None:
     """``shadow += weight * (source - shadow)``, in the shadow's dtype, for every average and tensor. Local.
 
     Tensors that a compiled kernel takes go through it, all in one pass; the others chunk by chunk. Both give the same
-    bits.
+    bits. With ``rounding`` shadows are bf16: the blend is computed in fp32, then rounded stochastically.
 
     Args:
         averages: for each average its shadows, one per source: flat, contiguous, of ``stop - start`` elements.
@@ -155,6 +155,7 @@ def lerp(
         scratch: memory for conversions; one for each list of sources.
         guard: leaves shadow elements of NaN and Inf sources as they were; None takes sources as they are. A shadow
             element that is itself not finite (its first source was not) takes the first finite source.
+        rounding: of this update of these tensors; None where shadows are not rounded stochastically.
 
     Raises:
         EMAConfigError: ``DIST_EMA_KERNEL`` asks for what is not there.
@@ -162,60 +163,17 @@ def lerp(
     if not averages:
         return
     scratch.touched = True
-    on_host, on_device = scratch.tables
-    skipped, left = cpu.lerp(averages, sources, ranges, weights, on_host, guard is not None)
+    on_host, on_device = scratch.tables(None if rounding is None else rounding.positions)
+    skipped, left = cpu.lerp(averages, sources, ranges, weights, on_host, guard is not None, rounding)
     if guard is not None:
         guard.skipped += skipped
     if not left:
         return
     counter = guard.counter if guard is not None else None
-    remaining = set(left).intersection(cuda.lerp(averages, sources, ranges, weights, on_device, counter))
+    remaining = set(left).intersection(cuda.lerp(averages, sources, ranges, weights, on_device, counter, rounding))
     for index in sorted(remaining):
         shadows = [average[index] for average in averages]
-        _eager_lerp(shadows, sources[index], ranges[index], weights, scratch, guard, index)
-
-
-@torch.no_grad()
-def lerp_rounded(
-    averages: Sequence[Sequence[Tensor]],
-    sources: Sequence[Tensor],
-    ranges: Sequence[tuple[int, int]],
-    weights: Sequence[float],
-    scratch: Scratch,
-    guard: Guard | None,
-    rounding: Rounding,
-) -> None:
-    """:func:`lerp` for bf16 shadows: computed in fp32, then rounded stochastically. Local.
-
-    The compiled routes and the one in torch's operations give the same bits.
-
-    Args:
-        averages, sources, ranges, weights, scratch, guard: as there.
-        rounding: of this update of these tensors.
-    """
-    guarded = guard is not None
-    scratch.touched = True
-    skipped, left = cpu.lerp_rounded(averages, sources, ranges, weights, scratch.rounded_table, guarded, rounding)
-    if guard is not None:
-        guard.skipped += skipped
-    if not left:
-        return
-    table, counter = scratch.rounded_on_device(rounding.places), guard.counter if guard is not None else None
-    rest = cuda.lerp_rounded(averages, sources, ranges, weights, table, counter, rounding.keys)
-    for index in sorted(set(left).intersection(rest)):
-        for offset, piece in pieces(sources[index], *ranges[index], chunk_size(sources[index].device)):
-            values = scratch.cast(piece, torch.float32).reshape(-1)
-            finite = torch.isfinite(values)
-            if guard is not None:
-                guard.count(finite)
-            for number, (average, weight) in enumerate(zip(averages, weights, strict=True)):
-                target = average[index][offset : offset + values.numel()]
-                start = target.float()
-                blended = torch.lerp(start, values, weight)
-                if guard is not None:
-                    blended = torch.where(start.isfinite(), blended, values)
-                result = rounding.apply(number, index, offset, blended)
-                target.copy_(result if guard is None else torch.where(finite, result, target))
+        _eager_lerp(shadows, sources[index], ranges[index], weights, scratch, guard, index, rounding)
 
 
 def _eager_lerp(
@@ -226,20 +184,30 @@ def _eager_lerp(
     scratch: Scratch,
     guard: Guard | None,
     index: int,
+    rounding: Rounding | None,
 ) -> None:
-    one_step = guard is None and source.dtype == shadows[0].dtype and len(shadows) == 1
+    """One tensor by torch's operations: what no compiled kernel takes, and what those are compared with."""
+    dtype = shadows[0].dtype if rounding is None else torch.float32
+    one_step = guard is None and rounding is None and source.dtype == dtype and len(shadows) == 1
     limit = max(source.numel(), 1) if one_step else chunk_size(source.device)
     for offset, piece in pieces(source, *span, limit):
-        values = scratch.cast(piece, shadows[0].dtype)
+        values = scratch.cast(piece, dtype)
         targets = [shadow[offset : offset + piece.numel()].view(piece.shape) for shadow in shadows]
-        if guard is None or (index not in guard.tainted and guard.passes(values)):
-            for target, weight in zip(targets, weights, strict=True):
-                target.lerp_(values, weight)
-        else:
+        finite = None
+        if guard is not None and (rounding is not None or index in guard.tainted or not guard.passes(values)):
             finite = torch.isfinite(values)
             guard.count(finite)
-            for target, weight in zip(targets, weights, strict=True):
-                _guarded_lerp(target, values, weight, finite)
+        for number, (target, weight) in enumerate(zip(targets, weights, strict=True)):
+            if finite is None and rounding is None:
+                target.lerp_(values, weight)
+                continue
+            start = target.to(dtype)
+            blended = torch.lerp(start, values, weight)
+            if finite is not None:  # an element that is not finite takes the first source that is
+                blended = torch.where(start.isfinite(), blended, values)
+            if rounding is not None:
+                blended = rounding.apply(number, index, offset, blended.reshape(-1)).view(target.shape)
+            target.copy_(blended if finite is None else torch.where(finite, blended, target))
     if guard is not None and index in guard.tainted and all(is_finite(shadow) for shadow in shadows):
         guard.tainted.discard(index)
 
@@ -264,11 +232,6 @@ def is_finite(shadow: Tensor) -> bool:
     return all(looks_finite(part) or bool(torch.isfinite(part).all()) for part in parts)
 
 
-def _guarded_lerp(target: Tensor, values: Tensor, weight: float, finite: Tensor) -> None:
-    blended = torch.where(torch.isfinite(target), torch.lerp(target, values, weight), values)
-    target.copy_(torch.where(finite, blended, target))
-
-
 @torch.no_grad()
 def copy(
     averages: Sequence[Sequence[Tensor]],
@@ -277,7 +240,9 @@ def copy(
     guard: Guard | None,
     rounding: Rounding | None = None,
 ) -> None:
-    """Sets every shadow to its source, converted. Non-finite elements are counted, and copied for want of a better.
+    """Sets every shadow to its source, converted.
+
+    Elements that are not finite are counted, and still copied: there is no earlier value.
 
     With ``rounding`` shadows are bf16, and what does not fit is rounded stochastically.
     """

@@ -1,4 +1,4 @@
-"""What one pass over many tensors is called with, kept from one update to the next: making it takes longer than that.
+"""Kernel arguments for many tensors, kept from one update to the next: rebuilding costs more than checking.
 
 Addresses, dtypes and layouts of the sources are compared at every update, since a parameter's memory may move. Shadows
 are ours and stay where they are: it is enough that they are the same tensors.
@@ -12,6 +12,8 @@ from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
+
+from dist_ema.kernels.rounding import Rounding
 
 Averages = Sequence[Sequence[Tensor]]
 Ranges = Sequence[tuple[int, int]]
@@ -84,6 +86,15 @@ class Table(Generic[Made]):
         plain = type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__  # not a wrapper around other tensors
         here = plain and tensor.device.type == self._device_type
         return here and tensor.is_contiguous() and tensor.numel() >= count and tensor.data_ptr() % tensor.itemsize == 0
+
+
+def check_numbers(averages: Averages, weights: Sequence[float], rounding: Rounding | None) -> None:
+    """Raises ValueError unless there is a weight, and a key of the rounding, for each average: a kernel would read past
+    the end of the list."""
+    if len(weights) != len(averages):
+        raise ValueError(f"{len(weights)} weights for {len(averages)} averages")
+    if rounding is not None and len(rounding.keys) != len(averages):
+        raise ValueError(f"{len(rounding.keys)} keys for {len(averages)} averages")
 
 
 def address(source: Tensor, start: int) -> int:

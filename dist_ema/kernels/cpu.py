@@ -10,21 +10,27 @@ from __future__ import annotations
 import itertools
 from array import array
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from dist_ema.kernels import native
-from dist_ema.kernels.arguments import CODES, Averages, Ranges, Table, address
-from dist_ema.kernels.rounding import Rounding
+from dist_ema.kernels import arguments, native
+from dist_ema.kernels.arguments import CODES, Averages, Ranges, address, check_numbers
+from dist_ema.kernels.rounding import ElementPositions, Rounding
+
+Arrays: TypeAlias = "list[array[int]]"
+Table: TypeAlias = "arguments.Table[Arrays]"
 
 
-def table() -> Table[list[array[int]]]:
-    """An empty table, to be kept beside one list of tensors."""
-    return Table("cpu", _arrays)
+def table(positions: ElementPositions | None = None) -> Table:
+    """An empty table, to be kept beside one list of tensors; for bf16 shadows, with the ``positions`` of these."""
+    if positions is None:
+        return arguments.Table("cpu", _arrays)
+    return arguments.Table("cpu", lambda taken, *lists: [*_arrays(taken, *lists), array("q", taken)], torch.bfloat16)
 
 
-def _arrays(taken: list[int], averages: Averages, sources: Sequence[Tensor], ranges: Ranges) -> list[array[int]]:
+def _arrays(taken: list[int], averages: Averages, sources: Sequence[Tensor], ranges: Ranges) -> Arrays:
     """What :meth:`dist_ema.kernels.native.Library.lerp` asks for."""
     counts = [ranges[index][1] - ranges[index][0] for index in taken]
     starts = [address(sources[index], ranges[index][0]) for index in taken]
@@ -34,23 +40,20 @@ def _arrays(taken: list[int], averages: Averages, sources: Sequence[Tensor], ran
     return [array("q", values) for values in (offsets, starts, codes, targets)]
 
 
-def rounded_table() -> Table[list[array[int]]]:
-    """An empty table for :func:`lerp_rounded`."""
-    return Table("cpu", lambda taken, *lists: [*_arrays(taken, *lists), array("q", taken)], torch.bfloat16)
-
-
 def lerp(
     averages: Averages,
     sources: Sequence[Tensor],
     ranges: Ranges,
     weights: Sequence[float],
-    table: Table[list[array[int]]],
+    table: Table,
     guarded: bool,
+    rounding: Rounding | None = None,
 ) -> tuple[int, list[int]]:
     """``shadow += weight * (source - shadow)`` for the tensors that the kernel takes. Local.
 
-    It takes what lies contiguously in the CPU's memory: fp32 shadows, and sources in fp32, bf16 or fp16. Arguments are
-    those of :func:`dist_ema.kernels.lerp`; ``table`` is kept by the caller for these tensors.
+    It takes what lies contiguously in the CPU's memory: fp32 shadows (with ``rounding``, bf16 ones), and sources in
+    fp32, bf16 or fp16. Arguments are those of :func:`dist_ema.kernels.lerp`; ``table`` is kept by the caller for these
+    tensors.
 
     Returns:
         How many source elements were skipped since they were not finite, and the indices of the tensors that it did not
@@ -61,25 +64,6 @@ def lerp(
     """
     if not any(source.is_cpu for source in sources) or (kernel := native.choice()) is None:
         return 0, list(range(len(sources)))
-    if len(weights) != len(averages):
-        raise ValueError(f"{len(weights)} weights for {len(averages)} averages")
+    check_numbers(averages, weights, rounding)
     arrays, rest = table.read(averages, sources, ranges)
-    return kernel.lerp(arrays, weights, guarded), rest
-
-
-def lerp_rounded(
-    averages: Averages,
-    sources: Sequence[Tensor],
-    ranges: Ranges,
-    weights: Sequence[float],
-    table: Table[list[array[int]]],
-    guarded: bool,
-    rounding: Rounding,
-) -> tuple[int, list[int]]:
-    """:func:`lerp` for bf16 shadows, which are rounded stochastically: by ``rounding``, of the same tensors."""
-    if not any(source.is_cpu for source in sources) or (kernel := native.choice()) is None:
-        return 0, list(range(len(sources)))
-    if not len(weights) == len(averages) == len(rounding.keys):
-        raise ValueError(f"{len(weights)} weights and {len(rounding.keys)} keys for {len(averages)} averages")
-    arrays, rest = table.read(averages, sources, ranges)
-    return kernel.lerp_rounded(arrays, weights, guarded, rounding), rest
+    return kernel.lerp(arrays, weights, guarded, rounding), rest

@@ -9,14 +9,17 @@ repeats its weights) once it has run with the same tensors.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from dist_ema.kernels.arguments import CODES, Averages, Ranges, Table, address
+from dist_ema.kernels import arguments
+from dist_ema.kernels.arguments import CODES, Averages, Ranges, address, check_numbers
 from dist_ema.kernels.choice import choose
 from dist_ema.kernels.compiler import BuildError
 from dist_ema.kernels.rounding import ElementPositions, Rounding, average_key
@@ -33,14 +36,16 @@ _WARPS = 8
 
 @dataclass(frozen=True)
 class Launch:
-    """What one launch of the kernel is given.
+    """What one launch of a kernel is given: tensors of one dtype on one device.
 
     Attributes:
         device: where all of it lies.
         dtype: of the sources.
-        aligned: every address is a multiple of 16 bytes.
-        chunks: int64, (programs, 2), on the device: of each program its tensor, and the element where it begins.
-        tensors: int64, (tensors, 2 + averages), on the device: elements, and addresses of source and shadows.
+        aligned: every address is a multiple of 16 bytes, and the kernel may rely on it.
+        chunks: int64, (programs, 2), on the device: of each program its tensor, and the element where it begins. For
+            bf16 shadows (programs, 4): also its number of elements, and the position of the first in the full tensor.
+        tensors: int64, (tensors, 2 + averages), on the device: its number of elements (for bf16 shadows the hash of its
+            name), and the addresses of source and shadows.
     """
 
     device: torch.device
@@ -50,86 +55,72 @@ class Launch:
     tensors: Tensor
 
 
-def table(device_type: str = "cuda") -> Table[list[Launch]]:
-    """An empty table, to be kept beside one list of tensors. Another device's type is for Triton's interpreter."""
-    return Table(device_type, _launches)
+Table: TypeAlias = arguments.Table[list[Launch]]
 
 
-def _launches(taken: list[int], averages: Averages, sources: Sequence[Tensor], ranges: Ranges) -> list[Launch]:
-    rows: dict[tuple[torch.device, torch.dtype, bool], list[list[int]]] = {}
+def table(positions: ElementPositions | None = None, device_type: str = "cuda") -> Table:
+    """An empty table, to be kept beside one list of tensors; for bf16 shadows, with the ``positions`` of these.
+
+    Another device's type is for Triton's interpreter.
+    """
+    dtype = torch.float32 if positions is None else torch.bfloat16
+    return arguments.Table(device_type, partial(_launches, positions), dtype)
+
+
+def _launches(
+    positions: ElementPositions | None,
+    taken: list[int],
+    averages: Averages,
+    sources: Sequence[Tensor],
+    ranges: Ranges,
+) -> list[Launch]:
+    groups: dict[tuple[torch.device, torch.dtype, bool], dict[int, list[int]]] = {}
     for index in taken:
         start, stop = ranges[index]
-        places = [address(sources[index], start), *(average[index].data_ptr() for average in averages)]
-        aligned = all(place % _ALIGNMENT == 0 for place in places)
+        addresses = [address(sources[index], start), *(average[index].data_ptr() for average in averages)]
+        aligned = positions is None and all(found % _ALIGNMENT == 0 for found in addresses)
         if start < stop:
-            group = rows.setdefault((sources[index].device, sources[index].dtype, aligned), [])
-            group.append([stop - start, *places])
-    return [Launch(*key, *_on_device(group, key[0])) for key, group in rows.items()]
+            key = sources[index].device, sources[index].dtype, aligned
+            groups.setdefault(key, {})[index] = addresses
+    launches = []
+    for (device, dtype, aligned), group in groups.items():
+        numels = {index: ranges[index][1] - ranges[index][0] for index in group}
+        if positions is None:
+            rows = [[numels[index], *addresses] for index, addresses in group.items()]
+            chunks = _even_chunks(list(numels.values()))
+        else:
+            # The hash of a name is unsigned, and the kernel's integers are signed.
+            names = {index: positions.names[index] - ((positions.names[index] >> 63) << 64) for index in group}
+            rows = [[names[index], *addresses] for index, addresses in group.items()]
+            chunks = _run_chunks(positions, numels)
+        with torch.inference_mode(False):
+            tensors = torch.tensor(rows, dtype=torch.int64, device="cpu")
+            launches.append(Launch(device, dtype, aligned, _send(chunks, device), _send(tensors, device)))
+    return launches
 
 
-@dataclass(frozen=True)
-class RoundedLaunch:
-    """What one launch of the kernel for bf16 shadows is given.
-
-    Attributes:
-        device: where all of it lies.
-        dtype: of the sources.
-        chunks: int64, (programs, 4), on the device: of each program its tensor, the element where it begins, its number
-            of elements, and the position of the first in the full tensor.
-        tensors: int64, (tensors, 2 + averages), on the device: hash of the name, addresses of source and shadows.
-    """
-
-    device: torch.device
-    dtype: torch.dtype
-    chunks: Tensor
-    tensors: Tensor
-
-
-def rounded_table(places: ElementPositions, device_type: str = "cuda") -> Table[list[RoundedLaunch]]:
-    """An empty table for :func:`lerp_rounded`, for tensors whose elements have these places."""
-
-    def make(taken: list[int], averages: Averages, sources: Sequence[Tensor], ranges: Ranges) -> list[RoundedLaunch]:
-        groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-        for index in taken:
-            groups.setdefault((sources[index].device, sources[index].dtype), []).append(index)
-        launches = []
-        for (device, dtype), group in groups.items():
-            rows, chunks = [], []
-            for row, index in enumerate(group):
-                start, stop = ranges[index]
-                # Unsigned, and the kernel's integers are signed.
-                name = places.names[index] - ((places.names[index] >> 63) << 64)
-                shadows = [average[index].data_ptr() for average in averages]
-                rows.append([name, address(sources[index], start), *shadows])
-                chunks += [[row, *chunk] for chunk in _run_chunks(places, index, stop - start)]
-            if chunks:
-                tables = [torch.tensor(values, dtype=torch.int64, device="cpu") for values in (chunks, rows)]
-                launches.append(RoundedLaunch(device, dtype, *(_send(values, device) for values in tables)))
-        return launches
-
-    return Table(device_type, make, torch.bfloat16)
-
-
-def _run_chunks(places: ElementPositions, tensor: int, numel: int) -> Iterator[tuple[int, int, int]]:
-    """Each run of a tensor, cut: first element, number of elements, position of the first."""
-    first, last = places.first[tensor], places.first[tensor + 1]
-    for run in range(first, last):
-        local, full = places.local[run], places.full[run]
-        end = places.local[run + 1] if run + 1 < last else numel
-        for low in range(local, end, PROGRAM_CHUNK):
-            yield low, min(PROGRAM_CHUNK, end - low), full + low - local
-
-
-def _on_device(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Chunks and tensors of a launch, sent without waiting."""
+def _even_chunks(numels: Sequence[int]) -> Tensor:
+    """Each tensor, cut into equal parts: its row, and the first element of the part. int64, (programs, 2)."""
     with torch.inference_mode(False):
-        tensors = torch.tensor(rows, dtype=torch.int64, device="cpu")
-        parts = (tensors[:, 0] + PROGRAM_CHUNK - 1) // PROGRAM_CHUNK
-        owners = torch.repeat_interleave(torch.arange(len(rows), device="cpu"), parts)
+        parts = (torch.tensor(numels, dtype=torch.int64, device="cpu") + PROGRAM_CHUNK - 1) // PROGRAM_CHUNK
+        owners = torch.repeat_interleave(torch.arange(len(numels), device="cpu"), parts)
         firsts = torch.cumsum(parts, 0) - parts
         lows = (torch.arange(len(owners), device="cpu") - firsts[owners]) * PROGRAM_CHUNK
-        chunks = torch.stack([owners, lows], dim=1)
-        return _send(chunks, device), _send(tensors, device)
+        return torch.stack([owners, lows], dim=1)
+
+
+def _run_chunks(positions: ElementPositions, numels: Mapping[int, int]) -> Tensor:
+    """Each run of each tensor, cut: row, first element, elements, position of the first. int64, (programs, 4)."""
+    chunks = []
+    for row, (index, numel) in enumerate(numels.items()):
+        first, last = positions.first[index], positions.first[index + 1]
+        for run in range(first, last):
+            local, full = positions.local[run], positions.full[run]
+            end = positions.local[run + 1] if run + 1 < last else numel
+            for low in range(local, end, PROGRAM_CHUNK):
+                chunks.append([row, low, min(PROGRAM_CHUNK, end - low), full + low - local])
+    with torch.inference_mode(False):
+        return torch.tensor(chunks, dtype=torch.int64, device="cpu")
 
 
 def _send(values: Tensor, device: torch.device) -> Tensor:
@@ -159,47 +150,28 @@ class Kernel:
     def __str__(self) -> str:
         return f"Triton {self._version}"
 
-    def lerp(self, launch: Launch, weights: Sequence[float], skipped: Tensor | None) -> None:
+    def lerp(
+        self, launch: Launch, weights: Sequence[float], skipped: Tensor | None, keys: Sequence[int] | None = None
+    ) -> None:
         """Averages the tensors of one launch; does not wait for it.
 
         Args:
             launch: the tensors.
             weights: of each average.
             skipped: int64, on the device; source elements left out are added to it. None takes them as they are.
+            keys: of each average, for this update of bf16 shadows; None for fp32 ones.
         """
-        device = launch.device
+        device, grid = launch.device, (len(launch.chunks),)
+        given = skipped, tuple(map(float, weights)), len(weights), self._dtypes[launch.dtype]
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            self._lerp[(len(launch.chunks),)](
-                launch.chunks,
-                launch.tensors,
-                skipped,
-                tuple(map(float, weights)),
-                len(weights),
-                self._dtypes[launch.dtype],
-                launch.aligned,
-                PROGRAM_CHUNK,
-                BLOCK,
-                num_warps=_WARPS,
-            )
-
-    def lerp_rounded(
-        self, launch: RoundedLaunch, weights: Sequence[float], skipped: Tensor | None, keys: Sequence[int]
-    ) -> None:
-        """:meth:`lerp` for bf16 shadows; ``keys`` of each average, for this update."""
-        device = launch.device
-        signed = torch.tensor([key - ((key >> 63) << 64) for key in keys], dtype=torch.int64, device="cpu")
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            self._lerp_rounded[(len(launch.chunks),)](
-                launch.chunks,
-                launch.tensors,
-                _send(signed, device),
-                skipped,
-                tuple(map(float, weights)),
-                len(weights),
-                self._dtypes[launch.dtype],
-                BLOCK,
-                num_warps=_WARPS,
-            )
+            if keys is None:
+                self._lerp[grid](
+                    launch.chunks, launch.tensors, *given, launch.aligned, PROGRAM_CHUNK, BLOCK, num_warps=_WARPS
+                )
+            else:
+                signed = torch.tensor([key - ((key >> 63) << 64) for key in keys], dtype=torch.int64, device="cpu")
+                sent = _send(signed, device)
+                self._lerp_rounded[grid](launch.chunks, launch.tensors, sent, *given, BLOCK, num_warps=_WARPS)
 
 
 def lerp(
@@ -207,14 +179,15 @@ def lerp(
     sources: Sequence[Tensor],
     ranges: Ranges,
     weights: Sequence[float],
-    table: Table[list[Launch]],
+    table: Table,
     counter: Callable[[torch.device], Tensor] | None,
+    rounding: Rounding | None = None,
 ) -> list[int]:
     """``shadow += weight * (source - shadow)`` for the tensors that the kernel takes. Local; no host sync.
 
-    It takes what lies contiguously on a CUDA device: fp32 shadows, and sources in fp32, bf16 or fp16. Arguments are
-    those of ``kernels.lerp``; ``table`` is kept by the caller for these tensors, and ``counter`` gives the
-    device's count of source elements that were not finite, or is None for no guard.
+    It takes what lies contiguously on a CUDA device: fp32 shadows (with ``rounding``, bf16 ones), and sources in fp32,
+    bf16 or fp16. Arguments are those of ``kernels.lerp``; ``table`` is kept by the caller for these tensors, and
+    ``counter`` gives the device's count of source elements that were not finite, or is None for no guard.
 
     Returns:
         The indices of the tensors that it did not take: all of them where there is no kernel.
@@ -224,7 +197,7 @@ def lerp(
     """
     if not any(source.is_cuda for source in sources) or (kernel := choice()) is None:
         return list(range(len(sources)))
-    return run(kernel, averages, sources, ranges, weights, table, counter)
+    return run(kernel, averages, sources, ranges, weights, table, counter, rounding)
 
 
 def run(
@@ -233,49 +206,16 @@ def run(
     sources: Sequence[Tensor],
     ranges: Ranges,
     weights: Sequence[float],
-    table: Table[list[Launch]],
+    table: Table,
     counter: Callable[[torch.device], Tensor] | None,
+    rounding: Rounding | None = None,
 ) -> list[int]:
     """:func:`lerp` by this kernel."""
-    if len(weights) != len(averages):
-        raise ValueError(f"{len(weights)} weights for {len(averages)} averages")
+    check_numbers(averages, weights, rounding)
     launches, rest = table.read(averages, sources, ranges)
+    keys = None if rounding is None else rounding.keys
     for launch in launches:
-        kernel.lerp(launch, weights, counter(launch.device) if counter is not None else None)
-    return rest
-
-
-def lerp_rounded(
-    averages: Averages,
-    sources: Sequence[Tensor],
-    ranges: Ranges,
-    weights: Sequence[float],
-    table: Table[list[RoundedLaunch]],
-    counter: Callable[[torch.device], Tensor] | None,
-    keys: Sequence[int],
-) -> list[int]:
-    """:func:`lerp` for bf16 shadows, which are rounded stochastically by these keys of the averages."""
-    if not any(source.is_cuda for source in sources) or (kernel := choice()) is None:
-        return list(range(len(sources)))
-    return run_rounded(kernel, averages, sources, ranges, weights, table, counter, keys)
-
-
-def run_rounded(
-    kernel: Kernel,
-    averages: Averages,
-    sources: Sequence[Tensor],
-    ranges: Ranges,
-    weights: Sequence[float],
-    table: Table[list[RoundedLaunch]],
-    counter: Callable[[torch.device], Tensor] | None,
-    keys: Sequence[int],
-) -> list[int]:
-    """:func:`lerp_rounded` by this kernel."""
-    if not len(weights) == len(averages) == len(keys):
-        raise ValueError(f"{len(weights)} weights and {len(keys)} keys for {len(averages)} averages")
-    launches, rest = table.read(averages, sources, ranges)
-    for launch in launches:
-        kernel.lerp_rounded(launch, weights, counter(launch.device) if counter is not None else None, keys)
+        kernel.lerp(launch, weights, counter(launch.device) if counter is not None else None, keys)
     return rest
 
 
@@ -301,9 +241,9 @@ def check(kernel: Kernel, device: torch.device) -> None:
     Raises:
         BuildError: a kernel does not compile, or differs by more than one unit in the last place.
     """
-    table_ = table(device.type)
+    table_ = table(device_type=device.type)
     rounding = Rounding(ElementPositions(["check"], [((2**32 - 50, 99),)]), [average_key(0, 1, "check")])
-    rounded_table_ = rounded_table(rounding.places, device.type)
+    rounded_table_ = table(rounding.positions, device.type)
     for dtype in CODES:
         source = torch.linspace(-3, 5, 99, dtype=torch.float32, device=device).tan_().to(dtype)
         source[7], source[60] = float("nan"), float("inf")
@@ -320,7 +260,7 @@ def check(kernel: Kernel, device: torch.device) -> None:
             given = [source], [(0, 99)], [weight]
             try:
                 run(kernel, [[shadow]], *given, table_, counts.__getitem__)
-                run_rounded(kernel, [[halved]], *given, rounded_table_, counts.__getitem__, rounding.keys)
+                run(kernel, [[halved]], *given, rounded_table_, counts.__getitem__, rounding)
             except Exception as error:  # Triton's compiler raises all kinds
                 raise BuildError(f"{kernel} does not compile: {error!r}") from error
             near = (shadow - expected).abs() <= unit

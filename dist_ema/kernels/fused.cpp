@@ -209,55 +209,79 @@ int64_t blend_rounded(int64_t dtype, uint16_t *shadow, const void *source, int64
     }
 }
 
-}  // namespace
-
+// Everything that one call averages.
 // tensors, averages: how many.
 // offsets: tensors + 1; where each tensor begins in all of them laid end to end.
 // sources: the first element of each; dtypes: 0 for fp32, 1 for bf16, 2 for fp16.
-// shadows: the first element of each, average by average. weights: of each average.
-// Returns how many source elements were not finite, and therefore skipped; 0 without the guard.
-extern "C" int64_t dist_ema_lerp(int64_t tensors, int64_t averages, const int64_t *offsets, const void *const *sources,
-                                 const int64_t *dtypes, float *const *shadows, const double *weights, int64_t guarded,
-                                 int64_t threads) {
-    const int64_t total = offsets[tensors];
-    const int64_t chunks = (total + kChunk - 1) / kChunk;
-    int64_t skipped = 0;
-#pragma omp parallel for schedule(dynamic) reduction(+ : skipped) num_threads(threads) if (threads > 1 && chunks > 1)
-    for (int64_t chunk = 0; chunk < chunks; chunk++) {
-        int64_t position = chunk * kChunk;
-        const int64_t stop = std::min(position + kChunk, total);
-        int64_t tensor = std::upper_bound(offsets, offsets + tensors + 1, position) - offsets - 1;
-        while (position < stop) {
-            const int64_t low = position - offsets[tensor];
-            const int64_t count = std::min({kBlock, stop - position, offsets[tensor + 1] - position});
-            for (int64_t average = 0, taken = 0; average < averages; average += taken) {
-                float *targets[kTogether];
-                float parts[kTogether];
-                const int64_t most = std::min(kTogether, averages - average);
-                for (int64_t k = 0; k < most; k++) {
-                    targets[k] = shadows[(average + k) * tensors + tensor] + low;
-                    parts[k] = static_cast<float>(weights[average + k]);
-                }
-                const int64_t found = blend_some(dtypes[tensor], targets, sources[tensor], low, count, parts,
-                                                 most, guarded != 0, &taken);
-                skipped += average == 0 ? found : 0;
-            }
-            position += count;
-            while (position < stop && position >= offsets[tensor + 1]) tensor++;  // empty tensors too
+// shadows: the first element of each, average by average: fp32, or bf16 with a rounding. weights: of each average.
+struct Lists {
+    int64_t tensors, averages;
+    const int64_t *offsets;
+    const void *const *sources;
+    const int64_t *dtypes;
+    void *const *shadows;
+    const double *weights;
+    bool guarded;
+};
+
+// What bf16 shadows are rounded by; the order of the pointers is known to native.py.
+// indices: the number of each tensor among those that names and runs are of. keys: of each average, for this update.
+// names: hash of each tensor's name. runs: where each tensor's runs begin in locals and fulls, and the end of all.
+// locals, fulls: the element of the shadow, and of the full tensor, that each run begins at.
+struct Rounding {
+    const int64_t *indices;
+    const uint64_t *keys, *names;
+    const int64_t *runs, *locals, *fulls;
+};
+
+// Both take up to `most` elements of a tensor from `low` on through all averages, return how many elements that were,
+// and add to `skipped` how many of their sources were not finite.
+
+int64_t blend_block(const Lists &all, int64_t tensor, int64_t low, int64_t most, int64_t *skipped) {
+    const int64_t count = std::min(kBlock, most);
+    for (int64_t average = 0, taken = 0; average < all.averages; average += taken) {
+        float *targets[kTogether];
+        float parts[kTogether];
+        const int64_t left = std::min(kTogether, all.averages - average);
+        for (int64_t k = 0; k < left; k++) {
+            targets[k] = static_cast<float *>(all.shadows[(average + k) * all.tensors + tensor]) + low;
+            parts[k] = static_cast<float>(all.weights[average + k]);
         }
+        const int64_t found = blend_some(all.dtypes[tensor], targets, all.sources[tensor], low, count, parts, left,
+                                         all.guarded, &taken);
+        *skipped += average == 0 ? found : 0;
     }
-    return skipped;
+    return count;
 }
 
-// As above for bf16 shadows, rounded at random. Besides:
-// names: hash of each tensor's name; keys: of each average, for this update.
-// indices: the number of each tensor among those that names and runs are of; runs: where each one's runs begin, and the
-// end; locals, fulls: the element of the shadow, and of the full tensor, that each run begins at.
-extern "C" int64_t dist_ema_lerp_rounded(int64_t tensors, int64_t averages, const int64_t *offsets,
-                                         const void *const *sources, const int64_t *dtypes, uint16_t *const *shadows,
-                                         const int64_t *indices, const double *weights, const uint64_t *keys,
-                                         const uint64_t *names, const int64_t *runs, const int64_t *locals,
-                                         const int64_t *fulls, int64_t guarded, int64_t threads) {
+int64_t round_block(const Lists &all, const Rounding &rounding, int64_t tensor, int64_t low, int64_t most,
+                    int64_t *skipped) {
+    const int64_t index = rounding.indices[tensor];
+    const int64_t *first = rounding.locals + rounding.runs[index];
+    const int64_t *last = rounding.locals + rounding.runs[index + 1];
+    const int64_t *run = std::upper_bound(first, last, low) - 1;
+    const int64_t count = std::min({kRoundedBlock, most, run + 1 < last ? run[1] - low : most});
+    const int64_t position = rounding.fulls[run - rounding.locals] + low - *run;
+    for (int64_t average = 0; average < all.averages; average++) {
+        const int64_t found = blend_rounded(
+            all.dtypes[tensor], static_cast<uint16_t *>(all.shadows[average * all.tensors + tensor]),
+            all.sources[tensor], low, count, static_cast<float>(all.weights[average]), all.guarded, position,
+            element_key(rounding.names[index], rounding.keys[average]));
+        *skipped += average == 0 ? found : 0;
+    }
+    return count;
+}
+
+}  // namespace
+
+// Averages all lists in one parallel region; threads take chunks of all tensors laid end to end, so that a few large
+// tensors, or thousands of small ones, are shared evenly. `given` is a Rounding, or null for fp32 shadows.
+// Returns how many source elements were not finite, and therefore skipped; 0 without the guard.
+extern "C" int64_t dist_ema_lerp(int64_t tensors, int64_t averages, const int64_t *offsets, const void *const *sources,
+                                 const int64_t *dtypes, void *const *shadows, const double *weights, int64_t guarded,
+                                 int64_t threads, const void *given) {
+    const auto *rounding = static_cast<const Rounding *>(given);
+    const Lists all{tensors, averages, offsets, sources, dtypes, shadows, weights, guarded != 0};
     const int64_t total = offsets[tensors];
     const int64_t chunks = (total + kChunk - 1) / kChunk;
     int64_t skipped = 0;
@@ -268,20 +292,11 @@ extern "C" int64_t dist_ema_lerp_rounded(int64_t tensors, int64_t averages, cons
         int64_t tensor = std::upper_bound(offsets, offsets + tensors + 1, position) - offsets - 1;
         while (position < stop) {
             const int64_t low = position - offsets[tensor];
-            const int64_t *first = locals + runs[indices[tensor]];
-            const int64_t *last = locals + runs[indices[tensor] + 1];
-            const int64_t *run = std::upper_bound(first, last, low) - 1;
-            const int64_t end = std::min(stop, offsets[tensor + 1]) - offsets[tensor];
-            const int64_t count = std::min({kRoundedBlock, end - low, run + 1 < last ? run[1] - low : end - low});
-            const int64_t place = fulls[run - locals] + low - *run;
-            for (int64_t average = 0; average < averages; average++) {
-                const int64_t found = blend_rounded(
-                    dtypes[tensor], shadows[average * tensors + tensor], sources[tensor], low, count,
-                    static_cast<float>(weights[average]), guarded != 0, place,
-                    element_key(names[indices[tensor]], keys[average]));
-                skipped += average == 0 ? found : 0;
-            }
-            position += count;
+            const int64_t most = std::min(stop, offsets[tensor + 1]) - position;
+            int64_t found = 0;
+            position += rounding ? round_block(all, *rounding, tensor, low, most, &found)
+                                 : blend_block(all, tensor, low, most, &found);
+            skipped += found;
             while (position < stop && position >= offsets[tensor + 1]) tensor++;  // empty tensors too
         }
     }

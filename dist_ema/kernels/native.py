@@ -48,13 +48,10 @@ class Library:
         self.path = path
         try:
             self._lerp, self._digest = library.dist_ema_lerp, library.dist_ema_digest
-            self._lerp_rounded = library.dist_ema_lerp_rounded
         except AttributeError as error:
             raise OSError(str(error)) from error
-        self._lerp.argtypes = [c_int64] * 2 + [c_void_p] * 5 + [c_int64] * 2
+        self._lerp.argtypes = [c_int64] * 2 + [c_void_p] * 5 + [c_int64] * 2 + [c_void_p]
         self._lerp.restype = c_int64
-        self._lerp_rounded.argtypes = [c_int64] * 2 + [c_void_p] * 11 + [c_int64] * 2
-        self._lerp_rounded.restype = c_int64
         self._digest.argtypes = [c_void_p, c_int64, c_void_p, c_int64, c_void_p]
         self._digest.restype = ctypes.c_uint64
         self._process = os.getpid()
@@ -62,42 +59,34 @@ class Library:
     def __str__(self) -> str:
         return str(self.path)
 
-    def lerp(self, arrays: Sequence[array[int]], weights: Sequence[float], guarded: bool) -> int:
+    def lerp(
+        self,
+        arrays: Sequence[array[int]],
+        weights: Sequence[float],
+        guarded: bool,
+        rounding: Rounding | None = None,
+    ) -> int:
         """Averages; other Python threads run meanwhile.
 
         Args:
             arrays: for each tensor where it begins in all of them laid end to end, and the end; the address of its
-                source; the code of the source's dtype; and, average by average, the address of its shadow.
+                source; the code of the source's dtype; average by average, the address of its shadow; and, with
+                ``rounding``, its number there.
             weights: of each average.
             guarded: leave out what is not finite.
+            rounding: of this update, for bf16 shadows; None for fp32 ones.
 
         Returns:
             How many source elements were left out.
         """
-        scale = array("d", weights)
-        given = _addresses([*arrays, scale])
-        skipped: int = self._lerp(len(arrays[1]), len(weights), *given, guarded, self._threads())
-        return skipped
-
-    def lerp_rounded(
-        self, arrays: Sequence[array[int]], weights: Sequence[float], guarded: bool, rounding: Rounding
-    ) -> int:
-        """:meth:`lerp` for bf16 shadows, rounded stochastically.
-
-        Args:
-            arrays: as there, and the number of each tensor in ``rounding``.
-            weights: of each average.
-            guarded: leave out what is not finite.
-            rounding: of this update.
-
-        Returns:
-            How many source elements were left out.
-        """
-        places = rounding.places
-        tables = [array("Q", rounding.keys), places.names, places.first, places.local, places.full]
-        scale = array("d", weights)
-        given = _addresses([*arrays, scale, *tables])
-        skipped: int = self._lerp_rounded(len(arrays[1]), len(weights), *given, guarded, self._threads())
+        given: list[array[int] | array[float]] = [*arrays[:4], array("d", weights)]
+        tables = None
+        if rounding is not None:
+            positions, keys = rounding.positions, array("Q", rounding.keys)
+            pointers = _addresses([arrays[4], keys, positions.names, positions.first, positions.local, positions.full])
+            tables = array("Q", pointers)  # the struct Rounding of fused.cpp
+        at = None if tables is None else tables.buffer_info()[0]
+        skipped: int = self._lerp(len(arrays[1]), len(weights), *_addresses(given), guarded, self._threads(), at)
         return skipped
 
     def _threads(self) -> int:
@@ -171,6 +160,6 @@ def _check_rounding(library: Library, values: Tensor, code: int, weight: float) 
     blended = rounding.apply(0, 0, 0, torch.lerp(shadow.float(), values.float(), weight))
     expected = torch.where(values.isfinite(), blended, shadow)
     entries = ([0, 99], [values.data_ptr()], [code], [shadow.data_ptr()], [0])
-    skipped = library.lerp_rounded([array("q", entry) for entry in entries], [weight], True, rounding)
+    skipped = library.lerp([array("q", entry) for entry in entries], [weight], True, rounding)
     if skipped != 2 or not torch.equal(shadow, expected):
         raise BuildError(f"{library.path} does not round as torch's operations do")

@@ -32,17 +32,17 @@ class Rounding:
     """What one update of a list of tensors is rounded by.
 
     Attributes:
-        places: of the tensors.
+        positions: of the tensors' elements.
         keys: of each average; see :func:`average_key`.
     """
 
-    places: ElementPositions
+    positions: ElementPositions
     keys: Sequence[int]
 
     def apply(self, average: int, tensor: int, low: int, values: Tensor) -> Tensor:
         """``values``, flat fp32, the elements from ``low`` on of a tensor's shadow, in bf16."""
-        positions = self.places.positions(tensor, low, values.numel(), values.device)
-        return rounded(values, draws(positions, element_key(self.places.names[tensor], self.keys[average])))
+        positions = self.positions.of(tensor, low, values.numel(), values.device)
+        return rounded(values, draws(positions, element_key(self.positions.names[tensor], self.keys[average])))
 
 
 class ElementPositions:
@@ -70,7 +70,7 @@ class ElementPositions:
                 position += length
             self.first.append(len(self.local))
 
-    def positions(self, tensor: int, low: int, count: int, device: torch.device) -> Tensor:
+    def of(self, tensor: int, low: int, count: int, device: torch.device) -> Tensor:
         """Of ``count`` elements of a shadow from ``low`` on, of which there is at least one: int64. No host sync."""
         begin, end = self.first[tensor], self.first[tensor + 1]
         begin = bisect_right(self.local, low, begin, end) - 1

@@ -51,9 +51,7 @@ def lerp(
         places = low + whole + tl.arange(0, BLOCK)
         bad += _blend(row, places, places < low + count, weights, AVERAGES, SOURCE, ALIGNED, skipped is not None)
     if skipped is not None:
-        found = tl.sum(bad)
-        if found > 0:
-            tl.atomic_add(skipped, found.to(tl.int64))
+        _count(skipped, bad)
 
 
 @triton.jit
@@ -75,14 +73,26 @@ def _blend(
     for average in tl.static_range(AVERAGES):
         shadow = _pointer(row + 2 + average, tl.float32, ALIGNED) + places
         start = tl.load(shadow, mask)
-        weight = weights[average]
-        near = tl.abs(weight) < 0.5
-        value = tl.fma(tl.where(near, weight, weight - 1.0), end - start, tl.where(near, start, end))
+        value = _lerped(start, end, weights[average])
         if GUARDED:
             value = tl.where(tl.abs(start) < float("inf"), value, end)
             value = tl.where(finite, value, start)
         tl.store(shadow, value, mask)
     return (~finite).to(tl.int32)
+
+
+@triton.jit
+def _lerped(start: tl.tensor, end: tl.tensor, weight: tl.tensor) -> tl.tensor:
+    """``torch.lerp`` on CUDA: from the nearer end, so that a weight of 1 gives ``end`` itself."""
+    near = tl.abs(weight) < 0.5
+    return tl.fma(tl.where(near, weight, weight - 1.0), end - start, tl.where(near, start, end))
+
+
+@triton.jit
+def _count(skipped: tl.tensor, bad: tl.tensor) -> None:
+    found = tl.sum(bad)
+    if found > 0:  # an atomic for each program would be as many as there are chunks
+        tl.atomic_add(skipped, found.to(tl.int64))
 
 
 @triton.jit
@@ -130,9 +140,7 @@ def lerp_rounded(
             shadow = _pointer(row + 2 + average, tl.uint16, False) + low + inside
             before = tl.load(shadow, mask)
             start = (before.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-            weight = weights[average]
-            near = tl.abs(weight) < 0.5
-            value = tl.fma(tl.where(near, weight, weight - 1.0), end - start, tl.where(near, start, end))
+            value = _lerped(start, end, weights[average])
             if skipped is not None:
                 value = tl.where(tl.abs(start) < float("inf"), value, end)
             after = _rounded(value, _draws(position + inside, tl.load(row), tl.load(keys + average)))
@@ -141,9 +149,7 @@ def lerp_rounded(
             tl.store(shadow, after, mask)
         bad += (mask & ~finite).to(tl.int32)
     if skipped is not None:
-        found = tl.sum(bad)
-        if found > 0:
-            tl.atomic_add(skipped, found.to(tl.int64))
+        _count(skipped, bad)
 
 
 @triton.jit

@@ -21,7 +21,7 @@ from dist_ema.planning.architecture import Architecture
 from dist_ema.planning.layouts import Layout, simulate
 from dist_ema.schedules import HalfLife
 from dist_ema.sharding.shares import Share, assign_shares
-from dist_ema.sharding.writers import catalogue
+from dist_ema.sharding.writers import catalogue, writes
 from dist_ema.state import EMAState
 
 #: Of larger runs this many ranks are looked at, at equal distances, the first and the last among them.
@@ -166,10 +166,11 @@ def rank_cost(model: Architecture, layout: Layout, options: Options, rank: int) 
     """The costs of one rank whose weights are on an accelerator. Pure."""
     shares = rank_shares(model, layout, options, rank)
     number = len(options.schedules)
+    lowest_mesh_rank = 0  # of the writing mesh: rank 0 has a part of every tensor
     shadow = buffers = staging = in_use = update = checkpoint = widest = 0
     for share in shares:
         if share.mode == "live":
-            checkpoint += share.spec.local_numel * share.dtype.itemsize if _writes(share, rank) else 0
+            checkpoint += share.spec.local_numel * share.dtype.itemsize if writes(share, rank, lowest_mesh_rank) else 0
             continue
         kept, source = share.numel * share.dtype.itemsize, layout.source_dtype(share.spec)
         read = share.numel * source.itemsize
@@ -182,14 +183,9 @@ def rank_cost(model: Architecture, layout: Layout, options: Options, rank: int) 
         else:
             buffers += kept
             update += read + kept
-        checkpoint += number * kept if _writes(share, rank) else 0
+        checkpoint += number * kept if writes(share, rank, lowest_mesh_rank) else 0
     scratch = widest * (CACHE_CHUNK if options.offload else _ACCELERATOR_CHUNKS * ACCELERATOR_CHUNK)
     return RankCost(rank, shadow, buffers, staging, scratch, in_use, update, staging, checkpoint)
-
-
-def _writes(share: Share, rank: int) -> bool:
-    """Whether this rank writes what it holds of a tensor: the lowest team does, and of what is not spread, rank 0."""
-    return share.first_replica and (share.spec.lowest_mesh_rank if share.spec.partitioned else rank) == 0
 
 
 def checkpoint_files(shares: Sequence[Share], options: Options) -> dict[str, int]:

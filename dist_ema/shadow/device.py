@@ -30,7 +30,7 @@ class Shadow:
         self, names: Iterable[str], shares: Sequence[Share], skip_nonfinite: bool, seed: int | None = None
     ) -> None:
         self.seed = seed
-        self._places: ElementPositions | None = None
+        self._positions: ElementPositions | None = None
         self.guard = kernels.Guard() if skip_nonfinite else None
         self.scratch = kernels.Scratch()
         self._names = tuple(names)
@@ -81,19 +81,16 @@ class Shadow:
         if self._spans is None:
             self._spans = self._ranges(self._averaged)
         averages, taken, rounding = list(self._averages.values()), self._pick(sources), self._rounding(number)
-        if rounding is None:
-            kernels.lerp(averages, taken, self._spans, weights, self.scratch, self.guard)
-        else:
-            kernels.lerp_rounded(averages, taken, self._spans, weights, self.scratch, self.guard, rounding)
+        kernels.lerp(averages, taken, self._spans, weights, self.scratch, self.guard, rounding)
         self._copy_buffers(sources)
 
     def _rounding(self, update: int) -> Rounding | None:
         if self.seed is None:
             return None
-        if self._places is None:
+        if self._positions is None:
             shares = [self._shares[index] for index in self._averaged]
-            self._places = ElementPositions([share.spec.name for share in shares], [share.runs for share in shares])
-        return Rounding(self._places, [average_key(self.seed, update, name) for name in self._names])
+            self._positions = ElementPositions([share.spec.name for share in shares], [share.runs for share in shares])
+        return Rounding(self._positions, [average_key(self.seed, update, name) for name in self._names])
 
     def tensors(self, name: str) -> list[Tensor | None]:
         """The flat shadow of every share, None where it is live."""

@@ -110,6 +110,7 @@ def gather_each(
     """
     with agreed(group, operation):
         window = Window(group)
+    rank = rank_in(group)
     failure: Exception | None = None
     for entry in entries:
         dtype = dtypes[entry.name]
@@ -118,14 +119,13 @@ def gather_each(
             values = window.clear(stop - start, dtype)
             try:
                 if failure is None:
-                    _read_window(entry, held(entry.name), start, stop, values, group)
+                    _read_window(entry, held(entry.name), start, stop, values, rank)
             except Exception as error:
                 failure = error
-            # Else rank 0 has it whole, and all ranks know that.
-            if everywhere or entry.partitioned or entry.lowest_mesh_rank != 0:
+            if everywhere or not entry.only_rank_0_writes:
                 window.collect(everywhere)
             try:
-                if failure is None and (everywhere or rank_in(group) == 0):
+                if failure is None and (everywhere or rank == 0):
                     take(entry, start, values)
             except Exception as error:
                 failure = error
@@ -134,11 +134,9 @@ def gather_each(
             raise failure
 
 
-def _read_window(
-    entry: FullTensor, held: LocalValues | None, start: int, stop: int, out: Tensor, group: dist.ProcessGroup | None
-) -> None:
+def _read_window(entry: FullTensor, held: LocalValues | None, start: int, stop: int, out: Tensor, rank: int) -> None:
     """Puts this rank's elements of the window ``[start, stop)`` of a full tensor into their places in ``out``."""
-    if held is None or not is_writer(entry, held.share, group):
+    if held is None or not is_writer(entry, held.share, rank):
         return
     for local, inside, length in overlap(held.runs, start, stop):
         held.read(local, local + length, out[inside : inside + length])

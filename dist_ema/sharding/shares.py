@@ -1,4 +1,4 @@
-"""What this rank keeps of each tensor: which elements it averages, and for which it is_writer.
+"""What this rank keeps of each tensor: which elements it averages, and which it writes.
 
 Where ranks hold the same elements (DDP, HSDP, ZeRO-0), each averages an equal part of them, in bytes, and only the
 gathering calls bring the parts together. Knows no wrapper and makes no collective call.

@@ -1,15 +1,28 @@
-"""Who writes an element: of all ranks that hold one, the one whose value goes into files and gathered tensors."""
+"""Who writes an element.
+
+Several ranks may hold one element: replicas, ranks of a second mesh that is cut in the same way, or all ranks that hold
+a plain module whole. Exactly one of them writes it into checkpoints, exports, state dicts, gathered tensors and sums of
+fingerprints. All of these ask here; nobody else decides. Of those that hold an element,
+
+1. replicas that average a part each write their part; where they do not split the tensor, the first of them writes
+   (``Share.first_replica``);
+2. if several meshes hold the tensor, each spread over its own ranks, the mesh with the smallest ``lowest_mesh_rank``
+   writes (FSDP2 on one dimension, beside tensor parallelism of other tensors on the next);
+3. of ranks that hold a tensor whole and are not known to agree (buffers, plain modules), the lowest writes.
+
+For 2 and 3 ranks have to know each other's numbers: :func:`catalogue` finds the smallest.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 
-from dist_ema.collectives import gather_objects, rank_in
+from dist_ema.collectives import broadcast_object, gather_objects, rank_in
 from dist_ema.errors import EMAEngineError
 from dist_ema.sharding.shares import Mode, Share
 
@@ -20,7 +33,7 @@ class FullTensor:
 
     Attributes:
         name: canonical name.
-        aliases: other names of the same tensor.
+        aliases: other names of the same (tied) tensor.
         shape: of the full tensor.
         dtype: of the average; where there is none, of the live tensor.
         live_dtype: of the live tensor.
@@ -50,38 +63,62 @@ class FullTensor:
         """All names."""
         return (self.name, *self.aliases)
 
+    @property
+    def only_rank_0_writes(self) -> bool:
+        """Whether rank 0 has it whole and writes it, so that nothing has to be sent to rank 0."""
+        return not self.partitioned and self.lowest_mesh_rank == 0
+
     def cast(self, dtype: torch.dtype | None) -> torch.dtype:
         """``dtype`` for floating-point tensors, their own for others and where ``dtype`` is None."""
         return dtype if dtype is not None and self.dtype.is_floating_point else self.dtype
 
 
+def is_writer(entry: FullTensor, share: Share, rank: int) -> bool:
+    """Whether ``rank``, which has this share of the tensor, writes the elements of its share. Local."""
+    return writes(share, rank, entry.lowest_mesh_rank)
+
+
+def writes(share: Share, rank: int, lowest_mesh_rank: int) -> bool:
+    """As :func:`is_writer`, for who knows the lowest rank of the mesh that writes the tensor. Pure."""
+    own = share.spec.lowest_mesh_rank if share.spec.partitioned else rank
+    return share.first_replica and own == lowest_mesh_rank
+
+
 def catalogue(shares: Sequence[Share], group: dist.ProcessGroup | None) -> list[FullTensor]:
     """Every full tensor of the model, in an order that all ranks share: rank 0's, then what the next ranks add.
 
-    Collective. Ranks first compare a hash of what they hold, and exchange the lists only where they differ (pipeline
-    stages). Raises EMAEngineError, on all ranks, if two of them disagree on a tensor.
+    Collective. Ranks first exchange 16 bytes, a digest of what they hold. Only where digests differ (pipeline stages,
+    experts) are lists sent, each distinct list once, by the lowest rank that has it: what a rank receives beside the
+    digests does not grow with the number of ranks. Raises EMAEngineError, on all ranks, if two disagree on a tensor.
     """
-    mine = [_entry(share) for share in shares]
-    common = [
-        replace(entry, lowest_mesh_rank=share.spec.lowest_mesh_rank) for entry, share in zip(mine, shares, strict=True)
-    ]
-    digest = hashlib.blake2b(repr(common).encode(), digest_size=16).digest()
-    if len(set(gather_objects(digest, group))) == 1:
-        return common  # one team each; and where everyone holds a tensor whole, rank 0 does, which is heard
-    teams = [_team(share, group) for share in shares]
-    entries: dict[str, FullTensor] = {}
-    for rank, found in enumerate(gather_objects(list(zip(mine, teams, strict=True)), group)):
-        for entry, team in found:
-            known = entries.setdefault(entry.name, replace(entry, lowest_mesh_rank=team))
-            if replace(known, lowest_mesh_rank=0) != entry:
+    mine = [_full_tensor(share) for share in shares]
+    digests = gather_objects(hashlib.blake2b(repr(mine).encode(), digest_size=16).digest(), group)
+    first_ranks = {digest: rank for rank, digest in reversed(list(enumerate(digests)))}
+    if len(first_ranks) == 1:
+        return mine  # ranks that hold an unpartitioned tensor: all of them, so rank 0 writes it
+    own = rank_in(group)
+    return _merged(
+        (owner, broadcast_object(mine if owner == own else [], group, owner)) for owner in sorted(first_ranks.values())
+    )
+
+
+def _merged(lists: Iterable[tuple[int, Sequence[FullTensor]]]) -> list[FullTensor]:
+    """The tensors of all lists, which come with the lowest rank that has them, in rising order of those ranks. Pure."""
+    known: dict[str, FullTensor] = {}
+    for rank, entries in lists:
+        for entry in entries:
+            lowest = entry.lowest_mesh_rank if entry.partitioned else rank
+            before = known.setdefault(entry.name, replace(entry, lowest_mesh_rank=lowest))
+            if replace(before, lowest_mesh_rank=entry.lowest_mesh_rank) != entry:
                 raise EMAEngineError(
-                    f"ranks must hold parts of one model, but rank {rank} has {entry} and a lower rank {known}"
+                    f"ranks must hold parts of one model, but rank {rank} has {entry} and a lower rank {before}"
                 )
-            entries[entry.name] = replace(known, lowest_mesh_rank=min(known.lowest_mesh_rank, team))
-    return list(entries.values())
+            known[entry.name] = replace(before, lowest_mesh_rank=min(before.lowest_mesh_rank, lowest))
+    return list(known.values())
 
 
-def _entry(share: Share) -> FullTensor:
+def _full_tensor(share: Share) -> FullTensor:
+    """What this rank knows of a tensor; of one that is not partitioned, 0 stands for the rank that will write it."""
     spec = share.spec
     return FullTensor(
         spec.name,
@@ -91,14 +128,6 @@ def _entry(share: Share) -> FullTensor:
         spec.dtype,
         share.mode,
         spec.partitioned,
-        buffer=spec.kind == "buffer",
+        spec.lowest_mesh_rank if spec.partitioned else 0,
+        spec.kind == "buffer",
     )
-
-
-def _team(share: Share, group: dist.ProcessGroup | None) -> int:
-    return share.spec.lowest_mesh_rank if share.spec.partitioned else rank_in(group)
-
-
-def is_writer(entry: FullTensor, share: Share, group: dist.ProcessGroup | None) -> bool:
-    """Whether what this rank holds goes into collective output."""
-    return share.first_replica and _team(share, group) == entry.lowest_mesh_rank
