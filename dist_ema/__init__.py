@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from dist_ema import errors as errors
     from dist_ema import schedules as schedules
     from dist_ema.batch_norm import update_bn as update_bn
-    from dist_ema.checkpoints.load import read_checkpoint as read_checkpoint
     from dist_ema.ema import ShardedEMA as ShardedEMA
     from dist_ema.functional import compute_ema as compute_ema
+    from dist_ema.offline.read import read_checkpoint as read_checkpoint
     from dist_ema.offline.verify import verify_checkpoint as verify_checkpoint
     from dist_ema.schedules import ConstantDecay as ConstantDecay
     from dist_ema.schedules import Cosine as Cosine
@@ -47,7 +47,7 @@ _HOMES = {
     "ShardedEMA": "dist_ema.ema",
     "compute_ema": "dist_ema.functional",
     "update_bn": "dist_ema.batch_norm",
-    "read_checkpoint": "dist_ema.checkpoints.load",
+    "read_checkpoint": "dist_ema.offline.read",
     "verify_checkpoint": "dist_ema.offline.verify",
     **dict.fromkeys(_SCHEDULES, "dist_ema.schedules"),
 }

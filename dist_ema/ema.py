@@ -14,11 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_ema.background import Background
+from dist_ema.checkpoints.background import Background
+from dist_ema.checkpoints.contents import Contents
 from dist_ema.checkpoints.export import export
 from dist_ema.checkpoints.load import Load, report_schedules
-from dist_ema.checkpoints.reader import read_anew_if_replaced
 from dist_ema.checkpoints.save import Save
+from dist_ema.checkpoints.versions import read_anew_if_replaced
 from dist_ema.clock import Progress
 from dist_ema.collectives import (
     Call,
@@ -38,7 +39,7 @@ from dist_ema.groups import OwnGroups
 from dist_ema.interrupts import Uninterrupted
 from dist_ema.kernels.fingerprint import partial_digest
 from dist_ema.kernels.streams import Handover
-from dist_ema.options import Options
+from dist_ema.options import Options, check_cast
 from dist_ema.schedules import Schedule
 from dist_ema.shadow.condition import Condition
 from dist_ema.shadow.device import Shadow
@@ -519,7 +520,7 @@ class ShardedEMA:
         """
         call = self._call("full_state_dict()", name=name, dtype=dtype, include_untracked=include_untracked)
         with self._begun(call):
-            _check_dtype(dtype)
+            check_cast(dtype)
             held = self._view(call.name).average(self._name(name), include_untracked)
             check_readable(held.values())
         return full_tensors(self._wanted(include_untracked), held.get, dtype, self._engine.group, "full_state_dict()")
@@ -574,7 +575,7 @@ class ShardedEMA:
         arguments |= {"include_untracked": include_untracked, "layout": layout}
         call = self._call("export()", **arguments)
         with self._begun(call):
-            _check_dtype(dtype)
+            check_cast(dtype)
             held = self._view(call.name).average(self._name(name))
         modules = self._engine.modules()
         export(
@@ -638,20 +639,15 @@ class ShardedEMA:
             group = self._groups.background(timeout, self._shadow_bytes())
             views = {name: average.get for name, average in held.items()}
             state, schedules = self._state(self._skipped()), self._options.schedules
-            save = Save(path, state, schedules, self._full_tensors(), views, group, include_untracked)
+            contents = Contents(state, schedules, self._full_tensors(), views, include_untracked)
+            save = Save(path, contents, group)
             if block:
                 save.run()
                 return
             save.start()
-        guard = answering(f"save to {path}", timeout)
         shadows = (shadow for name in self.names for shadow in self._shadow.tensors(name) if shadow is not None)
         handover = Handover(shadows if self._shadow.started else ())
-
-        def write_averages() -> None:
-            with handover.taken():
-                save.write_averages()
-
-        self._background.start(guard(write_averages), guard(save.finish), save.abandon)
+        self._background.start(answering(f"save to {path}", timeout)(save.finish), handover)
 
     @answering("load()")
     def load(self, path: str | os.PathLike[str], *, strict: bool = True, verify: bool = True) -> None:
@@ -695,7 +691,7 @@ class ShardedEMA:
             with agreed(self._engine.group, "load()"):
                 begin(sources)
                 shadow.wait()
-            load.read(load.wants(found, {share.spec.name: share for share in self._shares}, shadow), verify)
+            load.fill(shadow, self._shares, found, verify)
             shadow.loaded()
         return shadow
 
@@ -780,7 +776,7 @@ class ShardedEMA:
             CheckpointError: it is damaged, or of a later version.
             EMAStateError: inside ``average_parameters()``, or the model has changed.
         """
-        from dist_ema.dcp.stateful import LoadedStateDict  # as in state_dict()
+        from dist_ema.dcp.loaded import LoadedStateDict  # as in state_dict()
 
         self._shadow.drain()  # what fails in it does not matter any more
         self._background.drain()

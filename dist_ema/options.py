@@ -249,3 +249,9 @@ def _patterns(option: str, value: object) -> tuple[re.Pattern[str], ...]:
     if not patterns:
         raise EMAConfigError(f"{option}={value!r}: the list is empty; leave the option out to take every name")
     return tuple(patterns)
+
+
+def check_cast(dtype: object) -> None:
+    """Raises EMAConfigError unless floating-point tensors can be cast to ``dtype``; None casts none."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise EMAConfigError(f"dtype={dtype!r}: allowed is a floating-point torch.dtype, or None")

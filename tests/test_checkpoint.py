@@ -21,8 +21,8 @@ from models import build
 from torch import nn
 
 from dist_ema import ShardedEMA, read_checkpoint, schedules, verify_checkpoint
-from dist_ema.checkpoints.load import open_reader, stored_tensors
 from dist_ema.checkpoints.manifest import NAME, Manifest
+from dist_ema.checkpoints.reader import RunReader
 from dist_ema.checkpoints.storage.local import RunWriter
 from dist_ema.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError, EMAConfigError
 from dist_ema.offline.compare import compare
@@ -537,8 +537,8 @@ def test_a_checkpoint_of_more_files_than_a_process_may_open_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, references: dict[int, list[dict[str, int]]]
 ) -> None:
     """A large model has hundreds of files of each average; threads must not close what others read from."""
-    monkeypatch.setattr("dist_ema.checkpoints.save.FILE_LIMIT", 300)  # a tensor a file
-    monkeypatch.setattr("dist_ema.checkpoints.load.IO_CHUNK", 5)
+    monkeypatch.setattr("dist_ema.checkpoints.contents.FILE_LIMIT", 300)  # a tensor a file
+    monkeypatch.setattr("dist_ema.checkpoints.parts.IO_CHUNK", 5)
     monkeypatch.setattr("dist_ema.checkpoints.reader._OPEN_FILES", 2)
     most, real = 0, os.preadv
 
@@ -563,8 +563,8 @@ def test_a_checkpoint_of_more_files_than_a_process_may_open_is_read(
         other.load(tmp_path / "c")
     assert 2 <= most <= 2 + 4
     assert [other.fingerprint(name) for name in AVERAGES] == references[3]
-    with open_reader(tmp_path / "c", manifest) as reader:
+    with RunReader.of(tmp_path / "c", manifest) as reader:
         shutil.rmtree(tmp_path / "c" / manifest.data)  # by a save that replaces it: to be read anew
-        key = next(iter(stored_tensors(manifest)))
+        key = next(iter(manifest.tensors()))
         with pytest.raises(CheckpointCorruptError, match="listed but cannot be read"):
             reader.read(key, ((0, 1),), torch.empty(1))

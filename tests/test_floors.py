@@ -19,8 +19,7 @@ TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
 
 #: From the bottom up. A module imports what stands on its own floor or below, and no two each other in a circle.
 FLOORS = {
-    "what all stands on": "errors interrupts background collectives groups clock schedules options state pace "
-    "sharding.runs",
+    "what all stands on": "errors interrupts exits collectives groups clock schedules options state pace sharding.runs",
     "arithmetic": "kernels",
     "where elements lie": "sharding",
     "wrappers": "engines",
@@ -116,10 +115,10 @@ def test_only_integrations_know_trainers() -> None:
 
 
 def test_only_storage_touches_files() -> None:
-    """And export, where it copies a configuration; only by ``shutil.copyfile``."""
+    """A save that opens a file past the storage backends is neither synced nor removed when it fails."""
     found = {name: touched for name in MODULES if (touched := file_calls(name))}
     found = {name: touched for name, touched in found.items() if not any(inside(name, one) for one in OPENS_FILES)}
-    assert found == {"dist_ema.checkpoints.export": {"shutil.copyfile"}}
+    assert not found
     seen = file_calls("dist_ema.checkpoints.storage.local") | file_calls("dist_ema.checkpoints.storage.staging")
     assert {"os.pwrite", "self.content.rename", "shutil.rmtree"} <= seen, "sees nothing"
 

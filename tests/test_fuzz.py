@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dist_ema import ShardedEMA, schedules, verify_checkpoint
-from dist_ema.checkpoints.load import stored_tensors
 from dist_ema.checkpoints.manifest import NAME, Manifest, StoredFile, StoredTensor, _seal, checksum
 from dist_ema.checkpoints.reader import RunReader
 from dist_ema.errors import CheckpointCorruptError, CheckpointError
@@ -139,7 +138,7 @@ def test_a_forged_manifest_is_refused_or_read_as_what_it_says(saved: Path, data:
     assert isinstance(manifest, Manifest)
     assert Manifest.from_bytes(manifest.to_bytes()) == manifest
     with contextlib.suppress(CheckpointError):  # the readers meet what the parser let through
-        RunReader(saved, manifest.data, manifest.files, stored_tensors(manifest)).close()
+        RunReader(saved, manifest.data, manifest.files, manifest.tensors()).close()
 
 
 def _read(path: Path, header: bytes, content: bytes, tensor: StoredTensor) -> None:

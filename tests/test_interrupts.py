@@ -351,10 +351,10 @@ def test_an_interrupted_wait_does_not_forget_the_save(tmp_path: Path) -> None:
     go_on, started = threading.Event(), threading.Event()
     finish = Save.finish
 
-    def slow(self: Save) -> None:
+    def slow(self: Save, *arguments: Any) -> None:
         started.set()
         assert go_on.wait(60)
-        finish(self)
+        finish(self, *arguments)
 
     def raises(*_: object) -> None:
         raise KeyboardInterrupt

@@ -261,11 +261,11 @@ def test_what_cannot_be_read_again_does_not_replace_a_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the reason: the manifest is read before it is put in place."""
-    from dist_ema.checkpoints import manifest
+    from dist_ema.checkpoints import stored
 
     _ema(1).save(tmp_path / "c")
     with monkeypatch.context() as patch:
-        patch.setattr(manifest, "is_tensor_name", lambda _: False)
+        patch.setattr(stored, "is_tensor_name", lambda _: False)
         with pytest.raises(CheckpointError, match="could be written but not read again"):
             _ema(2).save(tmp_path / "c")
         assert _names(tmp_path) == ["c"]

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from dist_ema import ShardedEMA, kernels
 from dist_ema.checkpoints import manifest as format_
-from dist_ema.checkpoints.manifest import Manifest
-from dist_ema.checkpoints.save import NAME
+from dist_ema.checkpoints.manifest import NAME, Manifest
 from dist_ema.errors import CheckpointCorruptError
 from dist_ema.kernels import native
 from dist_ema.kernels.rounding import ElementPositions, Rounding, average_key, draws, element_key, rounded

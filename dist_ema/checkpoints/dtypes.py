@@ -1,27 +1,27 @@
-"""The dtypes that a safetensors file can hold. Pure Python, so that a manifest is read without torch."""
+"""The dtypes that a safetensors file can hold."""
 
 from __future__ import annotations
 
-#: By safetensors' name: torch's name, and bytes an element.
-_DTYPES = {
-    "F64": ("float64", 8),
-    "F32": ("float32", 4),
-    "F16": ("float16", 2),
-    "BF16": ("bfloat16", 2),
-    "F8_E4M3": ("float8_e4m3fn", 1),
-    "F8_E5M2": ("float8_e5m2", 1),
-    "I64": ("int64", 8),
-    "I32": ("int32", 4),
-    "I16": ("int16", 2),
-    "I8": ("int8", 1),
-    "U8": ("uint8", 1),
-    "U16": ("uint16", 2),
-    "U32": ("uint32", 4),
-    "U64": ("uint64", 8),
-    "BOOL": ("bool", 1),
-    "C64": ("complex64", 8),
+import torch
+
+#: By safetensors' names.
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
 }
-#: Bytes an element, by safetensors' name.
-ITEM_SIZES = {name: size for name, (_, size) in _DTYPES.items()}
-#: Attributes of ``torch``, by safetensors' name.
-TORCH_NAMES = {name: attribute for name, (attribute, _) in _DTYPES.items()}
+#: safetensors' names, by dtype.
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}

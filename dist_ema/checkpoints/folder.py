@@ -1,9 +1,10 @@
-"""Full tensors from all ranks into the files of one folder: in place by everyone, or through rank 0."""
+"""Full tensors that go into the files of one folder: written in place by all ranks, or gathered to rank 0."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -24,17 +25,18 @@ IO_CHUNK = 1 << 19
 
 @dataclass
 class Folder:
-    """Full tensors that go into one folder, and what this rank holds of them.
+    """Full tensors that go into the files of one folder, and what this rank holds of them.
 
     Attributes:
         entries: the tensors, the same on every rank.
-        held: what this rank has of one, by its name.
-        dtypes: what each is written as.
+        held: what this rank holds of a tensor, by its name.
+        dtypes: the dtype in the files, by name.
         limit: bytes of one file at most.
-        tied: write a tied tensor under all of its names.
-        stem: of the files' names.
+        tied: write a tied tensor under all of its names; else under the first one.
+        stem: how the files' names begin.
         arrangement: what is written in place of the tensors, made of their elements; None means the tensors.
-        digests: of what this rank wrote, by name; empty unless they were asked for.
+        with_digests: take the fingerprint of what is written.
+        digests: sums of the fingerprints of what this rank has written, by name.
     """
 
     entries: Sequence[FullTensor]
@@ -44,16 +46,18 @@ class Folder:
     tied: bool
     stem: str = "model"
     arrangement: Arrangement | None = None
+    with_digests: bool = False
     digests: dict[str, int] = field(default_factory=dict)
 
-    def lay_out_files(self) -> list[FilePlan]:
-        """The files. Pure: every rank computes the same."""
+    @cached_property
+    def plans(self) -> list[FilePlan]:
+        """The files; every rank computes the same. Raises CheckpointError for what safetensors cannot store."""
         if self.arrangement is not None:
             return plan_files(self.arrangement.targets, self.limit, self.stem)
         tensors = [
             TensorPlan(name, self.dtypes[entry.name], entry.shape)
             for entry in self.entries
-            for name in self.names(entry)
+            for name in self._names(entry)
         ]
         return plan_files(tensors, self.limit, self.stem)
 
@@ -63,60 +67,41 @@ class Folder:
         known = None if self.arrangement is None else self.arrangement.sources
         return [entry for entry in self.entries if known is None or entry.name in known]
 
-    def names(self, entry: FullTensor) -> tuple[str, ...]:
-        """The names under which a tensor is written."""
-        return entry.names if self.tied else (entry.name,)
-
-    def write(
-        self,
-        writer: TensorWriter,
-        plans: Sequence[FilePlan],
-        group: dist.ProcessGroup | None,
-        shared: bool,
-        digest: bool,
-        operation: str,
-    ) -> None:
-        """Fills the files; what was written has to be synced yet. Collective unless ``shared``.
-
-        An error of one rank is raised on all; where they share the files, on that rank alone, since no other waits for
-        it yet.
+    def write_own(self, writer: TensorWriter, group: dist.ProcessGroup | None) -> None:
+        """Writes the elements that this rank is the writer of, where every rank sees the files. Local.
 
         Args:
-            writer: of the files.
-            plans: what ``lay_out_files()`` gave.
-            group: the ranks.
-            shared: every rank sees the files and writes its own elements; else rank 0 writes all of them, tensor by
-                tensor in the order of the files where no tensor is tied.
-            digest: take the fingerprint of what is written.
-            operation: for the error.
+            writer: of the files; to be synced yet.
+            group: the ranks among which each tensor has its writers.
         """
-        if shared:
-            self._each_chunk(group, digest, writer)
-        else:
-            self._write_gathered(writer, plans, group, digest, operation)
+        self._read_own(writer, group)
 
-    def _write_gathered(
-        self,
-        writer: TensorWriter,
-        plans: Sequence[FilePlan],
-        group: dist.ProcessGroup | None,
-        digest: bool,
-        operation: str,
-    ) -> None:
+    def write_gathered(self, writer: TensorWriter, group: dist.ProcessGroup | None, operation: str) -> None:
+        """Sends all elements to rank 0, window by window, which alone writes. Collective.
+
+        Tensors come in the order of the files, as a store wants them, where no tensor has several names.
+
+        Args:
+            writer: of the files; to be synced yet. Used on rank 0 only.
+            group: the ranks.
+            operation: for the error, which is raised on all ranks.
+        """
+
         def take(entry: FullTensor, start: int, values: Tensor) -> None:
-            self._write(writer, entry, ((start, values.numel()),), values.cpu())
+            self._put(writer, entry, ((start, values.numel()),), values.cpu())
 
-        if digest:
+        if self.with_digests:
             with agreed(group, operation):
-                self._each_chunk(group, digest, None)
+                self._read_own(None, group)
         ordered = self.written
         if self.arrangement is None:
-            tensors = (tensor for plan in plans for tensor in plan.tensors)
+            tensors = (tensor for plan in self.plans for tensor in plan.tensors)
             places = {tensor.name: place for place, tensor in enumerate(tensors)}
             ordered.sort(key=lambda entry: places[entry.name])
         gather_each(ordered, self.held, self.dtypes, group, take, operation)
 
-    def _each_chunk(self, group: dist.ProcessGroup | None, digest: bool, writer: TensorWriter | None) -> None:
+    def _read_own(self, writer: TensorWriter | None, group: dist.ProcessGroup | None) -> None:
+        """Reads this rank's elements chunk by chunk: digests them, and writes them if there is a writer. Local."""
         rank = rank_in(group)
         for entry in self.written:
             mine = self.held(entry.name)
@@ -127,19 +112,23 @@ class Folder:
             for runs in chunks(mine.runs, IO_CHUNK):
                 values = mine.chunk(low, low + count(runs), scratch)
                 low += values.numel()
-                total += partial_digest(values, runs) if digest else 0
+                total += partial_digest(values, runs) if self.with_digests else 0
                 if writer is not None:
-                    self._write(writer, entry, runs, values)
+                    self._put(writer, entry, runs, values)
             self.digests[entry.name] = total
 
-    def _write(self, writer: TensorWriter, entry: FullTensor, runs: Runs, values: Tensor) -> None:
+    def _put(self, writer: TensorWriter, entry: FullTensor, runs: Runs, values: Tensor) -> None:
+        """Hands elements of a tensor to the writer, under the names that they have in the files. Local."""
         if self.arrangement is None:
-            for name in self.names(entry):
+            for name in self._names(entry):
                 writer.write(name, runs, values)
             return
         low = 0
-        for part in chunks(runs, IO_CHUNK):  # what is gathered comes in more, and has an index for each element
+        for part in chunks(runs, IO_CHUNK):  # a gathered window is larger, and arranging takes an index an element
             high = low + count(part)
             for name, places, moved in self.arrangement.place(entry.name, part, values[low:high]):
                 writer.write(name, places, moved)
             low = high
+
+    def _names(self, entry: FullTensor) -> tuple[str, ...]:
+        return entry.names if self.tied else (entry.name,)

@@ -16,13 +16,10 @@ from typing import NamedTuple
 
 import torch
 
-from dist_ema.checkpoints.dtypes import TORCH_NAMES
-from dist_ema.checkpoints.manifest import is_tensor_name
+from dist_ema.checkpoints.dtypes import DTYPE_NAMES
+from dist_ema.checkpoints.stored import is_tensor_name
 from dist_ema.errors import CheckpointError, EMAConfigError
 
-#: Of torch's dtypes, by safetensors' names; and the other way round.
-DTYPES: dict[str, torch.dtype] = {name: getattr(torch, attribute) for name, attribute in TORCH_NAMES.items()}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
@@ -46,10 +43,10 @@ class FilePlan:
 
     Attributes:
         name: of the file.
-        header: everything before the tensors.
-        tensors: what is in it, in the order of the file.
-        offsets: of each tensor's first byte in the file, by tensor name.
-        size: of the whole file.
+        header: all bytes before the tensors.
+        tensors: in the order of the file.
+        offsets: place of each tensor's first byte in the file, by the tensor's name.
+        size: bytes of the file.
     """
 
     name: str
@@ -60,7 +57,11 @@ class FilePlan:
 
 
 def parse_size(size: int | str) -> int:
-    """Bytes of ``"5GB"`` (decimal, as Hugging Face reads it), ``"512MiB"`` or an int. Raises EMAConfigError."""
+    """Bytes of ``"5GB"`` (decimal, as Hugging Face reads it), ``"512MiB"`` or an int. Raises EMAConfigError.
+
+    >>> parse_size("5GB"), parse_size("0.5 KiB"), parse_size(7)
+    (5000000000, 512, 7)
+    """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", size) if isinstance(size, str) else None
     unit = _UNITS.get(match[2].upper()) if match else None
     if match and unit:
@@ -75,11 +76,14 @@ def parse_size(size: int | str) -> int:
 
 
 def plan_files(tensors: Sequence[TensorPlan], limit: int, stem: str = "model") -> list[FilePlan]:
-    """Distributes tensors, in order, over files of at most ``limit`` bytes, headers included; a tensor too large for
-    that has a file of its own.
+    """Distributes tensors, in order, over files of at most ``limit`` bytes, headers included.
 
-    One file is called ``{stem}.safetensors``, several ``{stem}-00001-of-0000n.safetensors``. Pure: every rank computes
-    the same. Raises CheckpointError for a dtype or a name that safetensors does not have.
+    A larger tensor has a file of its own. One file is called ``{stem}.safetensors``, several are called
+    ``{stem}-00001-of-0000n.safetensors``. Raises CheckpointError for a dtype or a name that safetensors does not have.
+
+    >>> (file,) = plan_files([TensorPlan("weight", torch.float32, (2, 3))], limit=10**9)
+    >>> file.name, file.size - len(file.header), file.offsets["weight"] == len(file.header)
+    ('model.safetensors', 24, True)
     """
     for tensor in tensors:
         if not is_tensor_name(tensor.name):
@@ -89,7 +93,7 @@ def plan_files(tensors: Sequence[TensorPlan], limit: int, stem: str = "model") -
     groups: list[list[TensorPlan]] = [[]]
     used = empty = len(_plan_file("", ()).header)
     for tensor in tensors:
-        # A bound: the header of this tensor alone, with offsets that have as many digits as the limit.
+        # An upper bound: the tensor, and its entry in the header if its offsets had as many digits as the limit.
         size = tensor.nbytes + len(json.dumps({tensor.name: _header_entry(tensor, limit)})) + 8
         if groups[-1] and used + size > limit:
             groups.append([])
@@ -126,7 +130,7 @@ def _header_entry(tensor: TensorPlan, begin: int) -> dict[str, object]:
 
 
 def index_json(files: Sequence[FilePlan]) -> str:
-    """The ``model.safetensors.index.json`` of several files."""
+    """The text of ``model.safetensors.index.json``, which says in which of several files each tensor is."""
     weight_map = {tensor.name: file.name for file in files for tensor in file.tensors}
     total = sum(tensor.nbytes for file in files for tensor in file.tensors)
     return json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}, indent=2)

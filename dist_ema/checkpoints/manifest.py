@@ -1,4 +1,4 @@
-"""``ema.json``, the manifest: lists all that a checkpoint consists of, and makes a directory a checkpoint. Pure Python.
+"""``ema.json``, the manifest: lists all that a checkpoint consists of, and makes a directory a checkpoint.
 
 A checkpoint may come from anywhere, so every value is checked before it is used, and a reader opens only the files that
 the manifest lists. The text is canonical JSON that ends with a checksum of the rest, so a flipped bit in it is noticed.
@@ -11,19 +11,20 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from math import prod
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 from dist_ema import __version__
-from dist_ema.checkpoints.dtypes import ITEM_SIZES
 from dist_ema.checkpoints.state_json import state_from_json, state_to_json
-from dist_ema.checkpoints.strict_json import is_count, is_shape, parse, shown
+from dist_ema.checkpoints.stored import StoredFile, StoredTensor, is_tensor_name, tensors_from_json, tensors_to_json
+from dist_ema.checkpoints.strict_json import is_count, parse, shown
 from dist_ema.clock import Progress
-from dist_ema.errors import CheckpointCorruptError, CheckpointError, EMAError
+from dist_ema.errors import CheckpointCorruptError, CheckpointError, EMAConfigError, EMAError
 from dist_ema.schedules import Schedule, from_dict
 from dist_ema.schedules.checks import AVERAGE_NAME
 from dist_ema.state import EMAState
 
+#: Folder of a tensor in the data folder, and its name.
+Key: TypeAlias = "tuple[str, str]"
 NAME = "ema.json"
 FORMAT = "dist_ema"
 VERSION = 1
@@ -37,46 +38,12 @@ LIVE = "live"
 DATA = re.compile(r"data-[0-9a-f]{32}")
 #: Characters that an error shows of what was found.
 _SHOWN = 500
-_DIGEST = re.compile(r"[0-9a-f]{16}")
 _CHECKSUM = re.compile(r"[0-9a-f]{64}")
 _FILE = re.compile(rf"(averages/{AVERAGE_NAME.pattern}|{LIVE})/model(-\d{{5}}-of-\d{{5}})?\.safetensors")
 #: Levels of JSON: the manifest, its averages, one of them, its tensors, one of them, its shape.
 _DEPTH = 6
 _FIELDS = {"format", "version", "library", "data", "started", "clock", "start", "seen", "skipped", "averages", "live"}
 _FIELDS |= {"files", "seed", "lacking"}
-_TENSOR_FIELDS = {"file", "dtype", "shape", "digest", "aliases"}
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """One full tensor in a file.
-
-    Attributes:
-        file: path of the file in the data folder.
-        dtype: safetensors' name of it.
-        shape: of the full tensor.
-        digest: its fingerprint, 64 bits.
-        aliases: other names of the same (tied) tensor.
-    """
-
-    file: str
-    dtype: str
-    shape: tuple[int, ...]
-    digest: int
-    aliases: tuple[str, ...] = ()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in the file."""
-        return prod(self.shape) * ITEM_SIZES[self.dtype]
-
-
-@dataclass(frozen=True)
-class StoredFile:
-    """One safetensors file: its size in bytes, and the checksum of its first bytes up to the tensors."""
-
-    size: int
-    header: str
 
 
 @dataclass(frozen=True, repr=False)
@@ -124,10 +91,10 @@ class Manifest:
             "data": self.data,
             **state,
             "averages": {
-                name: {"schedule": self.schedules[name].to_dict(), "tensors": _write_tensors(tensors)}
+                name: {"schedule": self.schedules[name].to_dict(), "tensors": tensors_to_json(tensors)}
                 for name, tensors in self.averages.items()
             },
-            "live": _write_tensors(self.live),
+            "live": tensors_to_json(self.live),
             "files": {name: asdict(file) for name, file in self.files.items()},
         }
         body |= {} if seed is None else {"seed": seed}
@@ -145,17 +112,19 @@ class Manifest:
         body = _unseal(text)
         try:
             return cls._from_body(body)
-        except (KeyError, TypeError, ValueError, AttributeError, EMAError, ArithmeticError) as error:
-            if isinstance(error, CheckpointCorruptError):
-                raise
+        except CheckpointCorruptError:
+            raise
+        except (ValueError, EMAError) as error:  # says what it is about
+            _refuse(str(error))
+        except (KeyError, TypeError, AttributeError, ArithmeticError) as error:
             _refuse(f"not a manifest of this library: {type(error).__name__}: {error}")
 
     @classmethod
     def _from_body(cls, body: dict[str, Any]) -> Manifest:
         if unknown := body.keys() - _FIELDS:
             _refuse(f"unknown entries {sorted(unknown)[:3]}")
-        if "seed" in body and body["seed"] is None:
-            _refuse("'seed' is null: it is left out where there is none")
+        if body.get("seed", 0) is None:  # to_bytes() leaves it out
+            _refuse("invalid seed=None; expected a whole number, or no such entry")
         library = body["library"]
         if not isinstance(library, str) or len(library) > 100 or not library.isprintable():
             _refuse(f"invalid library version {shown(library)}")
@@ -176,9 +145,10 @@ class Manifest:
             state=state_from_json(body),
             schedules={name: from_dict(average["schedule"]) for name, average in averages.items()},
             averages={
-                name: _read_tensors(average["tensors"], f"averages/{name}", files) for name, average in averages.items()
+                name: tensors_from_json(average["tensors"], f"averages/{name}", files)
+                for name, average in averages.items()
             },
-            live=_read_tensors(body["live"], LIVE, files),
+            live=tensors_from_json(body["live"], LIVE, files),
             files=files,
             library=library,
             lacking=_read_lacking(body.get("lacking", []), averages),
@@ -216,25 +186,28 @@ class Manifest:
         """Of the stochastic rounding of bf16 averages; None where they are rounded to nearest."""
         return self.state.seed
 
+    def tensors(self, average: str | None = None) -> dict[Key, StoredTensor]:
+        """Every tensor by folder and name; with an ``average``, those of this one and those that are not averaged."""
+        return {
+            (folder, name): tensor
+            for folder, tensors in self.folders().items()
+            for name, tensor in tensors.items()
+            if average is None or folder in (LIVE, f"averages/{average}")
+        }
+
+    def choose(self, name: str | None) -> str:
+        """The average that is meant; None means the only one. Raises EMAConfigError where there is none such."""
+        names = tuple(self.averages)
+        if name is None and len(names) == 1:
+            return names[0]
+        if name is None or name not in names:
+            raise EMAConfigError(f"name={name!r}: the checkpoint has {', '.join(map(repr, names))}")
+        return name
+
     def folders(self) -> dict[str, Mapping[str, StoredTensor]]:
         """The tensors of every folder, by its path in the data folder."""
         folders = {f"averages/{name}": tensors for name, tensors in self.averages.items()}
         return folders | ({LIVE: self.live} if self.live else {})
-
-
-def is_tensor_name(name: str) -> bool:
-    """Whether a tensor can be stored under this name: any text of one line but ``__metadata__``, which is safetensors'.
-
-    It may hold control characters: escape them before a name is printed.
-
-    >>> is_tensor_name("layers.0.weight"), is_tensor_name("two" + chr(10) + "lines"), is_tensor_name("")
-    (True, False, False)
-    """
-    try:
-        name.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair
-        return False
-    return name != "__metadata__" and name.splitlines() == [name]
 
 
 def checksum(data: bytes) -> str:
@@ -266,33 +239,6 @@ def _unseal(text: bytes) -> dict[str, Any]:
     if _seal(body) != text:
         _refuse("its checksum does not match: it is damaged, or was edited")
     return body
-
-
-def _write_tensors(tensors: Mapping[str, StoredTensor]) -> dict[str, dict[str, Any]]:
-    return {name: {**asdict(tensor), "digest": f"{tensor.digest:016x}"} for name, tensor in tensors.items()}
-
-
-def _read_tensors(found: Mapping[str, Any], folder: str, files: Mapping[str, StoredFile]) -> dict[str, StoredTensor]:
-    tensors: dict[str, StoredTensor] = {}
-    names: set[str] = set()
-    for name, entry in found.items():
-        shape, aliases = entry["shape"], entry["aliases"]
-        if entry.keys() != _TENSOR_FIELDS or not isinstance(shape, list) or not isinstance(aliases, list):
-            _refuse(f"invalid description of tensor {shown(name)}; expected {', '.join(sorted(_TENSOR_FIELDS))}")
-        if entry["dtype"] not in ITEM_SIZES or not is_shape(shape, ITEM_SIZES[entry["dtype"]]):
-            sizes = f"shape {shape}" if len(shape) <= 8 else f"{len(shape)} sizes"
-            _refuse(f"tensor {shown(name)}: invalid dtype {shown(entry['dtype'])} or {sizes}")
-        stored = StoredTensor(entry["file"], entry["dtype"], tuple(shape), 0, tuple(aliases))
-        for known in (name, *stored.aliases):
-            if known in names or not isinstance(known, str) or not is_tensor_name(known):
-                _refuse(f"tensor name {shown(known)} is invalid, or stands there twice")
-            names.add(known)
-        if stored.file not in files or stored.file.rpartition("/")[0] != folder:
-            _refuse(f"tensor {shown(name)}: invalid file {shown(stored.file)}; expected a listed one in {folder}/")
-        if not _DIGEST.fullmatch(entry["digest"]):
-            _refuse(f"tensor {shown(name)}: invalid fingerprint; expected 16 hex digits")
-        tensors[name] = StoredTensor(stored.file, stored.dtype, stored.shape, int(entry["digest"], 16), stored.aliases)
-    return tensors
 
 
 def _read_lacking(names: object, averages: Mapping[str, Any]) -> tuple[str, ...]:

@@ -29,12 +29,12 @@ def state_to_json(state: EMAState) -> dict[str, Any]:
 def state_from_json(body: Mapping[str, Any]) -> EMAState:
     """What :func:`state_to_json` wrote, with or without a seed. Raises ValueError or KeyError for anything else."""
     if not isinstance(body["started"], bool):
-        raise ValueError(f"started={shown(body['started'])} is neither true nor false")
+        raise ValueError(f"invalid started={shown(body['started'])}; expected true or false")
     if not is_count(body["skipped"]):
-        raise ValueError(f"skipped={shown(body['skipped'])} is not a count of elements")
+        raise ValueError(f"invalid skipped={shown(body['skipped'])}; expected a count")
     seed = body.get("seed")
     if seed is not None and not is_count(seed, 63):
-        raise ValueError(f"seed={shown(seed)} is not an integer of 63 bits")
+        raise ValueError(f"invalid seed={shown(seed)}; expected a whole number from 0 to 2**63 - 1")
     training, first_copy, averaged = (_read_progress(name, body[name]) for name in ("clock", "start", "seen"))
     _check_order(training, first_copy, averaged)
     return EMAState(body["started"], training, first_copy, averaged, body["skipped"], seed)
@@ -42,22 +42,22 @@ def state_from_json(body: Mapping[str, Any]) -> EMAState:
 
 def _read_progress(clock: str, values: object) -> Progress:
     if not isinstance(values, Mapping) or values.keys() != set(_UNITS):
-        raise ValueError(f"{clock!r} has to have the entries {', '.join(_UNITS)}")
+        raise ValueError(f"invalid {clock!r}; expected {', '.join(_UNITS)}")
     epochs = values["epochs"]
     if not (is_count(epochs) or (isinstance(epochs, float) and isfinite(epochs) and 0 <= epochs < 1 << 62)):
-        raise ValueError(f"{clock!r} has {shown(epochs)} epochs")
+        raise ValueError(f"invalid {clock!r}: {shown(epochs)} epochs; expected a number of 0 or more")
     for unit in _UNITS:
         if unit != "epochs" and not is_count(values[unit]):
-            raise ValueError(f"{clock!r} has {shown(values[unit])} {unit}")
+            raise ValueError(f"invalid {clock!r}: {shown(values[unit])} {unit}; expected a count")
     return Progress().advance(**values)
 
 
 def _check_order(training: Progress, first_copy: Progress, averaged: Progress) -> None:
-    """Raises ValueError unless the first copy and the last update lie before the moment of the save."""
+    """Raises ValueError unless the first copy and the last update lie before the save."""
     for unit in _UNITS:
         if unit == "updates":
             continue
         now, begun, passed = (getattr(clock, unit) for clock in (training, first_copy, averaged))
-        slack = 1e-6 * now if unit == "epochs" else 0  # sums of fractions
+        slack = 1e-6 * now if unit == "epochs" else 0  # sums of fractions are rounded
         if begun + passed > now + slack:
-            raise ValueError(f"the average began at {begun} {unit} and has seen {passed}, but {now} were trained")
+            raise ValueError(f"the average began at {begun} {unit} and went on for {passed}, but {now} were trained")

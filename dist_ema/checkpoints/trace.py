@@ -33,6 +33,12 @@ def trace(convert: Convert, tensors: Iterable[tuple[Sequence[str], TensorPlan]])
 
     Raises:
         UnknownOperationError: the function fails, or does more than move elements; says what.
+
+    >>> halves = lambda state: {"top": state["w"][:1].clone(), "bottom": state["w"][1:].clone()}
+    >>> arrangement = trace(halves, [(("w",), TensorPlan("w", torch.float32, (2, 3)))])
+    >>> moved = arrangement.place("w", ((2, 2),), torch.tensor([2.0, 3.0]))
+    >>> [(name, runs, values.tolist()) for name, runs, values in moved]
+    [('top', ((2, 1),), [2.0]), ('bottom', ((0, 1),), [3.0])]
     """
     recorder = _Recorder()
     state: dict[str, Tensor] = {}

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 @app.command()
 def inspect(path: Checkpoint, as_json: AsJSON = False) -> None:
     """Show what a checkpoint consists of. Reads its manifest alone; `verify` reads the rest."""
-    from dist_ema.checkpoints.reader import read_manifest
+    from dist_ema.checkpoints.versions import read_manifest
 
     manifest = read_manifest(path)
     if as_json:
@@ -72,7 +72,7 @@ def diff(a: Checkpoint, b: Checkpoint, name: Name = None, as_json: AsJSON = Fals
 
     Without --name, all averages. In JSON, numbers that are not finite are the strings "nan" and "inf".
     """
-    from dist_ema.checkpoints.reader import read_manifest
+    from dist_ema.checkpoints.versions import read_manifest
     from dist_ema.offline.compare import compare
 
     with progress("diff") as begin, one_thread_an_operation():

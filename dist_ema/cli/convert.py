@@ -96,7 +96,7 @@ def import_(
 
     `load` then reads it under any engine. Few files tell frozen parameters from trained ones: see --frozen.
     """
-    from dist_ema.checkpoints.reader import read_manifest
+    from dist_ema.checkpoints.versions import read_manifest
     from dist_ema.importers.convert import import_checkpoint
 
     with progress("import") as begin, one_thread_an_operation():

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from dist_ema.checkpoints.contents import Contents
 from dist_ema.checkpoints.file_values import Advance, FileValues, no_advance
 from dist_ema.checkpoints.save import Save
 from dist_ema.checkpoints.storage.paths import check_path
@@ -19,6 +20,7 @@ from dist_ema.importers import AUTO, FORMATS, recognise
 from dist_ema.importers.assembly import Assembly
 from dist_ema.importers.files import open_foreign, open_model
 from dist_ema.importers.foreign import Foreign, LazyTensor, Model, Tensors
+from dist_ema.options import check_cast
 from dist_ema.schedules import ConstantDecay, HalfLife, Schedule
 from dist_ema.sharding.gather import LocalValues
 from dist_ema.sharding.shares import Mode
@@ -81,8 +83,7 @@ def import_checkpoint(
         CheckpointCorruptError: the file is damaged.
     """
     pattern, given = _pattern(frozen), _schedule(decay, half_life)
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise EMAConfigError(f"dtype={dtype!r}: allowed is a floating-point torch.dtype, or None")
+    check_cast(dtype)
     for path in (source, target, *([] if model is None else [model])):
         check_path(path)
     content = open_foreign(Path(source))
@@ -90,7 +91,7 @@ def import_checkpoint(
     state = open_model(Path(model), pattern) if model is not None else None
     foreign = FORMATS[name].read(content, state)
     if prefix is not None:
-        foreign, state = _part(foreign, state, prefix.removesuffix(".") + ".")
+        foreign, state = _cut(foreign, state, prefix.removesuffix(".") + ".")
     whole_model = Assembly(foreign, state, pattern)
     schedule = given or foreign.schedule or foreign.usual
     _save(target, foreign, whole_model, schedule, dtype, overwrite, begin)
@@ -104,10 +105,10 @@ def _pattern(frozen: str | None) -> re.Pattern[str] | None:
         raise EMAConfigError(f"frozen={frozen!r} is not a regular expression: {error}") from error
 
 
-def _part(foreign: Foreign, model: Model | None, prefix: str) -> tuple[Foreign, Model | None]:
+def _cut(foreign: Foreign, model: Model | None, prefix: str) -> tuple[Foreign, Model | None]:
     """What has names with this prefix, which they lose."""
 
-    def cut(tensors: Tensors) -> dict[str, LazyTensor]:
+    def inside(tensors: Tensors) -> dict[str, LazyTensor]:
         return {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
 
     averages = {average: dict(tensors) for average, tensors in foreign.averages.items()}
@@ -117,15 +118,15 @@ def _part(foreign: Foreign, model: Model | None, prefix: str) -> tuple[Foreign, 
             if (held := next((tensors[name] for name in group if name in tensors), None)) is not None:
                 tensors.update(dict.fromkeys(group, held))
                 live = {name: tensor for name, tensor in live.items() if name not in group}
-    found = {average: cut(tensors) for average, tensors in averages.items()}
+    found = {average: inside(tensors) for average, tensors in averages.items()}
     if not all(found.values()):
         names = next(iter(foreign.averages.values()))
         raise EMAConfigError(f"prefix={prefix!r} begins no name; names are {', '.join(names)[:200]}")
-    inside = [tuple(name.removeprefix(prefix) for name in group if name.startswith(prefix)) for group in foreign.tied]
-    tied = [group for group in inside if len(group) > 1]
-    if model is not None and (known := cut(model.tensors)):
+    groups = [tuple(name.removeprefix(prefix) for name in group if name.startswith(prefix)) for group in foreign.tied]
+    tied = [group for group in groups if len(group) > 1]
+    if model is not None and (known := inside(model.tensors)):
         model = replace(model, tensors=known)
-    return replace(foreign, averages=found, live=cut(live), tied=tied), model
+    return replace(foreign, averages=found, live=inside(live), tied=tied), model
 
 
 def _schedule(decay: float | None, half_life: str | None) -> Schedule | None:
@@ -169,7 +170,7 @@ def _save(
         everything = {**assembly.live, **tensors}
         views[average] = {entry.name: FileValues.of(entry, everything[entry.name], advance) for entry in entries}.get
     schedules = dict.fromkeys(assembly.averages, schedule)
-    Save(target, _state(foreign), schedules, entries, views, None, overwrite=overwrite).run()
+    Save(target, Contents(_state(foreign), schedules, entries, views), None, overwrite).run()
 
 
 def _entry(

@@ -153,7 +153,12 @@ def read_tensors(values: Any, what: str) -> dict[str, LazyTensor]:
 
 
 def ties(*states: Tensors) -> list[tuple[str, ...]]:
-    """Groups of names that are one tensor in any of the state dicts; of two names or more, the first name first."""
+    """Groups of names that are one tensor in any of the state dicts; of two names or more, the first name first.
+
+    >>> weight = torch.ones(3)
+    >>> ties(read_tensors({"embed.weight": weight, "head.weight": weight, "bias": torch.ones(3)}, "the state dict"))
+    [('embed.weight', 'head.weight')]
+    """
     groups: dict[str, list[str]] = {}
     for state in states:
         by_place: dict[object, str] = {}

@@ -1,1 +1,1 @@
-"""What one process does with checkpoints, without a model and a process group."""
+"""What one process does with checkpoints, without a model or a process group: read, verify, compare, export."""

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from dist_ema.checkpoints.file_values import Advance, no_advance
-from dist_ema.checkpoints.load import Key, choose_average, stored_tensors
-from dist_ema.checkpoints.manifest import LIVE, Manifest, StoredTensor
-from dist_ema.checkpoints.reader import RunReader, reread
+from dist_ema.checkpoints.manifest import LIVE, Key, Manifest
+from dist_ema.checkpoints.reader import RunReader
 from dist_ema.checkpoints.storage.paths import StrPath
+from dist_ema.checkpoints.stored import StoredTensor
+from dist_ema.checkpoints.versions import reread
 from dist_ema.errors import CheckpointMismatchError
 from dist_ema.offline.verify import VerifiedTensor
 
@@ -70,6 +71,19 @@ def compare(
         CheckpointMismatchError: the two do not hold the same names and shapes; lists all that is missing or misshapen.
         CheckpointError, CheckpointCorruptError: one of them is no checkpoint, or is damaged.
         EMAConfigError: one of them has no average ``name``.
+
+    >>> import tempfile
+    >>> from dist_ema import ShardedEMA
+    >>> model = torch.nn.Linear(3, 2)
+    >>> ema = ShardedEMA(model, decay=0.9)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     ema.save(f"{folder}/before")
+    ...     with torch.no_grad():
+    ...         _ = model.bias.add_(0.5)
+    ...     ema.save(f"{folder}/after")
+    ...     found = compare(f"{folder}/before", f"{folder}/after")
+    >>> [(difference.name, difference.equal, difference.largest) for difference in found]
+    [('bias', False, 0.5), ('weight', True, 0.0)]
     """
     return reread(a, lambda first: reread(b, lambda second: _compare((a, b), first, second, name, begin)))
 
@@ -81,9 +95,9 @@ def _compare(
     name: str | None,
     begin: Callable[[int], Advance] | None,
 ) -> list[Difference]:
-    ours, theirs = _chosen(first, name), _chosen(second, name)
+    ours, theirs = (manifest.tensors(name and manifest.choose(name)) for manifest in (first, second))
     pairs = _match(paths, ours, theirs, {*first.lacking, *second.lacking})
-    with _reader(paths[0], first, ours) as left, _reader(paths[1], second, theirs) as right:
+    with RunReader.of(paths[0], first, ours) as left, RunReader.of(paths[1], second, theirs) as right:
         advance = begin(sum(tensor.nbytes for tensor in ours.values())) if begin else no_advance
         found = [
             _compare_tensors(
@@ -92,16 +106,6 @@ def _compare(
             for key, other in pairs.items()
         ]
     return sorted(found, key=_order)
-
-
-def _chosen(manifest: Manifest, name: str | None) -> dict[Key, StoredTensor]:
-    wanted = None if name is None else {f"averages/{choose_average(manifest, name)}", LIVE}
-    return {key: tensor for key, tensor in stored_tensors(manifest).items() if wanted is None or key[0] in wanted}
-
-
-def _reader(path: StrPath, manifest: Manifest, tensors: dict[Key, StoredTensor]) -> RunReader:
-    files = {tensor.file: manifest.files[tensor.file] for tensor in tensors.values()}
-    return RunReader(path, manifest.data, files, tensors)
 
 
 def _match(

@@ -7,15 +7,16 @@ from collections.abc import Callable
 
 import torch
 
+from dist_ema.checkpoints.dtypes import DTYPES
 from dist_ema.checkpoints.export import export
 from dist_ema.checkpoints.file_values import Advance, FileValues, no_advance
-from dist_ema.checkpoints.layout import DTYPES
-from dist_ema.checkpoints.load import Key, choose_average, stored_tensors
-from dist_ema.checkpoints.manifest import LIVE, Manifest, StoredTensor
-from dist_ema.checkpoints.reader import RunReader, reread
+from dist_ema.checkpoints.manifest import LIVE, Key, Manifest
+from dist_ema.checkpoints.reader import RunReader
 from dist_ema.checkpoints.storage.paths import StrPath
-from dist_ema.errors import EMAConfigError
+from dist_ema.checkpoints.stored import StoredTensor
+from dist_ema.checkpoints.versions import reread
 from dist_ema.offline.verify import VerifiedTensor
+from dist_ema.options import check_cast
 from dist_ema.sharding.shares import Mode
 from dist_ema.sharding.writers import FullTensor
 
@@ -57,8 +58,7 @@ def export_checkpoint(
         CheckpointCorruptError: what was to be exported is damaged; names the first damaged file and tensor.
         EMAConfigError: no such average, or an option has a value that is not allowed.
     """
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise EMAConfigError(f"dtype={dtype!r}: allowed is a floating-point torch.dtype, or None")
+    check_cast(dtype)
 
     def export_it(manifest: Manifest) -> Manifest:
         _export(path, manifest, out, name, dtype, max_shard_size, config_from, layout, begin)
@@ -78,10 +78,8 @@ def _export(
     layout: str | None,
     begin: Callable[[Manifest, int], Advance] | None,
 ) -> None:
-    wanted = {f"averages/{choose_average(manifest, name)}", LIVE}
-    tensors = {key: tensor for key, tensor in stored_tensors(manifest).items() if key[0] in wanted}
-    files = {tensor.file: manifest.files[tensor.file] for tensor in tensors.values()}
-    with RunReader(path, manifest.data, files, tensors) as reader:
+    tensors = manifest.tensors(manifest.choose(name))
+    with RunReader.of(path, manifest, tensors) as reader:
         advance = begin(manifest, sum(tensor.nbytes for tensor in tensors.values())) if begin else no_advance
         entries = [_entry(key, tensor) for key, tensor in tensors.items()]
         sources = [VerifiedTensor(reader, key, tensor) for key, tensor in tensors.items()]

@@ -1,13 +1,13 @@
-"""Which weighted sum of saved averages comes closest to an average that was never kept. float64; reads no file.
+"""Finds the weighted sum of saved averages that is closest to an average that was never kept. float64; reads no file.
 
-Every average is a weighted sum of the weights of past steps, and so is a weighted sum of averages. What is minimised is
-the distance between the profile of that sum and the one wanted, in the L2 norm over steps (EDM2, Karras et al. 2024,
-arXiv:2312.02696, section 3.3 and algorithm 3, which does it for power functions): for weights that differ from step to
-step by independent noise, that is the error of the result.
+An average is a weighted sum of the weights of past steps, and a weighted sum of averages is one, too. Its profile says
+how much each step weighs. Minimised is the distance between the profile of that sum and the wanted profile, in the L2
+norm over steps (EDM2, Karras et al. 2024, arXiv:2312.02696, section 3.3 and algorithm 3, for power functions). Where
+the weights of different steps differ by independent noise, that distance is the error of the result.
 
-EDM2 solves normal equations of closed inner products and divides by the sum afterwards. Here the profiles themselves
-are decomposed (QR, by blocks of steps), so that the condition number is not squared: neighbouring ones among hundreds
-of snapshots are alike to many digits. That weights sum to one is part of the problem, and not forced on its solution.
+EDM2 solves the normal equations, and divides by the sum of the weights afterwards. Here the profiles are decomposed
+(QR, by blocks of steps), which does not square the condition number: of hundreds of snapshots, neighbours are alike to
+many digits. And that the weights sum to one is a constraint of the problem, not forced on its solution.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 #: Steps at a time.
 BLOCK = 1 << 13
-#: Directions of this relative size and less are taken for rounding: weights would grow for nothing.
+#: Directions of at most this relative size count as rounding errors: fitting them would make weights large in vain.
 CUTOFF = 1e-12
 
 
@@ -40,9 +40,9 @@ class Fit:
 
     Attributes:
         weights: of each snapshot, in their order; they sum to 1, and may be negative.
-        residual: distance of its profile from the one wanted, over the norm of that: 0 is exact; 1 and more
-            say that the snapshots have nothing of it.
-        gain: sum of the absolute weights: what rounding errors of the snapshots are multiplied by, at worst.
+        residual: distance of its profile from the wanted one, divided by the norm of the wanted one. 0 is exact; 1 and
+            more say that the snapshots have nothing in common with it.
+        gain: sum of the absolute weights: rounding errors of the snapshots are multiplied by this at worst.
     """
 
     weights: tuple[float, ...]
@@ -121,12 +121,12 @@ def trailing(length: float, at: float, *, every: float = 1, shape: str = "unifor
 
 
 def _solve(matrix: Vector, wanted: Vector, norms: Vector, cutoff: float) -> Vector:
-    """The x nearest to ``matrix @ x = wanted`` for which ``x / norms`` sums to 1."""
+    """The least-squares solution x of ``matrix @ x = wanted`` among those for which ``x / norms`` sums to 1."""
     import numpy as np
 
     total = 1 / norms
     start = total / (total @ total)
-    # An orthonormal basis of what leaves the sum alone.
+    # An orthonormal basis of the directions in which the sum does not change.
     basis = np.linalg.qr(total[:, None], mode="complete")[0][:, 1:]
     moved: Vector = np.linalg.lstsq(matrix @ basis, wanted - matrix @ start, rcond=cutoff)[0]
     return start + basis @ moved

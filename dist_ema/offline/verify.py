@@ -11,12 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dist_ema.checkpoints.dtypes import DTYPES
 from dist_ema.checkpoints.file_values import Advance, no_advance
-from dist_ema.checkpoints.layout import DTYPES
-from dist_ema.checkpoints.load import IO_CHUNK, Key, damaged_error, stored_tensors
-from dist_ema.checkpoints.manifest import NAME, Manifest, StoredTensor
-from dist_ema.checkpoints.reader import RunReader, reread
+from dist_ema.checkpoints.manifest import NAME, Key, Manifest
+from dist_ema.checkpoints.parts import IO_CHUNK
+from dist_ema.checkpoints.reader import RunReader, damaged_error
 from dist_ema.checkpoints.storage.paths import StrPath
+from dist_ema.checkpoints.stored import StoredTensor
+from dist_ema.checkpoints.versions import reread
 from dist_ema.errors import CheckpointCorruptError
 from dist_ema.kernels.fingerprint import partial_digest
 from dist_ema.sharding.runs import Runs, chunks, count, whole
@@ -90,7 +92,7 @@ def _audit(
 ) -> list[Finding]:
     advance = begin(manifest) if begin is not None else no_advance
     by_file: dict[str, dict[Key, StoredTensor]] = defaultdict(dict)
-    for key, tensor in stored_tensors(manifest).items():
+    for key, tensor in manifest.tensors().items():
         by_file[tensor.file][key] = tensor
     findings: list[Finding] = []
     pool = ThreadPoolExecutor(threads)
@@ -123,6 +125,17 @@ def verify_checkpoint(path: StrPath, *, threads: int = 4) -> Manifest:
     Raises:
         CheckpointError: there is none, or it has another format version.
         CheckpointCorruptError: lists every file and tensor that is damaged, missing, or not the one that was written.
+
+    >>> import tempfile
+    >>> from dist_ema import ShardedEMA
+    >>> ema = ShardedEMA(torch.nn.Linear(3, 2), decay=0.9)
+    >>> ema.update()
+    True
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     ema.save(f"{folder}/ema")
+    ...     manifest = verify_checkpoint(f"{folder}/ema")
+    >>> manifest.seen.updates, manifest.averages["ema"]["weight"].shape
+    (1, (2, 3))
     """
     manifest, findings = audit(path, threads=threads)
     if manifest is None or findings:

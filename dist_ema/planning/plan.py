@@ -1,7 +1,7 @@
 """What an average will cost in a run that has not begun: memory, bytes moved and time per rank, and the checkpoint.
 
 Not a formula beside the library: the shares of each rank are computed by :mod:`dist_ema.sharding.shares` from the
-geometry that an engine would have, and the files by :class:`dist_ema.checkpoints.save.Save`.
+geometry that an engine would have, and the files by :class:`dist_ema.checkpoints.contents.Contents`.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from dist_ema.checkpoints.contents import Contents
 from dist_ema.checkpoints.manifest import NAME
-from dist_ema.checkpoints.save import Save
 from dist_ema.clock import Progress
 from dist_ema.errors import EMAConfigError
 from dist_ema.kernels import ACCELERATOR_CHUNK, CACHE_CHUNK
@@ -192,4 +192,4 @@ def checkpoint_files(shares: Sequence[Share], options: Options) -> dict[str, int
     """Bytes of every file of a checkpoint, by its path. Pure: any rank's shares give the same."""
     state = EMAState(True, Progress(batches=1), Progress(batches=1), Progress(updates=1))
     views = dict.fromkeys(options.schedules, lambda _: None)
-    return Save("plan", state, options.schedules, catalogue(shares, None), views, None).sizes()
+    return Contents(state, options.schedules, catalogue(shares, None), views).sizes()

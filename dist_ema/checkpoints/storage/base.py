@@ -3,12 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from types import TracebackType
+from typing import Protocol, TypeVar
 
 from torch import Tensor
 
 from dist_ema.checkpoints.layout import FilePlan
 from dist_ema.sharding.runs import Runs
+
+C = TypeVar("C", bound="Closing")
+
+
+class Closing:
+    """Closes at the end of a ``with`` block."""
+
+    def close(self) -> None:
+        """Releases what it holds."""
+        raise NotImplementedError
+
+    def __enter__(self: C) -> C:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
 
 class OpenFile(Protocol):

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import stat
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import lru_cache
 from pathlib import Path
-from types import TracebackType
 from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
 from dist_ema.checkpoints.layout import FilePlan
+from dist_ema.checkpoints.storage.base import Closing
 from dist_ema.errors import CheckpointCorruptError, CheckpointError
 from dist_ema.sharding.runs import Runs
 
@@ -110,6 +111,11 @@ def write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
+def copy_file(source: Path, target: Path) -> None:
+    """Copies the bytes of a file, and not its permissions."""
+    shutil.copyfile(source, target)
+
+
 def sync(path: Path) -> None:
     """Waits until a file is on disk; of a directory, until the names in it are."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -119,7 +125,7 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-class RunWriter:
+class RunWriter(Closing):
     """Writes runs of elements to where they belong in files that exist; several ranks write into one file at a time.
 
     A :class:`~dist_ema.checkpoints.storage.base.TensorWriter`, and a context manager that closes the files.
@@ -160,14 +166,6 @@ class RunWriter:
                 os.close(self._open.pop(next(iter(self._open))))
             self._open[file] = os.open(self._directory / file, os.O_WRONLY)
         return self._open[file]
-
-    def __enter__(self) -> RunWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def sync(self) -> None:
         """Waits until what was written is on disk."""

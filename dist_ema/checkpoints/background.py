@@ -1,0 +1,135 @@
+"""A save that goes on while training does.
+
+It saves the average of one moment without a second copy of it: the shadow is read in place, and whoever wants to change
+it (the next due update, a swap) waits until it has been read. That takes as long as the system takes to copy it to its
+page cache. Bringing it to the disk, waiting for the other ranks and committing the checkpoint go on during training.
+The thread talks to other ranks through a process group of its own.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from threading import Event, Thread
+from typing import TypeAlias
+
+from dist_ema.exits import fail_at_exit
+from dist_ema.interrupts import Uninterrupted
+from dist_ema.kernels.streams import Handover
+
+#: What the thread runs. It enters the context while it reads the shadow.
+Work: TypeAlias = "Callable[[AbstractContextManager[None]], None]"
+
+
+class _Run:
+    """One run of the thread.
+
+    Attributes:
+        read: set when the shadow may be changed again.
+        done: set when the run is over. ``Thread.join()`` does not tell: if a signal's handler raises in it, Python 3.11
+            takes the thread for ended, and the save would be forgotten while it goes on.
+        error: what failed in it.
+    """
+
+    def __init__(self, handover: Handover) -> None:
+        self.read = Event()
+        self.done = Event()
+        self.error: BaseException | None = None
+        self._handover = handover
+
+    def run(self, work: Work) -> None:
+        """In the thread."""
+        try:
+            work(self._reading())
+        except BaseException as error:
+            self.error = error
+        finally:
+            self.end()
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            with self._handover.taken():
+                yield
+        finally:
+            self.read.set()
+
+    def end(self) -> None:
+        """Nobody has to wait any more."""
+        self.read.set()
+        self.done.set()
+
+
+class Background:
+    """At most one save in the background at a time."""
+
+    def __init__(self) -> None:
+        self._run: _Run | None = None
+        self._error: BaseException | None = None  # of a run that is over
+        self._registered = False
+        self._process = os.getpid()
+
+    def _notice_fork(self) -> None:
+        """A forked child has no such thread: the save, and what fails in it, is the parent's.
+
+        The child's shadow is whole, since a save only reads it.
+        """
+        if os.getpid() != self._process:
+            self._process = os.getpid()
+            self._run = self._error = None
+
+    def start(self, work: Work, handover: Handover) -> None:
+        """Runs ``work`` in a thread, and does not wait for it.
+
+        Args:
+            work: raises what failed; it is raised again by whoever waits.
+            handover: of the shadow, whose kernels may be queued yet.
+        """
+        self.wait()
+        if not self._registered:
+            self._registered = True
+            atexit.register(self._at_exit)
+        with Uninterrupted():
+            run = _Run(handover)
+            thread = Thread(target=run.run, args=(work,), name="dist_ema save")
+            self._run = run
+            try:
+                thread.start()
+            finally:
+                if thread.ident is None:  # it could not be started
+                    run.end()
+
+    def wait_until_read(self) -> None:
+        """Waits until the shadow may be changed. Local; raises nothing, since other ranks may not have failed yet."""
+        self._notice_fork()
+        if self._run is not None:
+            self._run.read.wait()
+
+    def raise_failure(self) -> None:
+        """Raises what failed in a save that is over. Local; does not wait."""
+        self._notice_fork()
+        if self._run is not None and self._run.done.is_set():
+            self.wait()
+
+    def drain(self) -> None:
+        """Waits for the end of the save; raises nothing. Local."""
+        self._notice_fork()
+        if self._run is not None:
+            self._run.done.wait()
+            self._error, self._run = self._run.error, None
+
+    def wait(self) -> None:
+        """Waits for the end of the save; raises what failed in it, once. Local."""
+        self.drain()
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _at_exit(self) -> None:
+        """A failure that nobody has seen ends the process with a status of 1: silence would look like success."""
+        try:
+            self.wait()
+        except BaseException as error:
+            fail_at_exit(f"A save in the background failed and nobody waited for it: {error}")

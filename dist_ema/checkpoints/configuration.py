@@ -1,0 +1,75 @@
+"""Configuration files beside exported weights: the model's own, or what the user names."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dist_ema.checkpoints.hub import has_config, write_adapter_config, write_config
+from dist_ema.checkpoints.storage.local import copy_file
+from dist_ema.engines.unwrapped import unwrapped
+from dist_ema.errors import EMAConfigError
+
+#: Endings of the files that are copied from a directory: all but weights.
+_CONFIG_SUFFIXES = {".json", ".txt", ".model", ".jinja"}
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """What an export has beside the weights. One rank.
+
+    Attributes:
+        model: whose weights they are, without wrappers; None if that is not known.
+        layout: of the export.
+        dtype: of the weights.
+        directory: to write to.
+    """
+
+    model: nn.Module | None
+    layout: str | None
+    dtype: torch.dtype | None
+    directory: Path
+
+    def write(self, config_from: object) -> None:
+        """Writes all that ``config_from`` names; None means the model's own configuration. Raises EMAConfigError."""
+        if self.layout == "peft" and self.model is not None:
+            write_adapter_config(self.model, self.directory)
+        if config_from is None:
+            if self.layout != "peft" and self.model is not None and has_config(self.model):
+                write_config(self.model, self.directory, self.dtype)
+            return
+        for source in config_from if isinstance(config_from, (list, tuple)) else [config_from]:
+            self._write_one(source)
+
+    def _write_one(self, source: object) -> None:
+        own = getattr(self.model, "config", None)
+        if self.model is not None and own is not None and source is own and has_config(self.model):
+            write_config(self.model, self.directory, self.dtype)
+        elif isinstance(source, nn.Module) and has_config(unwrapped(source)):
+            write_config(unwrapped(source), self.directory, self.dtype)
+        elif hasattr(source, "save_pretrained") and not isinstance(source, nn.Module):
+            source.save_pretrained(str(self.directory))
+        elif isinstance(source, (str, os.PathLike)) and os.fspath(source):  # "" is not the current directory
+            self._copy(Path(source))
+        else:
+            raise EMAConfigError(
+                f"config_from={source!r:.200}: allowed is a file, a directory, or an object with save_pretrained, such "
+                "as a transformers config or tokenizer; or a model that has such a config, or a list of these"
+            )
+
+    def _copy(self, source: Path) -> None:
+        if source.is_file():
+            files = [source]
+        elif source.is_dir():
+            files = [file for file in sorted(source.iterdir()) if file.is_file() and file.suffix in _CONFIG_SUFFIXES]
+            files = [file for file in files if not file.name.endswith(".index.json")]
+        else:
+            raise EMAConfigError(f"config_from={str(source)!r}: there is no such file or directory")
+        for file in files:
+            if (self.directory / file.name).exists():
+                raise EMAConfigError(f"config_from={str(file)!r}: the export writes a file of this name itself")
+            copy_file(file, self.directory / file.name)

@@ -1,0 +1,97 @@
+"""What a checkpoint will consist of: its folders, its files and its manifest. Computed alike by every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+
+from dist_ema.checkpoints.dtypes import DTYPE_NAMES
+from dist_ema.checkpoints.folder import Folder
+from dist_ema.checkpoints.layout import FilePlan
+from dist_ema.checkpoints.manifest import LIVE, NAME, Manifest, checksum
+from dist_ema.checkpoints.stored import StoredFile, StoredTensor
+from dist_ema.schedules import Schedule
+from dist_ema.sharding.gather import LocalValues
+from dist_ema.sharding.writers import FullTensor
+from dist_ema.state import EMAState
+
+#: Bytes of one file at most.
+FILE_LIMIT = 5 * 10**9
+#: Stands for the name of a data folder, and for a fingerprint, until these are known: they have as many characters.
+_SOME_DATA, _SOME_DIGEST = "data-" + "0" * 32, 0
+
+
+class Contents:
+    """The folders of a checkpoint that is to be written: one for each average, and one for what is not averaged.
+
+    Args:
+        state: the clocks, and how many NaN and Inf elements this rank has left out.
+        schedules: of each average.
+        entries: every full tensor of the model.
+        views: for each average, what this rank holds of a tensor, by its name.
+        include_untracked: with what is not averaged; without, the manifest says what was left out.
+    """
+
+    def __init__(
+        self,
+        state: EMAState,
+        schedules: Mapping[str, Schedule],
+        entries: Sequence[FullTensor],
+        views: Mapping[str, Callable[[str], LocalValues | None]],
+        include_untracked: bool = True,
+    ) -> None:
+        self.state = state
+        self._schedules = schedules
+        tracked = [entry for entry in entries if entry.mode != "live"]
+        live = [entry for entry in entries if entry.mode == "live"]
+        self._lacking = () if include_untracked else tuple(entry.name for entry in live)
+        self.folders = {f"averages/{name}": _folder(tracked, held) for name, held in views.items()}
+        if live and include_untracked:  # the same in every view
+            self.folders[LIVE] = _folder(live, next(iter(views.values())))
+
+    @cached_property
+    def plans(self) -> dict[str, list[FilePlan]]:
+        """The files of each folder. Raises CheckpointError for what safetensors cannot store."""
+        return {name: folder.plans for name, folder in self.folders.items()}
+
+    def manifest(
+        self, data: str = _SOME_DATA, skipped: int = 0, digests: Mapping[tuple[str, str], int] | None = None
+    ) -> Manifest:
+        """The manifest; without arguments one of the same size.
+
+        Args:
+            data: name of the data folder.
+            skipped: NaN and Inf elements that all ranks have left out.
+            digests: fingerprints of the full tensors, by folder and name.
+        """
+        files: dict[str, StoredFile] = {}
+        tensors: dict[str, dict[str, StoredTensor]] = {name: {} for name in self.folders}
+        for folder, plans in self.plans.items():
+            aliases = {entry.name: entry.aliases for entry in self.folders[folder].entries}
+            for plan in plans:
+                file = f"{folder}/{plan.name}"
+                files[file] = StoredFile(plan.size, checksum(plan.header))
+                for name, dtype, shape in plan.tensors:
+                    digest = _SOME_DIGEST if digests is None else digests[folder, name]
+                    tensors[folder][name] = StoredTensor(file, DTYPE_NAMES[dtype], shape, digest, aliases[name])
+        return Manifest(
+            data=data,
+            state=replace(self.state, skipped=skipped),
+            schedules=self._schedules,
+            averages={name: tensors[f"averages/{name}"] for name in self._schedules},
+            live=tensors.get(LIVE, {}),
+            files=files,
+            lacking=self._lacking,
+        )
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every file of the checkpoint, by its path there, the manifest included."""
+        manifest = self.manifest()
+        files = {f"{manifest.data}/{name}": file.size for name, file in manifest.files.items()}
+        return files | {NAME: len(manifest.to_bytes())}
+
+
+def _folder(entries: Sequence[FullTensor], held: Callable[[str], LocalValues | None]) -> Folder:
+    dtypes = {entry.name: entry.dtype for entry in entries}
+    return Folder(entries, held, dtypes, FILE_LIMIT, tied=False, with_digests=True)

@@ -1,0 +1,161 @@
+"""What one rank reads of a checkpoint: its own elements by ranges, or what rank 0 reads and sends."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dist_ema.checkpoints.dtypes import DTYPES
+from dist_ema.checkpoints.manifest import Key, Manifest
+from dist_ema.checkpoints.reader import RunReader
+from dist_ema.checkpoints.storage.paths import StrPath
+from dist_ema.checkpoints.stored import StoredTensor
+from dist_ema.collectives import WINDOW_BYTES, agreed, answered, device_for, rank_in
+from dist_ema.kernels.fingerprint import partial_digest
+from dist_ema.kernels.streams import Handover
+from dist_ema.sharding.runs import Runs, chunks, count, overlap
+from dist_ema.sharding.shares import Share
+from dist_ema.sharding.writers import FullTensor
+
+#: Elements that are read, digested and converted at a time.
+IO_CHUNK = 1 << 19
+
+
+@dataclass(frozen=True)
+class Part:
+    """What this rank reads of one stored tensor.
+
+    Attributes:
+        key: the tensor's folder and name in the checkpoint.
+        stored: its entry in the manifest.
+        entry: the tensor of the model.
+        share: the elements that this rank keeps; None on a rank that does not hold the tensor.
+        out: where they go, flat; None where they are read only to be verified.
+    """
+
+    key: Key
+    stored: StoredTensor
+    entry: FullTensor
+    share: Share | None
+    out: Tensor | None
+
+    @property
+    def runs(self) -> Runs:
+        """Where the elements lie in the full tensor."""
+        return self.share.runs if self.share is not None else ()
+
+    def __str__(self) -> str:
+        return f"{self.stored.file}: {self.key[1]!r}"
+
+
+def read_own(path: StrPath, manifest: Manifest, parts: Sequence[Part], verify: bool) -> list[int]:
+    """Reads this rank's elements, with as many threads as torch has. Local.
+
+    Returns:
+        The sum of each part for its fingerprint, 0 unless ``verify``.
+    """
+    scratch = threading.local()
+
+    def take(part: Part, runs: Runs, low: int) -> int:
+        out = part.out[low : low + count(runs)] if part.out is not None else None
+        dtype = reader.dtype(part.key)
+        if out is not None and out.is_cpu and out.dtype == dtype:  # straight into its place
+            reader.read(part.key, runs, out)
+            return partial_digest(out, runs) if verify else 0
+        if not hasattr(scratch, "bytes"):
+            scratch.bytes = torch.empty(IO_CHUNK * 16, dtype=torch.uint8)
+        values = scratch.bytes[: count(runs) * dtype.itemsize].view(dtype)
+        reader.read(part.key, runs, values)
+        if out is not None:
+            with handover.taken():
+                out.copy_(values)
+        return partial_digest(values, runs) if verify else 0
+
+    handover = Handover(part.out for part in parts if part.out is not None)
+    with RunReader.of(path, manifest) as reader:
+        pool = ThreadPoolExecutor(torch.get_num_threads())
+        try:
+            jobs = []
+            for part in parts:
+                pieces = list(chunks(part.runs, IO_CHUNK))
+                lows = accumulate(map(count, pieces), initial=0)
+                jobs.append([pool.submit(take, part, runs, low) for runs, low in zip(pieces, lows, strict=False)])
+            return [sum(job.result() for job in pieces) for pieces in jobs]
+        finally:  # before the files are closed
+            pool.shutdown(cancel_futures=True)
+
+
+def read_sent(
+    path: StrPath,
+    manifest: Manifest,
+    parts: Sequence[Part],
+    verify: bool,
+    group: dist.ProcessGroup | None,
+    operation: str,
+) -> list[int]:
+    """Rank 0 reads all elements and sends them, window by window. Collective; returns as :func:`read_own`.
+
+    A rank that fails goes on sending and receiving, so that no other rank waits for it.
+    """
+    with agreed(group, operation):
+        opened = RunReader.of(path, manifest) if rank_in(group) == 0 else nullcontext()
+        buffer = torch.empty(WINDOW_BYTES, dtype=torch.uint8)
+    failure = _FirstFailure()
+    sums = []
+    with opened as reader:
+        for part in parts:
+            low, total = 0, 0
+            dtype = DTYPES[part.stored.dtype]
+            for start, stop in _windows(part.entry.numel, WINDOW_BYTES // dtype.itemsize):
+                window = buffer[: (stop - start) * dtype.itemsize].view(dtype)
+                with failure.kept():
+                    if reader is not None and failure.error is None:
+                        reader.read(part.key, ((start, stop - start),), window)
+                _broadcast_bytes(window, group)
+                for _, inside, length in overlap(part.runs, start, stop):
+                    values = window[inside : inside + length]
+                    with failure.kept():
+                        total += partial_digest(values, ((start + inside, length),)) if verify else 0
+                        if part.out is not None:
+                            part.out[low : low + length].copy_(values)
+                    low += length
+            sums.append(total)
+    with agreed(group, operation):
+        if failure.error is not None:
+            raise failure.error
+    return sums
+
+
+class _FirstFailure:
+    """Keeps the first error of a rank on which others depend, until it may be raised."""
+
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self.error = self.error or error
+
+
+def _windows(numel: int, size: int) -> Iterator[tuple[int, int]]:
+    for start in range(0, numel, size):
+        yield start, min(start + size, numel)
+
+
+def _broadcast_bytes(values: Tensor, group: dist.ProcessGroup | None) -> None:
+    """Rank 0's values, on every rank. Collective."""
+    sent = values.view(torch.uint8).to(device_for(group))
+    with answered():
+        dist.broadcast(sent, group=group, group_src=0)
+    values.view(torch.uint8).copy_(sent)

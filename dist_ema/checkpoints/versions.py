@@ -1,0 +1,94 @@
+"""The checkpoint that is at a path now: its manifest, and reading that starts over if a save replaces it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol, TypeVar
+
+from dist_ema.checkpoints.manifest import MAX_BYTES, NAME, Manifest
+from dist_ema.checkpoints.storage import storage_reader
+from dist_ema.checkpoints.storage.paths import StrPath
+from dist_ema.errors import CheckpointCorruptError, CheckpointError
+
+T = TypeVar("T")
+#: How often a reader starts over because a save has replaced the checkpoint that it was reading.
+REREADS = 2
+
+
+def read_manifest(path: StrPath) -> Manifest:
+    """The manifest of the checkpoint at ``path``, a directory or a URL. Local.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read, or it has another format version.
+        CheckpointCorruptError: it is damaged.
+    """
+    return Manifest.from_bytes(read_manifest_bytes(path))
+
+
+def read_manifest_bytes(path: StrPath) -> bytes:
+    """The text of a manifest, as it is. Local. Raises as :func:`read_manifest`."""
+    try:
+        file = storage_reader(path).file(NAME)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is no checkpoint: it has no {NAME}") from error
+    except NotADirectoryError as error:
+        raise CheckpointError(f"{path} is no checkpoint: it is a file, and a checkpoint is a directory") from error
+    except OSError as error:
+        raise CheckpointError(f"{NAME} of {path} cannot be read: {error.strerror or error}") from error
+    try:
+        if file.size > MAX_BYTES:
+            raise CheckpointCorruptError(f"{NAME} of {path} has {file.size} bytes; the limit is {MAX_BYTES}")
+        text = bytearray(file.size)
+        if not file.read([(0, memoryview(text))]):
+            raise CheckpointCorruptError(f"{NAME} of {path} became shorter while it was read")
+    except OSError as error:
+        raise CheckpointError(f"{NAME} of {path} cannot be read: {error.strerror or error}") from error
+    finally:
+        file.close()
+    return bytes(text)
+
+
+class Version(Protocol):
+    """A checkpoint as it was at one moment."""
+
+    def was_replaced(self) -> bool:
+        """Whether a save has put another checkpoint in its place since."""
+
+
+V = TypeVar("V", bound=Version)
+
+
+def read_anew_if_replaced(look: Callable[[], V], read: Callable[[V], T]) -> T:
+    """``read(look())``; again, up to :data:`REREADS` times, where it met damage that a save has caused meanwhile.
+
+    A save removes the data of the checkpoint that it replaces, and whoever is reading them finds files missing.
+    Collective if ``was_replaced()`` is: ``read`` then raises CheckpointCorruptError on all ranks or on none.
+
+    Raises what the two raise; CheckpointCorruptError for damage of a checkpoint that still stands.
+    """
+    attempts = REREADS
+    while True:
+        version = look()
+        try:
+            return read(version)
+        except CheckpointCorruptError:
+            attempts -= 1
+            if attempts < 0 or not version.was_replaced():
+                raise
+
+
+class _LocalVersion:
+    """The manifest as this process alone has read it."""
+
+    def __init__(self, path: StrPath) -> None:
+        self._path = path
+        self.text = read_manifest_bytes(path)
+
+    def was_replaced(self) -> bool:
+        """As :meth:`Version.was_replaced`. Raises CheckpointError if there is no checkpoint any more."""
+        return read_manifest_bytes(self._path) != self.text
+
+
+def reread(path: StrPath, read: Callable[[Manifest], T]) -> T:
+    """``read(manifest)`` by one process; see :func:`read_anew_if_replaced`. Raises as :func:`read_manifest`."""
+    return read_anew_if_replaced(lambda: _LocalVersion(path), lambda version: read(Manifest.from_bytes(version.text)))

@@ -1,0 +1,129 @@
+"""The state dict that comes back from ``torch.distributed.checkpoint``: checked, and copied into a shadow."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_ema.dcp.boxed import BoxedTensor
+from dist_ema.dcp.stateful import parts_with_averages, wanted_parts
+from dist_ema.dcp.texts import read_schedule, read_state
+from dist_ema.errors import CheckpointMismatchError, EMAStateError
+from dist_ema.shadow.device import Shadow
+from dist_ema.sharding.shares import Share
+
+
+class LoadedStateDict:
+    """A state dict that was filled. The constructor checks all of it, then ``fill()`` copies it into a shadow. Local.
+
+    Args:
+        state: what ``make_state_dict`` made, or the same with full tensors in place of parts.
+        shares: what this rank keeps of each tensor.
+        names: of the averages.
+        known: names of all tensors that are averaged or copied, on any rank.
+
+    Attributes:
+        state: the clocks.
+        schedules: of each average, as they were saved.
+
+    Raises:
+        CheckpointMismatchError: lists what is missing, unexpected or misshapen, or not this rank's part.
+        CheckpointCorruptError, CheckpointError: it is damaged, or of a later version.
+    """
+
+    def __init__(
+        self, state: Mapping[str, Any], shares: Sequence[Share], names: Sequence[str], known: Container[str]
+    ) -> None:
+        if not isinstance(state, Mapping):
+            raise EMAStateError(f"load_state_dict() of a {type(state).__name__}: pass what state_dict() returned")
+        problems = [f"missing {key!r}" for key in ("progress", "schedules", "averages") if key not in state]
+        problems += [f"{key!r} is a {type(found).__name__}, not a dict" for key, found in _not_dicts(state)]
+        if problems:
+            raise CheckpointMismatchError(f"the state dict is not one of a ShardedEMA: {'; '.join(problems)}")
+        self.state = read_state(state["progress"])
+        self.schedules = {name: read_schedule(text, name) for name, text in state["schedules"].items()}
+        self._dict = state
+        self._shares, self._names = shares, names
+        problems = [f"unexpected average {name!r}" for name in state["averages"] if name not in names]
+        for path, share in wanted_parts(shares, names):
+            problems += _misfits(_at(state, path).get(share.spec.name), share, "/".join(path))
+        places: list[tuple[str, ...]] = [*(("averages", name) for name in names), ("buffers",)]
+        if "live" in state:
+            places.append(("live",))
+            for share in shares:
+                if share.numel and share.mode != "live":
+                    problems += _misfits(_at(state, ("live",)).get(share.spec.name), share, "live")
+        for path in places:
+            problems += [f"unexpected {name!r} in {'/'.join(path)}" for name in _at(state, path) if name not in known]
+        if problems:
+            raise CheckpointMismatchError(f"the state dict does not fit this model: {'; '.join(problems)}")
+
+    @torch.no_grad()
+    def fill(self, shadow: Shadow) -> None:
+        """Copies the values into the shadow, which has its memory. Local."""
+        for path, share, out in parts_with_averages(shadow.tensors, self._shares, self._names):
+            _copy(_at(self._dict, path)[share.spec.name], share, out)
+
+    @torch.no_grad()
+    def live(self, sources: Sequence[Tensor]) -> list[Tensor | None] | None:
+        """This rank's live elements of each share, flat, in the dtype and on the device of its source. Local.
+
+        None in place of all where the dict has no live weights, and in place of a share that is not averaged or copied.
+        """
+        if "live" not in self._dict:
+            return None
+        values: list[Tensor | None] = []
+        for share, source in zip(self._shares, sources, strict=True):
+            if share.mode == "live":
+                values.append(None)
+                continue
+            out = torch.empty(share.numel, dtype=source.dtype, device=source.device)
+            if share.numel:
+                _copy(self._dict["live"][share.spec.name], share, out)
+            values.append(out)
+        return values
+
+
+def _copy(value: Tensor, share: Share, out: Tensor) -> None:
+    """Copies this rank's part, or its elements of a full tensor, into a flat tensor. Local."""
+    if isinstance(value, BoxedTensor):
+        out.copy_(value.held)
+        return
+    low, flat = 0, value.reshape(-1)
+    for start, length in share.runs:
+        out[low : low + length].copy_(flat[start : start + length])
+        low += length
+
+
+def _not_dicts(state: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
+    """Values that should be dicts, and are not, with their places."""
+    for key in ("schedules", "averages", "buffers", "live"):
+        if not isinstance(found := state.get(key, {}), Mapping):
+            yield key, found
+        elif key == "averages":
+            yield from ((f"averages/{name}", one) for name, one in found.items() if not isinstance(one, Mapping))
+
+
+def _at(state: Mapping[str, Any], path: Sequence[str]) -> Mapping[str, Any]:
+    """The dict at a path of keys; an empty one where there is none."""
+    for key in path:
+        state = state.get(key, {})
+    return state
+
+
+def _misfits(value: object, share: Share, where: str) -> list[str]:
+    """Says why ``value`` is neither the part of this share nor the full tensor; empty if it is one of them."""
+    name, shape = share.spec.name, share.spec.shape
+    if not isinstance(value, Tensor):
+        return [f"missing {name!r} in {where}"]
+    if value.size() != shape or value.dtype.is_floating_point != share.dtype.is_floating_point:
+        return [f"misshapen {name!r}: {tuple(value.size())} {value.dtype} instead of {tuple(shape)} {share.dtype}"]
+    if isinstance(value, BoxedTensor) and value.boxes != share.boxes:
+        return [
+            f"{name!r} is the part of another rank, or of another engine or world size: {value.boxes} instead of "
+            f"{share.boxes} (torch.distributed.checkpoint and ShardedEMA.save() reshard, torch.save() does not)"
+        ]
+    return []
