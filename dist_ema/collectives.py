@@ -167,6 +167,38 @@ def agreed(group: dist.ProcessGroup | None, operation: str) -> Iterator[Round]:
     round_.received = [sent for sent, _ in found]
 
 
+class FirstFailure:
+    """Keeps the first error of a rank that must go on sending and receiving, until an ``agreed`` block may raise it.
+
+    >>> failure = FirstFailure()
+    >>> with failure.kept():
+    ...     raise OSError("a bad block")
+    >>> failure.found
+    True
+    """
+
+    def __init__(self) -> None:
+        self._error: Exception | None = None
+
+    @property
+    def found(self) -> bool:
+        """Whether there was an error."""
+        return self._error is not None
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Keeps what is raised inside the block, unless there was an error before."""
+        try:
+            yield
+        except Exception as error:
+            self._error = self._error or error
+
+    def raise_first(self) -> None:
+        """Raises the error, if there was one."""
+        if self._error is not None:
+            raise self._error
+
+
 @dataclass(frozen=True)
 class Call:
     """A collective call of the library as one rank makes it.

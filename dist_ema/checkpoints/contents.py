@@ -23,14 +23,14 @@ _SOME_DATA, _SOME_DIGEST = "data-" + "0" * 32, 0
 
 
 class Contents:
-    """The folders of a checkpoint that is to be written: one for each average, and one for what is not averaged.
+    """The folders of a checkpoint to come: one for each average, and one for the tensors that are not averaged.
 
     Args:
         state: the clocks, and how many NaN and Inf elements this rank has left out.
         schedules: of each average.
         entries: every full tensor of the model.
         views: for each average, what this rank holds of a tensor, by its name.
-        include_untracked: with what is not averaged; without, the manifest says what was left out.
+        include_untracked: with the tensors that are not averaged; without, the manifest lists their names.
     """
 
     def __init__(

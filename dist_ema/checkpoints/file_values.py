@@ -20,7 +20,7 @@ Advance = Callable[[int], None]
 
 
 def no_advance(_: int) -> None:
-    """Does nothing, where nobody looks at the progress."""
+    """Does nothing: for a caller that does not follow the progress."""
 
 
 class Source(Protocol):
@@ -38,7 +38,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class FileValues(LocalValues):
-    """All elements of a full tensor, none of which is in memory: ``values`` is empty.
+    """A full tensor whose elements are read from a file when they are needed; ``values`` is empty.
 
     Attributes:
         source: gives the elements.

@@ -34,8 +34,8 @@ class Folder:
         limit: bytes of one file at most.
         tied: write a tied tensor under all of its names; else under the first one.
         stem: how the files' names begin.
-        arrangement: what is written in place of the tensors, made of their elements; None means the tensors.
-        with_digests: take the fingerprint of what is written.
+        arrangement: the tensors of the files, made of the elements of these; None means that they are the same.
+        with_digests: take fingerprints.
         digests: sums of the fingerprints of what this rank has written, by name.
     """
 

@@ -141,7 +141,7 @@ class Load:
             verify: check the fingerprints of what is read.
 
         Raises:
-            CheckpointCorruptError: on every rank; what was filled is then not to be used.
+            CheckpointCorruptError: on every rank; the shadow is of no use then.
         """
         parts = self._parts(shadow, shares, found)
         if self._shared:
@@ -166,13 +166,13 @@ class Load:
         return parts
 
     def _compare(self, parts: Sequence[Part], sums: Sequence[int]) -> None:
-        """Raises CheckpointCorruptError, on every rank, if what was read is not what was written. Collective.
+        """Raises CheckpointCorruptError, on every rank, unless all fingerprints match. Collective.
 
         The sums of the ranks that write a tensor add up to its fingerprint. A rank whose sum is not counted can compare
         for itself if it has read the whole tensor; if it has read a part, other ranks have read the same part.
 
         Args:
-            parts: what was read.
+            parts: the tensors that were read.
             sums: for each part, the sum over the elements that this rank has read.
         """
         rank = rank_in(self._group)

@@ -36,7 +36,7 @@ MAX_BYTES = 1 << 26
 LIVE = "live"
 #: Names of data folders.
 DATA = re.compile(r"data-[0-9a-f]{32}")
-#: Characters that an error shows of what was found.
+#: Characters at most of the part of an error that quotes the file.
 _SHOWN = 500
 _CHECKSUM = re.compile(r"[0-9a-f]{64}")
 _FILE = re.compile(rf"(averages/{AVERAGE_NAME.pattern}|{LIVE})/model(-\d{{5}}-of-\d{{5}})?\.safetensors")
@@ -114,7 +114,7 @@ class Manifest:
             return cls._from_body(body)
         except CheckpointCorruptError:
             raise
-        except (ValueError, EMAError) as error:  # says what it is about
+        except (ValueError, EMAError) as error:
             _refuse(str(error))
         except (KeyError, TypeError, AttributeError, ArithmeticError) as error:
             _refuse(f"not a manifest of this library: {type(error).__name__}: {error}")

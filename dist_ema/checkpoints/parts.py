@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -18,7 +18,7 @@ from dist_ema.checkpoints.manifest import Key, Manifest
 from dist_ema.checkpoints.reader import RunReader
 from dist_ema.checkpoints.storage.paths import StrPath
 from dist_ema.checkpoints.stored import StoredTensor
-from dist_ema.collectives import WINDOW_BYTES, agreed, answered, device_for, rank_in
+from dist_ema.collectives import WINDOW_BYTES, FirstFailure, agreed, answered, device_for, rank_in
 from dist_ema.kernels.fingerprint import partial_digest
 from dist_ema.kernels.streams import Handover
 from dist_ema.sharding.runs import Runs, chunks, count, overlap
@@ -108,7 +108,7 @@ def read_sent(
     with agreed(group, operation):
         opened = RunReader.of(path, manifest) if rank_in(group) == 0 else nullcontext()
         buffer = torch.empty(WINDOW_BYTES, dtype=torch.uint8)
-    failure = _FirstFailure()
+    failure = FirstFailure()
     sums = []
     with opened as reader:
         for part in parts:
@@ -117,7 +117,7 @@ def read_sent(
             for start, stop in _windows(part.entry.numel, WINDOW_BYTES // dtype.itemsize):
                 window = buffer[: (stop - start) * dtype.itemsize].view(dtype)
                 with failure.kept():
-                    if reader is not None and failure.error is None:
+                    if reader is not None and not failure.found:
                         reader.read(part.key, ((start, stop - start),), window)
                 _broadcast_bytes(window, group)
                 for _, inside, length in overlap(part.runs, start, stop):
@@ -129,23 +129,8 @@ def read_sent(
                     low += length
             sums.append(total)
     with agreed(group, operation):
-        if failure.error is not None:
-            raise failure.error
+        failure.raise_first()
     return sums
-
-
-class _FirstFailure:
-    """Keeps the first error of a rank on which others depend, until it may be raised."""
-
-    def __init__(self) -> None:
-        self.error: Exception | None = None
-
-    @contextmanager
-    def kept(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            self.error = self.error or error
 
 
 def _windows(numel: int, size: int) -> Iterator[tuple[int, int]]:

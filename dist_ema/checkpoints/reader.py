@@ -63,7 +63,7 @@ class RunReader(Closing):
         self._offsets: dict[Key, int] = {}
         self._tensors = tensors
         try:
-            # By file, so that many files of many tensors take no time that is their product.
+            # Grouped once: to search all tensors for each file would take tensors times files.
             inside: dict[str, dict[Key, StoredTensor]] = {name: {} for name in files}
             for key, tensor in tensors.items():
                 if tensor.file in inside:
@@ -154,8 +154,8 @@ class RunReader(Closing):
 
 
 def damaged_error(path: StrPath, found: Sequence[str]) -> CheckpointCorruptError:
-    """The error for tensors or files, named in ``found``, whose fingerprints or checksums do not match."""
-    return CheckpointCorruptError(f"{path} is damaged; its data are not what was written: {'; '.join(found)}")
+    """The error for a checkpoint, which lists the damaged files and tensors ``found`` in it."""
+    return CheckpointCorruptError(f"{path} is damaged, or not the checkpoint that was saved: {'; '.join(found)}")
 
 
 def _head(file: OpenFile, length: int) -> bytes:

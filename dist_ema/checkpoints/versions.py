@@ -61,7 +61,7 @@ V = TypeVar("V", bound=Version)
 def read_anew_if_replaced(look: Callable[[], V], read: Callable[[V], T]) -> T:
     """``read(look())``; again, up to :data:`REREADS` times, where it met damage that a save has caused meanwhile.
 
-    A save removes the data of the checkpoint that it replaces, and whoever is reading them finds files missing.
+    A save removes the data of the checkpoint that it replaces, and whoever is just reading them finds files missing.
     Collective if ``was_replaced()`` is: ``read`` then raises CheckpointCorruptError on all ranks or on none.
 
     Raises what the two raise; CheckpointCorruptError for damage of a checkpoint that still stands.

@@ -30,7 +30,7 @@ class LoadedStateDict:
         schedules: of each average, as they were saved.
 
     Raises:
-        CheckpointMismatchError: lists what is missing, unexpected or misshapen, or not this rank's part.
+        CheckpointMismatchError: lists all that is missing, unexpected or misshapen, or another rank's part.
         CheckpointCorruptError, CheckpointError: it is damaged, or of a later version.
     """
 

@@ -68,7 +68,7 @@ def make_head(ema_state: EMAState, schedules: Mapping[str, Schedule]) -> dict[st
 def add_live(
     state: dict[str, Any], live: Sequence[Tensor | None], shares: Sequence[Share], writes: Sequence[bool]
 ) -> None:
-    """Adds the live weights of what is averaged or copied: for each share the flat tensor of its elements. Local."""
+    """Adds the live weights of averaged and copied tensors, given as a flat tensor for each share. Local."""
     state["live"] = {
         share.spec.name: BoxedTensor(share.spec.shape, values, share.boxes, is_writer=is_writer, spare=False)
         for share, values, is_writer in zip(shares, live, writes, strict=True)
@@ -86,7 +86,7 @@ def full_parts(
         names: of the averages.
         entries: every full tensor of the model.
         group: the ranks.
-        live: with the live weights of what is averaged or copied.
+        live: with the live weights of averaged and copied tensors.
     """
 
     def gathered(held: Mapping[str, LocalValues], modes: Sequence[str], live: bool = False) -> dict[str, Tensor]:
@@ -111,7 +111,7 @@ def full_parts(
 def wanted_parts(shares: Sequence[Share], names: Sequence[str]) -> Iterator[tuple[tuple[str, ...], Share]]:
     """The parts that this rank has in a state dict: the keys that lead to the dict of each, and its share.
 
-    A tensor of which this rank holds no element has no part.
+    Tensors without an element on this rank are left out.
     """
     for share in shares:
         if share.numel and share.mode == "average":

@@ -61,7 +61,7 @@ def compare(
 
     Args:
         a, b: paths of the checkpoints.
-        name: compare this average alone, and what is not averaged; None means all averages.
+        name: compare this average alone, with the tensors that are not averaged; None means all averages.
         begin: called with the bytes to read; gives the function that is told of the progress.
 
     Returns:

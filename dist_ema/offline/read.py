@@ -14,9 +14,10 @@ from dist_ema.sharding.runs import whole
 
 
 def read_checkpoint(path: StrPath, name: str | None = None) -> dict[str, Tensor]:
-    """Full tensors of one average, with what is not averaged, by canonical name, tied ones under each. One process.
+    """Full tensors of one average, and of all that is not averaged, by canonical name. One process.
 
-    A checkpoint that was saved with ``include_untracked=False`` has no more than the average and its buffers.
+    Tied tensors stand under each of their names. A checkpoint that was saved with ``include_untracked=False`` has no
+    more than the average and its buffers.
 
     Args:
         path: of the checkpoint, a directory or a URL.

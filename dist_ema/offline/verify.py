@@ -23,7 +23,8 @@ from dist_ema.errors import CheckpointCorruptError
 from dist_ema.kernels.fingerprint import partial_digest
 from dist_ema.sharding.runs import Runs, chunks, count, whole
 
-WRONG = "its data are not what was written"
+#: The problem of a tensor that can be read and is damaged.
+WRONG = "its fingerprint does not match"
 #: Elements that one thread takes at a time, chunk by chunk.
 _STRIPE = 32 * IO_CHUNK
 #: Elements that :meth:`VerifiedTensor.chunks` gives at a time: few, since callers make several float64 copies of them.

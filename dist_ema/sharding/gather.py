@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_ema import kernels
-from dist_ema.collectives import Window, agreed, rank_in
+from dist_ema.collectives import FirstFailure, Window, agreed, rank_in
 from dist_ema.errors import EMAStateError
 from dist_ema.sharding.runs import Runs, overlap
 from dist_ema.sharding.shares import Share
@@ -111,27 +111,22 @@ def gather_each(
     with agreed(group, operation):
         window = Window(group)
     rank = rank_in(group)
-    failure: Exception | None = None
+    failure = FirstFailure()
     for entry in entries:
         dtype = dtypes[entry.name]
         for start in range(0, entry.numel, window.capacity(dtype)):
             stop = min(start + window.capacity(dtype), entry.numel)
             values = window.clear(stop - start, dtype)
-            try:
-                if failure is None:
+            with failure.kept():
+                if not failure.found:
                     _read_window(entry, held(entry.name), start, stop, values, rank)
-            except Exception as error:
-                failure = error
             if everywhere or not entry.only_rank_0_writes:
                 window.collect(everywhere)
-            try:
-                if failure is None and (everywhere or rank == 0):
+            with failure.kept():
+                if not failure.found and (everywhere or rank == 0):
                     take(entry, start, values)
-            except Exception as error:
-                failure = error
     with agreed(group, operation):
-        if failure is not None:
-            raise failure
+        failure.raise_first()
 
 
 def _read_window(entry: FullTensor, held: LocalValues | None, start: int, stop: int, out: Tensor, rank: int) -> None:

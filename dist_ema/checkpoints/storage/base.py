@@ -18,7 +18,7 @@ class Closing:
     """Closes at the end of a ``with`` block."""
 
     def close(self) -> None:
-        """Releases what it holds."""
+        """Releases files and memory."""
         raise NotImplementedError
 
     def __enter__(self: C) -> C:
@@ -49,7 +49,7 @@ class OpenFile(Protocol):
             False if the file ends before that.
 
         Raises:
-            OSError: whatever the backend raises.
+            OSError: also where the backend raises errors of other classes.
         """
 
     def close(self) -> None:
@@ -79,7 +79,7 @@ class TensorWriter(Protocol):
         """Waits until all that was written is there for good."""
 
     def close(self) -> None:
-        """Releases what it holds. What was not synced need not be there."""
+        """Releases files and memory. Elements that were not synced may be lost."""
 
 
 class StorageWriter(Protocol):

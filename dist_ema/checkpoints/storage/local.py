@@ -160,7 +160,7 @@ class RunWriter(Closing):
             self._dirty[file] = 0
 
     def _descriptor(self, file: str) -> int:
-        """Of an open file. Only a few are open at a time: tensors come in the order of the files, of which are many."""
+        """The descriptor of a file. Few files are open at a time: tensors come file after file, and files are many."""
         if file not in self._open:
             if len(self._open) >= _OPEN_FILES:
                 os.close(self._open.pop(next(iter(self._open))))

@@ -4,7 +4,7 @@ A checkpoint is a directory with ``ema.json``, the manifest, and a data folder t
 
     checkpoint/ema.json
     checkpoint/data-<token>/averages/<name>/model.safetensors
-    checkpoint/data-<token>/live/model.safetensors              what is not averaged: frozen parameters, buffers
+    checkpoint/data-<token>/live/model.safetensors              frozen parameters and others that are not averaged
 
 A new checkpoint is its staging directory, renamed. An existing one is replaced in two renames: the new data folder
 moves beside the old one, then the new manifest over the old one. So at every moment the manifest names one whole set of
@@ -72,7 +72,7 @@ class LocalWriter:
             self._sizes |= {f"{name}/{plan.name}": plan.size for plan in plans}
 
     def _try_moving(self) -> None:
-        """Moves the empty data folder to where it will go, and back, so that what is impossible fails at once."""
+        """Moves the empty data folder to where it will go, and back, to fail now if it cannot be done later."""
         try:
             (self._staging.content / self.data).rename(self._target / self.data)
             (self._target / self.data).rename(self._staging.content / self.data)

@@ -58,7 +58,9 @@ def file_system(url: str) -> tuple[Any, str]:
     try:
         system, root = fsspec.core.url_to_fs(url)
     except (ValueError, ImportError) as error:
-        raise EMAConfigError(f"path={url!r}: {error}. Allowed is what fsspec opens with what is installed") from error
+        raise EMAConfigError(
+            f"path={url!r}: {error}. Allowed are URLs that the installed fsspec packages open"
+        ) from error
     except Exception as error:  # no credentials, no network: every file system raises classes of its own
         raise CheckpointError(f"{url} cannot be reached: {type(error).__name__}: {error}") from error
     return system, str(root).rstrip("/")

@@ -1,4 +1,4 @@
-"""A checkpoint in an object store, or in whatever else fsspec writes to: the data first, the manifest last.
+"""A checkpoint in an object store, or in another file system of fsspec: the data first, the manifest last.
 
 Objects appear when they are complete, and cannot be renamed. So the data folder is written where it will stay, under a
 name that no other save has, and the one object that is replaced is the manifest: until then the old one stands, with

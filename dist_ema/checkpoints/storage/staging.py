@@ -39,8 +39,10 @@ _STAGING = re.compile(r"\..*\.saving-[0-9a-f]{32}", re.DOTALL)
 
 
 class Staging:
-    """A directory to come, and what is written of it so far. Rank 0 calls all but :meth:`is_visible` and
-    :meth:`writer`, which every rank does with an object of its own.
+    """A directory that is being written beside its place.
+
+    Every rank has an object of its own, with the same token, and calls :meth:`is_visible` and :meth:`writer` on it.
+    Rank 0 alone calls the others.
 
     Args:
         target: the directory to come, absolute.
@@ -49,7 +51,7 @@ class Staging:
     Attributes:
         target: as given.
         path: the staging directory.
-        content: what is renamed to ``target`` in the end.
+        content: the directory in it that is renamed to ``target`` in the end.
     """
 
     def __init__(self, target: Path, token: str) -> None:
@@ -77,7 +79,7 @@ class Staging:
         unlocked = self.path / f"un{LOCK}ed"
         self._lock = os.open(unlocked, os.O_CREAT | os.O_RDWR)
         try_lock(self._lock)
-        unlocked.rename(self.path / LOCK)  # whoever sees the lock sees it held
+        unlocked.rename(self.path / LOCK)  # so it is never seen unlocked while this process lives
         self.content.mkdir()
 
     def _make_parents(self) -> None:
@@ -138,7 +140,7 @@ class Staging:
         if lock is not None:
             os.close(lock)
         shutil.rmtree(self.path, ignore_errors=True)
-        with suppress(OSError):  # somebody has put something into them
+        with suppress(OSError):  # they are not empty any more: they stay
             while self._made:
                 self._made.pop().rmdir()
 
@@ -151,7 +153,7 @@ class Staging:
 
 
 def staging_path(target: Path, token: str) -> Path:
-    """The staging directory of what is to become ``target``."""
+    """The staging directory for ``target``."""
     return target.parent / f"{_prefix(target)}{token}"
 
 
