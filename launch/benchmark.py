@@ -1,488 +1,132 @@
-"""What an update of the average costs, beside what people use today and beside the memory's speed.
+"""What averages cost, side by side with what people use today and with the speed of memory and disk.
 
     python launch/benchmark.py update
     python launch/benchmark.py update --elements 20000000 --dtype bf16 --device cuda --json
+    python launch/benchmark.py checkpoint --ranks 2
 
-One process, one run, everything side by side: the contenders take turns in each round, so that a busy machine is as
-unfair to one as to the other, and the medians are compared. The bound is ``a += w * b`` over the same bytes.
+Options that are lists are given once for each entry. Needs nothing beside the library; ``.[peers]`` brings more rows.
 """
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import ctypes
-import functools
-import gc
-import json
-import math
-import multiprocessing
-import os
-import shutil
-import statistics
-import subprocess
-import tempfile
-import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+import sys
+from enum import Enum
 from pathlib import Path
-from typing import Any
-from unittest import mock
-
-import torch
-import torch.distributed as dist
-from benchmark_checkpoint import add_checkpoint
-from benchmark_offload import add_offload
-from benchmark_peers import DECAY, Contender, FullTensor, Model, package, peers, weights
-from benchmark_scale import add_scale
-from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-
-from dist_ema import ShardedEMA
-from dist_ema.kernels import cuda, native
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-CHECKED = 8  # tensors that are compared with a float64 average
-THREE = {"fast": 0.999, "middle": DECAY, "slow": 0.99999}
-SMALL = 1000  # tensors of one element, for what an update costs in Python
-
-NOTES = """\
-GB/s counts the necessary bytes: the weights read once, each shadow read and written. "of bound" is the bound's time
-over this time; three averages have a bound of their own, which reads the weights once. "extra MiB" is the peak of
-temporaries during updates. "off by" is the largest error against a float64 average, over the largest distance that it
-moved: at this decay a bf16 shadow does not follow.
-Contenders with a bf16 shadow cannot average bf16 weights into an fp32 one; they move fewer bytes than the others.
-Composer gathers the whole model for each update: one process shows its arithmetic, not that communication.
-DeepSpeed-Chat's form is that of ZeRO-0 to 2; under ZeRO-3 its average does not move at all.
-"The form of" a project is its arithmetic written out, where the package itself was not called.
-On a machine whose cores are taken (load average) threads wait for each other, tensor by tensor: measure on an idle one,
-or with OMP_NUM_THREADS=1."""
-
-
-@torch.no_grad()
-def train(model: nn.Module) -> None:
-    """Moves every weight, to the same place in every copy of the model."""
-    torch.manual_seed(1)
-    for parameter in model.parameters():
-        parameter.add_(torch.randn_like(parameter))
-
-
-# The bound.
-
-
-def compile_axpy(folder: Path) -> ctypes.CDLL | None:
-    """``a += w * b`` for fp32 and for bf16 ``b``, into one and into three ``a``; None where there is no compiler."""
-    compiler = shutil.which("cc") or shutil.which("c++")
-    if compiler is None:
-        return None
-    source = """
-    #include <stdint.h>
-    #include <string.h>
-    static inline float wide(uint16_t value) {
-        uint32_t bits = (uint32_t)value << 16;
-        float result;
-        memcpy(&result, &bits, 4);
-        return result;
-    }
-    #define AXPY(name, type, load) \\
-        void name##_1(float *restrict a, const type *restrict b, int64_t n, float w) { \\
-            for (int64_t i = 0; i < n; i++) a[i] += w * load(b[i]); \\
-        } \\
-        void name##_3(float *restrict a, float *restrict c, float *restrict d, const type *restrict b, int64_t n, \\
-                      float w) { \\
-            for (int64_t i = 0; i < n; i++) { \\
-                const float value = w * load(b[i]); \\
-                a[i] += value; \\
-                c[i] += value; \\
-                d[i] += value; \\
-            } \\
-        }
-    AXPY(fp32, float, )
-    AXPY(bf16, uint16_t, wide)
-    """
-    (folder / "axpy.c").write_text(source)
-    command = [compiler, "-O3", "-march=native", "-shared", "-fPIC", "-x", "c", "axpy.c", "-o", "axpy.so"]
-    if subprocess.run(command, cwd=folder, capture_output=True, check=False).returncode:
-        return None
-    return ctypes.CDLL(str(folder / "axpy.so"))
-
-
-def bound(model: Model, averages: int = 1) -> tuple[str, Callable[[], object]]:
-    """Label and function of ``a += w * b`` from one flat array of as many elements, into one or three others."""
-    source = torch.cat(weights(model))
-    targets = [source.to(torch.float32, copy=True) for _ in range(averages)]
-    name = "bound: a += w * b" if averages == 1 else f"bound of {averages} averages: a += w * b"
-    if source.device.type == "cpu":
-        with tempfile.TemporaryDirectory() as folder:
-            library = compile_axpy(Path(folder))
-        if library is not None:
-            dtype = "fp32" if source.dtype == torch.float32 else "bf16"
-            function = getattr(library, f"{dtype}_{averages}")
-            function.argtypes = (*[ctypes.c_void_p] * (averages + 1), ctypes.c_int64, ctypes.c_float)
-            function.restype = None
-            # Python threads: a second OpenMP runtime would spin against that of torch. The caller does its part as
-            # with OpenMP: on a busy machine a fresh thread is scheduled before one that has been working.
-            threads = torch.get_num_threads()
-            parts = list(zip(*(values.chunk(threads) for values in (*targets, source)), strict=True))
-            pool = ThreadPoolExecutor(threads)
-
-            def part(*values: Tensor) -> None:
-                function(*(each.data_ptr() for each in values), values[0].numel(), 1e-9)
+from typing import Annotated
 
-            def run() -> None:
-                others = [pool.submit(part, *group) for group in parts[1:]]
-                part(*parts[0])
-                for other in others:
-                    other.result()
+import typer
 
-            return f"{name}, C, one array", run
-    # One step of torch's reads the weights again for each average, and would convert the whole array first: in chunks
-    # they come from the cache.
-    chunked = source.device.type == "cpu" and (averages > 1 or source.dtype != torch.float32)
-    size = 1 << 18 if chunked else max(source.numel(), 1)
-    scratch = torch.empty(size if chunked else 0)
-
-    def steps() -> None:
-        for b, *parts in zip(*(torch.split(values, size) for values in (source, *targets)), strict=True):
-            wide = scratch[: b.numel()].copy_(b) if chunked else b
-            for a in parts:
-                a.add_(wide, alpha=1e-9)
-
-    return f"{name}, torch, {'chunks' if chunked else 'one array'}", steps
-
-
-# Ours.
-
-
-def ours(model: Model, guard: bool = True, averages: int = 1, eager: bool = False) -> Contender:
-    schedules: dict[str, Any] = {"decay": DECAY} if averages == 1 else {"averages": THREE}
-    ema = ShardedEMA(model, skip_nonfinite=guard, **schedules)
-
-    def update() -> None:
-        with forced_eager() if eager else contextlib.nullcontext():
-            ema.update()
-
-    def shadows() -> list[Tensor]:
-        full = ema.full_state_dict(None if averages == 1 else "middle")  # the one with everybody's decay
-        return [full[name] for name, _ in model.named_parameters()]
-
-    update()
-    return Contender(update, shadows)
-
-
-@contextlib.contextmanager
-def forced_eager() -> Iterator[None]:
-    """What ``DIST_EMA_KERNEL=eager`` does, which is read once in a process."""
-    with mock.patch.object(native, "_decided", [None]), mock.patch.object(cuda, "_decided", [None]):
-        yield
-
-
-#: Options of ``ours`` whose guard is measured: with and without it.
-GUARDED: dict[str, dict[str, Any]] = {
-    "ShardedEMA": {},
-    "ShardedEMA, three averages": {"averages": 3},
-    "ShardedEMA, eager route": {"eager": True},
-}
-UNGUARDED = ", skip_nonfinite=False"
-
-
-def contenders(dtype: torch.dtype) -> dict[str, FullTensor]:
-    """Label and contender of everyone, in the table's order."""
-    entries = {}
-    for label, given in GUARDED.items():
-        for ending, guard in (("", True), (UNGUARDED, False)):
-            builder = functools.partial(ours, guard=guard, **given)
-            entries[label + ending] = FullTensor(builder, averages=given.get("averages", 1))
-    return entries | peers(dtype)
-
-
-# Measuring.
-
-
-@contextlib.contextmanager
-def one_process(device: str) -> Iterator[None]:
-    """A process group of this process alone, which FSDP and DTensors need."""
-    store = dist.HashStore()  # type: ignore[attr-defined]
-    dist.init_process_group("gloo" if device == "cpu" else "nccl", store=store, rank=0, world_size=1)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # FSDP's, about a single process
-            yield
-    finally:
-        dist.destroy_process_group()
-
-
-def synchronize(device: str) -> None:
-    if device != "cpu":
-        torch.cuda.synchronize()
-
-
-def timed(function: Callable[[], object], device: str) -> float:
-    synchronize(device)
-    start = time.perf_counter()
-    function()
-    synchronize(device)
-    return time.perf_counter() - start
-
-
-def reset_peak() -> None:
-    """Makes the kernel count this process's peak memory anew (Linux)."""
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def resident(field: str) -> int:
-    """Bytes of ``VmRSS`` (now) or ``VmHWM`` (peak) of this process (Linux)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{field}:"))
-
-
-def peak_of_updates(label: str, elements: int, tensors: int, dtype: torch.dtype, device: str) -> int | None:
-    """Bytes by which memory grows during updates, past what stays from before the first. None if it cannot be known."""
-    with one_process(device):
-        model = Model(elements, tensors, dtype, device)
-        contender = contenders(dtype)[label].builder(model)
-        gc.collect()
-        if device != "cpu":
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            contender.update()
-            synchronize(device)
-            return torch.cuda.max_memory_allocated() - before
-        torch.ones(1 << 20).lerp_(torch.ones(1 << 20), 0.5).sum()  # starts the threads, which cost memory too
-        try:
-            ctypes.CDLL(None).malloc_trim(0)  # memory freed but kept by the allocator would hide temporaries (glibc)
-            reset_peak()
-            before = resident("VmRSS")
-        except (OSError, AttributeError):
-            return None
-        contender.update()
-        contender.update()
-        return max(resident("VmHWM") - before, 0)
-
-
-@dataclass
-class Row:
-    """One line of the table; times in milliseconds."""
-
-    contender: str
-    source: str
-    ms: float
-    gb_per_s: float
-    of_bound: float
-    over_ours: float
-    extra_mib: float | None
-    off_by: float | None
-
-
-@dataclass
-class Guard:
-    """What leaving out NaN and Inf adds to an update, as a part of it: the median of rounds side by side."""
-
-    contender: str
-    source: str
-    cost: float
-
-
-def off_by(contender: Contender, before: Sequence[Tensor], after: Sequence[Tensor], updates: int) -> float:
-    """Largest error over largest movement, on the first tensors, against a float64 average."""
-    kept = DECAY**updates
-    error = movement = 0.0
-    for shadow, old, new in zip(contender.shadows(), before, after, strict=False):
-        reference = kept * old.double() + (1 - kept) * new.double()
-        error = max(error, (shadow.to(new.device).double() - reference).abs().max().item())
-        movement = max(movement, (reference - old.double()).abs().max().item())
-    return error / movement
-
-
-def measure(
-    elements: int, tensors: int, repeats: int, device: str, dtype: torch.dtype, memory: Any
-) -> tuple[list[Row], list[Guard]]:
-    """The rows for sources of one dtype, and what the guard costs.
-
-    ``memory`` runs :func:`peak_of_updates` in a process of its own.
-    """
-    name = next(name for name, value in DTYPES.items() if value == dtype)
-    with one_process(device):
-        model = Model(elements, tensors, dtype, device)
-        entries = contenders(dtype)
-        built = {label: entry.builder(model) for label, entry in entries.items()}
-        before = [source.clone() for source in weights(model)[:CHECKED]]
-        for each in [model, *(contender.live for contender in built.values() if contender.live is not None)]:
-            train(each)
-        after = weights(model)[:CHECKED]
-        total = sum(source.numel() for source in weights(model))
-        bounds = {averages: bound(model, averages) for averages in (1, len(THREE))}
-        functions = dict(bounds.values()) | {label: contender.update for label, contender in built.items()}
-        times: dict[str, list[float]] = {key: [] for key in functions}
-        for _ in range(repeats + 1):
-            for key, function in functions.items():
-                times[key].append(timed(function, device))
-        # The first round is left out: memory is touched and scratch made there.
-        medians = {key: statistics.median(values[1:]) for key, values in times.items()}
-        errors = {key: off_by(contender, before, after, repeats + 1) for key, contender in built.items()}
-    counts = {label: averages for averages, (label, _) in bounds.items()}
-    counts |= {label: entry.averages for label, entry in entries.items()}
-    rows = []
-    for key, seconds in medians.items():
-        shadow = entries[key].shadow if key in entries else torch.float32
-        extra = memory(key, elements, tensors, dtype, device) if key in entries else None
-        rows.append(
-            Row(
-                key,
-                name,
-                seconds * 1e3,
-                total * (dtype.itemsize + 2 * shadow.itemsize * counts[key]) / seconds / 1e9,
-                medians[bounds[counts[key]][0]] / seconds,
-                seconds / medians["ShardedEMA"],
-                None if extra is None else extra / 2**20,
-                errors.get(key),
-            )
-        )
-    guards = []
-    for key in GUARDED:
-        ratios = [a / b for a, b in zip(times[key][1:], times[key + UNGUARDED][1:], strict=True)]
-        guards.append(Guard(key, name, statistics.median(ratios) - 1))
-    return rows, guards
-
-
-class Small(nn.Module):
-    """Nothing but tensors of one element: averaging them is Python's work alone."""
-
-    def __init__(self, device: str) -> None:
-        super().__init__()
-        self.tensors = nn.ParameterList(torch.randn(1, device=device) for _ in range(SMALL))
-
-
-def overhead(device: str, rounds: int = 300) -> dict[str, float]:
-    """Milliseconds that ``update()`` keeps the calling thread for 1,000 tensors: the least of many, by engine."""
-    with one_process(device):
-        mesh = init_device_mesh(device, (1,))
-        models: dict[str, nn.Module] = {"plain": Small(device), "FSDP2": fully_shard(Small(device), mesh=mesh)}
-        found = {}
-        for name, model in models.items():
-            ema = ShardedEMA(model, decay=DECAY)
-            times = []
-            for _ in range(rounds + 2):
-                start = time.perf_counter()  # not synchronised: a GPU works on its own
-                ema.update()
-                times.append(time.perf_counter() - start)
-            found[name] = min(times[2:]) * 1e3
-    return found
-
-
-def table(rows: Sequence[Row]) -> str:
-    """The rows as text."""
-
-    def cell(value: float | None, text: str) -> str:
-        return "-" if value is None or math.isnan(value) else format(value, text)
-
-    head = ["contender", "weights", "ms", "GB/s", "of bound", "x ours", "extra MiB", "off by"]
-    body = [
-        [
-            row.contender,
-            row.source,
-            cell(row.ms, ".2f"),
-            cell(row.gb_per_s, ".1f"),
-            cell(row.of_bound, ".2f"),
-            cell(row.over_ours, ".2f"),
-            cell(row.extra_mib, ".1f"),
-            cell(row.off_by, ".2%"),
-        ]
-        for row in rows
-    ]
-    widths = [max(len(line[column]) for line in [head, *body]) for column in range(len(head))]
-    lines = []
-    for line in [head, *body]:
-        cells = [line[0].ljust(widths[0])] + [
-            text.rjust(width) for text, width in zip(line[1:], widths[1:], strict=True)
-        ]
-        lines.append("  ".join(cells))
-    lines.insert(1, "-" * len(lines[0]))
-    return "\n".join(lines)
-
-
-def update(arguments: argparse.Namespace) -> None:
-    """Measures and prints."""
-    # Forked from a process that has imported torch and run nothing: a contender then costs a fraction of a second, and
-    # its memory is its own.
-    context = multiprocessing.get_context("forkserver")
-    ours = ["dist_ema.ema", "torch.distributed.fsdp", "torch.optim.swa_utils"]
-    theirs = {"diffusers.training_utils": "EMAModel", "ema_pytorch": "EMA", "timm.utils": "ModelEmaV3"}
-    # What cannot be imported would end the process that is forked from.
-    installed = [module for module, name in theirs.items() if package(module, name) is not None]
-    context.set_forkserver_preload(ours + installed)
-
-    def memory(*job: Any) -> int | None:
-        if arguments.device != "cpu":
-            return peak_of_updates(*job)
-        with context.Pool(1) as pool:
-            result: int | None = pool.apply(peak_of_updates, job)
-            return result
-
-    load = os.getloadavg()[0]
-    calling = overhead(arguments.device)
-    rows, guards = [], []
-    for name in arguments.dtype:
-        found = measure(
-            arguments.elements, arguments.tensors, arguments.repeats, arguments.device, DTYPES[name], memory
-        )
-        rows += found[0]
-        guards += found[1]
-        gc.collect()
-    if arguments.json:
-        lists = {"rows": [asdict(row) for row in rows], "guard": [asdict(guard) for guard in guards]}
-        print(json.dumps({**lists, "calling_thread_ms": calling}, indent=1))
-        return
-    where = f"{torch.get_num_threads()} threads" if arguments.device == "cpu" else torch.cuda.get_device_name()
-    print(
-        f"EMA update, {arguments.elements:,} elements in {arguments.tensors} uneven tensors, fp32 shadow, "
-        f"decay {DECAY}\n{where}, torch {torch.__version__}, medians of {arguments.repeats} rounds, "
-        f"load average before {load:.1f}\n\n{table(rows)}\n"
-    )
-    for guard in guards:
-        print(f"guard of {guard.contender}, {guard.source} weights: {guard.cost:+.1%} of the update without it")
-    each = ", ".join(f"{name} {ms:.2f} ms" for name, ms in calling.items())
-    print(f"update() of {SMALL:,} tensors of one element keeps its caller: {each}\n\n{NOTES}")
-
-
-def positive(text: str) -> int:
-    """An int above zero, for argparse."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
-
-
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True)
-    command = commands.add_parser("update", help="time and memory of one update, beside the alternatives")
-    command.add_argument("--elements", type=positive, default=100_000_000, help="parameters in all (%(default)s)")
-    command.add_argument("--tensors", type=positive, default=400, help="in how many tensors (%(default)s)")
-    command.add_argument("--repeats", type=positive, default=5, help="rounds after a first one (%(default)s)")
-    command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    command.add_argument(
-        "--dtype", nargs="+", choices=tuple(DTYPES), default=list(DTYPES), help="of the weights (both)"
-    )
-    command.add_argument("--json", action="store_true", help="print the rows as JSON")
-    command.set_defaults(run=update)
-    command = commands.add_parser("checkpoint", help="time and memory of a save and a load, beside the alternatives")
-    add_checkpoint(command, positive)
-    command = commands.add_parser("offload", help="what an offloaded update costs training and a data loader")
-    command.add_argument("--elements", type=positive, default=20_000_000, help="parameters in all (%(default)s)")
-    command.add_argument("--repeats", type=positive, default=5, help="rounds (%(default)s)")
-    add_offload(command)
-    add_scale(commands.add_parser("scale", help="planning for 70 B and 671 B parameters on 8 to 8,192 ranks"), positive)
-    parsed = parser.parse_args(arguments)
-    if parsed.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: this torch sees no CUDA device")
-    return parsed
+sys.path.insert(0, str(Path(__file__).parent))  # for those who import this file instead of starting it
+
+MODELS = Path(__file__).parent.parent / "configs" / "models"
+HELP = "What averages cost, side by side with what people use today and with the speed of memory and disk."
+app = typer.Typer(help=HELP, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+class Device(str, Enum):
+    """Where the weights are."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Dtype(str, Enum):
+    """Of the weights."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Engine(str, Enum):
+    """Whose layouts are planned."""
+
+    ddp = "ddp"
+    fsdp1 = "fsdp1"
+    fsdp2 = "fsdp2"
+    hsdp = "hsdp"
+    fsdp2_tp = "fsdp2+tp"
+    zero1 = "zero1"
+    zero3 = "zero3"
+
+
+AsJSON = Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")]
+Repeats = Annotated[int, typer.Option(min=1, help="Rounds, after a first one that warms up.")]
+
+
+@app.command()
+def update(
+    elements: Annotated[int, typer.Option(min=1, help="Parameters in all.")] = 100_000_000,
+    tensors: Annotated[int, typer.Option(min=1, help="In how many tensors.")] = 400,
+    repeats: Repeats = 5,
+    device: Device = Device.cpu,
+    dtype: Annotated[list[Dtype], typer.Option(help="Of the weights.")] = [Dtype.fp32, Dtype.bf16],  # noqa: B006
+    as_json: AsJSON = False,
+) -> None:
+    """Time and memory of one update, beside the alternatives."""
+    import torch
+
+    from benchmarks.update import run
+
+    if device == Device.cuda and not torch.cuda.is_available():
+        raise typer.BadParameter("cuda: this torch sees no CUDA device", param_hint="--device")
+    run(elements, tensors, repeats, device.value, [each.value for each in dtype], as_json)
+
+
+@app.command()
+def checkpoint(
+    elements: Annotated[list[int], typer.Option(min=1, help="fp32 parameters.")] = [25_000_000],  # noqa: B006
+    ranks: Annotated[list[int], typer.Option(min=1, help="Processes.")] = [1, 2, 4],  # noqa: B006
+    repeats: Repeats = 5,
+    folder: Annotated[
+        Path | None, typer.Option(help="On the disk to measure; else the temporary one.", show_default=False)
+    ] = None,
+    as_json: AsJSON = False,
+    worker: Annotated[bool, typer.Option("--worker", hidden=True)] = False,
+) -> None:
+    """Time and memory of a save and a load, beside the alternatives."""
+    from benchmarks import checkpoint
+
+    if worker and folder is not None:
+        checkpoint.worker(folder, elements[0], repeats)
+    else:
+        checkpoint.run(elements, ranks, repeats, folder, as_json)
+
+
+@app.command()
+def offload(
+    elements: Annotated[int, typer.Option(min=1, help="Parameters in all.")] = 20_000_000,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of a round.")] = 15,
+    repeats: Repeats = 5,
+    as_json: AsJSON = False,
+) -> None:
+    """What an offloaded update costs training and a data loader."""
+    from benchmarks.offload import run
+
+    run(elements, repeats, steps, as_json)
+
+
+@app.command()
+def scale(
+    models: Annotated[list[Path], typer.Option(help="Files config.json of Hugging Face.")] = [  # noqa: B006
+        MODELS / "llama-3-70b.json",
+        MODELS / "deepseek-v3.json",
+    ],
+    engines: Annotated[list[Engine], typer.Option(help="Of the runs.")] = [  # noqa: B006
+        Engine.fsdp2,
+        Engine.hsdp,
+        Engine.fsdp2_tp,
+        Engine.zero1,
+        Engine.zero3,
+    ],
+    ranks: Annotated[list[int], typer.Option(min=1, help="Of the runs.")] = [8, 64, 512, 8192],  # noqa: B006
+    repeats: Repeats = 5,
+    as_json: AsJSON = False,
+) -> None:
+    """Planning for 70 B and 671 B parameters on 8 to 8,192 ranks."""
+    from benchmarks.scale import run
+
+    run(models, [engine.value for engine in engines], ranks, repeats, as_json)
 
 
 if __name__ == "__main__":
-    options = parse()
-    options.run(options)
+    app()

@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).parent))  # for those who import this file instead of starting it
 
-from options import parse
-from stop import EXIT_STATUS, Signals
+from demo.options import parse
+from demo.stop import EXIT_STATUS, Signals
 
 if TYPE_CHECKING:
-    from report import Summary
+    from demo.report import Summary
 
 
 def main(
@@ -45,7 +45,7 @@ def main(
         How the run ended; None after ``Stop.SAVE``.
     """
     options = parse(argv, world_size or int(os.environ.get("WORLD_SIZE", "1")))
-    from loop import train  # imports torch, which takes seconds: not before the options are known to be right
+    from demo.loop import train  # imports torch, which takes seconds: not before the options are known to be right
 
     return train(options, stop)
 

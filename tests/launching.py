@@ -13,10 +13,10 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "launch"))
 
-import loop  # noqa: E402
-from options import Options  # noqa: E402
-from text import Text  # noqa: E402
-from wrap import adamw, plain  # noqa: E402
+from demo import loop  # noqa: E402
+from demo.options import Options  # noqa: E402
+from demo.text import Text  # noqa: E402
+from demo.wrap import adamw, plain  # noqa: E402
 
 ENGINES = ("ddp", "fsdp1", "fsdp2", "hsdp", "tp", "zero1", "zero2", "zero3")
 SIZES = {"layers": 1, "width": 16, "heads": 2, "context": 16, "batch": 4, "eval_windows": 5}

@@ -15,7 +15,8 @@ SCRIPT = Path(__file__).parent.parent / "launch" / "benchmark.py"
 sys.path.insert(0, str(SCRIPT.parent))
 
 import benchmark  # noqa: E402
-from benchmark_peers import Model, peers, weights  # noqa: E402
+from benchmarks.peers import Model, peers, weights  # noqa: E402
+from benchmarks.update import off_by, train  # noqa: E402
 
 
 def script(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -99,10 +100,9 @@ def test_an_installed_package_is_called_and_another_is_written_out(
         model = Model(3000, 7, torch.float32, "cpu")
         before = [weight.clone() for weight in weights(model)]
         called = found["ema-pytorch 9.9 EMA"].builder(model)
-        benchmark.train(model)
+        train(model)
         called.update()
-        off_by = benchmark.off_by(called, before, weights(model), updates=1)
-        assert off_by == pytest.approx(1)  # this one never moves
+        assert off_by(called, before, weights(model), updates=1) == pytest.approx(1)  # this one never moves
     finally:
         sys.modules.pop("ema_pytorch", None)
 
@@ -135,7 +135,7 @@ def test_numbers_are_there(rows: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize("arguments", [["--elements", "0"], ["--dtype", "fp8"], ["--repeats", "x"]])
 def test_bad_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        benchmark.parse(["update", "--elements", "3000", "--tensors", "7", "--repeats", "1", *arguments])
+        benchmark.app(["update", "--elements", "3000", "--tensors", "7", "--repeats", "1", *arguments])
     assert ended.value.code == 2
     assert arguments[0] in capsys.readouterr().err
 

@@ -16,10 +16,10 @@ import torch
 from launching import ROOT, arguments, environment, free_port  # puts launch/ on the path, for what follows
 from zero_models import reset_deepspeed
 
-import loop  # isort: skip
-from options import EXPORT, Options, parse  # isort: skip
-from report import _folder  # isort: skip
-from text import Text  # isort: skip
+from demo import loop  # isort: skip
+from demo.options import EXPORT, Options, parse  # isort: skip
+from demo.report import _folder  # isort: skip
+from demo.text import Text  # isort: skip
 from train import main  # isort: skip
 
 

@@ -1,4 +1,4 @@
-"""What a newcomer meets first: the README's example, what things print, and what an import costs."""
+"""What a newcomer meets first: the guide's example, what things print, and what an import costs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import dist_ema
 from dist_ema import ShardedEMA, schedules, verify_checkpoint
 from dist_ema.errors import EMAStateError
 
-README = Path(__file__).parent.parent / "README.md"
+GUIDE = Path(__file__).parent.parent / "dist_ema" / "README.md"
 #: Of torch, and costly: what plain and DDP users have no need of.
 COSTLY = {"torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed.checkpoint"}
 
@@ -32,7 +32,7 @@ def run(code: str, *arguments: str) -> str:
 
 def test_the_readmes_example_runs_to_its_end(tmp_path: Path) -> None:
     """As it is written, with the command that the README gives, on two processes."""
-    section = README.read_text().split("## Use it\n")[1].split("\n## ")[0]
+    section = GUIDE.read_text().split("## A whole program\n")[1].split("\n## ")[0]
     example = re.findall(r"```python\n(.*?)```", section, re.DOTALL)[0]
     command = re.findall(r"^torchrun (.*)$", section, re.MULTILINE)[0].split()
     assert "--nproc-per-node=2" in command

@@ -113,7 +113,7 @@ def test_an_empty_path_on_the_command_line_is_bad_usage(
 
 def test_the_training_script_refuses_an_empty_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "launch"))
-    from options import Options
+    from demo.options import Options
 
     with pytest.raises(ValueError, match="out=''"):
         Options(out="").check(1)

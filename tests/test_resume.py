@@ -22,11 +22,11 @@ from launching import ENGINES, ROOT, arguments, environment, reference  # puts l
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from zero_models import reset_deepspeed
 
-import loop  # isort: skip
-from checkpoints import SAME, Record, begin, commit, latest  # isort: skip
-from options import EXPORT, parse  # isort: skip
-from report import FINISHED, Summary  # isort: skip
-from stop import Stop  # isort: skip
+from demo import loop  # isort: skip
+from demo.checkpoints import SAME, Record, begin, commit, latest  # isort: skip
+from demo.options import EXPORT, parse  # isort: skip
+from demo.report import FINISHED, Summary  # isort: skip
+from demo.stop import Stop  # isort: skip
 from train import main  # isort: skip
 
 from dist_ema import read_checkpoint

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import pickle
 import sys
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 
-from dist_ema.planning.architecture import Architecture
+from dist_ema.planning.architecture import Architecture, of_config
 from dist_ema.planning.layouts import ENGINES, Layout
 from dist_ema.planning.plan import make_options, rank_shares, sample
 from dist_ema.sharding import writers
@@ -22,6 +20,11 @@ from dist_ema.sharding.runs import Run
 from dist_ema.sharding.shares import assign_shares
 from dist_ema.sharding.spec import TensorSpec
 from dist_ema.sharding.writers import FullTensor, catalogue, writes
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "launch"))
+
+from benchmarks import scale  # noqa: E402
 
 OPTIONS = make_options()
 
@@ -145,31 +148,17 @@ def test_a_sample_has_the_first_rank_and_the_last() -> None:
 
 
 @pytest.fixture(scope="module")
-def benchmark() -> Iterator[ModuleType]:
-    path = Path(__file__).parent.parent / "launch" / "benchmark_scale.py"
-    spec = importlib.util.spec_from_file_location("benchmark_scale", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["benchmark_scale"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["benchmark_scale"]
-
-
-@pytest.fixture(scope="module")
-def llama(benchmark: ModuleType) -> Architecture:
+def llama() -> Architecture:
     pytest.importorskip("transformers")
-    model: Architecture = benchmark.of_config(benchmark.MODELS / "llama-3-70b.json", None)
-    return model
+    return of_config(ROOT / "configs" / "models" / "llama-3-70b.json", None)
 
 
 @pytest.mark.parametrize(("engine", "ratio"), [("hsdp", 1.001), ("zero1", 1.001), ("fsdp2", 1.25), ("fsdp2+tp", 1.25)])
 def test_memory_goes_down_with_the_ranks_and_the_plan_does_not_grow(
-    benchmark: ModuleType, llama: Architecture, engine: str, ratio: float
+    llama: Architecture, engine: str, ratio: float
 ) -> None:
     """Llama 3 70B. fsdp2 cuts rows, and 1,024 of them leave most of 8,192 ranks with none."""
-    small, large = (benchmark.measure("llama", llama, benchmark.layout(engine, size), OPTIONS, 1) for size in (8, 8192))
+    small, large = (scale.measure("llama", llama, scale.layout(engine, size), OPTIONS, 1) for size in (8, 8192))
     assert small.times_1_n == pytest.approx(1, abs=0.001)
     assert 1 <= large.times_1_n < ratio
     assert large.last_gb <= large.first_gb < small.first_gb / 800

@@ -1,4 +1,4 @@
-"""The README's lines for each trainer, as they are written: what a newcomer copies."""
+"""The lines for each trainer in the README of the integrations, as they are written: what a newcomer copies."""
 
 from __future__ import annotations
 
@@ -16,12 +16,11 @@ from torch.utils.data import DataLoader
 
 from dist_ema import ShardedEMA, read_checkpoint
 
-ROOT = Path(__file__).parent.parent.parent
+LINES = Path(__file__).parent.parent.parent / "dist_ema" / "integrations" / "README.md"
 
 
 def snippet(trainer: str) -> str:
-    section = (ROOT / "README.md").read_text().split("## In your trainer\n")[1].split("\n## ")[0]
-    return section.split(f"**{trainer}**")[1].split("```python\n")[1].split("```")[0]
+    return LINES.read_text().split(f"**{trainer}**")[1].split("```python\n")[1].split("```")[0]
 
 
 def run(section: str, folder: Path, /, **names: Any) -> dict[str, Any]:
@@ -30,7 +29,7 @@ def run(section: str, folder: Path, /, **names: Any) -> dict[str, Any]:
     os.chdir(folder)
     warnings.simplefilter("ignore")
     try:
-        exec(compile(snippet(section), "README.md", "exec"), names)
+        exec(compile(snippet(section), str(LINES), "exec"), names)
     finally:
         os.chdir(before)
     return names

@@ -6,7 +6,6 @@ model, cut over the ranks. A contender's time is that of its slowest rank, from 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import itertools
 import json
@@ -18,7 +17,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -32,6 +31,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from benchmarks.memory import peak_growth
+from benchmarks.show import cell, print_json, print_table
 from dist_ema import ShardedEMA, verify_checkpoint
 
 BLOCK = 16 << 20
@@ -48,19 +49,6 @@ ANEW = {
     "save to a new place": ["new"],
     "export": ["export"],
 }
-
-
-def _peak(function: Callable[[], object]) -> int:
-    """Bytes of memory above those before (Linux)."""
-
-    def status(field: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field))
-
-    Path("/proc/self/clear_refs").write_text("5")
-    before = status("VmRSS:")
-    function()
-    return status("VmHWM:") - before
 
 
 def _sync(path: Path) -> None:
@@ -181,16 +169,16 @@ class Contenders:
         self.ema.export(self.folder / "export", dtype=torch.float32)
 
 
-def worker(arguments: argparse.Namespace) -> None:
+def worker(folder: Path, elements: int, repeats: int) -> None:
     """One rank of one run; rank 0 prints the figures as JSON."""
     dist.init_process_group("gloo")
     logs = contextlib.redirect_stderr(None) if dist.get_rank() else contextlib.nullcontext()
     warnings.simplefilter("ignore")
     with logs:
-        contenders = Contenders(arguments.folder, arguments.elements[0])
+        contenders = Contenders(folder, elements)
         threads = torch.get_num_threads()
         times: dict[str, list[float]] = {name: [] for name in contenders.all()}
-        for _, (name, function) in itertools.product(range(arguments.repeats + 1), contenders.all().items()):
+        for _, (name, function) in itertools.product(range(repeats + 1), contenders.all().items()):
             contenders.clear(name)
             torch.set_num_threads(1 if name.startswith("verify") else threads)
             start = time.perf_counter()
@@ -198,9 +186,9 @@ def worker(arguments: argparse.Namespace) -> None:
             dist.barrier()
             times[name].append(time.perf_counter() - start)
         torch.set_num_threads(threads)
-        peaks = [_peak(contenders.all()["save"])]
+        peaks = [peak_growth(contenders.all()["save"])]
         contenders.clear("export")
-        peaks.append(_peak(contenders.all()["export"]))
+        peaks.append(peak_growth(contenders.all()["export"]))
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, peaks)
     if dist.get_rank() == 0:
@@ -211,11 +199,11 @@ def worker(arguments: argparse.Namespace) -> None:
     dist.destroy_process_group()
 
 
-def _run(elements: int, ranks: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory(prefix="dist_ema_benchmark_", dir=arguments.folder) as folder:
-        program = [str(Path(__file__).with_name("benchmark.py")), "checkpoint", "--worker", "--folder", folder]
+def _run(elements: int, ranks: int, repeats: int, parent: Path | None) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(prefix="dist_ema_benchmark_", dir=parent) as folder:
+        program = [str(Path(__file__).parent.with_name("benchmark.py")), "checkpoint", "--worker", "--folder", folder]
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *program]
-        command += ["--elements", str(elements), "--repeats", str(arguments.repeats)]
+        command += ["--elements", str(elements), "--repeats", str(repeats)]
         threads = str(max(1, (os.cpu_count() or 1) // ranks))
         environment = {**os.environ, "OMP_NUM_THREADS": threads}
         load = os.getloadavg()[0]
@@ -250,38 +238,33 @@ def _baseline(name: str) -> str:
     return "raw read" if name in READS else "raw write + fsync"
 
 
-def checkpoint(arguments: argparse.Namespace) -> None:
+def run(elements: Sequence[int], ranks: Sequence[int], repeats: int, folder: Path | None, as_json: bool) -> None:
     """Measures, everyone in turn in each round, and prints medians."""
-    if arguments.worker:
-        worker(arguments)
-        return
     runs = []
-    for elements, ranks in itertools.product(arguments.elements, arguments.ranks):
-        found = _run(elements, ranks, arguments)
+    for size, number in itertools.product(elements, ranks):
+        found = _run(size, number, repeats, folder)
         found["rows"] = _rows(found)
         runs.append(found)
-        if not arguments.json:
-            _print(found, arguments.repeats)
-    if arguments.json:
-        print(json.dumps(runs, indent=1))
+        if not as_json:
+            _print(found, repeats)
+    if as_json:
+        print_json(runs)
 
 
 def _print(found: dict[str, Any], repeats: int) -> None:
     size, ranks, load = found["bytes"] / 1e6, found["ranks"], found["load_average"]
     print(f"{size:.0f} MB, {ranks} rank(s), medians of {repeats} rounds, load average before {load:.1f}")
-    for row in found["rows"]:
-        new = f"  {row['of_raw_new']:5.2f} x into new memory" if row["of_raw_new"] else ""
-        print(f"{row['contender']:46} {row['ms']:9.1f} ms {row['mb_per_s']:7.0f} MB/s  {row['of_raw']:5.2f} x raw{new}")
+    print_table(
+        ["contender", "ms", "MB/s", "x raw", "x raw into new memory"],
+        [
+            [
+                row["contender"],
+                cell(row["ms"], ".1f"),
+                cell(row["mb_per_s"], ".0f"),
+                cell(row["of_raw"], ".2f"),
+                cell(row["of_raw_new"], ".2f"),
+            ]
+            for row in found["rows"]
+        ],
+    )
     print(f"extra peak memory a rank: save {found['save_mib']:.1f} MiB, export {found['export_mib']:.1f} MiB\n")
-
-
-def add_checkpoint(command: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
-    """The options of the subcommand."""
-    sizes, ranks = [25_000_000], [1, 2, 4]
-    command.add_argument("--elements", type=positive, nargs="+", default=sizes, help="fp32 parameters (%(default)s)")
-    command.add_argument("--ranks", type=positive, nargs="+", default=ranks, help="processes (%(default)s)")
-    command.add_argument("--repeats", type=positive, default=5, help="rounds after a first one (%(default)s)")
-    command.add_argument("--folder", type=Path, help="a directory on the disk to measure (the temporary one)")
-    command.add_argument("--json", action="store_true", help="print the figures as JSON")
-    command.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    command.set_defaults(run=checkpoint, device="cpu")

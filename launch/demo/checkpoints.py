@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from options import Options
+    from demo.options import Options
 
 FOLDER = "checkpoints"  # inside the output folder
 MODEL, EMA, RECORD = "model", "ema", "run.json"  # inside a checkpoint

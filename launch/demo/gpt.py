@@ -29,7 +29,8 @@ class Attention(nn.Module):
             for layer in (self.query, self.key, self.value)
         )
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        return self.out(mixed.transpose(1, 2).flatten(2))
+        out: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
+        return out
 
 
 class MLP(nn.Module):
@@ -42,7 +43,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[batch, time, width]`` to the same shape."""
-        return self.down(F.gelu(self.up(x)))
+        out: Tensor = self.down(F.gelu(self.up(x)))
+        return out
 
 
 class Block(nn.Module):
@@ -58,7 +60,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[batch, time, width]`` to the same shape."""
         x = x + self.attention(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        out: Tensor = x + self.mlp(self.norm2(x))
+        return out
 
 
 class GPT(nn.Module):
@@ -91,7 +94,8 @@ class GPT(nn.Module):
         x = self.token(tokens) + self.position(places.expand_as(tokens))
         for block in self.blocks:
             x = block(x)
-        return self.head(self.norm(x))
+        logits: Tensor = self.head(self.norm(x))
+        return logits
 
 
 def _initialise(module: nn.Module) -> None:

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import shutil
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
 
-import checkpoints
 import torch.distributed as dist
-from checkpoints import EMA, FOLDER, MODEL, SAME, Record
-from options import Options
-from state import to_universal
-from text import Text
-from wrap import Wrapped
 
+from demo import checkpoints
+from demo.checkpoints import EMA, FOLDER, MODEL, SAME, Record
+from demo.options import Options
+from demo.ranks import everywhere, first
+from demo.state import to_universal
+from demo.text import Text
+from demo.wrap import Wrapped
 from dist_ema import ShardedEMA
 from dist_ema.clock import Progress, crossed
-from dist_ema.collectives import agreed
-
-T = TypeVar("T")
 
 
 class Resume:
@@ -39,7 +36,7 @@ class Resume:
             ValueError: the text is not the one that the interrupted run was trained on.
         """
         self._options, self._out = options, out
-        self._data = zlib.crc32(text.training.numpy())
+        self._data = zlib.crc32(text.training.numpy().tobytes())
         self.found = first(lambda: self._look(out), "looking for checkpoints")
         self.step = self.found.step if self.found is not None else 0
         self.curves: Sequence[tuple[int, float, float]] = self.found.curves if self.found is not None else ()
@@ -102,8 +99,7 @@ class Resume:
         )
         operation = f"checkpoint after step {step}"
         staging = first(lambda: checkpoints.begin(self._out, record), operation)
-        with agreed(dist.group.WORLD, operation):
-            self._see(staging)
+        everywhere(lambda: self._see(staging), operation)
         wrapped.save(staging / MODEL)
         ema.save(staging / EMA)
         first(lambda: checkpoints.commit(self._out, record, self._options.keep_checkpoints), operation)
@@ -114,12 +110,3 @@ class Resume:
             raise FileNotFoundError(
                 f"{staging} is not seen by every process: give an out that all nodes share, or checkpoint_every=null"
             )
-
-
-def first(action: Callable[[], T], operation: str) -> T:
-    """What ``action`` returns on rank 0, on every rank; an error of rank 0 is raised by all. Collective."""
-    with agreed(dist.group.WORLD, operation) as round_:
-        if dist.get_rank() == 0:
-            round_.send(action())
-    result: T = round_.received[0]
-    return result

@@ -11,15 +11,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from options import EXPORT, Options
-from report import Report, Summary, output_folder, say
-from resume import Resume, first
 from safetensors.torch import load_file
-from stop import Agreement, Stop
-from text import Text
 from torch import Tensor
-from wrap import Wrapped, plain, process_group, wrap
 
+from demo.options import EXPORT, Options
+from demo.ranks import first
+from demo.report import Report, Summary, output_folder, say
+from demo.resume import Resume
+from demo.stop import Agreement, Stop
+from demo.text import Text
+from demo.wrap import Wrapped, plain, process_group, wrap
 from dist_ema import ShardedEMA
 
 LOG_EVERY = 10  # steps between two readings of the loss, each of which waits for the device

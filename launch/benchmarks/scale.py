@@ -6,18 +6,17 @@ computes its own. Then the files of a checkpoint and its manifest, which rank 0 
 
 from __future__ import annotations
 
-import argparse
 import gc
-import json
 import os
 import statistics
 import time
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from benchmarks.show import cell, print_json, print_table
 from dist_ema.checkpoints.manifest import NAME
 from dist_ema.options import Options
 from dist_ema.planning.architecture import Architecture, of_config
@@ -25,7 +24,7 @@ from dist_ema.planning.layouts import Layout
 from dist_ema.planning.plan import checkpoint_files, make_options, rank_cost, rank_shares
 from dist_ema.shadow.device import Shadow
 
-MODELS = Path(__file__).parent.parent / "configs" / "models"
+MODELS = Path(__file__).parents[2] / "configs" / "models"
 T = TypeVar("T")
 
 
@@ -112,46 +111,31 @@ def measure(name: str, model: Architecture, spread: Layout, options: Options, re
     )
 
 
-def scale(arguments: argparse.Namespace) -> None:
+def run(models: Sequence[Path], engines: Sequence[str], ranks: Sequence[int], repeats: int, as_json: bool) -> None:
     """Measures and prints medians."""
     load, options, rows = os.getloadavg()[0], make_options(), []
-    for file in arguments.models:
+    for file in models:
         model = of_config(file, None)
-        for engine in arguments.engines:
-            spreads = [layout(engine, size) for size in arguments.ranks]
-            rows += [measure(file.stem, model, spread, options, arguments.repeats) for spread in spreads]
-    if arguments.json:
-        print(json.dumps({"rows": [asdict(row) for row in rows], "load_average": load}, indent=1))
+        for engine in engines:
+            rows += [measure(file.stem, model, layout(engine, size), options, repeats) for size in ranks]
+    if as_json:
+        print_json({"rows": [asdict(row) for row in rows], "load_average": load})
         return
-    print(f"one rank's plan, fp32 averages; medians of {arguments.repeats} rounds, load average before {load:.1f}\n")
-    head = ("model", "engine", "ranks", "ms", "kB", "GB rank 0", "GB last", "x 1/N", "files", "files ms", "manifest kB")
-    print("{:12} {:9} {:>6} {:>7} {:>7} {:>10} {:>9} {:>6} {:>6} {:>9} {:>12}".format(*head))
-    for row in rows:
-        print(
-            f"{row.model:12} {row.engine:9} {row.world_size:6} {row.share_ms:7.1f} {row.share_kb:7.0f} "
-            f"{row.first_gb:10.4f} {row.last_gb:9.4f} {row.times_1_n:6.2f} {row.files:6} {row.files_ms:9.1f} "
-            f"{row.manifest_kb:12.1f}"
-        )
-
-
-def add_scale(command: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
-    """The options of the subcommand. ``positive`` reads a number above zero."""
-    command.add_argument("--repeats", type=positive, default=5, help="rounds after a first one (%(default)s)")
-    command.add_argument(
-        "--ranks", nargs="+", type=positive, default=[8, 64, 512, 8192], help="of the runs (%(default)s)"
+    print(f"one rank's plan, fp32 averages; medians of {repeats} rounds, load average before {load:.1f}\n")
+    print_table(
+        ["model, engine, ranks", "ms", "kB", "GB rank 0", "GB last", "x 1/N", "files", "files ms", "manifest kB"],
+        [
+            [
+                f"{row.model} {row.engine} {row.world_size}",
+                cell(row.share_ms, ".1f"),
+                cell(row.share_kb, ".0f"),
+                cell(row.first_gb, ".4f"),
+                cell(row.last_gb, ".4f"),
+                cell(row.times_1_n, ".2f"),
+                str(row.files),
+                cell(row.files_ms, ".1f"),
+                cell(row.manifest_kb, ".1f"),
+            ]
+            for row in rows
+        ],
     )
-    command.add_argument(
-        "--engines",
-        nargs="+",
-        choices=("ddp", "fsdp1", "fsdp2", "hsdp", "fsdp2+tp", "zero1", "zero3"),
-        default=["fsdp2", "hsdp", "fsdp2+tp", "zero1", "zero3"],
-    )
-    command.add_argument(
-        "--models",
-        nargs="+",
-        type=Path,
-        default=[MODELS / "llama-3-70b.json", MODELS / "deepseek-v3.json"],
-        help="config.json files of Hugging Face (Llama 3 70B, DeepSeek-V3)",
-    )
-    command.add_argument("--json", action="store_true", help="print the figures as JSON")
-    command.set_defaults(run=scale, device="cpu")

@@ -10,8 +10,9 @@ from pathlib import Path
 from textwrap import indent, wrap
 
 import torch.distributed as dist
-from options import Options
 from tqdm import tqdm
+
+from demo.options import Options
 
 FINISHED = "summary.json"  # in the output folder of a run that has made all of its steps
 AVERAGED, LIVE = "#0b6e99", "#c2792d"

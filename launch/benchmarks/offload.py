@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
 import os
 import statistics
 import time
@@ -17,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from benchmarks.show import cell, print_json, print_table
 from dist_ema import ShardedEMA
 from dist_ema.shadow import staging
 from dist_ema.shadow.host import wait_for_reads
@@ -148,33 +147,35 @@ def measure(elements: int, steps: int, repeats: int) -> list[Row]:
     return rows
 
 
-def offload(arguments: argparse.Namespace) -> None:
+def run(elements: int, repeats: int, steps: int, as_json: bool) -> None:
     """Measures and prints."""
     load, threads = os.getloadavg()[0], torch.get_num_threads()
     torch.set_num_threads(1)
-    rows = measure(arguments.elements, arguments.steps, arguments.repeats)
+    rows = measure(elements, steps, repeats)
     torch.set_num_threads(threads)
-    if arguments.json:
-        print(json.dumps({"rows": [asdict(row) for row in rows], "load_average": load}, indent=1))
+    if as_json:
+        print_json({"rows": [asdict(row) for row in rows], "load_average": load})
         return
     plain = next(row for row in rows if row.contender == "ShardedEMA")
     bare = rows[0]
     print(
-        f"{arguments.elements:,} fp32 elements, {os.cpu_count()} cores, torch {torch.__version__}, medians of "
-        f"{arguments.repeats} rounds of {arguments.steps} steps, load average before {load:.1f}\n\n"
-        f"{'contender':35} {'update ms':>10} {'of plain':>9} {'wait ms':>8} {'step ms':>8} {'of bare':>8} "
-        f"{'loader /s':>10} {'of bare':>8}"
+        f"{elements:,} fp32 elements, {os.cpu_count()} cores, torch {torch.__version__}, medians of {repeats} rounds "
+        f"of {steps} steps, load average before {load:.1f}\n"
     )
-    for row in rows:
-        print(
-            f"{row.contender:35} {row.update:10.2f} {row.update / plain.update:9.3f} {row.wait:8.2f} {row.step:8.1f} "
-            f"{row.step / bare.step:8.2f} {row.loader:10.1f} {row.loader / bare.loader:8.2f}"
-        )
+    print_table(
+        ["contender", "update ms", "of plain", "wait ms", "step ms", "of bare", "loader /s", "of bare"],
+        [
+            [
+                row.contender,
+                cell(row.update, ".2f"),
+                cell(row.update / plain.update, ".3f"),
+                cell(row.wait, ".2f"),
+                cell(row.step, ".1f"),
+                cell(row.step / bare.step, ".2f"),
+                cell(row.loader, ".1f"),
+                cell(row.loader / bare.loader, ".2f"),
+            ]
+            for row in rows
+        ],
+    )
     print(f"\n{NOTES}")
-
-
-def add_offload(command: argparse.ArgumentParser) -> None:
-    """The options of the subcommand, beside ``--elements`` and ``--repeats``."""
-    command.add_argument("--steps", type=int, default=15, help="training steps of a round (%(default)s)")
-    command.add_argument("--json", action="store_true", help="print the figures as JSON")
-    command.set_defaults(run=offload, device="cpu")

@@ -10,10 +10,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from checkpoints import FOLDER, differences, latest
 from jsonargparse import ActionConfigFile, ArgumentParser
 from jsonargparse.typing import NonNegativeInt, Path_fr, PositiveFloat, PositiveInt
 
+from demo.checkpoints import FOLDER, differences, latest
 from dist_ema.clock import Time
 
 UNITS = ("ba", "sp", "tok")  # of what train.py counts

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-import state
 import torch
 import torch.distributed as dist
-from gpt import GPT, Block
-from options import Options
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from demo import state
+from demo.gpt import GPT, Block
+from demo.options import Options
 
 TIMEOUT = timedelta(minutes=10)
 
@@ -120,7 +121,8 @@ def wrap(options: Options, device: torch.device, universal: bool = False) -> Wra
         with torch.autocast(
             device.type, torch.bfloat16, enabled=options.engine == "ddp" and options.precision == "bf16"
         ):
-            return model(tokens)
+            logits: Tensor = model(tokens)
+        return logits
 
     def step() -> None:
         optimizer.step()
@@ -134,7 +136,8 @@ def wrap(options: Options, device: torch.device, universal: bool = False) -> Wra
         if options.engine == "ddp":
             # After its first backward DDP groups the gradients anew, and among three processes or more the groups
             # decide in which order is summed. The interrupted run had that behind it: a backward that counts nothing.
-            forward(torch.zeros(1, options.context, dtype=torch.int64, device=device)).sum().backward()
+            nothing = forward(torch.zeros(1, options.context, dtype=torch.int64, device=device)).sum()
+            torch.autograd.backward(nothing)
             optimizer.zero_grad()
 
     return Wrapped(model, forward, Tensor.backward, step, save, load, data_rank, data_size)

@@ -1,0 +1,1 @@
+"""What ``launch/benchmark.py`` measures: one file a table, everyone side by side in one run."""

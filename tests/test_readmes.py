@@ -1,0 +1,186 @@
+"""Every README: its Python runs as it is written, its links lead somewhere, and the files that it names are there."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+
+import dist_ema
+from dist_ema import ShardedEMA
+
+ROOT = Path(__file__).parent.parent
+FILES = sorted(
+    [*ROOT.glob("*.md"), *(file for top in ("dist_ema", "launch", ".github") for file in ROOT.glob(f"{top}/**/*.md"))]
+)
+README, CHECKPOINTS = ROOT / "README.md", ROOT / "dist_ema" / "checkpoints" / "README.md"
+#: Whose blocks other tests run: test_newcomer, and integrations/test_readme and test_torchtitan, one for each block.
+ELSEWHERE = {ROOT / "dist_ema" / "README.md": 1, ROOT / "dist_ema" / "integrations" / "README.md": 6}
+
+
+def blocks(file: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", file.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def run(file: Path, number: int, names: dict[str, Any], folder: Path) -> dict[str, Any]:
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        exec(compile(blocks(file)[number], str(file), "exec"), names)
+    finally:
+        os.chdir(before)
+    return names
+
+
+def averaged(model: nn.Module) -> ShardedEMA:
+    """An average of a model that has gone on since."""
+    ema = ShardedEMA(model, decay=0.5)
+    for _ in range(2):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.5)
+        ema.update()
+    return ema
+
+
+def use(folder: Path) -> None:
+    """README.md: the twelve lines."""
+    torch.manual_seed(0)
+    model, losses = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 1)), []
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Tensor) -> None:
+        optimizer.zero_grad()
+        model(batch).square().mean().backward()
+        optimizer.step()
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    # A wrapper replaces the parameters, so a program makes its optimizer after it.
+    def shard(model: nn.Module) -> nn.Module:
+        fully_shard(model)
+        optimizer.param_groups[0]["params"] = list(model.parameters())
+        return model
+
+    names: dict[str, Any] = {"model": model, "optimizer": optimizer, "loader": torch.randn(4, 2, 5), "step": step}
+    names |= {"fully_shard": shard, "evaluate": lambda model: losses.append(model(torch.ones(1, 5)).item())}
+    found = run(README, 0, names, folder)
+    dist.barrier()
+    average, ema = load_file(folder / "average" / "model.safetensors"), found["ema"]
+    inside = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 1))
+    inside.load_state_dict(average)
+    assert losses == [pytest.approx(inside(torch.ones(1, 5)).item())]
+    assert ema.num_updates == 4
+    assert dist_ema.read_checkpoint(folder / "checkpoint").keys() == average.keys()
+
+
+def sharded(folder: Path) -> dict[str, Any]:
+    """What blocks about checkpoints begin with."""
+    model = fully_shard(nn.Linear(5, 3))
+    return {"model": model, "ema": averaged(model), "dcp": dcp, "dist_ema": dist_ema}
+
+
+def save_and_load(folder: Path) -> None:
+    names = sharded(folder)
+    before = names["ema"].fingerprint()
+    run(README, 1, names, folder)
+    assert names["ema"].fingerprint() == before
+
+
+def read_in_one_process(folder: Path) -> None:
+    names = sharded(folder)
+    found = run(CHECKPOINTS, 0, names, folder)["state"]
+    assert found.keys() == {"weight", "bias"}
+
+
+def with_dcp(folder: Path) -> None:
+    names = sharded(folder)
+    before = names["ema"].fingerprint()
+    run(CHECKPOINTS, 1, names, folder)
+    assert names["ema"].fingerprint() == before
+
+
+def export(folder: Path) -> None:
+    from diffusers import UNet2DModel
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast
+
+    config = GPT2Config(n_layer=1, n_head=2, n_embd=8, n_positions=16, vocab_size=10)
+    model, base = AutoModelForCausalLM.from_config(config), AutoModelForCausalLM.from_config(config)
+    unet = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(4,),
+        norm_num_groups=2,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+    )
+    adapter = get_peft_model(base, LoraConfig(r=2, target_modules=["c_attn"]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0}, unk_token="a")))
+    names = {"model": model, "tokenizer": tokenizer, "torch": torch, "ema": averaged(model)}
+    names |= {"ema_of_unet": averaged(unet), "ema_of_adapter": averaged(adapter)}
+    run(CHECKPOINTS, 2, names, folder)
+    loaded = AutoModelForCausalLM.from_pretrained(folder / "average")
+    with names["ema"].average_parameters():
+        pairs = zip(loaded.parameters(), model.parameters(), strict=True)
+        assert all(torch.equal(here, there) for here, there in pairs)
+    assert AutoModelForCausalLM.from_pretrained(folder / "average-bf16", dtype="auto").dtype == torch.bfloat16
+    assert PreTrainedTokenizerFast.from_pretrained(folder / "average-bf16").vocab_size == 1
+    assert UNet2DModel.from_pretrained(folder / "unet").config.sample_size == 8
+    assert PeftModel.from_pretrained(AutoModelForCausalLM.from_config(config), folder / "adapter").peft_config
+
+
+RUNS: dict[tuple[Path, int], Callable[[Path], None]] = {
+    (README, 0): use,
+    (README, 1): save_and_load,
+    (CHECKPOINTS, 0): read_in_one_process,
+    (CHECKPOINTS, 1): with_dcp,
+    (CHECKPOINTS, 2): export,
+}
+NAMES = {f"{file.relative_to(ROOT)}:{number}": (file, number) for file, number in RUNS}
+
+
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize("block", [name for name in NAMES if NAMES[name] != (CHECKPOINTS, 2)])
+def test_lines_run_as_they_are_written(block: str, tmp_path: Path) -> None:
+    """What is copied first must not fail at the first line."""
+    RUNS[NAMES[block]](tmp_path)
+
+
+@pytest.mark.world_size(1)
+def test_lines_about_exports_run_as_they_are_written(tmp_path: Path) -> None:
+    export(tmp_path)
+
+
+def test_every_block_is_run() -> None:
+    """A block that nobody runs is wrong after the next change."""
+    found = {file: len(blocks(file)) for file in FILES if blocks(file)}
+    known = {file: sum(file == one for one, _ in RUNS) for file, _ in RUNS} | ELSEWHERE
+    assert found == known, "give the block a test in RUNS"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_links_and_files_that_are_named_exist(file: Path) -> None:
+    """Files move, and READMEs stay behind."""
+    text = re.sub(r"^```.*?^```", "", file.read_text(), flags=re.MULTILINE | re.DOTALL)
+    links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
+    missing = [link for link in links if link and not (file.parent / link).exists()]
+    tops = ("dist_ema", "tests", "launch", "configs", ".ci", ".github")
+    named = [name for name in re.findall(r"`([\w./-]+)`", text) if name.startswith(tuple(f"{top}/" for top in tops))]
+    missing += [name for name in named if not (ROOT / name).exists()]
+    assert not missing
+
+
+def test_the_first_page_is_short() -> None:
+    assert len(README.read_text().splitlines()) <= 150
