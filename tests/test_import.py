@@ -255,7 +255,7 @@ def test_an_average_that_had_not_started_is_imported_as_that(tmp_path: Path) -> 
 def test_options_replace_what_the_file_says(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     arguments = ("import", DATA / "nemo-EMA.ckpt", tmp_path / "out", "--half-life", "2ep", "--dtype", "bf16")
     status, out, err = run(capsys, *arguments)
-    assert status == 0 and out.endswith("12 tensors, 216 B, 1 file; from nemo\n")
+    assert status == 0 and out.endswith("12 tensors, 216 bytes, 1 file; from nemo\n")
     assert "the file's schedule is ConstantDecay" in err and "HalfLife" in err
     wanted = {
         name: value.bfloat16() if value.is_floating_point() else value for name, value in expected("nemo").items()

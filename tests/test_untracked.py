@@ -185,7 +185,7 @@ def test_commands_say_what_a_checkpoint_lacks(tmp_path: Path, capsys: pytest.Cap
     assert f"It lacks {lacks}." in run("inspect", part)[1]
     assert json.loads(run("inspect", part, "--json")[1])["lacking"] == ["0.weight", "0.bias"]
     assert json.loads(run("inspect", whole, "--json")[1])["lacking"] == []
-    assert f"whole: 2 tensors, 48 B, 1 file; it was saved without {lacks}" in run("verify", part)[1]
+    assert f"whole: 2 tensors, 48 bytes, 1 file; it was saved without {lacks}" in run("verify", part)[1]
     assert json.loads(run("verify", part, "--json")[1])["lacking"] == ["0.weight", "0.bias"]
     assert "lack" not in run("inspect", whole)[1] and "without" not in run("verify", whole)[1]
     status, _, complaint = run("export", part, str(tmp_path / "export"))

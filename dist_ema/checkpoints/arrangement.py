@@ -72,6 +72,7 @@ class Link:
             return None
         pairs = zip(source.sizes, source.strides, target.strides, strict=True)
         dims = sorted((dim for dim in pairs if dim[0] > 1), key=lambda dim: dim[1])
+        # Dimensions that are contiguous in both memories become one: the elements that can be moved at once.
         run = 1
         while dims and dims[0][1] == dims[0][2] == run:
             run *= dims.pop(0)[0]
@@ -99,6 +100,7 @@ class Link:
         Returns:
             A mask over ``blocks``, and numbers of blocks in the second memory for those where it is True.
         """
+        # The strides descend, so dividing by one after the other gives the indices of a block in each dimension.
         rest = blocks - self.start // grain
         inside = rest >= 0
         goals = np.full_like(rest, self.goal_start // grain)
@@ -178,6 +180,7 @@ class Arrangement:
         blocks, within, lengths, places = _cut(runs, grain)
         for target, goals, chosen in self._follow(memory, blocks, np.arange(len(blocks)), grain):
             starts = goals * grain + within[chosen]
+            # Files are written in runs, as long ones as possible: neighbours in the file have to stand side by side.
             order = np.argsort(starts, kind="stable")
             chosen, starts = chosen[order], starts[order]
             yield self.targets[target].name, *_join(starts, lengths[chosen], places[chosen], values)
@@ -207,7 +210,7 @@ class Arrangement:
             return
         low, high = int(blocks.min()) * grain, int(blocks.max()) * grain
         for link in self.links.get(memory, ()):
-            if link.start > high or link.stop <= low:
+            if link.start > high or link.stop <= low:  # most links, where one tensor is cut into many
                 continue
             inside, goals = link.follow(blocks, grain)
             if link.goal < 0:
@@ -243,7 +246,7 @@ def _join(starts: Indices, lengths: Indices, places: Indices, values: Tensor) ->
     firsts = np.flatnonzero(new)
     runs = tuple(zip(starts[firsts].tolist(), np.add.reduceat(lengths, firsts).tolist(), strict=True))
     total = int(lengths.sum())
-    if np.array_equal(places[1:], places[:-1] + lengths[:-1]):
+    if np.array_equal(places[1:], places[:-1] + lengths[:-1]):  # in order already: no copy
         return runs, values[int(places[0]) : int(places[0]) + total]
     order = np.repeat(places - (np.cumsum(lengths) - lengths), lengths) + np.arange(total)
     return runs, values[torch.from_numpy(order)]

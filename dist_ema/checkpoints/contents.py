@@ -47,7 +47,7 @@ class Contents:
         live = [entry for entry in entries if entry.mode == "live"]
         self._lacking = () if include_untracked else tuple(entry.name for entry in live)
         self.folders = {f"averages/{name}": _folder(tracked, held) for name, held in views.items()}
-        if live and include_untracked:  # the same in every view
+        if live and include_untracked:  # what is not averaged is the same in every view
             self.folders[LIVE] = _folder(live, next(iter(views.values())))
 
     @cached_property
@@ -65,6 +65,7 @@ class Contents:
             skipped: NaN and Inf elements that all ranks have left out.
             digests: fingerprints of the full tensors, by folder and name.
         """
+        # The files' plans give all but the fingerprints, so the size of the manifest is known before anything is read.
         files: dict[str, StoredFile] = {}
         tensors: dict[str, dict[str, StoredTensor]] = {name: {} for name in self.folders}
         for folder, plans in self.plans.items():
@@ -93,5 +94,5 @@ class Contents:
 
 
 def _folder(entries: Sequence[FullTensor], held: Callable[[str], LocalValues | None]) -> Folder:
-    dtypes = {entry.name: entry.dtype for entry in entries}
+    dtypes = {entry.name: entry.dtype for entry in entries}  # the shadow's own: nothing is lost
     return Folder(entries, held, dtypes, FILE_LIMIT, tied=False, with_digests=True)

@@ -25,3 +25,5 @@ DTYPES = {
 }
 #: safetensors' names, by dtype.
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+#: Bytes of the widest element.
+WIDEST = max(dtype.itemsize for dtype in DTYPES.values())

@@ -66,6 +66,7 @@ def export(
     gather, token, is_arranged = round_.received[0]
     if is_arranged:  # rank 0's, since it may follow from configurations that other ranks do not have
         arrangement = broadcast_object(arrangement, group)
+    # All that can be wrong with the tensors is found out before a file is made.
     with agreed(group, operation):
         limit = parse_size(max_shard_size)
         if layout == "peft":  # which reads one file
@@ -81,12 +82,14 @@ def export(
                 _prepare(staging, folder)
                 written = next((dtypes[entry.name] for entry in entries if dtypes[entry.name].is_floating_point), None)
                 Configuration(model, layout, dtype or written, staging.content).write(config_from)
+        # As in save(): the directory has rank 0's token in its name, so whoever finds it shares rank 0's disk.
         in_place = all(gather_objects(staging.is_visible(), group)) and not gather
         if gather is False and not in_place:
             raise CheckpointError(f"{operation}: gather=False, but not all ranks see {staging.target.parent} of rank 0")
         with staging.writer("", plans) as writer:
             if not in_place:
                 folder.write_gathered(writer, group, operation)
+            # All bytes have to be on disk on all ranks before rank 0 gives the directory its name.
             with agreed(group, operation):
                 if in_place:
                     folder.write_own(writer, group)

@@ -90,7 +90,7 @@ class Folder:
         def take(entry: FullTensor, start: int, values: Tensor) -> None:
             self._put(writer, entry, ((start, values.numel()),), values.cpu())
 
-        if self.with_digests:
+        if self.with_digests:  # each rank of its own elements: rank 0 alone would take as long as the ranks are many
             with agreed(group, operation):
                 self._read_own(None, group)
         ordered = self.written
@@ -107,6 +107,7 @@ class Folder:
             mine = self.held(entry.name)
             if mine is None or not is_writer(entry, mine.share, rank):
                 continue
+            # One chunk at a time: it stays in the processor's cache from conversion to fingerprint to writing.
             scratch = torch.empty(min(IO_CHUNK, mine.share.numel), dtype=self.dtypes[entry.name])
             low, total = 0, 0
             for runs in chunks(mine.runs, IO_CHUNK):

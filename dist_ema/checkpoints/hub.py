@@ -59,6 +59,7 @@ def conversion(model: nn.Module, layout: str | None) -> Convert | None:
         return lambda state: _adapter_state(model, state)
     if layout == "diffusers" or not _is_pretrained(model) or _adapters(model):
         return None
+    # transformers 5 has conversions between its modules and its files; version 4 has none.
     revert = getattr(sys.modules.get("transformers.core_model_loading"), "revert_weight_conversion", None)
     untie = getattr(sys.modules["transformers.modeling_utils"], "remove_tied_weights_from_state_dict", None)
     ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
@@ -74,6 +75,7 @@ def conversion(model: nn.Module, layout: str | None) -> Convert | None:
 
 
 def _is_pretrained(model: nn.Module) -> bool:
+    # Where it is not in memory, the model cannot be one of its classes.
     kind = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
     return kind is not None and isinstance(model, kind)
 
@@ -92,7 +94,7 @@ def _stand_in(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
         "get_parameter_or_buffer": state.__getitem__,
         "_weight_conversions": getattr(model, "_weight_conversions", None),
     }
-    for name, answer in answers.items():
+    for name, answer in answers.items():  # past nn.Module's own __setattr__, which would register modules
         object.__setattr__(root, name, answer)
     return root
 
@@ -100,7 +102,7 @@ def _stand_in(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
 def _empty(model: nn.Module) -> nn.Module:
     """A module of the same class without wrappers, which has the configuration and nothing else."""
     kind = plain_type(model)
-    empty: nn.Module = object.__new__(kind)
+    empty: nn.Module = object.__new__(kind)  # its own __init__ would make all weights
     nn.Module.__init__(empty)
     for name in ("config", "_internal_dict"):
         if name in vars(model):
@@ -186,7 +188,7 @@ def _write_pretrained(model: Any, directory: Path, dtype: torch.dtype | None) ->
     config = copy.deepcopy(model.config)
     if dtype is not None:
         setattr(config, "dtype" if hasattr(config, "dtype") else "torch_dtype", str(dtype).removeprefix("torch."))
-    config.architectures = [plain_type(model).__name__]
+    config.architectures = [plain_type(model).__name__]  # not FSDP's name for it, which from_pretrained cannot find
     save_code = getattr(sys.modules.get("transformers.dynamic_module_utils"), "custom_object_save", None)
     if getattr(model, "_auto_class", None) is not None and save_code is not None:
         save_code(_empty(model), str(directory), config=config)

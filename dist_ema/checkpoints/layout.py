@@ -90,6 +90,7 @@ def plan_files(tensors: Sequence[TensorPlan], limit: int, stem: str = "model") -
             raise CheckpointError(f"safetensors cannot store a tensor of the name {tensor.name!r}: rename it")
         if tensor.dtype not in DTYPE_NAMES:
             raise CheckpointError(f"{tensor.name!r} is {tensor.dtype}, which safetensors cannot store")
+    # First the tensors are distributed: file names, and with them headers, depend on how many files there are.
     groups: list[list[TensorPlan]] = [[]]
     used = empty = len(_plan_file("", ()).header)
     for tensor in tensors:
@@ -118,7 +119,7 @@ def _plan_file(name: str, tensors: Sequence[TensorPlan]) -> FilePlan:
         header[tensor.name] = _header_entry(tensor, position)
         position += tensor.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8, as safetensors wants it
     prefix = len(text).to_bytes(8, "little") + text
     offsets = {key: len(prefix) + begin for key, begin in begins.items()}
     return FilePlan(name, prefix, tuple(ordered), offsets, len(prefix) + position)

@@ -68,11 +68,13 @@ class Load:
                 if self._first:
                     raise
             round_.send(checksum(self._text))
+        # Equal checksums mean equal manifests, whose data folder has a name that no other save uses. So where they are
+        # equal all ranks see the same files.
         self._shared = len(set(round_.received)) == 1
         if not self._shared:
             self._text = broadcast_object(self._text, group)
         self.manifest = Manifest.from_bytes(self._text)
-        self._entries = [entry for entry in entries if entry.mode != "live"]
+        self._entries = [entry for entry in entries if entry.mode != "live"]  # load() writes into no live weights
         self._names = names
 
     def was_replaced(self) -> bool:
@@ -83,6 +85,7 @@ class Load:
                 replaced = read_manifest_bytes(self._path) != self._text
             except EMAError:  # removed, or not to be read any more
                 replaced = True
+        # Rank 0 decides: ranks that look at different moments would not all start over.
         return broadcast_object(replaced, self._group)
 
     def match(self, strict: bool) -> dict[str, dict[str, Key]]:
@@ -121,6 +124,7 @@ class Load:
                 problems.append(f"missing {entry.name!r}")
                 continue
             used.add(name)
+            # Floating-point dtypes are converted into each other; a step count is never made of weights.
             shape, dtype = stored[name].shape, DTYPES[stored[name].dtype]
             if shape != entry.shape or dtype.is_floating_point != entry.dtype.is_floating_point:
                 problems.append(f"misshapen {entry.name!r}: {shape} {dtype} instead of {entry.shape} {entry.dtype}")
@@ -184,6 +188,7 @@ class Load:
             is_whole = part.share is not None and part.share.numel == part.entry.numel
             if not counts and is_whole and own % (1 << 64) != part.stored.digest:
                 damaged.append(str(part))
+        # One more number, so that names of damaged tensors are gathered only where there are any.
         any_damaged, *totals = sum_integers([len(damaged), *counted], self._group)
         found = {str(part) for part, total in zip(parts, totals, strict=True) if total != part.stored.digest}
         if any_damaged:

@@ -217,6 +217,7 @@ def checksum(data: bytes) -> str:
 
 def _seal(body: dict[str, Any]) -> bytes:
     """Canonical JSON with the checksum of the rest as its last entry."""
+    # One way to write a body, so that a reader can write it again and compare: see _unseal().
     plain = json.dumps(body, separators=(",", ":"), ensure_ascii=True).encode()
     return plain[:-1] + f',"checksum":"{checksum(plain)}"}}\n'.encode()
 
@@ -230,11 +231,13 @@ def _unseal(text: bytes) -> dict[str, Any]:
         raise CheckpointCorruptError(f"{NAME}: invalid JSON: {str(error)[:_SHOWN]}") from error
     if not isinstance(body, dict) or body.get("format") != FORMAT:
         _refuse("it was not written by dist_ema, or is damaged")
+    # The version comes before the checksum: a later version may have another.
     version = body.get("version")
     if not is_count(version):
         _refuse(f"invalid format version {shown(version)}")
     if version != VERSION:
         raise CheckpointError(f"{NAME}: format version {version}; this library reads version {VERSION}")
+    # Stricter than to compare checksums: the text has to be, byte for byte, what this library writes of the body.
     body.pop("checksum", None)
     if _seal(body) != text:
         _refuse("its checksum does not match: it is damaged, or was edited")

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_ema.checkpoints.dtypes import DTYPES
+from dist_ema.checkpoints.dtypes import DTYPES, WIDEST
 from dist_ema.checkpoints.manifest import Key, Manifest
 from dist_ema.checkpoints.reader import RunReader
 from dist_ema.checkpoints.storage.paths import StrPath
@@ -70,12 +70,12 @@ def read_own(path: StrPath, manifest: Manifest, parts: Sequence[Part], verify: b
         if out is not None and out.is_cpu and out.dtype == dtype:  # straight into its place
             reader.read(part.key, runs, out)
             return partial_digest(out, runs) if verify else 0
-        if not hasattr(scratch, "bytes"):
-            scratch.bytes = torch.empty(IO_CHUNK * 16, dtype=torch.uint8)
+        if not hasattr(scratch, "bytes"):  # one buffer a thread
+            scratch.bytes = torch.empty(IO_CHUNK * WIDEST, dtype=torch.uint8)
         values = scratch.bytes[: count(runs) * dtype.itemsize].view(dtype)
         reader.read(part.key, runs, values)
         if out is not None:
-            with handover.taken():
+            with handover.taken():  # in order with what the caller's stream does to the shadow
                 out.copy_(values)
         return partial_digest(values, runs) if verify else 0
 
@@ -86,7 +86,7 @@ def read_own(path: StrPath, manifest: Manifest, parts: Sequence[Part], verify: b
             jobs = []
             for part in parts:
                 pieces = list(chunks(part.runs, IO_CHUNK))
-                lows = accumulate(map(count, pieces), initial=0)
+                lows = accumulate(map(count, pieces), initial=0)  # one more than pieces: the last one is the end
                 jobs.append([pool.submit(take, part, runs, low) for runs, low in zip(pieces, lows, strict=False)])
             return [sum(job.result() for job in pieces) for pieces in jobs]
         finally:  # before the files are closed
@@ -107,7 +107,7 @@ def read_sent(
     """
     with agreed(group, operation):
         opened = RunReader.of(path, manifest) if rank_in(group) == 0 else nullcontext()
-        buffer = torch.empty(WINDOW_BYTES, dtype=torch.uint8)
+        buffer = torch.empty(WINDOW_BYTES, dtype=torch.uint8)  # here, as memory may be short on one rank
     failure = FirstFailure()
     sums = []
     with opened as reader:
@@ -119,7 +119,7 @@ def read_sent(
                 with failure.kept():
                     if reader is not None and not failure.found:
                         reader.read(part.key, ((start, stop - start),), window)
-                _broadcast_bytes(window, group)
+                _broadcast_bytes(window, group)  # meaningless after a failure, but the other ranks wait for it
                 for _, inside, length in overlap(part.runs, start, stop):
                     values = window[inside : inside + length]
                     with failure.kept():
@@ -140,7 +140,7 @@ def _windows(numel: int, size: int) -> Iterator[tuple[int, int]]:
 
 def _broadcast_bytes(values: Tensor, group: dist.ProcessGroup | None) -> None:
     """Rank 0's values, on every rank. Collective."""
-    sent = values.view(torch.uint8).to(device_for(group))
+    sent = values.view(torch.uint8).to(device_for(group))  # NCCL sends from the accelerator only
     with answered():
         dist.broadcast(sent, group=group, group_src=0)
     values.view(torch.uint8).copy_(sent)

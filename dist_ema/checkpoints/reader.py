@@ -133,9 +133,10 @@ class RunReader(Closing):
         path = f"{self._folder}/{name}"
         try:
             opened = self._open[name] = self._folder.file(name)
-            self._close_some()
+            self._close_some()  # not this one, which is the last in order
             if opened.size != file.size:
                 raise CheckpointCorruptError(f"{path} has {opened.size} bytes, but {file.size} were written")
+            # The file says how long its header is; that is bounded before so much memory is allocated.
             length = int.from_bytes(_head(opened, 8), "little")
             if length > min(_MAX_HEADER, file.size - 8):
                 raise CheckpointCorruptError(f"{path}: damaged header of {length} bytes")
@@ -175,9 +176,12 @@ def _offsets(path: str, header: bytes, size: int, tensors: Mapping[Key, StoredTe
             described[name] = (entry["dtype"], tuple(map(_size, entry["shape"])), begin, end)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointCorruptError(f"{path}: invalid header: {str(error)[:200]}") from error
+    # Other readers of the file believe its header, so it has to name the same tensors as the manifest.
     listed = {name: (tensor.dtype, tensor.shape) for (_, name), tensor in tensors.items()}
     if {name: entry[:2] for name, entry in described.items()} != listed:
         raise CheckpointCorruptError(f"{path} does not hold the tensors that the manifest lists for it")
+    # In the order of the file each tensor has to begin where the one before it ends. So no two overlap, and there is no
+    # byte that neither the header's checksum nor a fingerprint covers.
     position = 0
     offsets: dict[Key, int] = {}
     for key, tensor in sorted(tensors.items(), key=lambda item: described[item[0][1]][2:]):

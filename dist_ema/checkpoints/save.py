@@ -39,8 +39,8 @@ class Save:
         self._overwrite = overwrite
         self._operation = f"save to {path}"
         self._first = rank_in(group) == 0
-        self._storage: StorageWriter | None = None
-        self._writers: list[TensorWriter] = []
+        self._storage: StorageWriter | None = None  # rank 0's, once it is to be undone on failure
+        self._writers: list[TensorWriter] = []  # to be synced and closed
 
     def run(self) -> None:
         """The whole save. Collective."""
@@ -56,10 +56,11 @@ class Save:
             self._create()
             live = [name for name in self._contents.folders if name == LIVE or not self._contents.state.started]
             if live and self._shared:
+                # The caller trains on after this, so a failure has to be known on every rank now.
                 with agreed(self._group, self._operation):
                     self._write(live)
             elif live:
-                self._write(live)
+                self._write(live)  # raises on all ranks by itself
 
     def finish(self, reading: AbstractContextManager[object] = nullcontext()) -> None:  # noqa: B008 - has no state
         """Writes the averages, waits for the disk and puts the checkpoint in its place. Collective.
@@ -70,9 +71,11 @@ class Save:
         """
         with self._undone_on_failure():
             averages = [name for name in self._contents.folders if name != LIVE and self._contents.state.started]
+            # Gathering is collective, so it must not stand in the block below, which a rank that fails leaves at once.
             if not self._shared:
                 with reading:
                     self._write(averages)
+            # All bytes have to be on disk on all ranks before rank 0 names them in the manifest.
             with agreed(self._group, self._operation):
                 if self._shared:
                     with reading:
@@ -98,7 +101,7 @@ class Save:
 
     def _create(self) -> None:
         """Has rank 0 make the files, and finds out whether all ranks see them. Collective."""
-        own = os.urandom(16).hex()
+        own = os.urandom(16).hex()  # rank 0's is used; each makes one so that it comes with the round
         with agreed(self._group, self._operation) as round_:
             check_path(self._path)
             plans = self._contents.plans
@@ -107,6 +110,8 @@ class Save:
                 self._storage = storage_writer(self._path, own)
                 self._storage.create(plans, self._overwrite)
             round_.send(own)
+        # A rank sees the files if it finds the directory that has rank 0's token in its name: the same path on a disk
+        # of its own has no such directory.
         token = round_.received[0]
         with agreed(self._group, self._operation) as round_:
             self._to = self._storage or storage_writer(self._path, token)
@@ -142,6 +147,7 @@ class Save:
             for name, folder in self._contents.folders.items()
             for entry in folder.entries
         }
+        # One collective call for all tensors: 8 bytes each.
         skipped, *totals = sum_integers([self._contents.state.skipped, *own.values()], self._group)
         return skipped, dict(zip(own, totals, strict=True))
 

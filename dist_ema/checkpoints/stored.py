@@ -89,6 +89,7 @@ def tensors_from_json(
             sizes = f"shape {shape}" if len(shape) <= 8 else f"{len(shape)} sizes"
             raise ValueError(f"tensor {shown(name)}: invalid dtype {shown(entry['dtype'])} or {sizes}")
         stored = StoredTensor(entry["file"], entry["dtype"], tuple(shape), 0, tuple(aliases))
+        # A name that stands there twice, be it as an alias, would make it a matter of chance which tensor is loaded.
         for known in (name, *stored.aliases):
             if known in names or not isinstance(known, str) or not is_tensor_name(known):
                 raise ValueError(f"tensor name {shown(known)} is invalid, or stands there twice")

@@ -44,7 +44,7 @@ def parse(text: bytes, *, depth: int) -> Any:
     """
     plain = text.replace(b"\\\\", b"").replace(b'\\"', b"")
     _limit("quotes", plain.count(b'"'), text, _BYTES_A_QUOTE)
-    frame = _STRING.sub(b"", plain)
+    frame = _STRING.sub(b"", plain)  # brackets and commas inside strings do not count
     _limit("lists and objects", frame.count(b"[") + frame.count(b"{"), text, _BYTES_A_CONTAINER)
     _limit("commas", frame.count(b","), text, _BYTES_A_COMMA)
     brackets = frame.translate(None, _NO_BRACKETS)
@@ -104,14 +104,14 @@ def _limit(what: str, found: int, text: bytes, bytes_each: int) -> None:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
+    found = dict(pairs)  # json would keep the last one, and other readers the first
     if len(found) != len(pairs):
         raise ValueError("a key stands there twice")
     return found
 
 
 def _whole(digits: str) -> int:
-    if len(digits) > _DIGITS:
+    if len(digits) > _DIGITS:  # int() takes quadratic time
         raise ValueError(f"a number has {len(digits)} digits")
     return int(digits)
 

@@ -86,17 +86,19 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        # A memory that changes has no one set of links: the elements before and after are different ones.
         if func._schema.is_mutable:
             raise UnknownOperationError(f"it changes a tensor in place, by {func}")
         found = result if isinstance(result, (list, tuple)) else [result]
         for out in (out for out in found if isinstance(out, Tensor)):
-            if id(out.untyped_storage()) not in self._numbers:
+            if id(out.untyped_storage()) not in self._numbers:  # else it is a view, whose strides say all
                 self._record(str(func.overloadpacket), out, args)
         return result
 
     def _record(self, operation: str, out: Tensor, args: Sequence[Any]) -> None:
         """An operation that has made a new memory: links to it, where it only moves elements."""
         number = self._number(out)
+        # Views of meta tensors have strides, too, so a part of the new memory is described by a view of it.
         if operation == "aten.clone":
             parts = [(args[0], out)]
         elif operation == "aten.cat":
@@ -110,7 +112,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         makers = [self._made_by.get(self._number(part)) for part, _ in parts]
         if any(part.dtype != out.dtype for part, _ in parts):
-            makers = [f"{operation} of several dtypes"]
+            makers = [f"{operation} of several dtypes"]  # converts, and the elements are others then
         self._made_by.pop(number)
         if (maker := next(filter(None, makers), None)) is not None:
             self._made_by[number] = maker

@@ -36,7 +36,7 @@ def read_manifest_bytes(path: StrPath) -> bytes:
     except OSError as error:
         raise CheckpointError(f"{NAME} of {path} cannot be read: {error.strerror or error}") from error
     try:
-        if file.size > MAX_BYTES:
+        if file.size > MAX_BYTES:  # before so much memory is allocated
             raise CheckpointCorruptError(f"{NAME} of {path} has {file.size} bytes; the limit is {MAX_BYTES}")
         text = bytearray(file.size)
         if not file.read([(0, memoryview(text))]):
@@ -72,6 +72,7 @@ def read_anew_if_replaced(look: Callable[[], V], read: Callable[[V], T]) -> T:
         try:
             return read(version)
         except CheckpointCorruptError:
+            # Damage and replacement look alike until the manifest is read again.
             attempts -= 1
             if attempts < 0 or not version.was_replaced():
                 raise

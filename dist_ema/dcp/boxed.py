@@ -75,6 +75,7 @@ class BoxedTensor(Tensor):
         first = args[0]
         if func in _ELEMENTWISE:
             return first._with(func(first.held, *args[1:], **options))
+        # DCP makes empty tensors of the same size to load into; of this rank's part, no more memory is needed.
         if func is _aten.new_empty.default and torch.Size(args[1]) == first.size():
             return first._with(first.held.new_empty(first.held.shape, **options))
         if func is _aten.copy_.default and isinstance(args[1], BoxedTensor):
@@ -89,6 +90,7 @@ class BoxedTensor(Tensor):
         )
 
     def _with(self, held: Tensor) -> BoxedTensor:
+        # A copy belongs to nobody else, so a read may overwrite it.
         return BoxedTensor(self.size(), held, self.boxes, is_writer=self.is_writer, spare=True)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]

@@ -47,6 +47,7 @@ class LoadedStateDict:
         self.schedules = {name: read_schedule(text, name) for name, text in state["schedules"].items()}
         self._dict = state
         self._shares, self._names = shares, names
+        # All problems are collected first, so that a user sees all of them at once.
         problems = [f"unexpected average {name!r}" for name in state["averages"] if name not in names]
         for path, share in wanted_parts(shares, names):
             problems += _misfits(_at(state, path).get(share.spec.name), share, "/".join(path))
@@ -92,6 +93,7 @@ def _copy(value: Tensor, share: Share, out: Tensor) -> None:
     if isinstance(value, BoxedTensor):
         out.copy_(value.held)
         return
+    # A full tensor, as dcp_to_torch_save makes it: any engine's elements can be taken out of it.
     low, flat = 0, value.reshape(-1)
     for start, length in share.runs:
         out[low : low + length].copy_(flat[start : start + length])

@@ -134,7 +134,7 @@ def parts_with_averages(
         (name, share.spec.name): tensor for name in names for share, tensor in zip(shares, averaged(name), strict=True)
     }
     for path, share in wanted_parts(shares, names):
-        average = path[1] if path[0] == "averages" else names[0]
+        average = path[1] if path[0] == "averages" else names[0]  # buffers are the first average's
         tensor = held[average, share.spec.name]
         if tensor is not None:
             yield path, share, tensor

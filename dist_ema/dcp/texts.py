@@ -66,6 +66,7 @@ def _write(body: Mapping[str, Any]) -> Tensor:
     text = json.dumps(body, separators=(",", ":"), ensure_ascii=True).encode()
     if len(text) > TEXT_BYTES:
         raise EMAStateError(f"a text of a state dict has at most {TEXT_BYTES} bytes; {len(text)} needed for {body}")
+    # Blanks are JSON, too: what is read need not know where the text ended.
     return torch.frombuffer(bytearray(text.ljust(TEXT_BYTES)), dtype=torch.uint8)
 
 

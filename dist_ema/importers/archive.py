@@ -64,6 +64,7 @@ def members(file: BinaryIO, size: int) -> dict[str, Member]:
             raise ArchiveError(f"it has two members {name[:80]!r}")
         found[name] = _locate(file, name, header, stored)
         headers.append((header, found[name].begin + stored))
+    # Overlapping members would let a small file claim terabytes (a "zip bomb").
     end = 0
     for header, stop in sorted(headers):
         if header < end:
@@ -81,6 +82,7 @@ def _find_directory(file: BinaryIO, size: int) -> tuple[int, int, int]:
     if place < 0 or len(tail) - place < _END.size:
         raise ArchiveError("it has no directory: its end is missing")
     _, _, _, _, count, length, begin, _ = _END.unpack_from(tail, place)
+    # Larger numbers stand in a second end record, which a locator before this one points to.
     if count != 0xFFFF and length != _NONE and begin != _NONE:
         return count, begin, length
     locator = size - len(tail) + place - _LOCATOR.size

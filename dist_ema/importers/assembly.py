@@ -39,6 +39,7 @@ class Assembly:
             _check_model(first, model.tensors)
             groups += ties(model.tensors)
             self._complete(model.tensors)
+        # In this order: ``frozen`` may match any name of a tied tensor, and merging drops all but one.
         self._set_apart(frozen)
         self._merge(groups)
         self._check()

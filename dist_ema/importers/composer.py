@@ -40,6 +40,7 @@ def matches(content: Content) -> bool:
 def read(content: Content, model: Model | None) -> Foreign:
     """The average. Raises CheckpointError if it is not in this file, CheckpointCorruptError if that is damaged."""
     algorithm = _algorithm(content.values) or {}
+    # A checkpoint of the trainer has the model, too: it gives buffers, frozen parameters and shapes to compare with.
     state = content.values.get("state")
     state = state if isinstance(state, Mapping) else {}
     whole = read_tensors(state["model"], "state['model']") if "model" in state else {}
@@ -70,6 +71,7 @@ def _algorithm(values: Mapping[str, Any]) -> Mapping[str, Any] | None:
     state = values.get("state")
     found = state.get("algorithms") if isinstance(state, Mapping) else None
     algorithms = list(found.items()) if isinstance(found, Mapping) else found if isinstance(found, list) else []
+    # Composer writes (name, state) pairs, in a list or as the items of a dict.
     candidates = [entry[1] for entry in algorithms if isinstance(entry, tuple) and len(entry) == 2]
     for candidate in (*candidates, values):
         if isinstance(candidate, Mapping) and "ema_model" in candidate:

@@ -158,6 +158,7 @@ def _save(
     overwrite: bool,
     begin: Callable[[int], Advance] | None,
 ) -> None:
+    # All averages have the same tensors, so the first one describes them.
     first = next(iter(assembly.averages.values()))
     tracked = [_entry(name, tensor, assembly, dtype) for name, tensor in first.items()]
     live = [_entry(name, tensor, assembly, None, "live") for name, tensor in assembly.live.items()]

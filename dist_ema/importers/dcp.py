@@ -179,6 +179,7 @@ def _tensor(path: Path, name: str, described: _Record, stored: list[tuple[Any, A
         raise TypeError(f"{shown(dtype)} is not a dtype")
     if not is_shape(shape, dtype.itemsize):
         raise ValueError(f"invalid shape of {len(shape)} dimensions")
+    # The description lists boxes, the storage data say where their bytes are; they meet by the box's offsets.
     infos = {_box(index["offset"]): info for index, info in stored}
     parts = [
         _part(path, _box(chunk["offsets"]), _box(chunk["sizes"]), infos[_box(chunk["offsets"])])
@@ -198,7 +199,7 @@ def _part(path: Path, offsets: tuple[int, ...], sizes: tuple[int, ...], info: An
     name, (begin, length) = info["relative_path"], _box((info["offset"], info["length"]))
     if not isinstance(name, str):
         raise ValueError(f"{shown(name)} is not the name of a file")
-    if PurePath(name).name != name or name in ("", ".", ".."):
+    if PurePath(name).name != name or name in ("", ".", ".."):  # it would be a way out of the directory
         raise CheckpointCorruptError(f"{path / METADATA}: {shown(name)} is not a file of this directory")
     if info["transform_descriptors"]:
         used = [shown(one) for one in info["transform_descriptors"]][:8]
@@ -214,6 +215,7 @@ def _check_parts(path: Path, name: str, shape: tuple[int, ...], dtype: torch.dty
         )
         if not inside or prod(part.sizes) * dtype.itemsize > part.length:
             raise CheckpointCorruptError(f"{path}: a part of {name!r} lies outside of it, or has too few bytes")
+    # Parts inside of the tensor that do not overlap and have as many elements as the tensor make it up.
     if sum(prod(part.sizes) for part in parts) != prod(shape):
         problem = "overlap" if _any_overlap(path, name, parts) else "do not make up the tensor"
         raise CheckpointCorruptError(f"{path}: the parts of {name!r} {problem}")

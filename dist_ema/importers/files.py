@@ -69,6 +69,7 @@ def open_model(path: Path, frozen: re.Pattern[str] | None) -> Model:
         if not tensors:
             raise CheckpointError(f"{path} has no safetensors files")
         return Model(tensors, ordered=False, frozen=frozen)
+    # The state dict may be the file itself, or under the names that trainers give it.
     values = open_foreign(path).values
     inner = values.get("state") if isinstance(values.get("state"), Mapping) else {}
     found = (*(values.get(key) for key in ("state_dict", "model")), inner.get("model"))  # type: ignore[union-attr]
@@ -91,6 +92,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
 
 
 def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
+    # All files of a directory: an index may be missing, and the tensors' names say what is in them.
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     tensors: dict[str, LazyTensor] = {}
     for file in files:

@@ -47,6 +47,7 @@ class LazyTensor:
         value = value.detach()
         if value.device.type != "cpu" or value.numel() * value.itemsize > value.untyped_storage().nbytes():
             raise CheckpointCorruptError(f"{name!r} has {value.numel()} elements, more than the file holds for it")
+        # Two tensors with all of this in common are one; views of one memory with other shapes are not.
         place = (value.untyped_storage().data_ptr(), value.storage_offset(), value.shape, value.stride(), value.dtype)
         return cls(value.shape, value.dtype, lambda: value, place if value.numel() else None)
 
@@ -142,6 +143,7 @@ def read_tensors(values: Any, what: str) -> dict[str, LazyTensor]:
     names = [name for name, value in found.items() if isinstance(name, str) and isinstance(value, Tensor)]
     if not names:
         raise CheckpointCorruptError(f"{what} is not a state dict: there are no tensors in it")
+    # Only where all names have it: a model may have an attribute called "module" itself.
     prefix = "module." if all(name.startswith("module.") for name in names) else ""  # of DistributedDataParallel
     tensors: dict[str, LazyTensor] = {}
     for name in names:
@@ -183,6 +185,7 @@ def name_by_position(tensors: Sequence[LazyTensor], model: Model | None, what: s
             f"{what} has {len(tensors)} tensors without names: give --model, a file of torch.save(model.state_dict()) "
             "of the same model" + ("" if model is None else "; safetensors files do not keep the model's order")
         )
+    # model.parameters() gives a tied tensor once, under its first name, and no buffers.
     aliases = {name for group in ties(model.tensors) for name in group[1:]}
     names = [
         name

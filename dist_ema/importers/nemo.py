@@ -27,6 +27,7 @@ def read(content: Content, model: Model | None) -> Foreign:
     """
     average = read_tensors(content.values.get("state_dict"), "'state_dict'")
     optimizers = _optimizers(content.values)
+    # In the -EMA.ckpt the optimizer's list and the state dict are the same memory; elsewhere the state dict is live.
     places = {tensor.place for tensor in average.values()}
     for optimizer in optimizers:
         if not isinstance(optimizer["ema"], (list, tuple)):

@@ -167,6 +167,7 @@ def _load_zip(file: BinaryIO, size: int, where: str, read: _Bytes) -> Any:
     if len(pickles) != 1:
         raise CheckpointError(f"{where} is a zip file, but not one of torch.save: it has no data.pkl")
     folder = pickles[0].removesuffix("data.pkl")
+    # TorchScript's own reader would be needed, which builds the program.
     if folder + "constants.pkl" in found:
         raise CheckpointError(f"{where} is a TorchScript archive, which holds a program: save its state dict instead")
     _check_order(_member(file, found.get(folder + "byteorder")) or b"little", where)
@@ -276,6 +277,7 @@ def _tensor_of(storage: object, dtype: object, offset: Any, size: Any, stride: A
         raise ValueError("a tensor in it has an invalid shape, strides or offset")
     if storage.data is None:
         return None
+    # One more than the place of the last element; the storage has to reach so far.
     last = offset + sum((length - 1) * step for length, step in zip(sizes, strides, strict=True)) + 1
     if 0 not in sizes and last * dtype.itemsize > storage.data.nbytes():
         raise ValueError(f"a tensor of the shape {sizes[:8]} in it has more elements than the file holds for it")

@@ -23,5 +23,6 @@ def read(content: Content, model: Model | None) -> Foreign:
         averages={ONLY: average},
         tied=ties(average),
         usual=ConstantDecay(0.9999),
+        # "epoch" is the number of the last epoch that was trained, from 0 on.
         clock=Progress(epochs=float(integer(epoch, "epoch") + 1) if epoch is not None else 0.0),
     )

@@ -29,6 +29,7 @@ def read(content: Content, model: Model | None) -> Foreign:
     for name, tensor in content.tensors.items():
         if found := _NAME.fullmatch(name):
             averages.setdefault(found["key"] or ONLY, {})[found["name"]] = tensor
+    # Written by dcp.save() of the trainer's own Stateful: a tensor of one element, or a plain number.
     step = read_value(content, "train_state.step")
     steps = integer(step, "train_state.step") if step is not None else 0
     return Foreign(averages, usual=HalfLifeFraction(0.05), clock=Progress(batches=steps), updates=steps + 1)

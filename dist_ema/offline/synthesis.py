@@ -72,8 +72,10 @@ def fit(snapshots: Sequence[Profile], target: Profile | Curve, *, cutoff: float 
     # Copies, so that what they have computed does not stay with the caller's.
     columns = [replace(snapshot).weights for snapshot in snapshots]
     columns.append(replace(target).weights if isinstance(target, Profile) else _curve(target, count, every, unit))
+    # Columns of norm 1, so that the cutoff, which is relative, treats snapshots of few and of many steps alike.
     scale = np.array([float(np.linalg.norm(column)) for column in columns])
     triangle = np.zeros((0, len(columns)))
+    # Each block of rows is decomposed together with the triangle of those before it: memory does not grow with steps.
     for low in range(0, count, BLOCK):
         block = np.zeros((min(BLOCK, count - low), len(columns)))
         for index, column in enumerate(columns):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dist_ema.checkpoints.dtypes import DTYPES
+from dist_ema.checkpoints.dtypes import DTYPES, WIDEST
 from dist_ema.checkpoints.file_values import Advance, no_advance
 from dist_ema.checkpoints.manifest import NAME, Key, Manifest
 from dist_ema.checkpoints.parts import IO_CHUNK
@@ -102,7 +102,7 @@ def _audit(
             try:
                 with RunReader(path, manifest.data, {name: file}, by_file[name]) as reader:
                     findings += _audit_file(reader, by_file[name], pool, advance)
-            except CheckpointCorruptError as error:
+            except CheckpointCorruptError as error:  # a file cannot be opened: go on with the others
                 findings.append(Finding(name, None, str(error)))
                 advance(sum(tensor.nbytes for tensor in by_file[name].values()))
     finally:
@@ -154,8 +154,8 @@ def _audit_file(
 
     def digest(key: Key, stripe: Runs) -> int | str:
         dtype = reader.dtype(key)
-        if not hasattr(scratch, "bytes"):
-            scratch.bytes = torch.empty(IO_CHUNK * 8, dtype=torch.uint8)
+        if not hasattr(scratch, "bytes"):  # one buffer a thread
+            scratch.bytes = torch.empty(IO_CHUNK * WIDEST, dtype=torch.uint8)
         total = 0
         for part in chunks(stripe, IO_CHUNK):
             values = scratch.bytes[: count(part) * dtype.itemsize].view(dtype)
@@ -170,6 +170,7 @@ def _audit_file(
             advance(values.nbytes)
         return total
 
+    # Stripes, not tensors, so that one large tensor keeps all threads busy. Their sums add up to the fingerprint.
     jobs = {
         key: [pool.submit(digest, key, stripe) for stripe in chunks(whole(_numel(tensor)), _STRIPE)]
         for key, tensor in tensors.items()
@@ -208,6 +209,7 @@ class VerifiedTensor:
 
         Raises CheckpointCorruptError, naming file and tensor, with the last elements, if not all were as written.
         """
+        # Digested as it lies in the file, before it is converted.
         runs = ((start, stop - start),)
         values = out if out.dtype == self.dtype else torch.empty(stop - start, dtype=self.dtype)
         self._reader.read(self._key, runs, values)

@@ -101,9 +101,9 @@ def open_plain(path: Path) -> BinaryIO:
 
 def create_file(directory: Path, plan: FilePlan) -> None:
     """Makes a file of its final size with its header; the tensors are holes until they are written."""
-    with (directory / plan.name).open("xb") as file:
+    with (directory / plan.name).open("xb") as file:  # x: there must be none, nor a link
         file.write(plan.header)
-        file.truncate(plan.size)
+        file.truncate(plan.size)  # so that ranks can write anywhere in it, in any order
 
 
 def write_text(path: Path, text: str) -> None:

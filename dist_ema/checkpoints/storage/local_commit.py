@@ -112,9 +112,10 @@ class LocalWriter:
         with _taking_turns(self._target):
             self._check_unchanged()
             (self._staging.content / self.data).rename(self._target / self.data)
-            sync(self._target)
+            sync(self._target)  # the data are on disk under their name before a manifest is that names them
             for rival in self._staging.rivals():
                 (rival / NAME).unlink(missing_ok=True)
+            # Again: a rival that wakes now has no manifest to rename, but one that was quicker has put its own there.
             self._check_unchanged()
             self._check_data()
             try:
@@ -155,6 +156,7 @@ def _check_target(target: Path, overwrite: bool) -> None:
     """Raises CheckpointError unless nothing is there, or an empty directory, or a checkpoint, however damaged."""
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise CheckpointError(f"{target} is not a directory: give another path, or remove it")
+    # A lock is that of a save that is replacing the checkpoint now, or was killed when it did.
     names = {found.name for found in target.iterdir()} - {LOCK} if target.exists() else set()
     if names and not any(map(DATA.fullmatch, names)) and not _text(target).startswith(BEGIN):
         raise CheckpointError(
@@ -211,6 +213,7 @@ def _lock(path: Path) -> int | None:
             return None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The holder removes the file before it unlocks it: then what was locked here is not the file of this name.
             if os.path.samestat(os.fstat(descriptor), path.stat()):
                 return descriptor
         except FileNotFoundError:  # its holder has removed it since: try the next file of this name

@@ -126,7 +126,7 @@ class UploadWriter:
         """As :meth:`TensorWriter.write`; in the order of the files. Raises what the file system raises."""
         while self._plan is None or name not in self._plan.offsets:
             self._next()
-        ((start, _),) = runs
+        ((start, _),) = runs  # gathered windows are single runs
         if self._position != self._plan.offsets[name] + start * values.itemsize:
             raise CheckpointError(f"{self._plan.name}: {name!r} came at byte {self._position}, out of its order")
         self._put(memoryview(values.contiguous().view(torch.uint8).numpy().data))

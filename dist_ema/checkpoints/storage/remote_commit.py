@@ -103,12 +103,13 @@ class RemoteWriter:
 
     def commit(self, manifest: bytes) -> None:
         """As :meth:`StorageWriter.commit`; removes the data of older saves."""
-        self._check_data()
+        self._check_data()  # another save may have taken them for leftovers
         found = self._manifest()
         if found is not None and (self._before is None or found.text != self._before.text):
             raise self._lost()
         self._put(manifest, found)
         self._begun = False
+        # Where the store takes no conditions, another save may have come between: look whose manifest and data stand.
         after = self._manifest()
         if after is None or after.text != manifest:
             raise self._lost()

@@ -74,7 +74,7 @@ class Staging:
         if not self.target.name:
             raise CheckpointError(f"{self.target} is the root of the file system: give a directory below it")
         self._make_parents()
-        remove_leftovers(self.target.parent)
+        remove_leftovers(self.target.parent)  # first, since what they take may be the space that is needed
         self.path.mkdir()
         unlocked = self.path / f"un{LOCK}ed"
         self._lock = os.open(unlocked, os.O_CREAT | os.O_RDWR)
@@ -112,11 +112,11 @@ class Staging:
 
     def sync(self) -> None:
         """Waits until all of the content is on disk: writers sync their elements, not headers and small files."""
-        for directory, _, files in os.walk(self.content, topdown=False):
+        for directory, _, files in os.walk(self.content, topdown=False):  # contents before the names that lead to them
             for file in files:
                 sync(Path(directory) / file)
             sync(Path(directory))
-        for parent in self._made:
+        for parent in self._made:  # a new directory is on disk when its name in its own parent is
             sync(parent.parent)
 
     def put_in_place(self) -> None:
@@ -130,8 +130,8 @@ class Staging:
                     "this one wrote is removed"
                 ) from error
             raise
-        self._made.clear()
-        sync(self.target.parent)
+        self._made.clear()  # they are in use now
+        sync(self.target.parent)  # which makes the rename last
         self.discard()
 
     def discard(self) -> None:
@@ -183,7 +183,7 @@ def is_alive(staging: Path) -> bool:
             return time.time() - staging.lstat().st_mtime <= _YOUNG
         except FileNotFoundError:
             return False
-    except OSError:
+    except OSError:  # too many open files, or no permission: it is not ours to remove
         return True
     try:
         return not try_lock(lock)
