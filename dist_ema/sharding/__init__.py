@@ -11,7 +11,8 @@ source           the live tensor, or the part of the masters, that an average fo
 shadow           the averaged copy of this rank's part of a tensor: always flat (1D), contiguous, plain.
 local shard      the elements of a full tensor that one rank has as a source.
 run              ``(start, length)``: elements that follow each other in the row-major flattening of the full tensor. A
-                 local shard is a sorted list of runs: one for FSDP1, ZeRO and ``Shard(0)``, one a row for a column shard,
+                 local shard is a sorted list of runs: one for FSDP1, ZeRO and ``Shard(0)``, one a row for a column
+                 shard,
                  none for an empty shard.
 box              a hyper-rectangle of the full tensor: offsets and sizes, one a dimension; torch.distributed.checkpoint
                  calls it a chunk. Column shards are thousands of runs and one box.
