@@ -41,11 +41,12 @@ from dist_ema.kernels.fingerprint import partial_digest
 from dist_ema.kernels.streams import Handover
 from dist_ema.options import Options, check_cast
 from dist_ema.schedules import Schedule
+from dist_ema.shadow.broadcast import swaps_together
 from dist_ema.shadow.condition import Condition
 from dist_ema.shadow.device import Shadow
 from dist_ema.shadow.host import HostShadow, wait_for_reads
 from dist_ema.shadow.memory_report import memory_report, summary
-from dist_ema.shadow.swap import Swap, Visit, swaps_together
+from dist_ema.shadow.swap import Swap, Visit
 from dist_ema.shadow.view import View
 from dist_ema.sharding.gather import LocalValues, check_readable, full_tensors
 from dist_ema.sharding.resharding import check_same_model, move
@@ -391,7 +392,7 @@ class ShardedEMA:
         return Shadow(options.schedules, shares, options.skip_nonfinite, seed)
 
     def _seed(self, saved: int | None) -> int | None:
-        """Of the rounding: that of the loaded checkpoint, if there is one and this average is rounded."""
+        """Seed of stochastic rounding; that of a loaded checkpoint wins. None where nothing is rounded."""
         own = self._options.seed
         if own is None or saved is None:
             return own

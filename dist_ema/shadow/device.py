@@ -109,9 +109,9 @@ class Shadow:
             sizes[tensor.device] = sizes.get(tensor.device, 0) + tensor.nbytes
         return sizes
 
-    # What a shadow that is kept up to date by a thread does more.
+    # Hooks for shadows that a background thread updates (host.py); nothing to do here.
 
-    #: Whether the averages cannot be used any more.
+    #: Whether a failed update has left the averages unusable.
     failed = False
 
     def check(self, sources: Sequence[Tensor]) -> None:

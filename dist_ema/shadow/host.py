@@ -57,7 +57,7 @@ class HostShadow(Shadow):
         self._warned = False
         self._pins = False
 
-    # What a shadow does, in the thread.
+    # As of Shadow, with the arithmetic in the thread.
 
     def allocate(self, sources: Sequence[Tensor]) -> None:
         """Takes memory for the averages and for copies of their sources. Local."""
@@ -125,7 +125,7 @@ class HostShadow(Shadow):
         self._look_for_writes(self._read.keys() - self._staging)
         self._read = {}  # weights may be freed now
 
-    # Who waits for whom.
+    # Order: see the table in dist_ema/shadow/__init__.py.
 
     def wait_for_reads(self) -> None:
         """Before the weights are written: waits until they have been read, the device's copies in the device's order.
@@ -177,7 +177,7 @@ class HostShadow(Shadow):
         """Whether every call raises what failed."""
         return self._worker.failed
 
-    # Where it is.
+    # Memory.
 
     def notes(self) -> list[str]:
         """What it costs beside the averages, for a report."""

@@ -1,4 +1,4 @@
-"""The way of weights from where they are trained to host memory, and the order in which that has to happen.
+"""Device-to-host copies of weights for an offloaded average, and their order against training.
 
 A *link* takes copies of one device's tensors. Everything that was asked of the device before a copy is in it, and
 nothing that is asked after ``wait_for_reads()``. Copies go straight into host memory of the size and dtype of this

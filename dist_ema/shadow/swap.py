@@ -20,16 +20,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from dist_ema import kernels
-from dist_ema.collectives import answered, broadcast_flat, gather_objects
+from dist_ema.collectives import answered
 from dist_ema.engines.base import Engine
 from dist_ema.errors import EMAError, EMAStateError
 from dist_ema.interrupts import Uninterrupted
-from dist_ema.sharding.shares import Share, replica_sets, split_over
-from dist_ema.sharding.spec import Replicas
+from dist_ema.shadow.broadcast import Broadcast, is_own
+from dist_ema.sharding.shares import Share
 from dist_ema.sharding.writers import FullTensor
 
 logger = logging.getLogger(__name__)
@@ -54,25 +53,6 @@ class Visit:
     held_by: str = ""
     open: bool = False
     torn: str | None = None
-
-
-def swaps_together(engine: Engine, shares: Sequence[Share]) -> bool:
-    """Whether a swap is collective, in the engine's group: replicas send each other their parts, it publishes, or ranks
-    have buffers of their own."""
-    if engine.group is None:
-        return False
-    several = _spreads(engine)
-    return engine.publish_is_collective or any(share.split or (several and _is_own(share)) for share in shares)
-
-
-def _spreads(engine: Engine) -> bool:
-    """Whether other ranks hold the same model. Those that hold a plain module may: each is asked for itself."""
-    return len(engine.ranks()) > 1
-
-
-def _is_own(share: Share) -> bool:
-    """Whether it is a buffer that each rank has for itself, and that belongs to the average."""
-    return share.spec.kind == "buffer" and share.mode != "live" and not share.spec.partitioned
 
 
 class Swap:
@@ -105,9 +85,8 @@ class Swap:
         self._scratch = scratch
         self._visit = visit
         self._wait = wait
-        self._sets = replica_sets([share.spec if share.split else None for share in shares])
+        self._broadcast = Broadcast(engine, shares)
         self.entries: Sequence[FullTensor] = ()
-        self._several = _spreads(engine)
         self._exchanges: dict[int, kernels.Exchange] = {}
         self._kept: dict[int, Tensor] = {}
         self._diverged: dict[int, Tensor] = {}
@@ -240,12 +219,12 @@ class Swap:
 
     def _share(self, inside: bool) -> None:
         """Ranks bring each other what each has put into its own sources. Collective where ``swaps_together`` says."""
-        if self._where == "sending" and self._several:  # it broke off
+        if self._where == "sending" and self._broadcast.several:  # it broke off
             raise self._tear()
         self._where = "sending"
-        self._spread()
+        self._broadcast.spread(self._sources)
         if inside:
-            self._send_buffers()
+            self._broadcast.send_buffers(self._sources, self.entries)
         with answered() if self._engine.publish_is_collective else nullcontext():
             self._engine.publish()
         self._where = "inside" if inside else "outside"
@@ -272,7 +251,7 @@ class Swap:
         return {
             index: torch.empty(share.numel, dtype=source.dtype, device=shadow.device)
             for index, (share, shadow, source) in enumerate(zip(self._shares, self._shadows, sources, strict=True))
-            if shadow is not None and (shadow.dtype != source.dtype or (self._several and _is_own(share)))
+            if shadow is not None and (shadow.dtype != source.dtype or (self._broadcast.several and is_own(share)))
         }
 
     def _plan(self, sources: Sequence[Tensor]) -> dict[int, kernels.Exchange]:
@@ -289,8 +268,8 @@ class Swap:
         for index, kept in self._kept.items():
             kernels.read(self._sources[index], self._shares[index].start, self._shares[index].stop, kept)
         self._is_kept = True
-        for members in self._sets:
-            if not self._replicas_agree(members):
+        for members in self._broadcast.sets:
+            if not self._broadcast.replicas_agree(members, self._sources):
                 logger.warning(
                     "Replicas of %r and %d more parameters differ between ranks: each rank keeps a copy of its own "
                     "while the average is in use.",
@@ -302,70 +281,3 @@ class Swap:
                     whole = torch.empty(source.numel(), dtype=source.dtype, device="cpu")
                     kernels.read(source, 0, source.numel(), whole)
                     self._diverged[index] = whole
-
-    def _replicas_agree(self, members: Sequence[int]) -> bool:
-        """Whether all replicas hold the same bits, by the sum of those bits as integers. Collective among them."""
-        totals: dict[torch.device, Tensor] = {}
-        for index in members:
-            source = self._sources[index]
-            total = totals.setdefault(source.device, torch.zeros((), dtype=torch.int64, device=source.device))
-            bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[source.element_size()]
-            for _, piece in kernels.pieces(source, 0, source.numel(), kernels.chunk_size(source.device)):
-                total += piece.view(bits).sum(dtype=torch.int64)
-        digest = sum(int(total) for total in totals.values())
-        return len(set(gather_objects(digest, self._group_of(members).group))) == 1
-
-    def _spread(self) -> None:
-        """Replicas send each other the parts that they average. Collective among them."""
-        for members in self._sets:
-            replicas = self._group_of(members)
-            specs = [self._shares[index].spec for index in members]
-            dtypes = [self._shares[index].dtype for index in members]
-            for owner in range(replicas.size):
-                ranges = split_over(specs, dtypes, replicas, owner)
-                self._send(members, ranges, owner, replicas.group)
-
-    def _send(
-        self, members: Sequence[int], ranges: Sequence[tuple[int, int]], owner: int, group: dist.ProcessGroup
-    ) -> None:
-        sources = [self._sources[index] for index in members]
-
-        def read(index: int, start: int, stop: int, out: Tensor) -> None:
-            kernels.read(sources[index], ranges[index][0] + start, ranges[index][0] + stop, out)
-
-        def write(index: int, start: int, stop: int, values: Tensor) -> None:
-            kernels.write(sources[index], ranges[index][0] + start, ranges[index][0] + stop, values)
-
-        sizes = [stop - start for start, stop in ranges]
-        broadcast_flat(sizes, [source.dtype for source in sources], owner, group, read, write)
-
-    def _send_buffers(self) -> None:
-        """Buffers that each rank has for itself become, on all, those of the rank that writes them in an export: the
-        first that has them (``writers.is_writer``). Collective if there are any."""
-        group = self._engine.group
-        if group is None or not self._several:
-            return
-        own = [entry for entry in self.entries if entry.buffer and entry.mode != "live" and not entry.partitioned]
-        places = {share.spec.name: index for index, share in enumerate(self._shares)}
-        for owner in sorted({entry.lowest_mesh_rank for entry in own}):
-            entries = [entry for entry in own if entry.lowest_mesh_rank == owner]
-            here = [places.get(entry.name) for entry in entries]
-
-            def read(number: int, start: int, stop: int, out: Tensor, here: list[int | None] = here) -> None:
-                place = here[number]
-                if place is not None:
-                    kernels.read(self._sources[place], start, stop, out)
-
-            def write(number: int, start: int, stop: int, values: Tensor, here: list[int | None] = here) -> None:
-                place = here[number]
-                if place is not None:
-                    kernels.write(self._sources[place], start, stop, values)
-
-            sizes, dtypes = [entry.numel for entry in entries], [entry.live_dtype for entry in entries]
-            broadcast_flat(sizes, dtypes, owner, group, read, write)
-
-    def _group_of(self, members: Sequence[int]) -> Replicas:
-        replicas = self._shares[members[0]].spec.replicas
-        if replicas is None:
-            raise EMAStateError(f"{self._shares[members[0]].spec.name!r} has no replicas")
-        return replicas

@@ -38,7 +38,7 @@ class Worker:
         _workers.add(self)
 
     def start(self, work: Callable[[], None]) -> None:
-        """Runs ``work`` in the thread, when the job before has ended. Raises as ``report``."""
+        """Runs ``work`` in the thread, when the job before has ended. Raises as ``raise_failure``."""
         self.wait()
         if self._pool is None:
             self._pool = self._make_pool()
@@ -81,13 +81,13 @@ class Worker:
             ) from self._error
 
     def wait(self) -> None:
-        """Waits for the end of the job. Raises as ``report``."""
+        """Waits for the end of the job. Raises as ``raise_failure``."""
         self.drain()
         self.raise_failure()
 
     @property
     def failed(self) -> bool:
-        """Whether ``report`` would raise."""
+        """Whether ``raise_failure`` would raise."""
         self._notice_fork()
         return self._error is not None
 

@@ -1,0 +1,127 @@
+"""What ranks send each other when an average goes into a model that several of them hold, and when it comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dist_ema import kernels
+from dist_ema.collectives import broadcast_flat, gather_objects
+from dist_ema.engines.base import Engine
+from dist_ema.errors import EMAStateError
+from dist_ema.sharding.shares import Share, replica_sets, split_over
+from dist_ema.sharding.spec import Replicas
+from dist_ema.sharding.writers import FullTensor
+
+
+def swaps_together(engine: Engine, shares: Sequence[Share]) -> bool:
+    """Whether a swap is collective, in the engine's group: replicas send each other their parts, it publishes, or ranks
+    have buffers of their own."""
+    if engine.group is None:
+        return False
+    several = spreads(engine)
+    return engine.publish_is_collective or any(share.split or (several and is_own(share)) for share in shares)
+
+
+def spreads(engine: Engine) -> bool:
+    """Whether other ranks hold the same model. Those that hold a plain module may: each is asked for itself."""
+    return len(engine.ranks()) > 1
+
+
+def is_own(share: Share) -> bool:
+    """Whether it is a buffer that each rank has for itself, and that belongs to the average."""
+    return share.spec.kind == "buffer" and share.mode != "live" and not share.spec.partitioned
+
+
+class Broadcast:
+    """The parts that replicas keep, and the buffers of the rank that writes them, from each to all others.
+
+    Args:
+        engine: of the model.
+        shares: what this rank keeps of each tensor.
+
+    Attributes:
+        several: whether other ranks hold the same model.
+        sets: for each group of replicas that split a shadow, the indices of the shares.
+    """
+
+    def __init__(self, engine: Engine, shares: Sequence[Share]) -> None:
+        self._engine = engine
+        self._shares = shares
+        self.several = spreads(engine)
+        self.sets = replica_sets([share.spec if share.split else None for share in shares])
+
+    def replicas_agree(self, members: Sequence[int], sources: Sequence[Tensor]) -> bool:
+        """Whether all replicas hold the same bits, by the sum of those bits as integers. Collective among them."""
+        totals: dict[torch.device, Tensor] = {}
+        for index in members:
+            source = sources[index]
+            total = totals.setdefault(source.device, torch.zeros((), dtype=torch.int64, device=source.device))
+            bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[source.element_size()]
+            for _, piece in kernels.pieces(source, 0, source.numel(), kernels.chunk_size(source.device)):
+                total += piece.view(bits).sum(dtype=torch.int64)
+        digest = sum(int(total) for total in totals.values())
+        return len(set(gather_objects(digest, self._group_of(members).group))) == 1
+
+    def spread(self, sources: Sequence[Tensor]) -> None:
+        """Replicas send each other the parts that they average. Collective among them."""
+        for members in self.sets:
+            replicas = self._group_of(members)
+            specs = [self._shares[index].spec for index in members]
+            dtypes = [self._shares[index].dtype for index in members]
+            for owner in range(replicas.size):
+                ranges = split_over(specs, dtypes, replicas, owner)
+                self._send(members, ranges, owner, replicas.group, sources)
+
+    def _send(
+        self,
+        members: Sequence[int],
+        ranges: Sequence[tuple[int, int]],
+        owner: int,
+        group: dist.ProcessGroup,
+        sources: Sequence[Tensor],
+    ) -> None:
+        sources = [sources[index] for index in members]
+
+        def read(index: int, start: int, stop: int, out: Tensor) -> None:
+            kernels.read(sources[index], ranges[index][0] + start, ranges[index][0] + stop, out)
+
+        def write(index: int, start: int, stop: int, values: Tensor) -> None:
+            kernels.write(sources[index], ranges[index][0] + start, ranges[index][0] + stop, values)
+
+        sizes = [stop - start for start, stop in ranges]
+        broadcast_flat(sizes, [source.dtype for source in sources], owner, group, read, write)
+
+    def send_buffers(self, sources: Sequence[Tensor], entries: Sequence[FullTensor]) -> None:
+        """Buffers that each rank has for itself become, on all, those of the rank that writes them in an export: the
+        first that has them (``writers.is_writer``). Collective if there are any."""
+        group = self._engine.group
+        if group is None or not self.several:
+            return
+        own = [entry for entry in entries if entry.buffer and entry.mode != "live" and not entry.partitioned]
+        places = {share.spec.name: index for index, share in enumerate(self._shares)}
+        for owner in sorted({entry.lowest_mesh_rank for entry in own}):
+            theirs = [entry for entry in own if entry.lowest_mesh_rank == owner]
+            here = [places.get(entry.name) for entry in theirs]
+
+            def read(number: int, start: int, stop: int, out: Tensor, here: list[int | None] = here) -> None:
+                place = here[number]
+                if place is not None:
+                    kernels.read(sources[place], start, stop, out)
+
+            def write(number: int, start: int, stop: int, values: Tensor, here: list[int | None] = here) -> None:
+                place = here[number]
+                if place is not None:
+                    kernels.write(sources[place], start, stop, values)
+
+            sizes, dtypes = [entry.numel for entry in theirs], [entry.live_dtype for entry in theirs]
+            broadcast_flat(sizes, dtypes, owner, group, read, write)
+
+    def _group_of(self, members: Sequence[int]) -> Replicas:
+        replicas = self._shares[members[0]].spec.replicas
+        if replicas is None:
+            raise EMAStateError(f"{self._shares[members[0]].spec.name!r} has no replicas")
+        return replicas
