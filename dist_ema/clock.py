@@ -43,6 +43,10 @@ class Progress:
         tokens: tokens.
         epochs: epochs, fractions allowed.
         updates: how many sets of weights the average has seen, its first copy among them.
+
+    >>> now = Progress(batches=10).advance(samples=32)
+    >>> str(now), now.since(Progress(batches=4)).batches
+    ('11ba 32sp', 7)
     """
 
     batches: int = 0
@@ -109,6 +113,9 @@ class Time:
     Attributes:
         value: how much; an int except in ``ep`` and ``dur``.
         unit: one of :data:`UNITS`.
+
+    >>> Time.parse("1_000ba", option="half_life"), str(Time.parse(10, option="update_interval"))
+    (Time(value=1000, unit='ba'), '10ba')
     """
 
     value: int | float
@@ -169,6 +176,9 @@ class Time:
 
         Raises:
             EMAConfigError: the unit is ``dur`` and there is no ``max_duration``.
+
+        >>> Time.parse("0.1dur", option="ema_start").resolve(Time(3000, "ba"))
+        Time(value=300, unit='ba')
         """
         if self.unit != "dur":
             return self
@@ -191,12 +201,19 @@ def crossed(before: Progress, after: Progress, interval: Time) -> bool:
 
     With one batch a call and an interval in batches that is Composer's ``batch % interval == 0``. Multiples count on
     the clock that the readings are of. Raises EMAConfigError for an unresolved ``dur``.
+
+    >>> crossed(Progress(batches=9), Progress(batches=10), Time(10, "ba"))
+    True
     """
     return _multiples(after, interval) > _multiples(before, interval)
 
 
 def reached(now: Progress, moment: Time) -> bool:
-    """Whether the clock stands at ``moment`` or past it. Raises EMAConfigError for an unresolved ``dur``."""
+    """Whether the clock stands at ``moment`` or past it. Raises EMAConfigError for an unresolved ``dur``.
+
+    >>> reached(Progress(epochs=1.5), Time(2.0, "ep"))
+    False
+    """
     return now.value(moment.unit) >= moment.value * (1 - _SLACK if moment.unit in _FRACTIONAL else 1)
 
 

@@ -104,6 +104,21 @@ class ShardedEMA:
     Raises:
         EMAConfigError: an option is wrong.
         EMAEngineError: the target cannot be averaged.
+
+    >>> import torch
+    >>> model = torch.nn.Linear(1, 1, bias=False)
+    >>> _ = torch.nn.init.zeros_(model.weight)
+    >>> ema = ShardedEMA(model, decay=0.75)
+    >>> ema.update()  # the first one copies the weights
+    True
+    >>> _ = torch.nn.init.ones_(model.weight)
+    >>> ema.update()
+    True
+    >>> with ema.average_parameters():
+    ...     model.weight.item()
+    0.25
+    >>> model.weight.item(), ema.num_updates
+    (1.0, 2)
     """
 
     def __init__(
@@ -1015,8 +1030,3 @@ def _calling_line() -> str:
     while frame.f_back is not None and frame.f_globals.get("__name__") in (__name__, "contextlib"):
         frame = frame.f_back
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
-
-
-def _check_dtype(dtype: object) -> None:
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise EMAConfigError(f"dtype={dtype!r}: allowed is a floating-point torch.dtype, or None")

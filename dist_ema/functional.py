@@ -25,6 +25,12 @@ def compute_ema(model: nn.Module, ema_model: nn.Module, smoothing: float = 0.99)
 
     Raises:
         EMAConfigError: ``smoothing`` is out of range, or the two differ in a name, a shape or a shard.
+
+    >>> model, average = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
+    >>> _ = torch.nn.init.ones_(model.weight), torch.nn.init.zeros_(average.weight)
+    >>> compute_ema(model, average, smoothing=0.75)
+    >>> average.weight.item()
+    0.25
     """
     weight = 1 - Smoothing(smoothing).smoothing
     live, average = detect(model), detect(ema_model)

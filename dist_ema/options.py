@@ -38,6 +38,10 @@ class Options:
         offload: keep shadows in host memory, up to date by a thread.
         offload_threads: how many threads that one computes with; None means a quarter of the caller's.
         seed: of stochastic rounding, for bf16 shadows; None for those of other dtypes.
+
+    >>> options = Options.parse(decay=0.999, exclude="bias$", ema_start="0.1dur", max_duration="3ep")
+    >>> options.selects("layer.weight"), options.selects("layer.bias"), sorted(options.units())
+    (True, False, ['ba', 'ep'])
     """
 
     schedules: Mapping[str, Schedule]

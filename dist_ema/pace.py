@@ -49,6 +49,10 @@ class Pace:
 
         ``half_life`` in samples or tokens decays by what was trained since the last update: such events do not fall on
         multiples.
+
+        >>> pace = Pace.parse("1000ba", None, "0ba", "10ba", {})
+        >>> round(pace.options["smoothing"], 5), pace.due(Progress(batches=19), Progress(batches=20), True, None)
+        (0.99309, True)
         """
         others = [smoothing, *map(options.get, ("decay", "schedule", "averages"))]
         if any(other is not None for other in others):

@@ -44,6 +44,10 @@ class Track:
         first_copy: the training clock at the first copy.
         averaged: training from the first copy to the last update; ``averaged.updates`` counts the first copy too.
         decays: the fraction of each average that the last update kept.
+
+    >>> track = Track(Options.parse(decay=0.9, update_interval="2ba"))
+    >>> track.is_due(Progress(batches=1)), track.is_due(Progress(batches=2))
+    (False, True)
     """
 
     def __init__(self, options: Options, training: Progress = Progress()) -> None:  # noqa: B008 - frozen

@@ -115,6 +115,10 @@ def rounded(values: Tensor, draws: Tensor) -> Tensor:
     """fp32 to bf16: up in magnitude as often as the bits that are cut off say.
 
     Values that bf16 has, Inf among them, stay as they are, NaN stays NaN, and no finite value becomes Inf.
+
+    >>> value = torch.full((4,), 1.0 + 2**-9)  # a quarter of the way from 1 to the next bf16 number
+    >>> rounded(value, torch.tensor([0, 20000, 50000, 65535], dtype=torch.int32)).tolist()
+    [1.0, 1.0, 1.0078125, 1.0078125]
     """
     bits = values.view(torch.int32)
     up, down = (bits + draws) >> 16, bits >> 16

@@ -82,7 +82,7 @@ def compare(
     ...         _ = model.bias.add_(0.5)
     ...     ema.save(f"{folder}/after")
     ...     found = compare(f"{folder}/before", f"{folder}/after")
-    >>> [(difference.name, difference.equal, difference.largest) for difference in found]
+    >>> [(difference.name, difference.equal, round(difference.largest, 4)) for difference in found]
     [('bias', False, 0.5), ('weight', True, 0.0)]
     """
     return reread(a, lambda first: reread(b, lambda second: _compare((a, b), first, second, name, begin)))

@@ -124,24 +124,7 @@ def make_options(
         raise EMAConfigError(f"averages={averages}: must be at least 1")
     schedule = HalfLife("1000ba")
     names = [ONLY] if averages == 1 else [f"{ONLY}{number}" for number in range(1, averages + 1)]
-    return Options.parse(
-        decay=None,
-        half_life=None,
-        smoothing=None,
-        schedule=None,
-        averages=dict.fromkeys(names, schedule),
-        update_interval="1ba",
-        ema_start="0ba",
-        max_duration=None,
-        dtype=dtype,
-        offload=offload,
-        offload_threads=None,
-        shard_replicas=shard,
-        include=None,
-        exclude=None,
-        buffers="copy",
-        skip_nonfinite=True,
-    )
+    return Options.parse(averages=dict.fromkeys(names, schedule), dtype=dtype, offload=offload, shard_replicas=shard)
 
 
 def predict(model: Architecture, layout: Layout, options: Options) -> Prediction:

@@ -19,6 +19,9 @@ class ConstantDecay(Schedule):
 
     Args:
         decay: kept fraction per batch, in [0, 1).
+
+    >>> round(ConstantDecay(0.9).retain(0, 2), 4)
+    0.81
     """
 
     elementwise: ClassVar[bool] = True
@@ -41,6 +44,9 @@ class Smoothing(Schedule):
 
     Args:
         smoothing: kept fraction per update, in [0, 1).
+
+    >>> round(Smoothing(0.9).retain(0, 1), 4)
+    0.9
     """
 
     elementwise: ClassVar[bool] = True
@@ -68,6 +74,9 @@ class Uniform(Schedule):
     retain = seen_before / seen_after. It counts updates, so fewer of them give another mean. Izmailov et al. 2018
     (arXiv:1803.05407). Half life: as many updates as have been seen. Plain numbers are updates since the first copy:
     retain = (before + 1) / (after + 1).
+
+    >>> round(Uniform().weight(2, 3), 4)  # the fourth set of weights, after the first copy and two updates
+    0.25
     """
 
     elementwise: ClassVar[bool] = True

@@ -25,6 +25,9 @@ class HalfLife(Along):
     Args:
         half_life: ``"1000ba"``, ``"10000000tok"``, ``"50000sp"``, ``"2ep"``, or an int number of batches; more than 0.
         ramp: half life over progress until ``half_life`` is reached, more than 0 (EDM's is .05); None means no ramp.
+
+    >>> round(HalfLife("1000ba").retain(0, 1000), 4)
+    0.5
     """
 
     half_life: str
@@ -80,6 +83,9 @@ class HalfLifeFraction(PerBatch):
 
     Args:
         fraction: half life over training so far, more than 0 (torchtitan's default is .05).
+
+    >>> round(HalfLifeFraction(0.1).retain(99, 100), 4)  # batch 100 has a half life of 10 batches
+    0.933
     """
 
     fraction: float

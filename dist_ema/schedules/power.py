@@ -25,6 +25,9 @@ class PowerFunction(Schedule):
     Args:
         sigma_rel: relative width of the profile, more than 0, at most 12 ** -.5 (.2886), where gamma is 0.
         gamma: exponent of the profile, 0 or more; 0 is the plain mean over batches.
+
+    >>> round(PowerFunction(gamma=1).retain(9, 19), 4)  # (10 / 20) ** 2
+    0.25
     """
 
     elementwise: ClassVar[bool] = True
@@ -54,6 +57,9 @@ def sigma_rel_to_gamma(sigma_rel: float) -> float:
 
     Raises:
         EMAConfigError: ``sigma_rel`` is not in (0, 12 ** -.5].
+
+    >>> round(sigma_rel_to_gamma(0.05), 4)
+    16.9722
     """
     allowed = f"a number more than 0 and at most 12 ** -.5 ({12**-0.5:.4f})"
     sigma = number("sigma_rel", sigma_rel, allowed)

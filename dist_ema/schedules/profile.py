@@ -36,6 +36,11 @@ class Profile:
         schedule: of the average.
         every: between two updates.
         updates: after the first copy.
+
+    >>> from dist_ema.schedules import ConstantDecay
+    >>> profile = ConstantDecay(0.5).profile(4)
+    >>> [round(float(weight), 4) for weight in profile.weights]
+    [0.0625, 0.0625, 0.125, 0.25, 0.5]
     """
 
     schedule: Logged

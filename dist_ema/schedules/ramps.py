@@ -74,6 +74,10 @@ class Cosine(_Ramp):
         start: kept fraction per batch at the first copy, in [0, 1].
         end: at ``over`` and after it, in [0, 1].
         over: ``"300000ba"``, ``"100ep"``, an int number of batches, or ``"1dur"``, which needs ``max_duration``.
+
+    >>> teacher = Cosine(0.996, 1.0, "1000ba")
+    >>> round(teacher.retain(499, 500), 6), teacher.retain(2000, 2001)
+    (0.998, 1.0)
     """
 
     def _left(self, part: float) -> float:
@@ -91,6 +95,9 @@ class Linear(_Ramp):
         start: kept fraction per batch at the first copy, in [0, 1].
         end: at ``over`` and after it, in [0, 1].
         over: ``"112500ba"``, ``"375ep"``, an int number of batches, or ``"1dur"``, which needs ``max_duration``.
+
+    >>> round(Linear(0.9, 1.0, "1000ba").retain(499, 500), 6)
+    0.95
     """
 
     def _left(self, part: float) -> float:

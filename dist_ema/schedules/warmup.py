@@ -21,6 +21,9 @@ class Warmup(Capped):
         decay: final kept fraction per batch, in [0, 1).
         inv_gamma: batches over which the warm-up begins, more than 0.
         power: 1 makes the warm-up a plain mean, 2/3 suits a million batches and more, 3/4 fewer; more than 0.
+
+    >>> round(Warmup(0.999).retain(0, 1), 4), round(Warmup(0.999).retain(10**6, 10**6 + 1), 4)
+    (0.37, 0.999)
     """
 
     decay: float
@@ -59,6 +62,9 @@ class NumUpdatesWarmup(Capped):
 
     Args:
         decay: final kept fraction per batch, in [0, 1).
+
+    >>> round(NumUpdatesWarmup(0.999).retain(0, 1), 4)  # 2 / 11
+    0.1818
     """
 
     decay: float

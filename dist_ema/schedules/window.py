@@ -59,6 +59,10 @@ class Window(Schedule):
         length: ``"1000ba"``, ``"1ep"``, ``"0.1dur"``, which needs ``max_duration``, or an int number of batches.
         every: length of a period, in the same unit, not less than ``length``; None means one window after another.
         shape: ``"uniform"``, ``"linear"``, ``"sqrt"`` or ``"cosine"``.
+
+    >>> window = Window("4ba")
+    >>> round(window.retain(0, 3), 4), window.retain(3, 4)
+    (0.25, 0.0)
     """
 
     length: str

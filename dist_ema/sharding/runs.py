@@ -30,6 +30,9 @@ class Rows(Sequence[Run]):
         length: of each.
         step: from one's start to the next one's; more than ``length``.
         number: of runs.
+
+    >>> tuple(Rows(start=2, length=3, step=8, number=2))
+    ((2, 3), (10, 3))
     """
 
     start: int
@@ -61,19 +64,31 @@ class Rows(Sequence[Run]):
 
 
 def whole(numel: int) -> Runs:
-    """Runs of a rank that holds all ``numel`` elements."""
+    """Runs of a rank that holds all ``numel`` elements.
+
+    >>> whole(6)
+    ((0, 6),)
+    """
     return ((0, numel),) if numel else ()
 
 
 def count(runs: Runs) -> int:
-    """Number of elements in ``runs``."""
+    """Number of elements in ``runs``.
+
+    >>> count(((0, 2), (5, 3)))
+    5
+    """
     if isinstance(runs, Rows):
         return runs.number * runs.length
     return sum(length for _, length in runs)
 
 
 def cut(runs: Runs, start: int, stop: int) -> Runs:
-    """The runs of local elements ``start <= i < stop``, where local elements are numbered through ``runs`` in order."""
+    """The runs of local elements ``start <= i < stop``, where local elements are numbered through ``runs`` in order.
+
+    >>> cut(((0, 4), (10, 4)), 2, 6)  # local elements 2 to 5
+    ((2, 2), (10, 2))
+    """
     if isinstance(runs, Rows):
         if start <= 0 and stop >= count(runs):
             return runs
@@ -93,7 +108,11 @@ def cut(runs: Runs, start: int, stop: int) -> Runs:
 
 
 def chunks(runs: Runs, limit: int) -> Iterator[Runs]:
-    """``runs`` in order, in lists of at most ``limit`` elements; a run is cut where a list is full."""
+    """``runs`` in order, in lists of at most ``limit`` elements; a run is cut where a list is full.
+
+    >>> list(chunks(((0, 4), (10, 4)), 3))
+    [((0, 3),), ((3, 1), (10, 2)), ((12, 2),)]
+    """
     part: list[Run] = []
     room = limit
     for start, length in runs:
@@ -113,6 +132,9 @@ def overlap(runs: Runs, start: int, stop: int) -> Iterator[tuple[int, int, int]]
 
     Yields ``(local, inside, length)``: ``length`` elements that begin at element ``local`` of the local shard and at
     element ``inside`` of the window.
+
+    >>> list(overlap(((0, 4), (10, 4)), 3, 12))  # element 3, then 10 and 11
+    [(3, 0, 1), (4, 7, 2)]
     """
     position = 0
     if isinstance(runs, Rows):
@@ -127,7 +149,11 @@ def overlap(runs: Runs, start: int, stop: int) -> Iterator[tuple[int, int, int]]
 
 
 def chunk(intervals: Runs, parts: int, index: int) -> Runs:
-    """Part ``index`` of ``intervals`` as ``torch.chunk`` divides: ceil(n / parts) each, the last short or empty."""
+    """Part ``index`` of ``intervals`` as ``torch.chunk`` divides: ceil(n / parts) each, the last short or empty.
+
+    >>> [chunk(((0, 5),), 4, rank) for rank in range(4)]  # 5 rows on 4 ranks
+    [((0, 2),), ((2, 2),), ((4, 1),), ()]
+    """
     size = -(-count(intervals) // parts)
     return cut(intervals, index * size, (index + 1) * size)
 
@@ -136,6 +162,11 @@ def box_runs(shape: Sequence[int], kept: Sequence[Runs]) -> Runs:
     """Runs of the elements whose index along dimension ``d`` lies in ``kept[d]``, for a tensor of shape ``shape``.
 
     Neighbouring runs are merged, so that a shard of whole rows is one run whatever its rank.
+
+    >>> box_runs((4, 6), (((1, 2),), ((0, 6),)))  # rows 1 and 2: whole rows are one run
+    ((6, 12),)
+    >>> tuple(box_runs((2, 6), (((0, 2),), ((2, 2),))))  # columns 2 and 3: a run for each row
+    ((2, 2), (8, 2))
     """
     if len(shape) != len(kept):
         raise ValueError(
@@ -170,6 +201,11 @@ def boxes(runs: Runs, shape: Sequence[int]) -> list[Box]:
 
     So box after box the local elements are contiguous. One run of a tensor of k dimensions is 2k - 1 boxes at most;
     the rows of a tensor-parallel shard of columns come together in one.
+
+    >>> boxes(((4, 8),), (4, 4))  # rows 1 and 2
+    [((1, 0), (2, 4))]
+    >>> boxes(((2, 2), (6, 2)), (2, 4))  # columns 2 and 3
+    [((0, 2), (2, 2))]
     """
     found = _boxes_of_rows(runs, tuple(shape)) if isinstance(runs, Rows) else []
     if found:
@@ -229,7 +265,11 @@ def _join(first: Box, second: Box) -> Box | None:
 
 
 def merge(runs: Runs) -> Runs:
-    """Joins runs that touch. ``runs`` are sorted and do not overlap."""
+    """Joins runs that touch. ``runs`` are sorted and do not overlap.
+
+    >>> merge(((0, 2), (2, 3), (8, 1)))
+    ((0, 5), (8, 1))
+    """
     if isinstance(runs, Rows):
         return runs if len(runs) > 1 else runs[:]
     joined: list[Run] = []
@@ -247,6 +287,9 @@ def split_evenly(sizes: Sequence[int], itemsizes: Sequence[int], parts: int, ind
     ``sizes`` are element counts and ``itemsizes`` bytes per element. Returns ``(start, stop)`` in elements for each
     tensor, empty (``start == stop``) where the part has nothing of it. Over all indices the ranges cover every element
     exactly once, and no two parts differ by more than one element in bytes for each cut.
+
+    >>> split_evenly([3, 5], [4, 4], parts=2, index=0), split_evenly([3, 5], [4, 4], parts=2, index=1)
+    ([(0, 3), (0, 1)], [(3, 3), (1, 5)])
     """
     total = sum(size * item for size, item in zip(sizes, itemsizes, strict=True))
     low, high = index * total // parts, (index + 1) * total // parts

@@ -33,6 +33,11 @@ class Share:
         split: the other replicas keep the other elements.
         first_replica: of the ranks that keep these same elements this one writes them. Of a tensor that is not
             partitioned every holder says so, and the lowest rank writes it.
+
+    >>> spec = TensorSpec("w", torch.Size([4, 6]), torch.float32, runs=((6, 12),))
+    >>> share = Share(spec, "average", 0, 6, torch.float32, split=True, first_replica=True)  # of two replicas the first
+    >>> share.runs, share.boxes
+    (((6, 6),), (((1, 0), (1, 6)),))
     """
 
     spec: TensorSpec
@@ -63,6 +68,10 @@ def assign_shares(specs: Sequence[TensorSpec], options: Options) -> list[Share]:
     """One share for each spec, in order. Local.
 
     Raises EMAConfigError if a trained dtype cannot be averaged, EMAEngineError if a tensor's elements cannot be read.
+
+    >>> (share,) = assign_shares([TensorSpec.unsharded("w", torch.zeros(2, 3))], Options.parse())
+    >>> share.mode, share.dtype, share.runs
+    ('average', torch.float32, ((0, 6),))
     """
     modes = [_mode(spec, options) for spec in specs]
     for spec, mode in zip(specs, modes, strict=True):

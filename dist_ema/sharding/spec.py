@@ -49,6 +49,10 @@ class TensorSpec:
         aliases: other canonical names of the same (tied) tensor.
         hidden: the class of a tensor whose elements do not lie in memory as they are (quantised weights), which can
             neither be averaged nor be read in place; "" for all others.
+
+    >>> spec = TensorSpec("layer.weight", torch.Size([4, 6]), torch.bfloat16, runs=((6, 12),))  # rows 1 and 2 of 4
+    >>> spec.numel, spec.local_numel
+    (24, 12)
     """
 
     name: str

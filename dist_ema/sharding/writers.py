@@ -90,6 +90,14 @@ def catalogue(shares: Sequence[Share], group: dist.ProcessGroup | None) -> list[
     Collective. Ranks first exchange 16 bytes, a digest of what they hold. Only where digests differ (pipeline stages,
     experts) are lists sent, each distinct list once, by the lowest rank that has it: what a rank receives beside the
     digests does not grow with the number of ranks. Raises EMAEngineError, on all ranks, if two disagree on a tensor.
+
+    >>> from dist_ema.options import Options
+    >>> from dist_ema.sharding.shares import assign_shares
+    >>> from dist_ema.sharding.spec import TensorSpec
+    >>> shares = assign_shares([TensorSpec.unsharded("w", torch.zeros(2, 3))], Options.parse())
+    >>> (entry,) = catalogue(shares, None)
+    >>> entry.name, entry.shape, is_writer(entry, shares[0], rank=0)
+    ('w', (2, 3), True)
     """
     mine = [_full_tensor(share) for share in shares]
     digests = gather_objects(hashlib.blake2b(repr(mine).encode(), digest_size=16).digest(), group)
