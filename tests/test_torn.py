@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from dist_ema import ShardedEMA
 from dist_ema.errors import EMAStateError
-from dist_ema.shadow.swap import __file__ as swap_file
+from dist_ema.shadow.broadcast import __file__ as broadcast_file
 
 
 def _run(server: multiprocessing.context.BaseContext, body: Callable[..., None], folder: Path, *arguments: Any) -> None:
@@ -78,7 +78,7 @@ def _die_at(function: str, call: int) -> None:
 
     def trace(frame: FrameType, event: str, _: Any) -> None:
         nonlocal left
-        if frame.f_code.co_filename == swap_file and frame.f_code.co_name == function:
+        if frame.f_code.co_filename == broadcast_file and frame.f_code.co_name == function:
             left -= 1
             if left == 0:
                 _die()
@@ -167,7 +167,7 @@ def _torn(rank: int, folder: Path, case: str, function: str, call: int) -> None:
     assert ema.num_updates == 1
 
 
-PLACES = [("", 0), ("_replicas_agree", 1), ("_spread", 1), ("_send", 1), ("_send", 2), ("_spread", 2), ("_send", 4)]
+PLACES = [("", 0), ("replicas_agree", 1), ("spread", 1), ("_send", 1), ("_send", 2), ("spread", 2), ("_send", 4)]
 
 
 @pytest.mark.parametrize("case", ["ddp", "hsdp", "fsdp2"])
