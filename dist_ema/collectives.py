@@ -370,16 +370,14 @@ class Window:
         self._group = group
         self._words = torch.zeros(WINDOW_BYTES // 8, dtype=torch.int64, device=device_for(group))
 
-    def clear(self, count: int, dtype: torch.dtype) -> Tensor:
-        """``count`` elements of zero bits, at most ``capacity(dtype)``, to be filled in place."""
-        self._used = -(-count * dtype.itemsize // 8)
+    def clear(self, nbytes: int) -> None:
+        """Sets the first bytes to zero, at most ``WINDOW_BYTES``: those that the ranks will fill."""
+        self._used = -(-nbytes // 8)
         self._words[: self._used].zero_()
-        return self._words.view(torch.uint8)[: count * dtype.itemsize].view(dtype)
 
-    @staticmethod
-    def capacity(dtype: torch.dtype) -> int:
-        """Elements that fit."""
-        return WINDOW_BYTES // dtype.itemsize
+    def part(self, offset: int, count: int, dtype: torch.dtype) -> Tensor:
+        """``count`` elements from byte ``offset`` on, a multiple of 8, to be filled or read in place. 1D, a view."""
+        return self._words.view(torch.uint8)[offset : offset + count * dtype.itemsize].view(dtype)
 
     def collect(self, everywhere: bool = False) -> None:
         """Brings the parts together on rank 0, whereupon the others' contents are undefined, or on every rank.
@@ -414,7 +412,7 @@ def broadcast_flat(
     device = device_for(group)
     buffer = torch.empty(WINDOW_BYTES // 8, dtype=torch.int64, device=device).view(torch.uint8)
     mine = rank_in(group) == owner
-    for parts, used in _packed(sizes, dtypes):
+    for parts, used in packed(sizes, dtypes):
         views = [
             (index, start, stop, buffer[offset : offset + (stop - start) * dtypes[index].itemsize].view(dtypes[index]))
             for index, start, stop, offset in parts
@@ -429,8 +427,15 @@ def broadcast_flat(
                 write(index, start, stop, view)
 
 
-def _packed(sizes: Sequence[int], dtypes: Sequence[torch.dtype]) -> list[tuple[list[tuple[int, int, int, int]], int]]:
-    """Windows of ``(index, start, stop, byte offset)``, each offset a multiple of 8, and the bytes used."""
+def packed(sizes: Sequence[int], dtypes: Sequence[torch.dtype]) -> list[tuple[list[tuple[int, int, int, int]], int]]:
+    """Flat tensors laid out in windows, so that the number of collective calls follows the bytes, not the tensors.
+
+    Returns:
+        For each window its parts ``(index, start, stop, byte offset)``, offsets multiples of 8, and the bytes used.
+
+    >>> packed([3, 5], [torch.float32, torch.float64])
+    [([(0, 0, 3, 0), (1, 0, 5, 16)], 56)]
+    """
     windows: list[tuple[list[tuple[int, int, int, int]], int]] = []
     parts: list[tuple[int, int, int, int]] = []
     used = 0

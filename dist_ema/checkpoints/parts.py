@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from dist_ema.checkpoints.manifest import Key, Manifest
 from dist_ema.checkpoints.reader import RunReader
 from dist_ema.checkpoints.storage.paths import StrPath
 from dist_ema.checkpoints.stored import StoredTensor
-from dist_ema.collectives import WINDOW_BYTES, FirstFailure, agreed, answered, device_for, rank_in
+from dist_ema.collectives import WINDOW_BYTES, FirstFailure, agreed, answered, device_for, packed, rank_in
 from dist_ema.kernels.fingerprint import partial_digest
 from dist_ema.kernels.streams import Handover
 from dist_ema.sharding.runs import Runs, chunks, count, overlap
@@ -109,38 +109,36 @@ def read_sent(
         opened = RunReader.of(path, manifest) if rank_in(group) == 0 else nullcontext()
         buffer = torch.empty(WINDOW_BYTES, dtype=torch.uint8)  # here, as memory may be short on one rank
     failure = FirstFailure()
-    sums = []
+    dtypes = [DTYPES[part.stored.dtype] for part in parts]
+    sums, filled = [0] * len(parts), [0] * len(parts)
     with opened as reader:
-        for part in parts:
-            low, total = 0, 0
-            dtype = DTYPES[part.stored.dtype]
-            for start, stop in _windows(part.entry.numel, WINDOW_BYTES // dtype.itemsize):
-                window = buffer[: (stop - start) * dtype.itemsize].view(dtype)
-                with failure.kept():
-                    if reader is not None and not failure.found:
-                        reader.read(part.key, ((start, stop - start),), window)
-                _broadcast_bytes(window, group)  # meaningless after a failure, but the other ranks wait for it
-                for _, inside, length in overlap(part.runs, start, stop):
-                    values = window[inside : inside + length]
-                    with failure.kept():
-                        total += partial_digest(values, ((start + inside, length),)) if verify else 0
+        for pieces, used in packed([part.entry.numel for part in parts], dtypes):
+            views = [
+                (index, start, buffer[offset : offset + (stop - start) * dtypes[index].itemsize].view(dtypes[index]))
+                for index, start, stop, offset in pieces
+            ]
+            with failure.kept():
+                if reader is not None and not failure.found:
+                    for index, start, window in views:
+                        reader.read(parts[index].key, ((start, window.numel()),), window)
+            _broadcast_bytes(buffer[:used], group)  # meaningless after a failure, but the other ranks wait for it
+            with failure.kept():
+                for index, start, window in views:
+                    part = parts[index]
+                    for _, inside, length in overlap(part.runs, start, start + window.numel()):
+                        values, low = window[inside : inside + length], filled[index]
+                        sums[index] += partial_digest(values, ((start + inside, length),)) if verify else 0
                         if part.out is not None:
                             part.out[low : low + length].copy_(values)
-                    low += length
-            sums.append(total)
+                        filled[index] = low + length
     with agreed(group, operation):
         failure.raise_first()
     return sums
 
 
-def _windows(numel: int, size: int) -> Iterator[tuple[int, int]]:
-    for start in range(0, numel, size):
-        yield start, min(start + size, numel)
-
-
 def _broadcast_bytes(values: Tensor, group: dist.ProcessGroup | None) -> None:
-    """Rank 0's values, on every rank. Collective."""
-    sent = values.view(torch.uint8).to(device_for(group))  # NCCL sends from the accelerator only
+    """Rank 0's bytes, on every rank. Collective."""
+    sent = values.to(device_for(group))  # NCCL sends from the accelerator only
     with answered():
         dist.broadcast(sent, group=group, group_src=0)
-    values.view(torch.uint8).copy_(sent)
+    values.copy_(sent)

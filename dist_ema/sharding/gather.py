@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_ema import kernels
-from dist_ema.collectives import FirstFailure, Window, agreed, rank_in
+from dist_ema.collectives import FirstFailure, Window, agreed, packed, rank_in
 from dist_ema.errors import EMAStateError
 from dist_ema.sharding.runs import Runs, overlap
 from dist_ema.sharding.shares import Share
@@ -94,7 +95,7 @@ def gather_each(
     operation: str,
     everywhere: bool = False,
 ) -> None:
-    """Brings full tensors to rank 0, or to every rank, one window at a time. Collective.
+    """Brings full tensors to rank 0, or to every rank, one window at a time. Collective, a call for each 16 MiB.
 
     A rank that fails, be it in reading or in ``take``, goes on to send and to receive, so that no other rank waits for
     it, and its error is raised on every rank at the end.
@@ -104,7 +105,7 @@ def gather_each(
         held: what this rank has of each, if anything.
         dtypes: of each result, by name; conversion happens before anything is sent.
         group: the ranks.
-        take: called on rank 0 with a tensor, the first element of a window, and the values there.
+        take: called on rank 0 with a tensor, the first element of a part of it, and the values there.
         operation: for the error.
         everywhere: call ``take`` on every rank.
     """
@@ -112,19 +113,24 @@ def gather_each(
         window = Window(group)
     rank = rank_in(group)
     failure = FirstFailure()
-    for entry in entries:
-        dtype = dtypes[entry.name]
-        for start in range(0, entry.numel, window.capacity(dtype)):
-            stop = min(start + window.capacity(dtype), entry.numel)
-            values = window.clear(stop - start, dtype)
+    for sent, group_of in groupby(entries, lambda entry: everywhere or not entry.only_rank_0_writes):
+        alike = list(group_of)
+        for parts, used in packed([entry.numel for entry in alike], [dtypes[entry.name] for entry in alike]):
+            window.clear(used)
+            pieces = [
+                (alike[index], start, window.part(offset, stop - start, dtypes[alike[index].name]))
+                for index, start, stop, offset in parts
+            ]
             with failure.kept():
                 if not failure.found:
-                    _read_window(entry, held(entry.name), start, stop, values, rank)
-            if everywhere or not entry.only_rank_0_writes:
+                    for entry, start, values in pieces:
+                        _read_window(entry, held(entry.name), start, start + values.numel(), values, rank)
+            if sent:
                 window.collect(everywhere)
             with failure.kept():
                 if not failure.found and (everywhere or rank == 0):
-                    take(entry, start, values)
+                    for entry, start, values in pieces:
+                        take(entry, start, values)
     with agreed(group, operation):
         failure.raise_first()
 
