@@ -84,10 +84,11 @@ class Engine(ABC):
         added, replaced, frozen, unfrozen or sharded otherwise since ``specs()``.
         """
         sources = self._read_sources()
-        if list(map(Tensor.numel, sources)) != self._sizes:
+        if list(map(Tensor.numel, sources)) != self._sizes:  # at C speed: 35 us for a thousand tensors
             raise self._misfit(sources)
         if not self._used:
             self._check_first(sources)
+            # On the meta device the model may still be sharded before its weights exist: look again then.
             self._used = not any(source.is_meta for source in sources)
         return sources
 

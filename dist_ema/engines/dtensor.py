@@ -41,8 +41,9 @@ class DTensorEngine(PlainEngine):
     def spec(self, slot: Slot, tensor: Tensor) -> TensorSpec:
         if not isinstance(tensor, DTensor):
             return super().spec(slot, tensor)
-        mesh, placements = tensor.device_mesh, tensor.placements
+        mesh, placements = tensor.device_mesh, tensor.placements  # ND mesh, one placement a dimension
         runs = shard_runs(tensor.shape, mesh, placements, slot.name)
+        # The arithmetic of placements against what is there: a custom sharding would be averaged under wrong indices.
         if count(runs) != _local(tensor).numel():
             raise EMAEngineError(
                 f"parameter {slot.name!r}: {placements} on a mesh of shape {tuple(mesh.shape)} should leave "
@@ -147,6 +148,7 @@ def placed_runs(
     shape: Sequence[int], sizes: Sequence[int], coordinate: Sequence[int], placements: Sequence[Placement], name: str
 ) -> Runs:
     """Runs of the rank at ``coordinate`` of a mesh of shape ``sizes``. Pure."""
+    # Indices that are left of each tensor dimension; every mesh dimension that shards one cuts what was left of it.
     kept: list[Runs] = [((0, size),) if size else () for size in shape]
     for mesh_dim in _sharding_order(placements):
         placement = placements[mesh_dim]
@@ -176,7 +178,7 @@ def replicas_of(mesh: DeviceMesh, placements: Sequence[Placement]) -> tuple[Repl
     shared, primary = shared_dimension(mesh.shape, coordinate, placements)
     if shared is None:
         return None, primary
-    group = mesh.get_group(shared)
+    group = mesh.get_group(shared)  # 1D: the ranks along that dimension, of which this is one
     return Replicas(group, dist.get_rank(group), dist.get_world_size(group)), primary
 
 
@@ -189,5 +191,7 @@ def shared_dimension(
     ]
     if not replicated:
         return None, True
+    # A process group runs along one dimension; the ranks along the other replicated ones average the same elements
+    # again, and of them only the first writes.
     shared = max(replicated, key=lambda dim: sizes[dim])
     return shared, all(coordinate[dim] == 0 for dim in replicated if dim != shared)

@@ -138,14 +138,14 @@ class FlatMasters(Masters):
         slices: dict[int, MasterSlice] = {}
         for index, (params, buffer) in enumerate(zip(groups, buffers, strict=True)):
             group = optimizer.real_dp_process_group[index]
-            size = buffer.numel() // dist.get_world_size(group)
-            low = dist.get_rank(group) * size
+            size = buffer.numel() // dist.get_world_size(group)  # padded, so that it divides
+            low = dist.get_rank(group) * size  # this rank's piece of the buffer is [low, low + size)
             for param in params:
                 # Not param._hp_mapping: DeepSpeed 0.19.8 computes it in the order of the param group, but with
                 # round_robin_gradients the buffer is laid out in another.
                 offset = _offset(param, buffer)
                 start, stop = max(offset, low), min(offset + param.numel(), low + size)
-                runs: Runs = ((start - offset, stop - start),) if start < stop else ()
+                runs: Runs = ((start - offset, stop - start),) if start < stop else ()  # counted within the parameter
                 slices[id(param)] = MasterSlice(index, start - low if runs else 0, runs, group or dist.group.WORLD)
         return slices
 
@@ -180,7 +180,7 @@ class Stage3Masters(Masters):
             start = 0
             for param in params:
                 slices[id(param)] = MasterSlice(index, start, stage3_runs(param), param.ds_process_group)
-                start += param.ds_tensor.ds_numel
+                start += param.ds_tensor.ds_numel  # with its padding, which the masters have as well
         return slices
 
     def publish(self) -> None:
@@ -198,9 +198,9 @@ class Stage3Masters(Masters):
 
 def stage3_runs(param: Any) -> Runs:
     """The elements of a ZeRO-3 parameter whose piece this rank holds, without the padding of the last pieces. Local."""
-    size = param.ds_tensor.ds_numel
+    size = param.ds_tensor.ds_numel  # the same on every rank: ceil(elements / ranks)
     start = dist.get_rank(param.ds_process_group) * size
-    length = min(size, param.ds_numel - start)
+    length = min(size, param.ds_numel - start)  # less than nothing on a rank behind the end
     return ((start, length),) if length > 0 else ()
 
 

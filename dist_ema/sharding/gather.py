@@ -54,7 +54,7 @@ class LocalValues:
         first, last = self.start + start, self.start + stop
         lies_there = values.is_cpu and values.numel() >= last and values.is_contiguous()  # else read() finds it
         if lies_there and values.dtype == scratch.dtype:
-            return values.view(-1)[first:last]
+            return values.view(-1)[first:last]  # 1D
         self.read(start, stop, scratch[: stop - start])
         return scratch[: stop - start]
 
@@ -73,7 +73,7 @@ def check_readable(held: Iterable[LocalValues]) -> None:
 
 
 def _is_readable(values: Tensor) -> bool:
-    if type(values) in (Tensor, nn.Parameter):
+    if type(values) in (Tensor, nn.Parameter):  # not a sparse tensor, and not one of torch's own quantised dtypes
         return values.layout == torch.strided and not values.is_quantized
     # bitsandbytes (0.49) keeps the scales of its packed weights in these attributes.
     scales = (getattr(values, name, None) for name in ("quant_state", "SCB"))
@@ -109,14 +109,16 @@ def gather_each(
         operation: for the error.
         everywhere: call ``take`` on every rank.
     """
-    with agreed(group, operation):
+    with agreed(group, operation):  # memory may be short on one rank
         window = Window(group)
     rank = rank_in(group)
     failure = FirstFailure()
+    # Neighbours that are sent, and neighbours that rank 0 has anyway, go through windows of their own; entries are the
+    # same on every rank, so all of them make the same windows.
     for sent, group_of in groupby(entries, lambda entry: everywhere or not entry.only_rank_0_writes):
         alike = list(group_of)
         for parts, used in packed([entry.numel for entry in alike], [dtypes[entry.name] for entry in alike]):
-            window.clear(used)
+            window.clear(used)  # parts are added up, so what a rank does not write has to be zero
             pieces = [
                 (alike[index], start, window.part(offset, stop - start, dtypes[alike[index].name]))
                 for index, start, stop, offset in parts
@@ -131,7 +133,7 @@ def gather_each(
                 if not failure.found and (everywhere or rank == 0):
                     for entry, start, values in pieces:
                         take(entry, start, values)
-    with agreed(group, operation):
+    with agreed(group, operation):  # every rank has sent and received all by now
         failure.raise_first()
 
 

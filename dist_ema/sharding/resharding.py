@@ -62,6 +62,7 @@ def move(
         for name in (share.spec.name, *share.spec.aliases)
     }
     with agreed(group, operation) as round_:
+        # What a rank has already is copied here; it tells the others the names of which it lacks elements.
         round_.send([name for name in names if name in wanted and not _copy(held(name), wanted[name])])
     lacking = {name for found in round_.received for name in found}
     dtypes = {entry.name: entry.dtype for entry in entries}
@@ -81,7 +82,7 @@ def _copy(held: LocalValues | None, wanted: tuple[Share, Tensor]) -> bool:
     share, out = wanted
     filled = 0
     if held is not None:
-        position = 0
+        position = 0  # in `out`, of the first element of this run
         for start, length in share.runs:
             for local, inside, size in overlap(held.runs, start, start + length):
                 held.read(local, local + size, out[position + inside : position + inside + size])

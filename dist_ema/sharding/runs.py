@@ -91,14 +91,15 @@ def cut(runs: Runs, start: int, stop: int) -> Runs:
     """
     if isinstance(runs, Rows):
         if start <= 0 and stop >= count(runs):
-            return runs
+            return runs  # still four numbers
+        # Jump to the first run that is touched: a window of a shard with a million rows looks at its own rows only.
         first = max(start, 0) // runs.length
         passed = first * runs.length
         runs, start, stop = runs[first : -(-stop // runs.length)], start - passed, stop - passed
     pieces: list[Run] = []
-    position = 0
+    position = 0  # local number of the first element of this run
     for begin, length in runs:
-        low, high = max(start - position, 0), min(stop - position, length)
+        low, high = max(start - position, 0), min(stop - position, length)  # within the run
         if low < high:
             pieces.append((begin + low, high - low))
         position += length
@@ -120,7 +121,7 @@ def chunks(runs: Runs, limit: int) -> Iterator[Runs]:
             size = min(length, room)
             part.append((start, size))
             start, length, room = start + size, length - size, room - size
-            if not room:
+            if not room:  # the rest of this run goes into the next list
                 yield tuple(part)
                 part, room = [], limit
     if part:
@@ -136,8 +137,9 @@ def overlap(runs: Runs, start: int, stop: int) -> Iterator[tuple[int, int, int]]
     >>> list(overlap(((0, 4), (10, 4)), 3, 12))  # element 3, then 10 and 11
     [(3, 0, 1), (4, 7, 2)]
     """
-    position = 0
+    position = 0  # local number of the first element of this run
     if isinstance(runs, Rows):
+        # As in cut(): only the runs that end behind `start` and begin before `stop`, found by arithmetic.
         first = max((start - runs.start - runs.length) // runs.step + 1, 0)
         position = first * runs.length
         runs = runs[first : max(-(-(stop - runs.start) // runs.step), first)]
@@ -172,11 +174,12 @@ def box_runs(shape: Sequence[int], kept: Sequence[Runs]) -> Runs:
         raise ValueError(
             f"box_runs needs one list of intervals per dimension, got {len(kept)} for shape {tuple(shape)}"
         )
-    runs: Runs = ((0, 1),)
+    # From the last dimension outwards: `runs` lie within one row of the next dimension, which has `stride` elements.
+    runs: Runs = ((0, 1),)  # a scalar is one element
     stride = 1
     for size, intervals in zip(reversed(shape), reversed(kept), strict=True):
         inner_is_whole = runs == ((0, stride),)
-        if inner_is_whole:
+        if inner_is_whole:  # whole rows touch: a run for each interval, not for each row
             runs = tuple((start * stride, length * stride) for start, length in intervals)
         else:
             runs = _in_each_row(runs, stride, intervals)
@@ -189,6 +192,7 @@ def _in_each_row(runs: Runs, stride: int, intervals: Runs) -> Runs:
     elements."""
     if len(runs) == 1:
         runs = Rows(*runs[0], step=stride, number=1)
+    # Equal distances inside a row that fill it go on at the same distance in the next row: still four numbers.
     if len(intervals) == 1 and isinstance(runs, Rows) and runs.step * runs.number == stride:
         ((first, rows),) = intervals
         return Rows(first * stride + runs.start, runs.length, runs.step, rows * runs.number)
@@ -213,6 +217,7 @@ def boxes(runs: Runs, shape: Sequence[int]) -> list[Box]:
     for start, length in merge(runs):
         for box in _run_boxes(start, start + length, tuple(shape)):
             found.append(box)
+            # Two rows become one box, which may then fit the box before: so until nothing fits any more.
             while len(found) > 1 and (joined := _join(found[-2], found[-1])) is not None:
                 found[-2:] = [joined]
     return found
@@ -220,10 +225,11 @@ def boxes(runs: Runs, shape: Sequence[int]) -> list[Box]:
 
 def _boxes_of_rows(rows: Rows, shape: tuple[int, ...]) -> list[Box]:
     """The same without a look at each run, where one is one box of what lies between two; else none."""
+    # The dimension whose rows are as long as the distance of the runs: each of its rows then holds one run.
     dim = next((dim for dim in range(1, len(shape)) if prod(shape[dim:]) == rows.step), len(shape))
     first, start = divmod(rows.start, rows.step)
     inner = list(_run_boxes(start, start + rows.length, shape[dim:]))
-    if dim == len(shape) or len(inner) != 1 or start + rows.length > rows.step:
+    if dim == len(shape) or len(inner) != 1 or start + rows.length > rows.step:  # a run that reaches into the next row
         return []
     outer = _run_boxes(first, first + rows.number, shape[:dim])
     return [((*offsets, *inner[0][0]), (*sizes, *inner[0][1])) for offsets, sizes in outer]
@@ -239,15 +245,16 @@ def _run_boxes(start: int, stop: int, shape: tuple[int, ...]) -> Iterator[Box]:
     if first > last:  # within one row
         yield from _in_row(last, start - last * row, stop - last * row, shape)
         return
-    if start < first * row:
+    if start < first * row:  # the end of a row that begins before
         yield from _in_row(first - 1, start - (first - 1) * row, row, shape)
     if first < last:
         yield (first, *(0 for _ in shape[1:])), (last - first, *shape[1:])
-    if last * row < stop:
+    if last * row < stop:  # the beginning of a row that ends behind
         yield from _in_row(last, 0, stop - last * row, shape)
 
 
 def _in_row(index: int, start: int, stop: int, shape: tuple[int, ...]) -> Iterator[Box]:
+    """The boxes of elements ``[start, stop)`` of row ``index``."""
     for offsets, sizes in _run_boxes(start, stop, shape[1:]):
         yield (index, *offsets), (1, *sizes)
 
@@ -256,9 +263,10 @@ def _join(first: Box, second: Box) -> Box | None:
     """Two boxes as one, if its elements are those of the first and then those of the second."""
     (starts, sizes), (next_starts, next_sizes) = first, second
     for dim, (start, size) in enumerate(zip(starts, sizes, strict=True)):
-        if next_starts[dim] == start + size:
+        if next_starts[dim] == start + size:  # the first dimension in which they lie behind each other
             rest_fits = (starts[dim + 1 :], sizes[dim + 1 :]) == (next_starts[dim + 1 :], next_sizes[dim + 1 :])
             return (starts, (*sizes[:dim], size + next_sizes[dim], *sizes[dim + 1 :])) if rest_fits else None
+        # In every dimension before it both must be one row, the same: else row-major order would mix their elements.
         if next_starts[dim] != start or size != 1 or next_sizes[dim] != 1:
             return None
     return None
@@ -271,7 +279,7 @@ def merge(runs: Runs) -> Runs:
     ((0, 5), (8, 1))
     """
     if isinstance(runs, Rows):
-        return runs if len(runs) > 1 else runs[:]
+        return runs if len(runs) > 1 else runs[:]  # they never touch, as their step is more than their length
     joined: list[Run] = []
     for start, length in runs:
         if joined and joined[-1][0] + joined[-1][1] == start:
@@ -291,6 +299,7 @@ def split_evenly(sizes: Sequence[int], itemsizes: Sequence[int], parts: int, ind
     >>> split_evenly([3, 5], [4, 4], parts=2, index=0), split_evenly([3, 5], [4, 4], parts=2, index=1)
     ([(0, 3), (0, 1)], [(3, 3), (1, 5)])
     """
+    # In bytes along all tensors laid end to end: this part is [low, high), this tensor begins at `position`.
     total = sum(size * item for size, item in zip(sizes, itemsizes, strict=True))
     low, high = index * total // parts, (index + 1) * total // parts
     ranges: list[tuple[int, int]] = []

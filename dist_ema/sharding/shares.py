@@ -82,15 +82,18 @@ def assign_shares(specs: Sequence[TensorSpec], options: Options) -> list[Share]:
                 f"they are: it cannot be averaged. Give {advice}"
             )
     dtypes = [_dtype(spec, mode, options) for spec, mode in zip(specs, modes, strict=True)]
-    ranges = [(0, spec.local_numel) for spec in specs]
+    ranges = [(0, spec.local_numel) for spec in specs]  # all of the local shard, unless replicas split it
     split = [mode == "average" and spec.replicas is not None for spec, mode in zip(specs, modes, strict=True)]
     split = [wanted and options.shard_replicas for wanted in split]
+    # One cut through all tensors of a replica set laid end to end, not one a tensor: with hundreds of small tensors the
+    # rounding of each would add up, and most ranks would hold a sliver of every one.
     for members in replica_sets([spec if wanted else None for spec, wanted in zip(specs, split, strict=True)]):
         replicas = specs[members[0]].replicas
         if replicas is not None:
             parts = split_over([specs[i] for i in members], [dtypes[i] for i in members], replicas, replicas.index)
             for index, part in zip(members, parts, strict=True):
                 ranges[index] = part
+    # Of a split tensor every replica is the only holder of its part, so each of them writes.
     return [
         Share(spec, mode, *range_, dtype, is_split, spec.primary and (is_split or _first(spec.replicas)))
         for spec, mode, range_, dtype, is_split in zip(specs, modes, ranges, dtypes, split, strict=True)
@@ -99,6 +102,8 @@ def assign_shares(specs: Sequence[TensorSpec], options: Options) -> list[Share]:
 
 def replica_sets(specs: Sequence[TensorSpec | None]) -> list[list[int]]:
     """Indices of the specs that have replicas, one list for each process group."""
+    # By identity: engines give the same group object to all its tensors, and two groups of the same ranks are rare
+    # (then each set is split for itself, on all ranks alike).
     sets: dict[int, list[int]] = {}
     for index, spec in enumerate(specs):
         if spec is not None and spec.replicas is not None:
@@ -121,6 +126,7 @@ def _mode(spec: TensorSpec, options: Options) -> Mode:
         return "average"
     if options.buffers == "ignore":
         return "live"
+    # Counters and masks (integers, bools) have no mean.
     return "average" if options.buffers == "average" and spec.dtype.is_floating_point else "copy"
 
 

@@ -80,6 +80,8 @@ def is_writer(entry: FullTensor, share: Share, rank: int) -> bool:
 
 def writes(share: Share, rank: int, lowest_mesh_rank: int) -> bool:
     """As :func:`is_writer`, for who knows the lowest rank of the mesh that writes the tensor. Pure."""
+    # Rule 1 is in first_replica; rules 2 and 3 are one comparison, since a tensor that is not partitioned is a mesh of
+    # its rank alone.
     own = share.spec.lowest_mesh_rank if share.spec.partitioned else rank
     return share.first_replica and own == lowest_mesh_rank
 
@@ -101,6 +103,7 @@ def catalogue(shares: Sequence[Share], group: dist.ProcessGroup | None) -> list[
     """
     mine = [_full_tensor(share) for share in shares]
     digests = gather_objects(hashlib.blake2b(repr(mine).encode(), digest_size=16).digest(), group)
+    # Backwards, so that of the ranks with one digest the lowest is set last, and stays.
     first_ranks = {digest: rank for rank, digest in reversed(list(enumerate(digests)))}
     if len(first_ranks) == 1:
         return mine  # ranks that hold an unpartitioned tensor: all of them, so rank 0 writes it
@@ -117,6 +120,7 @@ def _merged(lists: Iterable[tuple[int, Sequence[FullTensor]]]) -> list[FullTenso
         for entry in entries:
             lowest = entry.lowest_mesh_rank if entry.partitioned else rank
             before = known.setdefault(entry.name, replace(entry, lowest_mesh_rank=lowest))
+            # Which mesh writes is what lists may differ in; shape, dtypes and mode are facts of the model.
             if replace(before, lowest_mesh_rank=entry.lowest_mesh_rank) != entry:
                 raise EMAEngineError(
                     f"ranks must hold parts of one model, but rank {rank} has {entry} and a lower rank {before}"
