@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,8 +24,6 @@ from dist_ema import errors
 from dist_ema.errors import EMAStateError
 
 T = TypeVar("T")
-#: Bytes of one message, and of the scratch that each rank holds for it.
-WINDOW_BYTES = 16 << 20
 #: Bytes of a short message, its length included: most that ranks tell each other fits.
 _NOTE_BYTES = 256
 _LENGTH_BYTES = 8
@@ -357,99 +355,3 @@ def sum_tensor(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         with answered():
             dist.all_reduce(tensor, group=group)
     return tensor.cpu()
-
-
-class Window:
-    """A buffer that the ranks fill in parts, no two the same bytes, and that rank 0 then has whole.
-
-    The parts are added up as integers: a byte that one rank wrote and the others left at zero arrives unchanged, be it
-    of a NaN or of a negative zero, and nobody has to know who holds what.
-    """
-
-    def __init__(self, group: dist.ProcessGroup | None) -> None:
-        self._group = group
-        self._words = torch.zeros(WINDOW_BYTES // 8, dtype=torch.int64, device=device_for(group))
-
-    def clear(self, nbytes: int) -> None:
-        """Sets the first bytes to zero, at most ``WINDOW_BYTES``: those that the ranks will fill."""
-        self._used = -(-nbytes // 8)
-        self._words[: self._used].zero_()
-
-    def part(self, offset: int, count: int, dtype: torch.dtype) -> Tensor:
-        """``count`` elements from byte ``offset`` on, a multiple of 8, to be filled or read in place. 1D, a view."""
-        return self._words.view(torch.uint8)[offset : offset + count * dtype.itemsize].view(dtype)
-
-    def collect(self, everywhere: bool = False) -> None:
-        """Brings the parts together on rank 0, whereupon the others' contents are undefined, or on every rank.
-        Collective."""
-        if self._group is None or size_of(self._group) == 1 or not self._used:
-            return
-        with answered():
-            if everywhere:
-                dist.all_reduce(self._words[: self._used], group=self._group)
-            else:
-                dist.reduce(self._words[: self._used], group=self._group, group_dst=0)
-
-
-@torch.no_grad()
-def broadcast_flat(
-    sizes: Sequence[int],
-    dtypes: Sequence[torch.dtype],
-    owner: int,
-    group: dist.ProcessGroup,
-    read: Callable[[int, int, int, Tensor], None],
-    write: Callable[[int, int, int, Tensor], None],
-) -> None:
-    """Sends flat tensors from rank ``owner`` of ``group`` to its other ranks, packed into windows. Collective.
-
-    Args:
-        sizes: elements of each tensor, the same on all ranks.
-        dtypes: dtype of each.
-        owner: who sends, by its place in the group.
-        read: ``read(index, start, stop, out)`` puts elements of tensor ``index`` into ``out``; called on the owner.
-        write: ``write(index, start, stop, values)`` takes them; called on the others.
-    """
-    device = device_for(group)
-    buffer = torch.empty(WINDOW_BYTES // 8, dtype=torch.int64, device=device).view(torch.uint8)
-    mine = rank_in(group) == owner
-    for parts, used in packed(sizes, dtypes):
-        views = [
-            (index, start, stop, buffer[offset : offset + (stop - start) * dtypes[index].itemsize].view(dtypes[index]))
-            for index, start, stop, offset in parts
-        ]
-        if mine:
-            for index, start, stop, view in views:
-                read(index, start, stop, view)
-        with answered():
-            dist.broadcast(buffer[:used], group=group, group_src=owner)
-        if not mine:
-            for index, start, stop, view in views:
-                write(index, start, stop, view)
-
-
-def packed(sizes: Sequence[int], dtypes: Sequence[torch.dtype]) -> list[tuple[list[tuple[int, int, int, int]], int]]:
-    """Flat tensors laid out in windows, so that the number of collective calls follows the bytes, not the tensors.
-
-    Returns:
-        For each window its parts ``(index, start, stop, byte offset)``, offsets multiples of 8, and the bytes used.
-
-    >>> packed([3, 5], [torch.float32, torch.float64])
-    [([(0, 0, 3, 0), (1, 0, 5, 16)], 56)]
-    """
-    windows: list[tuple[list[tuple[int, int, int, int]], int]] = []
-    parts: list[tuple[int, int, int, int]] = []
-    used = 0
-    for index, (size, dtype) in enumerate(zip(sizes, dtypes, strict=True)):
-        start = 0
-        while start < size:
-            stop = min(size, start + (WINDOW_BYTES - used) // dtype.itemsize)
-            if stop > start:
-                parts.append((index, start, stop, used))
-                used = -(-(used + (stop - start) * dtype.itemsize) // 8) * 8
-                start = stop
-            if WINDOW_BYTES - used < 8:
-                windows.append((parts, used))
-                parts, used = [], 0
-    if parts:
-        windows.append((parts, used))
-    return windows

@@ -93,6 +93,24 @@ def checkpoint(
 
 
 @app.command()
+def calls(
+    processes: Annotated[list[int], typer.Option(min=1, help="Ranks on this machine.")] = [2, 8, 24],  # noqa: B006
+    tensors: Annotated[int, typer.Option(min=1, help="Of the model.")] = 100,
+    elements: Annotated[int, typer.Option(min=1, help="fp32 parameters in each.")] = 4096,
+    repeats: Repeats = 5,
+    as_json: AsJSON = False,
+    worker: Annotated[Path | None, typer.Option("--worker", hidden=True)] = None,
+) -> None:
+    """Time of each call on real ranks, and how often it waits for other ranks."""
+    from benchmarks import calls
+
+    if worker is not None:
+        calls.worker(worker, tensors, elements, repeats)
+    else:
+        calls.run(processes, tensors, elements, repeats, as_json)
+
+
+@app.command()
 def offload(
     elements: Annotated[int, typer.Option(min=1, help="Parameters in all.")] = 20_000_000,
     steps: Annotated[int, typer.Option(min=1, help="Training steps of a round.")] = 15,
@@ -119,13 +137,14 @@ def scale(
         Engine.zero3,
     ],
     ranks: Annotated[list[int], typer.Option(min=1, help="Of the runs.")] = [8, 64, 512, 8192],  # noqa: B006
+    processes: Annotated[list[int], typer.Option(min=1, help="Real ranks, on this machine.")] = [2, 8, 24],  # noqa: B006
     repeats: Repeats = 5,
     as_json: AsJSON = False,
 ) -> None:
-    """Planning for 70 B and 671 B parameters on 8 to 8,192 ranks."""
+    """Planning for 70 B and 671 B parameters on 8 to 8,192 ranks, and each call on real ones, as calls does."""
     from benchmarks.scale import run
 
-    run(models, [engine.value for engine in engines], ranks, repeats, as_json)
+    run(models, [engine.value for engine in engines], ranks, processes, repeats, as_json)
 
 
 if __name__ == "__main__":

@@ -169,3 +169,15 @@ def test_checkpoints_are_compared_on_several_ranks() -> None:
     assert [row["of_raw"] for row in found["rows"] if row["contender"] in ("raw read", "raw write + fsync")] == [1, 1]
     load = next(row for row in found["rows"] if row["contender"] == "load")
     assert load["of_raw"] == pytest.approx(ms["load"] / ms["raw read"])
+
+
+def test_calls_wait_for_other_ranks_a_number_of_times_that_no_tensor_adds_to() -> None:
+    """A call that waits once for each tensor is slow on many ranks; what is local waits for nobody."""
+    done = script("calls", "--processes", "2", "--tensors", "50", "--elements", "8", "--repeats", "1", "--json")
+    assert done.returncode == 0, done.stderr
+    (found,) = json.loads(done.stdout)["runs"]
+    assert found["ranks"] == 2
+    assert found["ms"].keys() == found["waits"].keys()
+    assert found["waits"].pop("update, FSDP2") == 0
+    assert len(found["waits"]) == 10
+    assert all(2 <= count <= 10 for count in found["waits"].values()), found["waits"]

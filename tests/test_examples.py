@@ -15,8 +15,15 @@ MODULES = {
     if ">>>" in file.read_text()
 }
 #: What users meet: each has an example.
-PUBLIC = {"ema", "functional", "clock", "options", "state", "pace", "collectives", "sharding.runs", "sharding.spec"}
-PUBLIC |= {"sharding.shares", "sharding.writers", "schedules.constant", "schedules.half_life", "schedules.power"}
+PUBLIC = {"ema", "functional", "clock", "options", "state", "pace", "collectives", "windows", "sharding.runs"}
+PUBLIC |= {
+    "sharding.spec",
+    "sharding.shares",
+    "sharding.writers",
+    "schedules.constant",
+    "schedules.half_life",
+    "schedules.power",
+}
 PUBLIC |= {"schedules.profile", "schedules.ramps", "schedules.warmup", "schedules.window", "kernels.rounding"}
 
 

@@ -18,12 +18,13 @@ from dist_ema.checkpoints.manifest import Key, Manifest
 from dist_ema.checkpoints.reader import RunReader
 from dist_ema.checkpoints.storage.paths import StrPath
 from dist_ema.checkpoints.stored import StoredTensor
-from dist_ema.collectives import WINDOW_BYTES, FirstFailure, agreed, answered, device_for, packed, rank_in
+from dist_ema.collectives import FirstFailure, agreed, answered, device_for, rank_in
 from dist_ema.kernels.fingerprint import partial_digest
 from dist_ema.kernels.streams import Handover
 from dist_ema.sharding.runs import Runs, chunks, count, overlap
 from dist_ema.sharding.shares import Share
 from dist_ema.sharding.writers import FullTensor
+from dist_ema.windows import WINDOW_BYTES, packed
 
 #: Elements that are read, digested and converted at a time.
 IO_CHUNK = 1 << 19

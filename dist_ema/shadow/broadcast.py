@@ -9,12 +9,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_ema import kernels
-from dist_ema.collectives import broadcast_flat, gather_objects
+from dist_ema.collectives import gather_objects
 from dist_ema.engines.base import Engine
 from dist_ema.errors import EMAStateError
 from dist_ema.sharding.shares import Share, replica_sets, split_over
 from dist_ema.sharding.spec import Replicas
 from dist_ema.sharding.writers import FullTensor
+from dist_ema.windows import broadcast_flat
 
 
 def swaps_together(engine: Engine, shares: Sequence[Share]) -> bool:

@@ -11,11 +11,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_ema import kernels
-from dist_ema.collectives import FirstFailure, Window, agreed, packed, rank_in
+from dist_ema.collectives import FirstFailure, agreed, rank_in
 from dist_ema.errors import EMAStateError
 from dist_ema.sharding.runs import Runs, overlap
 from dist_ema.sharding.shares import Share
 from dist_ema.sharding.writers import FullTensor, is_writer
+from dist_ema.windows import Range, Window, packed
 
 
 @dataclass(frozen=True)
@@ -123,12 +124,13 @@ def gather_each(
                 (alike[index], start, window.part(offset, stop - start, dtypes[alike[index].name]))
                 for index, start, stop, offset in parts
             ]
+            filled: list[Range] = []
             with failure.kept():
                 if not failure.found:
-                    for entry, start, values in pieces:
-                        _read_window(entry, held(entry.name), start, start + values.numel(), values, rank)
+                    for (entry, start, values), (_, _, _, offset) in zip(pieces, parts, strict=True):
+                        filled += _read_window(entry, held(entry.name), start, values, offset, rank)
             if sent:
-                window.collect(everywhere)
+                window.collect(filled, everywhere)
             with failure.kept():
                 if not failure.found and (everywhere or rank == 0):
                     for entry, start, values in pieces:
@@ -137,12 +139,18 @@ def gather_each(
         failure.raise_first()
 
 
-def _read_window(entry: FullTensor, held: LocalValues | None, start: int, stop: int, out: Tensor, rank: int) -> None:
-    """Puts this rank's elements of the window ``[start, stop)`` of a full tensor into their places in ``out``."""
+def _read_window(
+    entry: FullTensor, held: LocalValues | None, start: int, out: Tensor, offset: int, rank: int
+) -> list[Range]:
+    """Puts this rank's elements of a full tensor, of those from ``start`` on that ``out`` has room for, into their
+    places there. Returns these in bytes, where ``out`` begins at byte ``offset``."""
     if held is None or not is_writer(entry, held.share, rank):
-        return
-    for local, inside, length in overlap(held.runs, start, stop):
+        return []
+    size, filled = out.element_size(), []
+    for local, inside, length in overlap(held.runs, start, start + out.numel()):
         held.read(local, local + length, out[inside : inside + length])
+        filled.append((offset + inside * size, length * size))
+    return filled
 
 
 def full_tensors(

@@ -12,8 +12,6 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
@@ -32,6 +30,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from benchmarks.memory import peak_growth
+from benchmarks.processes import torchrun
 from benchmarks.show import cell, print_json, print_table
 from dist_ema import ShardedEMA, verify_checkpoint
 
@@ -201,17 +200,8 @@ def worker(folder: Path, elements: int, repeats: int) -> None:
 
 def _run(elements: int, ranks: int, repeats: int, parent: Path | None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="dist_ema_benchmark_", dir=parent) as folder:
-        program = [str(Path(__file__).parent.with_name("benchmark.py")), "checkpoint", "--worker", "--folder", folder]
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *program]
-        command += ["--elements", str(elements), "--repeats", str(repeats)]
-        threads = str(max(1, (os.cpu_count() or 1) // ranks))
-        environment = {**os.environ, "OMP_NUM_THREADS": threads}
-        load = os.getloadavg()[0]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found | {"ranks": ranks, "load_average": load}
+        sizes = ["--elements", str(elements), "--repeats", str(repeats)]
+        return torchrun(["checkpoint", "--worker", "--folder", folder, *sizes], ranks)
 
 
 def _rows(found: dict[str, Any]) -> list[dict[str, Any]]:

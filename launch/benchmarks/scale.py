@@ -1,7 +1,8 @@
 """What planning costs as a run grows: one rank's share of large models, on as many imagined ranks as there are.
 
 No process group: the share of rank 0 and of the last rank are computed in one process, as each rank of a real run
-computes its own. Then the files of a checkpoint and its manifest, which rank 0 writes.
+computes its own. Then the files of a checkpoint and its manifest, which rank 0 writes. And each call on a few real
+ranks (:mod:`benchmarks.calls`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from benchmarks import calls
 from benchmarks.show import cell, print_json, print_table
 from dist_ema.checkpoints.manifest import NAME
 from dist_ema.options import Options
@@ -25,6 +27,8 @@ from dist_ema.planning.plan import checkpoint_files, make_options, rank_cost, ra
 from dist_ema.shadow.device import Shadow
 
 MODELS = Path(__file__).parents[2] / "configs" / "models"
+#: Of the model on real ranks, in fp32 elements.
+TENSORS, ELEMENTS = 100, 4096
 T = TypeVar("T")
 
 
@@ -111,15 +115,23 @@ def measure(name: str, model: Architecture, spread: Layout, options: Options, re
     )
 
 
-def run(models: Sequence[Path], engines: Sequence[str], ranks: Sequence[int], repeats: int, as_json: bool) -> None:
+def run(
+    models: Sequence[Path],
+    engines: Sequence[str],
+    ranks: Sequence[int],
+    processes: Sequence[int],
+    repeats: int,
+    as_json: bool,
+) -> None:
     """Measures and prints medians."""
     load, options, rows = os.getloadavg()[0], make_options(), []
     for file in models:
         model = of_config(file, None)
         for engine in engines:
             rows += [measure(file.stem, model, layout(engine, size), options, repeats) for size in ranks]
+    real = calls.measure(processes, TENSORS, ELEMENTS, repeats)
     if as_json:
-        print_json({"rows": [asdict(row) for row in rows], "load_average": load})
+        print_json({"rows": [asdict(row) for row in rows], "load_average": load, "calls": real})
         return
     print(f"one rank's plan, fp32 averages; medians of {repeats} rounds, load average before {load:.1f}\n")
     print_table(
@@ -139,3 +151,5 @@ def run(models: Sequence[Path], engines: Sequence[str], ranks: Sequence[int], re
             for row in rows
         ],
     )
+    print()
+    calls.show(real, TENSORS, ELEMENTS, repeats)

@@ -1,0 +1,173 @@
+"""Tensors sent between ranks in windows of bounded size, so that the number of collective calls follows the bytes.
+
+Everything takes ``group=None`` for a run without a process group, and is then local.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dist_ema.collectives import answered, device_for, rank_in, size_of
+
+#: Bytes of one window, and of the memory that each rank holds for it.
+WINDOW_BYTES = 16 << 20
+#: Bytes and places from and up to which the ranks send rank 0 what they have, each for itself; else all is added up.
+_SENT_FROM, _SENT_PLACES = 1 << 20, 1 << 12
+Range = tuple[int, int]
+
+
+class Window:
+    """A buffer that the ranks fill in parts, no two the same bytes, and that rank 0 then has whole.
+
+    Nobody has to know who holds what. Where all of it is wanted everywhere, and on accelerators, whose links make a
+    ring, the parts are added up as integers: a byte that one rank wrote and the others left at zero arrives unchanged,
+    be it of a NaN or of a negative zero. Through the CPU (gloo) each rank sends rank 0 what it has instead: 16 MiB of 8
+    processes on 2 cores took 8 ms and not 36 (2 processes: 4 and not 14).
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self._group = group
+        self._words = torch.zeros(WINDOW_BYTES // 8, dtype=torch.int64, device=device_for(group))
+        self._bytes = self._words.view(torch.uint8)
+
+    def clear(self, nbytes: int) -> None:
+        """Sets the first bytes to zero, at most ``WINDOW_BYTES``: those that the ranks will fill."""
+        self._used = -(-nbytes // 8)
+        self._words[: self._used].zero_()
+
+    def part(self, offset: int, count: int, dtype: torch.dtype) -> Tensor:
+        """``count`` elements from byte ``offset`` on, a multiple of 8, to be filled or read in place. 1D, a view."""
+        return self._bytes[offset : offset + count * dtype.itemsize].view(dtype)
+
+    def collect(self, filled: Sequence[Range], everywhere: bool = False) -> None:
+        """Brings the parts together on rank 0, whereupon the others' contents are undefined, or on every rank.
+        Collective.
+
+        Args:
+            filled: ``(offset, length)`` in bytes of what this rank has put in, in rising order.
+            everywhere: on every rank.
+        """
+        if self._group is None or size_of(self._group) == 1 or not self._used:
+            return
+        words = self._words[: self._used]
+        with answered():
+            if everywhere:
+                dist.all_reduce(words, group=self._group)
+            elif self._words.is_cpu and self._used * 8 >= _SENT_FROM:
+                self._send(_merged(filled))
+            else:
+                dist.reduce(words, group=self._group, group_dst=0)
+
+    def _send(self, filled: Sequence[Range]) -> None:
+        """Each rank sends rank 0 what it has, with where it belongs; or all is added up if that is too many places."""
+        rank, ranks = rank_in(self._group), size_of(self._group)
+        mine = torch.tensor([len(filled), sum(length for _, length in filled)])
+        told = torch.empty(ranks, 2, dtype=torch.int64)
+        dist.all_gather(list(told.unbind()), mine, group=self._group)
+        if int(told[:, 0].sum()) > _SENT_PLACES:  # columns of a matrix
+            dist.reduce(self._words[: self._used], group=self._group, group_dst=0)
+        elif rank:
+            if filled:
+                dist.send(self._message(filled), group=self._group, group_dst=0)
+        else:
+            senders = [(sender, *map(int, told[sender])) for sender in range(1, ranks) if told[sender, 0]]
+            messages = [torch.empty(16 * places + size, dtype=torch.uint8) for _, places, size in senders]
+            waiting = [
+                dist.irecv(message, group=self._group, group_src=sender)
+                for (sender, _, _), message in zip(senders, messages, strict=True)
+            ]
+            for work, (_, places, _), message in zip(waiting, senders, messages, strict=True):
+                if work is not None:
+                    work.wait()
+                self._take(message, places)
+
+    def _message(self, filled: Sequence[Range]) -> Tensor:
+        """The places, as pairs of int64, and the bytes there. 1D, uint8."""
+        places = torch.tensor(filled).view(torch.uint8).view(-1)
+        return torch.cat([places, *(self._bytes[offset : offset + length] for offset, length in filled)])
+
+    def _take(self, message: Tensor, places: int) -> None:
+        """Puts the bytes of a message where they belong."""
+        position = 16 * places
+        for offset, length in message[:position].view(torch.int64).view(places, 2).tolist():
+            self._bytes[offset : offset + length] = message[position : position + length]
+            position += length
+
+
+def _merged(ranges: Sequence[Range]) -> list[Range]:
+    """Ranges that touch as one."""
+    merged: list[Range] = []
+    for offset, length in ranges:
+        if merged and sum(merged[-1]) == offset:
+            merged[-1] = (merged[-1][0], merged[-1][1] + length)
+        elif length:
+            merged.append((offset, length))
+    return merged
+
+
+@torch.no_grad()
+def broadcast_flat(
+    sizes: Sequence[int],
+    dtypes: Sequence[torch.dtype],
+    owner: int,
+    group: dist.ProcessGroup,
+    read: Callable[[int, int, int, Tensor], None],
+    write: Callable[[int, int, int, Tensor], None],
+) -> None:
+    """Sends flat tensors from rank ``owner`` of ``group`` to its other ranks, packed into windows. Collective.
+
+    Args:
+        sizes: elements of each tensor, the same on all ranks.
+        dtypes: dtype of each.
+        owner: who sends, by its place in the group.
+        read: ``read(index, start, stop, out)`` puts elements of tensor ``index`` into ``out``; called on the owner.
+        write: ``write(index, start, stop, values)`` takes them; called on the others.
+    """
+    device = device_for(group)
+    buffer = torch.empty(WINDOW_BYTES // 8, dtype=torch.int64, device=device).view(torch.uint8)
+    mine = rank_in(group) == owner
+    for parts, used in packed(sizes, dtypes):
+        views = [
+            (index, start, stop, buffer[offset : offset + (stop - start) * dtypes[index].itemsize].view(dtypes[index]))
+            for index, start, stop, offset in parts
+        ]
+        if mine:
+            for index, start, stop, view in views:
+                read(index, start, stop, view)
+        with answered():
+            dist.broadcast(buffer[:used], group=group, group_src=owner)
+        if not mine:
+            for index, start, stop, view in views:
+                write(index, start, stop, view)
+
+
+def packed(sizes: Sequence[int], dtypes: Sequence[torch.dtype]) -> list[tuple[list[tuple[int, int, int, int]], int]]:
+    """Flat tensors laid out in windows, so that the number of collective calls follows the bytes, not the tensors.
+
+    Returns:
+        For each window its parts ``(index, start, stop, byte offset)``, offsets multiples of 8, and the bytes used.
+
+    >>> packed([3, 5], [torch.float32, torch.float64])
+    [([(0, 0, 3, 0), (1, 0, 5, 16)], 56)]
+    """
+    windows: list[tuple[list[tuple[int, int, int, int]], int]] = []
+    parts: list[tuple[int, int, int, int]] = []
+    used = 0
+    for index, (size, dtype) in enumerate(zip(sizes, dtypes, strict=True)):
+        start = 0
+        while start < size:
+            stop = min(size, start + (WINDOW_BYTES - used) // dtype.itemsize)
+            if stop > start:
+                parts.append((index, start, stop, used))
+                used = -(-(used + (stop - start) * dtype.itemsize) // 8) * 8
+                start = stop
+            if WINDOW_BYTES - used < 8:
+                windows.append((parts, used))
+                parts, used = [], 0
+    if parts:
+        windows.append((parts, used))
+    return windows
