@@ -37,7 +37,7 @@ from dist_ema.engines.unwrapped import unwrapped
 from dist_ema.errors import CheckpointError, CheckpointMismatchError, EMAConfigError, EMAStateError
 from dist_ema.groups import OwnGroups
 from dist_ema.interrupts import Uninterrupted
-from dist_ema.kernels.fingerprint import partial_digest
+from dist_ema.kernels.fingerprint import Part, partial_digests
 from dist_ema.kernels.streams import Handover
 from dist_ema.options import Options, check_cast
 from dist_ema.schedules import Schedule
@@ -862,14 +862,15 @@ class ShardedEMA:
         with self._begun(call):
             held = self._view(call.name).average(self._name(name), include_untracked)
             check_readable(held.values())
-        entries, partial, rank = self._wanted(include_untracked), [], rank_in(self._engine.group)
-        for entry in entries:
-            mine = held.get(entry.name)
-            digest = 0
-            if mine is not None and is_writer(entry, mine.share, rank):
-                digest = partial_digest(mine.values, mine.runs, entry.dtype, mine.start)
-            partial.append(digest)
-        totals = sum_integers(partial, self._engine.group)
+        entries, rank = self._wanted(include_untracked), rank_in(self._engine.group)
+        partial = dict.fromkeys([entry.name for entry in entries], 0)
+        parts = {
+            entry.name: Part(mine.values, mine.runs, entry.dtype, mine.start)
+            for entry in entries
+            if (mine := held.get(entry.name)) is not None and is_writer(entry, mine.share, rank)
+        }
+        partial.update(zip(parts, partial_digests(list(parts.values())), strict=True))
+        totals = sum_integers(list(partial.values()), self._engine.group)
         return {entry.name: total for entry, total in zip(entries, totals, strict=True)}
 
     @answering("metrics()")

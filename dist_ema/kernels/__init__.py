@@ -159,9 +159,12 @@ def lerp(
 
     Raises:
         EMAConfigError: ``DIST_EMA_KERNEL`` asks for what is not there.
+        EMAStateError: with ``rounding`` while a CUDA graph is captured; nothing has changed.
     """
     if not averages:
         return
+    if rounding is not None:
+        cuda.refuse_capture(sources)
     scratch.touched = True
     on_host, on_device = scratch.tables(None if rounding is None else rounding.positions)
     skipped, left = cpu.lerp(averages, sources, ranges, weights, on_host, guard is not None, rounding)

@@ -18,7 +18,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from dist_ema import ShardedEMA, kernels
+from dist_ema.errors import EMAStateError
 from dist_ema.kernels import cuda
+from dist_ema.kernels.fingerprint import Part, device_digest, partial_digest
+from dist_ema.kernels.rounding import ElementPositions, Rounding, average_key
+from dist_ema.sharding.runs import Rows, whole
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -118,6 +122,63 @@ def test_triton_kernel_gives_the_eager_route_to_one_unit(dtype: torch.dtype, gua
             for a, b, start, source in zip(first, second, before, sources, strict=True):
                 unit = torch.maximum(start.abs(), source.float().nan_to_num(0).abs()) * 2**-23
                 assert bool(((a - b).abs() <= unit).all()), weights
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("offset", [0, 1])
+def test_rounded_shadows_have_the_bits_of_the_eager_route(dtype: torch.dtype, offset: int) -> None:
+    """Whole tensors, columns and odd runs, positions past 2**32, sources at any address, two averages, NaN and Inf."""
+    kernel = cuda.choice()
+    assert kernel is not None
+    torch.manual_seed(0)
+    runs = [
+        ((5, 300_001),),
+        Rows(start=2**32 - 90_000, length=37, step=100, number=5_000),
+        ((2**40, 1), (2**40 + 9, 70)),
+    ]
+    sizes = [sum(length for _, length in found) for found in runs]
+    rounding = Rounding(ElementPositions(list("abc"), runs), [average_key(7, 3, name) for name in "xy"])
+    sources = [torch.randn(size + offset, device="cuda").to(dtype)[offset:] for size in sizes]
+    for source in sources:
+        source[::97], source[5::1009] = float("nan"), float("inf")
+    averages = [[torch.randn(size, device="cuda").bfloat16() for size in sizes] for _ in range(2)]
+    results = []
+    for chosen in (kernel, None):
+        copies = [[shadow.clone() for shadow in average] for average in averages]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cuda, "_decided", [chosen])
+            given = copies, sources, [(0, size) for size in sizes], [1e-3, 0.7], kernels.Scratch()
+            kernels.lerp(*given, kernels.Guard(), rounding)
+        results.append(copies)
+    for first, second in zip(*results, strict=True):
+        assert all(torch.equal(a.view(torch.int16), b.view(torch.int16)) for a, b in zip(first, second, strict=True))
+
+
+def test_a_bf16_average_is_not_captured_into_a_graph() -> None:
+    """Replays would repeat one update's random bits."""
+    model = nn.Linear(300, 300).cuda()
+    ema = ShardedEMA(model, decay=0.5, dtype=torch.bfloat16)
+    for _ in range(2):
+        ema.update()
+    with pytest.raises(EMAStateError, match="cannot be captured"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        ema.update()
+    ema.update()
+    assert ema.num_updates == 3
+
+
+def test_fingerprints_are_those_of_the_host_and_wait_once() -> None:
+    """A wait for each block of 65,536 elements took longer than a training step."""
+    model = nn.Sequential(*(nn.Linear(300, 500) for _ in range(20))).cuda()
+    ema = ShardedEMA(model, decay=0.5)
+    ema.update()
+    parts = [Part(value, whole(value.numel())) for value in model.state_dict().values()]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        sums = [device_digest(part) for part in parts]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    host = [partial_digest(part.values.cpu(), part.runs) for part in parts]
+    assert [int(one) % 2**64 for one in sums] == host == list(ema.fingerprint().values())
 
 
 def test_update_can_be_captured_into_a_graph() -> None:
