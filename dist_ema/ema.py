@@ -55,6 +55,8 @@ from dist_ema.sharding.writers import FullTensor, catalogue, is_writer
 from dist_ema.state import EMAState, Track
 
 logger = logging.getLogger(__name__)
+#: Seconds that a call on files waits for a rank that does not answer, beside what reading and writing takes.
+_PATIENCE = 120.0
 
 
 class ShardedEMA:
@@ -598,7 +600,7 @@ class ShardedEMA:
             path,
             self._full_tensors(),
             held.get,
-            self._engine.group,
+            self._groups.files(_PATIENCE, self._shadow_bytes()),
             dtype=dtype,
             max_shard_size=max_shard_size,
             config_from=config_from,
@@ -613,7 +615,7 @@ class ShardedEMA:
         path: str | os.PathLike[str],
         *,
         block: bool = True,
-        timeout: float = 120.0,
+        timeout: float = _PATIENCE,
         include_untracked: bool = True,
     ) -> None:
         """Writes a checkpoint of the averages that loads at any world size and under any engine. Collective.
@@ -652,7 +654,7 @@ class ShardedEMA:
                 view = self._view("save()")
                 held = {name: view.average(name, include_untracked) for name in self.names}
                 check_readable(values for average in held.values() for values in average.values())
-            group = self._groups.background(timeout, self._shadow_bytes())
+            group = self._groups.files(timeout, self._shadow_bytes())
             views = {name: average.get for name, average in held.items()}
             state, schedules = self._state(self._skipped()), self._options.schedules
             contents = Contents(state, schedules, self._full_tensors(), views, include_untracked)
@@ -689,8 +691,9 @@ class ShardedEMA:
         with self._begun(call, replaces=True):
             self._wait_for_save()
             sources = self._live("load()")
+        group = self._groups.files(_PATIENCE, self._shadow_bytes())
         manifest, shadow = read_anew_if_replaced(
-            lambda: Load(path, self._full_tensors(), self.names, self._engine.group),
+            lambda: Load(path, self._full_tensors(), self.names, group),
             lambda load: (load.manifest, self._filled(load, sources, strict, verify)),
         )
         with Uninterrupted():
