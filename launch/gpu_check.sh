@@ -26,7 +26,7 @@ done
 
 # Name, seconds at most, Python module that it needs (- for none), command. The order is that of what to know first.
 steps=(
-    "versions|30|-|$python -c 'import torch; print(torch.__version__, torch.cuda.get_device_name(), torch.version.cuda)'; nvidia-smi || true"
+    "versions|30|-|$python -c 'import torch; print(torch.__version__, torch.cuda.get_device_name(), torch.version.cuda)'; nvidia-smi; true"
     "kernel|90|triton|DIST_EMA_KERNEL=compiled $python -m pytest -q tests/gpu/test_cuda.py -k 'eager_route or rounded'"
     "tests|240|pytest|$python -m pytest -q tests/gpu"
     "device|150|-|$python launch/benchmark.py device --json > $out/device.json"

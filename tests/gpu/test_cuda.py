@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from dist_ema import ShardedEMA, kernels
@@ -44,6 +46,11 @@ def _wrap(kind: str) -> nn.Module:
         return FSDP(model, use_orig_params=True, device_id=0)
     if kind == "fsdp2":
         return fully_shard(model, mesh=init_device_mesh("cuda", (1,)))
+    if kind == "hsdp":
+        return fully_shard(model, mesh=init_device_mesh("cuda", (1, 1)))
+    if kind == "tp":
+        plan = {name: ColwiseParallel() for name, part in model.named_modules() if isinstance(part, nn.Linear)}
+        return parallelize_module(model, init_device_mesh("cuda", (1,)), plan)
     return model
 
 
@@ -210,7 +217,7 @@ def test_update_needs_no_device_memory_of_the_models_size() -> None:
 
 
 @pytest.mark.usefixtures("nccl")
-@pytest.mark.parametrize("kind", ["plain", "ddp", "fsdp1", "fsdp2"])
+@pytest.mark.parametrize("kind", ["plain", "ddp", "fsdp1", "fsdp2", "hsdp", "tp"])
 def test_evaluation_export_and_checkpoint_through_nccl(kind: str, tmp_path: Path) -> None:
     """NCCL sends no CPU tensor, and every gathering call has to know that."""
     model = _wrap(kind)
@@ -242,3 +249,37 @@ def test_evaluation_export_and_checkpoint_through_nccl(kind: str, tmp_path: Path
     ema.load(tmp_path / "checkpoint")
     assert ema.fingerprint() == before
     ema.close()
+
+
+def _of_two(rank: int, port: int, folder: str) -> None:
+    """One of two processes on one GPU, whose tensors gloo sends through the host: NCCL refuses two on one."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
+    dist.init_process_group("gloo")
+    model = fully_shard(build(scalar=False).cuda(), mesh=init_device_mesh("cuda", (2,)))
+    ema = ShardedEMA(model, decay=0.5)
+    ema.update()
+    _train(model)
+    ema.update()
+    plain = {
+        name: value.double() + 0.5 for name, value in build(scalar=False).named_parameters() if value.requires_grad
+    }
+    full = ema.full_state_dict()
+    if rank == 0:
+        for name, value in plain.items():
+            torch.testing.assert_close(full[name].double(), value, rtol=0, atol=1e-6)
+    digest = ema.fingerprint()
+    ema.save(Path(folder) / "checkpoint")
+    ema.reset()
+    ema.load(Path(folder) / "checkpoint")
+    assert ema.fingerprint() == digest
+    with ema.average_parameters():
+        model(batch(0).cuda())
+    dist.destroy_process_group()
+
+
+def test_two_processes_on_one_gpu(tmp_path: Path) -> None:
+    """Shards that differ, which one process does not have."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_of_two, (port, str(tmp_path)), nprocs=2)
