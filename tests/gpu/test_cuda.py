@@ -47,7 +47,7 @@ def _wrap(kind: str) -> nn.Module:
     if kind == "fsdp2":
         return fully_shard(model, mesh=init_device_mesh("cuda", (1,)))
     if kind == "hsdp":
-        return fully_shard(model, mesh=init_device_mesh("cuda", (1, 1)))
+        return fully_shard(model, mesh=init_device_mesh("cuda", (1, 1), mesh_dim_names=("replicate", "shard")))
     if kind == "tp":
         plan = {name: ColwiseParallel() for name, part in model.named_modules() if isinstance(part, nn.Linear)}
         return parallelize_module(model, init_device_mesh("cuda", (1,)), plan)
