@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from dist_ema.batch_norm import update_bn as update_bn
     from dist_ema.ema import ShardedEMA as ShardedEMA
     from dist_ema.functional import compute_ema as compute_ema
+    from dist_ema.offline.merging.merge import merge as merge
+    from dist_ema.offline.merging.synthesize import synthesize as synthesize
     from dist_ema.offline.read import read_checkpoint as read_checkpoint
     from dist_ema.offline.verify import verify_checkpoint as verify_checkpoint
     from dist_ema.schedules import ConstantDecay as ConstantDecay
@@ -47,6 +49,8 @@ _HOMES = {
     "ShardedEMA": "dist_ema.ema",
     "compute_ema": "dist_ema.functional",
     "update_bn": "dist_ema.batch_norm",
+    "merge": "dist_ema.offline.merging.merge",
+    "synthesize": "dist_ema.offline.merging.synthesize",
     "read_checkpoint": "dist_ema.offline.read",
     "verify_checkpoint": "dist_ema.offline.verify",
     **dict.fromkeys(_SCHEDULES, "dist_ema.schedules"),

@@ -110,6 +110,26 @@ def calls(
         calls.run(processes, tensors, elements, repeats, as_json)
 
 
+@app.command()
+def merge(
+    sources: Annotated[int, typer.Option(min=2, help="Checkpoints.")] = 8,
+    elements: Annotated[int, typer.Option(min=16, help="fp32 parameters of each.")] = 250_000_000,
+    repeats: Repeats = 3,
+    folder: Annotated[
+        Path | None, typer.Option(help="On the disk to measure; else the temporary one.", show_default=False)
+    ] = None,
+    as_json: AsJSON = False,
+    worker: Annotated[str | None, typer.Option("--worker", hidden=True)] = None,
+) -> None:
+    """Time and memory of merging checkpoints, beside reading them and beside the alternatives."""
+    from benchmarks import merging
+
+    if worker is not None and folder is not None:
+        merging.worker(folder, worker)
+    else:
+        merging.run(sources, elements, repeats, folder, as_json)
+
+
 @app.command("device")
 def on_device(
     elements: Annotated[int, typer.Option(min=1, help="Parameters whose average is updated.")] = 100_000_000,

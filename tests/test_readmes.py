@@ -24,6 +24,7 @@ FILES = sorted(
     [*ROOT.glob("*.md"), *(file for top in ("dist_ema", "launch", ".github") for file in ROOT.glob(f"{top}/**/*.md"))]
 )
 README, CHECKPOINTS = ROOT / "README.md", ROOT / "dist_ema" / "checkpoints" / "README.md"
+OFFLINE = ROOT / "dist_ema" / "offline" / "README.md"
 #: Whose blocks other tests run: test_newcomer, and integrations/test_readme and test_torchtitan, one for each block.
 ELSEWHERE = {ROOT / "dist_ema" / "README.md": 1, ROOT / "dist_ema" / "integrations" / "README.md": 6}
 
@@ -141,12 +142,40 @@ def export(folder: Path) -> None:
     assert PeftModel.from_pretrained(AutoModelForCausalLM.from_config(config), folder / "adapter").peft_config
 
 
+def merge(folder: Path) -> None:
+    torch.manual_seed(0)
+    ema = averaged(nn.Linear(5, 3))
+    for step in (1000, 2000, 3000):
+        ema.update()
+        ema.save(folder / "run" / f"step-{step}")
+    for name in ("base", "tuned"):
+        ema.export(folder / name)
+    run(OFFLINE, 0, {"torch": torch}, folder)
+    assert load_file(folder / "between" / "model.safetensors")["weight"].dtype == torch.bfloat16
+    ema.load(folder / "start")
+
+
+def synthesize(folder: Path) -> None:
+    schedules = {"short": dist_ema.PowerFunction(sigma_rel=0.05), "long": dist_ema.PowerFunction(sigma_rel=0.1)}
+    model = nn.Linear(5, 3)
+    ema = ShardedEMA(model, averages=schedules)
+    for number in range(1, 101):
+        ema.update(batches=1000)
+        if number % 10 == 0:
+            ema.save(folder / "run" / "snapshots" / f"{number:03}")
+    made = run(OFFLINE, 1, {"dist_ema": dist_ema}, folder)["made"]
+    assert made[0].residual < 0.05
+    assert torch.allclose(dist_ema.read_checkpoint(folder / "earlier")["bias"], model.bias.detach())
+
+
 RUNS: dict[tuple[Path, int], Callable[[Path], None]] = {
     (README, 0): use,
     (README, 1): save_and_load,
     (CHECKPOINTS, 0): read_in_one_process,
     (CHECKPOINTS, 1): with_dcp,
     (CHECKPOINTS, 2): export,
+    (OFFLINE, 0): merge,
+    (OFFLINE, 1): synthesize,
 }
 NAMES = {f"{file.relative_to(ROOT)}:{number}": (file, number) for file, number in RUNS}
 

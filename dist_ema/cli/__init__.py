@@ -1,4 +1,4 @@
-"""``dist-ema``: looks at checkpoints, checks, exports, compares and imports them; plans. One process, no accelerator.
+"""``dist-ema``: looks at checkpoints, checks, exports, compares, imports and merges them; plans. No accelerator.
 
 Exit status: 0 good; 1 a finding (damage, a difference); 2 it could not be done (bad usage, no checkpoint, a full
 disk), with one line on stderr. What is asked for goes to stdout, progress and complaints to stderr. torch and rich are
@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from dist_ema import __version__
-from dist_ema.cli import check, convert, plan, profile  # noqa: F401 - each adds its commands to the program
+from dist_ema.cli import check, combine, convert, plan, profile  # noqa: F401 - each adds its commands to the program
 from dist_ema.cli.app import app
 from dist_ema.cli.show import complain
 from dist_ema.errors import CheckpointCorruptError, EMAError

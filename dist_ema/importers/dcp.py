@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from pathlib import Path, PurePath
 from typing import Any
@@ -17,12 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_ema.checkpoints.storage.local import open_plain
+from dist_ema.checkpoints.storage.local import LocalFile, open_plain
 from dist_ema.checkpoints.strict_json import MAX_DIMENSIONS, is_count, is_shape, shown
 from dist_ema.errors import CheckpointCorruptError, CheckpointError
 from dist_ema.importers.foreign import Content, LazyTensor
-from dist_ema.importers.pickles import load_bytes
+from dist_ema.importers.pickles import load_bytes, locate
 from dist_ema.importers.unpickling import Function, RefusedError, StandIn, Unpickler, loads
+from dist_ema.sharding.runs import Runs, box_runs, overlap
 
 METADATA = ".metadata"
 _MODULE = "torch.distributed.checkpoint.metadata"
@@ -186,7 +189,7 @@ def _tensor(path: Path, name: str, described: _Record, stored: list[tuple[Any, A
         for chunk in described["chunks"]
     ]
     _check_parts(path, name, shape, dtype, parts)
-    return LazyTensor(shape, dtype, _assembly(name, shape, dtype, parts))
+    return _Parted(name, shape, dtype, parts)
 
 
 def _box(value: Any) -> tuple[int, ...]:
@@ -256,15 +259,65 @@ def _overlap(a: _Part, b: _Part) -> bool:
     return all(p < q + m and q < p + n for p, n, q, m in sides)
 
 
+class _Parted(LazyTensor):
+    """A tensor in parts, of which ranges are read where they lie in the files."""
+
+    def __init__(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, parts: list[_Part]) -> None:
+        super().__init__(shape, dtype, _assembly(name, shape, dtype, parts))
+        self._name = name
+        self._parts = parts
+
+    @cached_property
+    def _runs(self) -> list[Runs]:
+        """Where the elements of each part lie in the tensor."""
+        boxes = [zip(part.offsets, part.sizes, strict=True) for part in self._parts]
+        return [box_runs(self.shape, [((begin, size),) if size else () for begin, size in box]) for box in boxes]
+
+    @cached_property
+    def _begins(self) -> list[int] | None:
+        """Where the elements of each part begin in its file; None if those of one do not lie one after the other."""
+        begins = []
+        for part in self._parts:
+            value, places = locate(part.file, part.begin, part.length, f"{part.file} at {part.begin}")
+            _check_value(value, part, self.dtype, self._name)
+            if not value.is_contiguous():
+                return None
+            begins.append(places[0] + value.storage_offset() * value.itemsize if value.numel() else 0)
+        return begins
+
+    def read_range(self, start: int, stop: int, out: Tensor) -> None:
+        """As :meth:`LazyTensor.read_range`, and loads nothing."""
+        if self._begins is None:
+            super().read_range(start, stop, out)
+            return
+        for part, runs, begin in zip(self._parts, self._runs, self._begins, strict=True):
+            found = list(overlap(runs, start, stop))
+            if found:
+                wanted = [
+                    (
+                        begin + local * out.itemsize,
+                        memoryview(out[inside : inside + size].view(torch.uint8).numpy().data),
+                    )
+                    for local, inside, size in found
+                ]
+                with closing(LocalFile(part.file.resolve())) as file:
+                    if not file.read(wanted):
+                        raise CheckpointCorruptError(f"{part.file} ends before a part of {self._name!r} does")
+
+
+def _check_value(value: Any, part: _Part, dtype: torch.dtype, name: str) -> None:
+    if not isinstance(value, Tensor) or (tuple(value.shape), value.dtype) != (part.sizes, dtype):
+        raise CheckpointCorruptError(
+            f"{part.file}: no part of {name!r} at byte {part.begin}, where the metadata expect one"
+        )
+
+
 def _assembly(name: str, shape: tuple[int, ...], dtype: torch.dtype, parts: list[_Part]) -> Callable[[], Tensor]:
     def assemble() -> Tensor:
         full = torch.empty(shape, dtype=dtype)
         for part in parts:
             value = _load_part(part)
-            if not isinstance(value, Tensor) or (tuple(value.shape), value.dtype) != (part.sizes, dtype):
-                raise CheckpointCorruptError(
-                    f"{part.file}: no part of {name!r} at byte {part.begin}, where the metadata expect one"
-                )
+            _check_value(value, part, dtype, name)
             target = full
             for dimension, (begin, size) in enumerate(zip(part.offsets, part.sizes, strict=True)):
                 target = target.narrow(dimension, begin, size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -20,6 +21,8 @@ from dist_ema.schedules import Schedule
 _TOKENS = re.compile(r"(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 #: Buffers that a state dict does not tell from parameters of the same shape.
 BATCH_NORM = re.compile(r"(^|\.)(running_mean|running_var|num_batches_tracked)$")
+
+_loading = threading.Lock()
 
 
 class LazyTensor:
@@ -63,6 +66,16 @@ class LazyTensor:
         kernels.read(self._loaded, start, stop, out)
         if stop == self.numel:
             self._loaded = None
+
+    def read_range(self, start: int, stop: int, out: Tensor) -> None:
+        """Puts elements ``[start, stop)`` into the flat ``out`` of its dtype; in any order, from any thread.
+
+        What was loaded for it stays, which is no memory where it was mapped.
+        """
+        with _loading:
+            if self._loaded is None:
+                self._loaded = self._load()
+        kernels.read(self._loaded, start, stop, out)
 
 
 Tensors = Mapping[str, LazyTensor]

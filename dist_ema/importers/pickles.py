@@ -28,6 +28,7 @@ from dist_ema.checkpoints.storage.local import open_plain
 from dist_ema.checkpoints.strict_json import is_count, is_shape
 from dist_ema.errors import CheckpointCorruptError, CheckpointError
 from dist_ema.importers.archive import CompressedError, Member, members
+from dist_ema.importers.region import Region
 from dist_ema.importers.unpickling import MAX_BYTES, Bounded, Function, RefusedError, Unpickler, loads, stand_in
 
 #: Classes of objects that no average needs.
@@ -138,7 +139,27 @@ def load_bytes(data: bytes, where: str) -> Any:
     return _load(io.BytesIO(data), len(data), where, lambda begin, length: whole[begin : begin + length])
 
 
-def _load(file: BinaryIO, size: int, where: str, read: _Bytes) -> Any:
+def locate(path: Path, begin: int, length: int, where: str) -> tuple[Any, list[int]]:
+    """What torch.save wrote into a part of a larger file, with its tensors on the meta device.
+
+    Returns:
+        That, and where in the file the bytes of each of its storages begin, in the order in which they were met.
+
+    Raises:
+        CheckpointError, CheckpointCorruptError: as :func:`load_file`.
+        OSError: it cannot be read.
+    """
+    places: list[int] = []
+
+    def read(start: int, size: int) -> torch.UntypedStorage:
+        places.append(begin + start)
+        return torch.UntypedStorage(size, device="meta")  # type: ignore[no-untyped-call]
+
+    with open_plain(path) as file:
+        return _load(Region(file, begin, length), length, where, read), places
+
+
+def _load(file: Any, size: int, where: str, read: _Bytes) -> Any:
     try:
         file.seek(0)
         if file.read(len(_ZIP)) == _ZIP:
@@ -201,7 +222,7 @@ def _load_legacy(file: BinaryIO, size: int, where: str, read: _Bytes) -> Any:
     magic: object = None
     with suppress(Exception):
         magic = Unpickler(Bounded(file)).load()
-    if magic != _MAGIC and isinstance(file, io.BytesIO):
+    if magic != _MAGIC and isinstance(file, (io.BytesIO, Region)):
         raise ValueError("torch.save did not write this part of a file")
     if magic != _MAGIC:
         raise CheckpointError(f"{where} cannot be imported: torch.save did not write it")
@@ -246,6 +267,8 @@ def _aligned(read: _Bytes, begin: int, size: int) -> torch.UntypedStorage:
     if not size:
         return _nothing()
     found = read(begin, size)
+    if found.device.type == "meta":
+        return found
     return found if found.data_ptr() % _ALIGNMENT == 0 else found.clone()  # type: ignore[no-untyped-call]
 
 
@@ -283,7 +306,7 @@ def _tensor_of(storage: object, dtype: object, offset: Any, size: Any, stride: A
         raise ValueError(f"a tensor of the shape {sizes[:8]} in it has more elements than the file holds for it")
     if 0 in sizes:
         offset = 0
-    return torch.empty(0, dtype=dtype).set_(storage.data, offset, sizes, strides)
+    return torch.empty(0, dtype=dtype, device=storage.data.device).set_(storage.data, offset, sizes, strides)
 
 
 def _first(value: object, *_: object) -> object:

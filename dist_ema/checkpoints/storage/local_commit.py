@@ -32,7 +32,7 @@ from pathlib import Path
 
 from dist_ema.checkpoints.layout import FilePlan
 from dist_ema.checkpoints.manifest import BEGIN, DATA, MAX_BYTES, NAME, checksum
-from dist_ema.checkpoints.storage.local import RunWriter, sync
+from dist_ema.checkpoints.storage.local import RunWriter, sync, write_text
 from dist_ema.checkpoints.storage.staging import LOCK, Staging, is_alive, staging_path
 from dist_ema.errors import CheckpointError
 
@@ -91,6 +91,10 @@ class LocalWriter:
     def writer(self, folder: str, plans: Sequence[FilePlan]) -> RunWriter:
         """As :meth:`StorageWriter.writer`."""
         return self._staging.writer(f"{self.data}/{folder}", plans)
+
+    def write_beside(self, name: str, text: str) -> None:
+        """Puts a small file beside the manifest of a checkpoint that replaces none. Before ``commit()``."""
+        write_text(self._staging.content / name, text)
 
     def commit(self, manifest: bytes) -> None:
         """As :meth:`StorageWriter.commit`."""

@@ -1,0 +1,208 @@
+"""The pass: every range of every tensor is read from all sources once, and goes into all outputs.
+
+Sums are in float64, one multiplication and one addition for each source, in their order: no element's bits depend on
+threads, ranks or ranges. The result is rounded once, to the output's dtype: it is off the exact sum by half of its last
+bit, and by some 2^-52 of the sum of absolute terms. Integers and bools are those of the newest source.
+
+Memory: for each thread a range of every source and of every output, some MiB.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dist_ema.checkpoints.file_values import Advance
+from dist_ema.checkpoints.storage.base import TensorWriter
+from dist_ema.collectives import rank_in, size_of, sum_integers
+from dist_ema.kernels.fingerprint import partial_digest
+from dist_ema.offline.merging.outputs import Output
+from dist_ema.offline.merging.sources import Source, SourceTensor
+from dist_ema.sharding.writers import FullTensor
+
+#: Bytes that a thread holds of all sources, at most, and elements of one range.
+_HELD, _MOST, _LEAST = 1 << 23, 1 << 18, 1 << 14
+#: Elements that are added up at a time: they stay in the cache, and torch takes no further threads for so few.
+_ADDED = 1 << 15
+
+Range = tuple[FullTensor, int, int]
+
+
+@dataclass
+class Sums:
+    """What the pass has seen, as sums for fingerprints. Of this rank; :meth:`total` makes those of all.
+
+    Attributes:
+        sources: by number of the source and name of the tensor.
+        outputs: by number of the output and name of the tensor.
+    """
+
+    sources: dict[tuple[int, str], int] = field(default_factory=dict)
+    outputs: dict[tuple[int, str], int] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def add(self, sums: dict[tuple[int, str], int], key: tuple[int, str], value: int) -> None:
+        """Adds to a sum, from any thread."""
+        with self.lock:
+            sums[key] = sums.get(key, 0) + value
+
+    def total(self, group: dist.ProcessGroup | None) -> None:
+        """Adds up the ranks'. Collective; every rank has the same keys."""
+        for sums in (self.sources, self.outputs):
+            keys = sorted(sums)
+            sums.update(zip(keys, sum_integers([sums[key] for key in keys], group), strict=True))
+
+
+class Combination:
+    """Sources, weights and outputs.
+
+    Args:
+        entries: every tensor of the outputs, by the names of the newest source.
+        sources: the oldest first.
+        weights: for each output one of each source.
+        outputs: to write to.
+    """
+
+    def __init__(
+        self,
+        entries: Sequence[FullTensor],
+        sources: Sequence[Source],
+        weights: Sequence[Sequence[float]],
+        outputs: Sequence[Output],
+    ) -> None:
+        self._entries = entries
+        self._weights = weights
+        self._outputs = outputs
+        self._used = [number for number in range(len(sources)) if any(given[number] for given in weights)]
+        self._tensors = {entry.name: _held(entry, sources) for entry in entries}
+        per_range = max(1, len(self._used) * 8)
+        self._range = min(_MOST, max(_LEAST, _HELD // per_range // _LEAST * _LEAST))
+        self.sums = Sums()
+        self.sums.sources = {(number, entry.name): 0 for entry in entries for number in self._read(entry)}
+        self.sums.outputs = {(number, entry.name): 0 for entry in entries for number in range(len(outputs))}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are read, by all ranks."""
+        tensors = [self._tensors[entry.name][number] for entry in self._entries for number in self._read(entry)]
+        return sum(tensor.numel * tensor.dtype.itemsize for tensor in tensors)
+
+    def _read(self, entry: FullTensor) -> list[int]:
+        """The numbers of the sources that are read for a tensor."""
+        return self._used if entry.dtype.is_floating_point else [len(self._tensors[entry.name]) - 1]
+
+    def run(self, group: dist.ProcessGroup | None, advance: Advance, threads: int) -> None:
+        """Does this rank's share, and has it on disk. Local. Raises what failed in any thread."""
+        own = threading.local()
+        made: list[_Hands] = []
+
+        def work(one: Range) -> None:
+            if not hasattr(own, "hands"):
+                own.hands = _Hands(self._outputs)
+                made.append(own.hands)
+            self._combine(one, own.hands, advance)
+
+        pool = ThreadPoolExecutor(threads, "dist_ema merge")
+        try:
+            jobs = [pool.submit(work, one) for one in self._share(rank_in(group), size_of(group))]
+            for job in jobs:
+                job.result()
+            for hands in made:
+                hands.sync()
+        finally:
+            pool.shutdown(cancel_futures=True)
+            for hands in made:
+                hands.close()
+
+    def _share(self, rank: int, ranks: int) -> Iterator[Range]:
+        """The ranges of one rank: of all of them, one after the other, an equal part."""
+        counts = [-(-max(entry.numel, 1) // self._range) for entry in self._entries]
+        low, high = (sum(counts) * edge // ranks for edge in (rank, rank + 1))
+        number = 0
+        for entry, count in zip(self._entries, counts, strict=True):
+            for index in range(max(low - number, 0), min(high - number, count)):
+                start = index * self._range
+                yield entry, start, min(start + self._range, entry.numel)
+            number += count
+
+    def _combine(self, one: Range, hands: _Hands, advance: Advance) -> None:
+        """One range of one tensor."""
+        entry, start, stop = one
+        if start == stop:
+            return
+        tensors, runs = self._tensors[entry.name], ((start, stop - start),)
+        raw: dict[int, Tensor] = {}
+        for slot, number in enumerate(self._read(entry)):
+            values = hands.buffer(slot, stop - start, tensors[number].dtype)
+            tensors[number].read(start, stop, values)
+            self.sums.add(self.sums.sources, (number, entry.name), partial_digest(values, runs))
+            advance(values.nbytes)
+            raw[number] = values
+        for index, (weights, output) in enumerate(zip(self._weights, self._outputs, strict=True)):
+            dtype = output.dtypes[entry.name]
+            if entry.dtype.is_floating_point:
+                result = torch.empty(stop - start, dtype=dtype)
+                for low in range(0, stop - start, _ADDED):
+                    part = slice(low, low + _ADDED)
+                    result[part] = _sum([(raw[number][part], weights[number]) for number in self._used])
+            else:
+                (result,) = raw.values()
+            self.sums.add(self.sums.outputs, (index, entry.name), partial_digest(result, runs))
+            writer, names = hands.writers[index][entry.name]
+            for name in names:
+                writer.write(name, runs, result)
+
+
+def _sum(terms: Sequence[tuple[Tensor, float]]) -> Tensor:
+    """In float64. 1D."""
+    total = torch.zeros(len(terms[0][0]), dtype=torch.float64)
+    for values, weight in terms:
+        if weight:
+            # Not add_(alpha=): some elements would be multiplied and added in one rounding, and some in two.
+            total.add_(values.double().mul_(weight))
+    return total
+
+
+def _held(entry: FullTensor, sources: Sequence[Source]) -> list[SourceTensor]:
+    """The tensor in every source, which :func:`check_alike` has found there."""
+    found = [source.get(entry.name, entry.aliases) for source in sources]
+    return [tensor for tensor in found if tensor is not None]
+
+
+class _Hands:
+    """What one thread works with."""
+
+    def __init__(self, outputs: Sequence[Output]) -> None:
+        self.writers = [output.writers() for output in outputs]
+        self._buffers: dict[int, Tensor] = {}
+
+    def buffer(self, slot: int, numel: int, dtype: torch.dtype) -> Tensor:
+        """Memory for a range of one source. 1D."""
+        nbytes = numel * dtype.itemsize
+        if slot not in self._buffers or len(self._buffers[slot]) < nbytes:
+            self._buffers[slot] = torch.empty(nbytes, dtype=torch.uint8)
+        return self._buffers[slot][:nbytes].view(dtype)
+
+    def _each(self) -> Iterator[TensorWriter]:
+        yield from {id(writer): writer for writers in self.writers for writer, _ in writers.values()}.values()
+
+    def sync(self) -> None:
+        """Waits for the disk."""
+        for writer in self._each():
+            writer.sync()
+
+    def close(self) -> None:
+        """Closes the files."""
+        for writer in self._each():
+            writer.close()
+
+
+def digests_of(sums: Mapping[tuple[int, str], int], number: int) -> dict[str, int]:
+    """The fingerprints of one source or output, by name."""
+    return {name: value % (1 << 64) for (owner, name), value in sums.items() if owner == number}

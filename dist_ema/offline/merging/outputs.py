@@ -1,0 +1,153 @@
+"""A Hugging Face directory, or a checkpoint that ``load`` reads, in the making: whole under its name, or nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from dist_ema.checkpoints.configuration import Configuration
+from dist_ema.checkpoints.contents import Contents
+from dist_ema.checkpoints.layout import TensorPlan, index_json, parse_size, plan_files
+from dist_ema.checkpoints.storage.base import TensorWriter
+from dist_ema.checkpoints.storage.local import write_text
+from dist_ema.checkpoints.storage.local_commit import LocalWriter
+from dist_ema.checkpoints.storage.paths import StrPath, check_path, is_remote, local_path
+from dist_ema.checkpoints.storage.staging import Staging
+from dist_ema.errors import CheckpointError, EMAConfigError
+from dist_ema.schedules import Schedule
+from dist_ema.sharding.writers import FullTensor
+from dist_ema.state import EMAState
+
+#: What says how an output was made.
+PROVENANCE = "merge.json"
+
+
+class Output(Protocol):
+    """One output. Calls come in this order; ``abandon()`` takes the place of those that are left.
+
+    Attributes:
+        path: as the user named it.
+        dtypes: of each tensor in it, by name.
+    """
+
+    path: str
+    dtypes: dict[str, torch.dtype]
+
+    def create(self) -> None:
+        """Makes the files. Rank 0. Raises CheckpointError if something is there, EMAConfigError, OSError."""
+
+    def is_visible(self) -> bool:
+        """Whether this process can write into what rank 0 made."""
+
+    def writers(self) -> Mapping[str, tuple[TensorWriter, tuple[str, ...]]]:
+        """For a thread: who writes a tensor, and under which names, by its own name."""
+
+    def commit(self, digests: Mapping[str, int], provenance: Mapping[str, Any]) -> None:
+        """Puts it in its place. Rank 0."""
+
+    def abandon(self) -> None:
+        """Removes what was made. Rank 0."""
+
+
+class PretrainedOutput:
+    """A Hugging Face directory; a tied tensor stands under all of its names."""
+
+    def __init__(
+        self, path: StrPath, entries: Sequence[FullTensor], limit: int | str, config_from: object, token: str
+    ) -> None:
+        self.path = os.fspath(path)
+        self._entries = entries
+        self.dtypes = {entry.name: entry.dtype for entry in entries}
+        plans = [TensorPlan(name, entry.dtype, entry.shape) for entry in entries for name in entry.names]
+        self._plans = plan_files(plans, parse_size(limit))
+        self._config_from = config_from
+        self._staging = Staging(local_path(path), token)
+
+    def create(self) -> None:
+        """As :meth:`Output.create`."""
+        _refuse_existing(self._staging.target)
+        self._staging.create()
+        self._staging.create_files("", self._plans)
+        if len(self._plans) > 1:
+            write_text(self._staging.content / "model.safetensors.index.json", index_json(self._plans))
+        dtype = next((dtype for dtype in self.dtypes.values() if dtype.is_floating_point), None)
+        Configuration(None, None, dtype, self._staging.content).write(self._config_from)
+
+    def is_visible(self) -> bool:
+        """As :meth:`Output.is_visible`."""
+        return self._staging.is_visible()
+
+    def writers(self) -> Mapping[str, tuple[TensorWriter, tuple[str, ...]]]:
+        """As :meth:`Output.writers`."""
+        writer = self._staging.writer("", self._plans)
+        return {entry.name: (writer, entry.names) for entry in self._entries}
+
+    def commit(self, digests: Mapping[str, int], provenance: Mapping[str, Any]) -> None:
+        """As :meth:`Output.commit`."""
+        write_text(self._staging.content / PROVENANCE, json.dumps(provenance, indent=1))
+        self._staging.sync()
+        _refuse_existing(self._staging.target)  # again: a rename would replace an empty directory
+        self._staging.put_in_place()
+
+    def abandon(self) -> None:
+        """As :meth:`Output.abandon`."""
+        self._staging.discard()
+
+
+class CheckpointOutput:
+    """A checkpoint of one average; :data:`PROVENANCE` lies beside its manifest."""
+
+    def __init__(
+        self, path: StrPath, entries: Sequence[FullTensor], name: str, schedule: Schedule, state: EMAState, token: str
+    ) -> None:
+        self.path = os.fspath(path)
+        self.dtypes = {entry.name: entry.dtype for entry in entries}
+        self._target = local_path(path)
+        self._contents = Contents(state, {name: schedule}, entries, {name: lambda _: None})
+        self._storage = LocalWriter(self._target, token)
+
+    def create(self) -> None:
+        """As :meth:`Output.create`."""
+        _refuse_existing(self._target)
+        self._storage.create(self._contents.plans, overwrite=False)
+
+    def is_visible(self) -> bool:
+        """As :meth:`Output.is_visible`."""
+        return self._storage.is_visible()
+
+    def writers(self) -> Mapping[str, tuple[TensorWriter, tuple[str, ...]]]:
+        """As :meth:`Output.writers`."""
+        found: dict[str, tuple[TensorWriter, tuple[str, ...]]] = {}
+        for folder, plans in self._contents.plans.items():
+            writer = self._storage.writer(folder, plans)
+            found |= {tensor.name: (writer, (tensor.name,)) for plan in plans for tensor in plan.tensors}
+        return found
+
+    def commit(self, digests: Mapping[str, int], provenance: Mapping[str, Any]) -> None:
+        """As :meth:`Output.commit`."""
+        keys = {(folder, entry.name) for folder, held in self._contents.folders.items() for entry in held.entries}
+        sums = {key: digests[key[1]] for key in keys}
+        self._storage.write_beside(PROVENANCE, json.dumps(provenance, indent=1))
+        self._storage.commit(self._contents.manifest(self._storage.data, 0, sums).to_bytes())
+
+    def abandon(self) -> None:
+        """As :meth:`Output.abandon`."""
+        self._storage.abandon()
+
+
+def _refuse_existing(target: Path) -> None:
+    if os.path.lexists(target):
+        raise CheckpointError(f"{target} exists already: give a path that does not, or remove it first")
+
+
+def check_output(path: StrPath) -> None:
+    """Raises EMAConfigError for a path that is none, or a URL; CheckpointError if something is there."""
+    check_path(path)
+    if is_remote(path):
+        raise EMAConfigError(f"out={os.fspath(path)!r}: a merge is a directory of this machine")
+    _refuse_existing(local_path(path))

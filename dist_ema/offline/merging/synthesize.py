@@ -1,0 +1,118 @@
+"""``dist_ema.synthesize``: an average that was never kept, out of those that were."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+
+import torch
+import torch.distributed as dist
+
+from dist_ema.checkpoints.storage.paths import StrPath
+from dist_ema.collectives import agreed
+from dist_ema.errors import EMAConfigError
+from dist_ema.offline.merging.merge import Begin, Form, Merged, Target, combine
+from dist_ema.offline.merging.snapshots import Wanted, open_snapshots, profiles, wanted_profile
+from dist_ema.offline.synthesis import fit
+from dist_ema.schedules import ConstantDecay
+
+logger = logging.getLogger(__name__)
+#: A residual from which on the result is another average than the wanted one: EDM2's own reach some thousandths.
+_FAR = 0.05
+#: A sum of absolute weights from which on rounding errors of 16-bit snapshots show.
+_LARGE = 30.0
+
+
+def synthesize(
+    snapshots: StrPath | Sequence[StrPath],
+    out: StrPath,
+    *,
+    target: Wanted | Mapping[str, Wanted] | Sequence[Wanted],
+    at: str | None = None,
+    name: str | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int | str = "5GB",
+    config_from: object = None,
+    checkpoint: bool = False,
+    verify: bool = True,
+    begin: Begin | None = None,
+) -> list[Merged]:
+    """Writes the weighted sum of saved averages that is closest to a wanted one. One process, or collective.
+
+    How much each past step weighs in a saved average is known from its schedule. The weights are those for which the
+    sum of these profiles comes closest to the wanted profile (:mod:`dist_ema.offline.synthesis`): EDM2's post-hoc EMA
+    (arXiv:2312.02696) for power functions, and the same for any other. All targets are made in one pass.
+
+    Args:
+        snapshots: directories or URLs of :meth:`ShardedEMA.save`, or a folder of such directories. All averages in
+            them serve.
+        out: the directory to make, which must not exist. Of several targets each has one in it.
+        target: a schedule; its words: ``"sigma_rel=.05"``, ``"gamma=6.94"``, ``"half_life=1000ba"``, ``"decay=.999"``,
+            ``"window=5000ba"`` (the plain mean of so much), ``"wsm:sqrt@20000ba"`` (as if the learning rate had fallen
+            in this shape from there on); or a function of an array of steps, counted from the first copy, that gives
+            the weight of each. Several in a list, or a mapping from the names of their directories.
+        at: as of which moment of the training clock; None means the newest snapshot's.
+        name: only the averages of this name.
+        dtype, max_shard_size, config_from, checkpoint, verify, begin: as of :func:`merge`.
+
+    Returns:
+        What was made, with weights and residual, for each target. Where a residual is large, which is logged, the
+        snapshots are too sparse for the target, or it is sharper than, or older than, what they span.
+
+    Raises:
+        EMAConfigError: an option has a value that is not allowed, or the snapshots are not of one run and unit.
+        CheckpointError, CheckpointMismatchError, CheckpointCorruptError: as :func:`merge`.
+    """
+    form = Form(dtype, max_shard_size, config_from, checkpoint, verify)
+    group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+    operation = f"synthesize into {os.fspath(out)}"
+    with ExitStack() as stack:
+        with agreed(group, operation):
+            paths = [snapshots] if isinstance(snapshots, (str, os.PathLike)) else list(snapshots)
+            opened = stack.enter_context(open_snapshots(paths, name))
+            saved, every = profiles(opened)
+            targets = []
+            for place, wanted in _places(out, target).items():
+                profile, schedule = wanted_profile(wanted, opened[-1], at, every)
+                found = fit(saved, profile)
+                said = wanted if isinstance(wanted, str) else repr(wanted)
+                notes = _notes(said, found.residual, found.gain)
+                average = (name or "ema", schedule or ConstantDecay(0.0))
+                targets.append(Target(place, found.weights, f"synthesize {said}", found.residual, notes, average))
+        for note in dict.fromkeys(note for one in targets for note in one.notes):
+            logger.warning("%s", note)
+        return combine([one.source for one in opened], targets, form, group, begin, operation)
+
+
+def _places(out: StrPath, target: Wanted | Mapping[str, Wanted] | Sequence[Wanted]) -> dict[str, Wanted]:
+    """Where each target goes."""
+    if isinstance(target, Mapping):
+        named = dict(target)
+    elif isinstance(target, (list, tuple)):
+        named = {re.sub(r"[^A-Za-z0-9_.=-]", "_", str(one)): one for one in target}
+        if len(named) < len(target):
+            raise EMAConfigError(f"target={target!r}: two have one name; give a mapping from names")
+    else:
+        return {os.fspath(out): target}  # type: ignore[dict-item]
+    if not named or not all(isinstance(key, str) and re.fullmatch(r"[A-Za-z0-9_.=-]+", key) for key in named):
+        raise EMAConfigError(f"target={target!r}: allowed are names of A-Z a-z 0-9 _ . = -")
+    return {os.path.join(os.fspath(out), key): one for key, one in named.items()}  # noqa: PTH118 - keeps its type
+
+
+def _notes(target: str, residual: float, gain: float) -> tuple[str, ...]:
+    notes = []
+    if residual > _FAR:
+        notes.append(
+            f"{target}: the closest sum of these snapshots is off by {residual:.0%} of the wanted profile: they are "
+            "too sparse for it, or it is sharper or older than what they span. More snapshots, or shorter averages "
+            "among them, come closer"
+        )
+    if gain > _LARGE:
+        notes.append(
+            f"{target}: weights of {gain:.0f} in absolute terms, which multiply the rounding errors of the snapshots; "
+            "averages that were saved in 16 bits show that"
+        )
+    return tuple(notes)
