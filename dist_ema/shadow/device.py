@@ -109,6 +109,21 @@ class Shadow:
             sizes[tensor.device] = sizes.get(tensor.device, 0) + tensor.nbytes
         return sizes
 
+    # Hooks for shadows that are a teacher's weights (teacher.py); nothing to do here.
+
+    @property
+    def fixed(self) -> frozenset[int]:
+        """Shares with whose shadow nothing may change places."""
+        return frozenset()
+
+    def install(self) -> None:
+        """It is the average from now on, and no longer a candidate. Local."""
+        return
+
+    def hand_on(self) -> None:
+        """After others than ``update`` have written into it. Local."""
+        return
+
     # Hooks for shadows that a background thread updates (host.py); nothing to do here.
 
     #: Whether a failed update has left the averages unusable.
