@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from models import CASES, batch, build
 from oracle import DenseAverage
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
-from zero_models import Net, make_engine
+from zero_models import DTYPES, THRESHOLD, Net, make_engine
 from zero_models import batch as zero_batch
 from zero_models import train as zero_train
 
 from dist_ema import ShardedEMA
-from dist_ema.engines.dtensor import DTensorEngine
-from dist_ema.errors import EMAConfigError, EMAEngineError, EMAError, EMAStateError
 
 DECAY = 0.7
 MATRIX = [
@@ -121,3 +116,114 @@ def test_teacher_is_the_dense_average_at_every_step(case: str, rank: int, world_
     ema.load(tmp_path / "saved")
     assert torch.equal(forward(teacher), found)
     assert ema.fingerprint() == digests
+
+
+def zero_teacher(dtype: str, **zero: Any) -> Any:
+    """A DeepSpeed engine without optimizer, of other weights, beside one that trains."""
+    import deepspeed
+
+    torch.manual_seed(8)
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 4,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": THRESHOLD, **zero},
+    }
+    if dtype == "bf16":
+        config["bf16"] = {"enabled": True}
+    model = Net().requires_grad_(False).eval()
+    return deepspeed.initialize(model=model, config=config, dist_init_required=False)[0]
+
+
+@pytest.mark.world_size()
+@pytest.mark.parametrize(("dtype", "world_size"), [("fp32", 1), ("fp32", 3), ("bf16", 2)])
+def test_zero3_teacher_computes_with_every_update(dtype: str, rank: int, world_size: int) -> None:
+    """Small parameters stay whole after a forward, and the next one would not gather what was written."""
+    from test_zero import assembled
+
+    student = make_engine(3, dtype)
+    teacher = zero_teacher(dtype)
+    third = zero_teacher(dtype)
+    before = teacher.module(zero_batch(0, 0))
+    ema = ShardedEMA(student, into=teacher, decay=DECAY)
+    ema.attach(student)
+    assert torch.equal(teacher.module(zero_batch(0, 0)), before)
+    named = Net().named_parameters(remove_duplicate=False)
+    oracle = DenseAverage({name for name, parameter in named if parameter.requires_grad}, DECAY)
+    reference = Net().to(DTYPES[dtype]).eval()
+    resolution = {"fp32": 1e-5, "bf16": 2**-7}[dtype]  # of outputs below 2
+    for step in range(3):
+        zero_train(student, range(step, step + 1))
+        source = assembled(ema._engine)
+        source["head.weight"] = source["embed.weight"]
+        oracle.update(source)
+        with torch.no_grad():
+            found = teacher(zero_batch(99, 0))
+        full = ema.full_state_dict()
+        held = gathered(teacher)
+        if rank == 0:
+            oracle.check(full)
+            full |= {name: value for name, value in held.items() if name.startswith("frozen")}
+            reference.load_state_dict(full)
+            filled = dict(reference.named_parameters())
+            assert all(torch.equal(held[name], filled[name]) for name in filled)
+            with torch.no_grad():  # under ZeRO-3 torch.nn.functional.linear adds biases in another step, so in bf16
+                torch.testing.assert_close(found, reference(zero_batch(99, 0)), rtol=0.016, atol=resolution)
+        ema.copy_to(into=third)
+        with torch.no_grad():
+            third(zero_batch(99, 0))
+        copied = gathered(third)
+        assert all(torch.equal(copied[name], held[name]) for name in held)
+    saved = copy.deepcopy(ema.state_dict())
+    zero_train(student, range(3, 4))
+    assert not torch.equal(gathered(teacher)["up.weight"], held["up.weight"])
+    ema.load_state_dict(saved)
+    with torch.no_grad():
+        assert torch.equal(teacher(zero_batch(99, 0)), found)
+
+
+def gathered(engine: Any) -> dict[str, Tensor]:
+    """Full weights of a ZeRO-3 engine, by DeepSpeed's own gathering, which then holds what it held."""
+    found = {}
+    for name, parameter in engine.module.named_parameters():
+        gather = parameter.ds_status.name == "NOT_AVAILABLE"
+        if gather:
+            parameter.all_gather()
+        found[name] = parameter.detach().clone()
+        if gather:
+            parameter.partition()
+    return found
+
+
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize("case", ["plain", "fsdp2"])
+def test_memory_is_the_teachers_and_does_not_grow(case: str, rank: int, world_size: int) -> None:
+    """No second shadow where dtypes agree; an fp32 one beside a bf16 teacher, which every update writes whole."""
+    student, teacher, narrow = CASES[case].model(), make_teacher(case), make_teacher(case, torch.bfloat16)
+    emas = [ShardedEMA(student, into=into, decay=DECAY, buffers="ignore") for into in (teacher, narrow)]
+    optimizer = sgd(student)
+
+    def held() -> list[int]:
+        return [size for ema in emas for size in ema._shadow.nbytes().values()]
+
+    sizes, places = [], []
+    for step in range(3):
+        train(student, optimizer, step)
+        for ema in emas:
+            ema.update()
+        sizes.append(held())
+        places.append([parameter.data_ptr() for parameter in teacher.parameters()])
+        gc.collect()
+        sizes[-1].append(sum(one.nbytes for one in gc.get_objects() if type(one) is Tensor))
+        average, written = live(teacher), live(narrow)
+        for name in trained() & average.keys():
+            assert torch.equal(average[name].bfloat16(), written[name]), name
+    assert places[0] == places[-1]
+    mine = sum(share.numel for share in emas[0]._shares if share.mode == "average")
+    assert [size[:2] for size in sizes] == [[0, 4 * mine]] * 3
+    assert sizes[1][2] == sizes[2][2]
+    if case == "fsdp2":
+        full = sum(share.spec.numel for share in emas[0]._shares if share.mode == "average")
+        assert mine < 0.6 * full
+    assert "in no other memory" in emas[0].memory_report()
+    with emas[1].average_parameters():  # the shadow goes into the student, and the teacher keeps its own
+        inside = live(narrow)
+        assert all(torch.equal(inside[name], written[name]) for name in inside)
