@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import copy
 import gc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from models import CASES, batch, build
 from oracle import DenseAverage
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from zero_models import DTYPES, THRESHOLD, Net, make_engine
 from zero_models import batch as zero_batch
 from zero_models import train as zero_train
 
 from dist_ema import ShardedEMA
+from dist_ema.errors import CheckpointCorruptError, EMAEngineError, EMAError, EMAStateError
 
 DECAY = 0.7
 MATRIX = [
@@ -227,3 +233,199 @@ def test_memory_is_the_teachers_and_does_not_grow(case: str, rank: int, world_si
     with emas[1].average_parameters():  # the shadow goes into the student, and the teacher keeps its own
         inside = live(narrow)
         assert all(torch.equal(inside[name], written[name]) for name in inside)
+
+
+def small(**options: Any) -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(6, 5, **options), nn.Linear(5, 6))
+
+
+def refused() -> dict[str, Callable[[], object]]:
+    """What cannot be a teacher of ``small()``, by what the error has to say."""
+
+    def make(into: nn.Module, student: nn.Module | None = None, **options: Any) -> ShardedEMA:
+        return ShardedEMA(small() if student is None else student, into=into, **options)
+
+    def frozen(model: nn.Module) -> nn.Module:
+        return model.requires_grad_(False)
+
+    def in_optimizer() -> None:
+        student, teacher = small(), frozen(small())
+        make(teacher, student).attach(torch.optim.SGD([*student.parameters(), *teacher.parameters()], lr=0.1))
+
+    def twice() -> None:
+        teacher = frozen(small())
+        first = make(teacher)
+        make(teacher)
+        del first
+
+    def same_memory() -> ShardedEMA:
+        student, teacher = small(), frozen(small())
+        teacher[1].weight.data = student[1].weight.data
+        return make(teacher, student)
+
+    def itself() -> ShardedEMA:
+        student = small()
+        return make(student, student)
+
+    shape = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 6))
+    two = frozen(nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 6), nn.Linear(6, 1)))
+    return {
+        "'0.weight' it has the shape (4, 6) and not (5, 6)": lambda: make(frozen(shape)),
+        "'0.weight' it has no tensor of that name": lambda: make(frozen(nn.Sequential(nn.Identity(), small()))),
+        "'0.bias' it has no tensor of that name": lambda: make(frozen(small(bias=False))),
+        "has a parameter '2.weight'": lambda: make(two),
+        "'0.weight' requires a gradient": lambda: make(small()),
+        "is the model that is averaged": itself,
+        "shares the memory of '1.weight'": same_memory,
+        "has 'weight' of the teacher": in_optimizer,
+        "another ShardedEMA averages into 'weight'": twice,
+        "offload='cpu'": lambda: make(frozen(small()), offload="cpu"),
+        "into= takes one average": lambda: make(frozen(small()), averages={"a": 0.5, "b": 0.9}),
+        "rename='head[.]' matches no name": lambda: make(frozen(small()), rename={"head[.]": ""}),
+        "is no replacement": lambda: make(frozen(small()), rename={"0": "\\7"}),
+        "rename=['0']: allowed is a dict": lambda: make(frozen(small()), rename=["0"]),
+        "cannot average a OrderedDict": lambda: make(frozen(small()).state_dict()),
+    }
+
+
+@pytest.mark.parametrize("says", refused())
+def test_what_cannot_be_a_teacher_is_refused_by_name(says: str) -> None:
+    with pytest.raises(EMAError) as error:
+        refused()[says]()
+    assert says in str(error.value)
+
+
+@pytest.mark.world_size(2)
+def test_other_sharding_is_refused_on_every_rank(rank: int, world_size: int) -> None:
+    """Also where one rank alone finds a difference: the others would wait for it in the next collective call."""
+    mesh = init_device_mesh("cpu", (2,))
+    student = CASES["fsdp2"].model()
+    kept = [parameter.detach().clone() for parameter in student.parameters()]
+    with pytest.raises(EMAEngineError, match=r"embed.weight.* of 75 elements on this rank, and not .*a plain module"):
+        ShardedEMA(student, into=make_teacher("plain"))
+    with pytest.raises(EMAEngineError, match=r"'w' it holds other elements|rank 1"):
+        replicated, columns = nn.Module(), nn.Module()
+        replicated.w = nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [Shard(0)]))
+        columns.w = nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [Shard(1)]), requires_grad=False)
+        ShardedEMA(replicated, into=columns)
+    only = make_teacher("fsdp2")
+    if rank == 1:
+        only.one.weight.requires_grad_(True)
+    with pytest.raises(EMAEngineError, match=r"rank 1: .*'one.weight' requires a gradient"):
+        ShardedEMA(student, into=only)
+    zero2 = make_engine(2)
+    with pytest.raises(EMAEngineError, match="ZeRO-1 and 2 cut"):
+        ShardedEMA(zero2, into=Net().requires_grad_(False))
+    ema = ShardedEMA(student, into=make_teacher("fsdp2"), decay=DECAY)
+    ema.update()
+    with pytest.raises(EMAEngineError, match="the model to copy into"):
+        ema.copy_to(into=make_teacher("plain"))
+    with pytest.raises(EMAStateError, match="inside average_parameters"), ema.average_parameters():
+        ema.copy_to(into=make_teacher("fsdp2"))
+    assert all(torch.equal(a, b) for a, b in zip(kept, student.parameters(), strict=True))
+    assert ema.metrics()["ema/num_updates"] == 1  # every rank is still where the others are
+
+
+def test_closed_average_leaves_its_teacher_to_another() -> None:
+    student, teacher = small(), small().requires_grad_(False)
+    first = ShardedEMA(student, into=teacher, decay=DECAY)
+    first.update()
+    first.close()
+    second = ShardedEMA(student, into=teacher, decay=DECAY)
+    with pytest.raises(EMAStateError, match="another ShardedEMA"):
+        first.update()
+    second.update()
+
+
+def test_backbone_goes_into_a_teacher_of_other_names() -> None:
+    """And an adapter into another of the same model; what is not renamed right is found by its name."""
+    student = nn.ModuleDict({"backbone": small(), "head": nn.Linear(6, 2)})
+    teacher = small().requires_grad_(False)
+    ema = ShardedEMA(student, into=teacher, include="^backbone", rename={r"^backbone\.": ""}, decay=0.5)
+    start = copy.deepcopy(student)
+    ema.update(batches=0, due=True)  # the first copy, before any step
+    assert all(torch.equal(a, b) for a, b in zip(start["backbone"].parameters(), teacher.parameters(), strict=True))
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(1.0)
+    ema.update()
+    for old, now in zip(start["backbone"].parameters(), teacher.parameters(), strict=True):
+        torch.testing.assert_close(now, old + 0.5)
+    with pytest.raises(EMAEngineError, match=r"'backbone.0.weight' \('1.0.weight' there\) it has no tensor"):
+        ShardedEMA(student, into=small().requires_grad_(False), include="^backbone", rename={"backbone": "1"})
+
+    both = nn.ModuleDict({"base": nn.Linear(3, 3), "default": nn.Linear(3, 3), "teacher": nn.Linear(3, 3)})
+    both["base"].requires_grad_(False), both["teacher"].requires_grad_(False)
+    one = ShardedEMA(both, into=both, rename={"^default": "teacher"}, decay=0.5)
+    one.update()
+    assert torch.equal(both["teacher"].weight, both["default"].weight)
+    kept = both["default"].weight.detach().clone()
+    with torch.no_grad():
+        both["default"].weight.add_(1.0)
+    one.update()
+    torch.testing.assert_close(both["teacher"].weight, kept + 0.5)
+    with one.average_parameters():
+        assert torch.equal(both["teacher"].weight, both["default"].weight)
+    assert torch.equal(both["default"].weight, kept + 1.0)
+
+
+@pytest.mark.world_size(2)
+def test_saved_average_fills_the_teacher_of_another_run(rank: int, world_size: int, tmp_path: Path) -> None:
+    """From another sharding, from torch.distributed.checkpoint, into bf16; a damaged file changes nothing in it."""
+    plain = ShardedEMA(CASES["plain"].wrap(build(scalar=False)), decay=DECAY)
+    plain.update()
+    with torch.no_grad():
+        for parameter in plain._engine.modules()[0].parameters():
+            parameter.mul_(1.5 if parameter.requires_grad else 1.0)
+    plain.update()
+    plain.save(tmp_path / "plain")
+    expected = plain.full_state_dict()
+
+    student, teacher = CASES["fsdp2"].model(), make_teacher("fsdp2")
+    ema = ShardedEMA(student, into=teacher, decay=DECAY)
+    forward(teacher)
+    ema.load(tmp_path / "plain")  # before any update of its own
+    held = live(teacher)
+    if rank == 0:
+        assert all(torch.equal(held[name], expected[name]) for name in expected)
+    narrow = make_teacher("fsdp2", torch.bfloat16)
+    other = ShardedEMA(student, into=narrow, decay=DECAY)
+    other.load(tmp_path / "plain")
+    written = live(narrow)
+    if rank == 0:
+        names = trained() & expected.keys()
+        assert all(torch.equal(written[name], expected[name].bfloat16()) for name in names)
+
+    dcp.save({"ema": ema}, checkpoint_id=tmp_path / "dcp")
+    before, digests = forward(teacher), ema.fingerprint()
+    optimizer = sgd(student)
+    train(student, optimizer, 0)
+    ema.update()
+    assert not torch.equal(forward(teacher), before)
+    dcp.load({"ema": ema}, checkpoint_id=tmp_path / "dcp")
+    assert torch.equal(forward(teacher), before)
+    ema.export(tmp_path / "export")
+    assert ema.fingerprint() == digests
+
+    dist.barrier()
+    if rank == 0:
+        file = next((tmp_path / "plain").rglob("*.safetensors"))
+        with file.open("r+b") as opened:
+            opened.seek(-5, 2)
+            opened.write(b"\xff\x0f")
+    dist.barrier()
+    with pytest.raises(CheckpointCorruptError):
+        ema.load(tmp_path / "plain")
+    assert torch.equal(forward(teacher), before)
+
+    ema.reset()  # the teacher stays until the next update copies the weights
+    assert torch.equal(forward(teacher), before)
+    ema.update()
+    assert not torch.equal(forward(teacher), before)
+    after = forward(teacher)
+    ema.rebind(student)
+    assert torch.equal(forward(teacher), after)
+    with pytest.raises(EMAEngineError, match="the teacher"):
+        ema.rebind(build(scalar=False))
+    ema.update()
