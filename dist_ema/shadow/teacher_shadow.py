@@ -141,8 +141,8 @@ class TeacherShadow(Shadow):
         for index in self._averaged + self._copied:
             if index not in self._own and not self._lies_in(tensors[index], self._tensors[index], index):
                 raise EMAStateError(
-                    f"{self._shares[index].spec.name!r} of the teacher (into=) has another dtype, layout or device than "
-                    "it had when the average was begun. Call reset() to begin anew"
+                    f"{self._shares[index].spec.name!r} of the teacher (into=) has another dtype, layout or device "
+                    "than it had when the average was begun. Call reset() to begin anew"
                 )
         self._take_views(tensors, self._by_share())
 
