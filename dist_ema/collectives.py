@@ -27,6 +27,7 @@ T = TypeVar("T")
 #: Bytes of a short message, its length included: most that ranks tell each other fits.
 _NOTE_BYTES = 256
 _LENGTH_BYTES = 8
+_OF_THE_CPU = ("gloo", "mpi", "ucc", "fake")
 
 
 class PeerLost(EMAStateError):
@@ -59,10 +60,15 @@ def size_of(group: dist.ProcessGroup | None) -> int:
 
 
 def device_for(group: dist.ProcessGroup | None) -> torch.device:
-    """Where a tensor must lie to be sent through ``group``: the accelerator under NCCL, else the CPU."""
-    if group is not None and "nccl" in _backends(group):
-        return getattr(group, "bound_device_id", None) or torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
+    """Where a tensor must lie to be sent through ``group``: on the accelerator under NCCL, XCCL and their like, else on
+    the CPU."""
+    pairs = [] if group is None else [pair.split(":") for pair in _backends(group).split(",")]
+    # Under gloo and MPI alone torch lists accelerators as well, which they reach through the CPU.
+    kinds = [device for device, backend in pairs if device != "cpu" and backend not in _OF_THE_CPU]
+    if group is None or not kinds:
+        return torch.device("cpu")
+    bound: torch.device | None = getattr(group, "bound_device_id", None)
+    return bound or torch.device(kinds[0], torch.get_device_module(kinds[0]).current_device())
 
 
 def _note_device(group: dist.ProcessGroup) -> torch.device:

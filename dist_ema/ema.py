@@ -37,7 +37,7 @@ from dist_ema.engines.unwrapped import unwrapped
 from dist_ema.errors import CheckpointError, CheckpointMismatchError, EMAConfigError, EMAStateError
 from dist_ema.groups import OwnGroups
 from dist_ema.interrupts import Uninterrupted
-from dist_ema.kernels.fingerprint import partial_digest
+from dist_ema.kernels.fingerprint import Part, partial_digests
 from dist_ema.kernels.streams import Handover
 from dist_ema.options import Options, check_cast
 from dist_ema.schedules import Schedule
@@ -56,6 +56,8 @@ from dist_ema.sharding.writers import FullTensor, catalogue, is_writer
 from dist_ema.state import EMAState, Track
 
 logger = logging.getLogger(__name__)
+#: Seconds that a call on files waits for a rank that does not answer, beside what reading and writing takes.
+_PATIENCE = 120.0
 
 
 class ShardedEMA:
@@ -649,7 +651,7 @@ class ShardedEMA:
             path,
             self._full_tensors(),
             held.get,
-            self._engine.group,
+            self._groups.files(_PATIENCE, self._shadow_bytes()),
             dtype=dtype,
             max_shard_size=max_shard_size,
             config_from=config_from,
@@ -664,7 +666,7 @@ class ShardedEMA:
         path: str | os.PathLike[str],
         *,
         block: bool = True,
-        timeout: float = 120.0,
+        timeout: float = _PATIENCE,
         include_untracked: bool = True,
     ) -> None:
         """Writes a checkpoint of the averages that loads at any world size and under any engine. Collective.
@@ -703,7 +705,7 @@ class ShardedEMA:
                 view = self._view("save()")
                 held = {name: view.average(name, include_untracked) for name in self.names}
                 check_readable(values for average in held.values() for values in average.values())
-            group = self._groups.background(timeout, self._shadow_bytes())
+            group = self._groups.files(timeout, self._shadow_bytes())
             views = {name: average.get for name, average in held.items()}
             state, schedules = self._state(self._skipped()), self._options.schedules
             contents = Contents(state, schedules, self._full_tensors(), views, include_untracked)
@@ -740,8 +742,9 @@ class ShardedEMA:
         with self._begun(call, replaces=True):
             self._wait_for_save()
             sources = self._live("load()")
+        group = self._groups.files(_PATIENCE, self._shadow_bytes())
         manifest, shadow = read_anew_if_replaced(
-            lambda: Load(path, self._full_tensors(), self.names, self._engine.group),
+            lambda: Load(path, self._full_tensors(), self.names, group),
             lambda load: (load.manifest, self._filled(load, sources, strict, verify)),
         )
         with Uninterrupted():
@@ -913,14 +916,15 @@ class ShardedEMA:
         with self._begun(call):
             held = self._view(call.name).average(self._name(name), include_untracked)
             check_readable(held.values())
-        entries, partial, rank = self._wanted(include_untracked), [], rank_in(self._engine.group)
-        for entry in entries:
-            mine = held.get(entry.name)
-            digest = 0
-            if mine is not None and is_writer(entry, mine.share, rank):
-                digest = partial_digest(mine.values, mine.runs, entry.dtype, mine.start)
-            partial.append(digest)
-        totals = sum_integers(partial, self._engine.group)
+        entries, rank = self._wanted(include_untracked), rank_in(self._engine.group)
+        partial = dict.fromkeys([entry.name for entry in entries], 0)
+        parts = {
+            entry.name: Part(mine.values, mine.runs, entry.dtype, mine.start)
+            for entry in entries
+            if (mine := held.get(entry.name)) is not None and is_writer(entry, mine.share, rank)
+        }
+        partial.update(zip(parts, partial_digests(list(parts.values())), strict=True))
+        totals = sum_integers(list(partial.values()), self._engine.group)
         return {entry.name: total for entry, total in zip(entries, totals, strict=True)}
 
     @answering("metrics()")

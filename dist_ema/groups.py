@@ -16,7 +16,7 @@ _SLOW_DISK = 50e6
 
 
 class OwnGroups:
-    """The two groups of one :class:`ShardedEMA`: where calls begin, and what background saves talk through.
+    """The two groups of one :class:`ShardedEMA`: where calls begin, and where ranks wait for each other's disks.
 
     Args:
         group: the ranks that hold the model; None for one process.
@@ -49,10 +49,11 @@ class OwnGroups:
             self._meeting = ref(group)
         return group
 
-    def background(self, timeout: float, nbytes: int) -> dist.ProcessGroup | None:
-        """A group on the CPU for a thread that writes ``nbytes`` on each rank. Collective if ``timeout`` is new.
+    def files(self, timeout: float, nbytes: int) -> dist.ProcessGroup | None:
+        """A group on the CPU, in which each rank writes or reads ``nbytes``. Collective if ``timeout`` is new.
 
-        Its timeout is ``timeout`` seconds beside what the writing takes, so a rank that hangs is noticed.
+        Its timeout is ``timeout`` seconds beside what the disk takes, so a rank that hangs is noticed. In the group
+        that trains, NCCL's watchdog would end the job after 10 minutes of a slow disk.
         """
         if self._group is None:
             return None

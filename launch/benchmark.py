@@ -110,6 +110,25 @@ def calls(
         calls.run(processes, tensors, elements, repeats, as_json)
 
 
+@app.command("device")
+def on_device(
+    elements: Annotated[int, typer.Option(min=1, help="Parameters whose average is updated.")] = 100_000_000,
+    tensors: Annotated[int, typer.Option(min=1, help="In how many tensors.")] = 400,
+    parameters: Annotated[int, typer.Option(min=1, help="Of the model in training.")] = 1_000_000_000,
+    repeats: Repeats = 5,
+    device: Device = Device.cuda,
+    as_json: AsJSON = False,
+) -> None:
+    """On a GPU: updates by its own clock, every other call, and offloading beside training."""
+    import torch
+
+    from benchmarks.device import run
+
+    if device == Device.cuda and not torch.cuda.is_available():
+        raise typer.BadParameter("cuda: this torch sees no CUDA device", param_hint="--device")
+    run(elements, tensors, parameters, repeats, device.value, as_json)
+
+
 @app.command()
 def offload(
     elements: Annotated[int, typer.Option(min=1, help="Parameters in all.")] = 20_000_000,

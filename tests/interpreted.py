@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from dist_ema import ShardedEMA, kernels
-from dist_ema.kernels import cuda, native
+from dist_ema.kernels import cuda, native, programs
 from dist_ema.kernels.compiler import BuildError
 from dist_ema.kernels.rounding import ElementPositions, Rounding, average_key
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-#: Around a block and a chunk of the kernel, which has two blocks here, and empty.
-SIZES = (0, 1, 2048, 0, 2049, 4097, 7, 0)
+#: Around a block and a chunk of the kernel, which has four blocks here, and empty.
+SIZES = (0, 1, 1024, 2048, 0, 2049, 4097, 7, 0)
 NAN, INF = float("nan"), float("inf")
 
 
@@ -208,14 +208,14 @@ def check_table_is_kept_until_memory_or_dtype_changes() -> None:
 
 def check_tensors_of_more_than_two_to_the_31_elements() -> None:
     """Offsets in 32 bits would wrap. Two bytes of memory stand for 5 GB: only the table is looked at."""
-    launch = cuda._even_chunks([2**31 + 2 * cuda.PROGRAM_CHUNK])
-    assert launch[-1].tolist() == [0, 2**31 + cuda.PROGRAM_CHUNK]
+    launch = programs.even([2**31 + 2 * programs.CHUNK])
+    assert launch[-1].tolist() == [0, 2**31 + programs.CHUNK]
     source = torch.ones(40)
     shadow = torch.zeros(40)
     low = 2**33  # elements
     chunks = torch.tensor([[0, low]])
     tensors = torch.tensor([[low + 40, source.data_ptr() - 4 * low, shadow.data_ptr() - 4 * low]])
-    made = cuda.Launch(torch.device("cpu"), torch.float32, False, chunks, tensors)
+    made = cuda.Launch(torch.device("cpu"), torch.float32, torch.float32, False, False, chunks, tensors)
     cuda.Kernel().lerp(made, [1.0], None)
     assert torch.equal(shadow, source)
 
@@ -230,26 +230,59 @@ def check_self_check_notices_a_wrong_kernel() -> None:
     """What the first update on a GPU does before it trusts the kernel."""
     device = torch.device("cpu")
     kernel = cuda.Kernel()
-    cuda.check(kernel, device)
+    kinds = list(itertools.product(DTYPES, (False, True)))
+    for dtype, rounded in kinds:
+        cuda.check(kernel, device, dtype, rounded)
     right = kernel._lerp
 
     class Wrong:
+        def __init__(self, rounded: bool) -> None:
+            self.rounded = rounded
+
         def __getitem__(self, grid: tuple[int]) -> object:
-            return lambda chunks, tensors, skipped, weights, *rest, **options: right[grid](
-                chunks, tensors, skipped, tuple(weight * 1.001 for weight in weights), *rest, **options
-            )
+            def call(
+                chunks: Tensor,
+                tensors: Tensor,
+                skipped: Tensor,
+                weights: tuple[float],
+                keys: object,
+                *rest: object,
+                **options: object,
+            ) -> None:
+                if (keys is not None) == self.rounded:
+                    weights = tuple(weight * 1.1 for weight in weights)
+                right[grid](chunks, tensors, skipped, weights, keys, *rest, **options)
+
+            return call
 
     class Broken:
         def __getitem__(self, grid: tuple[int]) -> object:
             raise RuntimeError("no ptxas")
 
-    wrong = Wrong()  # its arguments are those of one kernel only, so the other fails in another way
-    for double, why in ((wrong, "does not compute what torch does"), (Broken(), "does not compile: RuntimeError")):
-        for name in ("_lerp", "_lerp_rounded"):
-            kernel = cuda.Kernel()
-            setattr(kernel, name, double)
-            with pytest.raises(BuildError, match=why if double is not wrong or name == "_lerp" else "compile"):
-                cuda.check(kernel, device)
+    doubles = [(Wrong(False), "does not compute what torch does"), (Wrong(True), "does not compute what torch does")]
+    for double, why in (*doubles, (Broken(), "does not compile: RuntimeError")):
+        kernel = cuda.Kernel()
+        kernel._lerp = double
+        for dtype, rounded in kinds:
+            if getattr(double, "rounded", rounded) == rounded:
+                with pytest.raises(BuildError, match=why):
+                    cuda.check(kernel, device, dtype, rounded)
+
+
+def check_only_what_is_used_is_compiled_and_checked_and_what_fails_changes_nothing() -> None:
+    """Six kernels at the first update were seconds for each rank. One that fails leaves shadows to the eager route."""
+    kernel = cuda.Kernel()
+    sources, shadow = [torch.ones(3, dtype=torch.bfloat16)], torch.zeros(3)
+    given = [[shadow]], sources, [(0, 3)], [0.5]
+    for _ in range(2):
+        cuda.run(kernel, *given, cuda.table(device_type="cpu"), None)
+    assert kernel._checked == {(torch.device("cpu"), torch.bfloat16, torch.float32)}
+    assert shadow.tolist() == [0.75] * 3
+    kernel = cuda.Kernel()
+    kernel._lerp = {}  # as where it does not compile
+    with pytest.raises(BuildError, match="does not compile"):
+        cuda.run(kernel, *given, cuda.table(device_type="cpu"), None)
+    assert shadow.tolist() == [0.75] * 3
 
 
 def check_a_whole_average_goes_through_it() -> None:
@@ -283,12 +316,14 @@ def check_a_whole_average_goes_through_it() -> None:
 
 
 def check_bf16_shadows_are_rounded_to_the_eager_bits() -> None:
-    """Short and long runs, positions past 2**32, ranges of sources, two averages, NaN and Inf on both sides."""
+    """Short and long runs, columns, positions past 2**32, ranges of sources, two averages, NaN and Inf everywhere."""
     native._decided[:] = [None]
     torch.manual_seed(0)
     runs = [((5, 4_099),), (), tuple((2**32 - 30 + 7 * row, 3) for row in range(9)), ((2**40, 1),)]
+    runs += [((2**33 + 8, 2), *((2**33 + 3 + 1000 * row, 7) for row in range(1, 800)), (2**33 + 800_003, 4))]
+    runs += [((2**32 - 7, 14),), ((3, 2), (9, 5), (50, 1))]
     sizes = [sum(length for _, length in found) for found in runs]
-    rounding = Rounding(ElementPositions(list("abcd"), runs), [average_key(7, 3, name) for name in "xy"])
+    rounding = Rounding(ElementPositions(list("abcdefg"), runs), [average_key(7, 3, name) for name in "xy"])
     ranges = [(4, 4 + size) for size in sizes]
     modes = ([0.0, 1e-4], True), ([0.5, 0.3], True), ([0.7, 1.0], False)
     for dtype, (weights, guarded) in zip(DTYPES, modes, strict=True):
@@ -313,13 +348,33 @@ def check_bf16_shadows_are_rounded_to_the_eager_bits() -> None:
         assert (guards[0] > 20) == guarded
 
 
+def check_the_largest_numbers_are_rounded_as_the_eager_route_does() -> None:
+    """Up from the largest bf16 number would be Inf; what is not finite stays it, whatever is drawn."""
+    native._decided[:] = [None]
+    bits = [0x7F7E8000, 0x7F7EFFFF, 0x7F7F0000, 0x7F7F8000, 0x7F7FFFFF, 0x7F800000, 0x7F800001, 0x7FFFFFFF, 0, 1]
+    values = torch.tensor(bits, dtype=torch.int32).view(torch.float32).repeat(50)
+    source = torch.cat([values, -values])
+    rounding = Rounding(ElementPositions(["a"], [((0, len(source)),)]), [average_key(1, 2, "x")])
+    found = []
+    for chosen in (None, cuda.table(rounding.positions, "cpu")):
+        shadow = torch.zeros(len(source), dtype=torch.bfloat16)
+        given = [[shadow]], [source], [(0, len(source))], [1.0]
+        if chosen is None:
+            kernels.lerp(*given, kernels.Scratch(), None, rounding)
+        else:
+            cuda.run(cuda.Kernel(), *given, chosen, None, rounding)
+        found.append([[shadow.float()]])
+    assert _same(*found)
+    assert bool(found[0][0][0][source.isfinite()].isfinite().all())
+
+
 CHECKS = {name: value for name, value in globals().items() if name.startswith("check_")}
 
 
 def main() -> None:
     np.seterr(all="ignore")  # of NaN and Inf
     _mend_the_interpreter()
-    cuda.PROGRAM_CHUNK = 2 * cuda.BLOCK  # the interpreter takes milliseconds for a block
+    programs.CHUNK = 2 * cuda.BLOCKS[torch.bfloat16]  # the interpreter takes milliseconds for a block
     results = {}
     for name, check in CHECKS.items():
         try:

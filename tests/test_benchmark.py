@@ -181,3 +181,14 @@ def test_calls_wait_for_other_ranks_a_number_of_times_that_no_tensor_adds_to() -
     assert found["waits"].pop("update, FSDP2") == 0
     assert len(found["waits"]) == 10
     assert all(2 <= count <= 10 for count in found["waits"].values()), found["waits"]
+
+
+def test_the_benchmark_of_a_device_runs_on_the_cpu_as_well() -> None:
+    """Minutes on a GPU are dear."""
+    sizes = ["--elements", "30000", "--tensors", "7", "--parameters", "50000", "--repeats", "1"]
+    done = script("device", "--device", "cpu", *sizes, "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert [len(found[table]) for table in ("updates", "calls", "training")] == [8, 8, 6]
+    for row in found["updates"]:
+        assert row["us"] == row["host_us"] > 0

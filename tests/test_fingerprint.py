@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from itertools import pairwise
+from unittest import mock
 
 import pytest
 import torch
@@ -12,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dist_ema.kernels import native
-from dist_ema.kernels.fingerprint import BLOCK, COMPLEX, SALT, partial_digest
-from dist_ema.sharding.runs import whole
+from dist_ema.kernels import fingerprint, native
+from dist_ema.kernels.fingerprint import BLOCK, COMPLEX, SALT, Part
+from dist_ema.sharding.runs import Rows, Runs, whole
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=100)
 settings.load_profile("repeatable")
@@ -38,12 +39,19 @@ DTYPES = [
 ]
 
 
-@pytest.fixture(autouse=True, scope="module", params=["compiled", "eager"])
+@pytest.fixture(autouse=True, scope="module", params=["compiled", "eager", "device"])
 def route(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Both routes must give the same digests: a checkpoint may be written by one and read by the other."""
+    """All routes must give the same digests: a checkpoint may be written by one and read by the other."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "_decided", [native.build() if request.param == "compiled" else None])
+        if request.param == "device":  # torch's operations alone; in pieces of odd sizes
+            patch.setattr(fingerprint, "DEVICE_CHUNK", 3 * BLOCK // 2 + 1)
+            patch.setattr(fingerprint, "_host_digest", lambda part: int(fingerprint.device_digest(part)) % MODULUS)
         yield
+
+
+def partial_digest(values: Tensor, runs: Runs, dtype: torch.dtype | None = None, start: int = 0) -> int:
+    return fingerprint.partial_digest(values, runs, dtype, start)
 
 
 def _random_bits(dtype: torch.dtype, count: int, seed: int = 0) -> Tensor:
@@ -189,3 +197,17 @@ def test_digest_of_another_dtype_is_that_of_the_converted_values() -> None:
     values = torch.randn(1000)
     as_bf16 = partial_digest(values, whole(1000), torch.bfloat16)
     assert as_bf16 == _digest(values.bfloat16()) != _digest(values)
+
+
+def test_a_list_of_tensors_has_the_digests_of_each_and_waits_for_no_device_in_between() -> None:
+    """One wait a block of 65,536 elements, or a run, took 154 ms for 200 MB on an H200."""
+    values = [_random_bits(torch.float32, count, count) for count in (0, 7, 70_000)]
+    parts = [Part(one, whole(one.numel())) for one in values]
+    wanted = [_digest(one) for one in values]
+    assert fingerprint.partial_digests(parts) == wanted
+    moved = [Part(values[2], Rows(start=5, length=7, step=100, number=10_000))]
+    assert fingerprint.partial_digests(moved + parts)[1:] == wanted
+    with mock.patch.object(Tensor, "item") as item, mock.patch.object(Tensor, "tolist") as tolist:
+        fingerprint.device_digest(moved[0])
+    assert not item.called
+    assert not tolist.called

@@ -29,6 +29,7 @@ from zero_models import make_engine, train
 
 from dist_ema import ShardedEMA, kernels
 from dist_ema.errors import EMAStateError
+from dist_ema.kernels import memory
 from dist_ema.shadow import staging
 from dist_ema.shadow.staging import HostLink, Take, carve
 
@@ -575,7 +576,7 @@ def test_without_pinned_memory_there_is_pageable_memory_and_a_warning(caplog: py
     """No CUDA here, so that torch refuses; as it does where the limits on locked memory are low."""
     if torch.cuda.is_available():
         pytest.skip("this machine has pinned memory")
-    tensor = staging.pinned(3 << 18, torch.float32)
+    tensor = memory.pinned(3 << 18, torch.float32)
     assert (tensor.numel(), tensor.dtype, tensor.device.type) == (3 << 18, torch.float32, "cpu")
     assert "No pinned memory for 3.0 MiB" in caplog.text
     assert "ulimit -l" in caplog.text

@@ -56,7 +56,7 @@ class FileValues(LocalValues):
         share = Share(spec, entry.mode, 0, entry.numel, entry.dtype, split=False, first_replica=True)
         return cls(share, torch.empty(0, dtype=source.dtype), 0, source, advance)
 
-    def read(self, start: int, stop: int, out: Tensor) -> None:
+    def read(self, start: int, stop: int, out: Tensor, non_blocking: bool = False) -> None:
         """As :meth:`LocalValues.read`; in ascending order, without gaps."""
         self.source.read(start, stop, out)
         self.advance((stop - start) * self.share.dtype.itemsize)

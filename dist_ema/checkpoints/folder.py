@@ -107,12 +107,8 @@ class Folder:
             mine = self.held(entry.name)
             if mine is None or not is_writer(entry, mine.share, rank):
                 continue
-            # One chunk at a time: it stays in the processor's cache from conversion to fingerprint to writing.
-            scratch = torch.empty(min(IO_CHUNK, mine.share.numel), dtype=self.dtypes[entry.name])
-            low, total = 0, 0
-            for runs in chunks(mine.runs, IO_CHUNK):
-                values = mine.chunk(low, low + count(runs), scratch)
-                low += values.numel()
+            total = 0
+            for runs, values in mine.chunks(self.dtypes[entry.name], IO_CHUNK):
                 total += partial_digest(values, runs) if self.with_digests else 0
                 if writer is not None:
                     self._put(writer, entry, runs, values)

@@ -20,7 +20,7 @@ from dist_ema.checkpoints.storage.paths import StrPath
 from dist_ema.checkpoints.stored import StoredTensor
 from dist_ema.collectives import FirstFailure, agreed, answered, device_for, rank_in
 from dist_ema.kernels.fingerprint import partial_digest
-from dist_ema.kernels.streams import Handover
+from dist_ema.kernels.streams import Handover, Relay
 from dist_ema.sharding.runs import Runs, chunks, count, overlap
 from dist_ema.sharding.shares import Share
 from dist_ema.sharding.writers import FullTensor
@@ -63,20 +63,28 @@ def read_own(path: StrPath, manifest: Manifest, parts: Sequence[Part], verify: b
     Returns:
         The sum of each part for its fingerprint, 0 unless ``verify``.
     """
-    scratch = threading.local()
+    own = threading.local()  # a buffer a thread; through two, pinned, to a device
 
     def take(part: Part, runs: Runs, low: int) -> int:
-        out = part.out[low : low + count(runs)] if part.out is not None else None
-        dtype = reader.dtype(part.key)
-        if out is not None and out.is_cpu and out.dtype == dtype:  # straight into its place
-            reader.read(part.key, runs, out)
-            return partial_digest(out, runs) if verify else 0
-        if not hasattr(scratch, "bytes"):  # one buffer a thread
-            scratch.bytes = torch.empty(IO_CHUNK * WIDEST, dtype=torch.uint8)
-        values = scratch.bytes[: count(runs) * dtype.itemsize].view(dtype)
-        reader.read(part.key, runs, values)
-        if out is not None:
+        numel, dtype = count(runs), reader.dtype(part.key)
+        out = part.out[low : low + numel] if part.out is not None else None
+        if out is not None and out.is_cuda:
             with handover.taken():  # in order with what the caller's stream does to the shadow
+                if not hasattr(own, "relay"):
+                    own.relay = Relay(IO_CHUNK * WIDEST)
+                values = own.relay.buffer(numel, dtype)
+                reader.read(part.key, runs, values)
+                out.copy_(values, non_blocking=True)
+                own.relay.asked()
+        elif out is not None and out.dtype == dtype:  # straight into its place
+            values = out
+            reader.read(part.key, runs, values)
+        else:
+            if not hasattr(own, "bytes"):
+                own.bytes = torch.empty(IO_CHUNK * WIDEST, dtype=torch.uint8)
+            values = own.bytes[: numel * dtype.itemsize].view(dtype)
+            reader.read(part.key, runs, values)
+            if out is not None:
                 out.copy_(values)
         return partial_digest(values, runs) if verify else 0
 
@@ -90,8 +98,9 @@ def read_own(path: StrPath, manifest: Manifest, parts: Sequence[Part], verify: b
                 lows = accumulate(map(count, pieces), initial=0)  # one more than pieces: the last one is the end
                 jobs.append([pool.submit(take, part, runs, low) for runs, low in zip(pieces, lows, strict=False)])
             return [sum(job.result() for job in pieces) for pieces in jobs]
-        finally:  # before the files are closed
+        finally:  # before the files are closed, and the buffers given to others
             pool.shutdown(cancel_futures=True)
+            handover.join()
 
 
 def read_sent(

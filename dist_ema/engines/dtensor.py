@@ -14,6 +14,7 @@ from torch import Tensor, nn
 # Private, and so are the attributes of FSDP2's states and units that are read here; read in torch 2.13.
 from torch.distributed._composable_state import _module_state_mapping
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 from torch.distributed.tensor import DTensor
@@ -94,6 +95,17 @@ class DTensorEngine(PlainEngine):
                 unit.wait_for_unshard()
             unit._to_sharded()  # type: ignore[no-untyped-call]  # reshard() does nothing after a forward that raised
 
+    def publish(self) -> None:
+        """The next forward waits for all that its stream was asked before, and with that for what was written. Local.
+
+        After ``set_post_optim_event()`` it would wait for that event alone, which the last optimizer step recorded.
+        """
+        states = [state for state, _ in _states_and_units(self._model)]
+        # The outermost one, which is asked, may have no weights of its own.
+        states += [module._get_fsdp_state() for module in self._model.modules() if isinstance(module, FSDPModule)]
+        for state in states:
+            state._state_ctx.post_optim_event = None
+
     def _refuse_others(self) -> None:
         return  # a weight of a unit around the model is this engine's as well
 
@@ -110,8 +122,12 @@ def units_of(model: nn.Module) -> list[FSDPParamGroup]:
 
     Also the units of modules around it: their forward gathers those weights, and only they can reshard them.
     """
+    return [unit for _, unit in _states_and_units(model)]
+
+
+def _states_and_units(model: nn.Module) -> Iterator[tuple[FSDPState, FSDPParamGroup]]:
+    """Those units, each with the state that has it."""
     modules = set(model.modules())
-    units = []
     # Neither a parameter nor its module leads to the unit; this registry, from modules to weak references of what may
     # be the same state, knows all that are alive.
     states = dict.fromkeys(reference() for reference in list(_module_state_mapping.values()))
@@ -121,8 +137,7 @@ def units_of(model: nn.Module) -> list[FSDPParamGroup]:
         several = getattr(state, "_fsdp_param_groups", None)  # since torch 2.12; before there was one at most
         for unit in [state._fsdp_param_group] if several is None else several:
             if unit is not None and not modules.isdisjoint(_holders(unit)):
-                units.append(unit)
-    return units
+                yield state, unit
 
 
 def _holders(unit: FSDPParamGroup) -> Iterator[nn.Module]:

@@ -43,8 +43,7 @@ class _Flat:
     def local(self) -> Tensor:
         """This rank's elements, a view of the full-precision shard that the optimizer steps."""
         info = self.flat_param._shard_param_infos[self.index]
-        # _local_shard exists from the first forward on; .data may be the unsharded or the low-precision tensor then.
-        shard: Tensor = getattr(self.flat_param, "_local_shard", self.flat_param.data)
+        shard = _shard(self.handle)
         if info.offset_in_shard is None or info.numel_in_shard is None:
             return shard[:0]
         return shard[info.offset_in_shard : info.offset_in_shard + info.numel_in_shard]
@@ -55,6 +54,13 @@ class _Flat:
         if info.intra_param_start_idx is None or not info.numel_in_shard:
             return ()
         return ((info.intra_param_start_idx, info.numel_in_shard),)
+
+
+def _shard(handle: FlatParamHandle) -> Tensor:
+    """This rank's part of a unit's flat parameter, in full precision. 1D."""
+    # _local_shard exists from the first forward on; .data may be the unsharded or the low-precision tensor then.
+    shard: Tensor = getattr(handle.flat_param, "_local_shard", handle.flat_param.data)
+    return shard
 
 
 class FlatParamEngine(Engine):
@@ -80,6 +86,9 @@ class FlatParamEngine(Engine):
         self.reshard()  # original parameters stand in their modules only while the units are sharded
         names = self._walk()
         self._held = list(names)
+        self._handles = list({id(held.handle): held.handle for held in names if isinstance(held, _Flat)}.values())
+        self._seen: list[tuple[int, int, torch.dtype]] = []
+        self._views: dict[_Flat | Slot, Tensor] = {}
         slots = [slot for _, slot in self._places(names) if slot is not None]
         self._binding = Binding(self._model, slots, walk=lambda: self._places(self._walk()))
         self._trained = {held: held.trained for held in names if isinstance(held, _Flat)}
@@ -170,7 +179,12 @@ class FlatParamEngine(Engine):
                     f"parameter {name!r} of an FSDP unit was frozen or unfrozen since the average was made. "
                     "Call reset() to start a new average of the model as it is now"
                 )
-        return [_local(held) for held in self._held]
+        # Views of shards that lie where they lay: a slice for each parameter would take longer than the kernel.
+        shards = [(shard.data_ptr(), shard.numel(), shard.dtype) for shard in map(_shard, self._handles)]
+        if shards != self._seen:
+            self._views = {held: held.local() for held in self._held if isinstance(held, _Flat)}
+            self._seen = shards
+        return [self._views[held] if isinstance(held, _Flat) else _local(held) for held in self._held]
 
     def reshard(self) -> None:
         """A forward without backward keeps the full copy of the root unit (with SHARD_GRAD_OP of all units) in memory.
@@ -222,10 +236,10 @@ def refuse_outer_unit(model: nn.Module) -> None:
                 )
 
 
-def _local(held: _Flat | Slot) -> Tensor:
-    tensor = held.local() if isinstance(held, _Flat) else held.get()
+def _local(slot: Slot) -> Tensor:
+    tensor = slot.get()
     if tensor is None:
-        raise EMAStateError(f"parameter {held.name!r} was removed from the model")  # type: ignore[union-attr]
+        raise EMAStateError(f"parameter {slot.name!r} was removed from the model")
     return tensor
 
 

@@ -7,7 +7,7 @@ weights that the model computes with would stop moving from a decay of .99 on.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -58,14 +58,24 @@ class ZeroEngine(Engine):
         slices = self._masters.slices()
         self._binding = Binding(self._engine.module, slots, _full_shape)
         self._entries = [(slot, self._slice_of(slot, slices)) for slot in slots]
+        self._seen: list[tuple[int, int, torch.dtype]] = []
+        self._views: list[Tensor | None] = [None] * len(slots)
         return [self._spec(slot, piece) for slot, piece in self._entries]
 
     def _read_sources(self) -> list[Tensor]:
         """See :meth:`Engine.sources`: slices of the fp32 masters where there are some. Local; no copy, no host sync."""
         self._binding.check()
         self._masters.check_resident()
-        flats = [flat.detach() for flat in self._masters.flats()]
-        return [self._source(slot, piece, flats) for slot, piece in self._entries]
+        flats = self._masters.flats()
+        # Views of masters that lie where they lay: a slice for each parameter would take longer than the kernel.
+        seen = [(flat.data_ptr(), flat.numel(), flat.dtype) for flat in flats]
+        if seen != self._seen:
+            self._views = [None if piece is None else _view(piece, flats) for _, piece in self._entries]
+            self._seen = seen
+        return [
+            self._live_source(slot) if view is None else view
+            for (slot, _), view in zip(self._entries, self._views, strict=True)
+        ]
 
     @property
     def is_part(self) -> bool:
@@ -141,16 +151,19 @@ class ZeroEngine(Engine):
             return TensorSpec(slot.name, shape, tensor.dtype, whole(shape.numel()), replicas=team.replicas, **known)
         return TensorSpec.unsharded(slot.name, tensor, kind="frozen", partitioned=False, aliases=slot.aliases)
 
-    def _source(self, slot: Slot, piece: MasterSlice | None, flats: list[Tensor]) -> Tensor:
+    def _live_source(self, slot: Slot) -> Tensor:
+        """Of what has no masters."""
         tensor: Any = slot.get()
-        if piece is not None:
-            flat = flats[piece.flat]
-            length = sum(size for _, size in piece.runs)
-            return flat if length == flat.numel() else flat.narrow(0, piece.start, length)
         if not slot.is_buffer and self._masters.shards_frozen:
             return stage3_shard(slot.name, tensor)
         live: Tensor = tensor.detach()
         return live
+
+
+def _view(piece: MasterSlice, flats: Sequence[Tensor]) -> Tensor:
+    """This rank's masters of one parameter. 1D."""
+    flat, length = flats[piece.flat].detach(), sum(size for _, size in piece.runs)
+    return flat if length == flat.numel() else flat.narrow(0, piece.start, length)
 
 
 def _full_shape(tensor: Tensor) -> torch.Size:

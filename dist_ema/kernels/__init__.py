@@ -19,6 +19,7 @@ from dist_ema.kernels.rounding import ElementPositions, Rounding
 #: Elements at a time: 1 MiB of fp32, which stays in the cache. On an accelerator a launch has to be worth its cost.
 CACHE_CHUNK = 1 << 18
 ACCELERATOR_CHUNK = 1 << 22
+_WITHOUT_FLOAT64 = {"mps"}
 
 
 def chunk_size(device: torch.device) -> int:
@@ -159,9 +160,12 @@ def lerp(
 
     Raises:
         EMAConfigError: ``DIST_EMA_KERNEL`` asks for what is not there.
+        EMAStateError: with ``rounding`` while a CUDA graph is captured; nothing has changed.
     """
     if not averages:
         return
+    if rounding is not None:
+        cuda.refuse_capture(sources)
     scratch.touched = True
     on_host, on_device = scratch.tables(None if rounding is None else rounding.positions)
     skipped, left = cpu.lerp(averages, sources, ranges, weights, on_host, guard is not None, rounding)
@@ -314,9 +318,10 @@ def read(source: Tensor, start: int, stop: int, out: Tensor, non_blocking: bool 
 
 @torch.no_grad()
 def squared_distance(shadow: Tensor, source: Tensor, start: int, stop: int) -> Tensor:
-    """Sum of ``(shadow - source)**2`` in float64, as a scalar on the source's device. Local."""
-    total = torch.zeros((), dtype=torch.float64, device=source.device)
+    """Sum of ``(shadow - source)**2`` in float64, as a scalar on the source's device, if that has float64. Local."""
+    device = torch.device("cpu") if source.device.type in _WITHOUT_FLOAT64 else source.device
+    total = torch.zeros((), dtype=torch.float64, device=device)
     for offset, piece in pieces(source, start, stop, chunk_size(source.device)):
-        target = shadow[offset : offset + piece.numel()].view(piece.shape).to(piece.device)
-        total += (target.double() - piece.double()).square_().sum()
+        target = shadow[offset : offset + piece.numel()].view(piece.shape).to(device)
+        total += (target.double() - piece.to(device).double()).square_().sum()
     return total

@@ -45,9 +45,20 @@ def _decide(wish: str, device: str, build: Callable[[], Kernels], logger: loggin
     try:
         kernels = build()
     except (BuildError, OSError) as error:
-        if wish == "compiled":
-            raise EMAConfigError(f"DIST_EMA_KERNEL=compiled, but there is no compiled kernel: {error}") from error
-        logger.warning("Averages on %s: eager route, at about half the speed. No compiled kernel: %s", device, error)
+        _fall_back(wish, device, error, logger)
         return None
     logger.info("Averages on %s: compiled kernels, %s", device, kernels)
     return kernels
+
+
+def give_up(decided: list[Kernels | None], device: str, error: Exception, logger: logging.Logger) -> None:
+    """Decides for the eager route after all, for kernels that turn out not to serve. Raises as :func:`choose`."""
+    with _lock:
+        _fall_back(os.environ.get("DIST_EMA_KERNEL", ""), device, error, logger)
+        decided[:] = [None]
+
+
+def _fall_back(wish: str, device: str, error: Exception, logger: logging.Logger) -> None:
+    if wish == "compiled":
+        raise EMAConfigError(f"DIST_EMA_KERNEL=compiled, but there is no compiled kernel: {error}") from error
+    logger.warning("Averages on %s: eager route, at about half the speed. No compiled kernel: %s", device, error)

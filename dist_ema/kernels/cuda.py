@@ -3,13 +3,14 @@
 Each source element is read once, the guard is inside, and nothing waits for the device. The kernel is Triton's, which
 comes with CUDA builds of torch and is compiled at the first update; its arithmetic is in ``triton_kernels.py``. The
 choice is made once, logged, and forced by ``DIST_EMA_KERNEL``. An update may be captured into a CUDA graph (which
-repeats its weights) once it has run with the same tensors.
+repeats its weights) once it has run with the same tensors; one of bf16 shadows may not, since it would repeat its
+random bits too.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -18,20 +19,21 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from dist_ema.kernels import arguments
-from dist_ema.kernels.arguments import CODES, Averages, Ranges, address, check_numbers
-from dist_ema.kernels.choice import choose
+from dist_ema.errors import EMAStateError
+from dist_ema.kernels import arguments, programs
+from dist_ema.kernels.arguments import Averages, Ranges, address, check_numbers
+from dist_ema.kernels.choice import choose, give_up
 from dist_ema.kernels.compiler import BuildError
 from dist_ema.kernels.rounding import ElementPositions, Rounding, average_key
 
 logger = logging.getLogger(__name__)
 
-#: Elements of one program, and at a time. Small enough that a few large tensors keep every processor of a GPU busy.
-PROGRAM_CHUNK = 1 << 14
-BLOCK = 1 << 11
 #: Bytes that a thread loads at once, where addresses are multiples of them.
 _ALIGNMENT = 16
 _WARPS = 8
+#: Elements of a block, by the shadows' dtype. Loads of one width for source and shadow: 4 or 8 elements for each of the
+#: 256 threads. With others the compiler carries every block from thread to thread, through memory that they share.
+BLOCKS = {torch.float32: 1 << 10, torch.bfloat16: 1 << 11}
 
 
 @dataclass(frozen=True)
@@ -40,19 +42,22 @@ class Launch:
 
     Attributes:
         device: where all of it lies.
-        dtype: of the sources.
-        aligned: every address is a multiple of 16 bytes, and the kernel may rely on it.
-        chunks: int64, (programs, 2), on the device: of each program its tensor, and the element where it begins. For
-            bf16 shadows (programs, 4): also its number of elements, and the position of the first in the full tensor.
+        source, shadow: dtypes.
+        source_aligned, shadow_aligned: every address is a multiple of 16 bytes, and the kernel may rely on it.
+        chunks: int64, on the device: of each program its tensor and its elements (:mod:`dist_ema.kernels.programs`).
         tensors: int64, (tensors, 2 + averages), on the device: its number of elements (for bf16 shadows the hash of its
             name), and the addresses of source and shadows.
+        rows: a program may have several runs of a column shard.
     """
 
     device: torch.device
-    dtype: torch.dtype
-    aligned: bool
+    source: torch.dtype
+    shadow: torch.dtype
+    source_aligned: bool
+    shadow_aligned: bool
     chunks: Tensor
     tensors: Tensor
+    rows: bool = False
 
 
 Table: TypeAlias = arguments.Table[list[Launch]]
@@ -74,53 +79,35 @@ def _launches(
     sources: Sequence[Tensor],
     ranges: Ranges,
 ) -> list[Launch]:
-    groups: dict[tuple[torch.device, torch.dtype, bool], dict[int, list[int]]] = {}
+    groups: dict[tuple[torch.device, torch.dtype, bool, bool], dict[int, list[int]]] = {}
     for index in taken:
         start, stop = ranges[index]
-        addresses = [address(sources[index], start), *(average[index].data_ptr() for average in averages)]
-        aligned = positions is None and all(found % _ALIGNMENT == 0 for found in addresses)
+        source, shadows = address(sources[index], start), [average[index].data_ptr() for average in averages]
         if start < stop:
-            key = sources[index].device, sources[index].dtype, aligned
-            groups.setdefault(key, {})[index] = addresses
+            alike = all(shadow % _ALIGNMENT == 0 for shadow in shadows)
+            key = sources[index].device, sources[index].dtype, source % _ALIGNMENT == 0, alike
+            groups.setdefault(key, {})[index] = [source, *shadows]
     launches = []
-    for (device, dtype, aligned), group in groups.items():
+    for (device, dtype, source_aligned, shadow_aligned), group in groups.items():
         numels = {index: ranges[index][1] - ranges[index][0] for index in group}
         if positions is None:
             rows = [[numels[index], *addresses] for index, addresses in group.items()]
-            chunks = _even_chunks(list(numels.values()))
+            chunks = programs.even(list(numels.values()))
         else:
-            # The hash of a name is unsigned, and the kernel's integers are signed.
-            names = {index: positions.names[index] - ((positions.names[index] >> 63) << 64) for index in group}
-            rows = [[names[index], *addresses] for index, addresses in group.items()]
-            chunks = _run_chunks(positions, numels)
+            rows = [[_signed(positions.names[index]), *addresses] for index, addresses in group.items()]
+            chunks = programs.placed(positions, numels)
+        shadow = torch.float32 if positions is None else torch.bfloat16
         with torch.inference_mode(False):
             tensors = torch.tensor(rows, dtype=torch.int64, device="cpu")
-            launches.append(Launch(device, dtype, aligned, _send(chunks, device), _send(tensors, device)))
+            sent = _send(chunks, device), _send(tensors, device)
+        several = positions is not None and programs.has_rows(chunks)
+        launches.append(Launch(device, dtype, shadow, source_aligned, shadow_aligned, *sent, several))
     return launches
 
 
-def _even_chunks(numels: Sequence[int]) -> Tensor:
-    """Each tensor, cut into equal parts: its row, and the first element of the part. int64, (programs, 2)."""
-    with torch.inference_mode(False):
-        parts = (torch.tensor(numels, dtype=torch.int64, device="cpu") + PROGRAM_CHUNK - 1) // PROGRAM_CHUNK
-        owners = torch.repeat_interleave(torch.arange(len(numels), device="cpu"), parts)
-        firsts = torch.cumsum(parts, 0) - parts
-        lows = (torch.arange(len(owners), device="cpu") - firsts[owners]) * PROGRAM_CHUNK
-        return torch.stack([owners, lows], dim=1)
-
-
-def _run_chunks(positions: ElementPositions, numels: Mapping[int, int]) -> Tensor:
-    """Each run of each tensor, cut: row, first element, elements, position of the first. int64, (programs, 4)."""
-    chunks = []
-    for row, (index, numel) in enumerate(numels.items()):
-        first, last = positions.first[index], positions.first[index + 1]
-        for run in range(first, last):
-            local, full = positions.local[run], positions.full[run]
-            end = positions.local[run + 1] if run + 1 < last else numel
-            for low in range(local, end, PROGRAM_CHUNK):
-                chunks.append([row, low, min(PROGRAM_CHUNK, end - low), full + low - local])
-    with torch.inference_mode(False):
-        return torch.tensor(chunks, dtype=torch.int64, device="cpu")
+def _signed(bits: int) -> int:
+    """The int64 with the bits of an unsigned 64-bit integer: the kernel's are signed."""
+    return bits - ((bits >> 63) << 64)
 
 
 def _send(values: Tensor, device: torch.device) -> Tensor:
@@ -145,10 +132,19 @@ class Kernel:
             raise BuildError(f"triton cannot be imported: {error}") from error
         self._version = triton.__version__
         self._dtypes = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-        self._lerp, self._lerp_rounded = triton_kernels.lerp, triton_kernels.lerp_rounded
+        self._lerp = triton_kernels.lerp
+        self._checked: set[tuple[torch.device, torch.dtype, torch.dtype]] = set()
 
     def __str__(self) -> str:
         return f"Triton {self._version}"
+
+    def check(self, launch: Launch) -> None:
+        """Before the first launch of a kind, a few elements against torch: only what is used is compiled. Raises
+        BuildError."""
+        kind = launch.device, launch.source, launch.shadow
+        if kind not in self._checked:
+            check(self, launch.device, launch.source, launch.shadow == torch.bfloat16)
+            self._checked.add(kind)
 
     def lerp(
         self, launch: Launch, weights: Sequence[float], skipped: Tensor | None, keys: Sequence[int] | None = None
@@ -161,17 +157,34 @@ class Kernel:
             skipped: int64, on the device; source elements left out are added to it. None takes them as they are.
             keys: of each average, for this update of bf16 shadows; None for fp32 ones.
         """
-        device, grid = launch.device, (len(launch.chunks),)
-        given = skipped, tuple(map(float, weights)), len(weights), self._dtypes[launch.dtype]
+        device, given = launch.device, tuple(map(float, weights))
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            if keys is None:
-                self._lerp[grid](
-                    launch.chunks, launch.tensors, *given, launch.aligned, PROGRAM_CHUNK, BLOCK, num_warps=_WARPS
-                )
-            else:
-                signed = torch.tensor([key - ((key >> 63) << 64) for key in keys], dtype=torch.int64, device="cpu")
-                sent = _send(signed, device)
-                self._lerp_rounded[grid](launch.chunks, launch.tensors, sent, *given, BLOCK, num_warps=_WARPS)
+            self._lerp[(len(launch.chunks),)](
+                launch.chunks,
+                launch.tensors,
+                skipped,
+                given,
+                None if keys is None else packed(keys),
+                len(given),
+                self._dtypes[launch.source],
+                self._dtypes[launch.shadow],
+                launch.source_aligned,
+                launch.shadow_aligned,
+                launch.rows,
+                programs.CHUNK,
+                BLOCKS[launch.shadow],
+                2 if keys is None and len(given) == 1 else 1,
+                num_warps=_WARPS,
+            )
+
+
+def packed(keys: Sequence[int]) -> tuple[int, ...]:
+    """The halves of each key, the lower one first, in a form that is always odd and takes 62 bits.
+
+    Triton compiles a kernel anew where an integer fits into 32 bits, or is a multiple of 16, for the first time.
+    """
+    halves = (half for key in keys for half in (key & 0xFFFFFFFF, key >> 32))
+    return tuple(1 << 61 | half << 8 | 1 for half in halves)
 
 
 def lerp(
@@ -195,9 +208,14 @@ def lerp(
     Raises:
         EMAConfigError: ``DIST_EMA_KERNEL`` is not a choice, or asks for a kernel that is not there.
     """
+    everything = list(range(len(sources)))
     if not any(source.is_cuda for source in sources) or (kernel := choice()) is None:
-        return list(range(len(sources)))
-    return run(kernel, averages, sources, ranges, weights, table, counter, rounding)
+        return everything
+    try:
+        return run(kernel, averages, sources, ranges, weights, table, counter, rounding)
+    except BuildError as error:
+        give_up(_decided, "CUDA", error, logger)
+        return everything
 
 
 def run(
@@ -210,13 +228,36 @@ def run(
     counter: Callable[[torch.device], Tensor] | None,
     rounding: Rounding | None = None,
 ) -> list[int]:
-    """:func:`lerp` by this kernel."""
+    """:func:`lerp` by this kernel. Raises BuildError, before anything is written, if it does not serve."""
     check_numbers(averages, weights, rounding)
     launches, rest = table.read(averages, sources, ranges)
+    for launch in launches:
+        kernel.check(launch)
+    _launch(kernel, launches, weights, counter, rounding)
+    return rest
+
+
+def _launch(
+    kernel: Kernel,
+    launches: Sequence[Launch],
+    weights: Sequence[float],
+    counter: Callable[[torch.device], Tensor] | None,
+    rounding: Rounding | None,
+) -> None:
     keys = None if rounding is None else rounding.keys
     for launch in launches:
         kernel.lerp(launch, weights, counter(launch.device) if counter is not None else None, keys)
-    return rest
+
+
+def refuse_capture(sources: Sequence[Tensor]) -> None:
+    """Raises EMAStateError while work on these is captured into a CUDA graph: for what must not be repeated as it is.
+    No host sync."""
+    if any(source.is_cuda for source in sources) and torch.cuda.is_current_stream_capturing():
+        raise EMAStateError(
+            "update() with bf16 shadows cannot be captured into a CUDA graph: each replay would round by the random "
+            "bits of this one update, so that the average drifts. Call update() after the graph's replay, or give "
+            "dtype=torch.float32"
+        )
 
 
 # The choice.
@@ -226,45 +267,44 @@ _decided: list[Kernel | None] = []
 
 def choice() -> Kernel | None:
     """The kernel, or None for the eager route: decided, and logged, at the first call. Raises EMAConfigError."""
-    return choose(_decided, "CUDA", _build_and_check, logger)
+    return choose(_decided, "CUDA", Kernel, logger)
 
 
-def _build_and_check() -> Kernel:
-    kernel = Kernel()
-    check(kernel, torch.device("cuda", torch.cuda.current_device()))
-    return kernel
-
-
-def check(kernel: Kernel, device: torch.device) -> None:
+def check(kernel: Kernel, device: torch.device, dtype: torch.dtype, rounded: bool) -> None:
     """A few elements against torch on this device. Waits for it, once.
 
+    Args:
+        kernel: to be checked.
+        device: where.
+        dtype: of the sources.
+        rounded: for bf16 shadows.
+
     Raises:
-        BuildError: a kernel does not compile, or differs by more than one unit in the last place.
+        BuildError: the kernel does not compile, or differs by more than one unit in the last place.
     """
-    table_ = table(device_type=device.type)
     rounding = Rounding(ElementPositions(["check"], [((2**32 - 50, 99),)]), [average_key(0, 1, "check")])
-    rounded_table_ = table(rounding.positions, device.type)
-    for dtype in CODES:
-        source = torch.linspace(-3, 5, 99, dtype=torch.float32, device=device).tan_().to(dtype)
-        source[7], source[60] = float("nan"), float("inf")
-        for weight in (1e-4, 0.7):
-            shadow = torch.linspace(1, -2, 99, dtype=torch.float32, device=device)
-            end = torch.where(source.isfinite(), source.float(), 0.0)
-            expected = torch.where(source.isfinite(), torch.lerp(shadow, end, weight), shadow)
-            unit = torch.maximum(shadow.abs(), end.abs()) * torch.finfo(torch.float32).eps
-            before = shadow.bfloat16()
-            halved = before.clone()
-            blended = rounding.apply(0, 0, 0, torch.lerp(before.float(), end, weight))
-            wanted = torch.where(source.isfinite(), blended, before).float()
-            counts = {device: torch.zeros((), dtype=torch.int64, device=device)}
-            given = [source], [(0, 99)], [weight]
-            try:
-                run(kernel, [[shadow]], *given, table_, counts.__getitem__)
-                run(kernel, [[halved]], *given, rounded_table_, counts.__getitem__, rounding)
-            except Exception as error:  # Triton's compiler raises all kinds
-                raise BuildError(f"{kernel} does not compile: {error!r}") from error
-            near = (shadow - expected).abs() <= unit
-            # A blend that differs in its last bit may round to the next bf16 number.
-            near &= (halved.float() - wanted).abs() <= wanted.abs() * torch.finfo(torch.bfloat16).eps
-            if int(counts[device]) != 4 or not bool(near.all()):
-                raise BuildError(f"{kernel} does not compute what torch does from {dtype}")
+    used = rounding if rounded else None
+    table_ = table(used.positions if used is not None else None, device.type)
+    source = torch.linspace(-3, 5, 99, dtype=torch.float32, device=device).tan_().to(dtype)
+    source[7], source[60] = float("nan"), float("inf")
+    counts = {device: torch.zeros((), dtype=torch.int64, device=device)}
+    for weight in (1e-4, 0.7):
+        before = torch.linspace(1, -2, 99, dtype=torch.float32, device=device)
+        before = before.bfloat16() if rounded else before
+        start, end = before.float(), torch.where(source.isfinite(), source.float(), 0.0)
+        expected = torch.lerp(start, end, weight)
+        unit = torch.maximum(start.abs(), end.abs()) * torch.finfo(torch.float32).eps
+        if rounded:  # a blend that differs in its last bit may round to the next bf16 number
+            expected = rounding.apply(0, 0, 0, expected).float()
+            unit = torch.maximum(unit, expected.abs() * torch.finfo(torch.bfloat16).eps)
+        expected = torch.where(source.isfinite(), expected, start)
+        shadow = before.clone()
+        launches, _ = table_.read([[shadow]], [source], [(0, 99)])
+        try:
+            _launch(kernel, launches, [weight], counts.__getitem__, used)
+        except Exception as error:  # Triton's compiler raises all kinds
+            raise BuildError(f"{kernel} does not compile: {error!r}") from error
+        if not bool(((shadow.float() - expected).abs() <= unit).all()):
+            raise BuildError(f"{kernel} does not compute what torch does from {dtype} to {shadow.dtype}")
+    if int(counts[device]) != 4:
+        raise BuildError(f"{kernel} counts {int(counts[device])} of 4 elements that are not finite in {dtype}")

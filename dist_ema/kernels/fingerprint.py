@@ -14,47 +14,126 @@ costs one multiplication and one addition an element. ``digest.cpp`` computes th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dist_ema.kernels import native, pieces
-from dist_ema.sharding.runs import Runs
+from dist_ema.sharding.runs import Runs, chunks
 
-BLOCK = 1 << 16
+BLOCK_BITS = 16
+BLOCK = 1 << BLOCK_BITS
+#: Elements of one launch on a device.
+DEVICE_CHUNK = 1 << 22
 _MASK = (1 << 64) - 1
 SALT = 0x5851F42D4C957F2D
+_GAMMA = 0x9E3779B97F4A7C15
+_FACTORS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 COMPLEX = 0x2545F4914F6CDD1D
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-@torch.no_grad()
-def partial_digest(values: Tensor, runs: Runs, dtype: torch.dtype | None = None, start: int = 0) -> int:
-    """This rank's share of a digest, in ``[0, 2**64)``. Local; waits for the device.
+class Part(NamedTuple):
+    """What a rank has of one full tensor.
 
-    Args:
+    Attributes:
         values: holds the elements of ``runs``, in their order when flattened row-major.
         runs: their positions in the full tensor.
         dtype: digest the values as converted to this dtype; None means their own.
         start: the first element of ``values`` that counts.
     """
-    if _is_plain(values, dtype) and (library := native.choice()) is not None:
-        address = values.data_ptr() + start * values.itemsize
-        return library.digest(address, values.itemsize, runs, _keys(values.device))
+
+    values: Tensor
+    runs: Runs
+    dtype: torch.dtype | None = None
+    start: int = 0
+
+
+def partial_digest(values: Tensor, runs: Runs, dtype: torch.dtype | None = None, start: int = 0) -> int:
+    """This rank's share of one digest, in ``[0, 2**64)``, of a :class:`Part`. Local; waits for the device."""
+    (digest,) = partial_digests([Part(values, runs, dtype, start)])
+    return digest
+
+
+@torch.no_grad()
+def partial_digests(parts: Sequence[Part]) -> list[int]:
+    """This rank's share of each digest, in ``[0, 2**64)``. Local; waits once for each device."""
+    totals: list[int] = []
+    waiting: dict[torch.device, dict[int, Tensor]] = {}  # sums that are still on a device
+    for index, part in enumerate(parts):
+        totals.append(0)
+        if not part.values.is_cpu:
+            waiting.setdefault(part.values.device, {})[index] = device_digest(part)
+        elif _is_plain(part.values, part.dtype) and (library := native.choice()) is not None:
+            address = part.values.data_ptr() + part.start * part.values.itemsize
+            totals[-1] = library.digest(address, part.values.itemsize, part.runs, _keys(part.values.device))
+        else:
+            totals[-1] = _host_digest(part)
+    for sums in waiting.values():
+        for index, found in zip(sums, torch.stack(list(sums.values())).tolist(), strict=True):
+            totals[index] = found & _MASK
+    return totals
+
+
+def _host_digest(part: Part) -> int:
+    """By numpy, block by block: what the compiled kernel does not take."""
     total = 0
-    local = start
-    for position, length in runs:
+    local = part.start
+    for position, length in part.runs:
         stop = position + length
         while position < stop:
             block, inside = divmod(position, BLOCK)
             size = min(BLOCK - inside, stop - position)
-            part = _block_sum(values, local, local + size, inside, dtype)
-            total += part * _signed(_mix(block ^ SALT) | 1)
+            found = _block_sum(part.values, local, local + size, inside, part.dtype)
+            total += found * _signed(_mix(block ^ SALT) | 1)
             position += size
             local += size
     return total & _MASK
+
+
+def device_digest(part: Part) -> Tensor:
+    """The sum, modulo 2**64, as a scalar int64 beside the values. A few launches for each 4 M elements, whatever the
+    number of runs; does not wait for them."""
+    values, device = part.values, part.values.device
+    total = torch.zeros((), dtype=torch.int64, device=device)
+    table = _keys(device)  # int64, (BLOCK,)
+    local = part.start
+    for runs in chunks(part.runs, DEVICE_CHUNK):
+        positions = _positions(runs, device)
+        blocks = _mix_each((positions >> BLOCK_BITS) ^ SALT) | 1
+        keys = table[positions & (BLOCK - 1)].mul_(blocks)
+        for offset, piece in pieces(values, local, local + keys.numel(), DEVICE_CHUNK):
+            flat = piece.reshape(-1).to(part.dtype or piece.dtype)
+            total += (_bits(flat).to(torch.int64) * keys[offset : offset + flat.numel()]).sum()
+        local += keys.numel()
+    return total
+
+
+def _positions(runs: Runs, device: torch.device) -> Tensor:
+    """Of the elements of runs, one after the other: int64, 1D."""
+    if len(runs) == 1:
+        ((start, length),) = runs
+        return torch.arange(start, start + length, device=device)
+    starts, lengths = np.array(runs, dtype=np.int64).T
+    shifts = starts - np.cumsum(lengths) + lengths  # from an element's number to its position
+    sent = torch.from_numpy(np.stack([shifts, lengths]))
+    if device.type == "cuda":
+        sent = sent.pin_memory()
+    count = int(lengths.sum())
+    spread = torch.repeat_interleave(*sent.to(device, non_blocking=True).unbind(), output_size=count)
+    return spread + torch.arange(count, device=device)
+
+
+def _mix_each(values: Tensor) -> Tensor:
+    """:func:`_mix` of each int64. Products wrap around; shifts to the right bring in zeros."""
+    values = values + _signed(_GAMMA)
+    values = (values ^ ((values >> 30) & (1 << 34) - 1)) * _signed(_FACTORS[0])
+    values = (values ^ ((values >> 27) & (1 << 37) - 1)) * _signed(_FACTORS[1])
+    return values ^ ((values >> 31) & (1 << 33) - 1)
 
 
 def _is_plain(values: Tensor, dtype: torch.dtype | None) -> bool:
@@ -65,16 +144,14 @@ def _is_plain(values: Tensor, dtype: torch.dtype | None) -> bool:
 
 def _block_sum(values: Tensor, start: int, stop: int, inside: int, dtype: torch.dtype | None) -> int:
     table = _keys(values.device)
-    total: int | Tensor = 0
+    total = 0
     for offset, piece in pieces(values, start, stop, BLOCK):
         flat = piece.reshape(-1).to(dtype or piece.dtype)
         low = inside + offset
         keys = table[low : low + flat.numel()]
-        if flat.device.type == "cpu":  # numpy widens, multiplies and adds in one pass
-            total += int(np.einsum("i,i->", _bits(flat).numpy(), keys.numpy()))
-        else:
-            total += (_bits(flat).to(torch.int64) * keys).sum()
-    return int(total)
+        # numpy widens, multiplies and adds in one pass
+        total += int(np.einsum("i,i->", _bits(flat).numpy(), keys.numpy()))
+    return total
 
 
 def _bits(flat: Tensor) -> Tensor:
@@ -95,9 +172,9 @@ def _keys(device: torch.device) -> Tensor:
 
 def _mix(value: int) -> int:
     """SplitMix64's finalizer (Steele, Lea, Flood 2014): every bit of the input reaches every bit of the output."""
-    value = (value + 0x9E3779B97F4A7C15) & _MASK
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    value = (value + _GAMMA) & _MASK
+    value = ((value ^ (value >> 30)) * _FACTORS[0]) & _MASK
+    value = ((value ^ (value >> 27)) * _FACTORS[1]) & _MASK
     return value ^ (value >> 31)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import mmap
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+logger = logging.getLogger(__name__)
 #: Huge pages of the usual size; what is smaller gains nothing from them.
 _HUGE = 2 << 20
 
@@ -24,6 +26,21 @@ def empty(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     if device.type == "cpu" and tensor.nbytes >= 2 * _HUGE:
         _advise(tensor.data_ptr(), tensor.nbytes)
     return tensor
+
+
+def pinned(numel: int, dtype: torch.dtype) -> Tensor:
+    """Host memory that a device reaches by itself, uninitialised; pageable, which is logged, if there is none."""
+    try:
+        with torch.inference_mode(False):  # what is kept must serve outside of it too
+            return torch.empty(numel, dtype=dtype, device="cpu", pin_memory=True)
+    except RuntimeError as error:
+        logger.warning(
+            "No pinned memory for %.1f MiB, so pageable memory is used, and copies between it and a device hold up "
+            "training. Look at the limits on locked memory (ulimit -l, the container's). %s",
+            numel * dtype.itemsize / 2**20,
+            error,
+        )
+        return empty(numel, dtype, torch.device("cpu"))
 
 
 def _advise(address: int, size: int) -> None:

@@ -70,6 +70,11 @@ class ElementPositions:
                 position += length
             self.first.append(len(self.local))
 
+    def of_tensor(self, tensor: int) -> tuple[Sequence[int], Sequence[int]]:
+        """Where the runs of a tensor begin, in its shadow and in the full tensor."""
+        runs = slice(self.first[tensor], self.first[tensor + 1])
+        return self.local[runs], self.full[runs]
+
     def of(self, tensor: int, low: int, count: int, device: torch.device) -> Tensor:
         """Of ``count`` elements of a shadow from ``low`` on, of which there is at least one: int64. No host sync."""
         begin, end = self.first[tensor], self.first[tensor + 1]

@@ -3,8 +3,29 @@
 Imports triton, so it is imported itself only where that is there. One program has one chunk of one tensor. The
 arithmetic is that of ``torch.lerp`` on CUDA: one subtraction and one fused multiply-add, from the nearer end. A GPU
 gives its bits; Triton's interpreter, which multiplies and adds in two roundings, differs by at most one unit in the
-last place of the larger of shadow and source. For bf16 shadows there is a second kernel, which rounds stochastically:
-:mod:`dist_ema.kernels.rounding` says how.
+last place of the larger of shadow and source. bf16 shadows are rounded stochastically: :mod:`dist_ema.kernels.rounding`
+says how.
+
+All that an average needs of a block is loaded before anything of it is stored: a store might change what a later load
+reads, for all that the compiler knows, so it would wait for it.
+
+Instructions for an element in the loop over whole blocks, of Triton 3.7.1's machine code for sm_90 (the same within 3
+for sm_80 and sm_100); an H100 (132 processors, 1.7 GHz, 3.35 TB/s) issues 86 in the time in which its memory moves the
+10 bytes of bf16 weights and fp32 shadow, 51 in that of 6, for a bf16 shadow:
+
+====================================  ============  =========  ============================================
+weights, shadow                       instructions  registers  loads and stores of a thread
+====================================  ============  =========  ============================================
+fp32, fp32                            11.5          30         4 loads and 2 stores of 16 bytes for 8 elements
+bf16, fp32                            13            32         2 of 8 and 2 of 16 bytes, 2 of 16, for 8
+bf16, fp32, weights not aligned       13            29         8 of 2 and 2 of 16 bytes, 2 of 16, for 8
+bf16, three in fp32                   29            40         1 of 8 and 3 of 16 bytes, 3 of 16, for 4
+bf16, bf16                            43            58         2 of 16 bytes, 1 of 16, for 8
+bf16, bf16, column shards             46            60         the same
+====================================  ============  =========  ============================================
+
+So all but bf16 shadows wait for memory alone, and these nearly so; what a card says of it is in
+``launch/benchmarks/README.md``.
 """
 
 from __future__ import annotations
@@ -19,66 +40,123 @@ def lerp(
     tensors: tl.tensor,
     skipped: tl.tensor,
     weights: tl.tuple,
+    keys: tl.tuple,
     AVERAGES: tl.constexpr,
     SOURCE: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    SHADOW: tl.constexpr,
+    SOURCE_ALIGNED: tl.constexpr,
+    SHADOW_ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
+    UNROLL: tl.constexpr,
 ) -> None:
     """Averages one chunk of one tensor.
 
     Args:
-        chunks: int64; of each program the row of its tensor, and the element of it where its chunk begins.
-        tensors: int64; of each tensor its number of elements, and the addresses of its source and of its shadows.
+        chunks: int64; of each program the row of its tensor, and the element of it where its chunk begins. For bf16
+            shadows seven more, which say where its elements lie in the full tensor: see ``programs.COLUMNS``.
+        tensors: int64; of each tensor its number of elements (for bf16 shadows the hash of its name), and the addresses
+            of its source and of its shadows.
         skipped: int64; source elements that were not finite are added to it. None takes sources as they are.
         weights: fp32; of each average.
+        keys: int64; of each average two, for this update of bf16 shadows: see ``cuda.packed``. None of fp32 ones.
         AVERAGES: how many.
         SOURCE: the sources' dtype.
-        ALIGNED: every address is a multiple of 16 bytes.
-        CHUNK: elements of a chunk, a multiple of ``BLOCK``.
-        BLOCK: elements at a time.
+        SHADOW: the shadows'; bf16 ones are read as uint16.
+        SOURCE_ALIGNED, SHADOW_ALIGNED: all their addresses are multiples of 16 bytes.
+        ROWS: a chunk may reach over several runs of its tensor.
+        CHUNK: elements of a chunk at most, a multiple of ``BLOCK``.
+        BLOCK: elements of a block: as many for each thread as the narrowest type has in 16 bytes, or fewer.
+        UNROLL: blocks at a time.
     """
-    chunk = tl.program_id(0).to(tl.int64)
-    row = tensors + tl.load(chunks + 2 * chunk) * (2 + AVERAGES)
-    low = tl.multiple_of(tl.load(chunks + 2 * chunk + 1), 16)
-    count = tl.minimum(tl.load(row) - low, CHUNK)
+    COLUMNS: tl.constexpr = 2 if keys is None else 9
+    chunk = chunks + COLUMNS * tl.program_id(0).to(tl.int64)
+    row = tensors + tl.load(chunk) * (2 + AVERAGES)
+    low = tl.load(chunk + 1)
+    if SHADOW_ALIGNED:
+        low = tl.multiple_of(low, 16)
+    # What all blocks have in common is read here: in the loop the compiler would read it again after every store.
+    source = _pointer(row + 1, SOURCE, SOURCE_ALIGNED) + low
+    shadows = ()
+    mixed = ()
+    for average in tl.static_range(AVERAGES):
+        shadows += (_pointer(row + 2 + average, SHADOW, SHADOW_ALIGNED) + low,)
+        if keys is not None:
+            mixed += (_key(tl.load(row), keys[2 * average], keys[2 * average + 1]),)
+    if keys is None:
+        count = tl.minimum(tl.load(row) - low, CHUNK).to(tl.int32)
+        grid = None
+    else:
+        count = tl.load(chunk + 2).to(tl.int32)
+        grid = _grid(chunk + 3, ROWS)
     bad = tl.zeros((BLOCK,), dtype=tl.int32)
-    whole = count // BLOCK * BLOCK
-    for begin in range(0, whole, BLOCK):  # no mask, so that loads and stores are wide
-        places = low + begin + tl.arange(0, BLOCK)
-        bad += _blend(row, places, None, weights, AVERAGES, SOURCE, ALIGNED, skipped is not None)
-    if whole < count:
-        places = low + whole + tl.arange(0, BLOCK)
-        bad += _blend(row, places, places < low + count, weights, AVERAGES, SOURCE, ALIGNED, skipped is not None)
+    STEP: tl.constexpr = BLOCK * UNROLL
+    whole = count // STEP * STEP
+    for begin in range(0, whole, STEP):  # no mask, so that loads and stores are wide
+        bad += _blocks(
+            source, shadows, begin, None, weights, mixed, grid, AVERAGES, BLOCK, UNROLL, ROWS, skipped is not None
+        )
+    for begin in range(whole, count, BLOCK):
+        bad += _blocks(
+            source, shadows, begin, count, weights, mixed, grid, AVERAGES, BLOCK, 1, ROWS, skipped is not None
+        )
     if skipped is not None:
-        _count(skipped, bad)
+        found = tl.sum(bad)
+        if found > 0:  # an atomic for each program would be as many as there are chunks
+            tl.atomic_add(skipped, found.to(tl.int64))
 
 
 @triton.jit
-def _blend(
-    row: tl.tensor,
-    places: tl.tensor,
-    mask: tl.tensor,
+def _blocks(
+    source: tl.tensor,
+    shadows: tl.tuple,
+    begin: tl.tensor,
+    stop: tl.tensor,
     weights: tl.tuple,
+    keys: tl.tuple,
+    grid: tl.tuple,
     AVERAGES: tl.constexpr,
-    SOURCE: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    UNROLL: tl.constexpr,
+    ROWS: tl.constexpr,
     GUARDED: tl.constexpr,
 ) -> tl.tensor:
-    """Averages one block; where its source is not finite, 1."""
-    end = tl.load(_pointer(row + 1, SOURCE, ALIGNED) + places, mask).to(tl.float32)
-    if mask is not None:
-        end = tl.where(mask, end, 0.0)
-    finite = tl.abs(end) < float("inf")  # False of NaN too
-    for average in tl.static_range(AVERAGES):
-        shadow = _pointer(row + 2 + average, tl.float32, ALIGNED) + places
-        start = tl.load(shadow, mask)
-        value = _lerped(start, end, weights[average])
-        if GUARDED:
-            value = tl.where(tl.abs(start) < float("inf"), value, end)
-            value = tl.where(finite, value, start)
-        tl.store(shadow, value, mask)
-    return (~finite).to(tl.int32)
+    """Averages some blocks from element ``begin`` of a chunk on, up to ``stop`` if that is not None.
+
+    Returns, for each place of a block, how many of its source elements were not finite.
+    """
+    ends = ()
+    befores = ()
+    for block in tl.static_range(UNROLL):
+        inside = begin + block * BLOCK + tl.arange(0, BLOCK)
+        mask = None if stop is None else inside < stop
+        end = tl.load(source + inside, mask).to(tl.float32)
+        ends += (end if mask is None else tl.where(mask, end, 0.0),)
+        for average in tl.static_range(AVERAGES):
+            befores += (tl.load(shadows[average] + inside, mask),)
+    bad = tl.zeros((BLOCK,), dtype=tl.int32)
+    for block in tl.static_range(UNROLL):
+        inside = begin + block * BLOCK + tl.arange(0, BLOCK)
+        mask = None if stop is None else inside < stop
+        end = ends[block]
+        finite = tl.abs(end) < float("inf")  # False of NaN too
+        places = None if grid is None else _places(grid, inside, ROWS)
+        for average in tl.static_range(AVERAGES):
+            before = befores[block * AVERAGES + average]
+            start = before.to(tl.float32)
+            value = _lerped(start, end, weights[average])
+            if GUARDED:
+                value = tl.where(tl.abs(start) < float("inf"), value, end)
+            if grid is not None:
+                value = _rounded(value, _draws(places, grid[1], keys[average]))
+            if GUARDED:
+                value = tl.where(finite, value, start)
+            if grid is not None:
+                value = (value.to(tl.uint32, bitcast=True) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+            tl.store(shadows[average] + inside, value, mask)
+        bad += (~finite).to(tl.int32)
+    return bad
 
 
 @triton.jit
@@ -86,13 +164,6 @@ def _lerped(start: tl.tensor, end: tl.tensor, weight: tl.tensor) -> tl.tensor:
     """``torch.lerp`` on CUDA: from the nearer end, so that a weight of 1 gives ``end`` itself."""
     near = tl.abs(weight) < 0.5
     return tl.fma(tl.where(near, weight, weight - 1.0), end - start, tl.where(near, start, end))
-
-
-@triton.jit
-def _count(skipped: tl.tensor, bad: tl.tensor) -> None:
-    found = tl.sum(bad)
-    if found > 0:  # an atomic for each program would be as many as there are chunks
-        tl.atomic_add(skipped, found.to(tl.int64))
 
 
 @triton.jit
@@ -104,75 +175,67 @@ def _pointer(place: tl.tensor, DTYPE: tl.constexpr, ALIGNED: tl.constexpr) -> tl
     return pointer
 
 
-# bf16 shadows.
+# The random bits of bf16 shadows. What depends on the chunk alone is computed once; the rest is 32-bit arithmetic.
 
 
 @triton.jit
-def lerp_rounded(
-    chunks: tl.tensor,
-    tensors: tl.tensor,
-    keys: tl.tensor,
-    skipped: tl.tensor,
-    weights: tl.tuple,
-    AVERAGES: tl.constexpr,
-    SOURCE: tl.constexpr,
-    BLOCK: tl.constexpr,
-) -> None:
-    """Averages one chunk of one run of one tensor.
-
-    Args:
-        chunks: int64; of each program the row of its tensor, the element where its chunk begins, its number of elements
-            and its position in the full tensor.
-        tensors: int64; of each tensor the hash of its name, and the addresses of its source and of its shadows.
-        keys: int64; of each average, for this update.
-        skipped, weights, AVERAGES, SOURCE, BLOCK: as of :func:`lerp`.
-    """
-    chunk = chunks + 4 * tl.program_id(0).to(tl.int64)
-    row = tensors + tl.load(chunk) * (2 + AVERAGES)
-    low, count, position = tl.load(chunk + 1), tl.load(chunk + 2), tl.load(chunk + 3)
-    bad = tl.zeros((BLOCK,), dtype=tl.int32)
-    for begin in range(0, count, BLOCK):
-        inside = begin + tl.arange(0, BLOCK)
-        mask = inside < count
-        end = tl.load(_pointer(row + 1, SOURCE, False) + low + inside, mask).to(tl.float32)
-        finite = tl.abs(end) < float("inf")
-        for average in tl.static_range(AVERAGES):
-            shadow = _pointer(row + 2 + average, tl.uint16, False) + low + inside
-            before = tl.load(shadow, mask)
-            start = (before.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-            value = _lerped(start, end, weights[average])
-            if skipped is not None:
-                value = tl.where(tl.abs(start) < float("inf"), value, end)
-            after = _rounded(value, _draws(position + inside, tl.load(row), tl.load(keys + average)))
-            if skipped is not None:
-                after = tl.where(finite, after, before)
-            tl.store(shadow, after, mask)
-        bad += (mask & ~finite).to(tl.int32)
-    if skipped is not None:
-        _count(skipped, bad)
+def _grid(columns: tl.tensor, ROWS: tl.constexpr) -> tl.tuple:
+    """Where a chunk lies: the position of its first run in the full tensor, in two halves, of which the upper one is
+    that of all its elements; where it has several runs, also what ``programs.COLUMNS`` says of them."""
+    first = tl.load(columns)
+    grid = (first.to(tl.uint32), (first >> 32).to(tl.uint32))
+    if ROWS:
+        for column in tl.static_range(1, 6):
+            grid += (tl.load(columns + column).to(tl.uint32),)
+    return grid
 
 
 @triton.jit
-def _draws(positions: tl.tensor, tensor: tl.tensor, average: tl.tensor) -> tl.tensor:
+def _places(grid: tl.tuple, inside: tl.tensor, ROWS: tl.constexpr) -> tl.tensor:
+    """The lower 32 bits of the positions of elements ``inside`` a chunk, uint32."""
+    place = inside.to(tl.uint32)
+    if ROWS:
+        place += grid[2]
+        run = tl.umulhi(place, grid[5]) >> grid[6]  # place // length
+        place += run * (grid[4] - grid[3])
+    return grid[0] + place
+
+
+@triton.jit
+def _key(tensor: tl.tensor, low: tl.tensor, high: tl.tensor) -> tl.tuple:
+    """``rounding.element_key``, in two halves, from the hash of a name and the halves of an average's key."""
+    average = ((low >> 8) & 0xFFFFFFFF) | ((high >> 8) << 32)
     key = (tensor + average).to(tl.uint64, bitcast=True)
     key = (key ^ (key >> 30)) * 0xBF58476D1CE4E5B9
     key = (key ^ (key >> 27)) * 0x94D049BB133111EB
     key = key ^ (key >> 31)
-    half = _mix(positions.to(tl.uint32) ^ key.to(tl.uint32))
-    return _mix((half + (positions >> 32).to(tl.uint32)) ^ (key >> 32).to(tl.uint32)) >> 16
+    return key.to(tl.uint32), (key >> 32).to(tl.uint32)
+
+
+@triton.jit
+def _draws(places: tl.tensor, page: tl.tensor, key: tl.tuple) -> tl.tensor:
+    """16 random bits of each position ``page * 2**32 + place``, as uint32."""
+    half = _mix(places ^ key[0])
+    half = half ^ (half >> 16)
+    return _mix((half + page) ^ key[1]) >> 16
 
 
 @triton.jit
 def _mix(bits: tl.tensor) -> tl.tensor:
+    """lowbias32, without its last step, which does not change the upper half."""
     bits = (bits ^ (bits >> 16)) * tl.full((), 0x7FEB352D, tl.uint32)
-    bits = (bits ^ (bits >> 15)) * tl.full((), 0x846CA68B, tl.uint32)
-    return bits ^ (bits >> 16)
+    return (bits ^ (bits >> 15)) * tl.full((), 0x846CA68B, tl.uint32)
 
 
 @triton.jit
 def _rounded(values: tl.tensor, draws: tl.tensor) -> tl.tensor:
+    """fp32 values whose upper halves are the bf16 numbers, up as often as the bits say that are cut off: what
+    ``rounding.rounded`` gives.
+
+    Of the largest bf16 number on nothing goes up: no finite value becomes Inf, and what is none stays what it is.
+    """
     bits = values.to(tl.uint32, bitcast=True)
-    up = bits + draws
-    keeps = (tl.abs(values) < float("inf")) & ((up & 0x7F800000) != 0x7F800000)
-    quiet = tl.where(values != values, 0x40, 0).to(tl.uint32)
-    return tl.where(keeps, up >> 16, (bits >> 16) | quiet).to(tl.uint16)
+    magnitude = bits & 0x7FFFFFFF
+    up = bits + tl.where(magnitude >= 0x7F7F0000, 0, draws)
+    quiet = tl.where(magnitude > 0x7F800000, 0x400000, 0).to(tl.uint32)  # a NaN whose upper bits are those of Inf
+    return (up | quiet).to(tl.float32, bitcast=True)

@@ -1,26 +1,28 @@
 """The averaged copy, on the device or in host memory behind a thread; and its visits to the model.
 
 Who waits for what, on which CUDA stream. *Current* is the caller's stream on the weights' device; threads of ours never
-use a default stream:
+use a default stream, but an ``OwnStream`` (:mod:`dist_ema.kernels.streams`), which is what all rows below are made of:
 
 ==================  ==========================  =======================================================================
 work                runs on                     waits for
 ==================  ==========================  =======================================================================
 update, on device   current                     nothing: it is queued behind the optimizer's step
 offload: buffers    current                     nothing; copied before the next forward pass can write them
-offload: weights    a stream of its own         all that *current* had queued at ``update()`` (``wait_stream``)
-offload: average    the worker thread, CPU      the event behind those copies (``CudaLink.join``), on the host
-next optimizer      current                     that event (``wait_for_reads``, a step pre-hook): on the device, not the
+offload: weights    own stream                  all that *current* had queued at ``update()`` (``follow``)
+offload: average    the worker thread, CPU      the event behind those copies (``join``), on the host
+next optimizer      current                     that event (``hold_back``, a step pre-hook): on the device, not the
 step                                            host; weights in host memory: the worker has read them
 next ``update()``   the caller                  the worker's last job, on the host; all calls but ``update`` do as well
 swap                current                     ``wait_for_reads``, and that a background save has read the shadow
-background save     its thread, own stream      the event that *current* recorded at ``save()`` (``Handover``); live
+background save     its thread, own stream      all that *current* had queued at ``save()`` (``Handover``); live
                                                 weights are written before ``save()`` returns
 next ``update()``   the caller                  that the save has read the shadow (``wait_until_read``), on the host
-load                reader threads, own stream  the event that *current* recorded when reading began (``Handover``);
-                                                the caller waits for the threads
+load                reader threads, own stream  all that *current* had queued when reading began (``Handover``); the
+                                                caller waits for the threads, and for their copies (``join``)
 ==================  ==========================  =======================================================================
 
-Copies between a device and pageable memory are over when they return, so whoever waits for a thread of ours has waited
-for its copies.
+Saving and loading copy through two pinned buffers a thread (``Relay``): one is filled again when the event behind its
+last copy is there. ``tests/stream_checks.py`` holds these rules on a fake GPU that does everything as late as it may,
+and on a real one. A CUDA graph that is captured while a thread of ours works is invalidated by its calls: ``wait()``
+before.
 """

@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from dist_ema.errors import EMAStateError
+from dist_ema.kernels import memory
 from dist_ema.shadow.device import Shadow
-from dist_ema.shadow.staging import LINKS, HostLink, Link, Take, carve, pageable, pinned
+from dist_ema.shadow.staging import LINKS, HostLink, Link, Take, carve, pageable
 from dist_ema.shadow.worker import Worker
 from dist_ema.sharding.shares import Share
 
@@ -210,7 +211,7 @@ class HostShadow(Shadow):
                 name = self._shares[index].spec.name
                 raise EMAStateError(f"{name!r} is on the meta device: materialise the model before update()")
         sizes = [(self._shares[index].numel, self._shares[index].dtype) for index in indices]
-        return carve(sizes, pinned if self._pins else pageable)
+        return carve(sizes, memory.pinned if self._pins else pageable)
 
 
 # Before anything writes weights.

@@ -9,9 +9,8 @@ copies.
 
 from __future__ import annotations
 
-import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +18,8 @@ from torch import Tensor
 
 from dist_ema import kernels
 from dist_ema.kernels import memory
+from dist_ema.kernels.streams import OwnStream
 
-logger = logging.getLogger(__name__)
 #: Bytes of one allocation at most, unless one tensor is larger: torch rounds pinned memory up to a power of two.
 _BLOCK = 1 << 30
 
@@ -64,15 +63,47 @@ class Link(ABC):
         """Waits until the copies are there. From any thread."""
 
 
+class Copies:
+    """The copies of one list of tensors, asked for again at every update: views are made once, for as long as weights
+    lie where they lay. A loop in Python over pieces of each takes 10 us a tensor."""
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[int, bool, int, int, int]] = []
+        self._from: list[Tensor] = []
+        self._to: list[Tensor] = []
+        self._others: list[int] = []
+
+    def ask(self, takes: Sequence[Take], non_blocking: bool) -> None:
+        """Asks the current stream for all of them; waits for them unless ``non_blocking``."""
+        seen = [
+            (take.source.data_ptr(), take.source.is_contiguous(), take.start, take.stop, take.out.data_ptr())
+            for take in takes
+        ]
+        if seen != self._seen:
+            flat = [take for take in takes if take.source.is_contiguous()]
+            self._from = [take.source.detach().view(-1)[take.start : take.stop] for take in flat]
+            self._to = [take.out for take in flat]
+            self._others = [index for index, take in enumerate(takes) if not take.source.is_contiguous()]
+            self._seen = seen
+        if self._from:
+            torch._foreach_copy_(self._to, self._from, non_blocking=non_blocking)
+        for index in self._others:
+            take = takes[index]
+            kernels.read(take.source, take.start, take.stop, take.out, non_blocking)
+
+
 class HostLink(Link):
     """Copies at once, on the calling thread, from any device."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._copies = Copies()
 
     def empty(self, numel: int, dtype: torch.dtype) -> Tensor:
         return pageable(numel, dtype)
 
     def copy(self, takes: Sequence[Take]) -> None:
-        for take in takes:
-            kernels.read(take.source, take.start, take.stop, take.out)
+        self._copies.ask(takes, non_blocking=False)
 
     def wait_for_reads(self) -> None:
         return
@@ -86,31 +117,24 @@ class CudaLink(Link):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        # Blocking, or a waiting thread would keep a core busy.
-        self._copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        self._stream = OwnStream(device)
+        self._soon, self._later = Copies(), Copies()
 
     def empty(self, numel: int, dtype: torch.dtype) -> Tensor:
-        return pinned(numel, dtype)
+        return memory.pinned(numel, dtype)
 
     def copy(self, takes: Sequence[Take]) -> None:
-        current = torch.cuda.current_stream(self.device)
-        self._take(take for take in takes if take.soon)
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            self._take(take for take in takes if not take.soon)
-        self._copied.record(self._stream)
-
-    def _take(self, takes: Iterable[Take]) -> None:
-        for take in takes:
-            kernels.read(take.source, take.start, take.stop, take.out, non_blocking=True)
+        self._soon.ask([take for take in takes if take.soon], non_blocking=True)
+        self._stream.follow()
+        with self._stream.inside():
+            self._later.ask([take for take in takes if not take.soon], non_blocking=True)
+        self._stream.record()
 
     def wait_for_reads(self) -> None:
-        torch.cuda.current_stream(self.device).wait_event(self._copied)
+        self._stream.hold_back()
 
     def join(self) -> None:
-        with torch.cuda.device(self.device):  # the worker's own is device 0, where this would make a context
-            self._copied.synchronize()
+        self._stream.join()
 
 
 #: By the type of a device. Weights in host memory need none: the worker reads them where they are.
@@ -120,21 +144,6 @@ LINKS: dict[str, Callable[[torch.device], Link]] = {"cuda": CudaLink}
 def pageable(numel: int, dtype: torch.dtype) -> Tensor:
     """Plain host memory, uninitialised."""
     return memory.empty(numel, dtype, torch.device("cpu"))
-
-
-def pinned(numel: int, dtype: torch.dtype) -> Tensor:
-    """Host memory that a device reaches by itself, uninitialised; pageable, which is logged, if there is none."""
-    try:
-        with torch.inference_mode(False):  # what is kept must serve outside of it too
-            return torch.empty(numel, dtype=dtype, device="cpu", pin_memory=True)
-    except RuntimeError as error:
-        logger.warning(
-            "No pinned memory for %.1f MiB of an offloaded average, so pageable memory is used, and copies hold up "
-            "training. Look at the limits on locked memory (ulimit -l, the container's). %s",
-            numel * dtype.itemsize / 2**20,
-            error,
-        )
-        return pageable(numel, dtype)
 
 
 def carve(sizes: Sequence[tuple[int, torch.dtype]], empty: Allocate) -> list[Tensor]:

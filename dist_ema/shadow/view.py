@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from dist_ema import kernels
@@ -81,12 +82,13 @@ class View:
         """Sum of (shadow - live)^2 over the averaged elements that this rank ``writes``, by share, in float64."""
         if not self._shadow.started:
             return 0.0
-        total = 0.0
+        totals: dict[torch.device, Tensor] = {}  # so that each device is waited for once
         shadows = self._shadow.tensors(name)
         for share, shadow, source, mine in zip(self._shares, shadows, self.sources, writes, strict=True):
             if mine and share.mode == "average" and shadow is not None:
-                total += float(kernels.squared_distance(shadow, source, share.start, share.stop))
-        return total
+                found = kernels.squared_distance(shadow, source, share.start, share.stop)
+                totals[found.device] = totals.get(found.device, 0) + found
+        return sum(map(float, totals.values()))
 
     def _in_model(self, name: str, index: int) -> bool:
         """Whether an average's elements of a share have changed places with the live ones."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from dist_ema import kernels
 from dist_ema.collectives import FirstFailure, agreed, rank_in
 from dist_ema.errors import EMAStateError
-from dist_ema.sharding.runs import Runs, overlap
+from dist_ema.kernels.streams import read_ahead
+from dist_ema.sharding.runs import Runs, chunks, overlap
 from dist_ema.sharding.shares import Share
 from dist_ema.sharding.writers import FullTensor, is_writer
 from dist_ema.windows import Range, Window, packed
@@ -38,26 +40,36 @@ class LocalValues:
         """Where they lie in the full tensor."""
         return self.share.runs
 
-    def read(self, start: int, stop: int, out: Tensor) -> None:
+    def read(self, start: int, stop: int, out: Tensor, non_blocking: bool = False) -> None:
         """Puts kept elements ``[start, stop)`` into the flat ``out``, converted. Local."""
-        kernels.read(self.values, self.start + start, self.start + stop, out)
+        kernels.read(self.values, self.start + start, self.start + stop, out, non_blocking)
 
     def flat(self) -> Tensor:
         """All of them, flat; a view where they lie together. Local."""
         return self.values.detach().reshape(-1)[self.start : self.start + self.share.numel]
 
-    def chunk(self, start: int, stop: int, scratch: Tensor) -> Tensor:
-        """Kept elements ``[start, stop)``, flat, on the CPU and in the dtype of ``scratch``. Local.
+    def chunks(self, dtype: torch.dtype, limit: int) -> Iterator[tuple[Runs, Tensor]]:
+        """All of them in order, at most ``limit`` at a time, with where they lie: flat, on the CPU, in this dtype.
 
-        They are a view where that is how they lie, and else converted into ``scratch``.
+        They are views where that is how they lie, and else in a buffer, where they are until the next ones are asked
+        for: so they stay in the processor's cache, or come from the device while others are worked on.
         """
-        values = self.values.detach()
-        first, last = self.start + start, self.start + stop
-        lies_there = values.is_cpu and values.numel() >= last and values.is_contiguous()  # else read() finds it
-        if lies_there and values.dtype == scratch.dtype:
-            return values.view(-1)[first:last]  # 1D
-        self.read(start, stop, scratch[: stop - start])
-        return scratch[: stop - start]
+        parts, values = chunks(self.runs, limit), self.values.detach()
+        sizes = [min(limit, self.share.numel - low) for low in range(0, self.share.numel, limit)]
+        if values.is_cuda:
+            yield from zip(parts, read_ahead(sizes, dtype, partial(self.read, non_blocking=True)), strict=True)
+            return
+        last = self.start + self.share.numel
+        lies_there = values.is_cpu and values.dtype == dtype and values.is_contiguous() and values.numel() >= last
+        scratch = None if lies_there else torch.empty(max(sizes, default=0), dtype=dtype)
+        low = 0
+        for part, size in zip(parts, sizes, strict=True):
+            if scratch is None:
+                yield part, values.view(-1)[self.start + low : self.start + low + size]  # 1D
+            else:
+                self.read(low, low + size, scratch[:size])
+                yield part, scratch[:size]
+            low += size
 
 
 def check_readable(held: Iterable[LocalValues]) -> None:

@@ -19,6 +19,11 @@ def peak_growth(function: Callable[[], object]) -> int:
     return max(_resident("VmHWM") - before, 0)
 
 
+def resident() -> int:
+    """Bytes of memory that this process has now."""
+    return _resident("VmRSS")
+
+
 def _resident(field: str) -> int:
     """Bytes of ``VmRSS`` (now) or ``VmHWM`` (peak)."""
     lines = Path("/proc/self/status").read_text().splitlines()

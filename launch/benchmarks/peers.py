@@ -171,7 +171,7 @@ def timm(model: Model) -> Contender:
 
 
 def nemo(model: Model) -> Contender:
-    """NeMo's ema_update: multiply, then add, in the model's dtype. Two passes, each rounded."""
+    """NeMo's ema_update, and DINOv3's: multiply, then add, in the model's dtype. Two passes, each rounded."""
     shadows = [source.clone() for source in weights(model)]
 
     @torch.no_grad()
@@ -219,7 +219,7 @@ def peers(dtype: torch.dtype) -> dict[str, FullTensor]:
         f"the form of torchtitan, DTensors{own}": FullTensor(torchtitan, dtype),
         f"torch AveragedModel{own}": FullTensor(averaged_model, dtype),
         real("ModelEmaV3", "timm", "timm.utils"): FullTensor(timm),
-        f"the form of NeMo, mul and add{own}": FullTensor(nemo, dtype),
+        f"the form of NeMo and DINOv3, mul and add{own}": FullTensor(nemo, dtype),
         real("EMA", "ema-pytorch", "ema_pytorch"): FullTensor(ema_pytorch),
         real("EMAModel", "diffusers", "diffusers.training_utils"): FullTensor(diffusers),
         f"the form of DeepSpeed-Chat{own}": FullTensor(deepspeed_chat, dtype),

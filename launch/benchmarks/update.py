@@ -1,7 +1,8 @@
 """What an update of the average costs, beside what people use today and beside the memory's speed.
 
 One process, one run, everything side by side: the contenders take turns in each round, so that a busy machine is as
-unfair to one as to the other, and the medians are compared. The bound is ``a += w * b`` over the same bytes.
+unfair to one as to the other, and the medians are compared. The bound is ``a += w * b`` over the same bytes, on a GPU a
+copy on the device of as many. There updates are queued and timed by events, and the host's time is said beside.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import os
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 from unittest import mock
@@ -26,6 +27,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from benchmarks.bound import bound
+from benchmarks.clock import QUEUED, synchronize, timed
 from benchmarks.memory import peak_growth
 from benchmarks.peers import DECAY, Contender, FullTensor, Model, package, peers, weights
 from benchmarks.show import cell, print_json, print_table
@@ -119,19 +121,6 @@ def one_process(device: str) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def synchronize(device: str) -> None:
-    if device != "cpu":
-        torch.cuda.synchronize()
-
-
-def timed(function: Callable[[], object], device: str) -> float:
-    synchronize(device)
-    start = time.perf_counter()
-    function()
-    synchronize(device)
-    return time.perf_counter() - start
-
-
 def peak_of_updates(label: str, elements: int, tensors: int, dtype: torch.dtype, device: str) -> int | None:
     """Bytes by which memory grows during updates, past what stays from before the first. None if it cannot be known."""
     with one_process(device):
@@ -153,11 +142,12 @@ def peak_of_updates(label: str, elements: int, tensors: int, dtype: torch.dtype,
 
 @dataclass
 class Row:
-    """One line of the table; times in milliseconds."""
+    """One line of the table; times in milliseconds, ``host_ms`` of the calling thread."""
 
     contender: str
     source: str
     ms: float
+    host_ms: float
     gb_per_s: float
     of_bound: float
     over_ours: float
@@ -204,13 +194,15 @@ def measure(
         total = sum(source.numel() for source in weights(model))
         bounds = {averages: bound(model, averages) for averages in (1, len(THREE))}
         functions = dict(bounds.values()) | {label: contender.update for label, contender in built.items()}
-        times: dict[str, list[float]] = {key: [] for key in functions}
+        times: dict[str, list[tuple[float, float]]] = {key: [] for key in functions}
         for _ in range(repeats + 1):
             for key, function in functions.items():
                 times[key].append(timed(function, device))
         # The first round is left out: memory is touched and scratch made there.
-        medians = {key: statistics.median(values[1:]) for key, values in times.items()}
-        errors = {key: off_by(contender, before, after, repeats + 1) for key, contender in built.items()}
+        medians = {key: statistics.median(taken for taken, _ in values[1:]) for key, values in times.items()}
+        hosts = {key: statistics.median(host for _, host in values[1:]) for key, values in times.items()}
+        made = (repeats + 1) * (1 if device == "cpu" else QUEUED)
+        errors = {key: off_by(contender, before, after, made) for key, contender in built.items()}
     counts = {label: averages for averages, (label, _) in bounds.items()}
     counts |= {label: entry.averages for label, entry in entries.items()}
     rows = []
@@ -222,6 +214,7 @@ def measure(
                 key,
                 name,
                 seconds * 1e3,
+                hosts[key] * 1e3,
                 total * (dtype.itemsize + 2 * shadow.itemsize * counts[key]) / seconds / 1e9,
                 medians[bounds[counts[key]][0]] / seconds,
                 seconds / medians["ShardedEMA"],
@@ -231,7 +224,7 @@ def measure(
         )
     guards = []
     for key in GUARDED:
-        ratios = [a / b for a, b in zip(times[key][1:], times[key + UNGUARDED][1:], strict=True)]
+        ratios = [a / b for (a, _), (b, _) in zip(times[key][1:], times[key + UNGUARDED][1:], strict=True)]
         guards.append(Guard(key, name, statistics.median(ratios) - 1))
     return rows, guards
 
@@ -301,12 +294,13 @@ def run(elements: int, tensors: int, repeats: int, device: str, dtypes: Sequence
         f"load average before {load:.1f}\n"
     )
     print_table(
-        ["contender", "weights", "ms", "GB/s", "of bound", "x ours", "extra MiB", "off by"],
+        ["contender", "weights", "ms", "host ms", "GB/s", "of bound", "x ours", "extra MiB", "off by"],
         [
             [
                 row.contender,
                 row.source,
                 cell(row.ms, ".2f"),
+                cell(row.host_ms, ".2f"),
                 cell(row.gb_per_s, ".1f"),
                 cell(row.of_bound, ".2f"),
                 cell(row.over_ours, ".2f"),

@@ -51,9 +51,12 @@ class Wrapped:
 
 @contextmanager
 def process_group() -> Iterator[torch.device]:
-    """This process's device, within the process group: the caller's, torchrun's, or one of a single process."""
-    cuda = torch.cuda.is_available()
+    """This process's device, within the process group: the caller's, torchrun's, or one of a single process.
+
+    A GPU, if there is one; the CPU in a caller's group that has no backend for GPUs but gloo.
+    """
     ours = not dist.is_initialized()
+    cuda = torch.cuda.is_available() and (ours or "nccl" in str(dist.get_backend_config()))
     if ours and "RANK" not in os.environ:  # plain ``python launch/train.py``; port 0 is any free one
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
@@ -100,7 +103,7 @@ def wrap(options: Options, device: torch.device, universal: bool = False) -> Wra
     """
     gpt = plain(options, device)
     if options.engine.startswith("zero"):
-        return _deepspeed(gpt, options, universal)
+        return _deepspeed(gpt, options, universal, device)
     data_rank, data_size = dist.get_rank(), dist.get_world_size()
     model: nn.Module = gpt
     if options.engine == "ddp":
@@ -218,8 +221,8 @@ def _parallelize(model: GPT, mesh: DeviceMesh) -> None:
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
 
 
-def _deepspeed(model: nn.Module, options: Options, universal: bool) -> Wrapped:
-    cpu = not torch.cuda.is_available()
+def _deepspeed(model: nn.Module, options: Options, universal: bool, device: torch.device) -> Wrapped:
+    cpu = device.type == "cpu"
     if cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it found no other
     import deepspeed

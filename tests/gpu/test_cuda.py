@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,10 +16,15 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from dist_ema import ShardedEMA, kernels
+from dist_ema.errors import EMAStateError
 from dist_ema.kernels import cuda
+from dist_ema.kernels.fingerprint import Part, device_digest, partial_digest
+from dist_ema.kernels.rounding import ElementPositions, Rounding, average_key
+from dist_ema.sharding.runs import Rows, whole
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -40,6 +46,11 @@ def _wrap(kind: str) -> nn.Module:
         return FSDP(model, use_orig_params=True, device_id=0)
     if kind == "fsdp2":
         return fully_shard(model, mesh=init_device_mesh("cuda", (1,)))
+    if kind == "hsdp":
+        return fully_shard(model, mesh=init_device_mesh("cuda", (1, 1)))
+    if kind == "tp":
+        plan = {name: ColwiseParallel() for name, part in model.named_modules() if isinstance(part, nn.Linear)}
+        return parallelize_module(model, init_device_mesh("cuda", (1,)), plan)
     return model
 
 
@@ -120,6 +131,63 @@ def test_triton_kernel_gives_the_eager_route_to_one_unit(dtype: torch.dtype, gua
                 assert bool(((a - b).abs() <= unit).all()), weights
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("offset", [0, 1])
+def test_rounded_shadows_have_the_bits_of_the_eager_route(dtype: torch.dtype, offset: int) -> None:
+    """Whole tensors, columns and odd runs, positions past 2**32, sources at any address, two averages, NaN and Inf."""
+    kernel = cuda.choice()
+    assert kernel is not None
+    torch.manual_seed(0)
+    runs = [
+        ((5, 300_001),),
+        Rows(start=2**32 - 90_000, length=37, step=100, number=5_000),
+        ((2**40, 1), (2**40 + 9, 70)),
+    ]
+    sizes = [sum(length for _, length in found) for found in runs]
+    rounding = Rounding(ElementPositions(list("abc"), runs), [average_key(7, 3, name) for name in "xy"])
+    sources = [torch.randn(size + offset, device="cuda").to(dtype)[offset:] for size in sizes]
+    for source in sources:
+        source[::97], source[5::1009] = float("nan"), float("inf")
+    averages = [[torch.randn(size, device="cuda").bfloat16() for size in sizes] for _ in range(2)]
+    results = []
+    for chosen in (kernel, None):
+        copies = [[shadow.clone() for shadow in average] for average in averages]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cuda, "_decided", [chosen])
+            given = copies, sources, [(0, size) for size in sizes], [1e-3, 0.7], kernels.Scratch()
+            kernels.lerp(*given, kernels.Guard(), rounding)
+        results.append(copies)
+    for first, second in zip(*results, strict=True):
+        assert all(torch.equal(a.view(torch.int16), b.view(torch.int16)) for a, b in zip(first, second, strict=True))
+
+
+def test_a_bf16_average_is_not_captured_into_a_graph() -> None:
+    """Replays would repeat one update's random bits."""
+    model = nn.Linear(300, 300).cuda()
+    ema = ShardedEMA(model, decay=0.5, dtype=torch.bfloat16)
+    for _ in range(2):
+        ema.update()
+    with pytest.raises(EMAStateError, match="cannot be captured"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        ema.update()
+    ema.update()
+    assert ema.num_updates == 3
+
+
+def test_fingerprints_are_those_of_the_host_and_wait_once() -> None:
+    """A wait for each block of 65,536 elements took longer than a training step."""
+    model = nn.Sequential(*(nn.Linear(300, 500) for _ in range(20))).cuda()
+    ema = ShardedEMA(model, decay=0.5)
+    ema.update()
+    parts = [Part(value, whole(value.numel())) for value in model.state_dict().values()]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        sums = [device_digest(part) for part in parts]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    host = [partial_digest(part.values.cpu(), part.runs) for part in parts]
+    assert [int(one) % 2**64 for one in sums] == host == list(ema.fingerprint().values())
+
+
 def test_update_can_be_captured_into_a_graph() -> None:
     """Whole training steps are captured; what waits for the device would end the capture."""
     model = nn.Linear(300, 300).cuda()
@@ -149,7 +217,7 @@ def test_update_needs_no_device_memory_of_the_models_size() -> None:
 
 
 @pytest.mark.usefixtures("nccl")
-@pytest.mark.parametrize("kind", ["plain", "ddp", "fsdp1", "fsdp2"])
+@pytest.mark.parametrize("kind", ["plain", "ddp", "fsdp1", "fsdp2", "hsdp", "tp"])
 def test_evaluation_export_and_checkpoint_through_nccl(kind: str, tmp_path: Path) -> None:
     """NCCL sends no CPU tensor, and every gathering call has to know that."""
     model = _wrap(kind)
@@ -181,3 +249,37 @@ def test_evaluation_export_and_checkpoint_through_nccl(kind: str, tmp_path: Path
     ema.load(tmp_path / "checkpoint")
     assert ema.fingerprint() == before
     ema.close()
+
+
+def _of_two(rank: int, port: int, folder: str) -> None:
+    """One of two processes on one GPU, whose tensors gloo sends through the host: NCCL refuses two on one."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
+    dist.init_process_group("gloo")
+    model = fully_shard(build(scalar=False).cuda(), mesh=init_device_mesh("cuda", (2,)))
+    ema = ShardedEMA(model, decay=0.5)
+    ema.update()
+    _train(model)
+    ema.update()
+    plain = {
+        name: value.double() + 0.5 for name, value in build(scalar=False).named_parameters() if value.requires_grad
+    }
+    full = ema.full_state_dict()
+    if rank == 0:
+        for name, value in plain.items():
+            torch.testing.assert_close(full[name].double(), value, rtol=0, atol=1e-6)
+    digest = ema.fingerprint()
+    ema.save(Path(folder) / "checkpoint")
+    ema.reset()
+    ema.load(Path(folder) / "checkpoint")
+    assert ema.fingerprint() == digest
+    with ema.average_parameters():
+        model(batch(0).cuda())
+    dist.destroy_process_group()
+
+
+def test_two_processes_on_one_gpu(tmp_path: Path) -> None:
+    """Shards that differ, which one process does not have."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_of_two, (port, str(tmp_path)), nprocs=2)

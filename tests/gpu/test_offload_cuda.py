@@ -30,7 +30,7 @@ def _offloaded(late: str, dtype: torch.dtype) -> tuple[dict[str, int], dict[str,
 
     def late_copy(link: CudaLink, takes: Sequence[Any]) -> None:
         if late == "copies":
-            with torch.cuda.stream(link._stream):
+            with link._stream.inside():
                 torch.cuda._sleep(CYCLES)
         copy(link, takes)
 

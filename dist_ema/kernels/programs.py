@@ -1,0 +1,110 @@
+"""The table of a GPU kernel's programs: which elements of which tensor each of them has. Pure; on the host.
+
+For bf16 shadows a program also has to know where its elements lie in the full tensor, since the random bits depend on
+it. A chunk of a column shard reaches over many runs of one length at equal distances. So a program has the first run
+and that distance, and finds the others by arithmetic; a program a run would be thousands that have little to do. No
+chunk reaches over a multiple of 2**32, so that the upper halves of all its positions are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dist_ema.kernels.rounding import ElementPositions
+
+#: Elements of one program. Small enough that a few large tensors keep every processor of a GPU busy.
+CHUNK = 1 << 14
+#: Of each program of bf16 shadows: the row of its tensor; its first element in the shadow, and how many it has; the
+#: position in the full tensor where its first run begins, and how many elements of that run come before its own; the
+#: length of all its runs, and the distance from one to the next; multiplier and shift of a division by the length:
+#: ``i // length == i * multiplier >> 32 >> shift``. Of a program with one run the multiplier is 0.
+COLUMNS = ("row", "low", "count", "position", "before", "length", "step", "multiplier", "shift")
+#: Lengths that the division serves for; ``i`` is below twice that.
+_SHORT = 1 << 30
+_PAGE = 32  # bits
+
+
+def even(numels: Sequence[int]) -> Tensor:
+    """Each tensor, cut into equal parts: its row, and the first element of the part. int64, (programs, 2)."""
+    with torch.inference_mode(False):
+        parts = (torch.tensor(numels, dtype=torch.int64, device="cpu") + CHUNK - 1) // CHUNK
+        owners = torch.repeat_interleave(torch.arange(len(numels), device="cpu"), parts)
+        firsts = torch.cumsum(parts, 0) - parts
+        lows = (torch.arange(len(owners), device="cpu") - firsts[owners]) * CHUNK
+        return torch.stack([owners, lows], dim=1)
+
+
+def placed(positions: ElementPositions, numels: Mapping[int, int]) -> Tensor:
+    """As :func:`even`, with the positions of the elements. int64, (programs, ``COLUMNS``).
+
+    Args:
+        positions: of the elements of all tensors.
+        numels: elements of each tensor that is wanted, by its number; their order is that of the rows.
+    """
+    chunks = [
+        (row, *chunk)
+        for row, (index, numel) in enumerate(numels.items())
+        for chunk in _chunks(*positions.of_tensor(index), numel)
+    ]
+    with torch.inference_mode(False):
+        return torch.tensor(chunks, dtype=torch.int64, device="cpu").view(-1, len(COLUMNS))
+
+
+def has_rows(chunks: Tensor) -> bool:
+    """Whether a program has several runs."""
+    return bool(chunks[:, COLUMNS.index("multiplier")].any())
+
+
+def _chunks(local: Sequence[int], full: Sequence[int], numel: int) -> Iterator[tuple[int, ...]]:
+    """All columns but the row, for a tensor whose runs begin at these elements of the shadow and of the full tensor."""
+    grid = _grid(local, full, numel)
+    for low in range(0, numel, CHUNK):
+        high = min(low + CHUNK, numel)
+        row = _in_rows(low, high, *grid) if grid is not None else None
+        if row is not None:
+            yield row
+        else:
+            yield from _by_run(low, high, local, full, numel)
+
+
+def _grid(local: Sequence[int], full: Sequence[int], numel: int) -> tuple[int, int, int, int] | None:
+    """``(start, before, length, step)`` of runs of one length at equal distances, the first of which may lack elements
+    ``before`` its own, and the last one some at its end; None if they are no such runs."""
+    if len(local) < 2:
+        return None
+    begins = np.array(full)
+    lengths = np.diff(np.append(np.asarray(local), numel))
+    length = int(lengths.max())
+    before = length - int(lengths[0])
+    begins[0] -= before
+    steps = np.diff(begins)
+    regular = (lengths[1:-1] == length).all() and (steps == steps[0]).all()
+    return (int(begins[0]), before, length, int(steps[0])) if regular and 1 < length < _SHORT else None
+
+
+def _in_rows(low: int, high: int, start: int, before: int, length: int, step: int) -> tuple[int, ...] | None:
+    """The chunk of elements ``[low, high)``; None if it has one run only, or reaches over a multiple of 2**32."""
+    (first, skipped), (last, inside) = divmod(before + low, length), divmod(before + high - 1, length)
+    position = start + first * step
+    if first == last or position >> _PAGE != (start + last * step + inside) >> _PAGE:
+        return None
+    shift = (length - 1).bit_length()
+    multiplier = -(-(1 << 31 + shift) // length)  # Granlund, Montgomery, "Division by invariant integers", 1994
+    return low, high - low, position, skipped, length, step, multiplier, shift - 1
+
+
+def _by_run(low: int, high: int, local: Sequence[int], full: Sequence[int], numel: int) -> Iterator[tuple[int, ...]]:
+    """A chunk for each run of elements ``[low, high)``, cut at multiples of 2**32."""
+    run = int(np.searchsorted(np.asarray(local), low, "right")) - 1
+    while low < high:
+        end = min(local[run + 1] if run + 1 < len(local) else numel, high)
+        while low < end:
+            position = full[run] + low - local[run]
+            stop = min(end, low + (((position >> _PAGE) + 1) << _PAGE) - position)
+            yield low, stop - low, position, 0, 0, 0, 0, 0
+            low = stop
+        run += 1
