@@ -14,6 +14,7 @@ from torch import Tensor
 from dist_ema import kernels
 from dist_ema.engines.counterpart import Counterpart
 from dist_ema.errors import EMAStateError
+from dist_ema.kernels.copies import Copies
 from dist_ema.shadow.device import Shadow
 from dist_ema.sharding.shares import Share
 
@@ -74,10 +75,10 @@ class TeacherShadow(Shadow):
             super().allocate(sources)
 
     def update(self, sources: Sequence[Tensor], weights: Sequence[float], number: int) -> None:
-        """See :meth:`Shadow.update`."""
+        """See :meth:`Shadow.update`; the same pass writes what does not lie in the teacher."""
         self._find()
         super().update(sources, weights, number)
-        self.hand_on()
+        self._hand_on_buffers()
 
     def fill(self, sources: Sequence[Tensor]) -> None:
         """See :meth:`Shadow.fill`."""
@@ -96,10 +97,16 @@ class TeacherShadow(Shadow):
 
     def hand_on(self) -> None:
         """Writes into the teacher what does not lie there. Local."""
-        if self._installed and self._own:
-            values = self._by_share()
-            for index in sorted(self._own):
-                kernels.write(self._tensors[index], 0, self._shares[index].numel, values[index])
+        if self._installed and self.started and self._copies is not None:
+            (average,) = self._averages.values()
+            kernels.write_copies(average, self._copies, range(len(average)))
+        self._hand_on_buffers()
+
+    def _hand_on_buffers(self) -> None:
+        if self._installed and self.started:
+            for index, buffer in zip(self._copied, self._buffers, strict=True):
+                if index in self._own:
+                    kernels.write(self._tensors[index], 0, self._shares[index].numel, buffer)
 
     def nbytes(self) -> dict[torch.device, int]:
         """See :meth:`Shadow.nbytes`; without the teacher's own memory."""
@@ -177,4 +184,6 @@ class TeacherShadow(Shadow):
         }
         self._averages = {name: [views[index] for index in self._averaged] for name in self._names}
         self._buffers = [views[index] for index in self._copied]
+        written = [tensors[index] if index in self._own else None for index in self._averaged]
+        self._copies = Copies(written) if self._own.intersection(self._averaged) else None
         self._tensors, self._addresses, self._spans = tensors, list(map(Tensor.data_ptr, tensors)), None
