@@ -74,6 +74,7 @@ def update_bn(
             shadow = shadows[key]
             if shadow is not None:
                 shadow.copy_(value.reshape(-1))
+        ema._shadow.hand_on()
         ema._condition.broken = None
 
 

@@ -47,6 +47,7 @@ from dist_ema.shadow.device import Shadow
 from dist_ema.shadow.host import HostShadow, wait_for_reads
 from dist_ema.shadow.memory_report import memory_report, summary
 from dist_ema.shadow.swap import Swap, Visit
+from dist_ema.shadow.teacher import Teacher, counterpart
 from dist_ema.shadow.view import View
 from dist_ema.sharding.gather import LocalValues, check_readable, full_tensors
 from dist_ema.sharding.resharding import check_same_model, move
@@ -103,6 +104,16 @@ class ShardedEMA:
             its own.
         group: the ranks that hold this model, where they are a part of the world: all collective calls are among them,
             and what is said of rank 0 is said of the first of them. None means all ranks.
+        into: a second model, the teacher, whose weights are the average: it computes at any time between two steps. Of
+            any wrapper (of DeepSpeed also a ZeRO-3 engine without optimizer), if each rank holds the same elements of
+            the same names there. Where its tensors have the shadow's dtype they are the shadow, without a copy; a bf16
+            teacher is written from the fp32 shadow by each update. It must not train, has one average, and keeps what
+            the user put there until the first update copies the weights (at once:
+            ``ema.update(batches=0, due=True)``). Its frozen and excluded weights are the user's. Replicas then each
+            average all, whatever ``shard_replicas`` says, so ``update()`` stays local. With it, construction is
+            collective.
+        rename: what the teacher's names are, as regular expressions and their replacements (``re.sub``), one after the
+            other: ``{r"^backbone[.]": ""}``.
 
     Raises:
         EMAConfigError: an option is wrong.
@@ -146,6 +157,8 @@ class ShardedEMA:
         skip_nonfinite: bool = True,
         seed: int = 0,
         group: dist.ProcessGroup | None = None,
+        into: object = None,
+        rename: Mapping[str, str] | None = None,
     ) -> None:
         self._options = Options.parse(
             decay=decay,
@@ -165,6 +178,8 @@ class ShardedEMA:
             buffers=buffers,
             skip_nonfinite=skip_nonfinite,
             seed=seed,
+            into=into,
+            rename=rename,
         )
         self._group = group
         self._engine = detect_in(target, group)
@@ -173,7 +188,10 @@ class ShardedEMA:
         self._warned = False
         self._attached: Attached | None = None
         self._background = Background()
-        self._plan(Progress())
+        self._teacher: Teacher | None = None
+        with nullcontext() if into is None else agreed(self._engine.group, "ShardedEMA(into=...)"):
+            self._teacher = None if into is None else Teacher(target, into, self._options, group)
+            self._plan(Progress())
 
     # Averaging: local.
 
@@ -279,6 +297,8 @@ class ShardedEMA:
                 optimizers may be attached so. Under DeepSpeed it is called after micro-steps too, on which ``update()``
                 does nothing.
         """
+        if self._teacher is not None:
+            self._teacher.check_optimizer(optimizer)
         if call is not None:
             return self._engine.attach(optimizer, call)
         others = self._options.units() - {"ba"}
@@ -323,12 +343,14 @@ class ShardedEMA:
                 f"nothing to average: the model has {trained} trained of {len(specs)} parameters and buffers, and "
                 "include and exclude leave none of them"
             )
+        shadow = self._new_shadow(shares=shares)
         self._condition.broken = "reset()"
         self._shares = shares
         self._warn_if_coarse()
         self._warned = False
         self._track = Track(self._options, clock)
-        self._shadow = self._new_shadow()
+        self._shadow = shadow
+        shadow.install()
         self._skipped_before = 0  # of a run that was resumed; counted by rank 0
         self._known: list[FullTensor] | None = None  # every full tensor, once all ranks have told each other
         self._condition.broken = None
@@ -385,10 +407,13 @@ class ShardedEMA:
         old, self._shadow = self._shadow, shadow
         if old is not shadow:
             old.discard()
+        shadow.install()
 
     def _new_shadow(self, saved_seed: int | None = None, shares: Sequence[Share] | None = None) -> Shadow:
         options, seed = self._options, self._seed(saved_seed)
         shares = self._shares if shares is None else shares
+        if self._teacher is not None:
+            return self._teacher.shadow(options.schedules, shares, options.skip_nonfinite, seed)
         if options.offload:
             return HostShadow(options.schedules, shares, options.skip_nonfinite, options.offload_threads, seed)
         return Shadow(options.schedules, shares, options.skip_nonfinite, seed)
@@ -490,7 +515,8 @@ class ShardedEMA:
             visit.name = self._name(name)
             shadows = self._shadow.tensors(visit.name) if started else [None] * len(self._shares)
             wait = self._background.wait_until_read
-            swap = Swap(self._engine, self._shares, shadows, self._shadow.scratch, visit, wait)
+            fixed = self._shadow.fixed
+            swap = Swap(self._engine, self._shares, shadows, self._shadow.scratch, visit, wait, fixed)
             swap.prepare(keep and started)
         if together:
             swap.entries = self._full_tensors()
@@ -498,13 +524,23 @@ class ShardedEMA:
         wait_for_reads()
         return swap if started else None
 
-    def copy_to(self, name: str | None = None) -> None:
+    def copy_to(self, name: str | None = None, *, into: object = None) -> None:
         """Writes the average into the live model for good, and into fp32 masters where the engine has them.
 
         Collective as ``average_parameters``. Raises as it does. Does nothing before the first update. An interrupt is
         raised when all is written.
+
+        Args:
+            name: which average; None means the only one.
+            into: another model in place of the live one, sharded as this one is and named so (after ``rename``): a
+                reference policy, a third teacher. What is averaged or copied is written, and before the first update
+                that is what the live model has; frozen and excluded weights stay what they are. It may train. With it
+                the call is collective, and raises EMAEngineError, on every rank, for a model that does not fit.
         """
         self._quiesce()
+        if into is not None:
+            self._copy_into(name, into)
+            return
         visit = Visit("", "copy_to()")
         with Uninterrupted():
             try:
@@ -514,6 +550,21 @@ class ShardedEMA:
                         swap.copy()
             finally:
                 self._condition.end(visit)
+
+    def _copy_into(self, name: str | None, into: object) -> None:
+        operation = "copy_to(into=...)"
+        visit = Visit("", operation, weights="the weights of the model that was given as into=")
+        with answering(operation), Uninterrupted():
+            with self._begun(self._call(operation, name=name)):
+                view = self._view(operation, inside=False)
+                visit.name = self._name(name)
+                other = counterpart(self._engine, into, self._shares, self._options, self._group)
+                values = view.whole_average(visit.name)
+                copying = Swap(other, self._shares, values, self._shadow.scratch, visit)
+                copying.prepare(keep=False)
+            copying.entries = self._full_tensors()
+            wait_for_reads()
+            copying.copy()
 
     # Full tensors: collective.
 

@@ -38,6 +38,8 @@ class Options:
         offload: keep shadows in host memory, up to date by a thread.
         offload_threads: how many threads that one computes with; None means a quarter of the caller's.
         seed: of stochastic rounding, for bf16 shadows; None for those of other dtypes.
+        into: whether a teacher holds the average; then no shadow is spread over replicas.
+        rename: patterns and what replaces them, in this order, to get a teacher's names.
 
     >>> options = Options.parse(decay=0.999, exclude="bias$", ema_start="0.1dur", max_duration="3ep")
     >>> options.selects("layer.weight"), options.selects("layer.bias"), sorted(options.units())
@@ -56,6 +58,8 @@ class Options:
     offload: bool
     offload_threads: int | None
     seed: int | None
+    into: bool = False
+    rename: tuple[tuple[re.Pattern[str], str], ...] = ()
 
     @classmethod
     def parse(
@@ -78,6 +82,8 @@ class Options:
         buffers: object = "copy",
         skip_nonfinite: object = True,
         seed: object = 0,
+        into: object = None,
+        rename: object = None,
     ) -> Options:
         """Checks every option; defaults are those of ShardedEMA.
 
@@ -90,15 +96,17 @@ class Options:
             raise EMAConfigError(f"offload={offload!r}: allowed are None and 'cpu'")
         if buffers not in _BUFFERS:
             raise EMAConfigError(f"buffers={buffers!r}: allowed are {', '.join(map(repr, _BUFFERS))}")
+        schedules = {
+            name: given.resolve(duration)
+            for name, given in _schedules(decay, half_life, smoothing, schedule, averages).items()
+        }
+        _check_into(into, offload, schedules)
         return cls(
-            {
-                name: given.resolve(duration)
-                for name, given in _schedules(decay, half_life, smoothing, schedule, averages).items()
-            },
+            schedules,
             Time.parse(update_interval, option="update_interval").resolve(duration, option="update_interval"),
             Time.parse(ema_start, option="ema_start", positive=False).resolve(duration, option="ema_start"),
             _dtype(dtype),
-            _flag("shard_replicas", shard_replicas),
+            _flag("shard_replicas", shard_replicas) and into is None,  # every rank's teacher is whole
             _patterns("include", include),
             _patterns("exclude", exclude),
             str(buffers),
@@ -106,6 +114,8 @@ class Options:
             offload is not None,
             _threads(offload_threads, offload),
             _seed(seed, dtype),
+            into is not None,
+            _renames(rename),
         )
 
     @classmethod
@@ -118,10 +128,17 @@ class Options:
         included = not self.include or any(pattern.search(name) for pattern in self.include)
         return included and not any(pattern.search(name) for pattern in self.exclude)
 
+    def renamed(self, name: str) -> str:
+        """What a teacher calls the tensor ``name``."""
+        for pattern, replacement in self.rename:
+            name = pattern.sub(replacement, name)
+        return name
+
     def check_patterns(self, names: Iterable[str]) -> None:
         """Raises EMAConfigError if a pattern matches none of ``names``: it is most likely misspelt."""
         known = list(names)
-        for option, patterns in (("include", self.include), ("exclude", self.exclude)):
+        rename = [pattern for pattern, _ in self.rename]
+        for option, patterns in (("include", self.include), ("exclude", self.exclude), ("rename", rename)):
             for pattern in patterns:
                 if not any(pattern.search(name) for name in known):
                     shown = ", ".join(known[:5]) + (", ..." if len(known) > 5 else "")
@@ -140,6 +157,8 @@ class Options:
             "buffers": repr(self.buffers),
             "skip_nonfinite": repr(self.skip_nonfinite),
             "seed": repr(self.seed),
+            "into": repr(self.into),
+            "rename": repr({pattern.pattern: replacement for pattern, replacement in self.rename}),
         }
 
     def units(self) -> set[str]:
@@ -253,6 +272,38 @@ def _patterns(option: str, value: object) -> tuple[re.Pattern[str], ...]:
     if not patterns:
         raise EMAConfigError(f"{option}={value!r}: the list is empty; leave the option out to take every name")
     return tuple(patterns)
+
+
+def _check_into(into: object, offload: object, schedules: Mapping[str, Schedule]) -> None:
+    """Raises EMAConfigError for what cannot be had with a teacher."""
+    if into is None:
+        return
+    if offload is not None:
+        raise EMAConfigError(
+            f"offload={offload!r}: with into= the teacher holds the average, so it cannot lie in host memory; give one "
+            "of the two, or keep the teacher itself there"
+        )
+    if len(schedules) > 1:
+        raise EMAConfigError(
+            f"averages={sorted(schedules)}: into= takes one average, since a teacher has one set of weights. Make a "
+            "ShardedEMA for each teacher"
+        )
+
+
+def _renames(value: object) -> tuple[tuple[re.Pattern[str], str], ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, Mapping) or not all(isinstance(found, str) for found in value.values()):
+        raise EMAConfigError(f"rename={value!r}: allowed is a dict of regular expressions to what replaces them")
+    renames = []
+    for pattern, replacement in value.items():
+        (compiled,) = _patterns("rename", pattern)
+        try:
+            compiled.sub(replacement, "")  # which reads the replacement, whether or not it matches
+        except (re.error, IndexError) as error:
+            raise EMAConfigError(f"rename={value!r}: {replacement!r} is no replacement: {error}") from error
+        renames.append((compiled, replacement))
+    return tuple(renames)
 
 
 def check_cast(dtype: object) -> None:

@@ -2,6 +2,7 @@
 
     python launch/benchmark.py update
     python launch/benchmark.py update --elements 20000000 --dtype bf16 --device cuda --json
+    python launch/benchmark.py teacher
     python launch/benchmark.py checkpoint --ranks 2
 
 Options that are lists are given once for each entry. Needs nothing beside the library; ``.[peers]`` brings more rows.
@@ -70,6 +71,24 @@ def update(
     if device == Device.cuda and not torch.cuda.is_available():
         raise typer.BadParameter("cuda: this torch sees no CUDA device", param_hint="--device")
     run(elements, tensors, repeats, device.value, [each.value for each in dtype], as_json)
+
+
+@app.command()
+def teacher(
+    elements: Annotated[int, typer.Option(min=1, help="Parameters in all.")] = 50_000_000,
+    tensors: Annotated[int, typer.Option(min=1, help="In how many tensors.")] = 400,
+    repeats: Repeats = 7,
+    device: Device = Device.cpu,
+    as_json: AsJSON = False,
+) -> None:
+    """Time of an update into a teacher, beside what is written by hand."""
+    import torch
+
+    from benchmarks.teacher import run
+
+    if device == Device.cuda and not torch.cuda.is_available():
+        raise typer.BadParameter("cuda: this torch sees no CUDA device", param_hint="--device")
+    run(elements, tensors, repeats, device.value, as_json)
 
 
 @app.command()

@@ -16,6 +16,7 @@ SCRIPT = Path(__file__).parent.parent / "launch" / "benchmark.py"
 sys.path.insert(0, str(SCRIPT.parent))
 
 import benchmark  # noqa: E402
+from benchmarks import teacher  # noqa: E402
 from benchmarks.peers import Model, peers, weights  # noqa: E402
 from benchmarks.update import measure, off_by, train  # noqa: E402
 
@@ -59,6 +60,20 @@ def test_every_contender_is_in_the_table(rows: list[dict[str, object]], dtype: s
     others = ("torchtitan", "AveragedModel", "diffusers", "ema-pytorch", "timm", "NeMo", "DeepSpeed-Chat", "Composer")
     for part in (*parts, *others):
         assert any(part in name for name in names), (part, names)
+
+
+@pytest.mark.parametrize(("layout", "dtype"), [("plain", "fp32"), ("FSDP2", "bf16")])
+def test_teachers_are_measured_beside_what_is_written_by_hand(layout: str, dtype: str) -> None:
+    """All of them average the same weights: an fp32 teacher is the float64 average, a bf16 one to its last bit."""
+    rows = {row.contender: row for row in teacher.measure(3000, 7, 1, "cpu", layout, dtype)}
+    assert len(rows) == 5
+    for part in (teacher.OURS, "DINOv3", "TRL", "compute_ema", "bound"):
+        (name,) = (name for name in rows if part in name)
+        off = rows[name].off_by
+        assert (off is None) == (part == "bound")
+        if off is not None and (dtype == "fp32" or part == teacher.OURS):
+            assert off < {"fp32": 1e-4, "bf16": 2}[dtype], name
+    assert rows[teacher.OURS].over_ours == 1
 
 
 def test_three_averages_are_held_against_the_bound_of_three(rows: list[dict[str, object]]) -> None:

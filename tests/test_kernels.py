@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from dist_ema import ShardedEMA, kernels
 from dist_ema.errors import EMAConfigError
 from dist_ema.kernels import compiler, cpu, native
+from dist_ema.kernels.copies import Copies
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: 65,536 elements are a thread's chunk, 512 go through all averages at a time.
@@ -554,3 +555,27 @@ def test_pieces_of_empty_and_scalar_tensors() -> None:
     assert list(kernels.pieces(torch.zeros(0, 3), 0, 0, 8)) == []
     ((offset, piece),) = kernels.pieces(torch.tensor(3.0), 0, 1, 8)
     assert (offset, piece.item()) == (0, 3.0)
+
+
+@pytest.mark.parametrize("route", ["compiled", "eager"])
+def test_copies_hold_the_average_in_their_dtype(
+    route: str, kernel: native.Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bf16 teacher in the same pass; other dtypes and layouts, a tensor without a copy, and NaN sources besides."""
+    monkeypatch.setattr(native, "_decided", [kernel if route == "compiled" else None])
+    torch.manual_seed(0)
+    sizes = [70_001, 0, 1, 700, 512, 1025]
+    sources = [torch.randn(size) for size in sizes]
+    sources[0][5], sources[3][-1] = float("nan"), float("inf")
+    sources[4] = sources[4].double()  # which the kernel does not take
+    shadows = [[torch.randn(size) for size in sizes] for _ in range(2)]
+    tensors = [torch.zeros(size, dtype=torch.bfloat16) for size in sizes]
+    tensors[2] = tensors[2].half()
+    tensors[3] = torch.zeros(20, 35, dtype=torch.bfloat16).t()
+    tensors[5] = torch.zeros(1026, dtype=torch.bfloat16)[1:]  # at no multiple of four bytes
+    copies = Copies([*tensors[:1], None, *tensors[2:]])
+    for _ in range(2):
+        ranges = [(0, size) for size in sizes]
+        kernels.lerp(shadows, sources, ranges, [0.3, 0.7], kernels.Scratch(), kernels.Guard(), None, copies)
+        for number, (tensor, shadow) in enumerate(zip(tensors, shadows[0], strict=True)):
+            assert torch.equal(tensor.reshape(-1), shadow.to(tensor.dtype)), number

@@ -46,13 +46,15 @@ def detect(target: object) -> Engine:
     return _detect_module(target)
 
 
-def detect_in(target: object, group: object) -> Engine:
+def detect_in(target: object, group: object, *, trains: bool = True) -> Engine:
     """The engine for a model that the ranks of ``group`` hold; None means all ranks. Local.
+
+    One that is not to be trained (``trains=False``) may be a DeepSpeed engine of ZeRO-3 without an optimizer.
 
     Raises EMAConfigError for what is no group of this rank's, and EMAEngineError for a model that is spread over ranks
     outside of it.
     """
-    engine = detect(target)
+    engine = detect(target) if trains else _detect_untrained(target)
     if group is None:
         return engine
     if not isinstance(group, dist.ProcessGroup):
@@ -70,6 +72,16 @@ def detect_in(target: object, group: object) -> Engine:
         )
     engine.group = group
     return engine
+
+
+def _detect_untrained(target: object) -> Engine:
+    target = unwrap_module(target)
+    if isinstance(target, loaded("deepspeed", "DeepSpeedEngine")):
+        from dist_ema.engines.zero_untrained import UntrainedZeroEngine, is_untrained
+
+        if is_untrained(target):
+            return UntrainedZeroEngine(target)
+    return detect(target)
 
 
 def _detect_module(model: nn.Module) -> Engine:

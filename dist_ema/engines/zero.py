@@ -18,7 +18,7 @@ from dist_ema.engines.base import Engine, RemovableHandle
 from dist_ema.engines.names import Binding, Slot
 from dist_ema.engines.wrappers import is_training_step
 from dist_ema.engines.zero_groups import Groups
-from dist_ema.engines.zero_masters import MasterSlice, find_masters, stage3_runs, stage3_shard
+from dist_ema.engines.zero_masters import Masters, MasterSlice, find_masters, stage3_runs, stage3_shard
 from dist_ema.errors import EMAConfigError, EMAEngineError
 from dist_ema.sharding.runs import whole
 from dist_ema.sharding.spec import TensorSpec
@@ -34,12 +34,14 @@ class ZeroEngine(Engine):
     (ZenFlow, SuperOffload, MiCS), offload to NVMe, tensor parallelism, AutoEP.
     """
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: Any, masters: Masters | None = None) -> None:
         # DeepSpeedEngine's attributes as read in deepspeed 0.19.8, runtime/engine.py.
         self.group = dist.group.WORLD
         self._engine = engine
         self._groups = Groups(engine)
-        self._masters = find_masters(engine.optimizer, int(engine.zero_optimization_stage()))
+        if masters is None:
+            masters = find_masters(engine.optimizer, int(engine.zero_optimization_stage()))
+        self._masters = masters
         for group in self._masters.partition_groups():
             self._groups.check(group, engine.optimizer)
         self.publish_is_collective = not self._masters.replicated

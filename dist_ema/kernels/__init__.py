@@ -8,12 +8,13 @@ the number of averages.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from dist_ema.kernels import cpu, cuda
+from dist_ema.kernels.copies import Copies
 from dist_ema.kernels.rounding import ElementPositions, Rounding
 
 #: Elements at a time: 1 MiB of fp32, which stays in the cache. On an accelerator a launch has to be worth its cost.
@@ -142,6 +143,7 @@ def lerp(
     scratch: Scratch,
     guard: Guard | None,
     rounding: Rounding | None = None,
+    copies: Copies | None = None,
 ) -> None:
     """``shadow += weight * (source - shadow)``, in the shadow's dtype, for every average and tensor. Local.
 
@@ -157,6 +159,8 @@ def lerp(
         guard: leaves shadow elements of NaN and Inf sources as they were; None takes sources as they are. A shadow
             element that is itself not finite (its first source was not) takes the first finite source.
         rounding: of this update of these tensors; None where shadows are not rounded stochastically.
+        copies: what the first average is also written to, rounded to nearest; in the same pass where that is bf16 on
+            the CPU, and shadows are fp32.
 
     Raises:
         EMAConfigError: ``DIST_EMA_KERNEL`` asks for what is not there.
@@ -168,16 +172,31 @@ def lerp(
         cuda.refuse_capture(sources)
     scratch.touched = True
     on_host, on_device = scratch.tables(None if rounding is None else rounding.positions)
-    skipped, left = cpu.lerp(averages, sources, ranges, weights, on_host, guard is not None, rounding)
+    beside = copies if rounding is None else None
+    skipped, left = cpu.lerp(averages, sources, ranges, weights, on_host, guard is not None, rounding, beside)
     if guard is not None:
         guard.skipped += skipped
-    if not left:
-        return
-    counter = guard.counter if guard is not None else None
-    remaining = set(left).intersection(cuda.lerp(averages, sources, ranges, weights, on_device, counter, rounding))
-    for index in sorted(remaining):
-        shadows = [average[index] for average in averages]
-        _eager_lerp(shadows, sources[index], ranges[index], weights, scratch, guard, index, rounding)
+    if left:
+        counter = guard.counter if guard is not None else None
+        remaining = set(left).intersection(cuda.lerp(averages, sources, ranges, weights, on_device, counter, rounding))
+        for index in sorted(remaining):
+            shadows = [average[index] for average in averages]
+            _eager_lerp(shadows, sources[index], ranges[index], weights, scratch, guard, index, rounding)
+    if copies is not None:
+        write_copies(averages[0], copies, copies.left(beside is not None, left))
+
+
+@torch.no_grad()
+def write_copies(average: Sequence[Tensor], copies: Copies, numbers: Iterable[int]) -> None:
+    """Writes flat shadows of these numbers into their copies, converted. Local."""
+    pairs = [(average[number], tensor) for number in numbers if (tensor := copies.tensors[number]) is not None]
+    flat = [(shadow, tensor.view(-1)) for shadow, tensor in pairs if tensor.is_contiguous()]
+    if flat:
+        shadows, tensors = zip(*flat, strict=True)
+        torch._foreach_copy_(tensors, shadows)
+    for shadow, tensor in pairs:
+        if not tensor.is_contiguous():
+            write(tensor, 0, tensor.numel(), shadow)
 
 
 def _eager_lerp(

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dist_ema.kernels import arguments, native
 from dist_ema.kernels.arguments import CODES, Averages, Ranges, address, check_numbers
+from dist_ema.kernels.copies import Copies
 from dist_ema.kernels.rounding import ElementPositions, Rounding
 
 Arrays: TypeAlias = "list[array[int]]"
@@ -25,9 +26,7 @@ Table: TypeAlias = "arguments.Table[Arrays]"
 
 def table(positions: ElementPositions | None = None) -> Table:
     """An empty table, to be kept beside one list of tensors; for bf16 shadows, with the ``positions`` of these."""
-    if positions is None:
-        return arguments.Table("cpu", _arrays)
-    return arguments.Table("cpu", lambda taken, *lists: [*_arrays(taken, *lists), array("q", taken)], torch.bfloat16)
+    return arguments.Table("cpu", _arrays, torch.float32 if positions is None else torch.bfloat16)
 
 
 def _arrays(taken: list[int], averages: Averages, sources: Sequence[Tensor], ranges: Ranges) -> Arrays:
@@ -37,7 +36,7 @@ def _arrays(taken: list[int], averages: Averages, sources: Sequence[Tensor], ran
     codes = [CODES[sources[index].dtype] for index in taken]
     targets = [average[index].data_ptr() for average in averages for index in taken]
     offsets = itertools.accumulate(counts, initial=0)
-    return [array("q", values) for values in (offsets, starts, codes, targets)]
+    return [array("q", values) for values in (offsets, starts, codes, targets, taken)]
 
 
 def lerp(
@@ -48,6 +47,7 @@ def lerp(
     table: Table,
     guarded: bool,
     rounding: Rounding | None = None,
+    copies: Copies | None = None,
 ) -> tuple[int, list[int]]:
     """``shadow += weight * (source - shadow)`` for the tensors that the kernel takes. Local.
 
@@ -66,4 +66,5 @@ def lerp(
         return 0, list(range(len(sources)))
     check_numbers(averages, weights, rounding)
     arrays, rest = table.read(averages, sources, ranges)
-    return kernel.lerp(arrays, weights, guarded, rounding), rest
+    addresses = None if copies is None else copies.addresses
+    return kernel.lerp(arrays, weights, guarded, rounding, addresses), rest

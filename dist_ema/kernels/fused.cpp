@@ -214,6 +214,8 @@ int64_t blend_rounded(int64_t dtype, uint16_t *shadow, const void *source, int64
 // offsets: tensors + 1; where each tensor begins in all of them laid end to end.
 // sources: the first element of each; dtypes: 0 for fp32, 1 for bf16, 2 for fp16.
 // shadows: the first element of each, average by average: fp32, or bf16 with a rounding. weights: of each average.
+// copies: where the first average of an fp32 shadow is also written, in bf16, by the tensor's number in `numbers`; null
+// for a tensor without, and altogether where there are none.
 struct Lists {
     int64_t tensors, averages;
     const int64_t *offsets;
@@ -222,6 +224,8 @@ struct Lists {
     void *const *shadows;
     const double *weights;
     bool guarded;
+    uint16_t *const *copies;
+    const int64_t *numbers;
 };
 
 // What bf16 shadows are rounded by; the order of the pointers is known to native.py.
@@ -233,6 +237,16 @@ struct Rounding {
     const uint64_t *keys, *names;
     const int64_t *runs, *locals, *fulls;
 };
+
+// To bf16, to nearest and from halfway to even. A block that was just written is still in the first-level cache.
+void narrow(const float *__restrict values, uint16_t *__restrict out, int64_t count) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; i++) {
+        const uint32_t bits = to_bits(values[i]);
+        const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+        out[i] = static_cast<uint16_t>(is_nan ? bits >> 16 | 0x40u : (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+    }
+}
 
 // Both take up to `most` elements of a tensor from `low` on through all averages, return how many elements that were,
 // and add to `skipped` how many of their sources were not finite.
@@ -251,6 +265,8 @@ int64_t blend_block(const Lists &all, int64_t tensor, int64_t low, int64_t most,
                                          all.guarded, &taken);
         *skipped += average == 0 ? found : 0;
     }
+    if (all.copies && all.copies[all.numbers[tensor]])
+        narrow(static_cast<const float *>(all.shadows[tensor]) + low, all.copies[all.numbers[tensor]] + low, count);
     return count;
 }
 
@@ -279,9 +295,9 @@ int64_t round_block(const Lists &all, const Rounding &rounding, int64_t tensor, 
 // Returns how many source elements were not finite, and therefore skipped; 0 without the guard.
 extern "C" int64_t dist_ema_lerp(int64_t tensors, int64_t averages, const int64_t *offsets, const void *const *sources,
                                  const int64_t *dtypes, void *const *shadows, const double *weights, int64_t guarded,
-                                 int64_t threads, const void *given) {
+                                 int64_t threads, const void *given, uint16_t *const *copies, const int64_t *numbers) {
     const auto *rounding = static_cast<const Rounding *>(given);
-    const Lists all{tensors, averages, offsets, sources, dtypes, shadows, weights, guarded != 0};
+    const Lists all{tensors, averages, offsets, sources, dtypes, shadows, weights, guarded != 0, copies, numbers};
     const int64_t total = offsets[tensors];
     const int64_t chunks = (total + kChunk - 1) / kChunk;
     int64_t skipped = 0;

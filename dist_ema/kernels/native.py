@@ -50,7 +50,7 @@ class Library:
             self._lerp, self._digest = library.dist_ema_lerp, library.dist_ema_digest
         except AttributeError as error:
             raise OSError(str(error)) from error
-        self._lerp.argtypes = [c_int64] * 2 + [c_void_p] * 5 + [c_int64] * 2 + [c_void_p]
+        self._lerp.argtypes = [c_int64] * 2 + [c_void_p] * 5 + [c_int64] * 2 + [c_void_p] * 3
         self._lerp.restype = c_int64
         self._digest.argtypes = [c_void_p, c_int64, c_void_p, c_int64, c_void_p]
         self._digest.restype = ctypes.c_uint64
@@ -65,16 +65,19 @@ class Library:
         weights: Sequence[float],
         guarded: bool,
         rounding: Rounding | None = None,
+        copies: array[int] | None = None,
     ) -> int:
         """Averages; other Python threads run meanwhile.
 
         Args:
             arrays: for each tensor where it begins in all of them laid end to end, and the end; the address of its
-                source; the code of the source's dtype; average by average, the address of its shadow; and, with
-                ``rounding``, its number there.
+                source; the code of the source's dtype; average by average, the address of its shadow; and its number
+                in ``rounding`` and ``copies``, if one of them is given.
             weights: of each average.
             guarded: leave out what is not finite.
             rounding: of this update, for bf16 shadows; None for fp32 ones.
+            copies: for each number the address of a bf16 tensor that is to hold the first average too, or 0; for fp32
+                shadows.
 
         Returns:
             How many source elements were left out.
@@ -86,7 +89,10 @@ class Library:
             pointers = _addresses([arrays[4], keys, positions.names, positions.first, positions.local, positions.full])
             tables = array("Q", pointers)  # the struct Rounding of fused.cpp
         at = None if tables is None else tables.buffer_info()[0]
-        skipped: int = self._lerp(len(arrays[1]), len(weights), *_addresses(given), guarded, self._threads(), at)
+        others = [None, None] if copies is None else _addresses([copies, arrays[4]])
+        skipped: int = self._lerp(
+            len(arrays[1]), len(weights), *_addresses(given), guarded, self._threads(), at, *others
+        )
         return skipped
 
     def _threads(self) -> int:
@@ -147,8 +153,11 @@ def _check(library: Library) -> None:
             ]
             expected = torch.where(values.isfinite(), torch.stack(lerped), torch.stack(shadows))
             entries = [[0, 99], [values.data_ptr()], [code], [shadow.data_ptr() for shadow in shadows]]
-            skipped = library.lerp([array("q", entry) for entry in entries], weights, True)
-            if skipped != 2 or not torch.equal(torch.stack(shadows), expected):
+            copy = torch.zeros(99, dtype=torch.bfloat16, device="cpu")
+            arrays = [array("q", entry) for entry in (*entries, [0])]
+            skipped = library.lerp(arrays, weights, True, copies=array("q", [copy.data_ptr()]))
+            rounded = torch.equal(copy, expected[0].bfloat16())
+            if skipped != 2 or not rounded or not torch.equal(torch.stack(shadows), expected):
                 raise BuildError(f"{library.path} does not compute what torch does from {dtype}")
         for weight in (1e-4, 0.7):
             _check_rounding(library, values, code, weight)

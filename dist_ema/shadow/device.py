@@ -10,6 +10,7 @@ from torch import Tensor
 from dist_ema import kernels
 from dist_ema.errors import EMAStateError
 from dist_ema.kernels import memory
+from dist_ema.kernels.copies import Copies
 from dist_ema.kernels.rounding import ElementPositions, Rounding, average_key
 from dist_ema.sharding.shares import Share
 
@@ -40,6 +41,7 @@ class Shadow:
         self._averages: dict[str, list[Tensor]] = {}
         self._spans: list[tuple[int, int]] | None = None  # of what is averaged, once it is known where that lies
         self._buffers: list[Tensor] = []
+        self._copies: Copies | None = None  # what else holds the average (teacher_shadow.py)
 
     @property
     def started(self) -> bool:
@@ -81,7 +83,7 @@ class Shadow:
         if self._spans is None:
             self._spans = self._ranges(self._averaged)
         averages, taken, rounding = list(self._averages.values()), self._pick(sources), self._rounding(number)
-        kernels.lerp(averages, taken, self._spans, weights, self.scratch, self.guard, rounding)
+        kernels.lerp(averages, taken, self._spans, weights, self.scratch, self.guard, rounding, self._copies)
         self._copy_buffers(sources)
 
     def _rounding(self, update: int) -> Rounding | None:
@@ -108,6 +110,21 @@ class Shadow:
         for tensor in (tensor for tensors in lists for tensor in tensors):
             sizes[tensor.device] = sizes.get(tensor.device, 0) + tensor.nbytes
         return sizes
+
+    # Hooks for shadows that are a teacher's weights (teacher.py); nothing to do here.
+
+    @property
+    def fixed(self) -> frozenset[int]:
+        """Shares with whose shadow nothing may change places."""
+        return frozenset()
+
+    def install(self) -> None:
+        """It is the average from now on, and no longer a candidate. Local."""
+        return
+
+    def hand_on(self) -> None:
+        """After others than ``update`` have written into it. Local."""
+        return
 
     # Hooks for shadows that a background thread updates (host.py); nothing to do here.
 

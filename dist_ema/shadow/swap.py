@@ -14,7 +14,7 @@ ranks are elsewhere by then: signals wait for its end, and where it fails the we
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
@@ -46,6 +46,7 @@ class Visit:
         held_by: who opened it, as errors say it.
         open: whether the model computes with it.
         torn: what happened to live weights that are neither the average nor what they were before.
+        weights: whose those are, as errors say it.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Visit:
     held_by: str = ""
     open: bool = False
     torn: str | None = None
+    weights: str = "the live weights"
 
 
 class Swap:
@@ -65,6 +67,8 @@ class Swap:
         scratch: nothing else may use it until ``leave()``.
         visit: told whether the weights are torn.
         wait: returns when nobody reads the average any more where it is. To be left, it has to be moved.
+        fixed: shares whose shadow has to stay where it is, since another model computes with it: the live elements are
+            kept beside.
 
     Attributes:
         entries: every full tensor of the model; to be set before ``enter()`` where the swap is collective.
@@ -78,6 +82,7 @@ class Swap:
         scratch: kernels.Scratch,
         visit: Visit,
         wait: Callable[[], None] = lambda: None,
+        fixed: Collection[int] = (),
     ) -> None:
         self._engine = engine
         self._shares = shares
@@ -85,6 +90,7 @@ class Swap:
         self._scratch = scratch
         self._visit = visit
         self._wait = wait
+        self._fixed = fixed
         self._broadcast = Broadcast(engine, shares)
         self.entries: Sequence[FullTensor] = ()
         self._exchanges: dict[int, kernels.Exchange] = {}
@@ -232,7 +238,7 @@ class Swap:
     def _tear(self) -> EMAStateError:
         """Notes that the live weights are neither the one nor the other. The shadow is whole, if this rank's is."""
         self._visit.torn = (
-            f"the live weights are partly those of the average {self._visit.name!r} and partly others, since "
+            f"{self._visit.weights} are partly those of the average {self._visit.name!r} and partly others, since "
             "ranks could not bring them in or out together (one is gone or did not answer in time, or was "
             "interrupted): do not save them. Load a checkpoint into the model, then load() one of the average, or "
             "reset() it"
@@ -246,12 +252,13 @@ class Swap:
             torch.cuda.synchronize()
 
     def _spare(self, sources: Sequence[Tensor]) -> dict[int, Tensor]:
-        """Memory for live elements that cannot change places with their shadow: its dtype is another, or another rank's
-        buffer will stand there."""
+        """Memory for live elements that cannot change places with their shadow: its dtype is another, another rank's
+        buffer will stand there, or it is fixed."""
         return {
             index: torch.empty(share.numel, dtype=source.dtype, device=shadow.device)
             for index, (share, shadow, source) in enumerate(zip(self._shares, self._shadows, sources, strict=True))
-            if shadow is not None and (shadow.dtype != source.dtype or (self._broadcast.several and is_own(share)))
+            if shadow is not None
+            and (shadow.dtype != source.dtype or (self._broadcast.several and is_own(share)) or index in self._fixed)
         }
 
     def _plan(self, sources: Sequence[Tensor]) -> dict[int, kernels.Exchange]:

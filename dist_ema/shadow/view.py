@@ -72,6 +72,12 @@ class View:
                 flat[index] = LocalValues(share, source, share.start).flat()
         return flat
 
+    def whole_average(self, name: str) -> list[Tensor | None]:
+        """As ``flat``, and before the first update the live elements of what will be averaged or copied."""
+        if self._shadow.started:
+            return self.flat(name)
+        return [None if values is None else values.flat() for values in self.live()]
+
     def squared_distance(self, name: str, writes: Sequence[bool]) -> float:
         """Sum of (shadow - live)^2 over the averaged elements that this rank ``writes``, by share, in float64."""
         if not self._shadow.started:
