@@ -288,6 +288,13 @@ def small(**options: Any) -> nn.Module:
     return nn.Sequential(nn.Linear(6, 5, **options), nn.Linear(5, 6))
 
 
+def squares(tied: bool) -> nn.Module:
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+    if tied:
+        model[1].weight = model[0].weight
+    return model
+
+
 def refused() -> dict[str, Callable[[], object]]:
     """What cannot be a teacher of ``small()``, by what the error has to say."""
 
@@ -330,6 +337,8 @@ def refused() -> dict[str, Callable[[], object]]:
         "another ShardedEMA averages into 'weight'": twice,
         "offload='cpu'": lambda: make(frozen(small()), offload="cpu"),
         "into= takes one average": lambda: make(frozen(small()), averages={"a": 0.5, "b": 0.9}),
+        "it does not tie it to '1.weight'": lambda: make(frozen(squares(False)), squares(True)),
+        "holds '0.weight' there too": lambda: make(frozen(squares(True)), squares(False)),
         "rename='head[.]' matches no name": lambda: make(frozen(small()), rename={"head[.]": ""}),
         "is no replacement": lambda: make(frozen(small()), rename={"0": "\\7"}),
         "rename=['0']: allowed is a dict": lambda: make(frozen(small()), rename=["0"]),
@@ -376,6 +385,49 @@ def test_other_sharding_is_refused_on_every_rank(rank: int, world_size: int) -> 
         ema.copy_to(into=make_teacher("fsdp2"))
     assert all(torch.equal(a, b) for a, b in zip(kept, student.parameters(), strict=True))
     assert ema.metrics()["ema/num_updates"] == 1  # every rank is still where the others are
+
+
+def test_teacher_that_changes_is_followed_or_named() -> None:
+    """Weights that come after the constructor, that move, or whose layout is another; never one that was replaced."""
+    with torch.device("meta"):
+        student, teacher = small(), small().requires_grad_(False)
+    ema = ShardedEMA(student, into=teacher, decay=0.5)
+    student.to_empty(device="cpu").load_state_dict(small().state_dict())
+    with pytest.raises(EMAStateError, match=r"of the teacher .* is on the meta device"):
+        ema.update()
+    teacher.to_empty(device="cpu")
+    ema.update()
+
+    def moves() -> None:
+        """By half a step of the student."""
+        kept = [parameter.float().clone() for parameter in teacher.parameters()]
+        with torch.no_grad():
+            for parameter, old in zip(student.parameters(), kept, strict=True):
+                parameter.copy_(old + 1.0)
+        ema.update()
+        for old, now in zip(kept, teacher.parameters(), strict=True):
+            torch.testing.assert_close(now.float(), old + 0.5, rtol=0, atol=0.02)
+
+    moves()
+    for parameter in teacher.parameters():
+        parameter.data = parameter.data.clone()  # as teacher.to(device) and back
+    moves()
+    teacher.bfloat16()
+    with pytest.raises(EMAStateError, match=r"'0.weight' of the teacher .* has another dtype"):
+        ema.update()
+    ema.reset()
+    ema.update()
+    moves()
+    teacher[0].weight = nn.Parameter(torch.zeros(6, 5).bfloat16().t(), requires_grad=False)  # not contiguous
+    with pytest.raises(EMAStateError, match=r"the teacher \(into=\): parameter '0.weight' is another tensor"):
+        ema.update()
+    ema.reset()
+    ema.update()
+    moves()
+    teacher.requires_grad_(True)
+    with pytest.raises(EMAStateError, match=r"the teacher \(into=\): parameter '0.weight' was frozen"):
+        ema.update()
+    assert ema.num_updates == 2
 
 
 def test_closed_average_leaves_its_teacher_to_another() -> None:

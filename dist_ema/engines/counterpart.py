@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_ema.engines.base import Engine
-from dist_ema.errors import EMAEngineError
+from dist_ema.errors import EMAEngineError, EMAStateError
 from dist_ema.sharding.shares import Share
 from dist_ema.sharding.spec import TensorSpec
 
@@ -53,7 +53,10 @@ class Counterpart(Engine):
 
     def sources(self) -> list[Tensor]:
         """See :meth:`Engine.sources`; in the order of the shares, empty where there is no partner. Local."""
-        tensors = self._engine.sources()
+        try:
+            tensors = self._engine.sources()
+        except EMAStateError as error:
+            raise EMAStateError(f"{self._option}: {error}") from error
         return [self._empty if place is None else tensors[place] for place in self._places]
 
     def modules(self) -> list[nn.Module]:
