@@ -7,7 +7,8 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
@@ -53,6 +54,7 @@ from dist_ema.sharding.gather import LocalValues, check_readable, full_tensors
 from dist_ema.sharding.resharding import check_same_model, move
 from dist_ema.sharding.shares import Share, assign_shares
 from dist_ema.sharding.writers import FullTensor, catalogue, is_writer
+from dist_ema.snapshots import Snapshots
 from dist_ema.state import EMAState, Track
 
 logger = logging.getLogger(__name__)
@@ -188,6 +190,7 @@ class ShardedEMA:
         self._warned = False
         self._attached: Attached | None = None
         self._background = Background()
+        self._snapshots: list[Snapshots] = []
         self._teacher: Teacher | None = None
         with nullcontext() if into is None else agreed(self._engine.group, "ShardedEMA(into=...)"):
             self._teacher = None if into is None else Teacher(target, into, self._options, group)
@@ -237,11 +240,14 @@ class ShardedEMA:
             self._shadow.check(sources)
             with Uninterrupted():
                 self._average(sources, now)
-                self._track.training = now
+                before, self._track.training = self._track.training, now
                 self._condition.broken = None
         else:
-            self._track.training = now
+            before, self._track.training = self._track.training, now
         self._background.raise_failure()  # last, so that no update is lost
+        for snapshots in self._snapshots:
+            if self._shadow.started and snapshots.is_due(before, now):
+                self._take_snapshot(snapshots)
         return due
 
     def _average(self, sources: Sequence[Tensor], now: Progress) -> None:
@@ -717,6 +723,62 @@ class ShardedEMA:
         shadows = (shadow for name in self.names for shadow in self._shadow.tensors(name) if shadow is not None)
         handover = Handover(shadows if self._shadow.started else ())
         self._background.start(answering(f"save to {path}", timeout)(save.finish), handover)
+
+    def snapshot(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        every: str | int,
+        keep: int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Snapshots:
+        """From now on ``update()`` saves the averages when so much more has been trained. Collective, once.
+
+        A snapshot is a checkpoint that ``load``, ``merge`` and ``synthesize`` read, without what is not averaged. It is
+        written in the background, as by ``save(block=False)``: the next due update waits until the shadow has been
+        read, and what fails is raised by a later call. No call of the thread that trains is collective. A snapshot of
+        a moment that is there already, after a restart, is replaced.
+
+        Args:
+            folder: of the snapshots, which lie in ``FOLDER/<progress>``, such as ``FOLDER/20000ba``; or a URL.
+            every: ``"1000ba"``, ``"10000000tok"``, ``"0.5ep"``: multiples of it on the training clock.
+            keep: how many of the newest are kept; None means all.
+            dtype: of floating-point averages on disk, rounded to nearest: ``torch.bfloat16`` takes half the space of
+                fp32. None means the shadow's own.
+
+        Returns:
+            An object whose ``paths()`` are the snapshots that there are, and whose ``remove()`` ends this.
+
+        Raises:
+            EMAConfigError: an option has a value that is not allowed.
+        """
+        call = self._call("snapshot()", every=every, keep=keep, dtype=dtype)
+        with self._begun(call):
+            snapshots = Snapshots(folder, every, keep, dtype, None)
+        snapshots = Snapshots(folder, every, keep, dtype, self._groups.another(_PATIENCE, self._shadow_bytes()))
+        self._snapshots.append(snapshots)
+        return snapshots
+
+    def _take_snapshot(self, snapshots: Snapshots) -> None:
+        """Has a thread save the averages as they are. Local; waits for an offloaded update and for a save before."""
+        self._shadow.wait()
+        path, shares, shadow, known = snapshots.path(self.clock), self._shares, self._shadow, self._known
+        state, schedules = self._state(0), self._options.schedules
+        view = View(shares, shadow, self._engine.sources(), self._condition)
+        held = {name: view.average(name, include_untracked=False).get for name in self.names}
+        handover = Handover(values for name in self.names for values in shadow.tensors(name) if values is not None)
+
+        def contents() -> Contents:
+            entries = catalogue(shares, snapshots.group) if known is None else known  # unknown after a reset()
+            with handover.taken():
+                skipped = self._skipped()  # waits for the device
+            return Contents(replace(state, skipped=skipped), schedules, entries, held, False, snapshots.dtype)
+
+        def save(reading: AbstractContextManager[None]) -> None:
+            with answering(f"snapshot {path}", _PATIENCE):
+                snapshots.save(path, contents, reading)
+
+        self._background.start(save, handover)
 
     @answering("load()")
     def load(self, path: str | os.PathLike[str], *, strict: bool = True, verify: bool = True) -> None:
