@@ -116,6 +116,9 @@ class ShardedEMA:
             collective.
         rename: what the teacher's names are, as regular expressions and their replacements (``re.sub``), one after the
             other: ``{r"^backbone[.]": ""}``.
+        sync: ``"gather"`` takes a teacher that is sharded otherwise than the averaged model, as every teacher is under
+            ZeRO-1 and 2: ``update()`` then sends the whole average to all ranks, and is collective. The shadow is
+            spread over the ranks as without a teacher.
 
     Raises:
         EMAConfigError: an option is wrong.
@@ -161,6 +164,7 @@ class ShardedEMA:
         group: dist.ProcessGroup | None = None,
         into: object = None,
         rename: Mapping[str, str] | None = None,
+        sync: str | None = None,
     ) -> None:
         self._options = Options.parse(
             decay=decay,
@@ -182,6 +186,7 @@ class ShardedEMA:
             seed=seed,
             into=into,
             rename=rename,
+            sync=sync,
         )
         self._group = group
         self._engine = detect_in(target, group)
@@ -204,7 +209,8 @@ class ShardedEMA:
     ) -> bool:
         """Advances the clock by what was trained since the last call, and averages if an update is due.
 
-        Local: no collective call, no host sync, no memory beyond the shadow and one chunk.
+        Local: no collective call, no host sync, no memory beyond the shadow and one chunk. (Only with ``sync="gather"``
+        it is collective when an update is due.)
 
         Args:
             batches: optimizer steps.
@@ -419,7 +425,7 @@ class ShardedEMA:
         options, seed = self._options, self._seed(saved_seed)
         shares = self._shares if shares is None else shares
         if self._teacher is not None:
-            return self._teacher.shadow(options.schedules, shares, options.skip_nonfinite, seed)
+            return self._teacher.shadow(options.schedules, shares, options.skip_nonfinite, seed, self._engine.group)
         if options.offload:
             return HostShadow(options.schedules, shares, options.skip_nonfinite, options.offload_threads, seed)
         return Shadow(options.schedules, shares, options.skip_nonfinite, seed)

@@ -11,6 +11,7 @@ import torch
 
 from dist_ema.clock import CLOCK_UNITS, Time
 from dist_ema.errors import EMAConfigError
+from dist_ema.patterns import patterns, renames
 from dist_ema.schedules import ConstantDecay, HalfLife, Schedule, Smoothing
 from dist_ema.schedules.checks import AVERAGE_NAME
 
@@ -38,8 +39,9 @@ class Options:
         offload: keep shadows in host memory, up to date by a thread.
         offload_threads: how many threads that one computes with; None means a quarter of the caller's.
         seed: of stochastic rounding, for bf16 shadows; None for those of other dtypes.
-        into: whether a teacher holds the average; then no shadow is spread over replicas.
+        into: whether a teacher holds the average; then no shadow is spread over replicas, unless it is gathered.
         rename: patterns and what replaces them, in this order, to get a teacher's names.
+        sync: None, or ``"gather"`` for a teacher to which each update sends the average.
 
     >>> options = Options.parse(decay=0.999, exclude="bias$", ema_start="0.1dur", max_duration="3ep")
     >>> options.selects("layer.weight"), options.selects("layer.bias"), sorted(options.units())
@@ -60,6 +62,7 @@ class Options:
     seed: int | None
     into: bool = False
     rename: tuple[tuple[re.Pattern[str], str], ...] = ()
+    sync: str | None = None
 
     @classmethod
     def parse(
@@ -84,6 +87,7 @@ class Options:
         seed: object = 0,
         into: object = None,
         rename: object = None,
+        sync: object = None,
     ) -> Options:
         """Checks every option; defaults are those of ShardedEMA.
 
@@ -100,22 +104,23 @@ class Options:
             name: given.resolve(duration)
             for name, given in _schedules(decay, half_life, smoothing, schedule, averages).items()
         }
-        _check_into(into, offload, schedules)
+        _check_into(into, offload, schedules, sync)
         return cls(
             schedules,
             Time.parse(update_interval, option="update_interval").resolve(duration, option="update_interval"),
             Time.parse(ema_start, option="ema_start", positive=False).resolve(duration, option="ema_start"),
             _dtype(dtype),
-            _flag("shard_replicas", shard_replicas) and into is None,  # every rank's teacher is whole
-            _patterns("include", include),
-            _patterns("exclude", exclude),
+            _flag("shard_replicas", shard_replicas) and (into is None or sync is not None),
+            patterns("include", include),
+            patterns("exclude", exclude),
             str(buffers),
             _flag("skip_nonfinite", skip_nonfinite),
             offload is not None,
             _threads(offload_threads, offload),
             _seed(seed, dtype),
             into is not None,
-            _renames(rename),
+            renames(rename),
+            None if sync is None else str(sync),
         )
 
     @classmethod
@@ -138,8 +143,8 @@ class Options:
         """Raises EMAConfigError if a pattern matches none of ``names``: it is most likely misspelt."""
         known = list(names)
         rename = [pattern for pattern, _ in self.rename]
-        for option, patterns in (("include", self.include), ("exclude", self.exclude), ("rename", rename)):
-            for pattern in patterns:
+        for option, given in (("include", self.include), ("exclude", self.exclude), ("rename", rename)):
+            for pattern in given:
                 if not any(pattern.search(name) for name in known):
                     shown = ", ".join(known[:5]) + (", ..." if len(known) > 5 else "")
                     raise EMAConfigError(f"{option}={pattern.pattern!r} matches no name; names are {shown}")
@@ -159,6 +164,7 @@ class Options:
             "seed": repr(self.seed),
             "into": repr(self.into),
             "rename": repr({pattern.pattern: replacement for pattern, replacement in self.rename}),
+            "sync": repr(self.sync),
         }
 
     def units(self) -> set[str]:
@@ -255,27 +261,10 @@ def _threads(value: object, offload: object) -> int | None:
     return value
 
 
-def _patterns(option: str, value: object) -> tuple[re.Pattern[str], ...]:
-    if value is None:
-        return ()
-    values = [value] if isinstance(value, (str, bytes, re.Pattern)) else value
-    if not isinstance(values, Iterable):
-        raise EMAConfigError(f"{option}={value!r}: allowed is a regular expression or a list of them")
-    patterns = []
-    for item in values:
-        if not isinstance(item, str) and not (isinstance(item, re.Pattern) and isinstance(item.pattern, str)):
-            raise EMAConfigError(f"{option}={value!r}: {item!r} is not a regular expression (a str)")
-        try:
-            patterns.append(re.compile(item))
-        except re.error as error:
-            raise EMAConfigError(f"{option}={item!r} is not a regular expression: {error}") from error
-    if not patterns:
-        raise EMAConfigError(f"{option}={value!r}: the list is empty; leave the option out to take every name")
-    return tuple(patterns)
-
-
-def _check_into(into: object, offload: object, schedules: Mapping[str, Schedule]) -> None:
+def _check_into(into: object, offload: object, schedules: Mapping[str, Schedule], sync: object) -> None:
     """Raises EMAConfigError for what cannot be had with a teacher."""
+    if sync is not None and (sync != "gather" or into is None):
+        raise EMAConfigError(f"sync={sync!r}: allowed are None and, with into=, 'gather'")
     if into is None:
         return
     if offload is not None:
@@ -288,22 +277,6 @@ def _check_into(into: object, offload: object, schedules: Mapping[str, Schedule]
             f"averages={sorted(schedules)}: into= takes one average, since a teacher has one set of weights. Make a "
             "ShardedEMA for each teacher"
         )
-
-
-def _renames(value: object) -> tuple[tuple[re.Pattern[str], str], ...]:
-    if value is None:
-        return ()
-    if not isinstance(value, Mapping) or not all(isinstance(found, str) for found in value.values()):
-        raise EMAConfigError(f"rename={value!r}: allowed is a dict of regular expressions to what replaces them")
-    renames = []
-    for pattern, replacement in value.items():
-        (compiled,) = _patterns("rename", pattern)
-        try:
-            compiled.sub(replacement, "")  # which reads the replacement, whether or not it matches
-        except (re.error, IndexError) as error:
-            raise EMAConfigError(f"rename={value!r}: {replacement!r} is no replacement: {error}") from error
-        renames.append((compiled, replacement))
-    return tuple(renames)
 
 
 def check_cast(dtype: object) -> None:

@@ -15,7 +15,9 @@ import torch.distributed.checkpoint as dcp
 from models import CASES, batch, build
 from oracle import DenseAverage
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from zero_models import DTYPES, THRESHOLD, Net, make_engine
@@ -235,6 +237,52 @@ def test_memory_is_the_teachers_and_does_not_grow(case: str, rank: int, world_si
         assert all(torch.equal(inside[name], written[name]) for name in inside)
 
 
+@pytest.mark.world_size()
+@pytest.mark.parametrize(("case", "world_size"), [("zero2", 3), ("ddp", 2), ("fsdp2", 2)])
+def test_gathered_teacher_is_whole_on_every_rank(case: str, rank: int, world_size: int, tmp_path: Path) -> None:
+    """Of students that no teacher is sharded as: ZeRO's sliced masters, shadows that replicas share, or any other."""
+    zero = case.startswith("zero")
+    student = make_engine(2, "bf16") if zero else CASES[case].model()
+    teacher = Net().requires_grad_(False) if zero else CASES["plain"].wrap(build(scalar=case == "ddp"))
+    teacher.requires_grad_(False)
+    optimizer = None if zero else sgd(student)
+    ema = ShardedEMA(student, into=teacher, sync="gather", decay=DECAY)
+    names = trained() if not zero else {name for name, _ in Net().named_parameters() if not name.startswith("frozen")}
+
+    def step(number: int) -> None:
+        if optimizer is None:
+            zero_train(student, range(number, number + 1))
+        else:
+            train(student, optimizer, number)
+        ema.update()
+
+    def check() -> None:
+        full = [ema.full_state_dict()]
+        dist.broadcast_object_list(full)
+        held = teacher.state_dict()
+        assert names & held.keys()
+        assert all(torch.equal(held[name], full[0][name]) for name in names & held.keys())
+
+    for number in range(3):
+        step(number)
+        check()
+    mine = sum(share.numel for share in ema._shares if share.mode == "average")
+    assert mine < 0.6 * sum(share.spec.numel for share in ema._shares if share.mode == "average")
+    kept = {name: value.clone() for name, value in teacher.state_dict().items()}
+    ema.save(tmp_path / "saved")
+    with ema.average_parameters():
+        assert all(torch.equal(kept[name], value) for name, value in teacher.state_dict().items())
+    saved = copy.deepcopy(ema.state_dict())
+    step(3)
+    assert not torch.equal(kept["embed.weight"], teacher.state_dict()["embed.weight"])
+    check()
+    ema.load(tmp_path / "saved")
+    assert all(torch.equal(kept[name], value) for name, value in teacher.state_dict().items())
+    step(4)
+    ema.load_state_dict(saved)
+    assert all(torch.equal(kept[name], value) for name, value in teacher.state_dict().items())
+
+
 def small(**options: Any) -> nn.Module:
     torch.manual_seed(3)
     return nn.Sequential(nn.Linear(6, 5, **options), nn.Linear(5, 6))
@@ -285,6 +333,9 @@ def refused() -> dict[str, Callable[[], object]]:
         "rename='head[.]' matches no name": lambda: make(frozen(small()), rename={"head[.]": ""}),
         "is no replacement": lambda: make(frozen(small()), rename={"0": "\\7"}),
         "rename=['0']: allowed is a dict": lambda: make(frozen(small()), rename=["0"]),
+        "rename={None: ''}: allowed is a dict": lambda: make(frozen(small()), rename={None: ""}),
+        "sync='often': allowed are": lambda: make(frozen(small()), sync="often"),
+        "sync='gather': allowed are": lambda: ShardedEMA(small(), sync="gather"),
         "cannot average a OrderedDict": lambda: make(frozen(small()).state_dict()),
     }
 
@@ -368,6 +419,45 @@ def test_backbone_goes_into_a_teacher_of_other_names() -> None:
     with one.average_parameters():
         assert torch.equal(both["teacher"].weight, both["default"].weight)
     assert torch.equal(both["default"].weight, kept + 1.0)
+
+
+@pytest.mark.world_size(2)
+def test_adapter_is_the_teacher_of_another_in_one_peft_model(rank: int, world_size: int) -> None:
+    """peft switches adapters by requires_grad: between two updates that may be any."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 6))
+    config = LoraConfig(r=2, target_modules=["0", "2"], init_lora_weights=False)
+    model = get_peft_model(base, config)
+    model.add_adapter("teacher", config)
+    model.set_adapter("default")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".default." in name)
+    fully_shard(model)
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
+    optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.5)
+    ema = ShardedEMA(model, into=model, rename={r"[.]default[.]": ".teacher."}, decay=0.5)
+    ema.attach(optimizer)
+    average: dict[str, Tensor] = {}
+    for _ in range(3):
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        full = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+        for name, value in full.items():
+            if ".default." in name:
+                old = average.get(name, value.double())
+                average[name] = 0.5 * old + 0.5 * value.double()
+                torch.testing.assert_close(full[name.replace("default", "teacher")].double(), average[name])
+        with torch.no_grad():
+            students = model(x)
+            model.set_adapter("teacher")
+            teachers = model(x)
+            model.set_adapter("default")
+        assert not torch.equal(students, teachers) or ema.num_updates == 1
+    with ema.average_parameters(), torch.no_grad():
+        assert torch.equal(model(x), teachers)
 
 
 @pytest.mark.world_size(2)

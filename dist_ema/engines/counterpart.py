@@ -16,14 +16,15 @@ from dist_ema.sharding.spec import TensorSpec
 class Counterpart(Engine):
     """The engine of a second model, asked for what belongs to the shares of the first.
 
-    Each rank has to hold the same elements of the same tensors in both, so that nothing is sent. What is live in the
-    first model (frozen, excluded) has no partner.
+    Each rank has to hold the same elements of the same tensors in both, so that nothing has to be sent. What is live in
+    the first model (frozen, excluded) has no partner.
 
     Args:
         engine: of the second model.
         shares: what this rank keeps of the first one's tensors.
         renamed: the name there of a name here.
         option: what the user calls the second model, for errors.
+        alike: whether each rank has to hold the same elements in both; if not, only of the same shapes.
 
     Raises:
         EMAEngineError: names the first tensor of which the two hold something else on this rank.
@@ -32,11 +33,19 @@ class Counterpart(Engine):
         specs_of: the second model's spec for each share; None where there is no partner.
     """
 
-    def __init__(self, engine: Engine, shares: Sequence[Share], renamed: Callable[[str], str], option: str) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        shares: Sequence[Share],
+        renamed: Callable[[str], str],
+        option: str,
+        alike: bool = True,
+    ) -> None:
         self.group = engine.group
         self.publish_is_collective = engine.publish_is_collective
         self._engine = engine
         self._option = option
+        self._alike = alike
         specs = engine.specs()
         self._places = self._match(specs, shares, renamed)
         self.specs_of = [None if place is None else specs[place] for place in self._places]
@@ -45,7 +54,7 @@ class Counterpart(Engine):
     def sources(self) -> list[Tensor]:
         """See :meth:`Engine.sources`; in the order of the shares, empty where there is no partner. Local."""
         tensors = self._engine.sources()
-        return [self._empty if place is None else tensors[place].detach() for place in self._places]
+        return [self._empty if place is None else tensors[place] for place in self._places]
 
     def modules(self) -> list[nn.Module]:
         return self._engine.modules()
@@ -110,14 +119,15 @@ class Counterpart(Engine):
             raise self._differs(own.name, spec.name, f"has the shape {tuple(spec.shape)} and not {tuple(own.shape)}")
         if spec.hidden:
             raise self._differs(own.name, spec.name, f"holds it as a {spec.hidden}, which hides its elements")
-        if own.runs != spec.runs:
+        if self._alike and own.runs != spec.runs:
             what = "holds other elements on this rank"
             if own.local_numel != spec.local_numel:
                 what = f"holds {spec.local_numel} of {spec.numel} elements on this rank, and not {own.local_numel}"
             if spec.local_numel == spec.numel:
                 what += (
                     " (a whole model can only stand beside one that is whole on every rank: a plain module, DDP, "
-                    "ZeRO-0. ZeRO-1 and 2 cut their masters as no other model is cut: use ZeRO-3 for both)"
+                    "ZeRO-0. ZeRO-1 and 2 cut their masters as no other model is cut: use ZeRO-3 for both, or "
+                    "sync='gather', which sends the average to every rank at each update)"
                 )
             raise self._differs(own.name, spec.name, what)
 

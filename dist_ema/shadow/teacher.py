@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from dist_ema.engines import detect_in
@@ -17,6 +18,7 @@ from dist_ema.engines.wrappers import unwrap_optimizer
 from dist_ema.errors import EMAConfigError, EMAEngineError, EMAStateError
 from dist_ema.options import Options
 from dist_ema.shadow.device import Shadow
+from dist_ema.shadow.gathered_teacher import GatheredTeacherShadow
 from dist_ema.shadow.teacher_shadow import TeacherShadow
 from dist_ema.sharding.shares import Share
 
@@ -70,16 +72,24 @@ class Teacher:
 
     def _see(self, shares: Sequence[Share]) -> Counterpart:
         engine = detect_in(self._into, self._group, trains=False)
-        return Counterpart(engine, shares, self._options.renamed, OPTION)
+        return Counterpart(engine, shares, self._options.renamed, OPTION, alike=self._options.sync is None)
 
     def _refuse_shared_memory(self, shares: Sequence[Share]) -> None:
         student = detect_in(self._target, self._group)
         student.specs()
         refuse_shared_memory(student, self._see(shares), shares, OPTION)
 
-    def shadow(self, names: Iterable[str], shares: Sequence[Share], skip_nonfinite: bool, seed: int | None) -> Shadow:
+    def shadow(
+        self,
+        names: Iterable[str],
+        shares: Sequence[Share],
+        skip_nonfinite: bool,
+        seed: int | None,
+        group: dist.ProcessGroup | None,
+    ) -> Shadow:
         """A new average, which lies in memory of its own until it is installed. Local. Raises as :meth:`match`."""
-        return TeacherShadow(names, shares, skip_nonfinite, seed, self.match(shares), self.claim, self.release)
+        given = names, shares, skip_nonfinite, seed, self.match(shares), self.claim, self.release
+        return TeacherShadow(*given) if self._options.sync is None else GatheredTeacherShadow(*given, group)
 
     def check_optimizer(self, optimizer: object) -> None:
         """Raises EMAConfigError if an optimizer steps a parameter that the average fills. Local."""
