@@ -53,6 +53,7 @@ from dist_ema.shadow.view import View
 from dist_ema.sharding.gather import LocalValues, check_readable, full_tensors
 from dist_ema.sharding.resharding import check_same_model, move
 from dist_ema.sharding.shares import Share, assign_shares
+from dist_ema.sharding.stream import everywhere, in_windows
 from dist_ema.sharding.writers import FullTensor, catalogue, is_writer
 from dist_ema.snapshots import Snapshots
 from dist_ema.state import EMAState, Track
@@ -605,6 +606,47 @@ class ShardedEMA:
             held = self._view(call.name).average(self._name(name), include_untracked)
             check_readable(held.values())
         return full_tensors(self._wanted(include_untracked), held.get, dtype, self._engine.group, "full_state_dict()")
+
+    def iter_full_tensors(
+        self, name: str | None = None, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Full averaged tensors with their canonical names, one at a time on every rank. Collective, also between two.
+
+        For who pushes weights to an inference server: what its ``load_weights`` takes. In an order that all ranks
+        share, with what is not averaged as it is in the model; a tied tensor under each of its names. In memory at a
+        time: the tensor itself, or as many small ones as 16 MiB hold, and a window of 16 MiB. Every rank goes through
+        to the end, or all stop at the same tensor.
+
+        Args:
+            name: which average; None means the only one.
+            dtype: casts floating-point tensors; None means the shadow's own, and of what is not averaged its own.
+            device: of the tensors; None means the CPU.
+
+        Raises:
+            EMAConfigError: no such average, or ``dtype`` is not a floating-point dtype.
+            EMAStateError: on every rank, as ``full_state_dict()``; also if the average has moved since the first
+                tensor, or another rank makes another call meanwhile.
+        """
+        call = self._call("iter_full_tensors()", name=name, dtype=dtype)
+        with answering(call.name), self._begun(call):
+            check_cast(dtype)
+            check_readable(self._view(call.name).average(self._name(name)).values())
+        return self._full_one_by_one(call, self._name(name), dtype, torch.device(device or "cpu"))
+
+    def _full_one_by_one(
+        self, call: Call, name: str, dtype: torch.dtype | None, device: torch.device
+    ) -> Iterator[tuple[str, Tensor]]:
+        updates, entries = self.num_updates, self._full_tensors()
+        dtypes = {entry.name: entry.cast(dtype) for entry in entries}
+        for batch in in_windows(entries, dtypes):
+            with answering(call.name):
+                # Ranks meet before each: one that has left the loop, and makes another call, is told so.
+                with self._begun(call):
+                    if self.num_updates != updates:
+                        raise EMAStateError(f"{call.name}: the average was updated since the first tensor")
+                    held = self._view(call.name).average(name)
+                found = everywhere(batch, held.get, dtypes, self._engine.group, device, call.name)
+            yield from found
 
     @answering("export()")
     def export(
