@@ -15,7 +15,10 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).parent))  # for those who import this file instead of starting it
 
+app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
 
+
+@app.command()
 def main(
     out: Annotated[Path, typer.Option(help="Folder to make; must not exist.", show_default=False)],
     steps: Annotated[int, typer.Option(min=2, help="Optimizer steps.")] = 4000,
@@ -34,4 +37,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()
