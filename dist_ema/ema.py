@@ -7,7 +7,8 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
@@ -52,7 +53,9 @@ from dist_ema.shadow.view import View
 from dist_ema.sharding.gather import LocalValues, check_readable, full_tensors
 from dist_ema.sharding.resharding import check_same_model, move
 from dist_ema.sharding.shares import Share, assign_shares
+from dist_ema.sharding.stream import everywhere, in_windows
 from dist_ema.sharding.writers import FullTensor, catalogue, is_writer
+from dist_ema.snapshots import Snapshots
 from dist_ema.state import EMAState, Track
 
 logger = logging.getLogger(__name__)
@@ -193,6 +196,7 @@ class ShardedEMA:
         self._warned = False
         self._attached: Attached | None = None
         self._background = Background()
+        self._snapshots: list[Snapshots] = []
         self._teacher: Teacher | None = None
         with nullcontext() if into is None else agreed(self._engine.group, "ShardedEMA(into=...)"):
             self._teacher = None if into is None else Teacher(target, into, self._options, group)
@@ -243,11 +247,14 @@ class ShardedEMA:
             self._shadow.check(sources)
             with Uninterrupted():
                 self._average(sources, now)
-                self._track.training = now
+                before, self._track.training = self._track.training, now
                 self._condition.broken = None
         else:
-            self._track.training = now
+            before, self._track.training = self._track.training, now
         self._background.raise_failure()  # last, so that no update is lost
+        for snapshots in self._snapshots:
+            if self._shadow.started and snapshots.is_due(before, now):
+                self._take_snapshot(snapshots)
         return due
 
     def _average(self, sources: Sequence[Tensor], now: Progress) -> None:
@@ -600,6 +607,47 @@ class ShardedEMA:
             check_readable(held.values())
         return full_tensors(self._wanted(include_untracked), held.get, dtype, self._engine.group, "full_state_dict()")
 
+    def iter_full_tensors(
+        self, name: str | None = None, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Full averaged tensors with their canonical names, one at a time on every rank. Collective, also between two.
+
+        For who pushes weights to an inference server: what its ``load_weights`` takes. In an order that all ranks
+        share, with what is not averaged as it is in the model; a tied tensor under each of its names. In memory at a
+        time: the tensor itself, or as many small ones as 16 MiB hold, and a window of 16 MiB. Every rank goes through
+        to the end, or all stop at the same tensor.
+
+        Args:
+            name: which average; None means the only one.
+            dtype: casts floating-point tensors; None means the shadow's own, and of what is not averaged its own.
+            device: of the tensors; None means the CPU.
+
+        Raises:
+            EMAConfigError: no such average, or ``dtype`` is not a floating-point dtype.
+            EMAStateError: on every rank, as ``full_state_dict()``; also if the average has moved since the first
+                tensor, or another rank makes another call meanwhile.
+        """
+        call = self._call("iter_full_tensors()", name=name, dtype=dtype)
+        with answering(call.name), self._begun(call):
+            check_cast(dtype)
+            check_readable(self._view(call.name).average(self._name(name)).values())
+        return self._full_one_by_one(call, self._name(name), dtype, torch.device(device or "cpu"))
+
+    def _full_one_by_one(
+        self, call: Call, name: str, dtype: torch.dtype | None, device: torch.device
+    ) -> Iterator[tuple[str, Tensor]]:
+        updates, entries = self.num_updates, self._full_tensors()
+        dtypes = {entry.name: entry.cast(dtype) for entry in entries}
+        for batch in in_windows(entries, dtypes):
+            with answering(call.name):
+                # Ranks meet before each: one that has left the loop, and makes another call, is told so.
+                with self._begun(call):
+                    if self.num_updates != updates:
+                        raise EMAStateError(f"{call.name}: the average was updated since the first tensor")
+                    held = self._view(call.name).average(name)
+                found = everywhere(batch, held.get, dtypes, self._engine.group, device, call.name)
+            yield from found
+
     @answering("export()")
     def export(
         self,
@@ -723,6 +771,62 @@ class ShardedEMA:
         shadows = (shadow for name in self.names for shadow in self._shadow.tensors(name) if shadow is not None)
         handover = Handover(shadows if self._shadow.started else ())
         self._background.start(answering(f"save to {path}", timeout)(save.finish), handover)
+
+    def snapshot(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        every: str | int,
+        keep: int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Snapshots:
+        """From now on ``update()`` saves the averages when so much more has been trained. Collective, once.
+
+        A snapshot is a checkpoint that ``load``, ``merge`` and ``synthesize`` read, without what is not averaged. It is
+        written in the background, as by ``save(block=False)``: the next due update waits until the shadow has been
+        read, and what fails is raised by a later call. No call of the thread that trains is collective. A snapshot of
+        a moment that is there already, after a restart, is replaced.
+
+        Args:
+            folder: of the snapshots, which lie in ``FOLDER/<progress>``, such as ``FOLDER/20000ba``; or a URL.
+            every: ``"1000ba"``, ``"10000000tok"``, ``"0.5ep"``: multiples of it on the training clock.
+            keep: how many of the newest are kept; None means all.
+            dtype: of floating-point averages on disk, rounded to nearest: ``torch.bfloat16`` takes half the space of
+                fp32. None means the shadow's own.
+
+        Returns:
+            An object whose ``paths()`` are the snapshots that there are, and whose ``remove()`` ends this.
+
+        Raises:
+            EMAConfigError: an option has a value that is not allowed.
+        """
+        call = self._call("snapshot()", every=every, keep=keep, dtype=dtype)
+        with self._begun(call):
+            snapshots = Snapshots(folder, every, keep, dtype, None)
+        snapshots = Snapshots(folder, every, keep, dtype, self._groups.another(_PATIENCE, self._shadow_bytes()))
+        self._snapshots.append(snapshots)
+        return snapshots
+
+    def _take_snapshot(self, snapshots: Snapshots) -> None:
+        """Has a thread save the averages as they are. Local; waits for an offloaded update and for a save before."""
+        self._shadow.wait()
+        path, shares, shadow, known = snapshots.path(self.clock), self._shares, self._shadow, self._known
+        state, schedules = self._state(0), self._options.schedules
+        view = View(shares, shadow, self._engine.sources(), self._condition)
+        held = {name: view.average(name, include_untracked=False).get for name in self.names}
+        handover = Handover(values for name in self.names for values in shadow.tensors(name) if values is not None)
+
+        def contents() -> Contents:
+            entries = catalogue(shares, snapshots.group) if known is None else known  # unknown after a reset()
+            with handover.taken():
+                skipped = self._skipped()  # waits for the device
+            return Contents(replace(state, skipped=skipped), schedules, entries, held, False, snapshots.dtype)
+
+        def save(reading: AbstractContextManager[None]) -> None:
+            with answering(f"snapshot {path}", _PATIENCE):
+                snapshots.save(path, contents, reading)
+
+        self._background.start(save, handover)
 
     @answering("load()")
     def load(self, path: str | os.PathLike[str], *, strict: bool = True, verify: bool = True) -> None:

@@ -60,13 +60,20 @@ class OwnGroups:
         if self._background is None or self._timeout != timeout:
             self.close()
             self._timeout = timeout
-            self._background = dist.new_group(
-                dist.get_process_group_ranks(self._group),
-                backend="gloo",
-                timeout=timedelta(seconds=timeout + nbytes / _SLOW_DISK),
-                use_local_synchronization=not self._is_world,  # ranks that hold another model make no such call
-            )
+            self._background = self.another(timeout, nbytes)
         return self._background
+
+    def another(self, timeout: float, nbytes: int) -> dist.ProcessGroup | None:
+        """As :meth:`files`, a new one at each call, which belongs to the caller. Collective."""
+        if self._group is None:
+            return None
+        group: dist.ProcessGroup = dist.new_group(
+            dist.get_process_group_ranks(self._group),
+            backend="gloo",
+            timeout=timedelta(seconds=timeout + nbytes / _SLOW_DISK),
+            use_local_synchronization=not self._is_world,  # ranks that hold another model make no such call
+        )
+        return group
 
     def close(self) -> None:
         """Destroys the background group. Collective if there is one."""

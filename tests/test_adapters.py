@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from exports import DECAY, average, everywhere, shard_layers
+from oracle import DenseAverage
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from zero_models import make_engine
 
 from dist_ema import ShardedEMA
 from dist_ema.cli import main
-from dist_ema.errors import EMAConfigError
+from dist_ema.errors import EMAConfigError, EMAStateError
 
 UNET = "diffusion_pytorch_model.safetensors"
 
@@ -149,3 +151,92 @@ def test_names_that_from_pretrained_would_not_find_come_without_a_config(tmp_pat
     with pytest.raises(EMAConfigError, match="layout='transformers': the PeftModel has adapters"):
         ema.export(tmp_path / "refused", layout="transformers")
     assert not (tmp_path / "refused").exists()
+
+
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize("by", ["fsdp2", "zero3"])
+def test_only_the_adapter_of_a_sharded_model_is_averaged_and_written(by: str, rank: int, tmp_path: Path) -> None:
+    """And the model computes with it, under PEFT's wrappers; the base lies where it lay."""
+    from peft import PeftModel
+
+    model, plain = _lora(), _lora()
+    tokens = torch.arange(12).view(2, 6)
+    if by == "zero3":
+        engine = make_engine(3, model=model, zero={"stage3_param_persistence_threshold": 0})
+        target, forward = engine, engine
+    else:
+        target = forward = shard_layers(model, model.base_model.model.model.layers, by)
+    optimizer = None if by == "zero3" else torch.optim.Adam(target.parameters(), lr=0.02)
+    ema = ShardedEMA(target, decay=DECAY)
+    oracle = DenseAverage({name for name, value in plain.named_parameters() if value.requires_grad}, DECAY)
+    for _ in range(3):
+        loss = forward(tokens).logits.square().mean()
+        if by == "zero3":
+            target.backward(loss)
+            target.step()
+        else:
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        ema.update()
+        oracle.update(ShardedEMA(target, decay=0.0).full_state_dict())  # before its first update: the live weights
+    assert all(("lora" in share.spec.name) == (share.mode == "average") for share in ema._shares)
+    ema.export(tmp_path / "adapter", layout="peft")
+    state = ema.full_state_dict()
+    model.eval()
+    with ema.average_parameters(), torch.no_grad():
+        found = forward(tokens).logits
+    everywhere(None)
+    if rank == 0:
+        oracle.check(state)
+        loaded = PeftModel.from_pretrained(_llama(), tmp_path / "adapter").eval()
+        weights = loaded.state_dict()
+        assert all(torch.equal(weights[name], value) for name, value in state.items() if "lora" in name)
+        with torch.no_grad():
+            torch.testing.assert_close(loaded(tokens).logits, found, rtol=1e-5, atol=1e-5)
+
+
+def _moved(model: nn.Module) -> ShardedEMA:
+    ema = ShardedEMA(model, decay=0.5)
+    ema.update()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+    ema.update()
+    return ema
+
+
+def test_adapters_are_merged_inside_with_their_average() -> None:
+    """For a while; for good takes the adapter out of the model, which is said at the end, and the merged one stands."""
+    model, tokens = _lora().eval(), torch.arange(6).view(1, 6)
+    ema = _moved(model)
+    with ema.average_parameters(), torch.no_grad():
+        wanted = model(tokens).logits
+    live = {name: value.clone() for name, value in model.state_dict().items() if "lora" in name}
+    with ema.average_parameters(), torch.no_grad():
+        model.merge_adapter()
+        torch.testing.assert_close(model(tokens).logits, wanted)
+        model.unmerge_adapter()
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in live.items())
+    with pytest.raises(EMAStateError, match="has other tensors"), ema.average_parameters():
+        merged = model.merge_and_unload()
+    with torch.no_grad():
+        torch.testing.assert_close(merged(tokens).logits, wanted)
+
+
+def test_an_average_goes_on_when_a_second_adapter_comes() -> None:
+    """It is said that there are new tensors; rebind() takes the model as it is now."""
+    from peft import LoraConfig
+
+    model = _lora()
+    ema = _moved(model)
+    before = {name: value for name, value in ema.full_state_dict().items() if "lora" in name}
+    model.add_adapter("later", LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(EMAStateError, match=r"lora_A.later.weight.* were added. Call reset\(\).* or rebind\(model\)"):
+        ema.update()
+    ema.rebind(model)
+    after = ema.full_state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    ema.update()
+    assert ema.num_updates == 3

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 
+import torch
+
 from dist_ema.checkpoints.dtypes import DTYPE_NAMES
 from dist_ema.checkpoints.folder import Folder
 from dist_ema.checkpoints.layout import FilePlan
@@ -31,6 +33,7 @@ class Contents:
         entries: every full tensor of the model.
         views: for each average, what this rank holds of a tensor, by its name.
         include_untracked: with the tensors that are not averaged; without, the manifest lists their names.
+        dtype: of floating-point averages in the files; None means the shadow's own.
     """
 
     def __init__(
@@ -40,13 +43,14 @@ class Contents:
         entries: Sequence[FullTensor],
         views: Mapping[str, Callable[[str], LocalValues | None]],
         include_untracked: bool = True,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.state = state
         self._schedules = schedules
         tracked = [entry for entry in entries if entry.mode != "live"]
         live = [entry for entry in entries if entry.mode == "live"]
         self._lacking = () if include_untracked else tuple(entry.name for entry in live)
-        self.folders = {f"averages/{name}": _folder(tracked, held) for name, held in views.items()}
+        self.folders = {f"averages/{name}": _folder(tracked, held, dtype) for name, held in views.items()}
         if live and include_untracked:  # what is not averaged is the same in every view
             self.folders[LIVE] = _folder(live, next(iter(views.values())))
 
@@ -93,6 +97,8 @@ class Contents:
         return files | {NAME: len(manifest.to_bytes())}
 
 
-def _folder(entries: Sequence[FullTensor], held: Callable[[str], LocalValues | None]) -> Folder:
-    dtypes = {entry.name: entry.dtype for entry in entries}  # the shadow's own: nothing is lost
+def _folder(
+    entries: Sequence[FullTensor], held: Callable[[str], LocalValues | None], dtype: torch.dtype | None = None
+) -> Folder:
+    dtypes = {entry.name: entry.cast(dtype) for entry in entries}  # without one nothing is lost
     return Folder(entries, held, dtypes, FILE_LIMIT, tied=False, with_digests=True)

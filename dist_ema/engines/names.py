@@ -25,7 +25,10 @@ from dist_ema.engines.wrappers import is_fabric, unwrap_module
 from dist_ema.errors import EMAEngineError, EMAStateError
 
 _TOKENS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
-_ADVICE = "Call reset() to start a new average of the model as it is now"
+_ADVICE = (
+    "Call reset() to start a new average of the model as it is now, or rebind(model) to go on with this one, where all "
+    "that it averages is still there"
+)
 _MODULE_WRAPPERS = (DistributedDataParallel, DataParallel)
 
 

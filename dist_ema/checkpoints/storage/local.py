@@ -116,6 +116,11 @@ def copy_file(source: Path, target: Path) -> None:
     shutil.copyfile(source, target)
 
 
+def remove_tree(path: Path) -> None:
+    """Removes a directory and all that is in it, as far as that is possible."""
+    shutil.rmtree(path, ignore_errors=True)
+
+
 def sync(path: Path) -> None:
     """Waits until a file is on disk; of a directory, until the names in it are."""
     descriptor = os.open(path, os.O_RDONLY)
