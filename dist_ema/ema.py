@@ -393,11 +393,11 @@ class ShardedEMA:
             self._shadow.wait()
             engine = detect_in(target, self._group)
             shares = assign_shares(engine.specs(), self._options)
+            shadow = self._new_shadow(self._shadow.seed, shares, target)
             engine.reshard()
             sources = engine.sources()
         old, new = self._full_tensors(), catalogue(shares, group)
         check_same_model(old, new, operation)
-        shadow = self._new_shadow(self._shadow.seed, shares)
         if self._shadow.started:
             with agreed(group, operation):
                 shadow.allocate(sources)
@@ -413,6 +413,8 @@ class ShardedEMA:
             self._skipped_before = self._skipped()
             self._engine, self._shares, self._known = engine, shares, new
             self._condition = Condition(engine)
+            if self._teacher is not None:
+                self._teacher.target = target
             self._take(shadow)
 
     def _take(self, shadow: Shadow) -> None:
@@ -422,11 +424,14 @@ class ShardedEMA:
             old.discard()
         shadow.install()
 
-    def _new_shadow(self, saved_seed: int | None = None, shares: Sequence[Share] | None = None) -> Shadow:
+    def _new_shadow(
+        self, saved_seed: int | None = None, shares: Sequence[Share] | None = None, target: object = None
+    ) -> Shadow:
         options, seed = self._options, self._seed(saved_seed)
         shares = self._shares if shares is None else shares
         if self._teacher is not None:
-            return self._teacher.shadow(options.schedules, shares, options.skip_nonfinite, seed, self._engine.group)
+            group = self._engine.group
+            return self._teacher.shadow(options.schedules, shares, options.skip_nonfinite, seed, group, target)
         if options.offload:
             return HostShadow(options.schedules, shares, options.skip_nonfinite, options.offload_threads, seed)
         return Shadow(options.schedules, shares, options.skip_nonfinite, seed)

@@ -38,26 +38,28 @@ class Teacher:
 
     Raises:
         EMAConfigError: the teacher is the averaged model.
-        EMAEngineError: it cannot be a teacher.
+
+    Attributes:
+        target: the model that is averaged; another wrapping of it after a ``rebind()``.
     """
 
     def __init__(self, target: object, into: object, options: Options, group: object) -> None:
         if into is target and not options.rename:
             raise EMAConfigError("into= is the model that is averaged: pass a second one, such as a deep copy of it")
-        self._target, self._into = target, into
+        self.target, self._into = target, into
         self._options, self._group = options, group
         self._shares: Sequence[Share] = ()
         self._counterpart: Counterpart | None = None
         self._claimed = False
 
-    def match(self, shares: Sequence[Share]) -> Counterpart:
-        """The teacher's tensors beside these shares. Local.
+    def match(self, shares: Sequence[Share], target: object) -> Counterpart:
+        """The teacher's tensors beside these shares, of ``target``. Local.
 
         Raises EMAEngineError for one that is sharded or named otherwise, trains, or has its weights where the averaged
         model has its own.
         """
         if self._counterpart is None or self._shares is not shares:
-            self._refuse_shared_memory(shares)  # by engines of its own: weights may still be loaded or replaced
+            self._refuse_shared_memory(shares, target)  # by engines of its own: weights may still be loaded or replaced
             counterpart = self._see(shares)
             for share, spec in zip(shares, counterpart.specs_of, strict=True):
                 if spec is not None and spec.kind == "parameter":
@@ -74,8 +76,8 @@ class Teacher:
         engine = detect_in(self._into, self._group, trains=False)
         return Counterpart(engine, shares, self._options.renamed, OPTION, alike=self._options.sync is None)
 
-    def _refuse_shared_memory(self, shares: Sequence[Share]) -> None:
-        student = detect_in(self._target, self._group)
+    def _refuse_shared_memory(self, shares: Sequence[Share], target: object) -> None:
+        student = detect_in(target, self._group)
         student.specs()
         refuse_shared_memory(student, self._see(shares), shares, OPTION)
 
@@ -86,9 +88,14 @@ class Teacher:
         skip_nonfinite: bool,
         seed: int | None,
         group: dist.ProcessGroup | None,
+        target: object = None,
     ) -> Shadow:
-        """A new average, which lies in memory of its own until it is installed. Local. Raises as :meth:`match`."""
-        given = names, shares, skip_nonfinite, seed, self.match(shares), self.claim, self.release
+        """A new average, which lies in memory of its own until it is installed. Local. Raises as :meth:`match`.
+
+        ``target`` is whose shares they are; None means the averaged model.
+        """
+        found = self.match(shares, self.target if target is None else target)
+        given = names, shares, skip_nonfinite, seed, found, self.claim, self.release
         return TeacherShadow(*given) if self._options.sync is None else GatheredTeacherShadow(*given, group)
 
     def check_optimizer(self, optimizer: object) -> None:
