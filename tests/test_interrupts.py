@@ -64,6 +64,9 @@ def _at_line(
         call()
     finally:
         sys.settrace(None)
+        # What is raised on the very line of a ``with`` finds the block entered and its exit not yet set up, as no
+        # signal does: this one would last for all tests that come after in the process, and fake_cuda needs subclasses.
+        torch._C.DisableTorchFunctionSubclass().__exit__(None, None, None)
     return seen
 
 

@@ -19,8 +19,9 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
-from zero_models import DTYPES, THRESHOLD, Net, make_engine
+from zero_models import DTYPES, THRESHOLD, Net, make_engine, plain_fused_adam
 from zero_models import batch as zero_batch
 from zero_models import train as zero_train
 
@@ -165,6 +166,8 @@ def test_zero3_teacher_computes_with_every_update(dtype: str, rank: int, world_s
         oracle.update(source)
         with torch.no_grad():
             found = teacher(zero_batch(99, 0))
+        if rank == 0:
+            ema._shadow.tensors("ema")  # finds the teacher's pieces as an update does: alone, or it would hang
         full = ema.full_state_dict()
         held = gathered(teacher)
         if rank == 0:
@@ -215,8 +218,11 @@ def test_memory_is_the_teachers_and_does_not_grow(case: str, rank: int, world_si
     sizes, places = [], []
     for step in range(3):
         train(student, optimizer, step)
-        for ema in emas:
-            ema.update()
+        forward(teacher)  # whose full weights are not gathered again, but dropped
+        with CommDebugMode() as calls:
+            for ema in emas:
+                ema.update()
+        assert calls.get_total_counts() == 0
         sizes.append(held())
         places.append([parameter.data_ptr() for parameter in teacher.parameters()])
         gc.collect()
@@ -235,6 +241,26 @@ def test_memory_is_the_teachers_and_does_not_grow(case: str, rank: int, world_si
     with emas[1].average_parameters():  # the shadow goes into the student, and the teacher keeps its own
         inside = live(narrow)
         assert all(torch.equal(inside[name], written[name]) for name in inside)
+
+
+@pytest.mark.world_size(2)
+def test_zero0_masters_go_into_a_plain_teacher(rank: int, world_size: int) -> None:
+    """Each rank averages all of them, whole as its teacher is, and sends nothing. Buffers are bf16 there, fp32 here."""
+    student, teacher = make_engine(0, "bf16", optimizer=plain_fused_adam), Net().requires_grad_(False)
+    ema = ShardedEMA(student, into=teacher, decay=DECAY)
+    ema.attach(student)
+    calls = []
+    named = [name for name, _ in teacher.named_parameters() if not name.startswith("frozen")]
+    for step in range(2):
+        zero_train(student, range(step, step + 1))
+        masters = dict(zip([spec.name for spec in ema._engine.specs()], ema._engine.sources(), strict=True))
+        calls.append([masters[name].clone() for name in named])
+    first, second = calls
+    for name, old, new in zip(named, first, second, strict=True):
+        found = teacher.get_parameter(name)
+        torch.testing.assert_close(found.view(-1), (DECAY * old + (1 - DECAY) * new).view(-1), rtol=1e-5, atol=1e-6)
+        assert found.dtype == new.dtype == torch.float32
+    assert torch.equal(teacher.norm.running_mean, student.module.norm.running_mean.float())
 
 
 @pytest.mark.world_size()
@@ -457,6 +483,13 @@ def test_backbone_goes_into_a_teacher_of_other_names() -> None:
         torch.testing.assert_close(now, old + 0.5)
     with pytest.raises(EMAEngineError, match=r"'backbone.0.weight' \('1.0.weight' there\) it has no tensor"):
         ShardedEMA(student, into=small().requires_grad_(False), include="^backbone", rename={"backbone": "1"})
+
+    first, second = nn.ModuleDict({"0": nn.Linear(2, 2)}), nn.ModuleDict({"1": nn.Linear(2, 2)})  # stages of a pipeline
+    teachers = [copy.deepcopy(first).requires_grad_(False), copy.deepcopy(second).requires_grad_(False)]
+    with torch.no_grad():
+        second["1"].weight.add_(1.0)
+    ShardedEMA([first, second], into=teachers).update()
+    assert torch.equal(teachers[1]["1"].weight, second["1"].weight)
 
     both = nn.ModuleDict({"base": nn.Linear(3, 3), "default": nn.Linear(3, 3), "teacher": nn.Linear(3, 3)})
     both["base"].requires_grad_(False), both["teacher"].requires_grad_(False)
