@@ -183,11 +183,40 @@ def check_ranges_and_unaligned_views_touch_no_neighbour() -> None:
 
 
 def check_what_does_not_lie_flat_is_left_to_the_eager_route() -> None:
-    sources = [torch.randn(6, 4).t(), torch.randn(24), torch.randn(24).double()]
+    sources = [torch.randn(6, 8)[:, ::2], torch.randn(24), torch.randn(24).double()]
     averages = [[torch.randn(24) for _ in sources]]
     found, _, rest = _lerp(averages, sources, [0.5], True)
     assert rest == [0, 2]
     assert torch.equal(found[0][0], averages[0][0])
+
+
+def check_convolutions_in_channels_last_and_transposed_matrices() -> None:
+    """Two dimensions have changed places in memory: of every rank, in ranges that begin anywhere, in every dtype."""
+    shapes = [(8, 3, 5, 7), (4, 6, 3, 2, 5), (1, 4, 1, 9), (5, 1, 3, 3), (40, 33)]
+    formats = [torch.channels_last, torch.channels_last_3d, torch.channels_last, torch.channels_last, None]
+    for dtype, rounded in itertools.product(DTYPES, (False, True)):
+        sources = []
+        for shape, form in zip(shapes, formats, strict=True):
+            source = torch.randn(shape).to(dtype)
+            source = source.t() if form is None else source.to(memory_format=form)
+            sources.append(source)
+        ranges = [(0, sources[0].numel()), (7, 500), (3, 36), (0, 45), (1, 1320)]
+        sizes = [stop - start for start, stop in ranges]
+        rounding = Rounding(ElementPositions(list("abcde"), [((0, size),) for size in sizes]), [average_key(0, 1, "x")])
+        used = rounding if rounded else None
+        shadows = [torch.randn(size).to(torch.bfloat16 if rounded else torch.float32) for size in sizes]
+        results = []
+        for table in (None, cuda.table(rounding.positions if rounded else None, "cpu")):
+            copies = [[shadow.clone() for shadow in shadows]]
+            given = copies, sources, ranges, [0.25]
+            if table is None:
+                native._decided[:] = [None]
+                kernels.lerp(*given, kernels.Scratch(), None, used)
+            else:
+                with _Fused():
+                    assert cuda.run(cuda.Kernel(), *given, table, None, used) == []
+            results.append([[shadow.float() for shadow in copies[0]]])
+        assert _same(*results), (dtype, rounded)
 
 
 def check_table_is_kept_until_memory_or_dtype_changes() -> None:

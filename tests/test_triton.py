@@ -58,13 +58,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from dist_ema.kernels import cuda, programs, triton_kernels
 
-def build(capability, averages, source, shadow, source_aligned, rows, guarded):
+def build(capability, averages, source, shadow, source_aligned, rows, guarded, swapped=False):
     import torch
     rounded = shadow == tl.bfloat16
     arguments = {"chunks": "*i64", "tensors": "*i64", "skipped": "*i64", "weights": ("fp32",) * averages}
     arguments["keys"] = ("i64",) * 2 * averages
     constants = {"AVERAGES": averages, "SOURCE": source, "SHADOW": shadow, "SOURCE_ALIGNED": source_aligned}
-    constants |= {"SHADOW_ALIGNED": True, "ROWS": rows, "CHUNK": programs.CHUNK}
+    constants |= {"SHADOW_ALIGNED": True, "ROWS": rows, "SWAPPED": swapped, "CHUNK": programs.CHUNK}
     constants |= {"BLOCK": cuda.BLOCKS[torch.bfloat16 if rounded else torch.float32]}
     constants |= {"UNROLL": 2 if not rounded and averages == 1 else 1}
     names = [*arguments, *constants]
@@ -92,6 +92,11 @@ BUILT = [
     (90, 1, "bfloat16", "bfloat16", True, True, True),
     (100, 3, "bfloat16", "bfloat16", False, True, False),
 ]
+#: Swapped sources, which have no wide loads.
+SWAPPED = [
+    (90, 1, "bfloat16", "float32", False, False, True, True),
+    (80, 1, "float32", "bfloat16", False, True, True, True),
+]
 
 
 IDS = ["-".join(map(str, case)) for case in BUILT]
@@ -105,7 +110,13 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     environment |= {"TRITON_CACHE_DIR": str(folder / "cache"), "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", COMPILE]
     result = subprocess.run(
-        command, input=json.dumps(BUILT), env=environment, capture_output=True, text=True, check=False, timeout=300
+        command,
+        input=json.dumps(BUILT + SWAPPED),
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
     )
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout.splitlines()[-1])
@@ -152,6 +163,14 @@ def test_whole_blocks_are_read_and_written_wide_and_once(case: int, built: list[
         reads["LDG.E.128"] += each * width // 16
     assert {name: count for name, count in loop.items() if name.startswith("LDG")} == reads
     assert not [name for name in loop if name.startswith(("BAR", "LDS", "STS", "LDL", "STL", "ATOM", "RED"))]
+
+
+def test_swapped_sources_leave_the_shadow_s_accesses_wide(built: list[dict[str, str]]) -> None:
+    for one, stores in zip(built[len(BUILT) :], (2, 1), strict=True):
+        loop = Counter(main_loop(one["code"]))
+        assert sum(count for name, count in loop.items() if name.startswith("STG")) % stores == 0
+        assert {name for name in loop if name.startswith("STG")} == {"STG.E.128"}
+        assert not [name for name in loop if name.startswith(("BAR", "LDS", "STS", "LDL", "STL"))]
 
 
 @pytest.mark.parametrize("case", range(len(BUILT)), ids=IDS)

@@ -6,6 +6,7 @@ are ours and stay where they are: it is enough that they are the same tensors.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
@@ -31,6 +32,7 @@ class Table(Generic[Made]):
         device_type: ``"cpu"`` or ``"cuda"``: where the tensors that the kernel takes lie.
         make: the arguments for the tensors of these indices, from the lists of all.
         dtype: of the shadows that it takes.
+        swapped: it also takes sources of which two dimensions have changed places in memory: see :func:`swapped`.
     """
 
     def __init__(
@@ -38,7 +40,9 @@ class Table(Generic[Made]):
         device_type: str,
         make: Callable[[list[int], Averages, Sequence[Tensor], Ranges], Made],
         dtype: torch.dtype = torch.float32,
+        swapped: bool = False,
     ) -> None:
+        self._swapped = swapped
         self._device_type = device_type
         self._dtype = dtype
         self._make = make
@@ -51,7 +55,7 @@ class Table(Generic[Made]):
         """The arguments, and the indices of the tensors that the kernel cannot take. Local."""
         seen: list[object] = [
             [source.dtype for source in sources],
-            *(list(map(read, sources)) for read in (_pointer, Tensor.numel, Tensor.is_contiguous)),
+            *(list(map(read, sources)) for read in (_pointer, Tensor.numel, Tensor.stride)),
             list(ranges),
         ]
         if self._made is None or seen != self._seen or not self._same(averages):
@@ -73,7 +77,7 @@ class Table(Generic[Made]):
             index
             for index, (source, (start, stop)) in enumerate(zip(sources, ranges, strict=True))
             if source.dtype in CODES
-            and self._lies_flat(source, stop)
+            and (self._lies_flat(source, stop) or self._lies_swapped(source))
             and all(self._fits(average[index], source, stop - start) for average in averages)
         ]
 
@@ -86,6 +90,33 @@ class Table(Generic[Made]):
         plain = type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__  # not a wrapper around other tensors
         here = plain and tensor.device.type == self._device_type
         return here and tensor.is_contiguous() and tensor.numel() >= count and tensor.data_ptr() % tensor.itemsize == 0
+
+    def _lies_swapped(self, source: Tensor) -> bool:
+        plain = type(source).__torch_dispatch__ is Tensor.__torch_dispatch__
+        here = self._swapped and plain and source.device.type == self._device_type
+        return here and source.numel() < 1 << 31 and swapped(source) is not None
+
+
+def swapped(source: Tensor) -> tuple[int, int] | None:
+    """``(a, b)`` of a tensor whose row-major order is (outer, a, b) and whose memory is (outer, b, a), without a gap.
+
+    So lie the weights of convolutions in ``channels_last``, a being their input channels and b their places; and a
+    transposed matrix. None for all others.
+
+    >>> swapped(torch.empty(8, 3, 5, 5).to(memory_format=torch.channels_last)), swapped(torch.empty(4, 6).t())
+    ((3, 25), (6, 4))
+    """
+    shape, strides = source.shape, source.stride()
+    for dim, size in enumerate(shape):
+        if strides[dim] != 1 or size == 1:
+            continue
+        inner = list(range(dim + 1, len(shape)))
+        wanted, step = {dim: 1}, size
+        for other in (*reversed(inner), *reversed(range(dim))):
+            wanted[other], step = step, step * shape[other]
+        if all(strides[other] == expected or shape[other] == 1 for other, expected in wanted.items()):
+            return size, math.prod(shape[other] for other in inner)
+    return None
 
 
 def check_numbers(averages: Averages, weights: Sequence[float], rounding: Rounding | None) -> None:

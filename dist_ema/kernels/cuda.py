@@ -46,8 +46,11 @@ class Launch:
         source_aligned, shadow_aligned: every address is a multiple of 16 bytes, and the kernel may rely on it.
         chunks: int64, on the device: of each program its tensor and its elements (:mod:`dist_ema.kernels.programs`).
         tensors: int64, (tensors, 2 + averages), on the device: its number of elements (for bf16 shadows the hash of its
-            name), and the addresses of source and shadows.
+            name), and the addresses of source and shadows. Of swapped sources three columns more: the first element of
+            the range, and the two sizes of :func:`~dist_ema.kernels.arguments.swapped`; the address is that of the
+            whole.
         rows: a program may have several runs of a column shard.
+        swapped: two dimensions of the sources have changed places in memory.
     """
 
     device: torch.device
@@ -58,6 +61,7 @@ class Launch:
     chunks: Tensor
     tensors: Tensor
     rows: bool = False
+    swapped: bool = False
 
 
 Table: TypeAlias = arguments.Table[list[Launch]]
@@ -69,7 +73,7 @@ def table(positions: ElementPositions | None = None, device_type: str = "cuda") 
     Another device's type is for Triton's interpreter.
     """
     dtype = torch.float32 if positions is None else torch.bfloat16
-    return arguments.Table(device_type, partial(_launches, positions), dtype)
+    return arguments.Table(device_type, partial(_launches, positions), dtype, swapped=True)
 
 
 def _launches(
@@ -79,29 +83,31 @@ def _launches(
     sources: Sequence[Tensor],
     ranges: Ranges,
 ) -> list[Launch]:
-    groups: dict[tuple[torch.device, torch.dtype, bool, bool], dict[int, list[int]]] = {}
+    groups: dict[tuple[torch.device, torch.dtype, bool, bool, bool], dict[int, list[int]]] = {}
     for index in taken:
-        start, stop = ranges[index]
-        source, shadows = address(sources[index], start), [average[index].data_ptr() for average in averages]
+        (start, stop), source = ranges[index], sources[index]
+        flat = source.is_contiguous()
+        place, shadows = address(source, start if flat else 0), [average[index].data_ptr() for average in averages]
         if start < stop:
             alike = all(shadow % _ALIGNMENT == 0 for shadow in shadows)
-            key = sources[index].device, sources[index].dtype, source % _ALIGNMENT == 0, alike
-            groups.setdefault(key, {})[index] = [source, *shadows]
+            key = source.device, source.dtype, flat and place % _ALIGNMENT == 0, alike, not flat
+            sizes = () if flat else (start, *(arguments.swapped(source) or ()))
+            groups.setdefault(key, {})[index] = [place, *shadows, *sizes]
     launches = []
-    for (device, dtype, source_aligned, shadow_aligned), group in groups.items():
+    for (device, dtype, source_aligned, shadow_aligned, swapped), group in groups.items():
         numels = {index: ranges[index][1] - ranges[index][0] for index in group}
         if positions is None:
-            rows = [[numels[index], *addresses] for index, addresses in group.items()]
+            rows = [[numels[index], *values] for index, values in group.items()]
             chunks = programs.even(list(numels.values()))
         else:
-            rows = [[_signed(positions.names[index]), *addresses] for index, addresses in group.items()]
+            rows = [[_signed(positions.names[index]), *values] for index, values in group.items()]
             chunks = programs.placed(positions, numels)
         shadow = torch.float32 if positions is None else torch.bfloat16
         with torch.inference_mode(False):
             tensors = torch.tensor(rows, dtype=torch.int64, device="cpu")
             sent = _send(chunks, device), _send(tensors, device)
         several = positions is not None and programs.has_rows(chunks)
-        launches.append(Launch(device, dtype, shadow, source_aligned, shadow_aligned, *sent, several))
+        launches.append(Launch(device, dtype, shadow, source_aligned, shadow_aligned, *sent, several, swapped))
     return launches
 
 
@@ -171,6 +177,7 @@ class Kernel:
                 launch.source_aligned,
                 launch.shadow_aligned,
                 launch.rows,
+                launch.swapped,
                 programs.CHUNK,
                 BLOCKS[launch.shadow],
                 2 if keys is None and len(given) == 1 else 1,
@@ -199,8 +206,9 @@ def lerp(
     """``shadow += weight * (source - shadow)`` for the tensors that the kernel takes. Local; no host sync.
 
     It takes what lies contiguously on a CUDA device: fp32 shadows (with ``rounding``, bf16 ones), and sources in fp32,
-    bf16 or fp16. Arguments are those of ``kernels.lerp``; ``table`` is kept by the caller for these tensors, and
-    ``counter`` gives the device's count of source elements that were not finite, or is None for no guard.
+    bf16 or fp16; these also in ``channels_last``, or transposed. Arguments are those of ``kernels.lerp``; ``table`` is
+    kept by the caller for these tensors, and ``counter`` gives the device's count of source elements that were not
+    finite, or is None for no guard.
 
     Returns:
         The indices of the tensors that it did not take: all of them where there is no kernel.

@@ -24,6 +24,9 @@ bf16, bf16                            43            58         2 of 16 bytes, 1 
 bf16, bf16, column shards             46            60         the same
 ====================================  ============  =========  ============================================
 
+Sources in ``channels_last`` or transposed take two integer divisions an element more, and are read out of order, from
+lines that stay in the cache for as long as a block reaches over few rows of them.
+
 So all but bf16 shadows wait for memory alone, and these nearly so; what a card says of it is in
 ``launch/benchmarks/README.md``.
 """
@@ -47,6 +50,7 @@ def lerp(
     SOURCE_ALIGNED: tl.constexpr,
     SHADOW_ALIGNED: tl.constexpr,
     ROWS: tl.constexpr,
+    SWAPPED: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -66,18 +70,25 @@ def lerp(
         SHADOW: the shadows'; bf16 ones are read as uint16.
         SOURCE_ALIGNED, SHADOW_ALIGNED: all their addresses are multiples of 16 bytes.
         ROWS: a chunk may reach over several runs of its tensor.
+        SWAPPED: two dimensions of the sources have changed places in memory; ``tensors`` has three columns more.
         CHUNK: elements of a chunk at most, a multiple of ``BLOCK``.
         BLOCK: elements of a block: as many for each thread as the narrowest type has in 16 bytes, or fewer.
         UNROLL: blocks at a time.
     """
     COLUMNS: tl.constexpr = 2 if keys is None else 9
     chunk = chunks + COLUMNS * tl.program_id(0).to(tl.int64)
-    row = tensors + tl.load(chunk) * (2 + AVERAGES)
+    WIDTH: tl.constexpr = 2 + AVERAGES + (3 if SWAPPED else 0)
+    row = tensors + tl.load(chunk) * WIDTH
     low = tl.load(chunk + 1)
     if SHADOW_ALIGNED:
         low = tl.multiple_of(low, 16)
     # What all blocks have in common is read here: in the loop the compiler would read it again after every store.
-    source = _pointer(row + 1, SOURCE, SOURCE_ALIGNED) + low
+    source = _pointer(row + 1, SOURCE, SOURCE_ALIGNED)
+    if SWAPPED:
+        layout = _layout(row + 2 + AVERAGES, low)
+    else:
+        source += low
+        layout = None
     shadows = ()
     mixed = ()
     for average in tl.static_range(AVERAGES):
@@ -95,11 +106,23 @@ def lerp(
     whole = count // STEP * STEP
     for begin in range(0, whole, STEP):  # no mask, so that loads and stores are wide
         bad += _blocks(
-            source, shadows, begin, None, weights, mixed, grid, AVERAGES, BLOCK, UNROLL, ROWS, skipped is not None
+            source,
+            layout,
+            shadows,
+            begin,
+            None,
+            weights,
+            mixed,
+            grid,
+            AVERAGES,
+            BLOCK,
+            UNROLL,
+            ROWS,
+            skipped is not None,
         )
     for begin in range(whole, count, BLOCK):
         bad += _blocks(
-            source, shadows, begin, count, weights, mixed, grid, AVERAGES, BLOCK, 1, ROWS, skipped is not None
+            source, layout, shadows, begin, count, weights, mixed, grid, AVERAGES, BLOCK, 1, ROWS, skipped is not None
         )
     if skipped is not None:
         found = tl.sum(bad)
@@ -110,6 +133,7 @@ def lerp(
 @triton.jit
 def _blocks(
     source: tl.tensor,
+    layout: tl.tuple,
     shadows: tl.tuple,
     begin: tl.tensor,
     stop: tl.tensor,
@@ -131,7 +155,8 @@ def _blocks(
     for block in tl.static_range(UNROLL):
         inside = begin + block * BLOCK + tl.arange(0, BLOCK)
         mask = None if stop is None else inside < stop
-        end = tl.load(source + inside, mask).to(tl.float32)
+        at = inside if layout is None else _swapped(inside, layout)
+        end = tl.load(source + at, mask).to(tl.float32)
         ends += (end if mask is None else tl.where(mask, end, 0.0),)
         for average in tl.static_range(AVERAGES):
             befores += (tl.load(shadows[average] + inside, mask),)
@@ -157,6 +182,22 @@ def _blocks(
             tl.store(shadows[average] + inside, value, mask)
         bad += (~finite).to(tl.int32)
     return bad
+
+
+@triton.jit
+def _layout(columns: tl.tensor, low: tl.tensor) -> tl.tuple:
+    """Of a swapped source: the element where the chunk begins, a and b. Fewer than 2**31 elements."""
+    begin = (tl.load(columns) + low).to(tl.int32)
+    return begin, tl.load(columns + 1).to(tl.int32), tl.load(columns + 2).to(tl.int32)
+
+
+@triton.jit
+def _swapped(inside: tl.tensor, layout: tl.tuple) -> tl.tensor:
+    """Where elements lie in memory whose row-major order is (outer, a, b), and their memory's (outer, b, a)."""
+    row = (layout[0] + inside) // layout[2]
+    column = layout[0] + inside - row * layout[2]
+    outer = row // layout[1]
+    return (outer * layout[2] + column) * layout[1] + row - outer * layout[1]
 
 
 @triton.jit

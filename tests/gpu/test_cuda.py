@@ -161,6 +161,27 @@ def test_rounded_shadows_have_the_bits_of_the_eager_route(dtype: torch.dtype, of
         assert all(torch.equal(a.view(torch.int16), b.view(torch.int16)) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_channels_last_goes_through_the_kernel(dtype: torch.dtype) -> None:
+    """Convolutions of image models: each tensor alone was a handful of slow launches."""
+    model = nn.Sequential(nn.Conv2d(64, 96, 3), nn.Conv3d(8, 9, 3), nn.Linear(33, 40)).cuda().to(dtype)
+    model[0].to(memory_format=torch.channels_last)
+    model[1].to(memory_format=torch.channels_last_3d)
+    plain = nn.Sequential(nn.Conv2d(64, 96, 3), nn.Conv3d(8, 9, 3), nn.Linear(33, 40)).cuda().to(dtype)
+    plain.load_state_dict(model.state_dict())
+    assert not model[0].weight.is_contiguous()
+    emas = [ShardedEMA(one, decay=0.9) for one in (model, plain)]
+    with pytest.MonkeyPatch.context() as patch:
+        for step in range(4):
+            for one, ema in zip((model, plain), emas, strict=True):
+                _train(one)
+                ema.update()
+            if step == 0:  # the first copy needs no kernel
+                patch.setattr(kernels, "_eager_lerp", lambda *_: pytest.fail("a tensor was left to the eager route"))
+    first, second = (ema.full_state_dict() for ema in emas)
+    assert all(torch.equal(first[name], value) for name, value in second.items())
+
+
 def test_a_bf16_average_is_not_captured_into_a_graph() -> None:
     """Replays would repeat one update's random bits."""
     model = nn.Linear(300, 300).cuda()

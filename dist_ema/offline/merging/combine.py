@@ -1,8 +1,9 @@
 """The pass: every range of every tensor is read from all sources once, and goes into all outputs.
 
 Sums are in float64, one multiplication and one addition for each source, in their order: no element's bits depend on
-threads, ranks or ranges. The result is rounded once, to the output's dtype: it is off the exact sum by half of its last
-bit, and by some 2^-52 of the sum of absolute terms. Integers and bools are those of the newest source.
+threads, ranks or ranges. The result is rounded to the output's dtype, to one of 16 bits by way of fp32: it is off the
+exact sum by half of its last bit, and by some 2^-52 of the sum of absolute terms. Integers and bools are those of the
+newest source.
 
 Memory: for each thread a range of every source and of every output, some MiB.
 """
