@@ -7,6 +7,8 @@ use a default stream, but an ``OwnStream`` (:mod:`dist_ema.kernels.streams`), wh
 work                runs on                     waits for
 ==================  ==========================  =======================================================================
 update, on device   current                     nothing: it is queued behind the optimizer's step
+into a teacher      current                     nothing; the teacher's next forward is queued behind it, and its full
+                                                weights of the last one were dropped before
 offload: buffers    current                     nothing; copied before the next forward pass can write them
 offload: weights    own stream                  all that *current* had queued at ``update()`` (``follow``)
 offload: average    the worker thread, CPU      the event behind those copies (``join``), on the host
