@@ -57,6 +57,7 @@ from dist_ema.sharding.stream import everywhere, in_windows
 from dist_ema.sharding.writers import FullTensor, catalogue, is_writer
 from dist_ema.snapshots import Snapshots
 from dist_ema.state import EMAState, Track
+from dist_ema.untraced import untraced
 
 logger = logging.getLogger(__name__)
 #: Seconds that a call on files waits for a rank that does not answer, beside what reading and writing takes.
@@ -204,6 +205,7 @@ class ShardedEMA:
 
     # Averaging: local.
 
+    @untraced
     @torch.no_grad()
     def update(
         self, *, batches: int = 1, samples: int = 0, tokens: int = 0, epochs: float = 0, due: bool | None = None

@@ -238,6 +238,56 @@ def test_the_weights_are_those_after_the_wrappers_own_step() -> None:
     assert ema.num_updates == 4
 
 
+COMPILED: dict[str, Make] = {
+    "adamw": partial(torch.optim.AdamW, lr=0.01),
+    "built-on-another": partial(Projected, lr=1.0),
+    "lookahead": lambda parameters: Lookahead(Projected(parameters, lr=0.1)),
+}
+
+
+@pytest.mark.parametrize("make", COMPILED.values(), ids=COMPILED)
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_a_compiled_step_leaves_the_update_as_it_is(
+    make: Make, by_hand: bool, recwarn: pytest.WarningsRecorder
+) -> None:
+    """The compiler followed it into hundreds of our functions, compiled the arithmetic in fragments, and an optimizer
+    class built on another was counted twice."""
+    graphs: list[list[torch.fx.GraphModule]] = []
+
+    def note(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Callable[..., Any]:
+        graphs[-1].append(graph)
+        return graph.forward
+
+    for averaged in (False, True):
+        torch._dynamo.reset()
+        graphs.append([])
+        model = nn.Linear(3, 2)
+        torch.optim.SGD(model.parameters(), lr=0.1)  # only from now on torch runs the hooks of Projected too
+        optimizer = make(model.parameters())
+        ema, dense = ShardedEMA(model, decay=DECAY), DenseAverage({"weight", "bias"}, DECAY)
+
+        def step(optimizer: Optimizer = optimizer, update: Callable[[], object] | None = None) -> None:
+            optimizer.step()
+            if update is not None:
+                update()
+
+        if averaged and not by_hand:
+            ema.attach(optimizer)
+        compiled = torch.compile(partial(step, update=ema.update if averaged and by_hand else None), backend=note)
+        for number in range(4):
+            model.zero_grad()
+            model(torch.full((3,), 1.0 - number)).sum().backward()
+            compiled()
+            dense.update(model.state_dict())
+        if averaged:
+            assert ema.num_updates == 4
+            dense.check(ema.full_state_dict())
+    kinds = [[str(node.target) for graph in found for node in graph.graph.nodes] for found in graphs]
+    assert not [target for target in kinds[1] if target not in kinds[0]]
+    assert len(graphs[1]) <= len(graphs[0]) + 1
+    assert not [warning.message for warning in recwarn if "Dynamo" in str(warning.message)]
+
+
 def test_another_models_optimizer_is_said(caplog: pytest.LogCaptureFixture) -> None:
     """The average of a generator counted the steps of the discriminator."""
     model, other = nn.Linear(3, 2), nn.Linear(3, 2)

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from dist_ema.engines.wrappers import OuterStep, is_other_wrapper, is_training_step, unwrap_optimizer
 from dist_ema.errors import EMAConfigError, EMAStateError
 from dist_ema.sharding.spec import TensorSpec
+from dist_ema.untraced import untraced
 
 logger = logging.getLogger(__name__)
 
@@ -161,6 +162,7 @@ class Engine(ABC):
         if is_other_wrapper(optimizer, inner):
             return OuterStep(optimizer, inner, callback)
 
+        @untraced
         def after_step(stepped: torch.optim.Optimizer, *_: object) -> None:
             if is_training_step(stepped):
                 callback()

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from dist_ema.engines.loaded import loaded
+from dist_ema.untraced import untraced
 
 _TRAINERS = frozenset({"accelerate", "lightning", "lightning_fabric", "pytorch_lightning", "deepspeed"})
 _FABRIC = ("lightning.fabric.wrappers", "lightning_fabric.wrappers")
@@ -104,6 +105,7 @@ class OuterStep:
         self._mine = self._call
         wrapper.step = self._mine
 
+    @untraced
     def _note(self, stepped: torch.optim.Optimizer, *_: object) -> None:
         if not is_training_step(stepped):
             return
@@ -172,10 +174,16 @@ def _may_be_nested(kind: type) -> bool:
 
 
 def _is_nested(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether more than one hooked ``step()`` of this optimizer is running."""
-    code: CodeType = type(optimizer).step.__code__  # of torch's wrapper, which is the same for all classes
+    """Whether more than one hooked ``step()`` of this optimizer is running.
+
+    Each is a frame of torch's wrapper, which is the same for all classes. It is known by where it is written: where
+    ``torch.compile`` has been, its code is another object.
+    """
+    code: CodeType = type(optimizer).step.__code__
     running, frame = 0, inspect.currentframe()
     while frame is not None and running < 2:
-        running += frame.f_code is code and frame.f_locals.get("self") is optimizer
+        at = frame.f_code.co_filename, frame.f_code.co_firstlineno
+        if at == (code.co_filename, code.co_firstlineno):
+            running += any(first is optimizer for first in frame.f_locals.get("args", ())[:1])
         frame = frame.f_back
     return running > 1

@@ -22,6 +22,7 @@ from dist_ema.engines.zero_masters import Masters, MasterSlice, find_masters, st
 from dist_ema.errors import EMAConfigError, EMAEngineError
 from dist_ema.sharding.runs import whole
 from dist_ema.sharding.spec import TensorSpec
+from dist_ema.untraced import untraced
 
 
 class ZeroEngine(Engine):
@@ -195,6 +196,7 @@ class _StepCounter:
         """Hooks that go when this object goes."""
         me = weakref.ref(self)
 
+        @untraced
         def note(stepped: torch.optim.Optimizer, *_: object) -> None:
             counter = me()
             if counter is not None and is_training_step(stepped):
