@@ -9,6 +9,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from unittest import mock
 
 import psutil
 import pytest
@@ -20,6 +21,7 @@ from demo import loop  # isort: skip
 from demo.options import EXPORT, Options, parse  # isort: skip
 from demo.report import _folder  # isort: skip
 from demo.text import Text  # isort: skip
+from demo.wrap import process_group  # isort: skip
 from train import main  # isort: skip
 
 
@@ -233,3 +235,10 @@ def test_a_preempted_slurm_job_still_exports(tmp_path: Path) -> None:
     assert "stopped by a signal after step" in log.read_text()
     assert any((tmp_path / "out" / "checkpoints").iterdir())
     assert (tmp_path / "out" / EXPORT / "model.safetensors").exists()
+
+
+@pytest.mark.world_size(1)
+def test_a_caller_s_gloo_group_trains_on_the_cpu_also_where_there_is_a_gpu(rank: int) -> None:
+    """Weights on a GPU would be gathered in a group that cannot send them under every engine."""
+    with mock.patch.object(torch.cuda, "is_available", lambda: True), process_group() as device:
+        assert device.type == "cpu"

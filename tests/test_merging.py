@@ -28,7 +28,13 @@ from benchmarks.memory import peak_growth
 from dist_ema import PowerFunction, ShardedEMA, merge, read_checkpoint, verify_checkpoint
 from dist_ema.checkpoints.storage.local import RunWriter
 from dist_ema.cli import main
-from dist_ema.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError, EMAConfigError
+from dist_ema.errors import (
+    CheckpointCorruptError,
+    CheckpointError,
+    CheckpointMismatchError,
+    EMAConfigError,
+    EMAStateError,
+)
 from dist_ema.offline.merging.schemes import scheme_weights
 
 
@@ -171,6 +177,26 @@ def test_weights_may_be_negative_and_need_not_sum_to_one_if_that_is_meant(
         merge(paths, tmp_path / "b", weights=[0.5] * 4)
     merge(paths, tmp_path / "b", weights=[0.5] * 4, any_sum=True)
     check(load_file(tmp_path / "b" / "model.safetensors"), dense(found, [0.5] * 4))
+
+
+def test_a_tied_tensor_is_found_under_any_of_its_names_and_complex_ones_are_summed(tmp_path: Path) -> None:
+    """save_pretrained leaves out the second name, torch.save has both."""
+    kept = []
+    for number in range(2):
+        torch.manual_seed(number)
+        weight, phase = torch.randn(5, 3), torch.randn(4, dtype=torch.complex64)
+        kept.append((weight, phase))
+        if number:
+            save_pretrained(tmp_path / "1", {"embed.weight": weight, "phase": phase})
+        else:
+            torch.save({"embed.weight": weight, "head.weight": weight, "phase": phase}, tmp_path / "0")
+    for order, weights in ((("0", "1"), [0.25, 0.75]), (("1", "0"), [0.75, 0.25])):
+        out = tmp_path / "".join(order)
+        merge([tmp_path / name for name in order], out, weights=weights)
+        found = load_file(out / "model.safetensors")
+        assert set(found) == {"embed.weight", "phase"} | ({"head.weight"} if order[1] == "0" else set())
+        for name, index in (("embed.weight", 0), ("phase", 1)):
+            torch.testing.assert_close(found[name], 0.25 * kept[0][index] + 0.75 * kept[1][index])
 
 
 def test_training_goes_on_from_a_merge(saved: tuple[list[Path], list[dict[str, Tensor]]], tmp_path: Path) -> None:
@@ -338,6 +364,23 @@ def test_what_cannot_be_merged_is_refused_by_name_and_leaves_nothing(
     with pytest.raises(error, match=match):
         merge(options.pop("sources"), options.pop("out"), **options)
     assert sorted(place.rglob("*")) == before
+
+
+@pytest.mark.world_size(2)
+def test_ranks_that_disagree_are_told_and_make_nothing(rank: int, tmp_path: Path) -> None:
+    """Halves of two merges would be a model that nobody asked for."""
+    if rank == 0:
+        for number in range(2):
+            save_pretrained(tmp_path / f"{number}", {"a": torch.ones(3), "b": torch.ones(2)})
+    dist.barrier()
+    paths = [tmp_path / "0", tmp_path / "1"]
+    for options in ({"weights": [rank, 1 - rank]}, {"dtype": [torch.float32, torch.bfloat16][rank]}):
+        with pytest.raises(EMAStateError, match="ranks ask for different things"):
+            merge(paths, tmp_path / "out", **options)
+    with pytest.raises(CheckpointError, match=r"rank 1.*does not exist"):
+        merge(paths if rank == 0 else [*paths[:1], tmp_path / "gone"], tmp_path / "out")
+    dist.barrier()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]
 
 
 def test_no_verify_takes_what_is_there(place: Path, tmp_path: Path) -> None:

@@ -228,7 +228,8 @@ def wait_for_reads(*_: object) -> None:
 
 def _guard_optimizers() -> None:
     if not _hooks:
-        _hooks.append(register_optimizer_step_pre_hook(wait_for_reads))
+        hook = torch.compiler.disable(wait_for_reads)  # type: ignore[no-untyped-call]  # nor traced in a compiled step
+        _hooks.append(register_optimizer_step_pre_hook(hook))
 
 
 def _version(tensor: Tensor) -> int:

@@ -10,6 +10,7 @@ copies.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -147,15 +148,24 @@ def pageable(numel: int, dtype: torch.dtype) -> Tensor:
 
 
 def carve(sizes: Sequence[tuple[int, torch.dtype]], empty: Allocate) -> list[Tensor]:
-    """A flat tensor of each size, in elements, from few allocations."""
+    """A flat tensor of each size, in elements, from few allocations, of which most are nearly a power of two of bytes.
+
+    A tensor larger than :data:`_BLOCK` has one of its own, whatever torch makes of it.
+    """
+    left: Counter[torch.dtype] = Counter()  # elements that have no place yet
+    for numel, dtype in sizes:
+        left[dtype] += numel
     blocks: list[tuple[torch.dtype, list[int]]] = []
     open_blocks: dict[torch.dtype, tuple[list[int], int]] = {}  # what is in it, and how much room there is
     for index, (numel, dtype) in enumerate(sizes):
         members, room = open_blocks.get(dtype, ([], -1))
         if numel > room:
-            members, room = [], max(_BLOCK // dtype.itemsize, numel)
+            # What is left as a sum of powers of two, the largest first.
+            nbytes = min(left[dtype] * dtype.itemsize, _BLOCK)
+            members, room = [], max((1 << max(nbytes.bit_length() - 1, 0)) // dtype.itemsize, numel)
             blocks.append((dtype, members))
         members.append(index)
+        left[dtype] -= numel
         open_blocks[dtype] = members, room - numel
     tensors: dict[int, Tensor] = {}
     for dtype, members in blocks:

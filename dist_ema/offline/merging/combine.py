@@ -96,7 +96,7 @@ class Combination:
 
     def _read(self, entry: FullTensor) -> list[int]:
         """The numbers of the sources that are read for a tensor."""
-        return self._used if entry.dtype.is_floating_point else [len(self._tensors[entry.name]) - 1]
+        return self._used if is_summed(entry.dtype) else [len(self._tensors[entry.name]) - 1]
 
     def run(self, group: dist.ProcessGroup | None, advance: Advance, threads: int) -> None:
         """Does this rank's share, and has it on disk. Local. Raises what failed in any thread."""
@@ -147,7 +147,7 @@ class Combination:
             raw[number] = values
         for index, (weights, output) in enumerate(zip(self._weights, self._outputs, strict=True)):
             dtype = output.dtypes[entry.name]
-            if entry.dtype.is_floating_point:
+            if is_summed(entry.dtype):
                 result = torch.empty(stop - start, dtype=dtype)
                 for low in range(0, stop - start, _ADDED):
                     part = slice(low, low + _ADDED)
@@ -160,13 +160,19 @@ class Combination:
                 writer.write(name, runs, result)
 
 
+def is_summed(dtype: torch.dtype) -> bool:
+    """Whether elements are added up; of all others the newest source's are taken."""
+    return dtype.is_floating_point or dtype.is_complex
+
+
 def _sum(terms: Sequence[tuple[Tensor, float]]) -> Tensor:
-    """In float64. 1D."""
-    total = torch.zeros(len(terms[0][0]), dtype=torch.float64)
+    """In float64, or complex128. 1D."""
+    dtype = torch.complex128 if terms[0][0].is_complex() else torch.float64
+    total = torch.zeros(len(terms[0][0]), dtype=dtype)
     for values, weight in terms:
         if weight:
             # Not add_(alpha=): some elements would be multiplied and added in one rounding, and some in two.
-            total.add_(values.double().mul_(weight))
+            total.add_(values.to(dtype, copy=True).mul_(weight))
     return total
 
 

@@ -20,7 +20,7 @@ from dist_ema.checkpoints.storage.paths import StrPath
 from dist_ema.checkpoints.storage.staging import Staging
 from dist_ema.clock import Progress
 from dist_ema.collectives import agreed, rank_in
-from dist_ema.errors import CheckpointError, EMAConfigError
+from dist_ema.errors import CheckpointError, EMAConfigError, EMAStateError
 from dist_ema.offline.merging.combine import Combination, digests_of
 from dist_ema.offline.merging.outputs import CheckpointOutput, Output, PretrainedOutput, check_output
 from dist_ema.offline.merging.schemes import check_weights, scheme_weights
@@ -133,6 +133,7 @@ def merge(
         CheckpointMismatchError: the sources are not of one model; lists all that differs.
         CheckpointError: a source cannot be read, the output exists, or cannot be written.
         CheckpointCorruptError: a source is damaged. In all cases nothing is left behind.
+        EMAStateError: ranks give different arguments.
 
     >>> import tempfile
     >>> from dist_ema import ShardedEMA, read_checkpoint
@@ -179,13 +180,18 @@ def combine(
         for target in targets:
             check_output(target.out)
         entries = _entries(sources[-1], form.dtype)
-        round_.send([Staging.new_token() for _ in targets])
+        wanted = [(os.fspath(one.out), list(one.weights)) for one in targets]
+        options = form.dtype, form.max_shard_size, form.checkpoint, form.verify  # config_from is rank 0's
+        asked = repr(([str(source) for source in sources], wanted, options))
+        round_.send((hashlib.sha256(asked.encode()).hexdigest(), [Staging.new_token() for _ in targets]))
+    digests, tokens = zip(*round_.received, strict=True)
+    if len(set(digests)) > 1:
+        raise EMAStateError(f"{operation}: ranks ask for different things: give all of them the same arguments")
     outputs: list[Output] = []
     try:
         with agreed(group, operation):
             outputs = [
-                _output(target, token, entries, sources, form)
-                for target, token in zip(targets, round_.received[0], strict=True)
+                _output(target, token, entries, sources, form) for target, token in zip(targets, tokens[0], strict=True)
             ]
             if first:
                 for output in outputs:
@@ -205,8 +211,7 @@ def combine(
             merged = [_merged(target, sources, combination) for target in targets]
             if first:
                 for number, (output, one, target) in enumerate(zip(outputs, merged, targets, strict=True)):
-                    digests = digests_of(combination.sums.outputs, number)
-                    output.commit(digests, _provenance(one, target))
+                    output.commit(digests_of(combination.sums.outputs, number), _provenance(one, target))
     except BaseException:
         if first:
             for output in outputs:

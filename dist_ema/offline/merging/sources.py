@@ -18,7 +18,7 @@ from dist_ema.checkpoints.storage.paths import StrPath, check_path, is_remote, l
 from dist_ema.checkpoints.versions import read_manifest
 from dist_ema.errors import CheckpointError, CheckpointMismatchError, EMAConfigError
 from dist_ema.importers import dcp
-from dist_ema.importers.foreign import LazyTensor
+from dist_ema.importers.foreign import LazyTensor, ties
 from dist_ema.importers.pretrained import open_pretrained
 from dist_ema.offline.merging.directories import open_dcp, open_pickle
 
@@ -121,7 +121,11 @@ def _open(path: StrPath, name: str | None, prefix: str | None, stack: ExitStack)
             for name, (shape, dtype) in ranges.tensors.items()
         }
         return _source(path, "pretrained", found)
-    return _source(path, "file", {name: _lazy(tensor) for name, tensor in open_pickle(place, prefix).items()})
+    lazy = open_pickle(place, prefix)
+    others = {group[0]: group[1:] for group in ties(lazy)}
+    aliases = {name for group in others.values() for name in group}
+    tensors = {name: _lazy(tensor, others.get(name, ())) for name, tensor in lazy.items() if name not in aliases}
+    return _source(path, "file", tensors)
 
 
 def _source(path: StrPath, kind: str, tensors: Mapping[str, SourceTensor]) -> Source:
@@ -149,8 +153,8 @@ def _range(read: Callable[[str, int, int, Tensor], None], name: str) -> Read:
     return lambda start, stop, out: read(name, start, stop, out)
 
 
-def _lazy(tensor: LazyTensor) -> SourceTensor:
-    return SourceTensor(tensor.shape, tensor.dtype, tensor.read_range)
+def _lazy(tensor: LazyTensor, aliases: tuple[str, ...] = ()) -> SourceTensor:
+    return SourceTensor(tensor.shape, tensor.dtype, tensor.read_range, aliases)
 
 
 def check_alike(sources: Sequence[Source]) -> None:
@@ -167,13 +171,17 @@ def check_alike(sources: Sequence[Source]) -> None:
                 problems.append(f"{source} has no {name!r}")
             elif other.shape != tensor.shape:
                 problems.append(f"{name!r} is {other.shape} in {source} and {tensor.shape} in {newest}")
-            elif other.dtype.is_floating_point != tensor.dtype.is_floating_point:
+            elif _kind(other.dtype) != _kind(tensor.dtype):
                 problems.append(f"{name!r} is {other.dtype} in {source} and {tensor.dtype} in {newest}")
         unknown = [name for name in source.tensors if newest.get(name, source.tensors[name].aliases) is None]
         problems += [f"{newest} has no {name!r}, which {source} has" for name in unknown]
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise CheckpointMismatchError(f"these are not checkpoints of one model (see also prefix=): {shown}")
+
+
+def _kind(dtype: torch.dtype) -> tuple[bool, bool]:
+    return dtype.is_floating_point, dtype.is_complex
 
 
 def check_order(sources: Sequence[Source]) -> None:
