@@ -10,14 +10,17 @@ import itertools
 import json
 import sys
 import traceback
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor, nn
 
 from dist_ema import ShardedEMA, kernels
-from dist_ema.kernels import cuda, native, programs
+from dist_ema.kernels import cuda, native, programs, triton_kernels
 from dist_ema.kernels.compiler import BuildError
 from dist_ema.kernels.rounding import ElementPositions, Rounding, average_key
 
@@ -33,10 +36,10 @@ def _mend_the_interpreter() -> None:
 
     patch = interpreter._patch_lang_tensor
 
-    def patched(tensor: type, *scope: object) -> None:
+    def patched(tensor: type, *scope: Any) -> None:
         patch(tensor, *scope)
-        if not scope:
-            tensor.__index__ = lambda self: self.handle.data.item()
+        keep = scope[0].set_attr if scope else setattr  # since 3.6 it takes note of what it patches
+        keep(tensor, "__index__", lambda self: self.handle.data.item())
 
     interpreter._patch_lang_tensor = patched
 
@@ -217,6 +220,35 @@ def check_convolutions_in_channels_last_and_transposed_matrices() -> None:
                     assert cuda.run(cuda.Kernel(), *given, table, None, used) == []
             results.append([[shadow.float() for shadow in copies[0]]])
         assert _same(*results), (dtype, rounded)
+
+
+@triton.jit
+def _places(columns: tl.tensor, low: tl.tensor, found: tl.tensor) -> None:
+    inside = tl.arange(0, 64)
+    tl.store(found + inside, triton_kernels._swapped(inside, triton_kernels._layout(columns, low)))
+
+
+def check_places_in_swapped_tensors_of_two_billion_elements() -> None:
+    """They are 32-bit sums and products that wrap around; divisions are by multiplication."""
+    for a, b in (
+        (3, (2**31 - 1) // 6),
+        ((2**31 - 1) // 6, 3),
+        (2, 2**30 - 1),
+        (2**30 - 1, 2),
+        (46_340, 46_341),
+        (7, 9),
+    ):
+        outer = (2**31 - 1) // (a * b)
+        last = outer * a * b
+        for low in (0, a * b - 40, b - 30, last // 2, last - 64):
+            low = max(0, min(low, last - 64))
+            columns = torch.tensor([5, a, b, *programs.division(b), *programs.division(a)])
+            found = torch.zeros(64, dtype=torch.int32)
+            _places[(1,)](columns, low - 5, found)
+            numbers = torch.arange(low, low + 64)
+            line, column = numbers // b, numbers % b
+            wanted = (line // a * b + column) * a + line % a
+            assert torch.equal(found.long(), wanted), (a, b, low)
 
 
 def check_table_is_kept_until_memory_or_dtype_changes() -> None:

@@ -77,7 +77,7 @@ class Table(Generic[Made]):
             index
             for index, (source, (start, stop)) in enumerate(zip(sources, ranges, strict=True))
             if source.dtype in CODES
-            and (self._lies_flat(source, stop) or self._lies_swapped(source))
+            and (self._lies_flat(source, stop) or self._lies_swapped(source, stop))
             and all(self._fits(average[index], source, stop - start) for average in averages)
         ]
 
@@ -87,14 +87,16 @@ class Table(Generic[Made]):
 
     def _lies_flat(self, tensor: Tensor, count: int) -> bool:
         """Whether its first ``count`` elements lie one after the other, aligned, in the memory of the device."""
+        return self._is_here(tensor, count) and tensor.is_contiguous()
+
+    def _lies_swapped(self, source: Tensor, count: int) -> bool:
+        here = self._swapped and self._is_here(source, count)
+        return here and source.numel() < 1 << 31 and swapped(source) is not None
+
+    def _is_here(self, tensor: Tensor, count: int) -> bool:
         plain = type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__  # not a wrapper around other tensors
         here = plain and tensor.device.type == self._device_type
-        return here and tensor.is_contiguous() and tensor.numel() >= count and tensor.data_ptr() % tensor.itemsize == 0
-
-    def _lies_swapped(self, source: Tensor) -> bool:
-        plain = type(source).__torch_dispatch__ is Tensor.__torch_dispatch__
-        here = self._swapped and plain and source.device.type == self._device_type
-        return here and source.numel() < 1 << 31 and swapped(source) is not None
+        return here and tensor.numel() >= count and tensor.data_ptr() % tensor.itemsize == 0
 
 
 def swapped(source: Tensor) -> tuple[int, int] | None:

@@ -46,9 +46,9 @@ class Launch:
         source_aligned, shadow_aligned: every address is a multiple of 16 bytes, and the kernel may rely on it.
         chunks: int64, on the device: of each program its tensor and its elements (:mod:`dist_ema.kernels.programs`).
         tensors: int64, (tensors, 2 + averages), on the device: its number of elements (for bf16 shadows the hash of its
-            name), and the addresses of source and shadows. Of swapped sources three columns more: the first element of
-            the range, and the two sizes of :func:`~dist_ema.kernels.arguments.swapped`; the address is that of the
-            whole.
+            name), and the addresses of source and shadows. Of swapped sources seven columns more: the first element of
+            the range; ``a`` and ``b`` of :func:`~dist_ema.kernels.arguments.swapped`; the divisions by ``b`` and by
+            ``a``. The address is that of the whole.
         rows: a program may have several runs of a column shard.
         swapped: two dimensions of the sources have changed places in memory.
     """
@@ -91,8 +91,8 @@ def _launches(
         if start < stop:
             alike = all(shadow % _ALIGNMENT == 0 for shadow in shadows)
             key = source.device, source.dtype, flat and place % _ALIGNMENT == 0, alike, not flat
-            sizes = () if flat else (start, *(arguments.swapped(source) or ()))
-            groups.setdefault(key, {})[index] = [place, *shadows, *sizes]
+            layout = () if flat else (start, *_layout(source))
+            groups.setdefault(key, {})[index] = [place, *shadows, *layout]
     launches = []
     for (device, dtype, source_aligned, shadow_aligned, swapped), group in groups.items():
         numels = {index: ranges[index][1] - ranges[index][0] for index in group}
@@ -109,6 +109,14 @@ def _launches(
         several = positions is not None and programs.has_rows(chunks)
         launches.append(Launch(device, dtype, shadow, source_aligned, shadow_aligned, *sent, several, swapped))
     return launches
+
+
+def _layout(source: Tensor) -> tuple[int, ...]:
+    sizes = arguments.swapped(source)
+    if sizes is None:
+        raise ValueError(f"shape {tuple(source.shape)}, strides {source.stride()}: not a swapped source")
+    a, b = sizes
+    return a, b, *programs.division(b), *programs.division(a)
 
 
 def _signed(bits: int) -> int:
@@ -206,9 +214,10 @@ def lerp(
     """``shadow += weight * (source - shadow)`` for the tensors that the kernel takes. Local; no host sync.
 
     It takes what lies contiguously on a CUDA device: fp32 shadows (with ``rounding``, bf16 ones), and sources in fp32,
-    bf16 or fp16; these also in ``channels_last``, or transposed. Arguments are those of ``kernels.lerp``; ``table`` is
-    kept by the caller for these tensors, and ``counter`` gives the device's count of source elements that were not
-    finite, or is None for no guard.
+    bf16 or fp16; these also in ``channels_last``, or transposed. What lies otherwise (other dimensions have changed
+    places, or there are gaps) is left to the eager route: such weights are rare, and each order takes code of its own.
+    Arguments are those of ``kernels.lerp``; ``table`` is kept by the caller for these tensors, and ``counter`` gives
+    the device's count of source elements that were not finite, or is None for no guard.
 
     Returns:
         The indices of the tensors that it did not take: all of them where there is no kernel.

@@ -20,10 +20,10 @@ from dist_ema.kernels.rounding import ElementPositions
 CHUNK = 1 << 14
 #: Of each program of bf16 shadows: the row of its tensor; its first element in the shadow, and how many it has; the
 #: position in the full tensor where its first run begins, and how many elements of that run come before its own; the
-#: length of all its runs, and the distance from one to the next; multiplier and shift of a division by the length:
-#: ``i // length == i * multiplier >> 32 >> shift``. Of a program with one run the multiplier is 0.
+#: length of all its runs, and the distance from one to the next; the :func:`division` by the length. Of a program with
+#: one run the multiplier is 0.
 COLUMNS = ("row", "low", "count", "position", "before", "length", "step", "multiplier", "shift")
-#: Lengths that the division serves for; ``i`` is below twice that.
+#: Lengths that the division serves for.
 _SHORT = 1 << 30
 _PAGE = 32  # bits
 
@@ -92,9 +92,14 @@ def _in_rows(low: int, high: int, start: int, before: int, length: int, step: in
     position = start + first * step
     if first == last or position >> _PAGE != (start + last * step + inside) >> _PAGE:
         return None
+    return low, high - low, position, skipped, length, step, *division(length)
+
+
+def division(length: int) -> tuple[int, int]:
+    """``(multiplier, shift)`` so that ``i // length == i * multiplier >> 32 >> shift`` for i below 2**31; of lengths
+    from 2 to 2**30 - 1. From Granlund and Montgomery, "Division by invariant integers using multiplication", 1994."""
     shift = (length - 1).bit_length()
-    multiplier = -(-(1 << 31 + shift) // length)  # Granlund, Montgomery, "Division by invariant integers", 1994
-    return low, high - low, position, skipped, length, step, multiplier, shift - 1
+    return -(-(1 << 31 + shift) // length), shift - 1
 
 
 def _by_run(low: int, high: int, local: Sequence[int], full: Sequence[int], numel: int) -> Iterator[tuple[int, ...]]:

@@ -22,13 +22,17 @@ bf16, fp32, weights not aligned       13            29         8 of 2 and 2 of 1
 bf16, three in fp32                   29            40         1 of 8 and 3 of 16 bytes, 3 of 16, for 4
 bf16, bf16                            43            58         2 of 16 bytes, 1 of 16, for 8
 bf16, bf16, column shards             46            60         the same
+bf16, fp32, weights swapped           25            32         8 of 2 and 2 of 16 bytes, 2 of 16, for 8
+bf16, bf16, weights swapped           52            55         8 of 2 and 1 of 16 bytes, 1 of 16, for 8
 ====================================  ============  =========  ============================================
 
-Sources in ``channels_last`` or transposed take two integer divisions an element more, and are read out of order, from
-lines that stay in the cache for as long as a block reaches over few rows of them.
+Swapped weights lie in ``channels_last`` or transposed, and are read out of order: a warp's load touches as many lines
+as there are places in a filter (9 for 3 x 3), or 32, and blocks share them through the cache. A processor looks at one
+line in a cycle: by that reckoning filters keep near the memory's speed, and a transposed matrix, whose every element
+lies in a line of its own, comes to half or two thirds of it.
 
-So all but bf16 shadows wait for memory alone, and these nearly so; what a card says of it is in
-``launch/benchmarks/README.md``.
+So all but bf16 shadows wait for memory alone, and these nearly so; what a card says of it, and what no card has said
+yet, is in ``launch/benchmarks/README.md``.
 """
 
 from __future__ import annotations
@@ -70,14 +74,15 @@ def lerp(
         SHADOW: the shadows'; bf16 ones are read as uint16.
         SOURCE_ALIGNED, SHADOW_ALIGNED: all their addresses are multiples of 16 bytes.
         ROWS: a chunk may reach over several runs of its tensor.
-        SWAPPED: two dimensions of the sources have changed places in memory; ``tensors`` has three columns more.
+        SWAPPED: two dimensions of the sources have changed places in memory; ``tensors`` has seven columns more: see
+            ``cuda.Launch``.
         CHUNK: elements of a chunk at most, a multiple of ``BLOCK``.
         BLOCK: elements of a block: as many for each thread as the narrowest type has in 16 bytes, or fewer.
         UNROLL: blocks at a time.
     """
     COLUMNS: tl.constexpr = 2 if keys is None else 9
     chunk = chunks + COLUMNS * tl.program_id(0).to(tl.int64)
-    WIDTH: tl.constexpr = 2 + AVERAGES + (3 if SWAPPED else 0)
+    WIDTH: tl.constexpr = 2 + AVERAGES + (7 if SWAPPED else 0)
     row = tensors + tl.load(chunk) * WIDTH
     low = tl.load(chunk + 1)
     if SHADOW_ALIGNED:
@@ -186,18 +191,28 @@ def _blocks(
 
 @triton.jit
 def _layout(columns: tl.tensor, low: tl.tensor) -> tl.tuple:
-    """Of a swapped source: the element where the chunk begins, a and b. Fewer than 2**31 elements."""
-    begin = (tl.load(columns) + low).to(tl.int32)
-    return begin, tl.load(columns + 1).to(tl.int32), tl.load(columns + 2).to(tl.int32)
+    """Of a swapped source, in uint32: the element where the chunk begins; by how much the place of an element changes
+    with its number, the number of its line and that of its outer one; the divisions by b and by a."""
+    begin = (tl.load(columns) + low).to(tl.uint32)
+    a = tl.load(columns + 1).to(tl.uint32)
+    area = a * tl.load(columns + 2).to(tl.uint32)
+    layout = (begin, a, 1 - area, area - a)
+    for column in tl.static_range(3, 7):
+        layout += (tl.load(columns + column).to(tl.uint32),)
+    return layout
 
 
 @triton.jit
 def _swapped(inside: tl.tensor, layout: tl.tuple) -> tl.tensor:
-    """Where elements lie in memory whose row-major order is (outer, a, b), and their memory's (outer, b, a)."""
-    row = (layout[0] + inside) // layout[2]
-    column = layout[0] + inside - row * layout[2]
-    outer = row // layout[1]
-    return (outer * layout[2] + column) * layout[1] + row - outer * layout[1]
+    """Where elements lie in memory whose row-major order is (outer, a, b), and their memory's (outer, b, a).
+
+    Element ``number = line * b + column``, of ``line = outer * a + row``, lies at ``(outer * b + column) * a + row``:
+    summed up by what is known of it, modulo 2**32.
+    """
+    number = layout[0] + inside.to(tl.uint32)
+    line = tl.umulhi(number, layout[4]) >> layout[5]
+    outer = tl.umulhi(line, layout[6]) >> layout[7]
+    return (number * layout[1] + line * layout[2] + outer * layout[3]).to(tl.int32)
 
 
 @triton.jit

@@ -102,13 +102,15 @@ def test_average_on_the_device_equals_that_on_the_host(dtype: torch.dtype) -> No
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("guarded", [True, False])
-def test_triton_kernel_gives_the_eager_route_to_one_unit(dtype: torch.dtype, guarded: bool) -> None:
-    """Hundreds of uneven tensors, three averages, two of them unaligned; 2**-23 of the larger of shadow and source."""
+@pytest.mark.parametrize("offset", [0, 1])
+def test_triton_kernel_gives_the_eager_route_to_one_unit(dtype: torch.dtype, guarded: bool, offset: int) -> None:
+    """Hundreds of uneven tensors, sources at any address, three averages, two of them unaligned; 2**-23 of the larger
+    of shadow and source."""
     kernel = cuda.choice()
     assert kernel is not None
     torch.manual_seed(0)
     sizes = [(37 * index * index) % 5000 for index in range(300)] + [3_000_001]
-    sources = [torch.randn(size, device="cuda").to(dtype) for size in sizes]
+    sources = [torch.randn(size + offset, device="cuda").to(dtype)[offset:] for size in sizes]
     for source in sources:
         source[::97] = float("nan") if guarded else 1.0
     flats = [torch.randn(sum(sizes), device="cuda") for _ in range(2)]
@@ -162,7 +164,8 @@ def test_rounded_shadows_have_the_bits_of_the_eager_route(dtype: torch.dtype, of
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_channels_last_goes_through_the_kernel(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("shadow", [torch.float32, torch.bfloat16])
+def test_channels_last_goes_through_the_kernel(dtype: torch.dtype, shadow: torch.dtype) -> None:
     """Convolutions of image models: each tensor alone was a handful of slow launches."""
     model = nn.Sequential(nn.Conv2d(64, 96, 3), nn.Conv3d(8, 9, 3), nn.Linear(33, 40)).cuda().to(dtype)
     model[0].to(memory_format=torch.channels_last)
@@ -170,7 +173,7 @@ def test_channels_last_goes_through_the_kernel(dtype: torch.dtype) -> None:
     plain = nn.Sequential(nn.Conv2d(64, 96, 3), nn.Conv3d(8, 9, 3), nn.Linear(33, 40)).cuda().to(dtype)
     plain.load_state_dict(model.state_dict())
     assert not model[0].weight.is_contiguous()
-    emas = [ShardedEMA(one, decay=0.9) for one in (model, plain)]
+    emas = [ShardedEMA(one, decay=0.9, dtype=shadow) for one in (model, plain)]
     with pytest.MonkeyPatch.context() as patch:
         for step in range(4):
             for one, ema in zip((model, plain), emas, strict=True):
