@@ -22,11 +22,11 @@ app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_com
 @app.command()
 def main(
     out: Annotated[Path, typer.Option(help="Folder to make; must not exist.", show_default=False)],
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 600,
-    every: Annotated[int, typer.Option(min=1, help="Steps between two evaluations.")] = 25,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 1000,
+    every: Annotated[int, typer.Option(min=1, help="Steps between two evaluations.")] = 50,
     gaps: Annotated[float, typer.Option(min=0, max=1, help="Part of the student's input that is hidden.")] = 0.1,
     share: Annotated[float, typer.Option(min=0, max=1, help="Of the teacher in the loss.")] = 0.5,
-    half_life: Annotated[str, typer.Option(help="Of the teacher.")] = "20ba",
+    half_life: Annotated[str, typer.Option(help="Of the teacher.")] = "10ba",
     lr: Annotated[float, typer.Option(help="Learning rate of AdamW, constant.")] = 4e-3,
     data: Annotated[str | None, typer.Option(help="Text; else Python's own sources.", show_default=False)] = None,
 ) -> None:

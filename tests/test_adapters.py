@@ -47,7 +47,9 @@ def _lora(base: nn.Module | None = None, name: str = "default", **options: objec
 
 
 def _json(path: Path) -> dict:
-    return json.loads(path.read_text())
+    """PEFT writes sets as lists, in an order that changes from process to process and from copy to copy."""
+    found = json.loads(path.read_text())
+    return {key: sorted(value) if key == "target_modules" else value for key, value in found.items()}
 
 
 def _names(directory: Path) -> set[str]:

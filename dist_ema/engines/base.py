@@ -32,7 +32,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dist_ema.engines.wrappers import OuterStep, is_other_wrapper, is_training_step, uncompiled, unwrap_optimizer
+from dist_ema.engines.wrappers import OuterStep, is_other_wrapper, is_training_step, unwrap_optimizer
 from dist_ema.errors import EMAConfigError, EMAStateError
 from dist_ema.sharding.spec import TensorSpec
 from dist_ema.untraced import untraced
@@ -167,7 +167,7 @@ class Engine(ABC):
             if is_training_step(stepped):
                 callback()
 
-        return inner.register_step_post_hook(uncompiled(after_step))
+        return inner.register_step_post_hook(after_step)
 
     def _warn_of_another_model(self, optimizer: torch.optim.Optimizer) -> None:
         """Logs if none of what the optimizer steps is a parameter of the model (it may hold masters of them). Local."""

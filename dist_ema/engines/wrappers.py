@@ -85,13 +85,6 @@ def is_other_wrapper(optimizer: object, inner: torch.optim.Optimizer) -> bool:
     return optimizer is not inner and type(optimizer).__module__.partition(".")[0] not in _TRAINERS
 
 
-def uncompiled(function: Callable[..., None]) -> Callable[..., None]:
-    """For hooks of an optimizer whose step may be compiled: it is called as it is, and not traced, which gives the same
-    in hundreds of pieces."""
-    found: Callable[..., None] = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
-    return found
-
-
 class OuterStep:
     """A wrapper's ``step`` that calls back when it is over, if the optimizer inside has really stepped. A handle.
 
@@ -108,7 +101,7 @@ class OuterStep:
         self._callback: Callable[[], object] | None = callback
         self._inside = False
         self._stepped = False
-        self._hook = inner.register_step_post_hook(uncompiled(self._note))
+        self._hook = inner.register_step_post_hook(self._note)
         self._mine = self._call
         wrapper.step = self._mine
 

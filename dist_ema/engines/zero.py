@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dist_ema.engines.base import Engine, RemovableHandle
 from dist_ema.engines.names import Binding, Slot
-from dist_ema.engines.wrappers import is_training_step, uncompiled
+from dist_ema.engines.wrappers import is_training_step
 from dist_ema.engines.zero_groups import Groups
 from dist_ema.engines.zero_masters import Masters, MasterSlice, find_masters, stage3_runs, stage3_shard
 from dist_ema.errors import EMAConfigError, EMAEngineError
@@ -202,7 +202,7 @@ class _StepCounter:
             if counter is not None and is_training_step(stepped):
                 counter._stepped = True
 
-        weakref.finalize(self, optimizer.register_step_post_hook(uncompiled(note)).remove)
+        weakref.finalize(self, optimizer.register_step_post_hook(note).remove)
 
     def take(self) -> bool:
         """Was there a step since this was last asked? Always yes without an optimizer: then the caller steps."""

@@ -25,6 +25,7 @@ from dist_ema.shadow.device import Shadow
 from dist_ema.shadow.staging import LINKS, HostLink, Link, Take, carve, pageable
 from dist_ema.shadow.worker import Worker
 from dist_ema.sharding.shares import Share
+from dist_ema.untraced import untraced
 
 logger = logging.getLogger(__name__)
 
@@ -228,8 +229,7 @@ def wait_for_reads(*_: object) -> None:
 
 def _guard_optimizers() -> None:
     if not _hooks:
-        hook = torch.compiler.disable(wait_for_reads)  # type: ignore[no-untyped-call]  # nor traced in a compiled step
-        _hooks.append(register_optimizer_step_pre_hook(hook))
+        _hooks.append(register_optimizer_step_pre_hook(untraced(wait_for_reads)))
 
 
 def _version(tensor: Tensor) -> int:
