@@ -148,10 +148,10 @@ class Combination:
         for index, (weights, output) in enumerate(zip(self._weights, self._outputs, strict=True)):
             dtype = output.dtypes[entry.name]
             if is_summed(entry.dtype):
-                result = torch.empty(stop - start, dtype=dtype)
+                result = hands.buffer(-1, stop - start, dtype)
                 for low in range(0, stop - start, _ADDED):
                     part = slice(low, low + _ADDED)
-                    result[part] = _sum([(raw[number][part], weights[number]) for number in self._used])
+                    result[part] = hands.sum([(raw[number][part], weights[number]) for number in self._used])
             else:
                 (result,) = raw.values()
             self.sums.add(self.sums.outputs, (index, entry.name), partial_digest(result, runs))
@@ -163,17 +163,6 @@ class Combination:
 def is_summed(dtype: torch.dtype) -> bool:
     """Whether elements are added up; of all others the newest source's are taken."""
     return dtype.is_floating_point or dtype.is_complex
-
-
-def _sum(terms: Sequence[tuple[Tensor, float]]) -> Tensor:
-    """In float64, or complex128. 1D."""
-    dtype = torch.complex128 if terms[0][0].is_complex() else torch.float64
-    total = torch.zeros(len(terms[0][0]), dtype=dtype)
-    for values, weight in terms:
-        if weight:
-            # Not add_(alpha=): some elements would be multiplied and added in one rounding, and some in two.
-            total.add_(values.to(dtype, copy=True).mul_(weight))
-    return total
 
 
 def _held(entry: FullTensor, sources: Sequence[Source]) -> list[SourceTensor]:
@@ -189,8 +178,22 @@ class _Hands:
         self.writers = [output.writers() for output in outputs]
         self._buffers: dict[int, Tensor] = {}
 
+    def sum(self, terms: Sequence[tuple[Tensor, float]]) -> Tensor:
+        """The weighted sum, in float64 or complex128, until the next one. 1D.
+
+        Its memory is kept, since the system would have to clear new pages for every sum.
+        """
+        numel = len(terms[0][0])
+        dtype = torch.complex128 if terms[0][0].is_complex() else torch.float64
+        total, term = self.buffer(-2, numel, dtype).zero_(), self.buffer(-3, numel, dtype)
+        for values, weight in terms:
+            if weight:
+                # Not add_(alpha=): some elements would be multiplied and added in one rounding, and some in two.
+                total.add_(term.copy_(values).mul_(weight))
+        return total
+
     def buffer(self, slot: int, numel: int, dtype: torch.dtype) -> Tensor:
-        """Memory for a range of one source. 1D."""
+        """Memory of this thread, by the number of the source that it is for; below 0 for results. 1D."""
         nbytes = numel * dtype.itemsize
         if slot not in self._buffers or len(self._buffers[slot]) < nbytes:
             self._buffers[slot] = torch.empty(nbytes, dtype=torch.uint8)
