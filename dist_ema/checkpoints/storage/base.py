@@ -71,8 +71,9 @@ class TensorWriter(Protocol):
     def write(self, name: str, runs: Runs, values: Tensor) -> None:
         """Puts ``values`` into the elements ``runs`` of the tensor ``name``.
 
-        ``values`` is flat, on the CPU and of the planned dtype. A backend that writes a file from its first byte to
-        its last wants the tensors in the order of the files and each of them from its first element on.
+        ``values`` is flat, on the CPU and of the planned dtype, and the caller may change it afterwards. A backend that
+        writes a file from its first byte to its last wants the tensors in the order of the files and each of them from
+        its first element on.
         """
 
     def sync(self) -> None:
