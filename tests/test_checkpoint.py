@@ -289,8 +289,9 @@ def _forged(path: Path, **changes: object) -> None:
     [
         "data",
         "dots",
-        "symlink-file",
-        "symlink-folder",
+        "link-to-other-size",
+        "link-to-other-file",
+        "link-to-device",
         "shape",
         "negative",
         "overlap",
@@ -314,12 +315,16 @@ def test_a_malicious_checkpoint_is_refused(attack: str, tmp_path: Path) -> None:
     elif attack == "dots":
         tensors[first]["file"] = "averages/../../model.safetensors"
         _forged(path, averages=body["averages"])
-    elif attack == "symlink-file":
-        shutil.move(file, tmp_path / "elsewhere")
-        file.symlink_to(tmp_path / "elsewhere")
-    elif attack == "symlink-folder":
-        shutil.move(file.parent, tmp_path / "elsewhere")
-        file.parent.symlink_to(tmp_path / "elsewhere")
+    elif attack == "link-to-other-size":
+        file.unlink()
+        file.symlink_to("/etc/passwd")
+    elif attack == "link-to-other-file":
+        (tmp_path / "private").write_bytes(bytes(file.stat().st_size))
+        file.unlink()
+        file.symlink_to(tmp_path / "private")
+    elif attack == "link-to-device":
+        file.unlink()
+        file.symlink_to("/dev/zero")
     elif attack == "shape":
         tensors[first]["shape"] = [1 << 40, 1 << 40]
         _forged(path, averages=body["averages"])
@@ -339,6 +344,58 @@ def test_a_malicious_checkpoint_is_refused(attack: str, tmp_path: Path) -> None:
     for reader in (verify_checkpoint, read_checkpoint, ema.load):
         with pytest.raises(CheckpointCorruptError):
             reader(path)
+
+
+def _as_links(source: Path, target: Path, blobs: Path) -> None:
+    """Makes ``target`` a copy of a checkpoint in which every file is a relative link into ``blobs``."""
+    blobs.mkdir()
+    for number, file in enumerate(sorted(found for found in source.rglob("*") if found.is_file())):
+        blob = blobs / str(number)
+        shutil.copy(file, blob)
+        link = target / file.relative_to(source)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+
+
+@pytest.mark.parametrize("kind", ["files", "folder"])
+def test_a_checkpoint_of_links_is_read(kind: str, tmp_path: Path) -> None:
+    """The Hub's cache, DVC and git-annex keep a checkpoint as links to files that lie elsewhere."""
+    model, ema = _small()
+    ema.save(tmp_path / "c")
+    before = ema.fingerprint()
+    if kind == "files":
+        _as_links(tmp_path / "c", tmp_path / "links", tmp_path / "blobs")
+    else:
+        (tmp_path / "links").mkdir()
+        shutil.copy(tmp_path / "c" / NAME, tmp_path / "links" / NAME)
+        data = _data(tmp_path / "c")
+        (tmp_path / "links" / data.name).symlink_to(data)
+    verify_checkpoint(tmp_path / "links")
+    again = ShardedEMA(model)
+    again.load(tmp_path / "links")
+    assert again.fingerprint() == before
+    # A save replaces the links, and not what they point to.
+    kept = {path: path.read_bytes() for path in tmp_path.glob("blobs/*")}
+    again.update()
+    again.save(tmp_path / "links")
+    assert kept == {path: path.read_bytes() for path in tmp_path.glob("blobs/*")}
+    assert not (tmp_path / "links" / NAME).is_symlink()
+    verify_checkpoint(tmp_path / "links")
+    assert len(list((tmp_path / "links").iterdir())) == 2
+
+
+@pytest.mark.parametrize("where", ["manifest", "tensors"])
+def test_a_link_to_nothing_is_named_with_what_to_do(where: str, tmp_path: Path) -> None:
+    """Without the fetched file the system says only that there is no such file, and the link is there."""
+    _, ema = _small()
+    ema.save(tmp_path / "c")
+    _as_links(tmp_path / "c", tmp_path / "links", tmp_path / "blobs")
+    name = NAME if where == "manifest" else "model.safetensors"
+    link = next((tmp_path / "links").rglob(name))
+    link.resolve().unlink()
+    for reader in (verify_checkpoint, read_checkpoint, ema.load):
+        with pytest.raises(CheckpointError, match=rf"{link.name} is a symbolic link to .*git annex get"):
+            reader(tmp_path / "links")
 
 
 def _attack_header(attack: str, file: Path, body: dict, path: Path) -> None:

@@ -134,8 +134,9 @@ class RunReader(Closing):
         try:
             opened = self._open[name] = self._folder.file(name)
             self._close_some()  # not this one, which is the last in order
+            link = "" if opened.link is None else f" ({opened.link})"
             if opened.size != file.size:
-                raise CheckpointCorruptError(f"{path} has {opened.size} bytes, but {file.size} were written")
+                raise CheckpointCorruptError(f"{path} has {opened.size} bytes, but {file.size} were written{link}")
             # The file says how long its header is; that is bounded before so much memory is allocated.
             length = int.from_bytes(_head(opened, 8), "little")
             if length > min(_MAX_HEADER, file.size - 8):
@@ -144,7 +145,7 @@ class RunReader(Closing):
         except OSError as error:
             raise CheckpointCorruptError(f"{path} is listed but cannot be read: {error}") from error
         if len(header) != 8 + length or checksum(header) != file.header:
-            raise CheckpointCorruptError(f"{path}: damaged header, or the header of another file")
+            raise CheckpointCorruptError(f"{path}: damaged header, or the header of another file{link}")
         return _offsets(path, header, file.size, tensors)
 
     def close(self) -> None:

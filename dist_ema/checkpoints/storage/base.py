@@ -35,9 +35,11 @@ class OpenFile(Protocol):
 
     Attributes:
         size: bytes.
+        link: says which symbolic link led to the file, and where it points; None if the path has no links.
     """
 
     size: int
+    link: str | None
 
     def read(self, parts: Sequence[tuple[int, memoryview]]) -> bool:
         """Fills each part's memory with the bytes from its position on.

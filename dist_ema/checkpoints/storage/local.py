@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dist_ema.checkpoints.layout import FilePlan
 from dist_ema.checkpoints.storage.base import Closing
-from dist_ema.errors import CheckpointCorruptError, CheckpointError
+from dist_ema.errors import CheckpointError
 from dist_ema.sharding.runs import Runs
 
 #: Bytes written to a file after which the system is asked to start bringing them to disk.
@@ -31,13 +31,14 @@ _SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
 
 
 class LocalReader:
-    """A directory to read from; a :class:`~dist_ema.checkpoints.storage.base.StorageReader`.
+    """Opens the files of one directory; a :class:`~dist_ema.checkpoints.storage.base.StorageReader`.
 
-    A checkpoint may come from anywhere, so no symbolic link inside it is followed: it could point at any file that the
-    user may read. Nor is anything opened that is not a plain file: a pipe would block.
+    Symbolic links are followed, because download caches and data version control (the Hub's cache, DVC, git-annex) keep
+    a checkpoint as links. This is safe for checkpoints from strangers: a reader compares the size and the checksum of
+    every file with the manifest before it returns anything. Only plain files are opened; opening a pipe would block.
 
     Args:
-        path: of the directory. It, and what lies above it, may be links: the user has named them.
+        path: of the directory.
         inside: path of a subdirectory, relative to ``path``.
     """
 
@@ -52,20 +53,35 @@ class LocalReader:
         return str(self._path / self._inside)
 
     def file(self, name: str) -> LocalFile:
-        """Opens a plain file. Raises OSError, or CheckpointCorruptError for a symbolic link."""
+        """Opens a plain file. Raises FileNotFoundError, or OSError that names a link whose target cannot be opened."""
         inside = Path(self._inside) / name
-        for parent in list(inside.parents)[:-1]:
-            if (self._path / parent).is_symlink():
-                raise CheckpointCorruptError(f"{self._path / parent} is a symbolic link: not followed")
-        return LocalFile(self._path / inside)
+        return LocalFile(self._path / inside, _first_link(self._path, inside))
 
 
 class LocalFile:
-    """An open plain file; an :class:`~dist_ema.checkpoints.storage.base.OpenFile`."""
+    """An open plain file; an :class:`~dist_ema.checkpoints.storage.base.OpenFile`.
 
-    def __init__(self, path: Path) -> None:
-        # O_NONBLOCK: opening a pipe would wait for a writer.
-        self._descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    Args:
+        path: of the file.
+        link: the first symbolic link on that path, for error messages; None if there is none.
+    """
+
+    def __init__(self, path: Path, link: Path | None = None) -> None:
+        self.link = None if link is None else f"{link} is a symbolic link to {link.readlink()}"
+        try:
+            # Looked at before it is opened: opening a device can have an effect.
+            is_plain = stat.S_ISREG(path.stat().st_mode)
+            # O_NONBLOCK: the path may be a pipe by now, and opening a pipe waits for a writer.
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK) if is_plain else -1
+        except OSError as error:
+            if self.link is None:
+                raise
+            raise OSError(
+                f"{self.link}, which cannot be opened ({error.strerror}). Fetch the files that the links stand for "
+                "(git annex get, dvc pull, a new download), or copy the checkpoint with cp -RL where they are"
+            ) from error
+        if not is_plain:
+            raise OSError(f"{path} is not a plain file")
         facts = os.fstat(self._descriptor)
         self.size = facts.st_size
         if not stat.S_ISREG(facts.st_mode):
@@ -85,6 +101,14 @@ class LocalFile:
     def close(self) -> None:
         """As :meth:`OpenFile.close`."""
         os.close(self._descriptor)
+
+
+def _first_link(directory: Path, name: Path) -> Path | None:
+    """The first symbolic link on the way from a directory to a file in it, the file included; None if there is none."""
+    for part in [*reversed(name.parents), name]:
+        if part != Path() and (directory / part).is_symlink():
+            return directory / part
+    return None
 
 
 def open_plain(path: Path) -> BinaryIO:
@@ -117,8 +141,11 @@ def copy_file(source: Path, target: Path) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Removes a directory and all that is in it, as far as that is possible."""
-    shutil.rmtree(path, ignore_errors=True)
+    """Removes a directory and all that is in it, as far as that is possible; of a symbolic link, the link alone."""
+    if path.is_symlink():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def sync(path: Path) -> None:

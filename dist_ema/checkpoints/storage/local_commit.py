@@ -32,7 +32,7 @@ from pathlib import Path
 
 from dist_ema.checkpoints.layout import FilePlan
 from dist_ema.checkpoints.manifest import BEGIN, DATA, MAX_BYTES, NAME, checksum
-from dist_ema.checkpoints.storage.local import RunWriter, sync, write_text
+from dist_ema.checkpoints.storage.local import RunWriter, remove_tree, sync, write_text
 from dist_ema.checkpoints.storage.staging import LOCK, Staging, is_alive, staging_path
 from dist_ema.errors import CheckpointError
 
@@ -174,7 +174,7 @@ def _check_target(target: Path, overwrite: bool) -> None:
 def _text(target: Path) -> bytes:
     """The text of the manifest; empty where there is none."""
     try:
-        descriptor = os.open(target / NAME, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        descriptor = os.open(target / NAME, os.O_RDONLY | os.O_NONBLOCK)  # also through a link
     except (FileNotFoundError, NotADirectoryError):
         return b""
     with os.fdopen(descriptor, "rb") as file:
@@ -245,4 +245,4 @@ def _remove_old_data(target: Path) -> None:
             if DATA.fullmatch(found.name):
                 alive = is_alive(staging_path(target, found.name.removeprefix("data-")))
                 if not alive and _data_of(target) != found.name:
-                    shutil.rmtree(found, ignore_errors=True)
+                    remove_tree(found)

@@ -56,6 +56,8 @@ class RemoteReader:
 class RemoteFile:
     """An object that is read by ranges; an :class:`~dist_ema.checkpoints.storage.base.OpenFile`."""
 
+    link: str | None = None  # object stores have no symbolic links
+
     def __init__(self, system: Any, path: str, size: int) -> None:
         self.size = size
         self._system = system
