@@ -56,6 +56,8 @@ def compute_ema(model: nn.Module, ema_model: nn.Module, smoothing: float = 0.99)
         raise EMAConfigError(f"{hidden[0]!r} is a tensor subclass that does not hold its elements as they are")
     for name, (spec, source) in here.items():
         _blend(there[name][1], source, spec.local_numel, weight)
+    for cache in average.caches():
+        cache.drop()
     average.publish()
 
 

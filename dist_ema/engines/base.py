@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from dist_ema.engines.wrappers import OuterStep, is_other_wrapper, is_training_step, unwrap_optimizer
 from dist_ema.errors import EMAConfigError, EMAStateError
 from dist_ema.sharding.spec import TensorSpec
+from dist_ema.sharding.subclasses import CachedScale
 from dist_ema.untraced import untraced
 
 logger = logging.getLogger(__name__)
@@ -139,6 +140,11 @@ class Engine(ABC):
     def reshard(self) -> None:
         """Drops full copies that a forward pass left behind, so that the sources are what counts. Local."""
         return
+
+    def caches(self) -> list[CachedScale]:
+        """What live tensors compute from their elements ahead of a forward pass, to be dropped where others write
+        these. Local; no host sync."""
+        return []
 
     def publish(self) -> None:
         """Makes the live model compute with what the sources hold. Collective where the layout needs it."""

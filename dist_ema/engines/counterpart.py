@@ -11,6 +11,7 @@ from dist_ema.engines.base import Engine
 from dist_ema.errors import EMAEngineError, EMAStateError
 from dist_ema.sharding.shares import Share
 from dist_ema.sharding.spec import TensorSpec
+from dist_ema.sharding.subclasses import CachedScale
 
 
 class Counterpart(Engine):
@@ -67,6 +68,9 @@ class Counterpart(Engine):
 
     def reshard(self) -> None:
         self._engine.reshard()
+
+    def caches(self) -> list[CachedScale]:
+        return self._engine.caches()
 
     def publish(self) -> None:
         self._engine.publish()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dist_ema.engines.base import Engine, RemovableHandle
 from dist_ema.errors import EMAEngineError
 from dist_ema.sharding.spec import TensorSpec
+from dist_ema.sharding.subclasses import CachedScale
 
 
 class CompositeEngine(Engine):
@@ -52,6 +53,9 @@ class CompositeEngine(Engine):
     def reshard(self) -> None:
         for engine in self._engines:
             engine.reshard()
+
+    def caches(self) -> list[CachedScale]:
+        return [cache for engine in self._engines for cache in engine.caches()]
 
     def publish(self) -> None:
         for engine in self._engines:

@@ -12,7 +12,7 @@ from dist_ema.engines.names import Binding, Slot, kind_of, walk_slots
 from dist_ema.engines.outer import refuse_sharded
 from dist_ema.engines.zero_marks import Unwrapped
 from dist_ema.sharding.spec import TensorSpec
-from dist_ema.sharding.subclasses import is_hidden, look_through
+from dist_ema.sharding.subclasses import CachedScale, cached_scales, is_hidden, look_through
 
 
 class PlainEngine(Engine):
@@ -55,6 +55,10 @@ class PlainEngine(Engine):
     def _read_sources(self) -> list[Tensor]:
         tensors = self._held()
         return look_through(tensors, self._specs) if self._has_subclasses else tensors
+
+    def caches(self) -> list[CachedScale]:
+        """See :meth:`Engine.caches`: the scales of torchao's float8 weights."""
+        return cached_scales([self.local(tensor) for tensor in self._held()]) if self._has_subclasses else []
 
     def _held(self) -> list[Tensor]:
         """What every slot holds. Local. Raises EMAStateError if that is not what it held."""

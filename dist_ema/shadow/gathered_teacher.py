@@ -95,6 +95,8 @@ class GatheredTeacherShadow(Shadow):
         """The teacher's tensors, and which elements they are, by the name in the averaged model. Local."""
         self._claim()
         self._counterpart.reshard()
+        for cache in self._counterpart.caches():  # its weights are about to change
+            cache.drop()
         found = {}
         specs = self._counterpart.specs_of
         for share, spec, tensor in zip(self._shares, specs, self._counterpart.sources(), strict=True):

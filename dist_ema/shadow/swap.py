@@ -29,6 +29,7 @@ from dist_ema.errors import EMAError, EMAStateError
 from dist_ema.interrupts import Uninterrupted
 from dist_ema.shadow.broadcast import Broadcast, is_own
 from dist_ema.sharding.shares import Share
+from dist_ema.sharding.subclasses import CachedScale
 from dist_ema.sharding.writers import FullTensor
 
 logger = logging.getLogger(__name__)
@@ -97,6 +98,7 @@ class Swap:
         self._kept: dict[int, Tensor] = {}
         self._diverged: dict[int, Tensor] = {}
         self._sources: list[Tensor] = []
+        self._caches: list[CachedScale] = []
         # How far it has come.
         self._is_kept = False  # live elements that cannot change places are
         self._where: Literal["outside", "sending", "inside"] = "outside"  # of what ranks bring each other
@@ -135,9 +137,11 @@ class Swap:
         self._engine.reshard()
         self._sources = self._engine.sources()
         self._settle()
+        self._caches = self._engine.caches()
         self._done = False
         self._keep()
         self._put(inside=True)
+        self._drop_caches()
         self._share(inside=True)
         torch.clear_autocast_cache()  # it holds casts of the weights that were
 
@@ -187,6 +191,8 @@ class Swap:
             replaced = error
         self._settle()
         self._put(inside=False)
+        for cache in self._caches:
+            cache.restore()
         if self._where != "outside":
             self._share(inside=False)
         for index, whole in self._diverged.items():
@@ -203,11 +209,12 @@ class Swap:
             self._engine.reshard()
             sources = self._engine.sources()
             self._done = False
-            self._sources = sources
+            self._sources, self._caches = sources, self._engine.caches()
         self._settle()
         for share, shadow, source in zip(self._shares, self._shadows, self._sources, strict=True):
             if shadow is not None:
                 kernels.write(source, share.start, share.stop, shadow)
+        self._drop_caches()
         self._share(inside=True)
         torch.clear_autocast_cache()
         self._done = True
@@ -222,6 +229,11 @@ class Swap:
                 share, shadow = self._shares[index], self._shadows[index]
                 if shadow is not None:
                     kernels.write(self._sources[index], share.start, share.stop, shadow if inside else kept)
+
+    def _drop_caches(self) -> None:
+        """The next forward pass computes from the weights that are in the model now. Local."""
+        for cache in self._caches:
+            cache.drop()
 
     def _share(self, inside: bool) -> None:
         """Ranks bring each other what each has put into its own sources. Collective where ``swaps_together`` says."""

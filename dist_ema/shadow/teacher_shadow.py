@@ -78,7 +78,7 @@ class TeacherShadow(Shadow):
         """See :meth:`Shadow.update`; the same pass writes what does not lie in the teacher."""
         self._find()
         super().update(sources, weights, number)
-        self._hand_on_buffers()
+        self._finish_write()
 
     def fill(self, sources: Sequence[Tensor]) -> None:
         """See :meth:`Shadow.fill`."""
@@ -100,13 +100,16 @@ class TeacherShadow(Shadow):
         if self._installed and self.started and self._copies is not None:
             (average,) = self._averages.values()
             kernels.write_copies(average, self._copies, range(len(average)))
-        self._hand_on_buffers()
+        self._finish_write()
 
-    def _hand_on_buffers(self) -> None:
+    def _finish_write(self) -> None:
+        """Writes the buffers, and drops what the teacher has computed from the weights that it had. Local."""
         if self._installed and self.started:
             for index, buffer in zip(self._copied, self._buffers, strict=True):
                 if index in self._own:
                     kernels.write(self._tensors[index], 0, self._shares[index].numel, buffer)
+            for cache in self._counterpart.caches():  # the teacher's weights are others now
+                cache.drop()
 
     def nbytes(self) -> dict[torch.device, int]:
         """See :meth:`Shadow.nbytes`; without the teacher's own memory."""

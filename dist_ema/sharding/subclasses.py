@@ -2,16 +2,46 @@
 
 Such a class overrides ``__torch_dispatch__``, and may have no memory of its own: a kernel that is given its address
 reads whatever lies there. A DTensor is one too, which its engine knows.
+
+torchao's weights for float8 all-gathers hold their elements, and beside them a scale that is computed from these after
+each optimizer step. Such a scale is no part of the weight. It has to be dropped whenever the elements change by other
+hands than the optimizer's, since the next all-gather would divide by it as it is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from dist_ema.errors import EMAStateError
+
+#: Attributes of torchao's WeightWithDynamicFloat8CastTensor (0.18): the elements, and the scale, or None.
+_ELEMENTS = "_tensor"
+_CACHED_SCALE = "_precomputed_scale"
+
+
+@dataclass(frozen=True, eq=False)
+class CachedScale:
+    """What a tensor has computed from its elements ahead of the next forward pass.
+
+    Attributes:
+        holder: the tensor that keeps it.
+        value: the scale; None where none was computed.
+    """
+
+    holder: Tensor
+    value: Tensor | None
+
+    def drop(self) -> None:
+        """Makes the next forward pass compute the scale from the elements. Local; may be repeated."""
+        setattr(self.holder, _CACHED_SCALE, None)
+
+    def restore(self) -> None:
+        """Puts back the scale that there was. Local; may be repeated."""
+        setattr(self.holder, _CACHED_SCALE, self.value)
 
 
 def is_hidden(tensor: Tensor) -> bool:
@@ -22,18 +52,47 @@ def is_hidden(tensor: Tensor) -> bool:
 def plain(tensor: Tensor) -> Tensor | None:
     """The tensor in whose memory the elements lie, one by one as they are; None if there is none. Local, no copy.
 
-    A subclass around nothing but one tensor of its shape and dtype is looked through (as torchao's weights for float8
-    all-gathers are built): the average of what is inside is the average of the whole.
+    A subclass around nothing but one tensor of its shape and dtype is looked through, and so is one that caches a scale
+    beside: the average of what is inside is the average of the whole.
     """
-    inner: Any = tensor
+    inner = tensor
     while is_hidden(inner):
-        if not hasattr(inner, "__tensor_flatten__"):
+        found = _inside(inner)
+        if found is None:
             return None
-        parts = [getattr(inner, name) for name in inner.__tensor_flatten__()[0]]
-        if len(parts) != 1 or (parts[0].shape, parts[0].dtype) != (inner.shape, inner.dtype):
-            return None
-        inner = parts[0]
-    found: Tensor = inner
+        inner = found
+    return inner
+
+
+def _inside(tensor: Tensor) -> Tensor | None:
+    """The one tensor that a subclass holds its elements in; None if there is none, or more."""
+    if _caches_a_scale(tensor):
+        # Not by __tensor_flatten__(), which asks whether the scale is zero, and so waits for the device.
+        parts = [getattr(tensor, _ELEMENTS)]
+    elif hasattr(tensor, "__tensor_flatten__"):
+        parts = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+    else:
+        return None
+    if len(parts) != 1 or (parts[0].shape, parts[0].dtype) != (tensor.shape, tensor.dtype):
+        return None
+    found: Tensor = parts[0]
+    return found
+
+
+def _caches_a_scale(tensor: Tensor) -> bool:
+    attributes: dict[str, Any] = vars(tensor)
+    return _CACHED_SCALE in attributes and _ELEMENTS in attributes
+
+
+def cached_scales(tensors: Sequence[Tensor]) -> list[CachedScale]:
+    """The scales that these tensors cache beside their elements, and the places for those that may come. Local."""
+    found = []
+    for tensor in tensors:
+        inner: Tensor | None = tensor
+        while inner is not None and is_hidden(inner):
+            if _caches_a_scale(inner):
+                found.append(CachedScale(inner, getattr(inner, _CACHED_SCALE)))
+            inner = _inside(inner)
     return found
 
 
