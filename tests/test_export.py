@@ -362,7 +362,7 @@ def _occupy(path: Path, how: str) -> Path:
         ("file", "exists already"),
         ("dangling link", "exists already"),
         ("file as parent", "export is not a directory"),
-        ("unwritable parent", "/proc/.export.saving"),
+        ("unwritable parent", "/proc/.dist_ema-saving-"),
     ],
 )
 def test_a_path_that_cannot_be_written_is_an_error_on_every_rank_and_stays_as_it_was(
@@ -501,7 +501,7 @@ def test_a_process_killed_in_the_middle_leaves_no_directory_under_the_final_name
     assert result.returncode == -signal.SIGKILL, result.stderr
     assert not target.exists()
     (left,) = tmp_path.iterdir()
-    assert left.name.startswith(".export.saving-"), "it says what it is"
+    assert left.name.startswith(".dist_ema-saving-"), "it says what it is"
     ShardedEMA(build(), decay=DECAY).export(target)
     assert read(target).keys() == build().state_dict().keys()
     assert list(tmp_path.iterdir()) == [target], "a model's worth of bytes lies there for ever"

@@ -37,7 +37,7 @@ PATIENCE = 15
 #: Seconds after which nobody is waiting any more.
 HANGS = 180
 #: What a killed process may leave in the directory that holds the checkpoint.
-LEFTOVER = re.compile(r"\.c\.saving-[0-9a-f]{32}")
+LEFTOVER = re.compile(r"\.dist_ema-saving-[0-9a-f]{16}-[0-9a-f]{32}")
 
 
 def _clean(path: Path, ema: ShardedEMA) -> None:

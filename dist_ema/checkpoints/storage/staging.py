@@ -2,8 +2,11 @@
 
 ::
 
-    parent/.NAME.saving-<token>/lock       locked by the process that writes
-    parent/.NAME.saving-<token>/content/   becomes parent/NAME
+    parent/.dist_ema-saving-<hash of NAME>-<token>/lock       locked by the process that writes
+    parent/.dist_ema-saving-<hash of NAME>-<token>/content/   becomes parent/NAME
+
+The staging directory does not contain the target's name as text: Lightning takes every name that contains ``hpc_ckpt_``
+for one of its checkpoints, and reads a number from all digits of the name.
 
 A process that is killed gives up its lock. So every other process can tell a directory that is being written from a
 leftover, and whoever writes into the same parent next removes the leftovers. The lock lies beside the content, not in
@@ -33,9 +36,9 @@ LOCK = "lock"
 _CONTENT = "content"
 #: Seconds after which a staging directory that still has no lock is taken for a leftover.
 _YOUNG = 60
-#: Bytes of the target's name that are kept; a name has at most 255, and some file systems allow fewer.
-_NAME_BYTES = 100
-_STAGING = re.compile(r"\..*\.saving-[0-9a-f]{32}", re.DOTALL)
+_PREFIX = ".dist_ema-saving-"
+#: Names of staging directories. Version 0.1 called them ``.NAME.saving-<token>``; killed processes may have left some.
+_STAGING = re.compile(_PREFIX.replace(".", r"\.") + r"[0-9a-f]{16}-[0-9a-f]{32}|\..*\.saving-[0-9a-f]{32}", re.DOTALL)
 
 
 class Staging:
@@ -158,13 +161,13 @@ def staging_path(target: Path, token: str) -> Path:
 
 
 def _prefix(target: Path) -> str:
-    """What the names of a target's staging directories begin with; no other target's do."""
-    name = os.fsencode(target.name)
-    text = name.decode("utf-8", "ignore")
-    if len(name) > _NAME_BYTES or text != target.name:
-        cut = name[: _NAME_BYTES - 17].decode("utf-8", "ignore")  # drops half a character at the end
-        text = f"{cut}~{blake2b(name, digest_size=8).hexdigest()}"
-    return f".{text}.saving-"
+    """What the names of a target's staging directories begin with; no other target in the same directory shares it."""
+    return f"{_PREFIX}{name_hash(target)}-"
+
+
+def name_hash(target: Path) -> str:
+    """Sixteen hexadecimal digits that stand for the name of a file or directory."""
+    return blake2b(os.fsencode(target.name), digest_size=8).hexdigest()
 
 
 def remove_leftovers(parent: Path) -> None:
