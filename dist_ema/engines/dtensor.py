@@ -6,28 +6,27 @@ Only the geometry of a shard is taken from the DTensor; shadows are plain tensor
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
-# Private, and so are the attributes of FSDP2's states and units that are read here; read in torch 2.13.
+# Private, and so are the attributes of FSDP2's states, units and parameters that are read here; read in torch 2.9,
+# 2.13 and 2.14.
 from torch.distributed._composable_state import _module_state_mapping
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.placement_types import Placement, Replicate, Shard
-
-# Private in torch 2.13 (and since 2.4): the placement that FSDP2 gives to a parameter which tensor parallelism has
-# already sharded along the same dimension. There is no public way to name it.
-from torch.distributed.tensor.placement_types import _StridedShard as StridedShard
+from torch.distributed.tensor.placement_types import Placement
 
 from dist_ema.engines.names import Slot, kind_of
+from dist_ema.engines.placements import placed_runs, shared_dimension
 from dist_ema.engines.plain import PlainEngine
 from dist_ema.errors import EMAEngineError, EMAStateError
-from dist_ema.sharding.runs import Runs, box_runs, chunk, count
+from dist_ema.sharding.runs import Runs, count
 from dist_ema.sharding.spec import Replicas, TensorSpec
 from dist_ema.sharding.subclasses import hidden_type, look_through
 
@@ -43,8 +42,9 @@ class DTensorEngine(PlainEngine):
         if not isinstance(tensor, DTensor):
             return super().spec(slot, tensor)
         mesh, placements = tensor.device_mesh, tensor.placements  # ND mesh, one placement a dimension
-        runs = shard_runs(tensor.shape, mesh, placements, slot.name)
-        # The arithmetic of placements against what is there: a custom sharding would be averaged under wrong indices.
+        refuse_shard_order(slot.name, tensor)
+        runs = shard_runs(tensor.shape, mesh, placements, slot.name, self._fsdp_dims(slot, tensor))
+        # Compare the arithmetic with what is there: a custom sharding would be averaged under wrong indices.
         if count(runs) != _local(tensor).numel():
             raise EMAEngineError(
                 f"parameter {slot.name!r}: {placements} on a mesh of shape {tuple(mesh.shape)} should leave "
@@ -71,10 +71,16 @@ class DTensorEngine(PlainEngine):
 
     def _find_units(self) -> None:
         self._units = units_of(self._model)
+        self._managed = managed_parameters(self._units)
         self.reshard()  # else a full copy that a forward left behind would be taken for what the optimizer steps
         tensors = [*self._model.parameters(), *self._model.buffers()]
         meshes = {tensor.device_mesh for tensor in tensors if isinstance(tensor, DTensor)}
         self._ranks = frozenset(rank for mesh in meshes for rank in mesh.mesh.flatten().tolist())
+
+    def _fsdp_dims(self, slot: Slot, tensor: DTensor) -> frozenset[int]:
+        """Return the mesh dimensions along which an FSDP2 unit cut this tensor; none if no unit manages it. Local."""
+        parameter = self._managed.get((id(slot.owner), slot.key))
+        return frozenset() if parameter is None else fsdp_dims(parameter, tensor)
 
     def ranks(self) -> frozenset[int]:
         return self._ranks
@@ -147,42 +153,66 @@ def _holders(unit: FSDPParamGroup) -> Iterator[nn.Module]:
         yield from parameter._module_info.shared_modules
 
 
+def managed_parameters(units: Sequence[FSDPParamGroup]) -> dict[tuple[int, str], FSDPParam]:
+    """Return what FSDP2 knows of each parameter that the units manage, by id of the module and name in it. Local.
+
+    A parameter that several modules share is found under each of them.
+    """
+    found: dict[tuple[int, str], FSDPParam] = {}
+    for unit in units:
+        for parameter in unit.fsdp_params:
+            info = parameter._module_info
+            found[id(info.module), info.param_name] = parameter
+            for module, key in zip(info.shared_modules, info.shared_param_names, strict=True):
+                found[id(module), key] = parameter
+    return found
+
+
+def fsdp_dims(parameter: FSDPParam, tensor: DTensor) -> frozenset[int]:
+    """Return the dimensions of the tensor's mesh that are FSDP2's own; none if it describes another tensor. Local.
+
+    FSDP2 sets its mesh in front of the one that tensor parallelism used. If it was given a mesh of all dimensions
+    (``dp_mesh_dims``, since torch 2.12), its dimensions stand anywhere in that mesh and are found by name.
+    """
+    spec, own = parameter._sharding_spec, parameter.mesh_info.mesh
+    if tensor.device_mesh != spec.mesh or tuple(tensor.placements) != tuple(spec.placements):
+        return frozenset()  # the user has put another DTensor in its place
+    if getattr(parameter.mesh_info, "is_spmd_mesh", False):
+        names, own_names = spec.mesh.mesh_dim_names or (), own.mesh_dim_names or ()
+        return frozenset(dim for dim, name in enumerate(names) if name in own_names)
+    return frozenset(range(own.ndim))
+
+
+def refuse_shard_order(name: str, tensor: DTensor) -> None:
+    """Raise EMAEngineError for a DTensor whose mesh dimensions cut one tensor dimension in another order. Local.
+
+    Since torch 2.10 a DTensor may say so beside its placements. No public call of torch makes such a tensor.
+    """
+    order = getattr(tensor._spec, "shard_order", None)
+    for entry in order or ():
+        if list(entry.mesh_dims) != sorted(entry.mesh_dims):
+            raise EMAEngineError(
+                f"parameter {name!r}: dimension {entry.tensor_dim} was cut along the mesh dimensions "
+                f"{tuple(entry.mesh_dims)} in this order, which cannot be averaged. Redistribute it first"
+            )
+
+
 def _local(tensor: Tensor) -> Tensor:
     """This rank's part of a parameter or buffer, as a plain tensor. Local, no copy."""
     # to_local() outside of no_grad would record a graph; the attribute is what it returns (torch 2.13).
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
-def shard_runs(shape: Sequence[int], mesh: DeviceMesh, placements: Sequence[Placement], name: str) -> Runs:
-    """Runs of this rank's part of a DTensor; none on a rank outside of the mesh."""
-    coordinate = mesh.get_coordinate()
-    return () if coordinate is None else placed_runs(shape, mesh.shape, coordinate, placements, name)
-
-
-def placed_runs(
-    shape: Sequence[int], sizes: Sequence[int], coordinate: Sequence[int], placements: Sequence[Placement], name: str
+def shard_runs(
+    shape: Sequence[int],
+    mesh: DeviceMesh,
+    placements: Sequence[Placement],
+    name: str,
+    fsdp_dims: Collection[int] = (),
 ) -> Runs:
-    """Runs of the rank at ``coordinate`` of a mesh of shape ``sizes``. Pure."""
-    # Indices that are left of each tensor dimension; every mesh dimension that shards one cuts what was left of it.
-    kept: list[Runs] = [((0, size),) if size else () for size in shape]
-    for mesh_dim in _sharding_order(placements):
-        placement = placements[mesh_dim]
-        if isinstance(placement, (Shard, StridedShard)):
-            kept[placement.dim] = chunk(kept[placement.dim], sizes[mesh_dim], coordinate[mesh_dim])
-        elif not isinstance(placement, Replicate):
-            raise EMAEngineError(
-                f"parameter {name!r} is placed as {placement} on mesh dimension {mesh_dim}: only Shard and Replicate "
-                "can be averaged. Redistribute it first"
-            )
-    return box_runs(shape, kept)
-
-
-def _sharding_order(placements: Sequence[Placement]) -> list[int]:
-    """Mesh dimensions in the order in which the tensor was cut: left to right, but a strided shard after all that
-    stand to its right, which is what FSDP2 over tensor parallelism did."""
-    plain = [dim for dim, placement in enumerate(placements) if not isinstance(placement, StridedShard)]
-    strided = [dim for dim, placement in enumerate(placements) if isinstance(placement, StridedShard)]
-    return plain + strided[::-1]
+    """Return the runs of this rank's part of a DTensor; none on a rank outside of the mesh. Local."""
+    coordinate = mesh.get_coordinate()
+    return () if coordinate is None else placed_runs(shape, mesh.shape, coordinate, placements, name, fsdp_dims)
 
 
 def replicas_of(mesh: DeviceMesh, placements: Sequence[Placement]) -> tuple[Replicas | None, bool]:
@@ -195,18 +225,3 @@ def replicas_of(mesh: DeviceMesh, placements: Sequence[Placement]) -> tuple[Repl
         return None, primary
     group = mesh.get_group(shared)  # 1D: the ranks along that dimension, of which this is one
     return Replicas(group, dist.get_rank(group), dist.get_world_size(group)), primary
-
-
-def shared_dimension(
-    sizes: Sequence[int], coordinate: Sequence[int], placements: Sequence[Placement]
-) -> tuple[int | None, bool]:
-    """The largest mesh dimension over which a DTensor is replicated, and whether this rank is first in the others."""
-    replicated = [
-        dim for dim, placement in enumerate(placements) if isinstance(placement, Replicate) and sizes[dim] > 1
-    ]
-    if not replicated:
-        return None, True
-    # A process group runs along one dimension; the ranks along the other replicated ones average the same elements
-    # again, and of them only the first writes.
-    shared = max(replicated, key=lambda dim: sizes[dim])
-    return shared, all(coordinate[dim] == 0 for dim in replicated if dim != shared)

@@ -14,9 +14,9 @@ from typing import cast
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor.placement_types import Placement, Replicate, Shard
-from torch.distributed.tensor.placement_types import _StridedShard as StridedShard  # see engines/dtensor.py
+from torch.distributed.tensor.placement_types import _StridedShard as StridedShard  # see engines/placements.py
 
-from dist_ema.engines.dtensor import placed_runs, shared_dimension
+from dist_ema.engines.placements import placed_runs, shared_dimension
 from dist_ema.errors import EMAConfigError
 from dist_ema.sharding.runs import Runs
 from dist_ema.sharding.spec import Replicas, TensorSpec
@@ -153,7 +153,7 @@ def _fsdp2_tp(model: Sequence[TensorSpec], place: _Place, styles: Styles) -> lis
         inner = _placement(styles[spec.name])
         outer = StridedShard(0, split_factor=layout.tensor_parallel) if inner == Shard(0) else Shard(0)
         mesh = [(layout.shards, place.shard, outer), (layout.tensor_parallel, place.tensor, inner)]
-        specs.append(_dtensor(spec, mesh, 0))
+        specs.append(_dtensor(spec, mesh, 0, fsdp_dims=(0,)))
     return specs
 
 
@@ -161,8 +161,10 @@ def _placement(dim: int | None) -> Placement:
     return Replicate() if dim is None else Shard(dim)
 
 
-def _dtensor(spec: TensorSpec, mesh: Sequence[tuple[int, int, Placement]], team: int) -> TensorSpec:
-    """A DTensor's spec. For each dimension of the mesh: its size, this rank's coordinate, the placement."""
+def _dtensor(
+    spec: TensorSpec, mesh: Sequence[tuple[int, int, Placement]], team: int, fsdp_dims: Sequence[int] = ()
+) -> TensorSpec:
+    """Return a DTensor's spec. For each dimension of the mesh: its size, this rank's coordinate, the placement."""
     if spec.kind == "buffer":
         return spec
     if not spec.shape:
@@ -171,7 +173,7 @@ def _dtensor(spec: TensorSpec, mesh: Sequence[tuple[int, int, Placement]], team:
     shared, primary = shared_dimension(sizes, coordinate, placements)
     return replace(
         spec,
-        runs=placed_runs(spec.shape, sizes, coordinate, placements, spec.name),
+        runs=placed_runs(spec.shape, sizes, coordinate, placements, spec.name, fsdp_dims),
         partitioned=True,
         lowest_mesh_rank=team,
         replicas=None if shared is None else _replicas(coordinate[shared], sizes[shared]),

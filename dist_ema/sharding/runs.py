@@ -4,6 +4,27 @@ One idea serves every engine: a local shard is a sorted tuple of *runs* ``(start
 row-major flattening of the full tensor. FSDP1, ZeRO and ``Shard(0)`` hold one run, tensor-parallel columns one run per
 row, an empty shard none. The elements of the local tensor, flattened, are the runs one after the other. Runs are a
 tuple, or :class:`Rows`, which compare equal to the tuple of the same runs.
+
+A tensor of 8 rows and 4 columns on two or four ranks. The digit is the rank that holds the element, and the last line
+is rank 0's runs::
+
+    FSDP, Shard(0)     tensor parallel,    packed tensor       FSDP2 over packed     HSDP, 2 copies      FSDP1, ZeRO:
+    on 4 ranks         Shard(1), 2 ranks   parallel, 2 ranks   layers, 2 x 2 ranks   x 2 shards          3 ranks, flat
+
+      0 0 0 0            0 0 1 1             0 0 0 0  gate       0 0 0 0  gate         02 02 02 02         0 0 0 0
+      0 0 0 0            0 0 1 1             0 0 0 0             0 0 0 0               02 02 02 02         0 0 0 0
+      1 1 1 1            0 0 1 1             1 1 1 1             1 1 1 1               02 02 02 02         0 0 0 1
+      1 1 1 1            0 0 1 1             1 1 1 1             1 1 1 1               02 02 02 02         1 1 1 1
+      2 2 2 2            0 0 1 1             0 0 0 0  up         2 2 2 2  up           13 13 13 13         1 1 1 1
+      2 2 2 2            0 0 1 1             0 0 0 0             2 2 2 2               13 13 13 13         1 1 2 2
+      3 3 3 3            0 0 1 1             1 1 1 1             3 3 3 3               13 13 13 13         2 2 2 2
+      3 3 3 3            0 0 1 1             1 1 1 1             3 3 3 3               13 13 13 13         2 2 2 2
+
+    (0, 8)             (0, 2), (4, 2),     (0, 8), (16, 8)     (0, 8)                (0, 16), of which   (0, 11)
+                       (8, 2), ...                                                   it averages half
+
+Under FSDP2 over packed layers tensor parallelism gives ranks 0 and 2 the first half of gate and of up, ranks 1 and 3
+the second halves; then FSDP2 cuts those four rows, and rank 0 keeps the gate's two, rank 2 the two of up.
 """
 
 from __future__ import annotations
@@ -160,6 +181,27 @@ def chunk(intervals: Runs, parts: int, index: int) -> Runs:
     return cut(intervals, index * size, (index + 1) * size)
 
 
+def strided_chunk(intervals: Runs, factor: int, parts: int, index: int, *, one_step: bool = False) -> Runs:
+    """Part ``index`` of each of ``factor`` groups of ``intervals``, as torch's ``_StridedShard`` divides.
+
+    With ``one_step`` the intervals are cut into ``factor`` times ``parts`` pieces at once, as older versions of torch
+    do. Pieces differ only where sizes do not divide evenly.
+
+    >>> [strided_chunk(((0, 8),), factor=2, parts=2, index=rank) for rank in range(2)]
+    [((0, 2), (4, 2)), ((2, 2), (6, 2))]
+    >>> strided_chunk(((0, 9),), 2, 4, 0), strided_chunk(((0, 9),), 2, 4, 0, one_step=True)
+    (((0, 2), (5, 1)), ((0, 2), (8, 1)))
+    """
+    pieces: list[Run] = []
+    for group in range(factor):
+        if one_step:
+            piece = chunk(intervals, factor * parts, group * parts + index)
+        else:
+            piece = chunk(chunk(intervals, factor, group), parts, index)
+        pieces.extend(piece)
+    return merge(tuple(pieces))
+
+
 def box_runs(shape: Sequence[int], kept: Sequence[Runs]) -> Runs:
     """Runs of the elements whose index along dimension ``d`` lies in ``kept[d]``, for a tensor of shape ``shape``.
 
@@ -183,8 +225,23 @@ def box_runs(shape: Sequence[int], kept: Sequence[Runs]) -> Runs:
             runs = tuple((start * stride, length * stride) for start, length in intervals)
         else:
             runs = _in_each_row(runs, stride, intervals)
+        runs = _as_rows(runs)
         stride *= size
     return merge(runs) if prod(shape) else ()
+
+
+def _as_rows(runs: Runs) -> Runs:
+    """Several runs of one length at equal distances as four numbers; any others as they are.
+
+    The two pieces of a packed layer are such runs, and so they stay four numbers however many rows or experts follow.
+    """
+    if isinstance(runs, Rows) or len(runs) < 2:
+        return runs
+    (first, length), (second, _) = runs[0], runs[1]
+    step = second - first
+    if step <= length or any(run != (first + number * step, length) for number, run in enumerate(runs)):
+        return runs  # runs that touch are merged later
+    return Rows(first, length, step, len(runs))
 
 
 def _in_each_row(runs: Runs, stride: int, intervals: Runs) -> Runs:
