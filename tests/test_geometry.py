@@ -17,7 +17,20 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from dist_ema.engines.dtensor import shard_runs
 from dist_ema.sharding import runs as geometry
-from dist_ema.sharding.runs import Rows, Runs, box_runs, chunk, chunks, count, cut, merge, overlap, split_evenly, whole
+from dist_ema.sharding.runs import (
+    Rows,
+    Runs,
+    box_runs,
+    chunk,
+    chunks,
+    count,
+    cut,
+    flattened,
+    merge,
+    overlap,
+    split_evenly,
+    whole,
+)
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=200)
 settings.load_profile("repeatable")
@@ -40,7 +53,10 @@ def rows_of(draw: st.DrawFn, size: int) -> Runs:
     step = draw(st.integers(2, 9))
     length = draw(st.integers(1, step - 1))
     start = draw(st.integers(0, size - length))
-    return Rows(start, length, step, draw(st.integers(1, (size - start - length) // step + 1)))
+    rows = Rows(start, length, step, draw(st.integers(1, (size - start - length) // step + 1)))
+    # Parts of them too, whose first and last run are incomplete.
+    low = draw(st.integers(0, count(rows) - 1))
+    return cut(rows, low, draw(st.integers(low + 1, count(rows)))) if draw(st.booleans()) else rows
 
 
 def runs_of(size: int) -> st.SearchStrategy[Runs]:
@@ -82,6 +98,21 @@ def test_columns_are_kept_as_numbers_not_as_a_tuple_for_each_row() -> None:
     assert box_runs(shape, [((3, 2),), whole(7168), ((0, 1),)]) == Rows(3 * 7168 * 2048, 1, 2048, 2 * 7168)
     assert box_runs(shape, [((3, 2),), ((0, 7),), whole(2048)]) == Rows(3 * 7168 * 2048, 7 * 2048, 7168 * 2048, 2)
     assert Rows(1, 2, 5, 3) == ((1, 2), (6, 2), (11, 2)) != Rows(1, 2, 5, 2)
+
+
+def test_parts_of_columns_are_numbers_too() -> None:
+    """Where replicas share a shard of columns, or a load reads it in parts, a tuple for each row was made of a part."""
+    runs = Rows(256, 256, 2048, 256 * 7168)
+    half = cut(runs, 1000, 200_000_000)
+    assert isinstance(half, Rows)
+    assert (half[0], half[-1], count(half)) == ((256 + 3 * 2048 + 232, 24), (256 + 781_249 * 2048, 256), 199_999_000)
+    assert all(isinstance(part, Rows) for part in chunks(half, 1 << 19))
+    assert sum(map(count, chunks(half, 1 << 19))) == count(half)
+
+
+@given(runs_of(60))
+def test_runs_for_compiled_code_are_the_same_runs(runs: Runs) -> None:
+    assert list(flattened(runs)) == [number for run in runs for number in run]
 
 
 def test_box_runs_refuse_a_dimension_too_few() -> None:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 import torch.distributed as dist
@@ -18,6 +16,7 @@ from dist_ema.checkpoints.manifest import Key, Manifest
 from dist_ema.checkpoints.reader import RunReader
 from dist_ema.checkpoints.storage.paths import StrPath
 from dist_ema.checkpoints.stored import StoredTensor
+from dist_ema.checkpoints.threads import work_through
 from dist_ema.collectives import FirstFailure, agreed, answered, device_for, rank_in
 from dist_ema.kernels.fingerprint import partial_digest
 from dist_ema.kernels.streams import Handover, Relay
@@ -64,8 +63,10 @@ def read_own(path: StrPath, manifest: Manifest, parts: Sequence[Part], verify: b
         The sum of each part for its fingerprint, 0 unless ``verify``.
     """
     own = threading.local()  # a buffer a thread; through two, pinned, to a device
+    sums, lock = [0] * len(parts), threading.Lock()
 
-    def take(part: Part, runs: Runs, low: int) -> int:
+    def take(piece: _Piece) -> None:
+        number, part, runs, low = piece
         numel, dtype = count(runs), reader.dtype(part.key)
         out = part.out[low : low + numel] if part.out is not None else None
         if out is not None and out.is_cuda:
@@ -86,21 +87,31 @@ def read_own(path: StrPath, manifest: Manifest, parts: Sequence[Part], verify: b
             reader.read(part.key, runs, values)
             if out is not None:
                 out.copy_(values)
-        return partial_digest(values, runs) if verify else 0
+        if verify:
+            digest = partial_digest(values, runs)
+            with lock:
+                sums[number] += digest
 
     handover = Handover(part.out for part in parts if part.out is not None)
     with RunReader.of(path, manifest) as reader:
-        pool = ThreadPoolExecutor(torch.get_num_threads())
         try:
-            jobs = []
-            for part in parts:
-                pieces = list(chunks(part.runs, IO_CHUNK))
-                lows = accumulate(map(count, pieces), initial=0)  # one more than pieces: the last one is the end
-                jobs.append([pool.submit(take, part, runs, low) for runs, low in zip(pieces, lows, strict=False)])
-            return [sum(job.result() for job in pieces) for pieces in jobs]
+            work_through(_pieces(parts), take, torch.get_num_threads(), "dist_ema load")
         finally:  # before the files are closed, and the buffers given to others
-            pool.shutdown(cancel_futures=True)
             handover.join()
+    return sums
+
+
+#: The number of a part, the part, some of its runs, and how many of its elements come before them.
+_Piece = tuple[int, Part, Runs, int]
+
+
+def _pieces(parts: Sequence[Part]) -> Iterator[_Piece]:
+    """The parts in pieces of at most :data:`IO_CHUNK` elements, made one by one."""
+    for number, part in enumerate(parts):
+        low = 0
+        for runs in chunks(part.runs, IO_CHUNK):
+            yield number, part, runs, low
+            low += count(runs)
 
 
 def read_sent(

@@ -19,7 +19,7 @@ from dist_ema.checkpoints.storage.paths import StrPath, is_remote
 from dist_ema.checkpoints.stored import StoredFile, StoredTensor
 from dist_ema.checkpoints.strict_json import parse, shown
 from dist_ema.errors import CheckpointCorruptError
-from dist_ema.sharding.runs import Runs
+from dist_ema.sharding.runs import Rows, Runs, count
 
 #: The longest header that safetensors itself reads.
 _MAX_HEADER = 100_000_000
@@ -27,6 +27,10 @@ _MAX_HEADER = 100_000_000
 _HEADER_DEPTH = 3
 #: Files that one reader keeps open: far fewer than a process may open, and as many as most checkpoints have.
 _OPEN_FILES = 256
+#: Bytes between two rows up to which it takes less time to read them too than to read each row by itself (3 us on a
+#: local disk, far more from a store); and bytes that are read at a time where that is done.
+_GAP, _BLOCK = 1 << 14, 1 << 20
+_REMOTE_GAP, _REMOTE_BLOCK = 1 << 20, 1 << 24
 
 
 class RunReader(Closing):
@@ -58,7 +62,9 @@ class RunReader(Closing):
         self._folder = storage_reader(path) / data
         self._open: dict[str, OpenFile] = {}  # the one that was used last comes last
         self._users: Counter[str] = Counter()  # threads that read a file now
-        self._limit = sys.maxsize if is_remote(path) else _OPEN_FILES  # an object takes no file descriptor
+        remote = is_remote(path)
+        self._limit = sys.maxsize if remote else _OPEN_FILES  # an object takes no file descriptor
+        self._gap, self._block = (_REMOTE_GAP, _REMOTE_BLOCK) if remote else (_GAP, _BLOCK)
         self._lock = threading.Lock()
         self._offsets: dict[Key, int] = {}
         self._tensors = tensors
@@ -92,16 +98,26 @@ class RunReader(Closing):
         Raises CheckpointCorruptError if the file ends too early or is gone, OSError if it cannot be read.
         """
         tensor = self._tensors[key]
-        data = memoryview(out.view(torch.uint8).numpy().data)
+        position = 0
+        with self._file(tensor.file) as file:
+            for part in runs.parts() if isinstance(runs, Rows) else [runs]:
+                numel = count(part)
+                if not self._read_part(file, self._offsets[key], part, out[position : position + numel]):
+                    raise CheckpointCorruptError(f"{tensor.file} ends before {key[1]!r} does")
+                position += numel
+
+    def _read_part(self, file: OpenFile, offset: int, runs: Runs, out: Tensor) -> bool:
+        """As :meth:`OpenFile.read`, of runs of a tensor that begins at ``offset``."""
         item = out.element_size()
+        if isinstance(runs, Rows) and (runs.step - runs.length) * item <= self._gap and runs.step * item <= self._block:
+            return _read_blocks(file, offset, runs, out, self._block)
+        data = memoryview(out.view(torch.uint8).numpy().data)
         parts = []
         position = 0
         for start, length in runs:
-            parts.append((self._offsets[key] + start * item, data[position : position + length * item]))
+            parts.append((offset + start * item, data[position : position + length * item]))
             position += length * item
-        with self._file(tensor.file) as file:
-            if not file.read(parts):
-                raise CheckpointCorruptError(f"{tensor.file} ends before {key[1]!r} does")
+        return file.read(parts)
 
     @contextmanager
     def _file(self, name: str) -> Iterator[OpenFile]:
@@ -153,6 +169,29 @@ class RunReader(Closing):
         for file in self._open.values():
             file.close()
         self._open.clear()
+
+
+def _read_blocks(file: OpenFile, offset: int, rows: Rows, out: Tensor, limit: int) -> bool:
+    """Reads even rows with the elements between them, ``limit`` bytes at a time, and copies the rows out of those.
+
+    ::
+
+        file   |####....|####....|####....|    one read
+        out    |####|####|####|                one copy
+    """
+    item = out.element_size()
+    in_block = min(limit // (rows.step * item), rows.number)
+    block = torch.empty(in_block * rows.step, dtype=out.dtype)
+    data = memoryview(block.view(torch.uint8).numpy().data)
+    for first in range(0, rows.number, in_block):
+        number = min(in_block, rows.number - first)
+        # Nothing behind the last row: the file may end there.
+        size = ((number - 1) * rows.step + rows.length) * item
+        if not file.read([(offset + (rows.start + first * rows.step) * item, data[:size])]):
+            return False
+        wanted = block.as_strided((number, rows.length), (rows.step, 1))
+        out[first * rows.length : (first + number) * rows.length].view(number, rows.length).copy_(wanted)
+    return True
 
 
 def damaged_error(path: StrPath, found: Sequence[str]) -> CheckpointCorruptError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
@@ -31,8 +32,8 @@ class CompositeEngine(Engine):
 
     def _read_specs(self) -> list[TensorSpec]:
         specs = [spec for engine in self._engines for spec in engine.specs()]
-        names = [name for spec in specs for name in (spec.name, *spec.aliases)]
-        twice = sorted({name for name in names if names.count(name) > 1})
+        counts = Counter(name for spec in specs for name in (spec.name, *spec.aliases))
+        twice = sorted(name for name, count in counts.items() if count > 1)
         if twice:
             raise EMAEngineError(
                 f"several modules of the list hold a tensor named {', '.join(twice[:5])}: give each pipeline stage the "

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from dist_ema.kernels import native, pieces
-from dist_ema.sharding.runs import Runs, chunks
+from dist_ema.sharding.runs import Runs, chunks, flattened
 
 BLOCK_BITS = 16
 BLOCK = 1 << BLOCK_BITS
@@ -118,7 +118,7 @@ def _positions(runs: Runs, device: torch.device) -> Tensor:
     if len(runs) == 1:
         ((start, length),) = runs
         return torch.arange(start, start + length, device=device)
-    starts, lengths = np.array(runs, dtype=np.int64).T
+    starts, lengths = np.frombuffer(flattened(runs), dtype=np.int64).reshape(-1, 2).T
     shifts = starts - np.cumsum(lengths) + lengths  # from an element's number to its position
     sent = torch.from_numpy(np.stack([shifts, lengths]))
     if device.type == "cuda":

@@ -10,7 +10,6 @@ a child forked later (a worker of a data loader) computes with one thread.
 from __future__ import annotations
 
 import ctypes
-import itertools
 import logging
 import os
 from array import array
@@ -26,6 +25,7 @@ from dist_ema.kernels.arguments import CODES
 from dist_ema.kernels.choice import choose
 from dist_ema.kernels.compiler import BuildError
 from dist_ema.kernels.rounding import ElementPositions, Rounding, average_key
+from dist_ema.sharding.runs import Runs, flattened
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ class Library:
     def _threads(self) -> int:
         return torch.get_num_threads() if os.getpid() == self._process else 1
 
-    def digest(self, address: int, width: int, runs: Sequence[tuple[int, int]], keys: Tensor) -> int:
+    def digest(self, address: int, width: int, runs: Runs, keys: Tensor) -> int:
         """The digest's sum over ``runs``, by one thread; other Python threads run meanwhile.
 
         Args:
@@ -107,7 +107,7 @@ class Library:
             runs: first position and number of elements of each, in the full tensor.
             keys: of the places in a block, int64.
         """
-        pairs = array("q", itertools.chain.from_iterable(runs))
+        pairs = flattened(runs)
         total: int = self._digest(address, width, pairs.buffer_info()[0], len(runs), keys.data_ptr())
         return total
 

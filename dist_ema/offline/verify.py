@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +17,7 @@ from dist_ema.checkpoints.parts import IO_CHUNK
 from dist_ema.checkpoints.reader import RunReader, damaged_error
 from dist_ema.checkpoints.storage.paths import StrPath
 from dist_ema.checkpoints.stored import StoredTensor
+from dist_ema.checkpoints.threads import work_through
 from dist_ema.checkpoints.versions import reread
 from dist_ema.errors import CheckpointCorruptError
 from dist_ema.kernels.fingerprint import partial_digest
@@ -96,17 +96,13 @@ def _audit(
     for key, tensor in manifest.tensors().items():
         by_file[tensor.file][key] = tensor
     findings: list[Finding] = []
-    pool = ThreadPoolExecutor(threads)
-    try:
-        for name, file in manifest.files.items():
-            try:
-                with RunReader(path, manifest.data, {name: file}, by_file[name]) as reader:
-                    findings += _audit_file(reader, by_file[name], pool, advance)
-            except CheckpointCorruptError as error:  # a file cannot be opened: go on with the others
-                findings.append(Finding(name, None, str(error)))
-                advance(sum(tensor.nbytes for tensor in by_file[name].values()))
-    finally:
-        pool.shutdown(cancel_futures=True)  # an interrupt need not wait for work that has not begun
+    for name, file in manifest.files.items():
+        try:
+            with RunReader(path, manifest.data, {name: file}, by_file[name]) as reader:
+                findings += _audit_file(reader, by_file[name], threads, advance)
+        except CheckpointCorruptError as error:  # a file cannot be opened: go on with the others
+            findings.append(Finding(name, None, str(error)))
+            advance(sum(tensor.nbytes for tensor in by_file[name].values()))
     return findings
 
 
@@ -147,41 +143,35 @@ def verify_checkpoint(path: StrPath, *, threads: int = 4) -> Manifest:
     return manifest
 
 
-def _audit_file(
-    reader: RunReader, tensors: dict[Key, StoredTensor], pool: ThreadPoolExecutor, advance: Advance
-) -> list[Finding]:
+def _audit_file(reader: RunReader, tensors: dict[Key, StoredTensor], threads: int, advance: Advance) -> list[Finding]:
     scratch = threading.local()
+    sums, problems, lock = dict.fromkeys(tensors, 0), dict[Key, str](), threading.Lock()
 
-    def digest(key: Key, stripe: Runs) -> int | str:
+    def digest(stripe: tuple[Key, Runs]) -> None:
+        key, runs = stripe
         dtype = reader.dtype(key)
         if not hasattr(scratch, "bytes"):  # one buffer a thread
             scratch.bytes = torch.empty(IO_CHUNK * WIDEST, dtype=torch.uint8)
-        total = 0
-        for part in chunks(stripe, IO_CHUNK):
+        for part in chunks(runs, IO_CHUNK):
             values = scratch.bytes[: count(part) * dtype.itemsize].view(dtype)
             try:
                 reader.read(key, part, values)
-            except (
-                OSError,
-                CheckpointCorruptError,
-            ) as error:  # a bad block; a file cut off just now
-                return f"cannot be read: {error}"
-            total += partial_digest(values, part)
+            except (OSError, CheckpointCorruptError) as error:  # a bad block; a file cut off just now
+                with lock:
+                    problems.setdefault(key, f"cannot be read: {error}")
+                return
+            found = partial_digest(values, part)
+            with lock:
+                sums[key] += found
             advance(values.nbytes)
-        return total
 
     # Stripes, not tensors, so that one large tensor keeps all threads busy. Their sums add up to the fingerprint.
-    jobs = {
-        key: [pool.submit(digest, key, stripe) for stripe in chunks(whole(_numel(tensor)), _STRIPE)]
-        for key, tensor in tensors.items()
-    }
-    findings: list[Finding] = []
+    stripes = ((key, stripe) for key, tensor in tensors.items() for stripe in chunks(whole(_numel(tensor)), _STRIPE))
+    work_through(stripes, digest, threads, "dist_ema verify")
+    findings = []
     for key, tensor in tensors.items():
-        results = [job.result() for job in jobs[key]]
-        failures = [result for result in results if isinstance(result, str)]
-        total = sum(result for result in results if isinstance(result, int)) % (1 << 64)
-        if failures or total != tensor.digest:
-            findings.append(Finding(tensor.file, key[1], failures[0] if failures else WRONG))
+        if key in problems or sums[key] % (1 << 64) != tensor.digest:
+            findings.append(Finding(tensor.file, key[1], problems.get(key, WRONG)))
     return findings
 
 

@@ -29,8 +29,10 @@ the second halves; then FSDP2 cuts those four rows, and rank 0 keeps the gate's 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from math import prod
 from typing import overload
 
@@ -42,24 +44,37 @@ Box = tuple[tuple[int, ...], tuple[int, ...]]
 
 @dataclass(frozen=True, eq=False)
 class Rows(Sequence[Run]):
-    """Runs of one length at equal distances, as the columns of a matrix are.
+    """Runs of one length at equal distances, as the columns of a matrix are. Any part of them is :class:`Rows` again.
 
-    Four numbers instead of a tuple each: an eighth of the columns of 256 experts are two million runs.
+    A few numbers instead of a tuple for each run: an eighth of the columns of 256 experts are two million runs.
+
+    ::
+
+        start                step
+        |<- length ->|<----------------->|
+        [....########]...................[############]...................[######......]
+         skip                                                                     drop
 
     Attributes:
         start: of the first run.
         length: of each.
         step: from one's start to the next one's; more than ``length``.
         number: of runs.
+        skip: elements at the beginning of the first run that do not belong to it.
+        drop: the same at the end of the last run.
 
     >>> tuple(Rows(start=2, length=3, step=8, number=2))
     ((2, 3), (10, 3))
+    >>> tuple(Rows(start=2, length=3, step=8, number=2, skip=1, drop=2))
+    ((3, 2), (10, 1))
     """
 
     start: int
     length: int
     step: int
     number: int
+    skip: int = 0
+    drop: int = 0
 
     def __len__(self) -> int:
         return self.number
@@ -73,7 +88,13 @@ class Rows(Sequence[Run]):
     def __getitem__(self, index: int | slice) -> Run | Runs:
         if isinstance(index, slice):
             return tuple(self[place] for place in range(self.number)[index])
-        return self.start + range(self.number)[index] * self.step, self.length
+        place = range(self.number)[index]
+        begin, size = self.start + place * self.step, self.length
+        if place == 0:
+            begin, size = begin + self.skip, size - self.skip
+        if place == self.number - 1:
+            size -= self.drop
+        return begin, size
 
     def __eq__(self, other: object) -> bool:
         if isinstance(other, (tuple, Rows)):
@@ -82,6 +103,24 @@ class Rows(Sequence[Run]):
 
     def __hash__(self) -> int:
         return hash(tuple(self))
+
+    @property
+    def is_even(self) -> bool:
+        """Whether the first and the last run are as long as the others."""
+        return not self.skip and not self.drop
+
+    def parts(self) -> Iterator[Runs]:
+        """The same runs, in at most three parts: an incomplete first run, the even ones, an incomplete last run."""
+        first, last = int(self.skip > 0), int(self.drop > 0)
+        if first + last >= self.number:
+            yield from ((run,) for run in self)
+            return
+        if first:
+            yield (self[0],)
+        even = Rows(self.start + first * self.step, self.length, self.step, self.number - first - last)
+        yield even if even.number > 1 else (even[0],)
+        if last:
+            yield (self[-1],)
 
 
 def whole(numel: int) -> Runs:
@@ -100,7 +139,7 @@ def count(runs: Runs) -> int:
     5
     """
     if isinstance(runs, Rows):
-        return runs.number * runs.length
+        return runs.number * runs.length - runs.skip - runs.drop
     return sum(length for _, length in runs)
 
 
@@ -111,12 +150,7 @@ def cut(runs: Runs, start: int, stop: int) -> Runs:
     ((2, 2), (10, 2))
     """
     if isinstance(runs, Rows):
-        if start <= 0 and stop >= count(runs):
-            return runs  # still four numbers
-        # Jump to the first run that is touched: a window of a shard with a million rows looks at its own rows only.
-        first = max(start, 0) // runs.length
-        passed = first * runs.length
-        runs, start, stop = runs[first : -(-stop // runs.length)], start - passed, stop - passed
+        return _cut_rows(runs, max(start, 0), min(stop, count(runs)))
     pieces: list[Run] = []
     position = 0  # local number of the first element of this run
     for begin, length in runs:
@@ -129,12 +163,28 @@ def cut(runs: Runs, start: int, stop: int) -> Runs:
     return tuple(pieces)
 
 
+def _cut_rows(rows: Rows, start: int, stop: int) -> Runs:
+    """As :func:`cut`, without a look at each run: a shard may have millions of them."""
+    if start >= stop:
+        return ()
+    # Places among the elements of complete runs, of which there are `length` in each.
+    low, high = start + rows.skip, stop + rows.skip
+    first, last = low // rows.length, (high - 1) // rows.length
+    skip, drop = low - first * rows.length, (last + 1) * rows.length - high
+    found = Rows(rows.start + first * rows.step, rows.length, rows.step, last + 1 - first, skip, drop)
+    return found if found.number > 1 else (found[0],)
+
+
 def chunks(runs: Runs, limit: int) -> Iterator[Runs]:
     """``runs`` in order, in lists of at most ``limit`` elements; a run is cut where a list is full.
 
     >>> list(chunks(((0, 4), (10, 4)), 3))
     [((0, 3),), ((3, 1), (10, 2)), ((12, 2),)]
     """
+    if isinstance(runs, Rows):
+        total = count(runs)
+        yield from (cut(runs, low, low + limit) for low in range(0, total, limit))
+        return
     part: list[Run] = []
     room = limit
     for start, length in runs:
@@ -159,16 +209,32 @@ def overlap(runs: Runs, start: int, stop: int) -> Iterator[tuple[int, int, int]]
     [(3, 0, 1), (4, 7, 2)]
     """
     position = 0  # local number of the first element of this run
+    touched: Iterable[Run] = runs
     if isinstance(runs, Rows):
-        # As in cut(): only the runs that end behind `start` and begin before `stop`, found by arithmetic.
+        # Only the runs that end behind `start` and begin before `stop`, found by arithmetic.
         first = max((start - runs.start - runs.length) // runs.step + 1, 0)
-        position = first * runs.length
-        runs = runs[first : max(-(-(stop - runs.start) // runs.step), first)]
-    for begin, length in runs:
+        last = min(-(-(stop - runs.start) // runs.step), runs.number)
+        position = first * runs.length - runs.skip if first else 0
+        touched = map(runs.__getitem__, range(first, last))
+    for begin, length in touched:
         low, high = max(begin, start), min(begin + length, stop)
         if low < high:
             yield position + low - begin, low - start, high - low
         position += length
+
+
+def flattened(runs: Runs) -> array[int]:
+    """``start`` and ``length`` of each run, one after the other, as 64-bit integers: for code that is compiled.
+
+    >>> flattened(((0, 4), (10, 3)))
+    array('q', [0, 4, 10, 3])
+    """
+    if not isinstance(runs, Rows):
+        return array("q", chain.from_iterable(runs))
+    pairs = array("q", [0, runs.length]) * runs.number
+    pairs[::2] = array("q", range(runs.start, runs.start + runs.number * runs.step, runs.step))
+    (pairs[0], pairs[1]), (pairs[-2], pairs[-1]) = runs[0], runs[-1]
+    return pairs
 
 
 def chunk(intervals: Runs, parts: int, index: int) -> Runs:
@@ -250,7 +316,7 @@ def _in_each_row(runs: Runs, stride: int, intervals: Runs) -> Runs:
     if len(runs) == 1:
         runs = Rows(*runs[0], step=stride, number=1)
     # Equal distances inside a row that fill it go on at the same distance in the next row: still four numbers.
-    if len(intervals) == 1 and isinstance(runs, Rows) and runs.step * runs.number == stride:
+    if len(intervals) == 1 and isinstance(runs, Rows) and runs.is_even and runs.step * runs.number == stride:
         ((first, rows),) = intervals
         return Rows(first * stride + runs.start, runs.length, runs.step, rows * runs.number)
     numbers = (row for start, length in intervals for row in range(start, start + length))
@@ -268,16 +334,24 @@ def boxes(runs: Runs, shape: Sequence[int]) -> list[Box]:
     >>> boxes(((2, 2), (6, 2)), (2, 4))  # columns 2 and 3
     [((0, 2), (2, 2))]
     """
-    found = _boxes_of_rows(runs, tuple(shape)) if isinstance(runs, Rows) else []
-    if found:
-        return found
-    for start, length in merge(runs):
-        for box in _run_boxes(start, start + length, tuple(shape)):
+    found: list[Box] = []
+    for part in runs.parts() if isinstance(runs, Rows) else [runs]:
+        for box in _boxes_of_part(part, tuple(shape)):
             found.append(box)
             # Two rows become one box, which may then fit the box before: so until nothing fits any more.
             while len(found) > 1 and (joined := _join(found[-2], found[-1])) is not None:
                 found[-2:] = [joined]
     return found
+
+
+def _boxes_of_part(runs: Runs, shape: tuple[int, ...]) -> Iterator[Box]:
+    """Boxes of runs, which need not be as few as they could be."""
+    found = _boxes_of_rows(runs, shape) if isinstance(runs, Rows) else []
+    if found:
+        yield from found
+        return
+    for start, length in merge(runs):
+        yield from _run_boxes(start, start + length, shape)
 
 
 def _boxes_of_rows(rows: Rows, shape: tuple[int, ...]) -> list[Box]:

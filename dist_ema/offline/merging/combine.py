@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from dist_ema.checkpoints.file_values import Advance
 from dist_ema.checkpoints.storage.base import TensorWriter
+from dist_ema.checkpoints.threads import work_through
 from dist_ema.collectives import rank_in, size_of, sum_integers
 from dist_ema.kernels.fingerprint import partial_digest
 from dist_ema.offline.merging.outputs import Output
@@ -109,15 +109,11 @@ class Combination:
                 made.append(own.hands)
             self._combine(one, own.hands, advance)
 
-        pool = ThreadPoolExecutor(threads, "dist_ema merge")
         try:
-            jobs = [pool.submit(work, one) for one in self._share(rank_in(group), size_of(group))]
-            for job in jobs:
-                job.result()
+            work_through(self._share(rank_in(group), size_of(group)), work, threads, "dist_ema merge")
             for hands in made:
                 hands.sync()
         finally:
-            pool.shutdown(cancel_futures=True)
             for hands in made:
                 hands.close()
 
