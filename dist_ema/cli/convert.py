@@ -70,8 +70,12 @@ def import_(
     path: Annotated[str, typer.Argument(help="The checkpoint to write: a directory, or a URL.", show_default=False)],
     format: Annotated[
         str,
-        typer.Option(help="auto, composer, diffusers, timm, ema-pytorch, lightning, nemo or torchtitan."),
+        typer.Option(help="auto, composer, diffusers, timm, ema-pytorch, lightning, nemo, torchtitan or state-dict."),
     ] = "auto",
+    key: Annotated[
+        str | None,
+        typer.Option(help="Import this dict of tensors inside SOURCE, such as ema or a.b.", show_default=False),
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option(help="State dict of the same model, for names and buffers that SOURCE lacks.", show_default=False),
@@ -104,6 +108,7 @@ def import_(
             source,
             path,
             format=format,
+            key=key,
             model=model,
             frozen=frozen,
             prefix=prefix,

@@ -1,4 +1,4 @@
-"""Averages that other libraries saved: one module a format, and which format a file has."""
+"""Averages that other libraries saved: one module a format, one for any dict of tensors, and which a file has."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from dist_ema.checkpoints.strict_json import shown
 from dist_ema.errors import CheckpointError, EMAConfigError
-from dist_ema.importers import composer, diffusers, ema_pytorch, lightning, nemo, timm, torchtitan
+from dist_ema.importers import composer, diffusers, ema_pytorch, generic, lightning, nemo, timm, torchtitan
 from dist_ema.importers.foreign import Content, Foreign, Model
 
 AUTO = "auto"
@@ -20,10 +20,11 @@ class Format:
     Attributes:
         matches: whether a file has this format.
         read: reads the average of such a file. Where the file has no names, they come from the model's state dict.
+            None for ``state-dict``, whose :func:`dist_ema.importers.generic.read` takes a key and a prefix as well.
     """
 
     matches: Callable[[Content], bool]
-    read: Callable[[Content, Model | None], Foreign]
+    read: Callable[[Content, Model | None], Foreign] | None
 
 
 FORMATS = {
@@ -34,31 +35,35 @@ FORMATS = {
     "lightning": Format(lightning.matches, lightning.read),
     "nemo": Format(nemo.matches, nemo.read),
     "torchtitan": Format(torchtitan.matches, torchtitan.read),
+    generic.NAME: Format(lambda content: False, None),
 }
 #: Formats of which some files look like any state dict, so that only the user can tell.
 _PLAIN = {"timm"}
 
 
-def recognise(content: Content, name: str, where: str) -> str:
-    """The name of a file's format.
+def recognise(content: Content, name: str, where: str, key: str | None = None) -> str:
+    """The name of a file's format; ``state-dict`` for a file of no library that is known here.
 
     Args:
         content: of the file.
         name: the format that the caller named, or ``"auto"``.
         where: the file, for errors.
+        key: of the dict inside the file that the caller named; then the file's other contents do not matter.
 
     Raises:
-        EMAConfigError: there is no format of that name.
-        CheckpointError: the file has none of the formats, or another than the caller named; says what is in it.
+        EMAConfigError: there is no format of that name, or it takes no key.
+        CheckpointError: the file has another format than the caller named; says what is in it.
     """
     if name != AUTO and name not in FORMATS:
         raise EMAConfigError(f"format={name!r}: allowed are {AUTO}, {', '.join(FORMATS)}")
+    if key is not None and name not in (AUTO, generic.NAME):
+        raise EMAConfigError(f"key={key!r} goes with --format {generic.NAME}, and the format is {name}")
+    if key is not None or name == generic.NAME:
+        return generic.NAME
     found = next((known for known, format_ in FORMATS.items() if format_.matches(content)), None)
     if name != AUTO and name != found and not (name in _PLAIN and content.kind == "file"):
         raise CheckpointError(f"{where} is not a file of {name}{f', but of {found}' if found else ''}: {_has(content)}")
-    if name == AUTO and found is None:
-        raise CheckpointError(f"{where} has none of the known formats ({', '.join(FORMATS)}): {_has(content)}")
-    return found or name
+    return found or (generic.NAME if name == AUTO else name)
 
 
 def _has(content: Content) -> str:

@@ -16,7 +16,7 @@ from dist_ema.checkpoints.save import Save
 from dist_ema.checkpoints.storage.paths import check_path
 from dist_ema.clock import Progress
 from dist_ema.errors import EMAConfigError
-from dist_ema.importers import AUTO, FORMATS, recognise
+from dist_ema.importers import AUTO, FORMATS, generic, recognise
 from dist_ema.importers.assembly import Assembly
 from dist_ema.importers.files import open_foreign, open_model
 from dist_ema.importers.foreign import Foreign, LazyTensor, Model, Tensors
@@ -46,6 +46,7 @@ def import_checkpoint(
     target: str | os.PathLike[str],
     *,
     format: str = AUTO,
+    key: str | None = None,
     model: str | os.PathLike[str] | None = None,
     frozen: str | None = None,
     prefix: str | None = None,
@@ -63,7 +64,9 @@ def import_checkpoint(
     Args:
         source: the file, or the directory.
         target: of the checkpoint; missing parents are made.
-        format: one of :data:`dist_ema.importers.FORMATS`, or ``"auto"``: the file's content tells.
+        format: one of :data:`dist_ema.importers.FORMATS`, or ``"auto"``: the file's content tells. ``"state-dict"``
+            takes any dict of tensors, also one of which nothing says that it is an average.
+        key: of the dict of tensors inside the file, such as ``"callbacks.EMA.ema_state_dict"``; for ``"state-dict"``.
         model: a state dict of the same model, by torch.save or safetensors. It names the tensors of a list without
             names (torch.save only: safetensors files do not keep the order), and supplies what the file lacks: buffers.
         frozen: regular expression on the names of parameters that are not trained; few files tell which those are.
@@ -87,11 +90,19 @@ def import_checkpoint(
     for path in (source, target, *([] if model is None else [model])):
         check_path(path)
     content = open_foreign(Path(source))
-    name = recognise(content, format, str(source))
+    name = recognise(content, format, str(source), key)
     state = open_model(Path(model), pattern) if model is not None else None
-    foreign = FORMATS[name].read(content, state)
-    if prefix is not None:
-        foreign, state = _cut(foreign, state, prefix.removesuffix(".") + ".")
+    start = None if prefix is None else prefix.removesuffix(".") + "."
+    read = FORMATS[name].read
+    if read is not None:
+        foreign = read(content, state)
+        if start is not None:
+            foreign, state = _cut(foreign, state, start)
+    else:
+        only = format == AUTO
+        foreign = generic.read(content, str(source), key=key, prefix=prefix, model=state, average_only=only)
+        if state is not None and start is not None:
+            state = _cut_model(state, start)
     whole_model = Assembly(foreign, state, pattern)
     schedule = given or foreign.schedule or foreign.usual
     _save(target, foreign, whole_model, schedule, dtype, overwrite, begin)
@@ -124,9 +135,13 @@ def _cut(foreign: Foreign, model: Model | None, prefix: str) -> tuple[Foreign, M
         raise EMAConfigError(f"prefix={prefix!r} begins no name; names are {', '.join(names)[:200]}")
     groups = [tuple(name.removeprefix(prefix) for name in group if name.startswith(prefix)) for group in foreign.tied]
     tied = [group for group in groups if len(group) > 1]
-    if model is not None and (known := inside(model.tensors)):
-        model = replace(model, tensors=known)
-    return replace(foreign, averages=found, live=inside(live), tied=tied), model
+    return replace(foreign, averages=found, live=inside(live), tied=tied), model and _cut_model(model, prefix)
+
+
+def _cut_model(model: Model, prefix: str) -> Model:
+    """Cuts a model if it is the larger one, too."""
+    known = {name.removeprefix(prefix): held for name, held in model.tensors.items() if name.startswith(prefix)}
+    return replace(model, tensors=known) if known else model
 
 
 def _schedule(decay: float | None, half_life: str | None) -> Schedule | None:

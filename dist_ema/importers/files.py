@@ -39,6 +39,8 @@ def open_foreign(path: Path) -> Content:
         config = _read_config(path)
         return Content("pretrained", config, _open_safetensors(path))
     _check_plain(path)
+    if path.suffix == ".safetensors":
+        return Content("pretrained", {}, _open_safetensors(path))
     values = load_file(path)
     if not isinstance(values, Mapping):
         raise CheckpointError(f"{path} holds a {type(values).__name__}; expected a dict, as every known format has")

@@ -1,0 +1,196 @@
+"""Names of the tensors in one state dict: which belong to an average, and what they are called in the plain model.
+
+Works on names alone, so it serves torch files, safetensors files and directories alike. Four layouts keep an average in
+a dict with something else, or under other names than the model's:
+
+- ``AveragedModel`` (torch; mmengine's copy counts ``steps``): ``module.`` before each name, and ``n_averaged``;
+- ``LitEma`` (latent diffusion): ``model_ema.`` and the model's name without its dots, beside the live weights;
+- mmcv: ``ema_`` and the model's name with underscores for dots, beside the live weights;
+- wrappers: ``module.``, ``_orig_mod.`` and the like inside every name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from dist_ema.errors import CheckpointError
+
+#: What wrappers put into names; see :mod:`dist_ema.engines.names`.
+TOKENS = re.compile(r"(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+#: Counters of an AveragedModel, torch's and mmengine's.
+COUNTERS = ("n_averaged", "steps")
+_MODULE = "module."
+_LIT = ("decay", "num_updates")
+
+
+@dataclass(frozen=True)
+class Names:
+    """The names of one state dict, sorted out.
+
+    Attributes:
+        average: the name in the dict, by the plain model's name; of the only weights where there is no average inside.
+        live: likewise for tensors that are not part of the average that lies beside them (buffers, frozen weights).
+        counter: the name of the entry that counts updates.
+        decay: the name of the entry with the decay.
+        says_average: whether the names alone tell that this is an average.
+        note: what was decided, in one sentence; None where there was nothing to decide.
+    """
+
+    average: dict[str, str]
+    live: dict[str, str] = field(default_factory=dict)
+    counter: str | None = None
+    decay: str | None = None
+    says_average: bool = False
+    note: str | None = None
+
+    def cut(self, prefix: str, where: str) -> Names:
+        """The names that begin with ``prefix``, without it. Raises CheckpointError if no name of the average does.
+
+        >>> Names({"net.weight": "module.net.weight", "loss.scale": "module.loss.scale"}).cut("net", "x.pt").average
+        {'weight': 'module.net.weight'}
+        """
+        prefix = prefix.removesuffix(".") + "."
+        average, live = (
+            {name.removeprefix(prefix): held for name, held in names.items() if name.startswith(prefix)}
+            for names in (self.average, self.live)
+        )
+        if not average:
+            raise CheckpointError(f"{where}: --prefix {prefix} begins no name; names begin with {_beginnings(self)}")
+        return replace(self, average=average, live=live)
+
+
+def arrange(names: Collection[str], where: str, prefix: str | None = None) -> Names:
+    """Sorts out the names of one state dict.
+
+    Args:
+        names: of its tensors.
+        where: the file and the key of the dict, for errors.
+        prefix: takes one module out of a larger one: ``"net"`` takes ``net.*``, and the names lose it. None takes all;
+            of LitEma's the module that it averages.
+
+    Raises:
+        CheckpointError: two names become one; or LitEma's names are not those of the live weights beside them.
+
+    >>> arrange(["n_averaged", "module.0.weight"], "x.pt").average
+    {'0.weight': 'module.0.weight'}
+    >>> arrange(["model.0.weight", "model_ema.decay", "model_ema.num_updates", "model_ema.0weight"], "x.pt").average
+    {'0.weight': 'model_ema.0weight'}
+    """
+    found = _averaged_model(names, where) or _lit_ema(names, where, prefix) or _mmcv(names, where)
+    if found is None:
+        found = Names(_plain(names, where))
+    return found if prefix is None else found.cut(prefix, where)
+
+
+def _averaged_model(names: Collection[str], where: str) -> Names | None:
+    counter = next((name for name in COUNTERS if name in names), None)
+    rest = [name for name in names if name != counter]
+    if counter is None or not rest or not all(name.startswith(_MODULE) for name in rest):
+        return None
+    return Names(_plain(rest, where), counter=counter, says_average=True)
+
+
+def _lit_ema(names: Collection[str], where: str, prefix: str | None) -> Names | None:
+    """LitEma's names, which the live weights give their dots back. Live names may have a prefix of their own."""
+    known = set(names)
+    marks = (name.removesuffix(_LIT[0]) for name in names if name.endswith("." + _LIT[0]))
+    owners: dict[str, list[str]] = {}
+    for owner in marks:
+        inside = [name for name in names if name.startswith(owner) and name[len(owner) :] not in _LIT]
+        if owner + _LIT[1] in known and inside and not any("." in name[len(owner) :] for name in inside):
+            owners[owner] = inside
+    if not owners:
+        return None
+    if len(owners) > 1:
+        raise CheckpointError(f"{where} has several averages in one dict, under {', '.join(map(repr, owners))}")
+    ((owner, averaged),) = owners.items()
+    live, start = _live_names(names, owner, averaged, where)
+    average = {_one(live, name[len(owner) :], where): name for name in averaged}
+    others = {held[0]: held[0] for held in live.values() if len(held) == 1 and held[0] not in average}
+    note = f"the average is under {owner!r}; its names are those of the live weights"
+    found = Names(average, others, owner + _LIT[1], owner + _LIT[0], True, note)
+    if prefix is None and start:
+        found = replace(found.cut(start, where), note=f"{note} under {start!r}")
+    return found
+
+
+def _live_names(
+    names: Collection[str], owner: str, averaged: Sequence[str], where: str
+) -> tuple[dict[str, list[str]], str]:
+    """The live names by what LitEma made of them, and what each of them begins with: the module that it averages."""
+    beside = [name for name in names if not name.startswith(owner)]
+    first = averaged[0][len(owner) :]
+    # Only what precedes a name that would become the first averaged one can be the beginning of all.
+    starts = {
+        name[:place]: None
+        for name in beside
+        for place in (0, *(dot + 1 for dot, letter in enumerate(name) if letter == "."))
+        if name[place:].replace(".", "") == first
+    }
+    fitting = {}
+    for start in starts:
+        live = _flattened([name for name in beside if name.startswith(start)], start, "")
+        if all(name[len(owner) :] in live for name in averaged):
+            fitting[start] = live
+    if not fitting:
+        raise CheckpointError(
+            f"{where}: the names under {owner!r} have no dots, and no live weights in the same dict give them back"
+        )
+    start = owner.replace("_ema", "", 1) if len(fitting) > 1 else next(iter(fitting))
+    if start not in fitting:
+        raise CheckpointError(
+            f"{where}: the average under {owner!r} may be that of any of {', '.join(map(repr, fitting))}"
+        )
+    return fitting[start], start
+
+
+def _mmcv(names: Collection[str], where: str) -> Names | None:
+    marked = [name for name in names if name.startswith("ema_") and "." not in name]
+    apart = set(marked)
+    live = _flattened([name for name in names if name not in apart], "", "_")
+    if not marked or not all(name.removeprefix("ema_") in live for name in marked):
+        return None
+    average = {_one(live, name.removeprefix("ema_"), where): name for name in marked}
+    others = {held[0]: held[0] for held in live.values() if len(held) == 1 and held[0] not in average}
+    return Names(average, others, says_average=True, note="the average is under 'ema_'; its names are those beside it")
+
+
+def _flattened(names: Iterable[str], start: str, dot: str) -> dict[str, list[str]]:
+    """Names by what becomes of them when ``start`` is taken off and each dot is replaced."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(name.removeprefix(start).replace(".", dot), []).append(name)
+    return found
+
+
+def _one(names: Mapping[str, list[str]], flat: str, where: str) -> str:
+    """The live name that became ``flat``. Raises CheckpointError if several did."""
+    if len(names[flat]) > 1:
+        raise CheckpointError(f"{where}: {flat!r} may be {' or '.join(map(repr, names[flat]))}, without its dots")
+    return names[flat][0]
+
+
+def _plain(names: Iterable[str], where: str) -> dict[str, str]:
+    """Names without what wrappers have added. Raises CheckpointError if two become one."""
+    names = list(names)
+    plain = [TOKENS.sub("", name) for name in names]
+    # Only where all names have it: a model may have an attribute called "module" itself.
+    while plain and all(name.startswith(_MODULE) and name != _MODULE for name in plain):
+        plain = [name.removeprefix(_MODULE) for name in plain]
+    found: dict[str, str] = {}
+    for name, held in zip(plain, names, strict=True):
+        if name in found:
+            raise CheckpointError(f"{where}: two names are {name!r} without the parts that wrappers have added")
+        found[name] = held
+    return found
+
+
+def _beginnings(names: Names) -> str:
+    counts: dict[str, int] = {}
+    for name in names.average:
+        first = name.partition(".")[0] + ("." if "." in name else "")
+        counts[first] = counts.get(first, 0) + 1
+    shown = [f"{first!r} ({count})" for first, count in counts.items()]
+    return ", ".join(shown[:8]) + (", ..." if len(shown) > 8 else "")
