@@ -20,8 +20,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dist_ema import ShardedEMA, read_checkpoint, verify_checkpoint
-from dist_ema.checkpoints.manifest import NAME, Manifest, _seal
+from dist_ema import ShardedEMA, merge, read_checkpoint, verify_checkpoint
+from dist_ema.checkpoints.manifest import NAME, Manifest, _seal, checksum
 from dist_ema.cli import main
 from dist_ema.errors import CheckpointCorruptError, CheckpointError
 from dist_ema.importers.convert import import_checkpoint
@@ -508,3 +508,62 @@ def test_the_text_in_a_state_dict_is_read_as_strictly(key: str, value: object) -
     with pytest.raises(CheckpointCorruptError):
         ema.load_state_dict(state)
     assert ema.num_updates == 1
+
+
+#: Where two tensors of four bytes each lie, and how many bytes follow the header. The format allows the first alone.
+PLACES = {
+    "one after the other": ([0, 4], [4, 8], 8),
+    "on the same bytes": ([0, 4], [0, 4], 4),
+    "partly on the same bytes": ([0, 4], [2, 6], 6),
+    "with a hole": ([0, 4], [8, 12], 12),
+    "with a hole before": ([4, 8], [8, 12], 12),
+    "with bytes behind": ([0, 4], [4, 8], 9),
+    "beyond the end": ([0, 4], [4, 8], 7),
+    "in fewer bytes than it needs": ([0, 4], [4, 6], 6),
+}
+
+
+@pytest.mark.parametrize("reader", ["import", "model", "merge", "load"])
+@pytest.mark.parametrize("places", PLACES)
+def test_every_reader_of_safetensors_refuses_overlaps_and_holes(tmp_path: Path, reader: str, places: str) -> None:
+    """300 tensors on one MiB of bytes are 300 MiB when they are written out; and no checksum covers what is between."""
+    first, second, size = PLACES[places]
+    entry = {"dtype": "F32", "shape": [1]}
+    header = json.dumps({"a": entry | {"data_offsets": first}, "b": entry | {"data_offsets": second}}).encode()
+    text = struct.pack("<Q", len(header)) + header
+    target = tmp_path / "model"
+    if reader == "load":  # a checkpoint of ours whose checksums are right
+        model = nn.ParameterDict({name: torch.ones(1) for name in "ab"})
+        ema = ShardedEMA(model, decay=0.5)
+        ema.update()
+        ema.save(target)
+        (file,) = target.rglob("*.safetensors")
+        body = json.loads((target / NAME).read_bytes())
+        del body["checksum"]
+        body["files"][f"{file.parent.relative_to(target / body['data'])}/{file.name}"] = {
+            "size": len(text) + size,
+            "header": checksum(text),
+        }
+        file.write_bytes(text + bytes(size))
+        forge(target, body)
+    else:
+        target.mkdir()
+        (target / "model.safetensors").write_bytes(text + bytes(size))
+    uses: dict[str, Callable[[], object]] = {
+        "import": lambda: import_checkpoint(target, tmp_path / "out", format="state-dict"),
+        "model": lambda: import_checkpoint(
+            tmp_path / "ema.pt", tmp_path / "out", format="state-dict", model=target / "model.safetensors"
+        ),
+        "merge": lambda: merge([target, target], tmp_path / "out"),
+        "load": lambda: ShardedEMA(nn.ParameterDict({name: torch.ones(1) for name in "ab"}), decay=0.5).load(
+            target, strict=False
+        ),
+    }
+    torch.save({"a": torch.ones(1), "b": torch.ones(1)}, tmp_path / "ema.pt")
+    if places == "one after the other":
+        if reader != "load":  # whose fingerprints are those of other bytes
+            uses[reader]()
+        return
+    with pytest.raises(CheckpointCorruptError):
+        uses[reader]()
+    assert not (tmp_path / "out").exists()

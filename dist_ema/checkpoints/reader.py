@@ -12,19 +12,15 @@ import torch
 from torch import Tensor
 
 from dist_ema.checkpoints.dtypes import DTYPES
+from dist_ema.checkpoints.header import parse_header, read_header
 from dist_ema.checkpoints.manifest import Key, Manifest, checksum
 from dist_ema.checkpoints.storage import storage_reader
 from dist_ema.checkpoints.storage.base import Closing, OpenFile
 from dist_ema.checkpoints.storage.paths import StrPath, is_remote
 from dist_ema.checkpoints.stored import StoredFile, StoredTensor
-from dist_ema.checkpoints.strict_json import parse, shown
 from dist_ema.errors import CheckpointCorruptError
 from dist_ema.sharding.runs import Rows, Runs, count
 
-#: The longest header that safetensors itself reads.
-_MAX_HEADER = 100_000_000
-#: Levels of JSON: the header, one of its tensors, its shape.
-_HEADER_DEPTH = 3
 #: Files that one reader keeps open: far fewer than a process may open, and as many as most checkpoints have.
 _OPEN_FILES = 256
 #: Bytes between two rows up to which it takes less time to read them too than to read each row by itself (3 us on a
@@ -147,22 +143,25 @@ class RunReader(Closing):
 
     def _check_file(self, name: str, file: StoredFile, tensors: Mapping[Key, StoredTensor]) -> dict[Key, int]:
         path = f"{self._folder}/{name}"
+        link = ""
         try:
             opened = self._open[name] = self._folder.file(name)
             self._close_some()  # not this one, which is the last in order
             link = "" if opened.link is None else f" ({opened.link})"
             if opened.size != file.size:
                 raise CheckpointCorruptError(f"{path} has {opened.size} bytes, but {file.size} were written{link}")
-            # The file says how long its header is; that is bounded before so much memory is allocated.
-            length = int.from_bytes(_head(opened, 8), "little")
-            if length > min(_MAX_HEADER, file.size - 8):
-                raise CheckpointCorruptError(f"{path}: damaged header of {length} bytes")
-            header = _head(opened, 8 + length)
-        except OSError as error:
-            raise CheckpointCorruptError(f"{path} is listed but cannot be read: {error}") from error
-        if len(header) != 8 + length or checksum(header) != file.header:
-            raise CheckpointCorruptError(f"{path}: damaged header, or the header of another file{link}")
-        return _offsets(path, header, file.size, tensors)
+            header = read_header(opened)
+            if checksum(header) != file.header:
+                raise CheckpointCorruptError(f"{path}: damaged header, or the header of another file{link}")
+            found = parse_header(header, file.size)
+        except (OSError, ValueError) as error:
+            why = "is listed but cannot be read" if isinstance(error, OSError) else "is damaged"
+            raise CheckpointCorruptError(f"{path} {why}: {error}{link}") from error
+        # Other readers of the file believe its header, so it has to name the same tensors as the manifest.
+        listed = {name: (tensor.dtype, tensor.shape) for (_, name), tensor in tensors.items()}
+        if {name: (entry.dtype, entry.shape) for name, entry in found.items()} != listed:
+            raise CheckpointCorruptError(f"{path} does not hold the tensors that the manifest lists for it")
+        return {key: found[key[1]].begin for key in tensors}
 
     def close(self) -> None:
         """Closes the files."""
@@ -197,47 +196,3 @@ def _read_blocks(file: OpenFile, offset: int, rows: Rows, out: Tensor, limit: in
 def damaged_error(path: StrPath, found: Sequence[str]) -> CheckpointCorruptError:
     """The error for a checkpoint, which lists the damaged files and tensors ``found`` in it."""
     return CheckpointCorruptError(f"{path} is damaged, or not the checkpoint that was saved: {'; '.join(found)}")
-
-
-def _head(file: OpenFile, length: int) -> bytes:
-    """The first bytes of a file; fewer where it has fewer."""
-    head = bytearray(min(length, file.size))
-    return bytes(head) if file.read([(0, memoryview(head))]) else b""
-
-
-def _offsets(path: str, header: bytes, size: int, tensors: Mapping[Key, StoredTensor]) -> dict[Key, int]:
-    """The first byte of each tensor. Checks that the header agrees with the manifest and accounts for every byte."""
-    try:
-        found = parse(header[8:], depth=_HEADER_DEPTH)
-        found.pop("__metadata__", None)
-        described = {}
-        for name, entry in found.items():
-            begin, end = map(_size, entry["data_offsets"])
-            described[name] = (entry["dtype"], tuple(map(_size, entry["shape"])), begin, end)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointCorruptError(f"{path}: invalid header: {str(error)[:200]}") from error
-    # Other readers of the file believe its header, so it has to name the same tensors as the manifest.
-    listed = {name: (tensor.dtype, tensor.shape) for (_, name), tensor in tensors.items()}
-    if {name: entry[:2] for name, entry in described.items()} != listed:
-        raise CheckpointCorruptError(f"{path} does not hold the tensors that the manifest lists for it")
-    # In the order of the file each tensor has to begin where the one before it ends. So no two overlap, and there is no
-    # byte that neither the header's checksum nor a fingerprint covers.
-    position = 0
-    offsets: dict[Key, int] = {}
-    for key, tensor in sorted(tensors.items(), key=lambda item: described[item[0][1]][2:]):
-        begin, end = described[key[1]][2:]
-        if begin != position or end - begin != tensor.nbytes:
-            raise CheckpointCorruptError(
-                f"{path}: {key[1]!r} lies at {begin} to {end}; expected {tensor.nbytes} bytes at {position}"
-            )
-        offsets[key] = len(header) + begin
-        position = end
-    if len(header) + position != size:
-        raise CheckpointCorruptError(f"{path} has {size - len(header) - position} bytes that belong to no tensor")
-    return offsets
-
-
-def _size(number: object) -> int:
-    if not isinstance(number, int) or isinstance(number, bool):
-        raise TypeError(f"{shown(number)} is not an offset or a size")
-    return number

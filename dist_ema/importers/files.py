@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import re
 import stat
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from dist_ema.checkpoints.header import parse_header, read_header
 from dist_ema.checkpoints.manifest import NAME
-from dist_ema.checkpoints.storage.local import open_plain
-from dist_ema.checkpoints.strict_json import is_count, is_shape, parse
+from dist_ema.checkpoints.storage.local import LocalFile, open_plain
+from dist_ema.checkpoints.strict_json import parse
 from dist_ema.errors import CheckpointCorruptError, CheckpointError
 from dist_ema.importers import dcp
 from dist_ema.importers.foreign import Content, LazyTensor, Model, read_tensors
@@ -20,8 +23,6 @@ from dist_ema.importers.pickles import load_file
 
 _CONFIG_BYTES = 1 << 24
 _CONFIG_DEPTH = 32
-#: The longest header that safetensors itself reads; levels of JSON: the header, one of its tensors, its shape.
-_HEADER_BYTES, _HEADER_DEPTH = 100_000_000, 3
 
 
 def open_foreign(path: Path) -> Content:
@@ -114,17 +115,7 @@ def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
 def _check_header(file: Path) -> None:
     """Checks a header before safetensors and torch, which would believe it, see it. Raises CheckpointCorruptError."""
     try:
-        with open_plain(file) as opened:
-            size = opened.seek(0, 2)
-            opened.seek(0)
-            length = int.from_bytes(opened.read(8), "little")
-            if size < 8 or length > min(_HEADER_BYTES, size - 8):
-                raise ValueError(f"its header has {length} bytes, and the file {size}")
-            described = parse(opened.read(length), depth=_HEADER_DEPTH)
-        described.pop("__metadata__", None)
-        for entry in described.values():
-            begin, end = entry["data_offsets"]
-            if not (is_shape(entry["shape"], 1) and is_count(begin) and is_count(end) and begin <= end <= size):
-                raise ValueError("a tensor has an invalid shape or invalid data_offsets")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        with closing(LocalFile(Path(os.path.realpath(file)))) as opened:
+            parse_header(read_header(opened), opened.size)
+    except (OSError, ValueError) as error:
         raise CheckpointCorruptError(f"{file} cannot be read: {str(error)[:200]}") from error
