@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import inspect
 import logging
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
-import fsspec
 import torch
 
+from dist_ema.clock import Progress
+from dist_ema.dcp.texts import write_state
 from dist_ema.ema import ShardedEMA
 from dist_ema.engines import RemovableHandle
 from dist_ema.errors import CheckpointError, EMAConfigError, EMAEngineError
+from dist_ema.integrations import lightning_checkpoints as checkpoints
 from dist_ema.options import Options
+from dist_ema.state import EMAState
 
 try:
     import lightning.pytorch as pl
@@ -44,9 +46,20 @@ class EMACallback(pl.Callback):
     validate, test and predict, and removed with the checkpoint. Where ranks hold replicas (DDP), an exception in an
     evaluation has to come on all of them, since they need each other to get their live weights back.
 
+    After ``fit()`` the module holds the live weights, and ``load_from_checkpoint()`` gives the live weights of the
+    file. (With Lightning's own WeightAveraging both are the average.) ``average_at_end=True`` puts the average into the
+    module at the end of ``fit()``, after the last checkpoint was written. Or use ``callback.ema``: ``copy_to()`` writes
+    the average into the module, ``export()`` into a file for ``load_state_dict`` and ``from_pretrained``.
+
+    A checkpoint of Lightning's WeightAveraging or EMAWeightAveraging is resumed from its live weights
+    (``current_model_state``), and its average (``state_dict``) goes on as the average of this callback.
+
     Args:
         evaluate: on the average; its name where there are several. False uses the live weights.
         missing: a checkpoint without an average is an ``"error"``, or a new average is to ``"start"`` from its weights.
+        average_at_end: write the average into the module at the end of ``fit()``; its name where there are several.
+            ``trainer.save_checkpoint()`` afterwards writes the average as the module's weights, so a resumed run would
+            train on from the average.
         log: ``ema.metrics()`` to the trainer's loggers, every ``log_every_n_steps``. Collective, one pass.
         options: of :class:`ShardedEMA`, in batches and epochs; ``max_duration`` is the trainer's.
 
@@ -61,18 +74,26 @@ class EMACallback(pl.Callback):
     state_key = "dist_ema.EMACallback"  # others have an EMACallback too
 
     def __init__(
-        self, *, evaluate: bool | str = True, missing: str = "error", log: bool = True, **options: Any
+        self,
+        *,
+        evaluate: bool | str = True,
+        missing: str = "error",
+        log: bool = True,
+        average_at_end: bool | str = False,
+        **options: Any,
     ) -> None:
         inspect.signature(ShardedEMA).bind(None, **options)  # TypeError for a name that it does not have
         self._options = options
         names = list((parsed := self._parse("1ep")).schedules)
         if others := sorted(parsed.units() - {"ba", "ep"}):
             raise EMAConfigError(f"the options count in {', '.join(others)}, Lightning in ba and ep only: use those")
-        if (isinstance(evaluate, str) and evaluate not in names) or (evaluate is True and len(names) > 1):
-            raise EMAConfigError(f"evaluate={evaluate!r}: allowed are False and the names of averages, {names}")
+        for option, value in {"evaluate": evaluate, "average_at_end": average_at_end}.items():
+            if (isinstance(value, str) and value not in names) or (value is True and len(names) > 1):
+                raise EMAConfigError(f"{option}={value!r}: allowed are False and the names of averages, {names}")
         if missing not in ("error", "start"):
             raise EMAConfigError(f"missing={missing!r}: allowed are 'error' and 'start'")
         self._evaluate, self._missing, self._log = evaluate, missing, log
+        self._average_at_end = average_at_end
         self.ema: ShardedEMA | None = None
         self._bound: list[Any] = []  # whose average it is, what the strategy made of that, its parameters
         self._held: ExitStack | None = None  # while the average is in the model
@@ -80,6 +101,7 @@ class EMACallback(pl.Callback):
         self._ready = self._fitting = self._at_once = self._stepped = self._due = False  # due: not yet averaged
         self._epochs = 0.0  # trained since the last update
         self._saved: dict[str, Any] | None = None  # our state in the checkpoint; None where it has none of callbacks
+        self._builtin: Mapping[str, Any] | None = None  # the average of Lightning's own callback in the checkpoint
 
     def _parse(self, duration: str | None) -> Options:
         return Options.check(**{"max_duration": duration} | self._options)
@@ -95,7 +117,10 @@ class EMACallback(pl.Callback):
         if "XLA" in type(trainer.strategy).__name__:
             raise EMAEngineError(f"{type(trainer.strategy).__name__} is not supported; use DDP, FSDP or DeepSpeed")
         self._stop()
-        self._ready, self._fitting, self._saved = False, stage == "fit", None
+        self._ready, self._fitting, self._saved, self._builtin = False, stage == "fit", None, None
+        if trainer.is_global_zero and stage == "fit":
+            folders = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
+            checkpoints.clean(str(folder) for folder in [trainer.default_root_dir, *folders] if folder)
         # No hook knows the path of a checkpoint, and none comes when one is removed.
         _wrap(trainer, "save_checkpoint", partial(self._save_checkpoint, trainer))
         _wrap(trainer.strategy, "remove_checkpoint", partial(self._remove_checkpoint, trainer))
@@ -194,38 +219,72 @@ class EMACallback(pl.Callback):
     on_validation_end = on_test_end = on_predict_end = _leave
     on_train_end = on_exception = _stop
 
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        ema = self._average_of(pl_module)
+        if self._average_at_end and ema is not None:
+            ema.copy_to(None if self._average_at_end is True else self._average_at_end)
+
     def state_dict(self) -> dict[str, Any]:
         ema = self._average_of(self._bound[0]) if self._bound else None
-        return {"average": None if ema is None else f"{ema.clock}, {ema.num_updates} updates"}
+        return {"average": None if ema is None else checkpoints.describe(ema.clock, ema.num_updates)}
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Any) -> None:
         self._saved = checkpoint["callbacks"].get(self.state_key, {})  # tells whether an average was saved with it
+        if {"current_model_state", "averaging_state"} <= checkpoint.keys():
+            # Lightning has loaded state_dict, which is the average. The run goes on from the live weights.
+            self._builtin = checkpoint
+            live = {"state_dict": checkpoint["current_model_state"]}
+            trainer.strategy.load_model_state_dict(live, strict=pl_module.strict_loading)
 
     def _save_checkpoint(self, trainer: Any, save: Callable[..., None], filepath: Any, *args: Any, **how: Any) -> None:
         inside, ema = self._held is not None, self._average_of(trainer.lightning_module)
         self._leave()  # the live weights are written
-        if ema is not None and self._due and trainer.lightning_module.automatic_optimization:
-            self._update(ema)  # by a callback before this one: the weights have made the step, the average has not
-        save(filepath, *args, **how)
-        if ema is not None:
-            path = f"{filepath}/ema" if _is_directory(f"{filepath}") else f"{filepath}.ema"
-            ema.save(trainer.strategy.broadcast(path))
+        if ema is None:
+            save(filepath, *args, **how)
+        else:
+            if self._due and trainer.lightning_module.automatic_optimization:
+                self._update(ema)  # by a callback before this one: the weights have made the step, the average has not
+            path = str(trainer.strategy.broadcast(f"{filepath}"))
+            self._save_with(trainer, ema, path, partial(save, filepath, *args, **how))
         if inside:
             self._enter(trainer, trainer.lightning_module)
 
+    def _save_with(self, trainer: Any, ema: ShardedEMA, path: str, save: Callable[[], None]) -> None:
+        """Writes a checkpoint and its average such that a kill at any moment leaves a whole pair. Collective."""
+        first = checkpoints.first_place(path)
+        if first is None:
+            save()
+            ema.save(trainer.strategy.broadcast(checkpoints.place(path)))
+            return
+        ema.save(first)
+        save()
+        failure = None
+        if trainer.is_global_zero:
+            try:
+                checkpoints.settle(path)
+            except CheckpointError as error:
+                failure = str(error)
+        if failure := trainer.strategy.broadcast(failure):
+            raise CheckpointError(failure)
+
     def _remove_checkpoint(self, trainer: pl.Trainer, remove: Callable[..., None], filepath: Any) -> None:
         remove(filepath)  # a directory goes with what is in it
-        system, path = fsspec.url_to_fs(f"{filepath}.ema")
-        if trainer.is_global_zero and system.isdir(path):
-            system.rm(path, recursive=True)
+        if trainer.is_global_zero:
+            checkpoints.remove(str(filepath))
 
     def _load(self, trainer: pl.Trainer, ema: ShardedEMA, path: str) -> None:
-        real = os.path.realpath(path) if os.path.islink(path) else path  # noqa: PTH114 - save_last="link"; or a URL
-        found = next((one for one in (f"{real}/ema", f"{real}.ema") if _is_directory(one)), None)
+        if self._builtin is not None:
+            self._take_builtin(trainer, ema, self._builtin, path)
+            self._builtin = None
+            return
         saved = (self._saved or {}).get("average")
-        found = trainer.strategy.broadcast(found if saved or self._saved is None else None)
+        found = checkpoints.find(path, saved) if saved or self._saved is None else None
+        found = trainer.strategy.broadcast(found)
         if found is None and self._missing == "error":
-            raise CheckpointError(f"{path} has no average with it: EMACallback(missing='start') begins a new one there")
+            raise CheckpointError(
+                f"{path} has no average with it (looked for {path}.ema and {path}/ema). "
+                "EMACallback(missing='start') begins a new average from the checkpoint's weights"
+            )
         if found is None:
             logger.warning("%s has no average with it: a new one begins from its weights.", path)
             ema.reset()
@@ -234,14 +293,37 @@ class EMACallback(pl.Callback):
         if saved not in (None, (now := self.state_dict()["average"])):
             raise CheckpointError(f"{found} is at {now}, {path} at {saved}: a save was killed, or runs are mixed")
 
+    def _take_builtin(self, trainer: pl.Trainer, ema: ShardedEMA, checkpoint: Mapping[str, Any], path: str) -> None:
+        """Goes on with the average of Lightning's own WeightAveraging. Collective. Raises CheckpointError."""
+        if len(ema.names) > 1:
+            raise CheckpointError(
+                f"{path} has one average, of Lightning's WeightAveraging, and the options name several "
+                f"({', '.join(ema.names)}): give one, with decay= or half_life="
+            )
+        steps, updates = int(checkpoint["global_step"]), int(checkpoint["averaging_state"]["n_averaged"])
+        batches = trainer.fit_loop.epoch_loop.batch_progress.total.completed
+        epochs = batches / max(1, trainer.num_training_batches)
+        # The file does not give the interval: every step since the first copy counts as an update.
+        first = Progress(batches=max(0, steps - updates + 1))
+        training = Progress(batches=steps, epochs=epochs)
+        averaged = training.since(first).advance(batches=0, updates=updates) if updates else Progress()
+        state = EMAState(updates > 0, training, first if updates else Progress(), averaged)
+        filled = ema.state_dict()
+        filled["progress"] = write_state(state)
+        average = checkpoint["state_dict"]
+        for parts in [*filled["averages"].values(), filled["buffers"]]:
+            parts.update({name: average[name] for name in parts if name in average})
+        ema.load_state_dict(filled)
+        logger.warning(
+            "%s was written by Lightning's WeightAveraging: training goes on from its live weights "
+            "(current_model_state), and the average from its state_dict (%d updates).",
+            path,
+            updates,
+        )
+
 
 def _wrap(owner: Any, name: str, method: partial[None]) -> None:
     """Calls of ``owner.name`` go through ``method``, which is given what was there. Once, however often it is asked."""
     before = getattr(owner, name)
     if not (isinstance(before, partial) and before.func == method.func):
         setattr(owner, name, partial(method, before))
-
-
-def _is_directory(path: str) -> bool:
-    system, inner = fsspec.url_to_fs(path)
-    return bool(system.isdir(inner))

@@ -268,7 +268,7 @@ def test_a_checkpoint_without_an_average_is_one_error_on_every_rank(tmp_path: Pa
     saving = pl.callbacks.ModelCheckpoint(tmp_path, "{step}")
     trainer(tmp_path, "ddp", 2, callbacks=[saving], max_epochs=1).fit(Module(), loader())
     path = saving.best_model_path
-    with pytest.raises(CheckpointError, match="no average with it: EMACallback"):
+    with pytest.raises(CheckpointError, match=r"no average with it .*EMACallback\(missing="):
         trainer(tmp_path, "ddp", 2, callbacks=[callback()]).fit(Module(), loader(), ckpt_path=path)
     averaging = callback(missing="start")
     module, bound = Module(), []

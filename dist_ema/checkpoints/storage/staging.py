@@ -170,6 +170,22 @@ def name_hash(target: Path) -> str:
     return blake2b(os.fsencode(target.name), digest_size=8).hexdigest()
 
 
+def replace_directory(source: Path, target: Path) -> None:
+    """Renames ``source`` to ``target``, and removes the directory that was there. Local.
+
+    A process that is killed meanwhile leaves ``source`` or ``target`` whole. Both lie on one file system. Raises
+    OSError.
+    """
+    old = staging_path(target, Staging.new_token())  # a name that the next save removes if this process is killed
+    if target.exists():
+        target.rename(old)
+    source.rename(target)
+    sync(target.parent)
+    if source.parent != target.parent:
+        sync(source.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def remove_leftovers(parent: Path) -> None:
     """Removes the staging directories of processes that were killed; those that are alive hold the lock of theirs."""
     for found in parent.iterdir():
