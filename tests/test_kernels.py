@@ -7,6 +7,7 @@ import fcntl
 import itertools
 import logging
 import os
+import stat
 import subprocess
 import sys
 import time
@@ -465,6 +466,53 @@ def test_damaged_library_in_the_cache_is_built_again(
     monkeypatch.setenv("DIST_EMA_KERNEL", "compiled")
     assert isinstance(native.choice(), native.Library)
     assert damaged.stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("what", "change"),
+    [
+        ("folder", lambda path: path.chmod(0o777)),
+        ("folder", lambda path: path.chmod(0o770)),
+        ("folder", lambda path: path.chmod(0o1777)),
+        ("folder", lambda path: os.chown(path, 4321, -1)),
+        ("file", lambda path: path.chmod(0o666)),
+        ("file", lambda path: path.chmod(0o620)),
+        ("file", lambda path: os.chown(path, 4321, -1)),
+        ("file", lambda path: path.rename(path.with_name("elsewhere")) and path.symlink_to("elsewhere")),
+    ],
+)
+def test_library_that_somebody_else_may_have_written_is_not_loaded(
+    tmp_path: Path,
+    kernel: native.Library,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    what: str,
+    change: Callable[[Path], None],
+) -> None:
+    """Whoever can write a library that this process loads runs code as this user: in a cache on /tmp, or of a group."""
+    script = tmp_path / "compiler"  # hands out the kernel that is there, so that the test takes no seconds
+    script.write_text(f'#!/bin/sh\nfor last; do :; done\n[ "$last" = --version ] || cp {kernel.path} "$last"\n')
+    script.chmod(0o700)
+    monkeypatch.setenv("CXX", str(script))
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("DIST_EMA_CACHE", str(cache))
+    path, _ = compiler.build([])
+    assert path.parent == cache
+    assert (stat.S_IMODE(cache.stat().st_mode), stat.S_IMODE(path.stat().st_mode)) == (0o700, 0o600)
+    assert compiler.build([])[0] == path
+    try:
+        change(cache if what == "folder" else path)
+    except PermissionError:
+        pytest.skip("only root may give files away")
+    caplog.clear()
+    private, library = compiler.build([])
+    assert library is not None
+    if what == "folder":
+        assert private.parent != cache and str(cache) in caplog.text
+        assert [record.levelname for record in caplog.records if "this process alone" in record.message] == ["WARNING"]
+    else:  # the folder is this user's, so a new file takes the place of the one in doubt
+        assert private == path and stat.S_IMODE(path.stat().st_mode) == 0o600
+        assert path.stat().st_uid == os.geteuid() and not path.is_symlink()
 
 
 @pytest.mark.usefixtures("undecided")

@@ -4,6 +4,10 @@ What it is built from and for (sources, compiler, processor) names the file in t
 ``~/.cache/dist_ema``. Of processes that start together one compiles, under a lock, and the others wait for its file.
 It is renamed into place, so none sees half of it. Where the directory cannot be written, or locked in time, each
 process compiles for itself, in a temporary directory.
+
+A library that is loaded runs as this user. So one is taken from the cache only if nobody else could have put it there:
+the folder and the file belong to this user or to root, and nobody else may write them. Otherwise each process compiles
+for itself, and says so.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import platform
 import shlex
 import shutil
 import signal
+import stat
 import subprocess
 import tempfile
 import threading
@@ -58,8 +63,12 @@ def build(sources: Sequence[Path]) -> tuple[Path, ctypes.CDLL]:
     with suppress(OSError, RuntimeError):  # not there, damaged, or nobody knows where home is
         return _kept(_cache() / name)
     with _turn():
-        with suppress(OSError, RuntimeError):  # compiled meanwhile
-            return _kept(_cache() / name)
+        try:
+            return _kept(_cache() / name)  # compiled meanwhile
+        except UntrustedError as error:
+            logger.warning("Compiling the kernels for this process alone: %s", error)
+        except (OSError, RuntimeError):
+            pass
         logger.info("Compiling the kernels for the CPU with %s, which takes seconds", shlex.join(compiler))
         # Private: in a shared directory somebody else could lay a library of that name. A loaded one can be deleted.
         with tempfile.TemporaryDirectory(prefix="dist_ema_") as folder:
@@ -72,18 +81,38 @@ def build(sources: Sequence[Path]) -> tuple[Path, ctypes.CDLL]:
                 return built, ctypes.CDLL(str(built))
 
 
+class UntrustedError(OSError):
+    """Somebody else may write the folder or the file; the message says which and what to do."""
+
+
 def _cache() -> Path:
     named = os.environ.get("DIST_EMA_CACHE")
     return Path(named) if named else Path.home() / ".cache" / "dist_ema"
+
+
+def _made_cache() -> Path:
+    """The folder of the cache, made for this user alone if it is not there. Raises UntrustedError, OSError."""
+    folder = _cache()
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _check_private(folder, folder.stat())
+    return folder
+
+
+def _check_private(path: Path, found: os.stat_result) -> None:
+    """Raises UntrustedError unless ``path`` belongs to this user or to root, and nobody else may write it."""
+    if found.st_uid not in (os.geteuid(), 0):
+        raise UntrustedError(
+            f"{path} belongs to another user ({found.st_uid}): set DIST_EMA_CACHE to a folder of your own"
+        )
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise UntrustedError(f"other users may write {path}: run chmod go-w on it, or set DIST_EMA_CACHE")
 
 
 @contextmanager
 def _turn() -> Iterator[None]:
     """Holds the lock of the cache, where there is one to be had in time. A process that dies gives its lock up."""
     try:
-        folder = _cache()
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = _Lock(folder / _LOCK)
+        lock = _Lock(_made_cache() / _LOCK)
     except (OSError, RuntimeError):  # nothing can be kept there, so nobody has to wait for anybody
         yield
         return
@@ -99,7 +128,9 @@ class _Lock:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # NFS locks only what may be written
+        self._descriptor = os.open(
+            path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600
+        )  # NFS locks only what may be written
         self._answered = threading.Event()
         self._ending = threading.Lock()
         self._waiting, self._wanted = True, True
@@ -139,12 +170,13 @@ class _Lock:
 
 def _keep(built: Path) -> Path:
     """Copies it into the cache so that no process sees a part of it, and tells its path there. Raises OSError."""
-    folder = _cache()
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = _made_cache()
     temporary = folder / f".{uuid.uuid4().hex}.so"
     code = built.read_bytes()
     try:
-        temporary.write_bytes(code + hashlib.sha256(code).digest())  # the loader does not mind what follows
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(code + hashlib.sha256(code).digest())  # the loader does not mind what follows
         temporary.replace(folder / built.name)
     finally:
         temporary.unlink(missing_ok=True)
@@ -152,8 +184,17 @@ def _keep(built: Path) -> Path:
 
 
 def _kept(path: Path) -> tuple[Path, ctypes.CDLL]:
-    """Loads what ``_keep`` wrote. Raises OSError: it is not there, or damaged; to load that could end the process."""
-    content = path.read_bytes()
+    """Loads what ``_keep`` wrote.
+
+    Raises:
+        UntrustedError: somebody else may have written it.
+        OSError: it is not there, or damaged; to load that could end the process.
+    """
+    # The folder first: the loader opens the file again by its name, which nobody else may then give to another file.
+    _check_private(path.parent, path.parent.stat())
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+        _check_private(path, os.fstat(file.fileno()))
+        content = file.read()
     if hashlib.sha256(content[:-32]).digest() != content[-32:]:
         raise OSError(f"{path} is damaged")
     return path, ctypes.CDLL(str(path))
