@@ -15,9 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dist_ema.checkpoints.arrangement import Arrangement
 from dist_ema.checkpoints.background import Background
 from dist_ema.checkpoints.contents import Contents
-from dist_ema.checkpoints.export import export
+from dist_ema.checkpoints.export import arranged, export
+from dist_ema.checkpoints.hub import check_layout
+from dist_ema.checkpoints.hub_tensors import HubTensors
 from dist_ema.checkpoints.load import Load, report_schedules
 from dist_ema.checkpoints.save import Save
 from dist_ema.checkpoints.versions import read_anew_if_replaced
@@ -615,7 +618,12 @@ class ShardedEMA:
         return full_tensors(self._wanted(include_untracked), held.get, dtype, self._engine.group, "full_state_dict()")
 
     def iter_full_tensors(
-        self, name: str | None = None, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+        self,
+        name: str | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        layout: str | None = None,
     ) -> Iterator[tuple[str, Tensor]]:
         """Full averaged tensors with their canonical names, one at a time on every rank. Collective, also between two.
 
@@ -628,23 +636,44 @@ class ShardedEMA:
             name: which average; None means the only one.
             dtype: casts floating-point tensors; None means the shadow's own, and of what is not averaged its own.
             device: of the tensors; None means the CPU.
+            layout: None yields the module's own names. ``"transformers"`` yields the names and shapes that
+                ``export(layout="transformers")`` writes, which are those of the Hub's files: one tensor for each
+                expert, and a tied tensor once. vLLM's and SGLang's ``load_weights`` take these. Besides the window, all
+                tensors that are made of one tensor of the module are then in memory.
 
         Raises:
-            EMAConfigError: no such average, or ``dtype`` is not a floating-point dtype.
+            CheckpointError: on every rank: the names of ``layout`` cannot be made by parts.
+            EMAConfigError: no such average, ``dtype`` is not a floating-point dtype, or ``layout`` is another one.
             EMAStateError: on every rank, as ``full_state_dict()``; also if the average has moved since the first
                 tensor, or another rank makes another call meanwhile.
         """
-        call = self._call("iter_full_tensors()", name=name, dtype=dtype)
-        with answering(call.name), self._begun(call):
-            check_cast(dtype)
-            check_readable(self._view(call.name).average(self._name(name)).values())
-        return self._full_one_by_one(call, self._name(name), dtype, torch.device(device or "cpu"))
+        call = self._call("iter_full_tensors()", name=name, dtype=dtype, layout=layout)
+        modules = self._engine.modules()
+        model = unwrapped(modules[0]) if len(modules) == 1 else None
+        with answering(call.name):
+            with self._begun(call):
+                check_cast(dtype)
+                if layout not in (None, "transformers"):
+                    raise EMAConfigError(f"layout={layout!r}: allowed are None and 'transformers'")
+                check_layout(layout, model)
+                check_readable(self._view(call.name).average(self._name(name)).values())
+            entries = self._full_tensors()
+            dtypes = {entry.name: entry.cast(dtype) for entry in entries}
+            arrangement = None
+            if layout is not None:
+                arrangement = arranged(model, layout, entries, dtypes, self._engine.group, call.name)
+        return self._full_one_by_one(call, self._name(name), dtypes, torch.device(device or "cpu"), arrangement)
 
     def _full_one_by_one(
-        self, call: Call, name: str, dtype: torch.dtype | None, device: torch.device
+        self,
+        call: Call,
+        name: str,
+        dtypes: Mapping[str, torch.dtype],
+        device: torch.device,
+        arrangement: Arrangement | None,
     ) -> Iterator[tuple[str, Tensor]]:
-        updates, entries = self.num_updates, self._full_tensors()
-        dtypes = {entry.name: entry.cast(dtype) for entry in entries}
+        updates, entries, group = self.num_updates, self._full_tensors(), self._engine.group
+        hub = None if arrangement is None else HubTensors(arrangement, device)
         for batch in in_windows(entries, dtypes):
             with answering(call.name):
                 # Ranks meet before each: one that has left the loop, and makes another call, is told so.
@@ -652,7 +681,10 @@ class ShardedEMA:
                     if self.num_updates != updates:
                         raise EMAStateError(f"{call.name}: the average was updated since the first tensor")
                     held = self._view(call.name).average(name)
-                found = everywhere(batch, held.get, dtypes, self._engine.group, device, call.name)
+                if hub is not None:
+                    found = hub.gather(batch, held.get, dtypes, group, call.name)
+                else:
+                    found = everywhere(batch, held.get, dtypes, group, device, call.name)
             yield from found
 
     @answering("export()")

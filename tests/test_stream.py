@@ -153,3 +153,54 @@ def test_safetensors_are_written_while_it_streams(rank: int, tmp_path: Path) -> 
         found = {name: value for file in tmp_path.glob("*.safetensors") for name, value in load_file(file).items()}
         assert found.keys() == full.keys()
         assert all(torch.equal(found[name], value) for name, value in full.items())
+
+
+def _llava() -> nn.Module:
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = CLIPVisionConfig(image_size=8, patch_size=4, projection_dim=16, **sizes)
+    text = LlamaConfig(vocab_size=37, **sizes)
+    return LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=36))
+
+
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize("window", [2_000, 16 << 20], ids=["small windows", "one window"])
+@pytest.mark.parametrize("family", ["llama-tied", "gpt2", "mixtral", "llava"])
+def test_servers_get_the_names_of_the_hub(family: str, window: int, rank: int, tmp_path: Path) -> None:
+    """transformers 5 fuses experts and renames modules; vLLM and SGLang load the names of the files on the Hub."""
+    from exports import FAMILIES, read, shard_layers
+
+    torch.manual_seed(0)
+    if family == "llava":
+        model = fully_shard(_llava())
+    else:
+        build_model, by, layers = FAMILIES[family]
+        model = build_model()
+        model = shard_layers(model, layers(model), by)
+    ema = ShardedEMA(model, decay=0.5)
+    ema.update()
+    ema.export(tmp_path / "export", layout="transformers")
+    with mock.patch.object(stream, "WINDOW_BYTES", window), mock.patch("dist_ema.windows.WINDOW_BYTES", window):
+        found = list(ema.iter_full_tensors(layout="transformers"))
+    dist.barrier()
+    expected = read(tmp_path / "export")
+    assert len(found) == len(expected), "a tensor came twice, or never"
+    assert dict(found).keys() == expected.keys()
+    for name, value in found:
+        assert value.dtype == expected[name].dtype and torch.equal(value, expected[name]), name
+    if family == "mixtral":
+        assert "model.layers.0.block_sparse_moe.experts.2.w3.weight" in expected
+    if family == "llava":
+        assert "language_model.model.layers.0.mlp.up_proj.weight" in expected
+
+
+@pytest.mark.world_size(2)
+def test_a_layout_that_servers_do_not_know_is_refused_on_every_rank(rank: int) -> None:
+    ema = ShardedEMA(fully_shard(nn.Linear(4, 4)))
+    with pytest.raises(EMAConfigError, match=r"layout='diffusers': allowed are None and 'transformers'"):
+        ema.iter_full_tensors(layout="diffusers")
+    with pytest.raises(EMAStateError, match="layout"):
+        ema.iter_full_tensors(layout="transformers" if rank else None)
+    # Another model's names are its own.
+    assert [name for name, _ in ema.iter_full_tensors(layout="transformers")] == ["weight", "bias"]

@@ -158,6 +158,10 @@ class Arrangement:
         sources = {name: memory for name, memory in self.sources.items() if name not in names}
         return Arrangement(tuple(self.targets[number] for number in numbers), sources, links, is_trivial=False)
 
+    def targets_of(self, source: str) -> list[str]:
+        """Names of the tensors of the files that have elements of a tensor of the module, in the files' order."""
+        return [self.targets[number].name for number in sorted(self._targets_of(self.sources[source]))]
+
     def _targets_of(self, memory: int) -> set[int]:
         """Numbers of the targets that have elements of a memory."""
         links = self.links.get(memory, ())

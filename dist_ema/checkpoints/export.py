@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -61,11 +61,9 @@ def export(
     left_out = set() if include_untracked else {entry.name for entry in entries if entry.mode == "live"}
     with agreed(group, operation) as round_:
         _check(path, gather, layout, model)
-        arrangement = _arrange(model, layout, entries, dtypes, left_out) if first else None
-        round_.send((gather, Staging.new_token(), arrangement is not None))
-    gather, token, is_arranged = round_.received[0]
-    if is_arranged:  # rank 0's, since it may follow from configurations that other ranks do not have
-        arrangement = broadcast_object(arrangement, group)
+        round_.send((gather, Staging.new_token()))
+    gather, token = round_.received[0]
+    arrangement = arranged(model, layout, entries, dtypes, group, operation, left_out)
     # All that can be wrong with the tensors is found out before a file is made.
     with agreed(group, operation):
         limit = parse_size(max_shard_size)
@@ -115,12 +113,42 @@ def _check(path: object, gather: object, layout: object, model: nn.Module | None
     check_layout(layout, model)
 
 
+def arranged(
+    model: nn.Module | None,
+    layout: str | None,
+    entries: Sequence[FullTensor],
+    dtypes: Mapping[str, torch.dtype],
+    group: dist.ProcessGroup | None,
+    operation: str,
+    left_out: Collection[str] = (),
+) -> Arrangement | None:
+    """Says how the tensors of ``save_pretrained`` are made of the module's; None where they are the same. Collective.
+
+    Args:
+        model: the target without wrappers; None if there is none.
+        layout: as of :meth:`ShardedEMA.export`.
+        entries: every full tensor of the model.
+        dtypes: the dtype of each in the files, by its name.
+        group: the ranks.
+        operation: the call, for errors.
+        left_out: names of tensors that are not wanted.
+
+    Raises:
+        CheckpointError: on every rank: ``layout`` was given and cannot be written by parts.
+    """
+    with agreed(group, operation) as round_:
+        # Rank 0 decides, because the answer may follow from configurations that other ranks do not have.
+        found = _arrange(model, layout, entries, dtypes, left_out) if rank_in(group) == 0 else None
+        round_.send(found is not None)
+    return broadcast_object(found, group) if round_.received[0] else None
+
+
 def _arrange(
     model: nn.Module | None,
     layout: str | None,
     entries: Sequence[FullTensor],
     dtypes: Mapping[str, torch.dtype],
-    left_out: set[str],
+    left_out: Collection[str],
 ) -> Arrangement | None:
     """How the tensors of the files are made of the module's own; None where they are the module's own. Local."""
     convert = None if model is None else conversion(model, layout)
