@@ -15,7 +15,7 @@ from dist_ema.engines.unwrapped import unwrapped
 from dist_ema.errors import EMAConfigError
 
 #: Endings of the files that are copied from a directory: all but weights.
-_CONFIG_SUFFIXES = {".json", ".txt", ".model", ".jinja"}
+CONFIG_SUFFIXES = {".json", ".txt", ".model", ".jinja"}
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Configuration:
         if source.is_file():
             files = [source]
         elif source.is_dir():
-            files = [file for file in sorted(source.iterdir()) if file.is_file() and file.suffix in _CONFIG_SUFFIXES]
+            files = [file for file in sorted(source.iterdir()) if file.is_file() and file.suffix in CONFIG_SUFFIXES]
             files = [file for file in files if not file.name.endswith(".index.json")]
         else:
             raise EMAConfigError(f"config_from={str(source)!r}: there is no such file or directory")

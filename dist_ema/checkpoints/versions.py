@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 from dist_ema.checkpoints.manifest import MAX_BYTES, NAME, Manifest
 from dist_ema.checkpoints.storage import storage_reader
-from dist_ema.checkpoints.storage.paths import StrPath
+from dist_ema.checkpoints.storage.paths import StrPath, is_remote, local_path
 from dist_ema.errors import CheckpointCorruptError, CheckpointError
 
 T = TypeVar("T")
@@ -30,7 +31,7 @@ def read_manifest_bytes(path: StrPath) -> bytes:
     try:
         file = storage_reader(path).file(NAME)
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is no checkpoint: it has no {NAME}") from error
+        raise CheckpointError(_nothing_at(path)) from error
     except NotADirectoryError as error:
         raise CheckpointError(f"{path} is no checkpoint: it is a file, and a checkpoint is a directory") from error
     except OSError as error:
@@ -46,6 +47,24 @@ def read_manifest_bytes(path: StrPath) -> bytes:
     finally:
         file.close()
     return bytes(text)
+
+
+def _nothing_at(path: StrPath) -> str:
+    """Why there is no checkpoint at a path, and where there is one."""
+    if is_remote(path):
+        return f"{path} is no checkpoint: it has no {NAME}"
+    place = local_path(path)
+    if not place.exists():
+        return f"{path} does not exist"
+    inside = checkpoints_in(place)
+    # A trainer's folder holds the average beside its own files.
+    found = f"; there {'is one' if len(inside) == 1 else 'are some'} in it: {', '.join(inside[:4])}" if inside else ""
+    return f"{path} is no checkpoint: it has no {NAME}{found}"
+
+
+def checkpoints_in(place: Path) -> list[str]:
+    """Checkpoints of this library that lie directly in a local folder."""
+    return [str(found.parent) for found in sorted(place.glob(f"*/{NAME}")) if not found.parent.name.startswith(".")]
 
 
 class Version(Protocol):
@@ -64,18 +83,24 @@ def read_anew_if_replaced(look: Callable[[], V], read: Callable[[V], T]) -> T:
     A save removes the data of the checkpoint that it replaces, and whoever is just reading them finds files missing.
     Collective if ``was_replaced()`` is: ``read`` then raises CheckpointCorruptError on all ranks or on none.
 
-    Raises what the two raise; CheckpointCorruptError for damage of a checkpoint that still stands.
+    Raises what the two raise: CheckpointCorruptError for damage of a checkpoint that still stands. Raises
+    CheckpointError if it was replaced each time.
     """
-    attempts = REREADS
+    attempts = REREADS + 1
     while True:
         version = look()
+        attempts -= 1
         try:
             return read(version)
-        except CheckpointCorruptError:
+        except CheckpointCorruptError as error:
             # Damage and replacement look alike until the manifest is read again.
-            attempts -= 1
-            if attempts < 0 or not version.was_replaced():
+            if not version.was_replaced():
                 raise
+            if not attempts:
+                raise CheckpointError(
+                    f"a save replaced the checkpoint each of the {REREADS + 1} times that it was read: read a copy, or "
+                    f"wait until nothing saves to it ({error})"
+                ) from error
 
 
 class _LocalVersion:

@@ -15,7 +15,7 @@ from dist_ema.cli.show import complain, line, many, print_json, print_table, pro
 if TYPE_CHECKING:
     from dist_ema.offline.merging.merge import Merged
 
-Out = Annotated[str, typer.Option("--out", "-o", help="Directory to make; must not exist.", show_default=False)]
+Out = Annotated[str, typer.Option("--out", "-o", help="Directory to make.", show_default=False)]
 OfFloats = Annotated[
     Dtype | None, typer.Option(help="Of floating-point tensors; else the newest source's.", show_default=False)
 ]
@@ -29,7 +29,9 @@ NoVerify = Annotated[bool, typer.Option("--no-verify", help="Do not hold sources
 
 @app.command()
 def merge(
-    sources: Annotated[list[str], typer.Argument(help="Checkpoints, the oldest first.", show_default=False)],
+    sources: Annotated[
+        list[str], typer.Argument(help="Checkpoints, in any order that their steps state.", show_default=False)
+    ],
     out: Out,
     weights: Annotated[str | None, typer.Option(help="Of each source, such as .25,.25,.5.", show_default=False)] = None,
     scheme: Annotated[
@@ -42,9 +44,19 @@ def merge(
     config_from: ConfigFrom = None,
     checkpoint: AsCheckpoint = False,
     any_sum: Annotated[bool, typer.Option("--any-sum", help="Allow weights that do not sum to 1.")] = False,
-    prefix: Annotated[
-        str | None, typer.Option(help="Of the model's names in DCP directories and files.", show_default=False)
+    normalize: Annotated[bool, typer.Option("--normalize", help="Divide the weights by their sum.")] = False,
+    key: Annotated[
+        str | None,
+        typer.Option(help="Which dict of a file (a.b), or which file of a folder, is meant.", show_default=False),
     ] = None,
+    prefix: Annotated[
+        str | None, typer.Option(help="Take the tensors of this module: 'net' takes net.*", show_default=False)
+    ] = None,
+    newest: Annotated[
+        str | None,
+        typer.Option(help="Regular expression: tensors that are the newest source's, not summed.", show_default=False),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a model that is at OUT.")] = False,
     no_verify: NoVerify = False,
     as_json: AsJSON = False,
 ) -> None:
@@ -71,10 +83,16 @@ def merge(
             config_from=config_from,
             checkpoint=checkpoint,
             any_sum=any_sum,
+            normalize=normalize,
+            key=key,
             prefix=prefix,
+            newest=newest,
+            force=force,
             verify=not no_verify,
             begin=begin,
         )
+    for note in merged.notes if not as_json else ():
+        complain(note)
     _show([merged], as_json)
 
 
@@ -143,7 +161,14 @@ def _show(made: list[Merged], as_json: bool) -> None:
         return
     if as_json:
         said = [
-            {"out": one.out, "weights": one.weights, "sources": one.sources, "residual": one.residual} for one in made
+            {
+                "out": one.out,
+                "weights": one.weights,
+                "sources": one.sources,
+                "residual": one.residual,
+                "notes": one.notes,
+            }
+            for one in made
         ]
         print_json(said)
         return

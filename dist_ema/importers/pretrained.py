@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +14,7 @@ from torch import Tensor
 from dist_ema.checkpoints.dtypes import DTYPES
 from dist_ema.checkpoints.header import parse_header, read_header
 from dist_ema.checkpoints.storage.local import LocalFile
-from dist_ema.errors import CheckpointCorruptError
+from dist_ema.errors import CheckpointCorruptError, CheckpointError
 
 
 @dataclass
@@ -40,23 +40,34 @@ class Ranges:
 
 
 @contextmanager
-def open_pretrained(directory: Path) -> Iterator[Ranges]:
-    """Opens all safetensors files of a directory, links among them, as the Hugging Face hub's cache has them.
+def open_pretrained(files: Mapping[Path, Collection[str] | None]) -> Iterator[Ranges]:
+    """Opens safetensors files, links among them, as the Hugging Face hub's cache has them.
 
-    Raises CheckpointCorruptError for one whose header is not that of its file, or two that have one tensor.
+    Args:
+        files: the names of the tensors to take from each; None means all. What :func:`.folders.choose_files` gives.
+
+    Raises:
+        CheckpointCorruptError: the header of a file is not that of its bytes.
+        CheckpointError: a file lacks a tensor that is wanted, or two have one tensor and no index says which counts.
     """
     found = Ranges()
     with ExitStack() as stack:
-        for path in sorted(directory.glob("*.safetensors")):
+        for path, names in files.items():
             try:
                 file = LocalFile(Path(os.path.realpath(path)))
                 stack.callback(file.close)
                 tensors = parse_header(read_header(file), file.size)
             except (OSError, ValueError) as error:
                 raise CheckpointCorruptError(f"{path} cannot be read: {str(error)[:200]}") from error
-            for name, entry in tensors.items():
+            for name in tensors if names is None else names:
+                if name not in tensors:
+                    raise CheckpointError(f"{path} has no tensor {name!r}, which the index says is in it")
                 if name in found.tensors:
-                    raise CheckpointCorruptError(f"{directory}: two files hold a tensor {name!r}")
-                found.tensors[name] = (entry.shape, DTYPES[entry.dtype])
-                found.places[name] = (file, path, entry.begin)
+                    other = found.places[name][1].name
+                    raise CheckpointError(
+                        f"{path.parent}: {other} and {path.name} both hold a tensor {name!r}, and there is no index "
+                        f"(model.safetensors.index.json) that says which counts; --key {other} takes one file alone"
+                    )
+                found.tensors[name] = (tensors[name].shape, DTYPES[tensors[name].dtype])
+                found.places[name] = (file, path, tensors[name].begin)
         yield found

@@ -62,9 +62,9 @@ def three(paths: list[Path], out: Path) -> None:
     """Three targets in one pass, as synthesize makes them."""
     from dist_ema.offline.merging.merge import Form, Target, combine
     from dist_ema.offline.merging.schemes import scheme_weights
-    from dist_ema.offline.merging.sources import open_sources
+    from dist_ema.offline.merging.sources import Selection, open_sources
 
-    with open_sources(paths, None, None) as sources:
+    with open_sources(paths, Selection()) as sources:
         targets = [
             Target(out / str(index), scheme_weights(scheme, len(paths)), scheme) for index, scheme in enumerate(SCHEMES)
         ]

@@ -25,6 +25,7 @@ _WRITE_BEHIND = 4 << 20
 #: Files that one writer keeps open.
 _OPEN_FILES = 8
 _SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
 # Reading.
@@ -146,6 +147,15 @@ def remove_tree(path: Path) -> None:
         path.unlink(missing_ok=True)
     else:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def exchange(first: Path, second: Path) -> bool:
+    """Exchanges two names in one step. False, and nothing done, where the system or the file system cannot."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "renameat2"):
+        return False
+    found = libc.renameat2(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE)
+    return bool(found == 0)
 
 
 def sync(path: Path) -> None:

@@ -56,6 +56,7 @@ class LocalWriter:
         self._target = target
         self._staging = Staging(target, token)
         self._sizes: dict[str, int] = {}  # of every file, by its path in the data folder
+        self._beside: list[str] = []  # small files beside the manifest
         self._created = False
 
     def create(self, folders: Mapping[str, Sequence[FilePlan]], overwrite: bool = True) -> None:
@@ -93,8 +94,9 @@ class LocalWriter:
         return self._staging.writer(f"{self.data}/{folder}", plans)
 
     def write_beside(self, name: str, text: str) -> None:
-        """Puts a small file beside the manifest of a checkpoint that replaces none. Before ``commit()``."""
+        """Puts a small file beside the manifest. Before ``commit()``, which moves it after the manifest."""
         write_text(self._staging.content / name, text)
+        self._beside.append(name)
 
     def commit(self, manifest: bytes) -> None:
         """As :meth:`StorageWriter.commit`."""
@@ -128,6 +130,8 @@ class LocalWriter:
                 # A network file system may repeat a request whose answer was lost, and report the second try.
                 if _digest(self._target) != checksum(manifest):
                     raise self._lost() from error
+            for name in self._beside:
+                (self._staging.content / name).rename(self._target / name)
             sync(self._target)
 
     def _check_unchanged(self) -> None:

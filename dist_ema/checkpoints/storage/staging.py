@@ -28,7 +28,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 from dist_ema.checkpoints.layout import FilePlan
-from dist_ema.checkpoints.storage.local import RunWriter, create_file, sync
+from dist_ema.checkpoints.storage.local import RunWriter, create_file, exchange, sync
 from dist_ema.errors import CheckpointError
 
 #: The file that is locked.
@@ -136,6 +136,25 @@ class Staging:
         self._made.clear()  # they are in use now
         sync(self.target.parent)  # which makes the rename last
         self.discard()
+
+    def take_place(self) -> None:
+        """Puts the content in the place of the directory that is at the target, which is removed.
+
+        In one step where the system can exchange two names (Linux). Elsewhere the old directory is renamed first, and
+        stays under that name if the process is killed before the second step.
+        """
+        if exchange(self.content, self.target):
+            sync(self.target.parent)
+            self.discard()  # what was at the target is in here now
+            return
+        aside = self.target.with_name(f"{self.target.name}.replaced")
+        self.target.rename(aside)
+        try:
+            self.put_in_place()
+        except BaseException:
+            aside.rename(self.target)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
 
     def discard(self) -> None:
         """Removes the staging directory, and parents that were made for nothing. Harmless at any time."""

@@ -3,7 +3,9 @@
 ====================  ==================================================================================
 ``schemes``           which weights: a list, or a scheme by name
 ``sources``           checkpoints of four kinds as named tensors of which ranges can be read
-``directories``       a model's part of a directory of torch.distributed.checkpoint, or a file of torch.save
+``order``             which source is the oldest
+``alike``             names that all sources have: a prefix taken off, tied tensors that some leave out
+``meaning``           sums that would mean nothing
 ``outputs``           a Hugging Face directory or a checkpoint in the making
 ``combine``           the pass: every range of every tensor from all sources into all outputs
 ``merge``             ``dist_ema.merge``

@@ -3,13 +3,15 @@
 Sums are in float64, one multiplication and one addition for each source, in their order: no element's bits depend on
 threads, ranks or ranges. The result is rounded to the output's dtype, to one of 16 bits by way of fp32: it is off the
 exact sum by half of its last bit, and by some 2^-52 of the sum of absolute terms. Integers and bools are those of the
-newest source.
+newest source that has a weight. One source with the weight 1 is copied, bit for bit.
 
 Memory: for each thread a range of every source and of every output, some MiB.
 """
 
 from __future__ import annotations
 
+import math
+import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +23,7 @@ from torch import Tensor
 from dist_ema.checkpoints.file_values import Advance
 from dist_ema.checkpoints.storage.base import TensorWriter
 from dist_ema.checkpoints.threads import work_through
-from dist_ema.collectives import rank_in, size_of, sum_integers
+from dist_ema.collectives import gather_objects, rank_in, size_of, sum_integers
 from dist_ema.kernels.fingerprint import partial_digest
 from dist_ema.offline.merging.outputs import Output
 from dist_ema.offline.merging.sources import Source, SourceTensor
@@ -42,10 +44,14 @@ class Sums:
     Attributes:
         sources: by number of the source and name of the tensor.
         outputs: by number of the output and name of the tensor.
+        nonfinite: NaN and infinite elements of the sources that are part of a sum, by number of the source and name.
+        overflown: finite sums that the dtype of an output cannot hold, by number of the output and name.
     """
 
     sources: dict[tuple[int, str], int] = field(default_factory=dict)
     outputs: dict[tuple[int, str], int] = field(default_factory=dict)
+    nonfinite: dict[tuple[int, str], int] = field(default_factory=dict)
+    overflown: dict[tuple[int, str], int] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add(self, sums: dict[tuple[int, str], int], key: tuple[int, str], value: int) -> None:
@@ -53,11 +59,23 @@ class Sums:
         with self.lock:
             sums[key] = sums.get(key, 0) + value
 
+    def count(self, counts: dict[tuple[int, str], int], key: tuple[int, str], value: int) -> None:
+        """Adds to a count, which begins with the first element that counts."""
+        if value:
+            self.add(counts, key, value)
+
     def total(self, group: dist.ProcessGroup | None) -> None:
         """Adds up the ranks'. Collective; every rank has the same keys."""
         for sums in (self.sources, self.outputs):
             keys = sorted(sums)
             sums.update(zip(keys, sum_integers([sums[key] for key in keys], group), strict=True))
+        # These two are empty nearly always, and have other keys on every rank.
+        for number, counts in enumerate((self.nonfinite, self.overflown)):
+            total: dict[tuple[int, str], int] = {}
+            for found in gather_objects(dict(counts), group):
+                for key, count in found.items():
+                    total[key] = total.get(key, 0) + count
+            setattr(self, ("nonfinite", "overflown")[number], total)
 
 
 class Combination:
@@ -68,6 +86,7 @@ class Combination:
         sources: the oldest first.
         weights: for each output one of each source.
         outputs: to write to.
+        newest: matches the names of tensors that are the newest source's, and not summed.
     """
 
     def __init__(
@@ -76,10 +95,12 @@ class Combination:
         sources: Sequence[Source],
         weights: Sequence[Sequence[float]],
         outputs: Sequence[Output],
+        newest: re.Pattern[str] | None = None,
     ) -> None:
         self._entries = entries
         self._weights = weights
         self._outputs = outputs
+        self._pattern = newest
         self._used = [number for number in range(len(sources)) if any(given[number] for given in weights)]
         self._tensors = {entry.name: _held(entry, sources) for entry in entries}
         per_range = max(1, len(self._used) * 8)
@@ -94,9 +115,20 @@ class Combination:
         tensors = [self._tensors[entry.name][number] for entry in self._entries for number in self._read(entry)]
         return sum(tensor.numel * tensor.dtype.itemsize for tensor in tensors)
 
+    def is_summed(self, entry: FullTensor) -> bool:
+        """Whether elements are added up; of all other tensors the newest source's are taken."""
+        return is_summed(entry.dtype) and (self._pattern is None or not self._pattern.search(entry.name))
+
     def _read(self, entry: FullTensor) -> list[int]:
         """The numbers of the sources that are read for a tensor."""
-        return self._used if is_summed(entry.dtype) else [len(self._tensors[entry.name]) - 1]
+        if self.is_summed(entry):
+            return self._used
+        return sorted({self._newest(weights) for weights in self._weights})
+
+    @staticmethod
+    def _newest(weights: Sequence[float]) -> int:
+        """The number of the newest source that has a weight."""
+        return max(number for number, weight in enumerate(weights) if weight)
 
     def run(self, group: dist.ProcessGroup | None, advance: Advance, threads: int) -> None:
         """Does this rank's share, and has it on disk. Local. Raises what failed in any thread."""
@@ -143,17 +175,55 @@ class Combination:
             raw[number] = values
         for index, (weights, output) in enumerate(zip(self._weights, self._outputs, strict=True)):
             dtype = output.dtypes[entry.name]
-            if is_summed(entry.dtype):
+            if self.is_summed(entry):
                 result = hands.buffer(-1, stop - start, dtype)
-                for low in range(0, stop - start, _ADDED):
-                    part = slice(low, low + _ADDED)
-                    result[part] = hands.sum([(raw[number][part], weights[number]) for number in self._used])
+                self._sum(index, entry, raw, weights, result, hands)
             else:
-                (result,) = raw.values()
+                taken = raw[self._newest(weights)]
+                result = taken if taken.dtype == dtype else taken.to(dtype)
             self.sums.add(self.sums.outputs, (index, entry.name), partial_digest(result, runs))
             writer, names = hands.writers[index][entry.name]
             for name in names:
                 writer.write(name, runs, result)
+
+    def _sum(
+        self,
+        index: int,
+        entry: FullTensor,
+        raw: Mapping[int, Tensor],
+        weights: Sequence[float],
+        result: Tensor,
+        hands: _Hands,
+    ) -> None:
+        """Puts the weighted sum for one output into ``result``, and counts what is not finite in it."""
+        used = [number for number in self._used if weights[number]]
+        copied = raw[used[0]] if len(used) == 1 and weights[used[0]] == 1 else None
+        for low in range(0, result.numel(), _ADDED):
+            part = slice(low, low + _ADDED)
+            total = hands.sum([(raw[number][part], weights[number]) for number in used])
+            # A sum of zeros would lose the sign of -0.0, and the bits of a NaN.
+            result[part] = copied[part] if copied is not None and copied.dtype == result.dtype else total
+            least, most = _extremes(total)
+            if math.isfinite(least) and math.isfinite(most):
+                if max(-least, most) >= torch.finfo(result.dtype).max:
+                    lost = (total.isfinite() & ~result[part].to(total.dtype).isfinite()).sum()
+                    self.sums.count(self.sums.overflown, (index, entry.name), int(lost))
+                continue
+            for number in used:
+                bad = (~raw[number][part].to(total.dtype).isfinite()).sum()
+                # An element that several outputs are made of is counted for the first of them.
+                if index == next(place for place, given in enumerate(self._weights) if given[number]):
+                    self.sums.count(self.sums.nonfinite, (number, entry.name), int(bad))
+            inside = torch.stack([raw[number][part].to(total.dtype).isfinite() for number in used]).all(0)
+            lost = (inside & ~result[part].to(total.dtype).isfinite()).sum()
+            self.sums.count(self.sums.overflown, (index, entry.name), int(lost))
+
+
+def _extremes(values: Tensor) -> tuple[float, float]:
+    """The least and the largest value, NaN if one is NaN; of complex numbers, of their parts."""
+    real = torch.view_as_real(values) if values.is_complex() else values
+    least, most = torch.aminmax(real)
+    return float(least), float(most)
 
 
 def is_summed(dtype: torch.dtype) -> bool:

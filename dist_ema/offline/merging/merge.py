@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -14,23 +15,31 @@ import torch
 import torch.distributed as dist
 
 from dist_ema import __version__
+from dist_ema.checkpoints.configuration import CONFIG_SUFFIXES
 from dist_ema.checkpoints.file_values import Advance, no_advance
+from dist_ema.checkpoints.manifest import checksum
 from dist_ema.checkpoints.reader import damaged_error
-from dist_ema.checkpoints.storage.paths import StrPath
+from dist_ema.checkpoints.storage.paths import StrPath, local_path
 from dist_ema.checkpoints.storage.staging import Staging
+from dist_ema.checkpoints.versions import read_anew_if_replaced, read_manifest_bytes
 from dist_ema.clock import Progress
-from dist_ema.collectives import agreed, rank_in
-from dist_ema.errors import CheckpointError, EMAConfigError, EMAStateError
+from dist_ema.collectives import agreed, gather_objects, rank_in, size_of
+from dist_ema.errors import CheckpointCorruptError, CheckpointError, EMAConfigError, EMAError, EMAStateError
+from dist_ema.offline.merging.alike import check_alike, under_common_names, with_ties
 from dist_ema.offline.merging.combine import Combination, digests_of
-from dist_ema.offline.merging.outputs import CheckpointOutput, Output, PretrainedOutput, check_output
+from dist_ema.offline.merging.meaning import check_integers, check_scales, pattern_of
+from dist_ema.offline.merging.order import check_order_matters, in_order_of_training
+from dist_ema.offline.merging.outputs import PROVENANCE, CheckpointOutput, Output, PretrainedOutput, check_output
 from dist_ema.offline.merging.schemes import check_weights, scheme_weights
-from dist_ema.offline.merging.sources import Source, check_alike, check_order, open_sources
+from dist_ema.offline.merging.sources import Selection, Source, open_sources
 from dist_ema.options import check_cast
 from dist_ema.schedules import ConstantDecay, Schedule
 from dist_ema.sharding.writers import FullTensor
 from dist_ema.state import EMAState
 
 logger = logging.getLogger(__name__)
+#: Files of a Hugging Face folder that look like configurations and belong to the source alone.
+_NO_CONFIG = {PROVENANCE, "trainer_state.json", "all_results.json", "train_results.json", "eval_results.json"}
 Begin = Callable[[int], Advance]
 
 
@@ -43,7 +52,8 @@ class Merged:
         weights: of each source, in their order.
         sources: what each is: its path, kind, average, progress and fingerprint; as ``merge.json`` has it.
         residual: of a synthesis: distance of the result's profile from the target's, over the target's norm; else None.
-        notes: what to know of a synthesis whose snapshots hardly serve.
+        notes: what was taken where several things could be meant, what is not finite, and what to know of a synthesis
+            whose snapshots hardly serve; one sentence each.
     """
 
     out: str
@@ -82,6 +92,8 @@ class Form:
     config_from: object = None
     checkpoint: bool = False
     verify: bool = True
+    force: bool = False
+    newest: str | None = None
 
 
 def merge(
@@ -96,7 +108,11 @@ def merge(
     config_from: object = None,
     checkpoint: bool = False,
     any_sum: bool = False,
+    key: str | None = None,
     prefix: str | None = None,
+    normalize: bool = False,
+    force: bool = False,
+    newest: str | None = None,
     verify: bool = True,
     begin: Begin | None = None,
 ) -> Merged:
@@ -106,22 +122,30 @@ def merge(
     process. Sums are in float64 (:mod:`dist_ema.offline.merging.combine`).
 
     Args:
-        sources: paths, the oldest first, of several kinds: directories and URLs of :meth:`ShardedEMA.save`, directories
-            of safetensors files, directories of ``torch.distributed.checkpoint``, files of ``torch.save``. Nothing is
-            unpickled but tensors and plain values.
-        out: the directory to make, which must not exist.
-        weights: of each source; negative ones are allowed.
+        sources: paths of several kinds: directories and URLs of :meth:`ShardedEMA.save`, Hugging Face folders of
+            safetensors files, directories of ``torch.distributed.checkpoint``, files of ``torch.save`` or safetensors.
+            Nothing is unpickled but tensors and plain values. They are put in the order of training, which their
+            clocks, ``trainer_state.json`` or the numbers at the end of their names state. One source is copied.
+        out: the directory to make.
+        weights: of each source, in the order of ``sources``; negative ones are allowed.
         scheme: in their place, by name: see :func:`~dist_ema.offline.merging.schemes.scheme_weights`. None of both is
-            ``"uniform"``.
+            ``"uniform"``. A scheme that counts from the oldest source needs an order that is stated.
         name: which average of sources that have several; None means the only one.
         dtype: of floating-point tensors; None means the newest source's own.
         max_shard_size: bytes of one file at most.
-        config_from: configuration files to be copied, as of :meth:`ShardedEMA.export`. For a source that is a Hugging
-            Face directory give its path.
+        config_from: configuration files to be copied, as of :meth:`ShardedEMA.export`; None means those of the newest
+            source that is a Hugging Face folder.
         checkpoint: make a checkpoint that :meth:`ShardedEMA.load` reads, and not a Hugging Face directory. Clock,
             schedule and name are those of the newest source that is one.
         any_sum: allow weights that do not sum to 1.
-        prefix: of the model's names in files of the last two kinds, such as ``"model."``.
+        key: which of several dicts of tensors in a file, such as ``"ema"`` or ``"callbacks.EMA.ema_state_dict"``; which
+            file of a folder; in a ``torch.distributed.checkpoint``, how the names begin. None means the average, if
+            there is exactly one, or the only model.
+        prefix: of the model's names, such as ``"model"``; other tensors are left out. None means a prefix that makes
+            the names of a source exactly those of the others, if it needs one.
+        normalize: divide the weights by their sum.
+        force: replace a model or checkpoint that is at ``out``, in one step when the new one is whole.
+        newest: regular expression on names: these tensors are the newest source's, and not summed.
         verify: hold what is read against the fingerprints of sources that have them.
         begin: called with the bytes to read; gives the function that is told of those done, from any thread.
 
@@ -130,8 +154,9 @@ def merge(
 
     Raises:
         EMAConfigError: an option has a value that is not allowed.
-        CheckpointMismatchError: the sources are not of one model; lists all that differs.
-        CheckpointError: a source cannot be read, the output exists, or cannot be written.
+        CheckpointMismatchError: the sources are not of one model, which lists all that differs; or their sum means
+            nothing, as of packed integers or float8 values with scales.
+        CheckpointError: a source cannot be read or has several models, the output exists, or cannot be written.
         CheckpointCorruptError: a source is damaged. In all cases nothing is left behind.
         EMAStateError: ranks give different arguments.
 
@@ -146,22 +171,75 @@ def merge(
     ...     read_checkpoint(f"{folder}/both")["weight"].item(), merged.weights
     (1.25, (0.75, 0.25))
     """
-    form = Form(dtype, max_shard_size, config_from, checkpoint, verify)
+    form = Form(dtype, max_shard_size, config_from, checkpoint, verify, force, newest)
     group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
     operation = f"merge into {os.fspath(out)}"
-    with ExitStack() as stack:
-        with agreed(group, operation):
-            if weights is not None and scheme is not None:
-                raise EMAConfigError(f"weights={weights!r} and scheme={scheme!r}: give one of them")
-            found = stack.enter_context(open_sources(sources, name, prefix))
-            check_order(found)
-            if weights is None:
-                given = scheme_weights(scheme or "uniform", len(found))
-            else:
-                given = check_weights(weights, len(found), any_sum)
-        target = Target(out, given, scheme or ("uniform" if weights is None else "weights"))
-        (merged,) = combine(found, [target], form, group, begin, operation)
-    return merged
+
+    def read(_: Versions) -> Merged:
+        with ExitStack() as stack:
+            with agreed(group, operation):
+                if weights is not None and scheme is not None:
+                    raise EMAConfigError(f"weights={weights!r} and scheme={scheme!r}: give one of them")
+                found = stack.enter_context(open_sources(sources, Selection(name, key, prefix)))
+                if weights is None:
+                    given = scheme_weights(scheme or "uniform", len(found))
+                else:
+                    given = check_weights(weights, len(found), any_sum, normalize)
+                found, given = _in_order(found, given, scheme)
+                found = with_ties(under_common_names(found))
+            why = scheme or ("uniform" if weights is None else "weights")
+            target = Target(out, given, why, notes=tuple(dict.fromkeys(note for one in found for note in one.notes)))
+            (merged,) = combine(found, [target], form, group, begin, operation)
+        return merged
+
+    paths = [] if isinstance(sources, (str, os.PathLike)) else list(sources)
+    return read_anew_if_replaced(lambda: Versions(paths, group), read)
+
+
+def _in_order(
+    sources: Sequence[Source], weights: Sequence[float], scheme: str | None
+) -> tuple[list[Source], list[float]]:
+    """The sources in the order of training, if that is stated, and their weights."""
+    order = in_order_of_training(sources)
+    if order is None:
+        if scheme is not None:
+            check_order_matters(sources, weights, scheme)
+        return list(sources), list(weights)
+    ordered = [sources[number] for number in order]
+    if order != list(range(len(sources))):
+        logger.warning("The sources were put in the order of training: %s.", ", ".join(map(str, ordered)))
+    # A scheme's weights count from the oldest source; a user's belong to the sources that they were given for.
+    return ordered, list(weights) if scheme is not None else [weights[number] for number in order]
+
+
+class Versions:
+    """The checkpoints of this library that are at some paths now. Collective, but for the constructor.
+
+    Args:
+        paths: of the sources, of any kind.
+        group: the ranks that read them.
+    """
+
+    def __init__(self, paths: Sequence[StrPath], group: dist.ProcessGroup | None) -> None:
+        self._paths = paths
+        self._group = group
+        self._before = [_manifest_at(path) for path in paths]
+
+    def was_replaced(self) -> bool:
+        """Whether a save has put another checkpoint in the place of one of them. Collective."""
+        changed = any(
+            before is not None and _manifest_at(path) != before
+            for path, before in zip(self._paths, self._before, strict=True)
+        )
+        return any(gather_objects(changed, self._group))
+
+
+def _manifest_at(path: StrPath) -> str | None:
+    """Tells one checkpoint from another; None where there is none."""
+    try:
+        return checksum(read_manifest_bytes(path))
+    except (EMAError, OSError, TypeError, ValueError):  # it is of another kind, or opening it says what is wrong
+        return None
 
 
 def combine(
@@ -177,16 +255,21 @@ def combine(
     with agreed(group, operation) as round_:
         check_cast(form.dtype)
         check_alike(sources)
+        pattern = pattern_of(form.newest)
         for target in targets:
-            check_output(target.out)
-        entries = _entries(sources[-1], form.dtype)
+            check_output(target.out, form.force, [source.path for source in sources])
+        entries = _entries(sources[-1], form.dtype, pattern)
         wanted = [(os.fspath(one.out), list(one.weights)) for one in targets]
-        options = form.dtype, form.max_shard_size, form.checkpoint, form.verify  # config_from is rank 0's
+        # Not config_from, which is rank 0's.
+        options = form.dtype, form.max_shard_size, form.checkpoint, form.verify, form.force, form.newest
         asked = repr(([str(source) for source in sources], wanted, options))
-        round_.send((hashlib.sha256(asked.encode()).hexdigest(), [Staging.new_token() for _ in targets]))
-    digests, tokens = zip(*round_.received, strict=True)
+        versions = [source.manifest and source.manifest.data for source in sources]
+        round_.send((hashlib.sha256(asked.encode()).hexdigest(), versions, [Staging.new_token() for _ in targets]))
+    digests, opened, tokens = zip(*round_.received, strict=True)
     if len(set(digests)) > 1:
         raise EMAStateError(f"{operation}: ranks ask for different things: give all of them the same arguments")
+    if any(versions != opened[0] for versions in opened):
+        raise CheckpointCorruptError(f"{operation}: ranks have opened different checkpoints: a source was replaced")
     outputs: list[Output] = []
     try:
         with agreed(group, operation):
@@ -200,7 +283,8 @@ def combine(
             hidden = [output.path for output in outputs if not output.is_visible()]
             if hidden:
                 raise CheckpointError(f"{hidden[0]} of rank 0 is not on this rank's disk: merge in one process")
-            combination = Combination(entries, sources, [target.weights for target in targets], outputs)
+            combination = Combination(entries, sources, [target.weights for target in targets], outputs, pattern)
+            _check_meaning(entries, sources, targets, combination, pattern, group)
             advance = begin(combination.nbytes) if begin is not None and first else no_advance
         with agreed(group, operation):
             combination.run(group, advance, torch.get_num_threads())
@@ -208,7 +292,7 @@ def combine(
         with agreed(group, operation):
             if form.verify:
                 _verify(sources, combination)
-            merged = [_merged(target, sources, combination) for target in targets]
+            merged = [_merged(number, target, sources, combination) for number, target in enumerate(targets)]
             if first:
                 for number, (output, one, target) in enumerate(zip(outputs, merged, targets, strict=True)):
                     output.commit(digests_of(combination.sums.outputs, number), _provenance(one, target))
@@ -217,28 +301,62 @@ def combine(
             for output in outputs:
                 output.abandon()
         raise
+    if first:
+        for note in dict.fromkeys(note for one in merged for note in one.notes):
+            logger.warning("%s", note)
     return merged
 
 
-def _entries(newest: Source, dtype: torch.dtype | None) -> list[FullTensor]:
-    """The tensors of the outputs, under the names of the newest source."""
+def _check_meaning(
+    entries: Sequence[FullTensor],
+    sources: Sequence[Source],
+    targets: Sequence[Target],
+    combination: Combination,
+    pattern: re.Pattern[str] | None,
+    group: dist.ProcessGroup | None,
+) -> None:
+    """Raises CheckpointMismatchError for sums that mean nothing; see :mod:`.meaning`. Local."""
+    for weights in {tuple(target.weights) for target in targets}:
+        used = [source for source, weight in zip(sources, weights, strict=True) if weight]
+        if len(used) > 1:
+            check_scales(entries, used, combination.is_summed)
+            check_integers(entries, used, pattern, rank_in(group), size_of(group))
+
+
+def _entries(newest: Source, dtype: torch.dtype | None, pattern: re.Pattern[str] | None) -> list[FullTensor]:
+    """The tensors of the outputs, under the names of the newest source.
+
+    Those that ``pattern`` matches are taken as they are, in their own dtype.
+    """
     entries = []
     for name, tensor in newest.tensors.items():
         mode: Any = "live" if tensor.untracked else "average"
         entry = FullTensor(name, tensor.aliases, tensor.shape, tensor.dtype, tensor.dtype, mode, partitioned=False)
-        entries.append(replace(entry, dtype=entry.cast(dtype)))
+        taken = pattern is not None and pattern.search(name) is not None
+        entries.append(entry if taken else replace(entry, dtype=entry.cast(dtype)))
     return entries
 
 
 def _output(target: Target, token: str, entries: Sequence[FullTensor], sources: Sequence[Source], form: Form) -> Output:
     if not form.checkpoint:
-        return PretrainedOutput(target.out, entries, form.max_shard_size, form.config_from, token)
+        config = form.config_from if form.config_from is not None else _configuration(sources)
+        return PretrainedOutput(target.out, entries, form.max_shard_size, config, token, form.force)
     if form.config_from is not None:
         raise EMAConfigError("config_from: a checkpoint has no configuration files; leave out checkpoint, or export it")
     name, schedule, state = _average(sources)
     if target.average is not None:
         name, schedule = target.average
-    return CheckpointOutput(target.out, entries, name, schedule, state, token)
+    return CheckpointOutput(target.out, entries, name, schedule, state, token, form.force)
+
+
+def _configuration(sources: Sequence[Source]) -> list[str] | None:
+    """The configuration files of the newest source that is a Hugging Face folder."""
+    folders = (local_path(source.path) for source in reversed(sources) if source.kind == "pretrained")
+    folder = next((folder for folder in folders if (folder / "config.json").exists()), None)
+    if folder is None:
+        return None
+    files = [file for file in sorted(folder.iterdir()) if file.is_file() and file.suffix in CONFIG_SUFFIXES]
+    return [str(file) for file in files if file.name not in _NO_CONFIG and ".index." not in file.name]
 
 
 def _average(sources: Sequence[Source]) -> tuple[str, Schedule, EMAState]:
@@ -265,9 +383,29 @@ def _verify(sources: Sequence[Source], combination: Combination) -> None:
             raise damaged_error(source.path, damaged)
 
 
-def _merged(target: Target, sources: Sequence[Source], combination: Combination) -> Merged:
-    described = tuple(_described(source, number, combination) for number, source in enumerate(sources))
-    return Merged(os.fspath(target.out), tuple(target.weights), described, target.residual, target.notes)
+def _merged(number: int, target: Target, sources: Sequence[Source], combination: Combination) -> Merged:
+    described = tuple(_described(source, place, combination) for place, source in enumerate(sources))
+    notes = (*target.notes, *_counted(number, target, sources, combination))
+    return Merged(os.fspath(target.out), tuple(target.weights), described, target.residual, notes)
+
+
+def _counted(number: int, target: Target, sources: Sequence[Source], combination: Combination) -> Iterator[str]:
+    """What is not finite in the sources of one output, and what its dtype could not hold."""
+    for place, source in enumerate(sources):
+        counts = combination.sums.nonfinite if target.weights[place] else {}
+        if found := {name: count for (owner, name), count in counts.items() if owner == place}:
+            yield f"{source} has {sum(found.values())} elements that are NaN or infinite, in {_names(found)}"
+    lost = {name: count for (owner, name), count in combination.sums.overflown.items() if owner == number}
+    if lost:
+        yield (
+            f"{sum(lost.values())} elements of {os.fspath(target.out)} are beyond its dtype, so infinite or NaN there, "
+            f"in {_names(lost)}: give a wider one (--dtype bf16 or fp32)"
+        )
+
+
+def _names(found: Mapping[str, int]) -> str:
+    names = sorted(found)
+    return ", ".join(map(repr, names[:4])) + (f" and {len(names) - 4} more tensors" if len(names) > 4 else "")
 
 
 def _described(source: Source, number: int, combination: Combination) -> dict[str, Any]:
@@ -287,5 +425,6 @@ def _provenance(merged: Merged, target: Target) -> dict[str, Any]:
     sources = [
         {**described, "weight": weight} for described, weight in zip(merged.sources, merged.weights, strict=True)
     ]
-    said = {"library": f"dist_ema {__version__}", "scheme": target.scheme, "sources": sources}
-    return said if merged.residual is None else said | {"residual": merged.residual, "notes": list(merged.notes)}
+    said: dict[str, Any] = {"library": f"dist_ema {__version__}", "scheme": target.scheme, "sources": sources}
+    said |= {} if merged.residual is None else {"residual": merged.residual}
+    return said | ({"notes": list(merged.notes)} if merged.notes or merged.residual is not None else {})

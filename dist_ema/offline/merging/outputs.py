@@ -13,6 +13,7 @@ import torch
 from dist_ema.checkpoints.configuration import Configuration
 from dist_ema.checkpoints.contents import Contents
 from dist_ema.checkpoints.layout import TensorPlan, index_json, parse_size, plan_files
+from dist_ema.checkpoints.manifest import DATA, NAME
 from dist_ema.checkpoints.storage.base import TensorWriter
 from dist_ema.checkpoints.storage.local import write_text
 from dist_ema.checkpoints.storage.local_commit import LocalWriter
@@ -58,7 +59,13 @@ class PretrainedOutput:
     """A Hugging Face directory; a tied tensor stands under all of its names."""
 
     def __init__(
-        self, path: StrPath, entries: Sequence[FullTensor], limit: int | str, config_from: object, token: str
+        self,
+        path: StrPath,
+        entries: Sequence[FullTensor],
+        limit: int | str,
+        config_from: object,
+        token: str,
+        force: bool,
     ) -> None:
         self.path = os.fspath(path)
         self._entries = entries
@@ -66,11 +73,12 @@ class PretrainedOutput:
         plans = [TensorPlan(name, entry.dtype, entry.shape) for entry in entries for name in entry.names]
         self._plans = plan_files(plans, parse_size(limit))
         self._config_from = config_from
+        self._force = force
         self._staging = Staging(local_path(path), token)
 
     def create(self) -> None:
         """As :meth:`Output.create`."""
-        _refuse_existing(self._staging.target)
+        _refuse_existing(self._staging.target, self._force)
         self._staging.create()
         self._staging.create_files("", self._plans)
         if len(self._plans) > 1:
@@ -91,8 +99,11 @@ class PretrainedOutput:
         """As :meth:`Output.commit`."""
         write_text(self._staging.content / PROVENANCE, json.dumps(provenance, indent=1))
         self._staging.sync()
-        _refuse_existing(self._staging.target)  # again: a rename would replace an empty directory
-        self._staging.put_in_place()
+        _refuse_existing(self._staging.target, self._force)  # again: a rename would replace an empty directory
+        if self._force and self._staging.target.exists():
+            self._staging.take_place()
+        else:
+            self._staging.put_in_place()
 
     def abandon(self) -> None:
         """As :meth:`Output.abandon`."""
@@ -103,18 +114,27 @@ class CheckpointOutput:
     """A checkpoint of one average; :data:`PROVENANCE` lies beside its manifest."""
 
     def __init__(
-        self, path: StrPath, entries: Sequence[FullTensor], name: str, schedule: Schedule, state: EMAState, token: str
+        self,
+        path: StrPath,
+        entries: Sequence[FullTensor],
+        name: str,
+        schedule: Schedule,
+        state: EMAState,
+        token: str,
+        force: bool,
     ) -> None:
         self.path = os.fspath(path)
         self.dtypes = {entry.name: entry.dtype for entry in entries}
         self._target = local_path(path)
         self._contents = Contents(state, {name: schedule}, entries, {name: lambda _: None})
+        self._force = force
         self._storage = LocalWriter(self._target, token)
 
     def create(self) -> None:
         """As :meth:`Output.create`."""
-        _refuse_existing(self._target)
-        self._storage.create(self._contents.plans, overwrite=False)
+        if not self._force:
+            _refuse_existing(self._target, force=False)
+        self._storage.create(self._contents.plans, overwrite=self._force)  # which replaces nothing but a checkpoint
 
     def is_visible(self) -> bool:
         """As :meth:`Output.is_visible`."""
@@ -140,14 +160,41 @@ class CheckpointOutput:
         self._storage.abandon()
 
 
-def _refuse_existing(target: Path) -> None:
-    if os.path.lexists(target):
-        raise CheckpointError(f"{target} exists already: give a path that does not, or remove it first")
+def _refuse_existing(target: Path, force: bool) -> None:
+    """Raises CheckpointError if something is there which is not to be replaced."""
+    if not os.path.lexists(target):
+        return
+    if not force:
+        raise CheckpointError(
+            f"{target} exists already: give a path that does not, or force=True (--force), which replaces it"
+        )
+    if target.is_symlink() or not target.is_dir():
+        raise CheckpointError(f"{target} is not a directory: --force replaces a model's directory, and nothing else")
+    # A folder in it may be anything, such as the checkpoints of a run whose last model is on top.
+    folders = [entry.name for entry in target.iterdir() if entry.is_dir() and not DATA.fullmatch(entry.name)]
+    names = [entry.name for entry in target.iterdir()]
+    if folders or (names and not any(_is_of_model(name) for name in names)):
+        held = sorted(folders or names)[0]
+        raise CheckpointError(
+            f"{target} holds {held!r}, and --force replaces a directory that holds a model and nothing else: give "
+            "another path, or remove it first"
+        )
 
 
-def check_output(path: StrPath) -> None:
-    """Raises EMAConfigError for a path that is none, or a URL; CheckpointError if something is there."""
+def _is_of_model(name: str) -> bool:
+    return name in (PROVENANCE, NAME) or name.endswith((".safetensors", ".safetensors.index.json"))
+
+
+def check_output(path: StrPath, force: bool, sources: Sequence[str]) -> None:
+    """Raises EMAConfigError for a path that is none, or a URL; CheckpointError if something is there.
+
+    With ``force`` a model or checkpoint that is there is replaced, unless it is one of the sources or holds one.
+    """
     check_path(path)
     if is_remote(path):
         raise EMAConfigError(f"out={os.fspath(path)!r}: a merge is a directory of this machine")
-    _refuse_existing(local_path(path))
+    target = local_path(path)
+    _refuse_existing(target, force)
+    for source in sources if force else ():
+        if not is_remote(source) and local_path(source).resolve().is_relative_to(target.resolve()):
+            raise CheckpointError(f"{target} is, or holds, the source {source}: give another path")

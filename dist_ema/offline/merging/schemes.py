@@ -43,8 +43,6 @@ def scheme_weights(scheme: str, count: int) -> list[float]:
     [0.25, 0.25, 0.5]
     """
     name, _, argument = scheme.partition(":") if isinstance(scheme, str) else ("", "", "")
-    if count < 2:
-        raise EMAConfigError(f"{count} source: a merge needs two or more")
     if name == "uniform" and not argument:
         return [1 / count] * count
     if name == "lawa" and re.fullmatch(r"[1-9][0-9]{0,9}", argument):
@@ -76,11 +74,17 @@ def _number(text: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def check_weights(weights: Sequence[float], count: int, any_sum: bool) -> list[float]:
+def check_weights(weights: Sequence[float], count: int, any_sum: bool, normalize: bool) -> list[float]:
     """Weights that a user gave, as floats; negative ones are allowed.
 
+    Args:
+        weights: one of each source.
+        count: of the sources.
+        any_sum: allow a sum that is not 1.
+        normalize: divide them by their sum.
+
     Raises:
-        EMAConfigError: not one finite number for each source, or their sum is not 1 and ``any_sum`` is False.
+        EMAConfigError: not one finite number for each source, or a sum that is not allowed.
     """
     try:
         found = [float(weight) for weight in weights]
@@ -91,6 +95,13 @@ def check_weights(weights: Sequence[float], count: int, any_sum: bool) -> list[f
     if not any(found):
         raise EMAConfigError(f"weights={weights!r}: nothing is left of any source")
     total = math.fsum(found)
+    if normalize:
+        if abs(total) <= _SLACK * math.fsum(map(abs, found)):
+            raise EMAConfigError(f"weights={weights!r} sum to {total:.9g}, so that no factor makes them sum to 1")
+        return [weight / total for weight in found]
     if abs(total - 1) > _SLACK and not any_sum:
-        raise EMAConfigError(f"weights={weights!r} sum to {total:.9g}, not to 1: give any_sum=True if that is meant")
+        raise EMAConfigError(
+            f"weights={weights!r} sum to {total:.9g}, not to 1: give any_sum=True if that is meant, or normalize=True "
+            "(--any-sum, --normalize)"
+        )
     return found

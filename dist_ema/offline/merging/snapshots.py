@@ -10,11 +10,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
-from dist_ema.checkpoints.manifest import NAME
+from dist_ema.checkpoints.manifest import NAME, Manifest
 from dist_ema.checkpoints.storage.paths import StrPath, check_path, is_remote, local_path
-from dist_ema.checkpoints.versions import read_manifest
+from dist_ema.checkpoints.versions import reread
 from dist_ema.clock import CLOCK_UNITS, Time
-from dist_ema.errors import CheckpointError, EMAConfigError
+from dist_ema.errors import CheckpointError, EMAConfigError, EMAError
 from dist_ema.offline.merging.sources import Source, open_average
 from dist_ema.offline.synthesis import trailing
 from dist_ema.schedules import ConstantDecay, HalfLife, PowerFunction, Schedule
@@ -73,14 +73,29 @@ def open_snapshots(paths: Sequence[StrPath], name: str | None) -> Iterator[list[
     with ExitStack() as stack:
         found = []
         for path in itertools.chain(*map(_inside, paths)):
-            manifest = read_manifest(path)
-            if not manifest.started:
-                raise CheckpointError(f"{path} was saved before the first update: it is no snapshot of an average")
-            for average in manifest.averages if name is None else [name]:
-                found.append(_snapshot(open_average(path, manifest, average, stack)))
+            # A save may replace the checkpoint between the manifest and the files.
+            found += reread(path, lambda manifest, path=path: _opened(path, manifest, name, stack))  # type: ignore[misc]
         if not found:
             raise EMAConfigError(f"snapshots={paths!r}: there is no checkpoint")
         yield sorted(found, key=lambda snapshot: snapshot.moment)
+
+
+def _opened(path: StrPath, manifest: Manifest, name: str | None, stack: ExitStack) -> list[Snapshot]:
+    if not manifest.started:
+        raise CheckpointError(f"{path} was saved before the first update: it is no snapshot of an average")
+    averages = list(manifest.averages) if name is None else [name]
+    return [_snapshot(open_average(path, manifest, average, stack)) for average in averages]
+
+
+def paths_of(paths: Sequence[StrPath]) -> list[StrPath]:
+    """The checkpoints that the paths stand for; a path that cannot be looked at stands for itself."""
+    found: list[StrPath] = []
+    for path in paths:
+        try:
+            found += _inside(path)
+        except (EMAError, OSError, TypeError):
+            found.append(path)
+    return found
 
 
 def _inside(path: StrPath) -> list[StrPath]:

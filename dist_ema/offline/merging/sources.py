@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,14 +15,24 @@ from torch import Tensor
 from dist_ema.checkpoints.dtypes import DTYPES
 from dist_ema.checkpoints.manifest import LIVE, NAME, Manifest
 from dist_ema.checkpoints.reader import RunReader
+from dist_ema.checkpoints.storage.local import open_plain
 from dist_ema.checkpoints.storage.paths import StrPath, check_path, is_remote, local_path
-from dist_ema.checkpoints.versions import read_manifest
-from dist_ema.errors import CheckpointError, CheckpointMismatchError, EMAConfigError
+from dist_ema.checkpoints.strict_json import is_count, parse
+from dist_ema.checkpoints.versions import checkpoints_in, reread
+from dist_ema.errors import CheckpointError, EMAConfigError
 from dist_ema.importers import dcp
-from dist_ema.importers.foreign import LazyTensor, ties
+from dist_ema.importers.files import open_foreign
+from dist_ema.importers.folders import choose_files
+from dist_ema.importers.foreign import Content, ties
 from dist_ema.importers.pretrained import open_pretrained
-from dist_ema.offline.merging.directories import open_dcp, open_pickle
+from dist_ema.importers.state_dicts import choose
 
+#: Entries of a training file with the number of optimizer steps.
+_STEPS = ("global_step", "step", "iteration")
+#: What the first part of an average's names in a directory of torch.distributed.checkpoint looks like.
+_AVERAGE = re.compile(r"(^|_)(ema|swa|averaged?)(_|$)", re.IGNORECASE)
+#: Bytes of ``trainer_state.json`` at most, and levels of its JSON. It has the whole history of the losses.
+_STATE_BYTES, _STATE_DEPTH = 1 << 28, 32
 #: ``read(start, stop, out)``: elements of the flattened tensor into a flat CPU tensor of the tensor's own dtype.
 Read = Callable[[int, int, Tensor], None]
 
@@ -61,6 +72,9 @@ class Source:
         tensors: by name.
         average: which average of the checkpoint; None for the other kinds.
         manifest: of an average's checkpoint.
+        step: how far training was, in optimizer steps, if the source says so.
+        notes: what was taken where several things could be meant, one sentence each.
+        tied: further names of tensors. They serve to find a tensor, and are not written.
     """
 
     path: str
@@ -68,11 +82,14 @@ class Source:
     tensors: Mapping[str, SourceTensor]
     average: str | None = None
     manifest: Manifest | None = None
+    step: int | None = None
+    notes: tuple[str, ...] = ()
+    tied: Mapping[str, str] = field(default_factory=dict)
     names: Mapping[str, str] = field(init=False)
 
     def __post_init__(self) -> None:
         names = {known: name for name, tensor in self.tensors.items() for known in (name, *tensor.aliases)}
-        object.__setattr__(self, "names", names)
+        object.__setattr__(self, "names", {**self.tied, **names})
 
     def __str__(self) -> str:
         return self.path if self.average is None else f"{self.path} ({self.average})"
@@ -82,54 +99,147 @@ class Source:
         found = next((self.names[known] for known in (name, *others) if known in self.names), None)
         return None if found is None else self.tensors[found]
 
+    def cut(self, prefix: str) -> Source:
+        """The tensors whose names begin with ``prefix``, which they lose. There may be none."""
+        tensors = {}
+        for name, tensor in self.tensors.items():
+            kept = [known.removeprefix(prefix) for known in (name, *tensor.aliases) if known.startswith(prefix)]
+            if kept:
+                tensors[kept[0]] = replace(tensor, aliases=tuple(kept[1:]))
+        return replace(self, tensors=tensors, tied={})
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which tensors of each source are meant.
+
+    Attributes:
+        name: the average of a checkpoint; None means the only one.
+        key: a dict of tensors inside a file, a file of a folder, a part of the names of a DCP directory; of a
+            checkpoint an average, as ``name``.
+        prefix: of the names; the others are left out.
+    """
+
+    name: str | None = None
+    key: str | None = None
+    prefix: str | None = None
+
 
 @contextmanager
-def open_sources(paths: Sequence[StrPath], name: str | None, prefix: str | None) -> Iterator[list[Source]]:
+def open_sources(paths: Sequence[StrPath], wanted: Selection) -> Iterator[list[Source]]:
     """Opens checkpoints; closes them at the end of the block.
 
     Args:
         paths: a directory or URL that :meth:`ShardedEMA.save` wrote; a directory of safetensors files; a directory of
-            torch.distributed.checkpoint; or a file of torch.save.
-        name: which average of the first kind; None means the only one.
-        prefix: of the model's names in the last two, such as ``"model."``; the others are left out.
+            torch.distributed.checkpoint; or a file of torch.save or safetensors.
+        wanted: which tensors in them.
 
     Raises:
         EMAConfigError: no paths, or there is no such average.
-        CheckpointError: there is none of these, or it is damaged; a pickle names code.
+        CheckpointError: there is none of these, several things could be meant, or a pickle names code.
+        CheckpointCorruptError: one is damaged.
     """
     if isinstance(paths, (str, os.PathLike)) or not paths:
         raise EMAConfigError(f"sources={paths!r}: allowed is a list of paths")
     with ExitStack() as stack:
-        yield [_open(path, name, prefix, stack) for path in paths]
+        yield [open_source(path, wanted, stack) for path in paths]
 
 
-def _open(path: StrPath, name: str | None, prefix: str | None, stack: ExitStack) -> Source:
+def open_source(path: StrPath, wanted: Selection, stack: ExitStack) -> Source:
+    """Opens one checkpoint until ``stack`` is closed. Raises as :func:`open_sources`."""
     check_path(path)
-    if is_remote(path):
-        return open_average(path, read_manifest(path), name, stack)
+    if is_remote(path) or (local_path(path) / NAME).exists():
+        # A save may replace the checkpoint between the manifest and the files.
+        opened = reread(path, lambda manifest: open_average(path, manifest, wanted.name or wanted.key, stack))
+        return _within(opened, wanted.prefix)
     place = local_path(path)
-    if (place / NAME).exists():
-        return open_average(path, read_manifest(path), name, stack)
-    if (place / dcp.METADATA).exists():
-        return _source(path, "dcp", {name: _lazy(tensor) for name, tensor in open_dcp(place, prefix).items()})
-    if place.is_dir():
-        ranges = stack.enter_context(open_pretrained(place))
-        if not ranges.tensors:
-            raise CheckpointError(f"{place} has no checkpoint: neither {NAME}, {dcp.METADATA} nor safetensors files")
-        found = {
-            name: SourceTensor(shape, dtype, _range(ranges.read, name))
-            for name, (shape, dtype) in ranges.tensors.items()
-        }
-        return _source(path, "pretrained", found)
-    lazy = open_pickle(place, prefix)
-    others = {group[0]: group[1:] for group in ties(lazy)}
+    if place.is_dir() and not (place / dcp.METADATA).exists():
+        return _within(_open_folder(path, place, wanted.key, stack), wanted.prefix)
+    if place.suffix == ".safetensors" and place.is_file():
+        found = _open_files(path, {place: None}, stack)
+        return _within(found if wanted.key is None else found.cut(f"{wanted.key}."), wanted.prefix)
+    return open_named(path, place, wanted.key, wanted.prefix)
+
+
+def open_named(path: StrPath, place: Path, key: str | None, prefix: str | None) -> Source:
+    """A file of torch.save, or a directory of torch.distributed.checkpoint. Raises as :func:`open_sources`."""
+    content = open_foreign(place)
+    averaged = None if key is not None or prefix is not None else average_in_dcp(content)
+    choice = choose(content, str(place), key=key or averaged, prefix=prefix)
+    notes = choice.notes
+    if averaged is not None:
+        notes = (f"{place}: taken is {averaged!r}, the average, and not the live weights beside it", *notes)
+    taken = {**choice.live, **choice.tensors}
+    others = {group[0]: group[1:] for group in ties(taken)}
     aliases = {name for group in others.values() for name in group}
-    tensors = {name: _lazy(tensor, others.get(name, ())) for name, tensor in lazy.items() if name not in aliases}
-    return _source(path, "file", tensors)
+    tensors = {}
+    for name, lazy in taken.items():
+        if name not in aliases:
+            is_live = name in choice.live
+            own = others.get(name, ())
+            tensors[name] = SourceTensor(lazy.shape, lazy.dtype, lazy.read_range, own, untracked=is_live)
+    step = trainer_step(place.parent)
+    if step is None and content.kind == "file":
+        step = next((content.values[word] for word in _STEPS if is_count(content.values.get(word))), None)
+    return Source(os.fspath(path), content.kind, tensors, step=step, notes=notes)
 
 
-def _source(path: StrPath, kind: str, tensors: Mapping[str, SourceTensor]) -> Source:
-    return Source(os.fspath(path), kind, tensors)
+def average_in_dcp(content: Content) -> str | None:
+    """The first part of the names of an average that lies beside the same names of live weights; None if none does."""
+    groups: dict[str, set[str]] = {}
+    for name in content.tensors if content.kind == "dcp" else ():
+        first, dot, rest = name.partition(".")
+        if dot:
+            groups.setdefault(first, set()).add(rest)
+    averages = [first for first in groups if _AVERAGE.search(first)]
+    others = [names for first, names in groups.items() if first not in averages]
+    found = [first for first in averages if any(groups[first] <= names for names in others)]
+    return found[0] if len(found) == 1 else None
+
+
+def trainer_step(place: Path) -> int | None:
+    """The step that transformers' trainer has written beside a checkpoint; None where there is none."""
+    try:
+        with open_plain(place / "trainer_state.json") as file:
+            found = parse(file.read(_STATE_BYTES), depth=_STATE_DEPTH)
+    except (OSError, ValueError):
+        return None
+    step = found.get("global_step") if isinstance(found, dict) else None
+    return step if is_count(step) else None
+
+
+def _within(source: Source, prefix: str | None) -> Source:
+    """The part of a source under a prefix. Raises CheckpointError if there is nothing."""
+    if prefix is None:
+        return source
+    found = source.cut(prefix.removesuffix(".") + ".")
+    if not found.tensors:
+        begins = sorted({name.partition(".")[0] for name in source.tensors})
+        some = ", ".join(begins[:8]) + (", ..." if len(begins) > 8 else "")
+        raise CheckpointError(f"{source}: --prefix {prefix} begins no name; names begin with {some}")
+    return found
+
+
+def _open_folder(path: StrPath, place: Path, key: str | None, stack: ExitStack) -> Source:
+    try:
+        weights = choose_files(place, key)
+    except CheckpointError as error:
+        if inside := checkpoints_in(place):
+            raise CheckpointError(f"{error}. There is an average of this library in {inside[0]}: give that") from error
+        raise
+    notes = [f"{place}: {weights.note}"] if weights.note else []
+    if key is None and (inside := checkpoints_in(place)):
+        notes.append(f"{place}: taken is {weights.taken}; the average beside it is {inside[0]}")
+    opened = _open_files(path, weights.files, stack)
+    return replace(opened, notes=tuple(notes), step=trainer_step(place))
+
+
+def _open_files(path: StrPath, files: Mapping[Path, Collection[str] | None], stack: ExitStack) -> Source:
+    ranges = stack.enter_context(open_pretrained(files))
+    found = {
+        name: SourceTensor(shape, dtype, _range(ranges.read, name)) for name, (shape, dtype) in ranges.tensors.items()
+    }
+    return Source(os.fspath(path), "pretrained", found)
 
 
 def open_average(path: StrPath, manifest: Manifest, name: str | None, stack: ExitStack) -> Source:
@@ -146,50 +256,8 @@ def open_average(path: StrPath, manifest: Manifest, name: str | None, stack: Exi
             reader.read(key, ((start, stop - start),), out)
 
         tensors[own] = SourceTensor(tensor.shape, dtype, read, tensor.aliases, tensor.digest, folder == LIVE)
-    return Source(os.fspath(path), "average", tensors, average, manifest)
+    return Source(os.fspath(path), "average", tensors, average, manifest, manifest.clock.batches)
 
 
 def _range(read: Callable[[str, int, int, Tensor], None], name: str) -> Read:
     return lambda start, stop, out: read(name, start, stop, out)
-
-
-def _lazy(tensor: LazyTensor, aliases: tuple[str, ...] = ()) -> SourceTensor:
-    return SourceTensor(tensor.shape, tensor.dtype, tensor.read_range, aliases)
-
-
-def check_alike(sources: Sequence[Source]) -> None:
-    """Raises CheckpointMismatchError, listing all, unless every source has the tensors of the last one, in its shapes.
-
-    What the last one has not is left out, which an older source may well have; floating-point dtypes may differ.
-    """
-    newest = sources[-1]
-    problems = []
-    for source in sources[:-1]:
-        for name, tensor in newest.tensors.items():
-            other = source.get(name, tensor.aliases)
-            if other is None:
-                problems.append(f"{source} has no {name!r}")
-            elif other.shape != tensor.shape:
-                problems.append(f"{name!r} is {other.shape} in {source} and {tensor.shape} in {newest}")
-            elif _kind(other.dtype) != _kind(tensor.dtype):
-                problems.append(f"{name!r} is {other.dtype} in {source} and {tensor.dtype} in {newest}")
-        unknown = [name for name in source.tensors if newest.get(name, source.tensors[name].aliases) is None]
-        problems += [f"{newest} has no {name!r}, which {source} has" for name in unknown]
-    if problems:
-        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-        raise CheckpointMismatchError(f"these are not checkpoints of one model (see also prefix=): {shown}")
-
-
-def _kind(dtype: torch.dtype) -> tuple[bool, bool]:
-    return dtype.is_floating_point, dtype.is_complex
-
-
-def check_order(sources: Sequence[Source]) -> None:
-    """Raises EMAConfigError if two averages, whose progress is known, are given the newer one first."""
-    known = [(source, source.manifest.clock.batches) for source in sources if source.manifest is not None]
-    for (before, earlier), (after, later) in itertools.pairwise(known):
-        if later < earlier:
-            raise EMAConfigError(
-                f"{before} was saved at {earlier}ba and {after} at {later}ba: give the oldest first, as weights and "
-                "schemes count from it"
-            )

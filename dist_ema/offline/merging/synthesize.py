@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -12,14 +11,14 @@ import torch
 import torch.distributed as dist
 
 from dist_ema.checkpoints.storage.paths import StrPath
+from dist_ema.checkpoints.versions import read_anew_if_replaced
 from dist_ema.collectives import agreed
 from dist_ema.errors import EMAConfigError
-from dist_ema.offline.merging.merge import Begin, Form, Merged, Target, combine
-from dist_ema.offline.merging.snapshots import Wanted, open_snapshots, profiles, wanted_profile
+from dist_ema.offline.merging.merge import Begin, Form, Merged, Target, Versions, combine
+from dist_ema.offline.merging.snapshots import Wanted, open_snapshots, paths_of, profiles, wanted_profile
 from dist_ema.offline.synthesis import fit
 from dist_ema.schedules import ConstantDecay
 
-logger = logging.getLogger(__name__)
 #: A residual from which on the result is another average than the wanted one: EDM2's own reach some thousandths.
 _FAR = 0.05
 #: A sum of absolute weights from which on rounding errors of 16-bit snapshots show.
@@ -69,22 +68,24 @@ def synthesize(
     form = Form(dtype, max_shard_size, config_from, checkpoint, verify)
     group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
     operation = f"synthesize into {os.fspath(out)}"
-    with ExitStack() as stack:
-        with agreed(group, operation):
-            paths = [snapshots] if isinstance(snapshots, (str, os.PathLike)) else list(snapshots)
-            opened = stack.enter_context(open_snapshots(paths, name))
-            saved, every = profiles(opened)
-            targets = []
-            for place, wanted in _places(out, target).items():
-                profile, schedule = wanted_profile(wanted, opened[-1], at, every)
-                found = fit(saved, profile)
-                said = wanted if isinstance(wanted, str) else repr(wanted)
-                notes = _notes(said, found.residual, found.gain)
-                average = (name or "ema", schedule or ConstantDecay(0.0))
-                targets.append(Target(place, found.weights, f"synthesize {said}", found.residual, notes, average))
-        for note in dict.fromkeys(note for one in targets for note in one.notes):
-            logger.warning("%s", note)
-        return combine([one.source for one in opened], targets, form, group, begin, operation)
+    given = [snapshots] if isinstance(snapshots, (str, os.PathLike)) else list(snapshots)
+
+    def read(_: Versions) -> list[Merged]:
+        with ExitStack() as stack:
+            with agreed(group, operation):
+                opened = stack.enter_context(open_snapshots(given, name))
+                saved, every = profiles(opened)
+                targets = []
+                for place, wanted in _places(out, target).items():
+                    profile, schedule = wanted_profile(wanted, opened[-1], at, every)
+                    found = fit(saved, profile)
+                    said = wanted if isinstance(wanted, str) else repr(wanted)
+                    notes = _notes(said, found.residual, found.gain)
+                    average = (name or "ema", schedule or ConstantDecay(0.0))
+                    targets.append(Target(place, found.weights, f"synthesize {said}", found.residual, notes, average))
+            return combine([one.source for one in opened], targets, form, group, begin, operation)
+
+    return read_anew_if_replaced(lambda: Versions(paths_of(given), group), read)
 
 
 def _places(out: StrPath, target: Wanted | Mapping[str, Wanted] | Sequence[Wanted]) -> dict[str, Wanted]:
