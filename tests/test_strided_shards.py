@@ -8,7 +8,6 @@ cut, or with torch's own ``_split_tensor``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from itertools import product
 from math import prod
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from scaled import check_average
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -24,7 +23,7 @@ from torch.distributed.tensor import distribute_tensor
 from torch.distributed.tensor.placement_types import Partial, Placement, Replicate, Shard, _MaskPartial
 from torch.distributed.tensor.placement_types import _StridedShard as StridedShard
 
-from dist_ema import ShardedEMA, read_checkpoint
+from dist_ema import ShardedEMA
 from dist_ema.engines import placements as rules
 from dist_ema.engines.placements import placed_runs
 from dist_ema.errors import EMAEngineError
@@ -187,50 +186,11 @@ def _full(rows: int) -> dict[str, torch.Tensor]:
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
-def _check_average(model: nn.Module, full: dict[str, torch.Tensor], folder: Path, rank: int) -> None:
-    """Scales every weight and compares what each call returns with the average of whole tensors in float64."""
-    ema = ShardedEMA(model, decay=0.75)
-    ema.update()
-    mean = {name: tensor.double() for name, tensor in full.items()}
-    live = dict(full)
-    for step in (1, 2):
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.mul_(1 + step / 8)  # the same in each element, so that no element tells where it is
-        live = {name: tensor * (1 + step / 8) for name, tensor in live.items()}
-        mean = {name: 0.75 * before + 0.25 * live[name].double() for name, before in mean.items()}
-        ema.update()
-
-    found = ema.full_state_dict()
-    ema.save(folder / "ema")
-    ema.export(folder / "exported", dtype=torch.float32)
-    stored = read_checkpoint(folder / "ema")
-    exported = load_file(folder / "exported" / "model.safetensors")
-    streamed = {name: tensor.clone() for name, tensor in ema.iter_full_tensors()}
-    for values in [streamed, stored, exported, *([found] if rank == 0 else [])]:
-        _check_same(values, mean)
-
-    # The file loads into another average, which the model then computes with; afterwards it has its own weights back.
-    again = ShardedEMA(model, decay=0.75)
-    again.load(folder / "ema")
-    with again.average_parameters():
-        pass
-    _check_same(dict(ShardedEMA(model, decay=0.5).iter_full_tensors()), live)
-    again.copy_to()
-    _check_same(dict(ShardedEMA(model, decay=0.5).iter_full_tensors()), mean)
-
-
-def _check_same(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
-    assert set(found) == set(expected)
-    for name, tensor in expected.items():
-        torch.testing.assert_close(found[name].double(), tensor.double(), rtol=1e-6, atol=1e-6, msg=name)
-
-
 @pytest.mark.world_size()
 @pytest.mark.parametrize(("world_size", "rows"), [(2, 10), (3, 8), (4, 14)])
 def test_packed_tensor_parallel_weights_keep_their_rows(rank: int, world_size: int, rows: int, tmp_path: Path) -> None:
     full = _full(rows)
-    _check_average(_Packed(full, init_device_mesh("cpu", (world_size,))), full, tmp_path, rank)
+    check_average(_Packed(full, init_device_mesh("cpu", (world_size,))), full, tmp_path, rank)
 
 
 @pytest.mark.world_size(4)
@@ -249,7 +209,7 @@ def test_fsdp2_over_packed_tensor_parallelism_keeps_its_rows(rank: int, layout: 
     placements = model.gate_up.placements
     if layout == "fsdp":
         assert placements == (StridedShard(0, split_factor=2), StridedShard(0, split_factor=2))
-    _check_average(model, full, tmp_path, rank)
+    check_average(model, full, tmp_path, rank)
 
 
 @pytest.mark.world_size(4)
@@ -266,7 +226,7 @@ def test_fsdp2_on_dimensions_of_a_larger_mesh_is_found_by_their_names(rank: int,
         model.gate_up = nn.Parameter(distribute_tensor(full["gate_up"].clone(), mesh, placements, src_data_rank=None))
         own = tuple(name for name in names if name != "tp")
         fully_shard(model, mesh=mesh, dp_mesh_dims=api.DataParallelMeshDims(shard=own))
-        _check_average(model, full, tmp_path / "-".join(names), rank)
+        check_average(model, full, tmp_path / "-".join(names), rank)
 
 
 @pytest.mark.world_size(4)

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from dist_ema.engines.declared import Declaration, refuse_declared
 from dist_ema.engines.names import Slot, kind_of
 from dist_ema.engines.plain import PlainEngine
 from dist_ema.sharding.spec import Replicas, TensorSpec
@@ -27,6 +28,13 @@ class DataParallelEngine(PlainEngine):
 
     def ranks(self) -> frozenset[int]:
         return frozenset(dist.get_process_group_ranks(self._replicas.group))
+
+    def declared(self, slot: Slot, tensor: Tensor) -> Declaration | None:
+        """Return what a tensor declares that DDP ignores. DDP makes all others the same on every rank, hence whole."""
+        if self._ignored.intersection((slot.name, *slot.aliases)):
+            return super().declared(slot, tensor)
+        refuse_declared(slot.name, tensor, tensor.shape, "DistributedDataParallel")
+        return None
 
     def spec(self, slot: Slot, tensor: Tensor) -> TensorSpec:
         if kind_of(slot, tensor) != "parameter" or self._ignored.intersection((slot.name, *slot.aliases)):

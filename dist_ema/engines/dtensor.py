@@ -22,8 +22,9 @@ from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement
 
+from dist_ema.engines.declared import Declaration, declaration
 from dist_ema.engines.names import Slot, kind_of
-from dist_ema.engines.placements import placed_runs, shared_dimension
+from dist_ema.engines.placements import check_placements, placed_runs, shared_dimension
 from dist_ema.engines.plain import PlainEngine
 from dist_ema.errors import EMAEngineError, EMAStateError
 from dist_ema.sharding.runs import Runs, count
@@ -42,10 +43,15 @@ class DTensorEngine(PlainEngine):
         if not isinstance(tensor, DTensor):
             return super().spec(slot, tensor)
         mesh, placements = tensor.device_mesh, tensor.placements  # ND mesh, one placement a dimension
-        refuse_shard_order(slot.name, tensor)
-        runs = shard_runs(tensor.shape, mesh, placements, slot.name, self._fsdp_dims(slot, tensor))
+        declared = self._declared.get(slot.name)
+        if declared is not None:
+            check_placements(placements, tensor.ndim, slot.name)  # they still say along which dimensions it is copied
+            runs = declared.runs
+        else:
+            refuse_shard_order(slot.name, tensor)
+            runs = shard_runs(tensor.shape, mesh, placements, slot.name, self._fsdp_dims(slot, tensor))
         # Compare the arithmetic with what is there: a custom sharding would be averaged under wrong indices.
-        if count(runs) != _local(tensor).numel():
+        if declared is None and count(runs) != _local(tensor).numel():
             raise EMAEngineError(
                 f"parameter {slot.name!r}: {placements} on a mesh of shape {tuple(mesh.shape)} should leave "
                 f"{count(runs)} of {tensor.numel()} elements on this rank, but it holds "
@@ -64,6 +70,11 @@ class DTensorEngine(PlainEngine):
             aliases=slot.aliases,
             hidden=hidden_type(_local(tensor)),
         )
+
+    def declared(self, slot: Slot, tensor: Tensor) -> Declaration | None:
+        if not isinstance(tensor, DTensor):
+            return super().declared(slot, tensor)
+        return declaration(slot.name, _local(tensor), tensor.shape, tensor)
 
     def _read_specs(self) -> list[TensorSpec]:
         self._find_units()
@@ -88,6 +99,7 @@ class DTensorEngine(PlainEngine):
     def _read_sources(self) -> list[Tensor]:
         # As local() does, without a thousand calls of it.
         tensors = [tensor._local_tensor if isinstance(tensor, DTensor) else tensor for tensor in self._held()]
+        tensors = self._without_padding(tensors)
         return look_through(tensors, self._specs) if self._has_subclasses else tensors
 
     def local(self, tensor: Tensor) -> Tensor:

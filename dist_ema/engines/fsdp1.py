@@ -17,10 +17,13 @@ from torch.distributed.fsdp._flat_param import FlatParameter, FlatParamHandle
 from torch.distributed.fsdp._runtime_utils import _reshard
 
 from dist_ema.engines.base import Engine
+from dist_ema.engines.declared import refuse_declared
 from dist_ema.engines.names import Binding, Named, Slot, kind_of, walk_modules
 from dist_ema.errors import EMAEngineError, EMAStateError
 from dist_ema.sharding.runs import Runs
 from dist_ema.sharding.spec import Replicas, TensorSpec
+
+_WRAPPER = "FullyShardedDataParallel"
 
 
 @dataclass(eq=False)
@@ -147,8 +150,12 @@ class FlatParamEngine(Engine):
             tensor = held.get()
             if tensor is None:
                 raise EMAStateError(f"parameter {name!r} went away while the model was read")
+            refuse_declared(name, tensor, tensor.shape, _WRAPPER)
             return TensorSpec.unsharded(name, tensor, kind=kind_of(held, tensor), partitioned=False, aliases=aliases)
         flat_param = held.flat_param
+        # With use_orig_params the user's own tensor objects are kept, and with them what they declare.
+        if flat_param._params is not None:
+            refuse_declared(name, flat_param._params[held.index], flat_param._shapes[held.index], _WRAPPER)
         if flat_param._param_extensions[held.index] is not None:
             raise EMAEngineError(
                 f"parameter {name!r} is a DTensor inside FSDP1: use FSDP2 (fully_shard) with tensor parallelism"

@@ -8,15 +8,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_ema.engines.base import Engine
+from dist_ema.engines.declared import Declaration, declaration
 from dist_ema.engines.names import Binding, Slot, kind_of, walk_slots
 from dist_ema.engines.outer import refuse_sharded
 from dist_ema.engines.zero_marks import Unwrapped
+from dist_ema.errors import EMAEngineError
 from dist_ema.sharding.spec import TensorSpec
-from dist_ema.sharding.subclasses import CachedScale, cached_scales, is_hidden, look_through
+from dist_ema.sharding.subclasses import CachedScale, cached_scales, hidden_type, is_hidden, look_through
 
 
 class PlainEngine(Engine):
-    """A module whose parameters lie whole on this rank.
+    """A module whose parameters lie whole on this rank, unless they declare to be a part of a larger tensor.
 
     Nothing says that another rank holds the same values, so the shadow is not split; full tensors are the lowest
     rank's. Base of the engines that keep parameters where ``nn.Module`` does.
@@ -27,6 +29,7 @@ class PlainEngine(Engine):
         self._model = model
         self._slots: list[Slot] = []
         self._specs: list[TensorSpec] = []
+        self._declared: dict[str, Declaration] = {}  # by canonical name
 
     def modules(self) -> list[nn.Module]:
         return [self._model]
@@ -38,14 +41,47 @@ class PlainEngine(Engine):
         self._unwrapped.refuse()
         self._binding = Binding(self._model, self._slots)
         held = [(slot, tensor) for slot in self._slots if (tensor := slot.get()) is not None]
+        self._declared = {}
+        self._inside: list[tuple[int, tuple[slice, ...]]] = []
+        for place, (slot, tensor) in enumerate(held):
+            found = self.declared(slot, tensor)
+            if found is not None:
+                self._declared[slot.name] = found
+                if found.inside is not None:
+                    self._inside.append((place, found.inside))
         self._specs = [self.spec(slot, tensor) for slot, tensor in held]
         self._has_subclasses = any(is_hidden(self.local(tensor)) for _, tensor in held)
         return self._specs
 
     def spec(self, slot: Slot, tensor: Tensor) -> TensorSpec:
         """How this rank holds the tensor of one slot. Local."""
+        declared = self._declared.get(slot.name)
+        if declared is not None:
+            return self._declared_spec(slot, tensor, declared)
         return TensorSpec.unsharded(
             slot.name, tensor, kind=kind_of(slot, tensor), partitioned=False, aliases=slot.aliases
+        )
+
+    def declared(self, slot: Slot, tensor: Tensor) -> Declaration | None:
+        """Return what the tensor of one slot declares about its place in a larger tensor. Local."""
+        return declaration(slot.name, tensor)
+
+    def _declared_spec(self, slot: Slot, tensor: Tensor, declared: Declaration) -> TensorSpec:
+        """Return the spec of a plain tensor that declares to be a part. Which rank has the rest, nothing says here."""
+        if self.group is None and declared.shape != tensor.shape:
+            raise EMAEngineError(
+                f"{slot.name!r} declares to be a part of a tensor of shape {tuple(declared.shape)}, but there is no "
+                "process group whose other ranks could hold the rest. Call torch.distributed.init_process_group() "
+                "before the average is made"
+            )
+        return TensorSpec(
+            slot.name,
+            declared.shape,
+            tensor.dtype,
+            declared.runs,
+            kind=kind_of(slot, tensor),
+            aliases=slot.aliases,
+            hidden=hidden_type(tensor),
         )
 
     def local(self, tensor: Tensor) -> Tensor:
@@ -53,8 +89,14 @@ class PlainEngine(Engine):
         return tensor
 
     def _read_sources(self) -> list[Tensor]:
-        tensors = self._held()
+        tensors = self._without_padding(self._held())
         return look_through(tensors, self._specs) if self._has_subclasses else tensors
+
+    def _without_padding(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Replace each local tensor that holds more than it declares by a view of the declared part. Local, no copy."""
+        for place, inside in self._inside:
+            tensors[place] = tensors[place].detach()[inside]
+        return tensors
 
     def caches(self) -> list[CachedScale]:
         """See :meth:`Engine.caches`: the scales of torchao's float8 weights."""

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_ema.engines.base import Engine, RemovableHandle
+from dist_ema.engines.declared import refuse_declared
 from dist_ema.engines.names import Binding, Slot
 from dist_ema.engines.wrappers import is_training_step
 from dist_ema.engines.zero_groups import Groups
@@ -133,6 +134,7 @@ class ZeroEngine(Engine):
 
     def _spec(self, slot: Slot, piece: MasterSlice | None) -> TensorSpec:
         tensor: Any = slot.get()
+        refuse_declared(slot.name, tensor, _full_shape(tensor), "DeepSpeed")
         if slot.is_buffer:
             return TensorSpec.unsharded(slot.name, tensor, kind="buffer", partitioned=False, aliases=slot.aliases)
         shape, team = _full_shape(tensor), self._groups.of(slot.name, tensor)

@@ -291,12 +291,12 @@ def box_runs(shape: Sequence[int], kept: Sequence[Runs]) -> Runs:
             runs = tuple((start * stride, length * stride) for start, length in intervals)
         else:
             runs = _in_each_row(runs, stride, intervals)
-        runs = _as_rows(runs)
+        runs = as_rows(runs)
         stride *= size
     return merge(runs) if prod(shape) else ()
 
 
-def _as_rows(runs: Runs) -> Runs:
+def as_rows(runs: Runs) -> Runs:
     """Several runs of one length at equal distances as four numbers; any others as they are.
 
     The two pieces of a packed layer are such runs, and so they stay four numbers however many rows or experts follow.
