@@ -242,3 +242,20 @@ def test_a_caller_s_gloo_group_trains_on_the_cpu_also_where_there_is_a_gpu(rank:
     """Weights on a GPU would be gathered in a group that cannot send them under every engine."""
     with mock.patch.object(torch.cuda, "is_available", lambda: True), process_group() as device:
         assert device.type == "cpu"
+
+
+def test_a_lock_that_a_killed_build_has_left_is_logged_and_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """torch waits for it without a word at every later start of DeepSpeed."""
+    from demo.extension_lock import warn_of_locks
+
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    assert warn_of_locks() == []
+    lock = tmp_path / "py311_cpu" / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    os.utime(lock, (time.time() - 7200, time.time() - 7200))
+    assert warn_of_locks() == [lock]
+    assert str(lock) in caplog.text and "since 72" in caplog.text
+    assert lock.exists()

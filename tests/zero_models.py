@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "launch"))
+
+from demo.extension_lock import warn_of_locks
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 
@@ -83,6 +89,7 @@ def make_engine(
     import deepspeed
 
     reset_deepspeed()
+    warn_of_locks()
     if model is None:
         torch.manual_seed(7)
         model = Net()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from demo import state
+from demo.extension_lock import warn_of_locks
 from demo.gpt import GPT, Block
 from demo.options import Options
 
@@ -237,6 +238,7 @@ def _deepspeed(model: nn.Module, options: Options, universal: bool, device: torc
     config["checkpoint"] = config.get("checkpoint", {}) | {"load_universal": universal}
     if options.precision == "bf16":
         config["bf16"] = {"enabled": True}
+    warn_of_locks()
     engine, *_ = deepspeed.initialize(model=model, optimizer=adamw(model, options), config=config)
 
     def save(path: Path) -> None:
