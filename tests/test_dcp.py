@@ -380,6 +380,27 @@ def test_a_torch_saved_state_dict_fits_its_own_rank_and_no_other(rank: int, tmp_
     assert resumed.fingerprint("slow") == expected
 
 
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize("case", ["ddp", "fsdp2", "hsdp"])
+def test_what_rank_0_alone_has_saved_says_at_load_how_one_file_is_written(rank: int, case: str, tmp_path: Path) -> None:
+    """Under DDP each rank's dict has only its share of the average; the load said that names are missing."""
+    ema = make_ema(case)
+    average_ema(ema, range(3))
+    expected, state, full = ema.fingerprint("slow"), ema.state_dict(), ema.state_dict(full=True)
+    if rank == 0:
+        torch.save(state, tmp_path / "part.pt")
+        torch.save(full, tmp_path / "full.pt")
+    dist.barrier()
+    resumed = make_ema(case)
+    if case != "hsdp":  # on two ranks each holds the same there
+        words = r"rank 1: .*another rank has saved it.*state_dict\(full=True\) on every rank; ShardedEMA\.save\(\)"
+        with pytest.raises(CheckpointMismatchError, match=words):
+            resumed.load_state_dict(torch.load(tmp_path / "part.pt"))
+        assert resumed.num_updates == 0
+    resumed.load_state_dict(torch.load(tmp_path / "full.pt"))
+    assert resumed.fingerprint("slow") == expected
+
+
 @pytest.mark.world_size(3)
 def test_full_tensors_of_a_converted_checkpoint_load_under_any_engine(
     rank: int, tmp_path: Path, references: dict[int, list[dict[str, int]]]

@@ -15,6 +15,13 @@ from dist_ema.errors import CheckpointMismatchError, EMAStateError
 from dist_ema.shadow.device import Shadow
 from dist_ema.sharding.shares import Share
 
+_ADVICE = (
+    ". The dict has the parts that one rank held, as torch.save() writes them, and this rank holds others: another "
+    "rank has saved it, or one of another world size or engine. Load on each rank what that rank has saved. For one "
+    "file that rank 0 writes, call state_dict(full=True) on every rank; ShardedEMA.save() and "
+    "torch.distributed.checkpoint write checkpoints that load on any number of ranks"
+)
+
 
 class LoadedStateDict:
     """A state dict that was filled. The constructor checks all of it, then ``fill()`` copies it into a shadow. Local.
@@ -60,7 +67,8 @@ class LoadedStateDict:
         for path in places:
             problems += [f"unexpected {name!r} in {'/'.join(path)}" for name in _at(state, path) if name not in known]
         if problems:
-            raise CheckpointMismatchError(f"the state dict does not fit this model: {'; '.join(problems)}")
+            advice = _ADVICE if any(_has_parts(_at(state, path)) for path in places) else ""
+            raise CheckpointMismatchError(f"the state dict does not fit this model: {'; '.join(problems)}{advice}")
 
     @torch.no_grad()
     def fill(self, shadow: Shadow) -> None:
@@ -116,6 +124,11 @@ def _at(state: Mapping[str, Any], path: Sequence[str]) -> Mapping[str, Any]:
     return state
 
 
+def _has_parts(tensors: Mapping[str, Any]) -> bool:
+    """Whether there are parts of tensors, not only whole ones."""
+    return any(isinstance(value, BoxedTensor) for value in tensors.values())
+
+
 def _misfits(value: object, share: Share, where: str) -> list[str]:
     """Says why ``value`` is neither the part of this share nor the full tensor; empty if it is one of them."""
     name, shape = share.spec.name, share.spec.shape
@@ -126,6 +139,6 @@ def _misfits(value: object, share: Share, where: str) -> list[str]:
     if isinstance(value, BoxedTensor) and value.boxes != share.boxes:
         return [
             f"{name!r} is the part of another rank, or of another engine or world size: {value.boxes} instead of "
-            f"{share.boxes} (torch.distributed.checkpoint and ShardedEMA.save() reshard, torch.save() does not)"
+            f"{share.boxes}"
         ]
     return []
