@@ -55,6 +55,14 @@ def update_bn(
         EMAStateError: on every rank, inside ``average_parameters()``, before the first update, or ``forward`` raised on
             another rank. On the rank where it raised, what it raised. The average is then what it was.
     """
+    with ema._groups.turn("update_bn()"):
+        _update(ema, batches, name, forward)
+
+
+def _update(
+    ema: ShardedEMA, batches: Iterable[object], name: str | None, forward: Callable[[object], object] | None
+) -> None:
+    """See :func:`update_bn`; in the turn of this call."""
     engine, shares, group = ema._engine, {share.spec.name: share for share in ema._shares}, ema._engine.group
     with ema._begun(ema._call("update_bn()", name=name)):
         ema._condition.refuse("update_bn()")

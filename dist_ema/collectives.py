@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import pickle
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -28,6 +30,30 @@ T = TypeVar("T")
 _NOTE_BYTES = 256
 _LENGTH_BYTES = 8
 _OF_THE_CPU = ("gloo", "mpi", "ucc", "fake")
+#: Waits for one operation of a process group; raises PeerLost if it does not end in time.
+Wait: TypeAlias = "Callable[[dist.Work], None]"
+#: Gathers one value from every rank, in the order of the ranks.
+Gather: TypeAlias = "Callable[[Any], list[Any]]"
+#: Groups that the library has made for itself. torch.distributed keeps no record of them.
+own_groups: WeakSet[dist.ProcessGroup] = WeakSet()
+
+
+class Tag(NamedTuple):
+    """What each message between ranks carries, so that the answers of two calls are never mixed up.
+
+    Attributes:
+        call: the call that sends it, such as ``"save()"``.
+        number: which object's call it is: 1 for the first ShardedEMA of these ranks. 0 where there is only one.
+        digest: of the arguments, in the first message of a call; empty in the others.
+    """
+
+    call: str = ""
+    number: int = 0
+    digest: bytes = b""
+
+
+_NO_CALL = Tag()
+_current: ContextVar[Tag] = ContextVar("dist_ema call", default=_NO_CALL)
 
 
 class PeerLost(EMAStateError):
@@ -42,6 +68,9 @@ def answered() -> Iterator[None]:
     except errors.EMAError:
         raise
     except ValueError as error:  # of a group that it does not know
+        # torch logs a failure by the name of its group. Groups of our own have none there, which hides the failure.
+        if isinstance(error.__context__, RuntimeError):
+            raise PeerLost(f"a rank did not answer in time, or is gone: {error.__context__}") from error
         raise PeerLost(f"the process group is gone, as after destroy_process_group(): {error}") from error
     except RuntimeError as error:  # also DistBackendError, DistNetworkError, DistStoreError
         raise PeerLost(f"a rank did not answer in time, or is gone: {error}") from error
@@ -49,14 +78,12 @@ def answered() -> Iterator[None]:
 
 def rank_in(group: dist.ProcessGroup | None) -> int:
     """This rank's place in ``group``."""
-    with answered():
-        return 0 if group is None else dist.get_rank(group)
+    return 0 if group is None else group.rank()
 
 
 def size_of(group: dist.ProcessGroup | None) -> int:
     """Ranks in ``group``."""
-    with answered():
-        return 1 if group is None else dist.get_world_size(group)
+    return 1 if group is None else group.size()
 
 
 def device_for(group: dist.ProcessGroup | None) -> torch.device:
@@ -77,21 +104,47 @@ def _note_device(group: dist.ProcessGroup) -> torch.device:
 
 
 def _backends(group: dist.ProcessGroup) -> str:
+    if group in own_groups:
+        return "cpu:gloo"
     with answered():
         dist.get_backend(group)  # raises ValueError for a group that is gone, where the next raises TypeError
         return str(dist.get_backend_config(group))
 
 
-def gather_objects(value: T, group: dist.ProcessGroup | None, timeout: float | None = None) -> list[T]:
-    """``value`` of every rank, in the order of the ranks. Collective. For small things only: they are pickled.
+@contextmanager
+def speaking(call: str, number: int) -> Iterator[None]:
+    """Marks all messages that this thread sends inside the block as those of one call of one object. Local."""
+    token = _current.set(Tag(call, number))
+    try:
+        yield
+    finally:
+        _current.reset(token)
 
-    One round where all values are short; ``all_gather_object`` would first exchange their lengths. The others are
-    awaited for ``timeout`` seconds; None means as long as the group waits. After that time this rank takes no more part
-    in the round, and the group serves for nothing else than another attempt.
+
+def gather_objects(value: T, group: dist.ProcessGroup | None, timeout: float | None = None) -> list[T]:
+    """Gathers ``value`` of every rank, in the order of the ranks. Collective. For small things only: they are pickled.
+
+    One round where all values are short; ``all_gather_object`` would first exchange their lengths. Waits for the others
+    for ``timeout`` seconds; None means as long as the group waits. After a timeout the group cannot be used again.
+
+    Raises:
+        EMAStateError: on every rank, if some ranks are in another call, or in a call of another object.
     """
     if group is None:
         return [value]
-    text = pickle.dumps(value)
+    found = exchange(_current.get(), value, group, timeout)
+    check_same_tags([tag for tag, _ in found])
+    return [value for _, value in found]
+
+
+def exchange(
+    tag: Tag, value: T, group: dist.ProcessGroup, timeout: float | None = None, wait: Wait | None = None
+) -> list[tuple[Tag, T]]:
+    """Gathers ``value`` of every rank with the tag of each, without a check of the tags. Collective.
+
+    ``wait`` waits for the first round; None means that this blocks until the group gives up.
+    """
+    text = pickle.dumps((tuple(tag), value))
     own = (len(text).to_bytes(_LENGTH_BYTES, "little") + text)[:_NOTE_BYTES].ljust(_NOTE_BYTES)
     note = torch.frombuffer(bytearray(own), dtype=torch.uint8).to(_note_device(group))
     notes = note.new_empty(size_of(group), _NOTE_BYTES)
@@ -101,16 +154,44 @@ def gather_objects(value: T, group: dist.ProcessGroup | None, timeout: float | N
         else:
             options = AllgatherOptions()
             options.timeout = timedelta(seconds=timeout)
-            group.allgather([list(notes.unbind())], [note], options).wait(options.timeout)
+            work = group.allgather([list(notes.unbind())], [note], options)
+            if wait is None:
+                work.wait(options.timeout)
+            else:
+                wait(work)
     messages = [row.tobytes() for row in notes.cpu().numpy()]
     lengths = [_LENGTH_BYTES + int.from_bytes(message[:_LENGTH_BYTES], "little") for message in messages]
+    found: list[Any]
     if max(lengths) <= _NOTE_BYTES:
         whole = zip(messages, lengths, strict=True)
-        return [pickle.loads(message[_LENGTH_BYTES:length]) for message, length in whole]
-    values: list[T | None] = [None] * size_of(group)
-    with answered():
-        dist.all_gather_object(values, value, group=group)
-    return values  # type: ignore[return-value]
+        found = [pickle.loads(message[_LENGTH_BYTES:length]) for message, length in whole]
+    else:
+        found = [None] * size_of(group)
+        with answered():
+            dist.all_gather_object(found, (tuple(tag), value), group=group)
+    return [(Tag(*told), received) for told, received in found]
+
+
+def check_same_tags(tags: Sequence[Tag]) -> None:
+    """Raises EMAStateError if ranks are in different calls, or in calls of different objects. Local."""
+    _check_same_calls(tags)
+    if len({tag.number for tag in tags}) > 1:
+        objects = by_rank([f"number {tag.number}" for tag in tags])
+        raise EMAStateError(
+            f"{tags[0].call}: ranks make it on different objects: {objects}, in the order in which each rank has made "
+            f"its ShardedEMA objects of these options. {_ALIKE}"
+        )
+
+
+def _check_same_calls(tags: Sequence[Tag]) -> None:
+    if len({tag.call for tag in tags}) > 1:
+        raise EMAStateError(f"ranks make different calls: {by_rank([tag.call or 'none' for tag in tags])}. {_ALIKE}")
+    if len({bool(tag.digest) for tag in tags}) > 1:
+        moments = by_rank(["the beginning" if tag.digest else "a later moment" for tag in tags])
+        raise EMAStateError(f"{tags[0].call}: ranks are at different moments of it: {moments}. {_ALIKE}")
+
+
+_ALIKE = "Make the same calls on every rank, in the same order, and one at a time"
 
 
 def broadcast_object(value: T, group: dist.ProcessGroup | None, owner: int = 0) -> T:
@@ -213,11 +294,13 @@ class Call:
         name: the method, such as ``"export()"``.
         facts: arguments and options that have to be the same on every rank, by name, in words.
         operation: for errors; may differ from rank to rank, as a path may. Empty means ``name``.
+        number: which object's call it is, as :class:`Tag` has it.
     """
 
     name: str
     facts: Mapping[str, str]
     operation: str = ""
+    number: int = 0
 
     def __str__(self) -> str:
         return self.operation or self.name
@@ -229,12 +312,15 @@ class Call:
 
 
 @contextmanager
-def same_call(call: Call, group: dist.ProcessGroup | None, timeout: float | None = None) -> Iterator[Round]:
+def same_call(call: Call, gather: Gather) -> Iterator[Round]:
     """As :func:`agreed`, and raises EMAStateError on every rank unless all make the same ``call``. Collective.
 
-    Every collective call of the library begins with this, in the group of the model, so that also a ``metrics()`` and a
-    ``save()`` meet here. In one round where what is sent is short; only ranks that differ tell each other how.
-    ``timeout`` is that of the round, in seconds.
+    Every collective call of the library begins with this, among all ranks of the model, so that also a ``metrics()``
+    and a ``save()`` meet here. In one round where what is sent is short; only ranks that differ tell each other how.
+
+    Args:
+        call: the call of this rank.
+        gather: brings ``(tag, value)`` of every rank to every rank.
     """
     round_ = Round()
     failure: Exception | None = None
@@ -242,27 +328,31 @@ def same_call(call: Call, group: dist.ProcessGroup | None, timeout: float | None
         yield round_
     except Exception as error:
         failure = error
-    found = gather_objects((call.digest, round_._sent, _told(failure)), group, timeout)
-    if len({digest for digest, _, _ in found}) > 1:
-        calls = gather_objects((call.name, dict(call.facts)), group, timeout)
-        raise EMAStateError(f"{call} on this rank: {_difference(calls)}. Make the same call on every rank") from failure
-    _raise_failures([told for _, _, told in found], failure, str(call))
-    round_.received = [sent for _, sent, _ in found]
+    tag = Tag(call.name, call.number, call.digest)
+    found = gather((tag, (round_._sent, _told(failure))))
+    tags = [tag for tag, _ in found]
+    try:
+        _check_same_calls(tags)
+        if len({tag.digest for tag in tags}) > 1:
+            facts = [facts for _, facts in gather((tag, dict(call.facts)))]
+            raise EMAStateError(f"{_difference(facts)}. Make the same call on every rank")
+        check_same_tags(tags)
+    except EMAStateError as error:
+        raise EMAStateError(f"{call} on this rank: {error}") from failure
+    answers = [answer for _, answer in found]
+    _raise_failures([told for _, told in answers], failure, str(call))
+    round_.received = [sent for sent, _ in answers]
 
 
-def _difference(calls: Sequence[tuple[str, Mapping[str, str]]]) -> str:
-    """In what the calls of the ranks differ; if they are different ones, just that."""
-    names = [name for name, _ in calls]
-    if len(set(names)) > 1:
-        return f"ranks make different calls: {_by_rank(names)}"
-    facts = [facts for _, facts in calls]
+def _difference(facts: Sequence[Mapping[str, str]]) -> str:
+    """Says in which arguments and options the calls of the ranks differ."""
     keys = list(dict.fromkeys(key for found in facts for key in found))
     differing = [key for key in keys if len({found.get(key) for found in facts}) > 1]
-    details = [f"{key}={_by_rank([found.get(key, 'not given') for found in facts])}" for key in differing]
+    details = [f"{key}={by_rank([found.get(key, 'not given') for found in facts])}" for key in differing]
     return "ranks differ in " + ("; ".join(details) or "the order of their options")
 
 
-def _by_rank(values: Sequence[str]) -> str:
+def by_rank(values: Sequence[str]) -> str:
     """``"a on rank 0, b on ranks 1, 2"``, for any number of ranks on one line."""
     ranks: dict[str, list[int]] = {}
     for rank, value in enumerate(values):
@@ -318,7 +408,9 @@ def check_same_updates(found: Sequence[int]) -> None:
     if len(set(found)) > 1:
         raise EMAStateError(
             f"ranks have averaged different numbers of times: {', '.join(map(str, found))}. Call update() on every "
-            "rank with the same counts (samples, tokens and epochs are those of all ranks together)"
+            "rank with the same counts (samples, tokens and epochs are those of all ranks together). Ranks with fewer "
+            "batches make fewer steps under DDP.join(): stop all of them together, with "
+            "throw_on_early_termination=True. To go on now, load() a checkpoint or reset() the average"
         )
 
 
@@ -329,7 +421,7 @@ def check_same_clocks(found: Sequence[Mapping[str, float]]) -> None:
         readings = [f"{reading.get(unit)}{unit}" for reading in found]
         if len(set(readings)) > 1:
             raise EMAStateError(
-                f"ranks have counted different training: {_by_rank(readings)}. Call update() on every rank with the "
+                f"ranks have counted different training: {by_rank(readings)}. Call update() on every rank with the "
                 "same counts (samples, tokens and epochs are those of all ranks together)"
             )
 

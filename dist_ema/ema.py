@@ -9,7 +9,8 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any, NoReturn
+from functools import wraps
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -39,7 +40,7 @@ from dist_ema.collectives import (
 from dist_ema.engines import Attached, RemovableHandle, detect_in
 from dist_ema.engines.unwrapped import unwrapped
 from dist_ema.errors import CheckpointError, CheckpointMismatchError, EMAConfigError, EMAStateError
-from dist_ema.groups import OwnGroups
+from dist_ema.groups import OwnGroups, Turn
 from dist_ema.interrupts import Uninterrupted
 from dist_ema.kernels.fingerprint import Part, partial_digests
 from dist_ema.kernels.streams import Handover
@@ -63,8 +64,23 @@ from dist_ema.state import EMAState, Track
 from dist_ema.untraced import untraced
 
 logger = logging.getLogger(__name__)
+_Method = TypeVar("_Method", bound=Callable[..., Any])
 #: Seconds that a call on files waits for a rank that does not answer, beside what reading and writing takes.
 _PATIENCE = 120.0
+
+
+def _collective(operation: str) -> Callable[[_Method], _Method]:
+    """Makes a method one collective call: other threads' calls wait, and an error names it."""
+
+    def decorate(method: _Method) -> _Method:
+        @wraps(method)
+        def call(self: ShardedEMA, *args: Any, **kwargs: Any) -> Any:
+            with answering(operation), self._groups.turn(operation):
+                return method(self, *args, **kwargs)
+
+        return cast(_Method, call)
+
+    return decorate
 
 
 class ShardedEMA:
@@ -195,9 +211,9 @@ class ShardedEMA:
         )
         self._group = group
         self._engine = detect_in(target, group)
-        self._groups = OwnGroups(self._engine.group)
         self._condition = Condition(self._engine)
         self._warned = False
+        self._changes = 0  # how often another average took the place of this one
         self._attached: Attached | None = None
         self._background = Background()
         self._snapshots: list[Snapshots] = []
@@ -205,6 +221,7 @@ class ShardedEMA:
         with nullcontext() if into is None else agreed(self._engine.group, "ShardedEMA(into=...)"):
             self._teacher = None if into is None else Teacher(target, into, self._options, group)
             self._plan(Progress())
+        self._groups = OwnGroups(self._engine.group, repr(self._options.facts()))
 
     # Averaging: local.
 
@@ -305,9 +322,14 @@ class ShardedEMA:
         It may be wrapped, as Accelerate, Lightning and Fabric do: the torch optimizer is found that really steps. A
         GradScaler does not step its optimizer when gradients overflow, so such a step is not counted; nor is the one
         that ``torch.distributed.checkpoint`` makes, with learning rates of zero, so that an optimizer has a state to
-        save or to load. Steps of your own that warm up and train nothing want ``attach()`` after them. Raises
-        EMAConfigError if the schedule, the interval or the start counts anything but batches: ``update()`` then has to
-        be called with what was trained.
+        save or to load. Run steps that warm up and train nothing before ``attach()``. Raises EMAConfigError if the
+        schedule, the interval or the start counts anything but batches: ``update()`` then has to be called with what
+        was trained.
+
+        The average takes the weights as they are when ``step()`` returns. Where they change after it (weight clipping,
+        clamping, normalisation, a projection onto constraints), do not attach: call ``update()`` by hand after that
+        change. Where several optimizers step one after the other, attach the one that steps last, so that an update
+        sees weights of one step; a warning says if an optimizer lacks some of the averaged parameters.
 
         Args:
             optimizer: whose steps count.
@@ -326,8 +348,20 @@ class ShardedEMA:
                 "update(samples=..., tokens=..., epochs=...) after each step instead"
             )
         if self._attached is not None:
-            raise EMAStateError("attach(): a step would be counted twice; remove() the handle of the first call before")
+            raise EMAStateError(
+                "attach(): an optimizer is attached already, and a step would be counted twice. Of several optimizers "
+                "attach only the one that steps last. To attach another one, remove() the handle of the first call "
+                "before. To count steps yourself, pass call= to each"
+            )
         inner = self._engine.attach(optimizer, self.update)
+        averaged: set[str] = set()
+        known: set[str] = set()
+        for share in self._shares:
+            names = (share.spec.name, *share.spec.aliases)
+            known.update(names)
+            if share.mode == "average":
+                averaged.update(names)
+        self._engine.warn_of_lacking(optimizer, averaged, known)
         self._attached = Attached(inner, self._detach)
         return self._attached
 
@@ -362,6 +396,7 @@ class ShardedEMA:
                 "include and exclude leave none of them"
             )
         shadow = self._new_shadow(shares=shares)
+        self._changes += 1
         self._condition.broken = "reset()"
         self._shares = shares
         self._warn_if_coarse()
@@ -382,17 +417,41 @@ class ShardedEMA:
         of 16 MiB at a time. Clocks and counts go on. ``attach()`` again if the optimizer is another one, or a DeepSpeed
         engine.
 
+        Also after ``destroy_process_group()`` and a new ``init_process_group()`` in the same processes: wrap the model
+        again, and the average goes on. Every process must be there with the rank that it had, since each holds a part
+        of the average; otherwise make a new ShardedEMA and ``load()`` a checkpoint.
+
         Args:
             target: as for the constructor; of the same ``group``.
 
         Raises:
             EMAEngineError: it cannot be averaged, or is not the same model (all differences are listed).
-            EMAStateError: inside ``average_parameters()``, or an offloaded update has failed. Nothing has changed then.
+            EMAStateError: inside ``average_parameters()``, or an offloaded update has failed, or the ranks are not
+                those of before. Nothing has changed then.
         """
         self._background.drain()
+        groups = self._present_groups()
+        with groups.turn("rebind()"):
+            self._rebind(target, groups)
+
+    def _present_groups(self) -> OwnGroups:
+        """The object's process groups, or new ones where the program has made others since. Local."""
+        initialized = dist.is_available() and dist.is_initialized()
+        group = self._group or (dist.group.WORLD if initialized else None)
+        if group is self._groups.group or group is None:
+            return self._groups
+        if self._teacher is not None:  # it is wrapped for the old groups, too
+            self._groups.check("rebind()")
+        return OwnGroups(group, repr(self._options.facts()))
+
+    def _rebind(self, target: object, groups: OwnGroups) -> None:
+        """See :meth:`rebind`; in its turn."""
         operation = "rebind()"
-        group = self._engine.group
-        with self._begun(self._call(operation)):
+        group = groups.group
+        if self._groups.group is None and group is not None:
+            self._known = None  # only this process has told itself so far
+        with self._begun(self._call(operation), groups=groups):
+            groups.check_same_place(self._groups, operation)
             self._wait_for_save()
             self._condition.refuse(operation)
             self._shadow.wait()
@@ -418,12 +477,14 @@ class ShardedEMA:
             self._skipped_before = self._skipped()
             self._engine, self._shares, self._known = engine, shares, new
             self._condition = Condition(engine)
+            self._groups = groups
             if self._teacher is not None:
                 self._teacher.target = target
             self._take(shadow)
 
     def _take(self, shadow: Shadow) -> None:
         """Puts a shadow in the place of the one that there was, if it is another."""
+        self._changes += 1
         old, self._shadow = self._shadow, shadow
         if old is not shadow:
             old.discard()
@@ -531,9 +592,11 @@ class ShardedEMA:
         """None before the first update, when the average is the live model. Collective where the swap is."""
 
         started = self._shadow.started
+        self._groups.check(call.name)  # the engine asks its process groups
         # Another rank's stage may have buffers.
         together = self._engine.is_part or swaps_together(self._engine, self._shares)
-        with answering(call.name), self._begun(call) if together else nullcontext():
+        turn = self._groups.turn(call.name) if together else nullcontext()
+        with answering(call.name), turn, self._begun(call) if together else nullcontext():
             self._condition.refuse(call.name)
             visit.name = self._name(name)
             shadows = self._shadow.tensors(visit.name) if started else [None] * len(self._shares)
@@ -577,11 +640,11 @@ class ShardedEMA:
     def _copy_into(self, name: str | None, into: object) -> None:
         operation = "copy_to(into=...)"
         visit = Visit("", operation, weights="the weights of the model that was given as into=")
-        with answering(operation), Uninterrupted():
+        with answering(operation), Uninterrupted(), self._groups.turn(operation):
             with self._begun(self._call(operation, name=name)):
                 view = self._view(operation, inside=False)
                 visit.name = self._name(name)
-                other = counterpart(self._engine, into, self._shares, self._options, self._group)
+                other = counterpart(self._engine, into, self._shares, self._options, self._group, self._teacher)
                 values = view.whole_average(visit.name)
                 copying = Swap(other, self._shares, values, self._shadow.scratch, visit)
                 copying.prepare(keep=False)
@@ -591,7 +654,7 @@ class ShardedEMA:
 
     # Full tensors: collective.
 
-    @answering("full_state_dict()")
+    @_collective("full_state_dict()")
     def full_state_dict(
         self, name: str | None = None, *, dtype: torch.dtype | None = None, include_untracked: bool = True
     ) -> dict[str, Tensor]:
@@ -632,6 +695,10 @@ class ShardedEMA:
         time: the tensor itself, or as many small ones as 16 MiB hold, and a window of 16 MiB. Every rank goes through
         to the end, or all stop at the same tensor.
 
+        All averaged tensors are of one moment. If the average is updated, loaded or reset before the last tensor, what
+        was gathered already still comes, and the next read raises EMAStateError: start anew then. Tensors that are not
+        averaged, and all of them before the first update, are those of the model when each is read.
+
         Args:
             name: which average; None means the only one.
             dtype: casts floating-point tensors; None means the shadow's own, and of what is not averaged its own.
@@ -650,7 +717,7 @@ class ShardedEMA:
         call = self._call("iter_full_tensors()", name=name, dtype=dtype, layout=layout)
         modules = self._engine.modules()
         model = unwrapped(modules[0]) if len(modules) == 1 else None
-        with answering(call.name):
+        with answering(call.name), self._groups.turn(call.name):
             with self._begun(call):
                 check_cast(dtype)
                 if layout not in (None, "transformers"):
@@ -672,14 +739,18 @@ class ShardedEMA:
         device: torch.device,
         arrangement: Arrangement | None,
     ) -> Iterator[tuple[str, Tensor]]:
-        updates, entries, group = self.num_updates, self._full_tensors(), self._engine.group
+        moment, entries = (self.num_updates, self._changes), self._full_tensors()
+        group = self._engine.group
         hub = None if arrangement is None else HubTensors(arrangement, device)
         for batch in in_windows(entries, dtypes):
-            with answering(call.name):
+            with answering(call.name), self._groups.turn(call.name):
                 # Ranks meet before each: one that has left the loop, and makes another call, is told so.
                 with self._begun(call):
-                    if self.num_updates != updates:
-                        raise EMAStateError(f"{call.name}: the average was updated since the first tensor")
+                    if (self.num_updates, self._changes) != moment:
+                        raise EMAStateError(
+                            f"{call.name}: the average was updated since the first tensor, or loaded or reset: "
+                            "start anew"
+                        )
                     held = self._view(call.name).average(name)
                 if hub is not None:
                     found = hub.gather(batch, held.get, dtypes, group, call.name)
@@ -687,7 +758,7 @@ class ShardedEMA:
                     found = everywhere(batch, held.get, dtypes, group, device, call.name)
             yield from found
 
-    @answering("export()")
+    @_collective("export()")
     def export(
         self,
         path: str | os.PathLike[str],
@@ -744,7 +815,7 @@ class ShardedEMA:
             path,
             self._full_tensors(),
             held.get,
-            self._groups.files(_PATIENCE, self._shadow_bytes()),
+            self._groups.files("export()", _PATIENCE, self._shadow_bytes()),
             dtype=dtype,
             max_shard_size=max_shard_size,
             config_from=config_from,
@@ -791,14 +862,15 @@ class ShardedEMA:
                 elements that could be read by ranges (a quantised base model): nothing has been written.
         """
         self._background.drain()
-        with answering(f"save to {path}", timeout):
+        with answering(f"save to {path}", timeout), self._groups.turn("save()"):
             arguments = {"block": block, "timeout": timeout, "include_untracked": include_untracked}
             with self._begun(self._call("save()", f"save to {path}", **arguments), timeout=timeout):
                 self._wait_for_save()
                 view = self._view("save()")
                 held = {name: view.average(name, include_untracked) for name in self.names}
                 check_readable(values for average in held.values() for values in average.values())
-            group = self._groups.files(timeout, self._shadow_bytes())
+            nbytes = self._shadow_bytes()
+            group = self._groups.files("save()", timeout, nbytes)
             views = {name: average.get for name, average in held.items()}
             state, schedules = self._state(self._skipped()), self._options.schedules
             contents = Contents(state, schedules, self._full_tensors(), views, include_untracked)
@@ -807,9 +879,30 @@ class ShardedEMA:
                 save.run()
                 return
             save.start()
+            turn = self._groups.line_up("save()", timeout, nbytes)  # all ranks are here, so in one order on all
         shadows = (shadow for name in self.names for shadow in self._shadow.tensors(name) if shadow is not None)
         handover = Handover(shadows if self._shadow.started else ())
-        self._background.start(answering(f"save to {path}", timeout)(save.finish), handover)
+
+        def finish(reading: AbstractContextManager[None]) -> None:
+            with answering(f"save to {path}", timeout):
+                save.finish(reading, turn)
+
+        self._start(finish, handover, turn)
+
+    def _start(self, work: Callable[[AbstractContextManager[None]], None], handover: Handover, turn: Turn) -> None:
+        """Runs ``work`` in the background, after which its turn is over, whether it took it or not. Local."""
+
+        def run(reading: AbstractContextManager[None]) -> None:
+            try:
+                work(reading)
+            finally:
+                turn.leave()
+
+        try:
+            self._background.start(run, handover)
+        except BaseException:
+            turn.leave()
+            raise
 
     def snapshot(
         self,
@@ -840,9 +933,8 @@ class ShardedEMA:
             EMAConfigError: an option has a value that is not allowed.
         """
         call = self._call("snapshot()", every=every, keep=keep, dtype=dtype)
-        with self._begun(call):
-            snapshots = Snapshots(folder, every, keep, dtype, None)
-        snapshots = Snapshots(folder, every, keep, dtype, self._groups.another(_PATIENCE, self._shadow_bytes()))
+        with answering(call.name), self._groups.turn(call.name), self._begun(call):
+            snapshots = Snapshots(folder, every, keep, dtype)
         self._snapshots.append(snapshots)
         return snapshots
 
@@ -855,19 +947,21 @@ class ShardedEMA:
         held = {name: view.average(name, include_untracked=False).get for name in self.names}
         handover = Handover(values for name in self.names for values in shadow.tensors(name) if values is not None)
 
-        def contents() -> Contents:
-            entries = catalogue(shares, snapshots.group) if known is None else known  # unknown after a reset()
+        turn = self._groups.line_up("snapshot()", _PATIENCE, self._shadow_bytes())
+
+        def contents(group: dist.ProcessGroup | None) -> Contents:
+            entries = catalogue(shares, group) if known is None else known  # unknown after a reset()
             with handover.taken():
                 skipped = self._skipped()  # waits for the device
             return Contents(replace(state, skipped=skipped), schedules, entries, held, False, snapshots.dtype)
 
         def save(reading: AbstractContextManager[None]) -> None:
-            with answering(f"snapshot {path}", _PATIENCE):
-                snapshots.save(path, contents, reading)
+            with answering(f"snapshot {path}", _PATIENCE), turn as group:
+                snapshots.save(path, contents, reading, group)
 
-        self._background.start(save, handover)
+        self._start(save, handover, turn)
 
-    @answering("load()")
+    @_collective("load()")
     def load(self, path: str | os.PathLike[str], *, strict: bool = True, verify: bool = True) -> None:
         """Reads a checkpoint, of any engine and world size, by ranges of its files. Collective.
 
@@ -891,7 +985,7 @@ class ShardedEMA:
         with self._begun(call, replaces=True):
             self._wait_for_save()
             sources = self._live("load()")
-        group = self._groups.files(_PATIENCE, self._shadow_bytes())
+        group = self._groups.files("load()", _PATIENCE, self._shadow_bytes())
         manifest, shadow = read_anew_if_replaced(
             lambda: Load(path, self._full_tensors(), self.names, group),
             lambda load: (load.manifest, self._filled(load, sources, strict, verify)),
@@ -922,7 +1016,7 @@ class ShardedEMA:
         self._skipped_before = state.skipped if rank_in(self._engine.group) == 0 else 0
         self._condition.mended()
 
-    @answering("state_dict()")
+    @_collective("state_dict()")
     def state_dict(self, *, full: bool = False, live: bool = False) -> dict[str, Any]:
         """What ``torch.distributed.checkpoint`` saves, and loads into: ``dcp.save({"ema": ema}, ...)``. Collective.
 
@@ -932,6 +1026,9 @@ class ShardedEMA:
         ``average_parameters()`` they are views of the model, where the average is as long as the block lasts. Before
         the first update they are a copy of the live weights, which is one more shadow in memory until the dict is
         dropped.
+
+        Every rank must call it, and each rank's dict has its own part only. A ``torch.save`` of rank 0's dict is not
+        the average: for one file that rank 0 writes, let every rank call ``state_dict(full=True)``.
 
         Args:
             full: whole CPU tensors on rank 0, gathered one at a time, in place of parts; the other ranks get a dict
@@ -974,7 +1071,7 @@ class ShardedEMA:
             add_live(parts, flat, self._shares, writes)
         return parts
 
-    @answering("load_state_dict()")
+    @_collective("load_state_dict()")
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Takes over a ``state_dict()`` that ``torch.distributed.checkpoint`` has filled. Collective.
 
@@ -987,7 +1084,7 @@ class ShardedEMA:
 
         Args:
             state_dict: also one that ``torch.save`` wrote on this rank of the same engine and world size, or one with
-                full tensors on every rank, which ``state_dict(full=True)`` and
+                full tensors on every rank, which ``state_dict(full=True)`` (for one file that rank 0 writes) and
                 ``torch.distributed.checkpoint.format_utils.dcp_to_torch_save`` make.
 
         Raises:
@@ -1047,14 +1144,14 @@ class ShardedEMA:
     def close(self) -> None:
         """``wait()``, and gives back what saving and offloading took, but not the average.
 
-        Collective if there was a save. The object stays usable. A failed update is raised if no call has raised it yet.
+        Local. The object stays usable. A failed update is raised if no call has raised it yet. The process groups that
+        the library has made are shared by all objects, and end with the process.
         """
         self._shadow.drain()
         self._background.wait()
-        self._groups.close()
         self._shadow.close()
 
-    @answering("fingerprint()")
+    @_collective("fingerprint()")
     def fingerprint(self, name: str | None = None, *, include_untracked: bool = True) -> dict[str, int]:
         """A 64-bit digest of each full tensor, by canonical name, which does not depend on how it is sharded.
 
@@ -1076,7 +1173,7 @@ class ShardedEMA:
         totals = sum_integers(list(partial.values()), self._engine.group)
         return {entry.name: total for entry, total in zip(entries, totals, strict=True)}
 
-    @answering("metrics()")
+    @_collective("metrics()")
     def metrics(self) -> dict[str, float]:
         """Numbers to log. Collective, a few bytes.
 
@@ -1160,17 +1257,22 @@ class ShardedEMA:
         return Call(call, facts | options, operation)
 
     @contextmanager
-    def _begun(self, call: Call, replaces: bool = False, timeout: float | None = None) -> Iterator[None]:
+    def _begun(
+        self, call: Call, replaces: bool = False, timeout: float | None = None, groups: OwnGroups | None = None
+    ) -> Iterator[None]:
         """Begins a collective call: in the block each rank looks whether it can take part; then all go on, or none.
 
         Collective at the end of the block. Raises, on every rank, what any raised in the block; EMAStateError if ranks
         make different calls, or have counted different training, unless the average is to be replaced: by a ``load()``
-        after an update that failed on some ranks. ``timeout`` is that of this round, in seconds.
+        after an update that failed on some ranks. ``timeout`` is that of this round, in seconds. ``groups`` are those
+        to meet in; None means the object's own.
         """
+        groups = self._groups if groups is None else groups
         if not replaces:
             self._condition.refuse_torn(call.name)
         units = sorted(self._options.units())
-        with same_call(call, self._groups.meeting(timeout), timeout) as round_:
+        call = replace(call, number=groups.number)
+        with same_call(call, lambda message: groups.gather(message, timeout)) as round_:
             yield
             clocks = {unit: self._track.training.value(unit) for unit in units}
             round_.send((self.num_updates, clocks, self._known is not None))
@@ -1179,7 +1281,7 @@ class ShardedEMA:
             check_same_updates(updates)
             check_same_clocks(readings)
         if not all(known):  # reset() is local
-            self._known = catalogue(self._shares, self._engine.group)
+            self._known = catalogue(self._shares, groups.group)
 
     def _full_tensors(self) -> list[FullTensor]:
         """Every full tensor of the model, after ``_begun``."""

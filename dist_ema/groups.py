@@ -1,85 +1,225 @@
-"""Process groups of the library's own, beside the one in which the model trains."""
+"""What one ``ShardedEMA`` needs to talk to the other ranks beside the group in which the model trains.
+
+All objects of the same ranks share two process groups: one for calls of the threads that call us, one for our own
+threads, which save in the background. In each only one call at a time talks::
+
+    caller's thread    metrics() | save(block=False): makes the files | export() | update() ...
+    our threads                     in the order of the calls: save of object 1 | snapshot of object 2 | ...
+
+Closing an object leaves nothing behind, and the groups end with the process.
+"""
 
 from __future__ import annotations
 
-from contextlib import suppress
-from datetime import timedelta
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Condition
+from typing import Any
 from weakref import ref
 
 import torch.distributed as dist
 
-from dist_ema.collectives import answered, size_of
+from dist_ema.channels import Channel
+from dist_ema.collectives import Tag, rank_in
 from dist_ema.errors import EMAStateError
 
 #: Assumed disk bandwidth of each rank, bytes a second: extends the timeout, so that no slow write passes for a hang.
 _SLOW_DISK = 50e6
+#: Seconds that a call waits for a rank where it has no timeout of its own.
+_PATIENCE = 1800.0
+
+
+class _Team:
+    """What all objects on the same ranks share.
+
+    Attributes:
+        front: for calls of the user's threads.
+        back: for our threads.
+        line: who uses ``back``, in order.
+    """
+
+    def __init__(self, world: dist.ProcessGroup, ranks: tuple[int, ...], rank: int) -> None:
+        self._world = ref(world)
+        self.front = Channel("calls", self._store, ranks, rank)
+        self.back = Channel("background", self._store, ranks, rank)
+        self.line = Line()
+        self._counts: dict[str, int] = {}
+
+    def number(self, kind: str) -> int:
+        """Counts the objects of one kind. All ranks come to the same number if they make the same objects in order."""
+        self._counts[kind] = self._counts.get(kind, 0) + 1
+        return self._counts[kind]
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether the program has destroyed the process groups in which this was made."""
+        return not dist.is_initialized() or dist.group.WORLD is not self._world()
+
+    def _store(self) -> dist.Store:
+        world = self._world()
+        if world is None:
+            raise EMAStateError("the process group is gone")
+        return world.get_group_store()
+
+    def close(self) -> None:
+        self.front.close()
+        self.back.close()
+
+
+#: By the global numbers of the ranks.
+_teams: dict[tuple[int, ...], _Team] = {}
+
+
+def _team_of(group: dist.ProcessGroup) -> _Team:
+    world = dist.group.WORLD
+    if world is None:
+        raise EMAStateError("there is no process group any more")
+    for ranks in [ranks for ranks, team in _teams.items() if team.is_gone]:
+        del _teams[ranks]  # its threads end with the last object that has it
+    ranks = tuple(dist.get_process_group_ranks(group))
+    if ranks not in _teams:
+        _teams[ranks] = _Team(world, ranks, rank_in(group))
+    return _teams[ranks]
+
+
+class Line:
+    """Threads that take turns in the order in which their work was asked for. Local."""
+
+    def __init__(self) -> None:
+        self._places: deque[object] = deque()
+        self._moved = Condition()
+
+    def join(self, place: object) -> None:
+        """Puts ``place`` at the end."""
+        with self._moved:
+            self._places.append(place)
+
+    def wait(self, place: object) -> None:
+        """Returns when ``place`` is the first."""
+        with self._moved:
+            self._moved.wait_for(lambda: self._places[0] is place)
+
+    def leave(self, place: object) -> None:
+        """Takes ``place`` out of the line, if it is in it."""
+        with self._moved:
+            if place in self._places:
+                self._places.remove(place)
+                self._moved.notify_all()
+
+
+class Turn:
+    """The turn of one background call: a context manager that waits for it and gives the process group.
+
+    It is in the line from construction on. Whoever does not enter it calls :meth:`leave`.
+    """
+
+    def __init__(self, groups: OwnGroups, call: str, timeout: float) -> None:
+        self._groups, self._call, self._timeout = groups, call, timeout
+        self._team = groups.team()
+        self._stack: Any = None
+        if self._team is not None:
+            self._team.line.join(self)
+
+    def __enter__(self) -> dist.ProcessGroup | None:
+        if self._team is None:
+            return None
+        self._team.line.wait(self)
+        back = self._team.back
+        self._stack = back.turn(self._call, self._groups.number)
+        self._stack.__enter__()
+        try:
+            return back.group(self._call, self._timeout)
+        except BaseException as error:
+            self.__exit__(type(error), error, error.__traceback__)
+            raise
+
+    def __exit__(self, *error: Any) -> None:
+        stack, self._stack = self._stack, None
+        try:
+            if stack is not None:
+                stack.__exit__(*error)
+        finally:
+            self.leave()
+
+    def leave(self) -> None:
+        """Gives the place in the line up. Local."""
+        if self._team is not None:
+            self._team.line.leave(self)
 
 
 class OwnGroups:
-    """The two groups of one :class:`ShardedEMA`: where calls begin, and where ranks wait for each other's disks.
+    """The process groups that one :class:`ShardedEMA` uses beside the one that trains.
 
     Args:
         group: the ranks that hold the model; None for one process.
+        kind: objects of one kind are told apart by numbers.
+
+    Attributes:
+        number: of this object, among those of its kind.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None) -> None:
-        self._group = group
-        self._is_world = group is not None and size_of(group) == dist.get_world_size()
-        # Weak, so that destroy_process_group() ends its threads: at the end of the interpreter they may abort it.
-        self._meeting: ref[dist.ProcessGroup] | None = None
-        self._background: dist.ProcessGroup | None = None
-        self._timeout = 0.0  # of the background group, seconds
+    def __init__(self, group: dist.ProcessGroup | None, kind: str) -> None:
+        self.group = group
+        self._team = None if group is None else _team_of(group)
+        self.number = 0 if self._team is None else self._team.number(kind)
+        self.place = (0, 1) if group is None else (group.rank(), group.size())
 
-    def meeting(self, timeout: float | None) -> dist.ProcessGroup | None:
-        """Where ranks meet at the beginning of every collective call. Collective at the first one, whichever it is.
+    @property
+    def is_gone(self) -> bool:
+        """Whether the program has destroyed the process group in which the average was made. Local."""
+        return self._team is not None and self._team.is_gone
 
-        A group of our own, so that a rank may give up after ``timeout`` seconds without leaving half a collective call
-        in the group that trains. A part of the world meets in its own group: a further one has to be named alike on all
-        of its ranks, which torch counts up from how many groups each of them is in.
+    def check(self, call: str) -> None:
+        """Raises EMAStateError if the process group is gone. Local."""
+        if self.is_gone:
+            raise EMAStateError(
+                f"{call}: the process group that the average was made in is gone, as after destroy_process_group(). If "
+                "there is a new one of the same ranks, wrap the model again and call rebind(model), which goes on with "
+                "this average (without group= and into=). Otherwise make a new ShardedEMA and load() a checkpoint"
+            )
+
+    def check_same_place(self, before: OwnGroups, call: str) -> None:
+        """Raises EMAStateError if this process had another rank among others ``before``. Local."""
+        if before.group is not None and self.place != before.place:
+            (rank, size), (old_rank, old_size) = self.place, before.place
+            raise EMAStateError(
+                f"{call}: this process is rank {rank} of {size} in the new process group, and was rank {old_rank} of "
+                f"{old_size} when the average was made, of which each rank holds a part. Make a new ShardedEMA and "
+                "load() a checkpoint"
+            )
+
+    def team(self) -> _Team | None:
+        """What the ranks share; None for one process."""
+        return self._team
+
+    @contextmanager
+    def turn(self, call: str) -> Iterator[None]:
+        """Around one collective call of the user's thread: other threads' calls wait. Local.
+
+        Raises EMAStateError if the process group is gone.
         """
-        if not self._is_world:
-            return self._group
-        group = None if self._meeting is None else self._meeting()
-        if group is None and self._meeting is not None:
-            raise EMAStateError("the process group that the average was made in is gone: make a new ShardedEMA")
-        if group is None:
-            wait = None if timeout is None else timedelta(seconds=timeout)
-            with answered():
-                group = dist.new_group(backend="gloo", timeout=wait)
-            self._meeting = ref(group)
-        return group
+        if self._team is None:
+            yield
+            return
+        self.check(call)
+        with self._team.front.turn(call, self.number):
+            yield
 
-    def files(self, timeout: float, nbytes: int) -> dist.ProcessGroup | None:
-        """A group on the CPU, in which each rank writes or reads ``nbytes``. Collective if ``timeout`` is new.
+    def gather(self, message: tuple[Tag, Any], timeout: float | None) -> list[Any]:
+        """Gathers ``(tag, value)`` of every rank, where a call begins. Collective."""
+        if self._team is None:
+            return [message]
+        return self._team.front.gather(*message, _PATIENCE if timeout is None else timeout)
+
+    def files(self, call: str, timeout: float, nbytes: int) -> dist.ProcessGroup | None:
+        """A group on the CPU, in which each rank writes or reads ``nbytes``, for the call whose turn it is.
 
         Its timeout is ``timeout`` seconds beside what the disk takes, so a rank that hangs is noticed. In the group
         that trains, NCCL's watchdog would end the job after 10 minutes of a slow disk.
         """
-        if self._group is None:
-            return None
-        if self._background is None or self._timeout != timeout:
-            self.close()
-            self._timeout = timeout
-            self._background = self.another(timeout, nbytes)
-        return self._background
+        return None if self._team is None else self._team.front.group(call, timeout + nbytes / _SLOW_DISK)
 
-    def another(self, timeout: float, nbytes: int) -> dist.ProcessGroup | None:
-        """As :meth:`files`, a new one at each call, which belongs to the caller. Collective."""
-        if self._group is None:
-            return None
-        group: dist.ProcessGroup = dist.new_group(
-            dist.get_process_group_ranks(self._group),
-            backend="gloo",
-            timeout=timedelta(seconds=timeout + nbytes / _SLOW_DISK),
-            use_local_synchronization=not self._is_world,  # ranks that hold another model make no such call
-        )
-        return group
-
-    def close(self) -> None:
-        """Destroys the background group. Collective if there is one."""
-        group, self._background = self._background, None
-        # torch names the group of a part of the world by its ranks and the number of groups that there are. The next
-        # one would be called like this one, and find the addresses that its ranks have left in the store.
-        if group is not None and dist.is_initialized() and self._is_world:
-            with suppress(ValueError):  # the program has destroyed all groups and made others since
-                dist.destroy_process_group(group)
+    def line_up(self, call: str, timeout: float, nbytes: int) -> Turn:
+        """A turn for a thread of ours, after all that were asked for before. Local."""
+        return Turn(self, call, timeout + nbytes / _SLOW_DISK)

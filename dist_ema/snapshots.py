@@ -32,7 +32,6 @@ class Snapshots:
         every: training between two.
         keep: how many of the newest are kept; None means all.
         dtype: of floating-point averages on disk; None means the shadow's own.
-        group: in which ranks talk while they save.
 
     Raises:
         EMAConfigError: one has a value that is not allowed.
@@ -44,7 +43,6 @@ class Snapshots:
         every: str | int,
         keep: int | None,
         dtype: torch.dtype | None,
-        group: dist.ProcessGroup | None,
     ) -> None:
         check_path(folder)
         check_cast(dtype)
@@ -56,7 +54,6 @@ class Snapshots:
         self.every = Time.parse(every, option="every", units=CLOCK_UNITS)
         self.dtype = dtype
         self._keep = keep
-        self.group = group
         self._removed = False
 
     def is_due(self, before: Progress, now: Progress) -> bool:
@@ -79,18 +76,25 @@ class Snapshots:
         match = re.fullmatch(rf"(\d+(?:\.\d+)?(?:e[+-]?\d+)?){self.every.unit}", path.name)
         return float(match[1]) if match else None
 
-    def save(self, path: str, make: Callable[[], Contents], reading: AbstractContextManager[object]) -> None:
+    def save(
+        self,
+        path: str,
+        make: Callable[[dist.ProcessGroup | None], Contents],
+        reading: AbstractContextManager[object],
+        group: dist.ProcessGroup | None,
+    ) -> None:
         """Writes one, and removes what is too many. Collective among the group; in a thread.
 
         Args:
             path: of it.
-            make: what to write; called first.
+            make: called first, with ``group``, for what to write.
             reading: entered while the averages are read.
+            group: in which ranks talk.
         """
-        save = Save(path, make(), self.group)
+        save = Save(path, make(group), group)
         save.start()
         save.finish(reading)
-        if self._keep is not None and rank_in(self.group) == 0:
+        if self._keep is not None and rank_in(group) == 0:
             for old in self.paths()[: -self._keep]:
                 remove_tree(old)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from zero_models import train as train_engine
 
 from dist_ema import ShardedEMA
 from dist_ema.engines.wrappers import is_training_step
-from dist_ema.errors import EMAConfigError
+from dist_ema.errors import EMAConfigError, EMAStateError
 
 DECAY = 0.5
 
@@ -378,3 +379,57 @@ def test_a_compiled_step_does_not_trace_the_average() -> None:
     assert ema.num_updates == offloaded.num_updates == 3
     assert ema.fingerprint() == offloaded.fingerprint()
     assert counters["frames"]["total"] < 20
+
+
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize("case", ["ddp", "fsdp1-full", "fsdp1-full-orig", "fsdp2", "hsdp", "fsdp2-tp"])
+def test_an_optimizer_that_lacks_averaged_parameters_is_named(case: str, rank: int) -> None:
+    """With Muon for matrices and AdamW for the rest, the first of them sees half of the weights before their step."""
+    said: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("dist_ema").addHandler(handler)
+    try:
+        model = CASES[case].model()
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        ema = ShardedEMA(model, decay=DECAY)
+        for optimizer in (torch.optim.SGD(model.parameters(), 0.1), torch.optim.SGD(trained, 0.1)):
+            ema.attach(optimizer).remove()
+        assert said == []
+        ema.attach(torch.optim.SGD(trained[1:], 0.1)).remove()
+        if len(trained) > 1:  # else FSDP has made one flat parameter of all
+            text = said.pop()
+            assert "does not have 1 of the averaged parameters" in text and "steps last" in text
+        left_out = ShardedEMA(model, decay=DECAY, include="one")
+        left_out.attach(torch.optim.SGD(trained, 0.1)).remove()
+        assert said == []
+    finally:
+        logging.getLogger("dist_ema").removeHandler(handler)
+
+
+def test_several_optimizers_are_refused_with_what_to_do() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    ema = ShardedEMA(model, decay=DECAY)
+    first, second = (torch.optim.SGD(part.parameters(), lr=0.1) for part in model)
+    with pytest.raises(EMAConfigError, match="of several optimizers, the one that steps last"):
+        ema.attach([first, second])
+    ema.attach(second)
+    with pytest.raises(EMAStateError, match=r"counted twice.*the one that steps last.*remove\(\).*call="):
+        ema.attach(first)
+
+
+def test_weights_that_change_after_the_step_are_averaged_by_hand() -> None:
+    """An attached average takes them before the change: a critic's clipped weights, or normalised ones."""
+    model = nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    ema = ShardedEMA(model, decay=DECAY)
+    for _ in range(10):
+        optimizer.zero_grad()
+        model(torch.ones(2, 4)).sum().backward()
+        optimizer.step()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.clamp_(-0.05, 0.05)
+        ema.update()  # as the docstring of attach() says
+    assert "clipping" in (ShardedEMA.attach.__doc__ or "")
+    assert max(value.abs().max().item() for value in ema.full_state_dict().values()) < 0.051

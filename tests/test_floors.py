@@ -19,8 +19,8 @@ TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
 
 #: From the bottom up. A module imports what stands on its own floor or below, and no two each other in a circle.
 FLOORS = {
-    "what all stands on": "errors interrupts untraced exits collectives windows groups clock schedules patterns "
-    "options state pace sharding.runs",
+    "what all stands on": "errors interrupts untraced exits collectives attendance channels windows groups clock "
+    "schedules patterns options state pace sharding.runs",
     "arithmetic": "kernels",
     "where elements lie": "sharding",
     "wrappers": "engines",

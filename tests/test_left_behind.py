@@ -107,8 +107,8 @@ def _again(tmp_path: Path, rank: int) -> None:
 
 @pytest.mark.world_size(2)
 @pytest.mark.parametrize("again", [False, True])
-def test_a_group_that_is_destroyed_during_a_save_is_an_error_of_ours(rank: int, tmp_path: Path, again: bool) -> None:
-    """Scripts end with destroy_process_group(), and notebooks begin anew with another."""
+def test_a_save_outlives_the_groups_that_a_program_destroys(rank: int, tmp_path: Path, again: bool) -> None:
+    """Scripts end with destroy_process_group(), and notebooks begin anew with another. Later calls are refused."""
     ema = ShardedEMA(DDP(build()), decay=0.5)
     ema.update()
     ema.save(tmp_path / "old")
@@ -118,15 +118,14 @@ def test_a_group_that_is_destroyed_during_a_save_is_an_error_of_ours(rank: int, 
         dist.destroy_process_group()
         if again:
             _again(tmp_path, rank)
-        with pytest.raises(CheckpointError, match=r"process group|did not answer"):
-            ema.wait()
+        ema.wait()
     ema.close()
     ema.update()
-    for call in (lambda: ema.save(tmp_path / "d"), ema.full_state_dict, ema.metrics, ema.fingerprint):
-        with pytest.raises((CheckpointError, EMAStateError)):
+    for call in (lambda: ema.save(tmp_path / "d"), ema.full_state_dict, ema.metrics, ema.fingerprint, ema.copy_to):
+        with pytest.raises((CheckpointError, EMAStateError), match="the average was made in is gone"):
             call()
     ema.close()
-    assert not (tmp_path / "c").exists() or verify_checkpoint(tmp_path / "c")
+    verify_checkpoint(tmp_path / "c")
     if not again:
         _again(tmp_path, rank)
 

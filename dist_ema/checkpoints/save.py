@@ -13,7 +13,7 @@ from dist_ema.checkpoints.manifest import LIVE, Manifest
 from dist_ema.checkpoints.storage import storage_writer
 from dist_ema.checkpoints.storage.base import StorageWriter, TensorWriter
 from dist_ema.checkpoints.storage.paths import StrPath, check_path
-from dist_ema.collectives import agreed, rank_in, sum_integers
+from dist_ema.collectives import FirstFailure, agreed, rank_in, sum_integers
 from dist_ema.errors import CheckpointError
 
 
@@ -62,30 +62,40 @@ class Save:
             elif live:
                 self._write(live)  # raises on all ranks by itself
 
-    def finish(self, reading: AbstractContextManager[object] = nullcontext()) -> None:  # noqa: B008 - has no state
+    def finish(
+        self,
+        reading: AbstractContextManager[object] = nullcontext(),  # noqa: B008 - has no state
+        turn: AbstractContextManager[dist.ProcessGroup | None] | None = None,
+    ) -> None:
         """Writes the averages, waits for the disk and puts the checkpoint in its place. Collective.
 
         Args:
             reading: entered while the averages are read. When it is left, they may change again, although this rank
                 may still wait for its disk, or for other ranks.
+            turn: gives another group of the same ranks to talk in, when it is this save's turn. What needs no other
+                rank comes before, so that nobody who waits for ``reading`` waits for other saves.
         """
         with self._undone_on_failure():
             averages = [name for name in self._contents.folders if name != LIVE and self._contents.state.started]
-            # Gathering is collective, so it must not stand in the block below, which a rank that fails leaves at once.
-            if not self._shared:
-                with reading:
+            failure = FirstFailure()
+            if self._shared:
+                with failure.kept(), reading:
                     self._write(averages)
-            # All bytes have to be on disk on all ranks before rank 0 names them in the manifest.
-            with agreed(self._group, self._operation):
-                if self._shared:
+            with turn or nullcontext(self._group) as self._group:
+                # Gathering is collective, so it must not stand in the block below, which a rank that fails leaves at
+                # once.
+                if not self._shared:
                     with reading:
                         self._write(averages)
-                self._sync()
-            skipped, digests = self._totals()
-            with agreed(self._group, self._operation):
-                if self._first:
-                    manifest = self._contents.manifest(self._to.data, skipped, digests)
-                    self._to.commit(_readable(manifest))
+                # All bytes have to be on disk on all ranks before rank 0 names them in the manifest.
+                with agreed(self._group, self._operation):
+                    failure.raise_first()
+                    self._sync()
+                skipped, digests = self._totals()
+                with agreed(self._group, self._operation):
+                    if self._first:
+                        manifest = self._contents.manifest(self._to.data, skipped, digests)
+                        self._to.commit(_readable(manifest))
 
     @contextmanager
     def _undone_on_failure(self) -> Iterator[None]:

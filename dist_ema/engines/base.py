@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -32,6 +32,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dist_ema.engines.names import walk_modules
 from dist_ema.engines.wrappers import OuterStep, is_other_wrapper, is_training_step, unwrap_optimizer
 from dist_ema.errors import EMAConfigError, EMAStateError
 from dist_ema.sharding.spec import TensorSpec
@@ -161,7 +162,7 @@ class Engine(ABC):
         if inner is None:
             raise EMAConfigError(
                 f"attach(optimizer={type(optimizer).__name__}): pass the torch.optim.Optimizer that steps the model, "
-                "or a wrapper that has it as .optimizer"
+                "or a wrapper that has it as .optimizer (of several optimizers, the one that steps last)"
             )
 
         self._warn_of_another_model(inner)
@@ -185,4 +186,38 @@ class Engine(ABC):
                 "attach(): the %s steps no parameter of the averaged model. If it is another model's optimizer, the "
                 "average counts that one's steps.",
                 type(optimizer).__name__,
+            )
+
+    def warn_of_lacking(self, optimizer: object, averaged: Container[str], known: Container[str]) -> None:
+        """Logs if the optimizer steps only some of the averaged parameters. Local.
+
+        Args:
+            optimizer: as for :meth:`attach`.
+            averaged: canonical names of what is averaged.
+            known: canonical names of all tensors. A parameter of another name is one of the wrapper's own, such as a
+                flat parameter of FSDP, and counts as averaged.
+        """
+        inner = unwrap_optimizer(optimizer)
+        if inner is None:
+            return
+        stepped = {id(parameter) for group in inner.param_groups for parameter in group["params"]}
+        lacking: dict[int, str] = {}
+        own: set[int] = set()
+        for module in self.modules():
+            for prefix, owner in walk_modules(module):
+                for key, parameter in owner._parameters.items():
+                    if parameter is None or not parameter.requires_grad:
+                        continue
+                    own.add(id(parameter))
+                    name = f"{prefix}.{key}" if prefix else key
+                    if id(parameter) not in stepped and (name in averaged or name not in known):
+                        lacking.setdefault(id(parameter), name)
+        if lacking and not own.isdisjoint(stepped):  # else the optimizer has masters, or is another model's
+            names = ", ".join(map(repr, list(lacking.values())[:4])) + (", ..." if len(lacking) > 4 else "")
+            logger.warning(
+                "attach(): the %s does not have %d of the averaged parameters (%s). If another optimizer steps them, "
+                "attach the optimizer that steps last; otherwise the average takes them one step late.",
+                type(inner).__name__,
+                len(lacking),
+                names,
             )

@@ -115,14 +115,12 @@ class Teacher:
         if self._claimed:
             return
         places = list(self._places())
-        for module, key in places:
-            known = _fillers.get(module, {}).get(key)
-            other = None if known is None else known()
-            if other is not None and other is not self:
-                raise EMAStateError(
-                    f"another ShardedEMA averages into {key!r} of {OPTION}, a {type(module).__name__}, already: a "
-                    "teacher has one average. close() the other one before"
-                )
+        if (other := _other_filler(places, self)) is not None:
+            module, key = other
+            raise EMAStateError(
+                f"another ShardedEMA averages into {key!r} of {OPTION}, a {type(module).__name__}, already: a teacher "
+                "has one average. close() the other one before"
+            )
         for module, key in places:
             _fillers.setdefault(module, {})[key] = weakref.ref(self)
         self._claimed = True
@@ -137,25 +135,46 @@ class Teacher:
 
     def _places(self) -> Iterator[tuple[nn.Module, str]]:
         """The modules that hold the tensors which the average fills, and their keys there."""
-        counterpart = self._counterpart
-        if counterpart is None:
-            return
-        filled = {name for spec in counterpart.specs_of if spec is not None for name in (spec.name, *spec.aliases)}
-        for root in counterpart.modules():
-            for prefix, module in walk_modules(root):
-                for key in (*module._parameters, *module._buffers):
-                    if (f"{prefix}.{key}" if prefix else key) in filled:
-                        yield module, key
+        return iter(()) if self._counterpart is None else _places(self._counterpart)
 
 
-def counterpart(engine: Engine, into: object, shares: Sequence[Share], options: Options, group: object) -> Counterpart:
+def _places(counterpart: Counterpart) -> Iterator[tuple[nn.Module, str]]:
+    """The modules that hold the tensors beside the averaged ones, and their keys there."""
+    filled = {name for spec in counterpart.specs_of if spec is not None for name in (spec.name, *spec.aliases)}
+    for root in counterpart.modules():
+        for prefix, module in walk_modules(root):
+            for key in (*module._parameters, *module._buffers):
+                if (f"{prefix}.{key}" if prefix else key) in filled:
+                    yield module, key
+
+
+def _other_filler(places: Iterable[tuple[nn.Module, str]], own: Teacher | None) -> tuple[nn.Module, str] | None:
+    """The first place that another average fills; None if there is none."""
+    for module, key in places:
+        known = _fillers.get(module, {}).get(key)
+        other = None if known is None else known()
+        if other is not None and other is not own:
+            return module, key
+    return None
+
+
+def counterpart(
+    engine: Engine, into: object, shares: Sequence[Share], options: Options, group: object, own: Teacher | None
+) -> Counterpart:
     """A third model beside the averaged one, of ``engine``, into which an average is copied once. Local.
 
-    Raises EMAEngineError for one that does not fit, or whose memory is that of the averaged model.
+    Raises EMAEngineError for one that does not fit, or whose memory is that of the averaged model; EMAStateError for a
+    teacher that another average than ``own`` fills.
     """
     option = "the model to copy into (into=)"
     other = Counterpart(detect_in(into, group, trains=False), shares, options.renamed, option)
     refuse_shared_memory(engine, other, shares, option)
+    if (place := _other_filler(_places(other), own)) is not None:
+        module, key = place
+        raise EMAStateError(
+            f"copy_to(into=...): another ShardedEMA averages into {key!r} of this model, a {type(module).__name__}, "
+            "and would have this average for its own: close() the other one before, or copy into another model"
+        )
     return other
 
 
