@@ -37,7 +37,7 @@ from dist_ema.collectives import (
     sum_floats,
     sum_integers,
 )
-from dist_ema.engines import Attached, RemovableHandle, detect_in
+from dist_ema.engines import Attached, Engine, RemovableHandle, detect_in
 from dist_ema.engines.unwrapped import unwrapped
 from dist_ema.errors import CheckpointError, CheckpointMismatchError, EMAConfigError, EMAStateError
 from dist_ema.groups import OwnGroups, Turn
@@ -55,10 +55,11 @@ from dist_ema.shadow.swap import Swap, Visit
 from dist_ema.shadow.teacher import Teacher, counterpart
 from dist_ema.shadow.view import View
 from dist_ema.sharding.gather import LocalValues, check_readable, full_tensors
+from dist_ema.sharding.proof import proven_catalogue
 from dist_ema.sharding.resharding import check_same_model, move
 from dist_ema.sharding.shares import Share, assign_shares
 from dist_ema.sharding.stream import everywhere, in_windows
-from dist_ema.sharding.writers import FullTensor, catalogue, is_writer
+from dist_ema.sharding.writers import FullTensor, is_writer
 from dist_ema.snapshots import Snapshots
 from dist_ema.state import EMAState, Track
 from dist_ema.untraced import untraced
@@ -460,7 +461,7 @@ class ShardedEMA:
             shadow = self._new_shadow(self._shadow.seed, shares, target)
             engine.reshard()
             sources = engine.sources()
-        old, new = self._full_tensors(), catalogue(shares, group)
+        old, new = self._full_tensors(), self._proven(engine, shares, group)
         check_same_model(old, new, operation)
         if self._shadow.started:
             with agreed(group, operation):
@@ -942,6 +943,7 @@ class ShardedEMA:
         """Has a thread save the averages as they are. Local; waits for an offloaded update and for a save before."""
         self._shadow.wait()
         path, shares, shadow, known = snapshots.path(self.clock), self._shares, self._shadow, self._known
+        engine = self._engine
         state, schedules = self._state(0), self._options.schedules
         view = View(shares, shadow, self._engine.sources(), self._condition)
         held = {name: view.average(name, include_untracked=False).get for name in self.names}
@@ -950,7 +952,8 @@ class ShardedEMA:
         turn = self._groups.line_up("snapshot()", _PATIENCE, self._shadow_bytes())
 
         def contents(group: dist.ProcessGroup | None) -> Contents:
-            entries = catalogue(shares, group) if known is None else known  # unknown after a reset()
+            # unknown after a reset()
+            entries = self._proven(engine, shares, group) if known is None else known
             with handover.taken():
                 skipped = self._skipped()  # waits for the device
             return Contents(replace(state, skipped=skipped), schedules, entries, held, False, snapshots.dtype)
@@ -1281,7 +1284,11 @@ class ShardedEMA:
             check_same_updates(updates)
             check_same_clocks(readings)
         if not all(known):  # reset() is local
-            self._known = catalogue(self._shares, groups.group)
+            self._known = self._proven(self._engine, self._shares, groups.group)
+
+    def _proven(self, engine: Engine, shares: Sequence[Share], group: dist.ProcessGroup | None) -> list[FullTensor]:
+        """Every full tensor of a model, once ranks have proven that they hold each element once. Collective."""
+        return proven_catalogue(shares, group, engine.check_layout, engine.layout)
 
     def _full_tensors(self) -> list[FullTensor]:
         """Every full tensor of the model, after ``_begun``."""

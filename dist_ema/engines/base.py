@@ -134,6 +134,21 @@ class Engine(ABC):
         """Global ranks over which the wrapper spreads the weights; empty where it knows of no other rank. Local."""
         return frozenset()
 
+    def check_layout(self) -> None:
+        """Compares the elements of each spec with those that the wrapper gives to this rank. Local; reads no weight.
+
+        Raises EMAEngineError, naming a tensor that the library would read in another order than the wrapper.
+        """
+        return
+
+    def layout(self, name: str) -> str:
+        """Describes how this rank holds a tensor, for errors; "" for one that it does not have. Local."""
+        for spec in self._announced:
+            if spec.name == name:
+                runs = ", ".join(map(str, spec.runs[:3])) + (", ..." if len(spec.runs) > 3 else "")
+                return f"{spec.local_numel} elements of shape {tuple(spec.shape)} in runs {runs or 'of none'}"
+        return ""
+
     def stepped(self) -> bool:
         """False if the optimizer was not stepped since the last call that returned True. Local."""
         return True

@@ -26,6 +26,7 @@ from dist_ema.engines.declared import Declaration, declaration
 from dist_ema.engines.names import Slot, kind_of
 from dist_ema.engines.placements import check_placements, placed_runs, shared_dimension
 from dist_ema.engines.plain import PlainEngine
+from dist_ema.engines.reenactment import Placed, check_placed, divisions_of
 from dist_ema.errors import EMAEngineError, EMAStateError
 from dist_ema.sharding.runs import Runs, count
 from dist_ema.sharding.spec import Replicas, TensorSpec
@@ -57,6 +58,7 @@ class DTensorEngine(PlainEngine):
                 f"{count(runs)} of {tensor.numel()} elements on this rank, but it holds "
                 f"{_local(tensor).numel()}. Shard it with fully_shard, parallelize_module or distribute_tensor"
             )
+        self._note(slot, tensor, runs, declared is None)
         replicas, primary = replicas_of(mesh, placements)
         return TensorSpec(
             slot.name,
@@ -78,7 +80,27 @@ class DTensorEngine(PlainEngine):
 
     def _read_specs(self) -> list[TensorSpec]:
         self._find_units()
+        self._placed: list[Placed] = []
         return super()._read_specs()
+
+    def _note(self, slot: Slot, tensor: DTensor, runs: Runs, as_placed: bool) -> None:
+        """Keeps what `check_layout` needs: later a forward may have put a full copy in the shard's place. Local."""
+        parameter = self._managed.get((id(slot.owner), slot.key))
+        if parameter is not None and not fsdp_dims(parameter, tensor):
+            parameter = None  # it describes another tensor
+        # A declared part lies where it says, not as placed. Meta weights may be sharded again when they are made.
+        divisions = divisions_of(tensor, parameter) if as_placed and not tensor.is_meta else None
+        mesh, placements = tensor.device_mesh, tuple(tensor.placements)
+        placed = Placed(slot.name, tensor.shape, _local(tensor).shape, runs, divisions, mesh, placements)
+        self._placed.append(placed)
+
+    def check_layout(self) -> None:
+        check_placed(self._placed)
+
+    def layout(self, name: str) -> str:
+        held = super().layout(name)
+        placed = next((str(tensor) for tensor in self._placed if tensor.name == name), "")
+        return f"{held}, placed as {placed}" if placed else held
 
     def _find_units(self) -> None:
         self._units = units_of(self._model)

@@ -47,6 +47,13 @@ class CompositeEngine(Engine):
     def ranks(self) -> frozenset[int]:
         return frozenset().union(*(engine.ranks() for engine in self._engines))
 
+    def check_layout(self) -> None:
+        for engine in self._engines:
+            engine.check_layout()
+
+    def layout(self, name: str) -> str:
+        return next(filter(None, (engine.layout(name) for engine in self._engines)), "")
+
     def stepped(self) -> bool:
         stepped = [engine.stepped() for engine in self._engines]  # every engine is asked, whatever the others say
         return all(stepped)

@@ -31,7 +31,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from itertools import chain
 from math import prod
 from typing import overload
@@ -97,6 +97,8 @@ class Rows(Sequence[Run]):
         return begin, size
 
     def __eq__(self, other: object) -> bool:
+        if isinstance(other, Rows) and astuple(self) == astuple(other):
+            return True  # without a look at each run
         if isinstance(other, (tuple, Rows)):
             return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
         return NotImplemented
