@@ -794,10 +794,10 @@ class ShardedEMA:
             layout: ``"transformers"``, ``"diffusers"`` and ``"peft"`` write the files of their ``save_pretrained``;
                 ``"peft"`` the active adapter alone, with ``adapter_config.json``. None names files as transformers
                 does. Names and shapes of a transformers model are those of its ``save_pretrained`` (one tensor for each
-                expert where the module has one for all). None writes a tied tensor under all of its names, so that the
-                plain model's ``load_state_dict`` takes it too, and ``"transformers"`` under the one of
-                ``save_pretrained``. Where those names cannot be written by parts, None logs it and writes the module's
-                own, and ``"transformers"`` raises.
+                expert where the module has one for all), with a tied tensor written once. Of any other model a tied
+                tensor is written under all of its names, so that ``load_state_dict`` takes it. Where the names of
+                ``save_pretrained`` cannot be written by parts, None logs it and writes the module's own, and
+                ``"transformers"`` raises.
 
         Raises:
             CheckpointError: on every rank, whichever rank failed; nothing is left behind.

@@ -530,3 +530,99 @@ def test_the_command_s_refusals_have_its_own_words(
     capsys.readouterr()
     assert main(["merge", str(tmp_path / "gone"), "-o", str(tmp_path / "no")]) == 2
     assert "gone does not exist" in capsys.readouterr().err
+
+
+# A checkpoint and its export.
+
+
+class Tied(nn.Module):
+    """A tied pair, a frozen part, and more elements than are read at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(600, 501)
+        self.head = nn.Linear(501, 600, bias=False)
+        self.head.weight = self.embed.weight
+        self.frozen = nn.Linear(3, 3).requires_grad_(False)
+
+
+def test_diff_compares_a_checkpoint_with_its_export(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whether a published export is that of this checkpoint could not be asked."""
+    torch.manual_seed(0)
+    model = Tied()
+    ema = ShardedEMA(model, averages={"fast": 0.5, "slow": 0.9})
+    ema.update()
+    with torch.no_grad():
+        model.embed.weight.add_(1)
+    ema.update()
+    ema.save(tmp_path / "ema")
+    for name in ("fast", "slow"):
+        ema.export(tmp_path / name, name=name, max_shard_size="500KB")
+    ema.export(tmp_path / "half", name="fast", dtype=torch.float16)
+    checkpoint = str(tmp_path / "ema")
+    for name in ("fast", "slow"):
+        for pair in ([checkpoint, str(tmp_path / name)], [str(tmp_path / name), checkpoint]):
+            assert main(["diff", *pair, "--name", name]) == 0
+            assert "all tensors are equal" in capsys.readouterr().out
+    assert main(["diff", checkpoint, str(tmp_path / "slow"), "--name", "fast", "--json"]) == 1
+    rows = json.loads(capsys.readouterr().out)["tensors"]
+    different = [row for row in rows if not row["equal"]]
+    assert [(row["average"], row["name"]) for row in different] == [("fast", "embed.weight")]
+    expected = (
+        ema.full_state_dict("fast")["embed.weight"].double() - ema.full_state_dict("slow")["embed.weight"].double()
+    )
+    assert different[0]["distance"] == pytest.approx(float(expected.norm()))
+    assert main(["diff", checkpoint, str(tmp_path / "half"), "--name", "fast"]) == 1  # rounded, so not the same bits
+    capsys.readouterr()
+    assert main(["diff", checkpoint, str(tmp_path / "fast")]) == 2
+    said = capsys.readouterr().err
+    assert "'fast', 'slow'" in said and "--name" in said
+    folder(tmp_path / "other", {f"model{SUFFIX}": {"embed.weight": full(1)}})
+    assert main(["diff", checkpoint, str(tmp_path / "other"), "--name", "fast"]) == 2
+    assert "'frozen.weight' is missing in" in capsys.readouterr().err
+    (data,) = (tmp_path / "ema").glob("data-*/averages/fast/model.safetensors")
+    damaged = bytearray(data.read_bytes())
+    damaged[-5] ^= 1
+    data.write_bytes(bytes(damaged))
+    assert main(["diff", checkpoint, str(tmp_path / "fast"), "--name", "fast"]) == 1
+    assert "is damaged" in capsys.readouterr().err
+
+
+def test_a_trainer_s_folder_points_at_the_average_inside_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ShardedEMA(nn.Linear(2, 2), decay=0.9).save(tmp_path / "checkpoint-5" / "ema")
+    inside = str(tmp_path / "checkpoint-5" / "ema")
+    for command in (
+        ["export", "X", str(tmp_path / "out")],
+        ["merge", "X", "-o", str(tmp_path / "out")],
+        ["inspect", "X"],
+    ):
+        assert main([word.replace("X", str(tmp_path / "checkpoint-5")) for word in command]) == 2
+        assert inside in capsys.readouterr().err
+    assert main(["export", inside, str(tmp_path / "out")]) == 0
+
+
+def test_a_tied_tensor_of_a_transformers_model_is_exported_once(tmp_path: Path) -> None:
+    """As save_pretrained does: the export was nearly twice as large. A plain model's has both names, for its load."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=90, n_positions=8)
+    model = transformers.GPT2LMHeadModel(config)
+    model.save_pretrained(tmp_path / "base")
+    ema = ShardedEMA(model, decay=0.9)
+    ema.update()
+    ema.save(tmp_path / "ema")
+    ema.export(tmp_path / "export")
+    names = load_file(tmp_path / "base" / f"model{SUFFIX}").keys()
+    assert "lm_head.weight" not in names
+    assert load_file(tmp_path / "export" / f"model{SUFFIX}").keys() == names
+    options = {"config": ["--config-from", str(tmp_path / "base")], "layout": ["--layout", "transformers"], "plain": []}
+    for name, given in options.items():
+        assert main(["export", str(tmp_path / "ema"), str(tmp_path / name), *given]) == 0
+        found = load_file(tmp_path / name / f"model{SUFFIX}").keys()
+        assert found == names | ({"lm_head.weight"} if name == "plain" else set())
+        assert main(["diff", str(tmp_path / "ema"), str(tmp_path / name)]) == 0
+    loaded = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "config")
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+    ShardedEMA(Tied(), decay=0.9).export(tmp_path / "own")
+    assert {"embed.weight", "head.weight"} <= load_file(tmp_path / "own" / f"model{SUFFIX}").keys()

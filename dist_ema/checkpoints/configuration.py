@@ -10,10 +10,13 @@ import torch
 from torch import nn
 
 from dist_ema.checkpoints.hub import has_config, write_adapter_config, write_config
-from dist_ema.checkpoints.storage.local import copy_file
+from dist_ema.checkpoints.storage.local import copy_file, open_plain
+from dist_ema.checkpoints.strict_json import parse
 from dist_ema.engines.unwrapped import unwrapped
 from dist_ema.errors import EMAConfigError
 
+#: Bytes of a configuration at most, and levels of its JSON.
+_CONFIG_BYTES, _CONFIG_DEPTH = 1 << 24, 32
 #: Endings of the files that are copied from a directory: all but weights.
 CONFIG_SUFFIXES = {".json", ".txt", ".model", ".jinja"}
 
@@ -73,3 +76,20 @@ class Configuration:
             if (self.directory / file.name).exists():
                 raise EMAConfigError(f"config_from={str(file)!r}: the export writes a file of this name itself")
             copy_file(file, self.directory / file.name)
+
+
+def is_transformers_config(config_from: object) -> bool:
+    """Whether it names the configuration of a transformers model, which gives tied tensors back when it is loaded."""
+    for source in config_from if isinstance(config_from, (list, tuple)) else [config_from]:
+        if type(source).__module__.startswith("transformers.") and hasattr(source, "model_type"):
+            return True
+        if isinstance(source, (str, os.PathLike)) and os.fspath(source):
+            path = Path(source)
+            try:
+                with open_plain(path / "config.json" if path.is_dir() else path) as file:
+                    found = parse(file.read(_CONFIG_BYTES), depth=_CONFIG_DEPTH)
+            except (OSError, ValueError):
+                continue
+            if isinstance(found, dict) and "model_type" in found:
+                return True
+    return False

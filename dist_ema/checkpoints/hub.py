@@ -67,8 +67,12 @@ def conversion(model: nn.Module, layout: str | None) -> Convert | None:
     def convert(state: dict[str, Tensor]) -> Mapping[str, Tensor]:
         saved = {name: tensor for name, tensor in state.items() if name not in ignored}
         stand_in = _stand_in(model, state)
-        if layout == "transformers" and untie is not None:
-            saved = untie(saved, stand_in)
+        if untie is not None:
+            try:
+                saved = untie(dict(saved), stand_in)
+            except RuntimeError:  # tensors that are tied and not declared to be: save_pretrained refuses such a model
+                if layout == "transformers":
+                    raise
         return saved if revert is None else revert(stand_in, saved)
 
     return convert

@@ -68,17 +68,19 @@ def verify(
 
 @app.command()
 def diff(a: Checkpoint, b: Checkpoint, name: Name = None, as_json: AsJSON = False) -> None:
-    """Compare the tensors of two checkpoints bit by bit. Status: 0 equal, 1 different, 2 not comparable.
+    """Compare the tensors of two checkpoints, or of a checkpoint and its export, bit by bit.
 
-    Without --name, all averages. In JSON, numbers that are not finite are the strings "nan" and "inf".
+    Status: 0 equal, 1 different, 2 not comparable. Without --name, all averages; the only one where the other side is
+    no checkpoint of this library. In JSON, numbers that are not finite are the strings "nan" and "inf".
     """
     from dist_ema.checkpoints.versions import read_manifest
-    from dist_ema.offline.compare import compare
+    from dist_ema.offline.compare import compare, is_checkpoint
 
     with progress("diff") as begin, one_thread_an_operation():
         found = compare(a, b, name=name, begin=begin)
     for path in (a, b):
-        complain_of_lacks(path, read_manifest(path))
+        if is_checkpoint(path):
+            complain_of_lacks(path, read_manifest(path))
     differing = sum(not one.equal for one in found)
     if as_json:
         rows = [

@@ -27,7 +27,7 @@ def export(
     ] = None,
     layout: Annotated[
         str | None,
-        typer.Option(help="Names of the files: transformers (as without) or diffusers.", show_default=False),
+        typer.Option(help="Names of the files: transformers (a tied tensor once) or diffusers.", show_default=False),
     ] = None,
     as_json: AsJSON = False,
 ) -> None:

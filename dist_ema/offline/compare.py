@@ -1,22 +1,30 @@
-"""Compares two checkpoints, tensor by tensor, in one process and bounded memory."""
+"""Compares two checkpoints, or a checkpoint and its export, tensor by tensor: one process and bounded memory."""
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from dist_ema.checkpoints.file_values import Advance, no_advance
-from dist_ema.checkpoints.manifest import LIVE, Key, Manifest
-from dist_ema.checkpoints.reader import RunReader
-from dist_ema.checkpoints.storage.paths import StrPath
+from dist_ema.checkpoints.manifest import LIVE, NAME, Key, Manifest
+from dist_ema.checkpoints.reader import RunReader, damaged_error
+from dist_ema.checkpoints.storage.paths import StrPath, check_path, is_remote, local_path
 from dist_ema.checkpoints.stored import StoredTensor
 from dist_ema.checkpoints.versions import reread
-from dist_ema.errors import CheckpointMismatchError
+from dist_ema.errors import CheckpointMismatchError, EMAConfigError
+from dist_ema.kernels.fingerprint import partial_digest
+from dist_ema.offline.merging.sources import Selection, Source, SourceTensor, open_source
+from dist_ema.offline.verify import PIECE as _PIECE
 from dist_ema.offline.verify import VerifiedTensor
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -60,8 +68,10 @@ def compare(
     one of the checkpoints was saved without (``Manifest.lacking``) are not compared.
 
     Args:
-        a, b: paths of the checkpoints.
-        name: compare this average alone, with the tensors that are not averaged; None means all averages.
+        a, b: paths of the checkpoints; or, of one or both, of what :func:`dist_ema.merge` takes: an export or another
+            Hugging Face folder, a training file.
+        name: compare this average alone, with the tensors that are not averaged; None means all averages, or the only
+            one where a checkpoint is compared with something else.
         begin: called with the bytes to read; gives the function that is told of the progress.
 
     Returns:
@@ -85,7 +95,86 @@ def compare(
     >>> [(difference.name, difference.equal, round(difference.largest, 4)) for difference in found]
     [('bias', False, 0.5), ('weight', True, 0.0)]
     """
+    if not (is_checkpoint(a) and is_checkpoint(b)):
+        return _compare_sources(a, b, name, begin)
     return reread(a, lambda first: reread(b, lambda second: _compare((a, b), first, second, name, begin)))
+
+
+def is_checkpoint(path: StrPath) -> bool:
+    """Whether a path is a checkpoint of this library, or nothing that could be anything else."""
+    check_path(path)
+    if is_remote(path):
+        return True
+    place = local_path(path)
+    return (place / NAME).exists() or not place.exists()
+
+
+# Of which one is something else.
+
+
+def _compare_sources(
+    a: StrPath, b: StrPath, name: str | None, begin: Callable[[int], Advance] | None
+) -> list[Difference]:
+    """As :func:`compare`, where one of the two is no checkpoint of this library."""
+    with ExitStack() as stack:
+        try:
+            left, right = (open_source(path, Selection(name=name), stack) for path in (a, b))
+        except EMAConfigError as error:
+            raise EMAConfigError(f"{error}; one of them is compared with an export (--name)") from error
+        for source in (left, right):
+            for note in source.notes:
+                logger.warning("%s", note)
+        pairs = _pairs(left, right)
+        advance = begin(sum(tensor.numel * tensor.dtype.itemsize for _, tensor, _ in pairs)) if begin else no_advance
+        found = []
+        for own, ours, theirs in pairs:
+            average = None if ours.untracked or theirs.untracked else left.average or right.average
+            found.append(
+                _compare_chunks(average, own, _Verified(left, own, ours), _Verified(right, own, theirs), advance)
+            )
+    return sorted(found, key=_order)
+
+
+def _pairs(left: Source, right: Source) -> list[tuple[str, SourceTensor, SourceTensor]]:
+    """The tensors of two sources by the name in the first. Raises CheckpointMismatchError, which lists what differs."""
+    lacking = {name for source in (left, right) if source.manifest for name in source.manifest.lacking}
+    pairs, problems = [], []
+    for one, other in ((left, right), (right, left)):
+        for name, tensor in one.tensors.items():
+            found = other.get(name, tensor.aliases)
+            if found is None and lacking.isdisjoint((name, *tensor.aliases)):
+                problems.append(f"{name!r} is missing in {other}")
+            elif found is not None and found.shape != tensor.shape:
+                problems.append(f"{name!r} has the shapes {tensor.shape} in {one} and {found.shape}")
+            elif found is not None and one is left:
+                pairs.append((name, tensor, found))
+    if problems:
+        some = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+        raise CheckpointMismatchError(f"{left} and {right} do not hold the same tensors: {some}")
+    return pairs
+
+
+class _Verified:
+    """A tensor of a source, read in pieces, and verified where the source has a checksum of it."""
+
+    def __init__(self, source: Source, name: str, tensor: SourceTensor) -> None:
+        self.dtype = tensor.dtype
+        self._source, self._name, self._tensor = source, name, tensor
+
+    def chunks(self) -> Iterator[Tensor]:
+        """The elements in order; each piece is overwritten by the next."""
+        numel, total = self._tensor.numel, 0
+        scratch = torch.empty(min(_PIECE, numel), dtype=self.dtype)
+        for start in range(0, numel, _PIECE):
+            values = scratch[: min(_PIECE, numel - start)]
+            self._tensor.read(start, start + len(values), values)
+            total += partial_digest(values, ((start, len(values)),))
+            yield values
+        if self._tensor.digest not in (None, total % (1 << 64)):
+            raise damaged_error(self._source.path, [repr(self._name)])
+
+
+# Of checkpoints of this library.
 
 
 def _compare(
@@ -100,8 +189,12 @@ def _compare(
     with RunReader.of(paths[0], first, ours) as left, RunReader.of(paths[1], second, theirs) as right:
         advance = begin(sum(tensor.nbytes for tensor in ours.values())) if begin else no_advance
         found = [
-            _compare_tensors(
-                key, VerifiedTensor(left, key, ours[key]), VerifiedTensor(right, other, theirs[other]), advance
+            _compare_chunks(
+                None if key[0] == LIVE else key[0].removeprefix("averages/"),
+                key[1],
+                VerifiedTensor(left, key, ours[key]),
+                VerifiedTensor(right, other, theirs[other]),
+                advance,
             )
             for key, other in pairs.items()
         ]
@@ -144,7 +237,7 @@ def _shown(key: Key) -> str:
     return f"{key[1]!r} ({key[0]})"
 
 
-def _compare_tensors(key: Key, a: VerifiedTensor, b: VerifiedTensor, advance: Advance) -> Difference:
+def _compare_chunks(average: str | None, name: str, a: _Chunked, b: _Chunked, advance: Advance) -> Difference:
     equal, norm, distance, largest = a.dtype == b.dtype, 0.0, 0.0, 0.0
     # Chunk by chunk in float64, where sums of squares of fp32 values lose nothing that matters.
     for x, y in zip(a.chunks(), b.chunks(), strict=True):
@@ -157,8 +250,16 @@ def _compare_tensors(key: Key, a: VerifiedTensor, b: VerifiedTensor, advance: Ad
             largest = _larger(largest, float(apart.max()))
             distance += float(apart.square_().sum())
         advance(x.nbytes)
-    average = None if key[0] == LIVE else key[0].removeprefix("averages/")
-    return Difference(average, key[1], equal, math.sqrt(norm), math.sqrt(distance), largest)
+    return Difference(average, name, equal, math.sqrt(norm), math.sqrt(distance), largest)
+
+
+class _Chunked(Protocol):
+    """A tensor that is read from its first element to its last, in pieces of :data:`_PIECE` elements."""
+
+    dtype: torch.dtype
+
+    def chunks(self) -> Iterator[Tensor]:
+        """The pieces."""
 
 
 def _real(values: Tensor) -> Tensor:

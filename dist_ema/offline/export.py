@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+from dist_ema.checkpoints.configuration import is_transformers_config
 from dist_ema.checkpoints.dtypes import DTYPES
 from dist_ema.checkpoints.export import export
 from dist_ema.checkpoints.file_values import Advance, FileValues, no_advance
@@ -47,7 +48,9 @@ def export_checkpoint(
         config_from: a file or directory whose configuration files are copied, an object with ``save_pretrained``, or a
             list of such.
         layout: ``"diffusers"`` names the files as diffusers does, None and ``"transformers"`` as transformers does.
-            Tensors have the module's own names, as a checkpoint does not know the model's class.
+            Tensors have the module's own names, as a checkpoint does not know the model's class. A tied tensor is
+            written once with ``"transformers"``, and where ``config_from`` is the configuration of a transformers
+            model; else under all of its names, so that ``load_state_dict`` takes it.
         begin: called with the manifest and the bytes to read; gives the function that is told of the progress.
 
     Returns:
@@ -81,7 +84,8 @@ def _export(
     tensors = manifest.tensors(manifest.choose(name))
     with RunReader.of(path, manifest, tensors) as reader:
         advance = begin(manifest, sum(tensor.nbytes for tensor in tensors.values())) if begin else no_advance
-        entries = [_entry(key, tensor) for key, tensor in tensors.items()]
+        once = layout == "transformers" or (layout is None and is_transformers_config(config_from))
+        entries = [_entry(key, tensor, once) for key, tensor in tensors.items()]
         sources = [VerifiedTensor(reader, key, tensor) for key, tensor in tensors.items()]
         held = {
             entry.name: FileValues.of(entry, source, advance) for entry, source in zip(entries, sources, strict=True)
@@ -99,9 +103,10 @@ def _export(
         )
 
 
-def _entry(key: Key, tensor: StoredTensor) -> FullTensor:
+def _entry(key: Key, tensor: StoredTensor, once: bool) -> FullTensor:
     """A stored tensor as something to write; ``live_dtype`` is that of the file, since the model's is not known."""
+    aliases = () if once else tensor.aliases
     folder, name = key
     dtype = DTYPES[tensor.dtype]
     mode: Mode = "live" if folder == LIVE else "average"
-    return FullTensor(name, tensor.aliases, tensor.shape, dtype, dtype, mode, partitioned=False)
+    return FullTensor(name, aliases, tensor.shape, dtype, dtype, mode, partitioned=False)

@@ -28,7 +28,7 @@ WRONG = "its fingerprint does not match"
 #: Elements that one thread takes at a time, chunk by chunk.
 _STRIPE = 32 * IO_CHUNK
 #: Elements that :meth:`VerifiedTensor.chunks` gives at a time: few, since callers make several float64 copies of them.
-_PIECE = IO_CHUNK // 2
+PIECE = IO_CHUNK // 2
 
 
 @dataclass(frozen=True)
@@ -210,10 +210,10 @@ class VerifiedTensor:
             raise CheckpointCorruptError(f"{self._tensor.file}: {self._key[1]!r}: {WRONG}")
 
     def chunks(self) -> Iterator[Tensor]:
-        """The elements in order, :data:`_PIECE` at a time; each is overwritten by the next."""
-        scratch = torch.empty(min(_PIECE, self.numel), dtype=self.dtype)
-        for start in range(0, self.numel, _PIECE):
-            stop = min(start + _PIECE, self.numel)
+        """The elements in order, :data:`PIECE` at a time; each is overwritten by the next."""
+        scratch = torch.empty(min(PIECE, self.numel), dtype=self.dtype)
+        for start in range(0, self.numel, PIECE):
+            stop = min(start + PIECE, self.numel)
             values = scratch[: stop - start]
             self.read(start, stop, values)
             yield values
