@@ -37,6 +37,7 @@ from dist_ema.collectives import (
     sum_floats,
     sum_integers,
 )
+from dist_ema.duration import what_is_missed
 from dist_ema.engines import Attached, Engine, RemovableHandle, detect_in
 from dist_ema.engines.unwrapped import unwrapped
 from dist_ema.errors import CheckpointError, CheckpointMismatchError, EMAConfigError, EMAStateError
@@ -106,11 +107,12 @@ class ShardedEMA:
         decay: kept fraction per batch, in [0, 1).
         half_life: training after which half is kept: ``"1000ba"``, ``"10000000tok"``, ``"50000sp"``, ``"2ep"``.
         smoothing: kept fraction per update, in [0, 1), whatever the interval (Composer's word).
-        schedule: an object of :mod:`dist_ema.schedules`.
+        schedule: an object of :mod:`dist_ema.schedules`, or of a class that ``schedules.register()`` was told of.
         averages: several averages from one read of the weights: ``{"fast": .99, "slow": HalfLife("1ep")}``.
         update_interval: time between updates; an update is due when the clock passes a multiple of it.
         ema_start: when averaging begins; ``"0.1dur"`` needs ``max_duration``.
-        max_duration: of the training, for ``dur``.
+        max_duration: of the training, for ``dur``. A start or an interval beyond it is logged as a warning: there will
+            be no average.
         dtype: of the shadow; None keeps each parameter's own. ``torch.bfloat16`` takes half the memory of fp32 and is
             rounded stochastically, so that a slow average goes on moving; see :mod:`dist_ema.kernels.rounding`.
         offload: ``"cpu"`` keeps the shadow in host memory. ``update()`` then only asks for copies of the weights, which
@@ -123,7 +125,9 @@ class ShardedEMA:
         include, exclude: regular expressions, or lists of them, searched for in canonical names.
         buffers: ``"copy"`` them at each update, ``"average"`` those of floating point, or ``"ignore"`` them: the
             average then goes with the live ones.
-        skip_nonfinite: a NaN or Inf source element leaves its shadow element as it was, and is counted.
+        skip_nonfinite: a NaN or Inf source element leaves its shadow element as it was, and is counted. The first
+            update has no earlier value and copies it, which is logged: at once where weights are in host memory, on a
+            GPU by the next call that reads a number from it (``save``, ``metrics``, ``state_dict``).
         seed: of that rounding. The bits of an average follow from it, whatever the sharding. A loaded checkpoint brings
             its own.
         group: the ranks that hold this model, where they are a part of the world: all collective calls are among them,
@@ -219,10 +223,13 @@ class ShardedEMA:
         self._background = Background()
         self._snapshots: list[Snapshots] = []
         self._teacher: Teacher | None = None
+        self._told: set[str] = set()  # what was logged about an average that has not begun
         with nullcontext() if into is None else agreed(self._engine.group, "ShardedEMA(into=...)"):
             self._teacher = None if into is None else Teacher(target, into, self._options, group)
             self._plan(Progress())
         self._groups = OwnGroups(self._engine.group, repr(self._options.facts()))
+        if (duration := self._options.duration) is not None:
+            self._warn_of_length({duration.unit: duration.value})
 
     # Averaging: local.
 
@@ -284,7 +291,7 @@ class ShardedEMA:
         if not self._shadow.started:
             self._condition.broken = "update()"
             try:
-                self._shadow.start(sources)
+                self._shadow.first_copy(sources)
                 self._track.begin(now)
             except BaseException:
                 self._take(self._new_shadow())  # it may have memory, but no average in it
@@ -315,6 +322,47 @@ class ShardedEMA:
                 "An update did not move the average: its schedule counts in %s, and update() was told of none since "
                 "the last one. Pass samples=, tokens= or epochs= to update().",
                 " and ".join(sorted(units)),
+            )
+
+    def expect(
+        self,
+        *,
+        batches: int | None = None,
+        samples: int | None = None,
+        tokens: int | None = None,
+        epochs: float | None = None,
+    ) -> None:
+        """Logs a warning if a training of this length makes no average, or one that never moves. Local.
+
+        For loops and trainers that know how long they train. ``max_duration`` says it in one unit at construction;
+        here it can be said in several. Nothing else changes.
+
+        Args:
+            batches, samples, tokens, epochs: the clock of the training at its end; None where it is not known.
+        """
+        length = {"ba": batches, "sp": samples, "tok": tokens, "ep": epochs}
+        self._warn_of_length({unit: float(value) for unit, value in length.items() if value})
+
+    def _warn_of_length(self, length: Mapping[str, float]) -> None:
+        missed = what_is_missed(self._options.start, self._options.interval, length)
+        if missed is not None and "length" not in self._told:
+            self._told.add("length")
+            if rank_in(self._engine.group) == 0:
+                logger.warning("%s.", missed)
+
+    def _warn_if_not_started(self, operation: str) -> None:
+        """Logs once, on the first rank, that what ``operation`` writes as the average is the live model."""
+        if self._shadow.started or operation in self._told:
+            return
+        self._told.add(operation)
+        if rank_in(self._engine.group) == 0:
+            logger.warning(
+                "%s writes the live weights in place of the average, which has not begun: no update was due yet "
+                "(ema_start=%r, update_interval=%r; trained: %s).",
+                operation,
+                str(self._options.start),
+                str(self._options.interval),
+                self.clock,
             )
 
     def attach(self, optimizer: object, *, call: Callable[[], object] | None = None) -> RemovableHandle:
@@ -811,6 +859,7 @@ class ShardedEMA:
         with self._begun(call):
             check_cast(dtype)
             held = self._view(call.name).average(self._name(name))
+        self._warn_if_not_started(call.name)
         modules = self._engine.modules()
         export(
             path,
@@ -870,6 +919,7 @@ class ShardedEMA:
                 view = self._view("save()")
                 held = {name: view.average(name, include_untracked) for name in self.names}
                 check_readable(values for average in held.values() for values in average.values())
+            self._warn_if_not_started("save()")
             nbytes = self._shadow_bytes()
             group = self._groups.files("save()", timeout, nbytes)
             views = {name: average.get for name, average in held.items()}
@@ -1199,6 +1249,7 @@ class ShardedEMA:
 
     def _skipped(self) -> int:
         """NaN and Inf elements that this rank left out, and on rank 0 those of the run that was resumed."""
+        self._shadow.report_nonfinite(wait=True)
         guard = self._shadow.guard
         return self._skipped_before + (guard.total() if guard is not None else 0)
 

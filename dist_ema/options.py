@@ -12,7 +12,7 @@ import torch
 from dist_ema.clock import CLOCK_UNITS, Time
 from dist_ema.errors import EMAConfigError
 from dist_ema.patterns import patterns, renames
-from dist_ema.schedules import ConstantDecay, HalfLife, Schedule, Smoothing
+from dist_ema.schedules import ConstantDecay, HalfLife, Schedule, Smoothing, check_registered
 from dist_ema.schedules.checks import AVERAGE_NAME
 
 #: The name of the average where there is only one.
@@ -42,6 +42,7 @@ class Options:
         into: whether a teacher holds the average; then no shadow is spread over replicas, unless it is gathered.
         rename: patterns and what replaces them, in this order, to get a teacher's names.
         sync: None, or ``"gather"`` for a teacher to which each update sends the average.
+        duration: of the training, where ``max_duration`` says it.
 
     >>> options = Options.parse(decay=0.999, exclude="bias$", ema_start="0.1dur", max_duration="3ep")
     >>> options.selects("layer.weight"), options.selects("layer.bias"), sorted(options.units())
@@ -63,6 +64,7 @@ class Options:
     into: bool = False
     rename: tuple[tuple[re.Pattern[str], str], ...] = ()
     sync: str | None = None
+    duration: Time | None = None
 
     @classmethod
     def parse(
@@ -104,6 +106,8 @@ class Options:
             name: given.resolve(duration)
             for name, given in _schedules(decay, half_life, smoothing, schedule, averages).items()
         }
+        for name, resolved in schedules.items():
+            check_registered("schedule" if averages is None else f"averages[{name!r}]", resolved)
         _check_into(into, offload, schedules, sync)
         return cls(
             schedules,
@@ -121,6 +125,7 @@ class Options:
             into is not None,
             renames(rename),
             None if sync is None else str(sync),
+            duration,
         )
 
     @classmethod

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dist_ema.clock import CLOCK_UNITS, Progress, Time, crossed, reached
+from dist_ema.duration import what_is_missed
 from dist_ema.errors import EMAConfigError
 from dist_ema.options import Options
 
@@ -88,6 +89,17 @@ class Pace:
         if self.start.unit == "dur":
             return elapsed is not None and elapsed >= self.start.value
         return reached(now, self.start)
+
+    def what_is_missed(self, duration: str, batches_per_epoch: int | None) -> str | None:
+        """Says if a training as long as ``duration`` is too short for the average; None if it is long enough."""
+        end = Time.parse(duration, option="max_duration", units=CLOCK_UNITS)
+        length = {end.unit: end.value}
+        if batches_per_epoch and end.unit == "ep":
+            length["ba"] = end.value * batches_per_epoch
+        if batches_per_epoch and end.unit == "ba":
+            length["ep"] = end.value / batches_per_epoch
+        start = self.start.resolve(end, option="ema_start")
+        return what_is_missed(start, self.interval, length, copies_at_start=True)
 
     def check_duration(self, own: str) -> None:
         """Raises EMAConfigError if ``max_duration`` is not ``own``, the trainer's."""

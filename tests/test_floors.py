@@ -20,7 +20,7 @@ TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
 #: From the bottom up. A module imports what stands on its own floor or below, and no two each other in a circle.
 FLOORS = {
     "what all stands on": "errors interrupts untraced exits collectives attendance channels windows groups clock "
-    "schedules patterns options state pace sharding.runs",
+    "duration schedules patterns options state pace sharding.runs",
     "arithmetic": "kernels",
     "where elements lie": "sharding",
     "wrappers": "engines",
@@ -90,7 +90,8 @@ def test_the_source_was_found() -> None:
 
 def test_time_schedules_and_geometry_do_not_know_torch() -> None:
     pure = [
-        f"dist_ema.{name}" for name in ("errors", "sharding.runs", "clock", "schedules", "state", "offline.synthesis")
+        f"dist_ema.{name}"
+        for name in ("errors", "sharding.runs", "clock", "duration", "schedules", "state", "offline.synthesis")
     ]
     found = importers("torch")
     assert not [name for name in found if name == "dist_ema" or any(inside(name, module) for module in pure)]

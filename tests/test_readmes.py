@@ -25,6 +25,7 @@ FILES = sorted(
 )
 README, CHECKPOINTS = ROOT / "README.md", ROOT / "dist_ema" / "checkpoints" / "README.md"
 OFFLINE = ROOT / "dist_ema" / "offline" / "README.md"
+SCHEDULES = ROOT / "dist_ema" / "schedules" / "README.md"
 #: Whose blocks other tests run: test_newcomer, and integrations/test_readme and test_torchtitan, one for each block.
 GUIDE = ROOT / "dist_ema" / "README.md"
 ELSEWHERE = {GUIDE: 1, ROOT / "dist_ema" / "integrations" / "README.md": 6}
@@ -205,6 +206,12 @@ def synthesize(folder: Path) -> None:
     assert torch.allclose(dist_ema.read_checkpoint(folder / "earlier")["bias"], model.bias.detach())
 
 
+def register(folder: Path) -> None:
+    cls = run(SCHEDULES, 0, {}, folder)["Annealing"]
+    ShardedEMA(nn.Linear(2, 2), schedule=cls())
+    del dist_ema.schedules.KINDS["Annealing"]  # the process goes on to other tests
+
+
 RUNS: dict[tuple[Path, int], Callable[[Path], None]] = {
     (README, 0): use,
     (README, 1): save_and_load,
@@ -215,6 +222,7 @@ RUNS: dict[tuple[Path, int], Callable[[Path], None]] = {
     (CHECKPOINTS, 2): export,
     (OFFLINE, 0): merge,
     (OFFLINE, 2): synthesize,
+    (SCHEDULES, 0): register,
 }
 NAMES = {f"{file.relative_to(ROOT)}:{number}": (file, number) for file, number in RUNS}
 

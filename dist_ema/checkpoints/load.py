@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 
@@ -33,7 +34,8 @@ def report_schedules(saved: Mapping[str, Schedule], schedules: Mapping[str, Sche
     """Logs where a schedule is another than the saved one. Local."""
     for name, schedule in schedules.items():
         before = saved.get(name)
-        if before is not None and before != schedule:
+        # As JSON, in which a tuple of a user's schedule has become a list.
+        if before is not None and json.dumps(before.to_dict()) != json.dumps(schedule.to_dict()):
             logger.warning("Average %r was saved with %s and goes on with %s.", name, before, schedule)
 
 

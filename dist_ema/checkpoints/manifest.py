@@ -19,7 +19,7 @@ from dist_ema.checkpoints.stored import StoredFile, StoredTensor, is_tensor_name
 from dist_ema.checkpoints.strict_json import is_count, parse, shown
 from dist_ema.clock import Progress
 from dist_ema.errors import CheckpointCorruptError, CheckpointError, EMAConfigError, EMAError
-from dist_ema.schedules import Schedule, from_dict
+from dist_ema.schedules import Schedule, from_file
 from dist_ema.schedules.checks import AVERAGE_NAME
 from dist_ema.state import EMAState
 
@@ -53,7 +53,7 @@ class Manifest:
     Attributes:
         data: name of the data folder, which holds the files.
         state: the clocks, and whether there was an average yet; if not, its tensors are those of the live model.
-        schedules: of each average.
+        schedules: of each average; one whose kind is not registered here is a ``schedules.UnknownSchedule``.
         averages: the tensors of each average.
         live: tensors that are not averaged.
         files: every file, by its path in the data folder.
@@ -143,7 +143,7 @@ class Manifest:
         manifest = cls(
             data=body["data"],
             state=state_from_json(body),
-            schedules={name: from_dict(average["schedule"]) for name, average in averages.items()},
+            schedules={name: from_file(average["schedule"]) for name, average in averages.items()},
             averages={
                 name: tensors_from_json(average["tensors"], f"averages/{name}", files)
                 for name, average in averages.items()

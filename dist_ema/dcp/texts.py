@@ -15,7 +15,7 @@ from torch import Tensor
 from dist_ema.checkpoints.state_json import state_from_json, state_to_json
 from dist_ema.checkpoints.strict_json import is_count, parse, shown
 from dist_ema.errors import CheckpointCorruptError, CheckpointError, EMAError, EMAStateError
-from dist_ema.schedules import Schedule, from_dict
+from dist_ema.schedules import Schedule, from_file
 from dist_ema.state import EMAState
 
 VERSION = 1
@@ -55,7 +55,7 @@ def write_schedule(schedule: Schedule) -> Tensor:
 def read_schedule(text: object, name: str) -> Schedule:
     """The schedule of the average ``name``, of a text. Raises CheckpointCorruptError."""
     try:
-        return from_dict(_read(text, f"schedules/{name}"))
+        return from_file(_read(text, f"schedules/{name}"))
     except CheckpointError:
         raise
     except EMAError as error:

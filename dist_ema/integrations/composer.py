@@ -19,6 +19,7 @@ try:
     import composer
     from composer.algorithms import EMA as ComposersEMA
     from composer.core import Algorithm, Callback, Event, State
+    from composer.utils import dist
 
     from dist_ema.integrations.composer_trainer import after_exception, allow_missing, change_over, progress, will_save
 except ImportError as error:
@@ -124,6 +125,7 @@ class EMA(Algorithm):
             self._after_load(state)
         elif event is Event.FIT_START:
             self._pace.check_duration(str(state.max_duration))
+            self._warn_of_length(state)
             self._average()
         elif event in (Event.BATCH_END, Event.EPOCH_END):
             self._update(event, state)
@@ -131,6 +133,13 @@ class EMA(Algorithm):
             self._turn(_VISITS[event])
         elif event in _SAVES and will_save(event, state):
             self._turn("checkpoint")
+
+    def _warn_of_length(self, state: State) -> None:
+        """Logs, on the first rank, that the training is too short for the options."""
+        per_epoch = None if state.dataloader_len is None else int(state.dataloader_len)
+        missed = self._pace.what_is_missed(str(state.max_duration), per_epoch)
+        if missed is not None and dist.get_global_rank() == 0:
+            _log.warning("%s.", missed)
 
     def _average(self) -> ShardedEMA:
         """Of the model as it is wrapped now: Composer wraps DDP after a load. Collective."""

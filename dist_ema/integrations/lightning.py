@@ -169,6 +169,9 @@ class EMACallback(pl.Callback):
         if (ema := self._average_of(pl_module)) is not None:
             if "ep" in ema.units and trainer.num_training_batches == float("inf"):
                 raise EMAConfigError("the options count in ep, but the loader's length is unknown: use ba")
+            steps, epochs = trainer.estimated_stepping_batches, trainer.max_epochs or 0
+            is_known = pl_module.automatic_optimization and steps != float("inf")
+            ema.expect(batches=int(steps) if is_known else None, epochs=epochs if epochs > 0 else None)
             self._handles = [ema.attach(one, call=partial(self._on_step, ema)) for one in optimizers]
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
@@ -217,7 +220,13 @@ class EMACallback(pl.Callback):
 
     on_validation_start = on_test_start = on_predict_start = _enter
     on_validation_end = on_test_end = on_predict_end = _leave
-    on_train_end = on_exception = _stop
+    on_exception = _stop
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._stop()
+        ema = self._average_of(pl_module)
+        if ema is not None and not ema.num_updates:
+            ema.expect(batches=ema.clock.batches, epochs=ema.clock.epochs)  # all there was: fit() ended early
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         ema = self._average_of(pl_module)

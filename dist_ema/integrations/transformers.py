@@ -97,6 +97,7 @@ class EMACallback(TrainerCallback):
         self.ema = None  # of an attempt that ran out of memory (auto_find_batch_size)
         ema = ShardedEMA(trainer.model_wrapped, **self._options | {"max_duration": self._duration(args, state)})
         self._check(ema, trainer)
+        ema.expect(batches=state.max_steps, epochs=args.num_train_epochs if args.max_steps <= 0 else None)
         if self._resume is not None:
             self._load(ema, self._resume)
         self.ema, self._metrics = ema, {}
@@ -155,6 +156,8 @@ class EMACallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """The Trainer has loaded the best weights, if it was to. Collective."""
+        if self.ema is not None and not self.ema.num_updates:
+            self.ema.expect(batches=self.ema.clock.batches, epochs=self.ema.clock.epochs)  # all there was
         if self.ema is not None and args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._load(self.ema, Path(state.best_model_checkpoint))
 

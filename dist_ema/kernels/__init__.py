@@ -129,6 +129,10 @@ class Guard:
                 self._counts[device] = torch.zeros((), dtype=torch.int64, device=device)
         return self._counts[device]
 
+    def snapshot(self) -> dict[torch.device, Tensor]:
+        """The counts as they are now, one element for each device. Does not wait for the device."""
+        return {device: count.clone() for device, count in self._counts.items()}
+
     def total(self) -> int:
         """Elements skipped so far. Waits for the device."""
         return self.skipped + sum(int(count) for count in self._counts.values())

@@ -14,16 +14,12 @@ unit: batches, except where a class says otherwise. Both count from zero at the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import fields
-from typing import Any
-
-from dist_ema.errors import EMAConfigError
 from dist_ema.schedules.constant import ConstantDecay, Smoothing, Uniform
 from dist_ema.schedules.half_life import HalfLife, HalfLifeFraction
 from dist_ema.schedules.power import PowerFunction, sigma_rel_to_gamma
 from dist_ema.schedules.profile import Profile
 from dist_ema.schedules.ramps import Cosine, Linear
+from dist_ema.schedules.registry import KINDS, UnknownSchedule, check_registered, from_dict, from_file, register
 from dist_ema.schedules.schedule import Position, Schedule
 from dist_ema.schedules.warmup import NumUpdatesWarmup, Warmup
 from dist_ema.schedules.window import Window
@@ -42,48 +38,12 @@ __all__ = [
     "Schedule",
     "Smoothing",
     "Uniform",
+    "UnknownSchedule",
     "Warmup",
     "Window",
+    "check_registered",
     "from_dict",
+    "from_file",
+    "register",
     "sigma_rel_to_gamma",
 ]
-
-KINDS: dict[str, type[Schedule]] = {
-    kind.__name__: kind
-    for kind in (
-        ConstantDecay,
-        Cosine,
-        HalfLife,
-        HalfLifeFraction,
-        Linear,
-        NumUpdatesWarmup,
-        PowerFunction,
-        Smoothing,
-        Uniform,
-        Warmup,
-        Window,
-    )
-}
-
-
-def from_dict(data: Mapping[str, Any]) -> Schedule:
-    """The schedule that :meth:`Schedule.to_dict` described.
-
-    Raises:
-        EMAConfigError: not such a dict, an unknown kind, an unknown or missing option, or a value that is not allowed.
-    """
-    if not isinstance(data, Mapping):
-        raise EMAConfigError(f"schedule={data!r}: allowed is a dict with 'kind' and its options")
-    options = dict(data)
-    kind = KINDS.get(str(options.pop("kind", None)))
-    if kind is None:
-        raise EMAConfigError(f"kind={data.get('kind')!r}: allowed is one of {', '.join(KINDS)}")
-    known = [entry.name for entry in fields(kind) if entry.init]  # type: ignore[arg-type]
-    if unknown := sorted(str(name) for name in options.keys() - set(known)):
-        raise EMAConfigError(
-            f"{kind.__name__} has no option {', '.join(unknown)}; allowed: {', '.join(known) or 'none'}"
-        )
-    try:
-        return kind(**options)
-    except TypeError as error:  # what is missing, in Python's words
-        raise EMAConfigError(f"schedule={data!r}: {error}; options: {', '.join(known)}") from error

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 Position: TypeAlias = Progress | float
 
 LOG_2 = math.log(2)
+#: Names in files of the classes that ``schedules.register()`` was told of. The others have their class's name.
+KIND_OF: dict[type, str] = {}
 
 
 class Schedule(ABC):
@@ -46,9 +48,10 @@ class Schedule(ABC):
         return -math.expm1(self.log_retain(before, after))
 
     def to_dict(self) -> dict[str, Any]:
-        """Class name and options, for JSON; :func:`from_dict` reads it."""
+        """The name of the kind and the options, for JSON; :func:`from_dict` reads it."""
         options = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.init}  # type: ignore[arg-type]
-        return {"kind": type(self).__name__} | {name: value for name, value in options.items() if value is not None}
+        kind = KIND_OF.get(type(self), type(self).__name__)
+        return {"kind": kind} | {name: value for name, value in options.items() if value is not None}
 
     @property
     def unit(self) -> str:

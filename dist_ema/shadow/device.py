@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -13,6 +14,8 @@ from dist_ema.kernels import memory
 from dist_ema.kernels.copies import Copies
 from dist_ema.kernels.rounding import ElementPositions, Rounding, average_key
 from dist_ema.sharding.shares import Share
+
+logger = logging.getLogger(__name__)
 
 
 class Shadow:
@@ -42,6 +45,9 @@ class Shadow:
         self._spans: list[tuple[int, int]] | None = None  # of what is averaged, once it is known where that lies
         self._buffers: list[Tensor] = []
         self._copies: Copies | None = None  # what else holds the average (teacher_shadow.py)
+        # NaN and Inf elements of the first copy, counted on each device, until they have been logged.
+        self._unreported: dict[torch.device, Tensor] = {}
+        self._tainted: set[int] = set()  # the tensors that had some, on the CPU
 
     @property
     def started(self) -> bool:
@@ -59,15 +65,42 @@ class Shadow:
         self.allocate(sources)
         self.fill(sources)
 
+    def first_copy(self, sources: Sequence[Tensor]) -> None:
+        """``start()`` for the average itself: logs NaN and Inf weights on the CPU at once. Local, no host sync."""
+        self.start(sources)
+        self.report_nonfinite(wait=False)
+
     def fill(self, sources: Sequence[Tensor]) -> None:
         """Copies the sources into every average. Local."""
         averages = list(self._averages.values())
         rounding = self._rounding(1)
-        kernels.copy(averages, self._pick(sources), self._ranges(self._averaged), self.guard, rounding)
+        guard = kernels.Guard() if self.guard is None else self.guard  # counts; a copy takes what is not finite too
+        kernels.copy(averages, self._pick(sources), self._ranges(self._averaged), guard, rounding)
+        self._unreported, self._tainted = guard.snapshot(), set(guard.tainted)
         self._copy_buffers(sources)
+
+    def report_nonfinite(self, wait: bool) -> None:
+        """Logs once that weights were NaN or Inf at the first copy. Local.
+
+        Counts on an accelerator are looked at only with ``wait``, which waits for the device: where a call reads a
+        number from it anyway.
+        """
+        ready = [device for device in self._unreported if wait or device.type == "cpu"]
+        found = sum(int(self._unreported.pop(device)) for device in ready)
+        if found:
+            names = [self._shares[self._averaged[index]].spec.name for index in sorted(self._tainted)]
+            logger.warning(
+                "%d elements of the weights were NaN or Inf when the average began%s. %s",
+                found,
+                f" ({names[0]!r}" + (f" and {len(names) - 1} more tensors)" if names[1:] else ")") if names else "",
+                "They stay so with skip_nonfinite=False."
+                if self.guard is None
+                else "Each takes the first finite value that training gives it.",
+            )
 
     def loaded(self) -> None:
         """After the shadows were filled from a checkpoint: forgets what the first copy noticed; an update looks."""
+        self._unreported = {}
         if self.guard is not None:
             self.guard = kernels.Guard()
             self.guard.tainted.update(range(len(self._averaged)))

@@ -75,6 +75,16 @@ class HostShadow(Shadow):
         self.allocate(sources)
         self._submit(sources, self.fill)
 
+    def first_copy(self, sources: Sequence[Tensor]) -> None:
+        """``start()``; the thread logs NaN and Inf weights, since they are in host memory there. Local."""
+
+        def work(taken: Sequence[Tensor]) -> None:
+            self.fill(taken)
+            self.report_nonfinite(wait=False)
+
+        self.allocate(sources)
+        self._submit(sources, work)
+
     def update(self, sources: Sequence[Tensor], weights: Sequence[float], number: int) -> None:
         """Has every average moved by its weight. Local; waits for the update before, not for this one."""
         update = super().update
