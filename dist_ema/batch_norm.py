@@ -73,8 +73,13 @@ def _update(
             raise EMAConfigError("forward=None: a list of modules has no forward pass of its own; give a function")
         slots = _slots(engine, shares)
     with ema.average_parameters(name):
-        found = _run(engine, slots, batches, forward or engine.modules()[0], group)
+        try:
+            found = _run(engine, slots, batches, forward or engine.modules()[0], group)
+        finally:
+            if ema._condition.swap is not None:
+                ema._condition.swap.accept_buffers()
     average = ema._name(name)
+    ema._shadow.make_way()
     shadows = dict(zip(shares, ema._shadow.tensors(average), strict=True))
     with Uninterrupted():
         ema._condition.broken = "update_bn()"

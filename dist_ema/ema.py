@@ -263,7 +263,7 @@ class ShardedEMA:
         A signal's handler waits until the average has moved. An update that raises is not counted. If it was in the
         middle of it, every call that needs the average raises EMAStateError until ``reset()`` or ``load()``.
         """
-        self._condition.refuse("update()")
+        self._condition.refuse("update()", reads=False)
         self._shadow.raise_failure()
         now = self._track.training.advance(batches=batches, samples=samples, tokens=tokens, epochs=epochs)
         if not self._engine.stepped():
@@ -275,6 +275,7 @@ class ShardedEMA:
             self._engine.reshard()
             sources = self._engine.sources()
             self._shadow.check(sources)
+            self._shadow.make_way()
             with Uninterrupted():
                 self._average(sources, now)
                 before, self._track.training = self._track.training, now
@@ -581,8 +582,12 @@ class ShardedEMA:
         Collective for DDP, HSDP and DeepSpeed, and where a model that is spread over ranks has buffers in its average:
         all ranks then compute with those that ``export`` writes. Local for the others, where every rank has to give the
         same ``name``. Where it is collective, the body has to raise on every rank or on none. Not reentrant. Do not
-        train inside. ``save``, ``export``, ``full_state_dict``, ``state_dict`` and ``fingerprint`` give there what they
-        give outside; ``update``, ``load`` and the others raise EMAStateError.
+        train inside. Weights that are written there are noticed, but for writes through ``.data``: when the block ends
+        and the live weights are back, EMAStateError is raised. If the average has changed by it, every call that reads
+        it refuses until ``reset()`` or ``load()``. Buffers, as BatchNorm's in training mode, are a warning. Modules in
+        eval mode that override ``train()`` or ``eval()`` are switched to and fro, so that they drop what they keep of
+        their weights. ``save``, ``export``, ``full_state_dict``, ``state_dict`` and ``fingerprint`` give there what
+        they give outside; ``update``, ``load`` and the others raise EMAStateError.
 
         It may be held open from one event of a trainer to another, by ``contextlib.ExitStack.enter_context``.
 
@@ -622,20 +627,29 @@ class ShardedEMA:
         finally:  # so does a second one, which comes as late as here: a launcher sends SIGINT, then SIGTERM
             self._leave(swap, visit)
             condition.visit = condition.swap = None
+            written = None if swap is None else swap.written
+            if written is not None and sys.exc_info()[0] is not None:  # what the block raised is not replaced
+                logger.warning("average_parameters(): %s.", written)
+        if written is not None:
+            raise written.error("average_parameters()")
 
     def _leave(self, swap: Swap | None, visit: Visit) -> None:
         """Leaves the model, unless that is done. Collective where the swap is."""
         try:
             if swap is not None:
+                swap.wait_for_readers()
                 swap.leave()
         finally:
             visit.open = False
             self._condition.end(visit)
+            if swap is not None and swap.written is not None and swap.written.changed:
+                self._condition.written = swap.written
 
     def _quiesce(self) -> None:
         """Waits, so long as signals need not wait, for whoever still works on the averages or reads them. Local."""
         self._background.wait_until_read()
         self._shadow.drain()
+        self._shadow.make_way()
 
     def _swap(self, call: Call, name: str | None, visit: Visit, keep: bool) -> Swap | None:
         """None before the first update, when the average is the live model. Collective where the swap is."""
@@ -991,6 +1005,7 @@ class ShardedEMA:
 
     def _take_snapshot(self, snapshots: Snapshots) -> None:
         """Has a thread save the averages as they are. Local; waits for an offloaded update and for a save before."""
+        self._condition.refuse("snapshot")
         self._shadow.wait()
         path, shares, shadow, known = snapshots.path(self.clock), self._shares, self._shadow, self._known
         engine = self._engine
@@ -1074,11 +1089,11 @@ class ShardedEMA:
         """What ``torch.distributed.checkpoint`` saves, and loads into: ``dcp.save({"ema": ema}, ...)``. Collective.
 
         Tensors only: this rank's parts of the averages, which have the full tensors' names and shapes and can be saved
-        and copied but not computed with (``dist_ema.dcp.boxed``), and clocks and schedules as text. Parts
-        are views of the shadow, as those of a module's ``state_dict()`` are of its weights; inside
-        ``average_parameters()`` they are views of the model, where the average is as long as the block lasts. Before
-        the first update they are a copy of the live weights, which is one more shadow in memory until the dict is
-        dropped.
+        and copied but not computed with (``dist_ema.dcp.boxed``), and clocks and schedules as text. Parts are views of
+        the shadow, inside ``average_parameters()`` of the model, and keep their values for whoever holds them: a later
+        write of ours waits for a thread that reads them, 30 s at most, and copies what is held then. Live weights are
+        views of the model, which an optimizer step changes as it changes ``model.state_dict()``. Before the first
+        update they are a copy of the live weights, which is one more shadow in memory until the dict is dropped.
 
         Every rank must call it, and each rank's dict has its own part only. A ``torch.save`` of rank 0's dict is not
         the average: for one file that rank 0 writes, let every rank call ``state_dict(full=True)``.
@@ -1169,6 +1184,7 @@ class ShardedEMA:
         shadow = self._shadow
         if shadow.failed or not (restore.state.started and shadow.started):
             shadow = self._new_shadow()
+        shadow.make_way()
         with Uninterrupted():
             self._condition.broken = operation
             if restore.state.started:
@@ -1364,6 +1380,8 @@ class ShardedEMA:
     def _view(self, operation: str, inside: bool = True) -> View:
         """For a call that reads the average; one that may also be made ``inside`` ``average_parameters()``."""
         self._condition.refuse(operation, inside=inside)
+        if self._condition.swap is not None:
+            self._condition.swap.check_writes(operation)
         self._shadow.wait()
         self._engine.reshard()
         return View(self._shares, self._shadow, self._engine.sources(), self._condition)

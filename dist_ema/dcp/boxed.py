@@ -22,7 +22,6 @@ from dist_ema.sharding.runs import Box
 _aten = torch.ops.aten
 #: The operations of staging, ``copy.deepcopy`` and moves to another device. Each treats every element alike.
 _ELEMENTWISE = {
-    _aten.detach.default,
     _aten.clone.default,
     _aten.empty_like.default,
     _aten.zeros_like.default,
@@ -73,6 +72,9 @@ class BoxedTensor(Tensor):
     ) -> Any:
         options = kwargs or {}
         first = args[0]
+        if func is _aten.detach.default:
+            # Not a copy. With the same tensor inside, a part that gets memory of its own does so for both.
+            return BoxedTensor(first.size(), first.held, first.boxes, is_writer=first.is_writer, spare=first.spare)
         if func in _ELEMENTWISE:
             return first._with(func(first.held, *args[1:], **options))
         # DCP makes empty tensors of the same size to load into; of this rank's part, no more memory is needed.

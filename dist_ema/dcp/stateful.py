@@ -23,6 +23,7 @@ from torch import Tensor
 from dist_ema.dcp.boxed import BoxedTensor
 from dist_ema.dcp.texts import write_schedule, write_state
 from dist_ema.schedules import Schedule
+from dist_ema.shadow.lent import lend
 from dist_ema.shadow.view import View
 from dist_ema.sharding.gather import LocalValues, full_tensors
 from dist_ema.sharding.shares import Share
@@ -55,7 +56,8 @@ def make_state_dict(
         for key in path:
             place = place.setdefault(key, {})
         name = share.spec.name
-        place[name] = BoxedTensor(share.spec.shape, held, share.boxes, is_writer=is_writer[name], spare=spare)
+        part = held if spare else lend(held)
+        place[name] = BoxedTensor(share.spec.shape, part, share.boxes, is_writer=is_writer[name], spare=spare)
     return state
 
 
@@ -70,7 +72,7 @@ def add_live(
 ) -> None:
     """Adds the live weights of averaged and copied tensors, given as a flat tensor for each share. Local."""
     state["live"] = {
-        share.spec.name: BoxedTensor(share.spec.shape, values, share.boxes, is_writer=is_writer, spare=False)
+        share.spec.name: BoxedTensor(share.spec.shape, lend(values), share.boxes, is_writer=is_writer, spare=False)
         for share, values, is_writer in zip(shares, live, writes, strict=True)
         if values is not None and share.numel
     }

@@ -61,6 +61,11 @@ class Attached:
         self._removed()
 
 
+def write_count(tensor: Tensor) -> int:
+    """How often torch has seen a tensor written, or a view of it; 0 for one of inference mode, which has no counter."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 class Engine(ABC):
     """One way of sharding a model. Subclasses touch a wrapper's private attributes; nothing else does."""
 
@@ -94,6 +99,17 @@ class Engine(ABC):
             # On the meta device the model may still be sharded before its weights exist: look again then.
             self._used = not any(source.is_meta for source in sources)
         return sources
+
+    def write_counts(self) -> list[int]:
+        """How often torch has seen each source written, in the order of ``sources()``. Local; no host sync.
+
+        Only a difference between two calls says something. Writes through ``.data`` are not counted.
+        """
+        return list(map(write_count, self.sources()))
+
+    def rewritten_by_forward(self) -> frozenset[int]:
+        """Numbers of the sources that the wrapper may write at any forward pass, with the values of another rank."""
+        return frozenset()
 
     @abstractmethod
     def _read_specs(self) -> list[TensorSpec]:

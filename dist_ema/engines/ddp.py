@@ -43,6 +43,13 @@ class DataParallelEngine(PlainEngine):
             slot.name, tensor, replicas=self._replicas, lowest_mesh_rank=self._team, aliases=slot.aliases
         )
 
+    def rewritten_by_forward(self) -> frozenset[int]:
+        """Buffers of modules in eval mode: DDP sends rank 0's at every forward pass. In training mode they change."""
+        if not self._wrapper.broadcast_buffers:
+            return frozenset()
+        held = [slot for slot in self._slots if slot.get() is not None]
+        return frozenset(number for number, slot in enumerate(held) if slot.is_buffer and not slot.owner.training)
+
     @contextmanager
     def own_buffers(self) -> Iterator[None]:
         """See :meth:`Engine.own_buffers`: DDP would send rank 0's at every forward pass. Local."""

@@ -16,7 +16,7 @@ from torch.distributed.fsdp._common_utils import HandleTrainingState, _is_fsdp_f
 from torch.distributed.fsdp._flat_param import FlatParameter, FlatParamHandle
 from torch.distributed.fsdp._runtime_utils import _reshard
 
-from dist_ema.engines.base import Engine
+from dist_ema.engines.base import Engine, write_count
 from dist_ema.engines.declared import refuse_declared
 from dist_ema.engines.names import Binding, Named, Slot, kind_of, walk_modules
 from dist_ema.errors import EMAEngineError, EMAStateError
@@ -192,6 +192,19 @@ class FlatParamEngine(Engine):
             self._views = {held: held.local() for held in self._held if isinstance(held, _Flat)}
             self._seen = shards
         return [self._views[held] if isinstance(held, _Flat) else _local(held) for held in self._held]
+
+    def write_counts(self) -> list[int]:
+        """See :meth:`Engine.write_counts`. The flat parameter, its shard and the original parameters lie in one memory,
+        and each has a counter of its own."""
+        counts = []
+        for held, source in zip(self._held, self.sources(), strict=True):
+            count = write_count(source)
+            if isinstance(held, _Flat):
+                count += write_count(held.flat_param)
+                if held.flat_param._params is not None:
+                    count += write_count(held.flat_param._params[held.index])
+            counts.append(count)
+        return counts
 
     def reshard(self) -> None:
         """A forward without backward keeps the full copy of the root unit (with SHARD_GRAD_OP of all units) in memory.

@@ -44,6 +44,17 @@ class CompositeEngine(Engine):
     def _read_sources(self) -> list[Tensor]:
         return [source for engine in self._engines for source in engine.sources()]
 
+    def write_counts(self) -> list[int]:
+        return [count for engine in self._engines for count in engine.write_counts()]
+
+    def rewritten_by_forward(self) -> frozenset[int]:
+        numbers: set[int] = set()
+        first = 0
+        for engine in self._engines:
+            numbers.update(first + number for number in engine.rewritten_by_forward())
+            first += len(engine.sources())
+        return frozenset(numbers)
+
     def ranks(self) -> frozenset[int]:
         return frozenset().union(*(engine.ranks() for engine in self._engines))
 

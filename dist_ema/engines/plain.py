@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dist_ema.engines.base import Engine
+from dist_ema.engines.base import Engine, write_count
 from dist_ema.engines.declared import Declaration, declaration
 from dist_ema.engines.names import Binding, Slot, kind_of, walk_slots
 from dist_ema.engines.outer import refuse_sharded
@@ -101,6 +101,14 @@ class PlainEngine(Engine):
     def caches(self) -> list[CachedScale]:
         """See :meth:`Engine.caches`: the scales of torchao's float8 weights."""
         return cached_scales([self.local(tensor) for tensor in self._held()]) if self._has_subclasses else []
+
+    def write_counts(self) -> list[int]:
+        """See :meth:`Engine.write_counts`. A DTensor, like any subclass around a tensor, has a counter of its own."""
+        counts = []
+        for outer, source in zip(self._held(), self.sources(), strict=True):
+            tensors = {id(tensor): tensor for tensor in (outer, self.local(outer), source)}
+            counts.append(sum(map(write_count, tensors.values())))
+        return counts
 
     def _held(self) -> list[Tensor]:
         """What every slot holds. Local. Raises EMAStateError if that is not what it held."""

@@ -9,6 +9,7 @@ from torch import nn
 from dist_ema.engines.base import Engine
 from dist_ema.errors import EMAStateError
 from dist_ema.shadow.swap import Swap, Visit
+from dist_ema.shadow.writes import Written
 
 #: For every module that holds tensors itself, the visit of an average that is under way or that left its weights torn.
 #: Of the whole process: another object may average the same model, a part of it, or one of which it is a part.
@@ -23,6 +24,7 @@ class Condition:
 
     Attributes:
         broken: the call that broke off when it had changed a part of the average; None where the average is whole.
+        written: what others wrote into the average while it was in the model, so that it is not one any more.
         visit: of an average of ours to the model; None where the model has its own weights.
         swap: what brought that average in; None where there is no average yet.
     """
@@ -30,6 +32,7 @@ class Condition:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self.broken: str | None = None
+        self.written: Written | None = None
         self.visit: Visit | None = None
         self.swap: Swap | None = None
 
@@ -38,11 +41,12 @@ class Condition:
         """Who holds an average in the model; None if nobody does."""
         return next((visit.held_by for visit in self._visits() if visit.open), None)
 
-    def refuse(self, operation: str, mends: bool = False, inside: bool = False) -> None:
+    def refuse(self, operation: str, mends: bool = False, inside: bool = False, reads: bool = True) -> None:
         """Raises EMAStateError where a call may not be made now.
 
         That is inside ``average_parameters()``, unless the call may be made ``inside`` our own; and where the average
-        or the live weights are not whole, unless the call ``mends`` them.
+        or the live weights are not whole, unless the call ``mends`` them. An average that others have changed can be
+        updated, where only this rank may know of it, but no call ``reads`` it.
         """
         visits = self._visits()
         for visit in visits:
@@ -61,6 +65,8 @@ class Condition:
                 f"{operation}: the average is not whole, since {self.broken} broke off when it had changed a part of "
                 "it. Call reset() to start anew from the live weights, or load() a checkpoint"
             )
+        if self.written is not None and reads:
+            raise self.written.error(operation)
 
     def refuse_torn(self, operation: str) -> None:
         """As ``refuse`` where live weights are torn: before a collective call that other ranks cannot answer."""
@@ -80,6 +86,7 @@ class Condition:
     def mended(self) -> None:
         """The average is whole, and the user says that the live weights are."""
         self.broken = None
+        self.written = None
         for module in self._holders():
             _visits.pop(module, None)
 

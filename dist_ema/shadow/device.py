@@ -13,6 +13,7 @@ from dist_ema.errors import EMAStateError
 from dist_ema.kernels import memory
 from dist_ema.kernels.copies import Copies
 from dist_ema.kernels.rounding import ElementPositions, Rounding, average_key
+from dist_ema.shadow import lent
 from dist_ema.sharding.shares import Share
 
 logger = logging.getLogger(__name__)
@@ -135,6 +136,24 @@ class Shadow:
         for index, tensor in zip(self._copied, self._buffers, strict=True):
             tensors[index] = tensor
         return tensors
+
+    def make_way(self) -> None:
+        """Before a write to the averages: parts of a ``state_dict()`` that somebody still holds keep the memory that
+        they have, and those shadows move to memory of their own. Local. See ``lent.py``."""
+        if not lent.outstanding():
+            return
+        lent.wait(self._all())
+        self._averages = {name: lent.separate(tensors, self._copy_of) for name, tensors in self._averages.items()}
+        self._buffers = lent.separate(self._buffers, self._copy_of)
+
+    def _all(self) -> list[Tensor]:
+        """Every shadow of every average."""
+        averaged = [tensor for tensors in self._averages.values() for tensor in tensors]
+        return averaged + self._buffers
+
+    def _copy_of(self, tensor: Tensor) -> Tensor:
+        """A copy of one shadow, in memory of the same kind."""
+        return memory.empty(tensor.numel(), tensor.dtype, tensor.device).copy_(tensor)
 
     def nbytes(self) -> dict[torch.device, int]:
         """Bytes held, by device, scratch included."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dist_ema import kernels
 from dist_ema.engines.counterpart import Counterpart
+from dist_ema.engines.derived import DerivedState
 from dist_ema.errors import EMAStateError
 from dist_ema.shadow.device import Shadow
 from dist_ema.sharding.gather import LocalValues, gather_each
@@ -46,6 +47,7 @@ class GatheredTeacherShadow(Shadow):
     ) -> None:
         super().__init__(names, shares, skip_nonfinite, seed)
         self._counterpart = counterpart
+        self._derived = DerivedState(counterpart.modules(), drops_compiled=False)
         self._claim, self._release = claim, release
         self._group = group
         self._installed = False
@@ -89,7 +91,8 @@ class GatheredTeacherShadow(Shadow):
                     kernels.write(tensor, local, local + length, values[inside : inside + length])
 
         dtypes = {entry.name: entry.dtype for entry in self._entries}
-        gather_each(self._entries, held.get, dtypes, self._group, take, "update() of a teacher", everywhere=True)
+        with self._derived.renewed():
+            gather_each(self._entries, held.get, dtypes, self._group, take, "update() of a teacher", everywhere=True)
 
     def _teachers(self) -> dict[str, tuple[Tensor, Runs]]:
         """The teacher's tensors, and which elements they are, by the name in the averaged model. Local."""

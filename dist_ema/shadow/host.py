@@ -216,6 +216,15 @@ class HostShadow(Shadow):
             (0, share.numel) if index in self._staging else (share.start, share.stop) for index, share in shares.items()
         ]
 
+    def make_way(self) -> None:
+        """See :meth:`Shadow.make_way`. Waits for the thread, which writes the averages."""
+        self._worker.drain()
+        super().make_way()
+
+    def _copy_of(self, tensor: Tensor) -> Tensor:
+        (copy,) = carve([(tensor.numel(), tensor.dtype)], memory.pinned if self._pins else pageable)
+        return copy.copy_(tensor)
+
     def _allocate(self, sources: Sequence[Tensor], indices: Sequence[int]) -> list[Tensor]:
         for index in indices:
             if sources[index].is_meta:

@@ -25,9 +25,12 @@ from torch import Tensor
 from dist_ema import kernels
 from dist_ema.collectives import answered
 from dist_ema.engines.base import Engine
+from dist_ema.engines.derived import DerivedState
 from dist_ema.errors import EMAError, EMAStateError
 from dist_ema.interrupts import Uninterrupted
+from dist_ema.shadow import lent
 from dist_ema.shadow.broadcast import Broadcast, is_own
+from dist_ema.shadow.writes import Watch, Written
 from dist_ema.sharding.shares import Share
 from dist_ema.sharding.subclasses import CachedScale
 from dist_ema.sharding.writers import FullTensor
@@ -73,6 +76,7 @@ class Swap:
 
     Attributes:
         entries: every full tensor of the model; to be set before ``enter()`` where the swap is collective.
+        written: the parameters that others wrote while the average was in the model; None if none was.
     """
 
     def __init__(
@@ -91,7 +95,11 @@ class Swap:
         self._scratch = scratch
         self._visit = visit
         self._wait = wait
-        self._fixed = fixed
+        self._watch = Watch(engine, shares)
+        self._derived = DerivedState(engine.modules())
+        self._fixed = self._watch.excused.union(fixed)
+        self.written: Written | None = None
+        self._compared = False  # whether ``written`` is known
         self._broadcast = Broadcast(engine, shares)
         self.entries: Sequence[FullTensor] = ()
         self._exchanges: dict[int, kernels.Exchange] = {}
@@ -130,20 +138,28 @@ class Swap:
         the model. Local."""
         return self._shadows[index] if index in self._exchanges else self._kept.get(index)
 
+    def wait_for_readers(self) -> None:
+        """Waits for threads that read what ``leave()`` is going to write, at most 30 s. Local; signals interrupt it."""
+        if not self._done:
+            lent.wait([*self._sources, *self._shadows])
+
     @torch.no_grad()
     def enter(self) -> None:
         """The live model computes with the average afterwards. Collective as :func:`swaps_together` says. If it raises,
         ``leave()`` undoes what was done."""
         self._engine.reshard()
-        self._sources = self._engine.sources()
-        self._settle()
-        self._caches = self._engine.caches()
-        self._done = False
-        self._keep()
-        self._put(inside=True)
-        self._drop_caches()
-        self._share(inside=True)
+        with self._derived.renewed():
+            self._sources = self._engine.sources()
+            lent.make_way(self._sources)
+            self._settle()
+            self._caches = self._engine.caches()
+            self._done = False
+            self._keep()
+            self._put(inside=True)
+            self._drop_caches()
+            self._share(inside=True)
         torch.clear_autocast_cache()  # it holds casts of the weights that were
+        self._watch.begin()
 
     def leave(self) -> None:
         """The live weights are bit for bit what they were, and the shadow too. Collective where replicas or ``publish``
@@ -189,18 +205,40 @@ class Swap:
             self._sources = self._engine.sources()
         except EMAStateError as error:  # the shadow is still in the tensors that there were
             replaced = error
-        self._settle()
-        self._put(inside=False)
-        for cache in self._caches:
-            cache.restore()
-        if self._where != "outside":
-            self._share(inside=False)
-        for index, whole in self._diverged.items():
-            kernels.write(self._sources[index], 0, self._shares[index].spec.local_numel, whole)
+        else:
+            self._compare()
+        lent.make_way([*self._sources, *self._shadows])
+        with self._derived.renewed():
+            self._settle()
+            self._put(inside=False)
+            for cache in self._caches:
+                cache.restore()
+            if self._where != "outside":
+                self._share(inside=False)
+            for index, whole in self._diverged.items():
+                kernels.write(self._sources[index], 0, self._shares[index].spec.local_numel, whole)
         torch.clear_autocast_cache()
         self._done = True
         if replaced is not None:
             raise replaced
+
+    def check_writes(self, operation: str) -> None:
+        """Raises EMAStateError if parameters were written since ``enter()``. Local."""
+        self._engine.reshard()
+        written = self._watch.parameters(self.in_model)
+        if written is not None and not self._done:
+            raise written.error(operation)
+
+    def accept_buffers(self) -> None:
+        """Writes into buffers up to now were our own, and have been undone. Local."""
+        self._watch.accept_buffers()
+
+    def _compare(self) -> None:
+        """Finds out what others have written, once, before we write ourselves. Local."""
+        if not self._compared:
+            self.written = self._watch.parameters(self.in_model)
+            self._watch.warn_of_buffers(self.in_model)
+            self._compared = True
 
     @torch.no_grad()
     def _copy(self) -> None:
@@ -210,12 +248,14 @@ class Swap:
             sources = self._engine.sources()
             self._done = False
             self._sources, self._caches = sources, self._engine.caches()
-        self._settle()
-        for share, shadow, source in zip(self._shares, self._shadows, self._sources, strict=True):
-            if shadow is not None:
-                kernels.write(source, share.start, share.stop, shadow)
-        self._drop_caches()
-        self._share(inside=True)
+        lent.make_way(self._sources)
+        with self._derived.renewed():
+            self._settle()
+            for share, shadow, source in zip(self._shares, self._shadows, self._sources, strict=True):
+                if shadow is not None:
+                    kernels.write(source, share.start, share.stop, shadow)
+            self._drop_caches()
+            self._share(inside=True)
         torch.clear_autocast_cache()
         self._done = True
 

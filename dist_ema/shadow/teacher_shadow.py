@@ -13,8 +13,10 @@ from torch import Tensor
 
 from dist_ema import kernels
 from dist_ema.engines.counterpart import Counterpart
+from dist_ema.engines.derived import DerivedState
 from dist_ema.errors import EMAStateError
 from dist_ema.kernels.copies import Copies
+from dist_ema.shadow import lent
 from dist_ema.shadow.device import Shadow
 from dist_ema.sharding.shares import Share
 
@@ -45,6 +47,7 @@ class TeacherShadow(Shadow):
         super().__init__(names, shares, skip_nonfinite, seed)
         self._claim, self._release = claim, release
         self._counterpart = counterpart
+        self._derived = DerivedState(counterpart.modules(), drops_compiled=False)
         self._installed = False
         self._own: frozenset[int] = frozenset()  # shares whose shadow is not the teacher's memory
         self._tensors: list[Tensor] = []  # the teacher's
@@ -77,8 +80,9 @@ class TeacherShadow(Shadow):
     def update(self, sources: Sequence[Tensor], weights: Sequence[float], number: int) -> None:
         """See :meth:`Shadow.update`; the same pass writes what does not lie in the teacher."""
         self._find()
-        super().update(sources, weights, number)
-        self._finish_write()
+        with self._derived.renewed():
+            super().update(sources, weights, number)
+            self._finish_write()
 
     def fill(self, sources: Sequence[Tensor]) -> None:
         """See :meth:`Shadow.fill`."""
@@ -95,12 +99,21 @@ class TeacherShadow(Shadow):
         self._find()
         return super().tensors(name)
 
+    def make_way(self) -> None:
+        """See :meth:`Shadow.make_way`. What lies in the teacher cannot move, so there the parts do."""
+        if lent.outstanding() and self._installed and self.started:
+            lent.make_way(self._tensors[index] for index in self.fixed)
+        super().make_way()
+
     def hand_on(self) -> None:
         """Writes into the teacher what does not lie there. Local."""
-        if self._installed and self.started and self._copies is not None:
-            (average,) = self._averages.values()
-            kernels.write_copies(average, self._copies, range(len(average)))
-        self._finish_write()
+        if not (self._installed and self.started):
+            return
+        with self._derived.renewed():
+            if self._copies is not None:
+                (average,) = self._averages.values()
+                kernels.write_copies(average, self._copies, range(len(average)))
+            self._finish_write()
 
     def _finish_write(self) -> None:
         """Writes the buffers, and drops what the teacher has computed from the weights that it had. Local."""
@@ -160,6 +173,7 @@ class TeacherShadow(Shadow):
         """Finds where each shadow lies: in the teacher, or ``beside`` the tensors given. Copies ``values`` there."""
         kept = self._averaged + self._copied
         tensors = self._look()
+        lent.make_way(tensors[index] for index in kept)
         for index in kept:
             if tensors[index].is_meta:
                 raise EMAStateError(

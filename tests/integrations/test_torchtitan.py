@@ -71,6 +71,9 @@ class Checkpointer:
     def save(self, step: int) -> None:
         dcp.save(self._flat(), checkpoint_id=str(self.folder / f"step-{step}"))
 
+    def maybe_wait_for_staging(self) -> None:
+        """This one has copied everything when ``save()`` returns."""
+
     def load(self, step: int) -> None:
         states = self._flat()
         dcp.load(states, checkpoint_id=str(self.folder / f"step-{step}"))
@@ -138,6 +141,7 @@ def add_average(trainer: Any) -> ShardedEMA:
     validate = trainer.validate
 
     def validate_average() -> float:
+        trainer.checkpointer.maybe_wait_for_staging()
         with ema.average_parameters():
             return float(validate())
 
