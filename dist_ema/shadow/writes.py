@@ -79,6 +79,7 @@ class Watch:
     def accept_buffers(self) -> None:
         """What was written into buffers so far was written by us, and has been put back."""
         if self._before is not None:
+            self._engine.reshard()  # a forward pass may have left full weights in the place of the shards
             now = self._engine.write_counts()
             is_buffer = [share.spec.kind == "buffer" for share in self._shares]
             self._before = [
