@@ -6,10 +6,10 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, NoReturn, TypeVar, cast
 
 import torch
@@ -58,7 +58,17 @@ from dist_ema.shadow.view import View
 from dist_ema.sharding.gather import LocalValues, check_readable, full_tensors
 from dist_ema.sharding.proof import proven_catalogue
 from dist_ema.sharding.resharding import check_same_model, move
-from dist_ema.sharding.shares import Share, assign_shares
+from dist_ema.sharding.shares import (
+    Share,
+    as_live,
+    assign_shares,
+    follow_shapes,
+    follow_specs,
+    is_ignored,
+    may_join,
+    resized,
+    was_resized,
+)
 from dist_ema.sharding.stream import everywhere, in_windows
 from dist_ema.sharding.writers import FullTensor, is_writer
 from dist_ema.snapshots import Snapshots
@@ -215,7 +225,7 @@ class ShardedEMA:
             sync=sync,
         )
         self._group = group
-        self._engine = detect_in(target, group)
+        self._engine = self._detect(target)
         self._condition = Condition(self._engine)
         self._warned = False
         self._changes = 0  # how often another average took the place of this one
@@ -224,12 +234,20 @@ class ShardedEMA:
         self._snapshots: list[Snapshots] = []
         self._teacher: Teacher | None = None
         self._told: set[str] = set()  # what was logged about an average that has not begun
+        self._shares: list[Share] = []
+        self._said_resized = False
         with nullcontext() if into is None else agreed(self._engine.group, "ShardedEMA(into=...)"):
             self._teacher = None if into is None else Teacher(target, into, self._options, group)
             self._plan(Progress())
         self._groups = OwnGroups(self._engine.group, repr(self._options.facts()))
         if (duration := self._options.duration) is not None:
             self._warn_of_length({duration.unit: duration.value})
+
+    def _detect(self, target: object) -> Engine:
+        """The engine of a target, which checks only what is averaged or copied. Local."""
+        engine = detect_in(target, self._group)
+        engine.ignore(partial(is_ignored, self._options))
+        return engine
 
     # Averaging: local.
 
@@ -256,9 +274,16 @@ class ShardedEMA:
             does nothing and returns False.
 
         Raises:
-            EMAStateError: inside ``average_parameters()``, or a parameter or buffer was added, or a parameter replaced,
-                frozen or unfrozen, or an offloaded update has failed.
+            EMAStateError: inside ``average_parameters()``, or a parameter or buffer was added or removed, or a
+                parameter replaced or resized, or an offloaded update has failed. What ``exclude`` and
+                ``buffers="ignore"`` leave out is not checked.
+            EMAEngineError: a parameter that was unfrozen cannot be averaged, or the teacher (``into=``) cannot hold it.
             EMAConfigError: a count is negative or not a number.
+
+        ``requires_grad`` may change at any time. A parameter that is frozen stays in the average. One that is trained
+        when an update is due, and was frozen until then, joins the average with its value of that moment, which is
+        logged. Only this takes memory. Flags have to change on all ranks alike. Before the first update they decide
+        what is averaged.
 
         A signal's handler waits until the average has moved. An update that raises is not counted. If it was in the
         middle of it, every call that needs the average raises EMAStateError until ``reset()`` or ``load()``.
@@ -272,11 +297,14 @@ class ShardedEMA:
             due = self._track.is_due(now)
         if due:
             self._background.wait_until_read()
-            self._engine.reshard()
-            sources = self._engine.sources()
-            self._shadow.check(sources)
+            sources = self._present()
             self._shadow.make_way()
             with Uninterrupted():
+                if not self._shadow.started:
+                    sources = self._choose(sources)
+                elif self._resized or (self._frozen and self._engine.trained(self._frozen)):
+                    self._join(sources)
+                self._shadow.check(sources)
                 self._average(sources, now)
                 before, self._track.training = self._track.training, now
                 self._condition.broken = None
@@ -304,16 +332,113 @@ class ShardedEMA:
             log_retained = self._track.log_retained(after)
             weights = [-math.expm1(logarithm) for logarithm in log_retained.values()]
             self._warn_if_still(after)
-            self._shadow.scratch.touched = False
+            self._shadow.scratch.touched = self._shadow.has_new
             self._condition.broken = "update()"
             try:
                 if any(weights):  # between two windows an average stands still, and its buffers with it
                     self._shadow.update(sources, weights, after.updates)
+                elif self._shadow.has_new:
+                    self._shadow.fill_new(sources, after.updates)
             except BaseException:
                 if not self._shadow.scratch.touched:
                     self._condition.broken = None
                 raise
             self._track.step(after, log_retained)
+
+    # Following a model whose flags and buffers change: local.
+
+    def _present(self) -> list[Tensor]:
+        """The live tensors, one for each share. Local.
+
+        Tensors that are not averaged may have been added, removed or resized: the shares follow. Every rank has the
+        same model, so all decide alike.
+        """
+        self._engine.reshard()
+        sources = self._engine.sources()
+        inside = self._condition.visit is not None  # there a Swap goes by the numbers that there were
+        outdated = self._engine.outdated and not inside
+        if outdated or self._engine.resized():
+            specs = self._engine.specs() if outdated else self._engine.announced()
+            follow = follow_specs if outdated else follow_shapes
+            self._take_shares(follow(self._shares, specs, self._options), sources)
+            self._resized = True  # perhaps also a buffer of the average, which the next due update looks at
+            sources = self._engine.sources() if outdated else sources
+        return sources
+
+    def _take_shares(self, shares: list[Share], sources: Sequence[Tensor], new: Sequence[int] = ()) -> None:
+        """Goes on with other shares of the same average. Local. If this raises, nothing has changed.
+
+        ``new`` are the numbers of those that join, or were resized, and get memory.
+        """
+        numbers = {name: number for number, share in enumerate(shares) for name in share.names}
+        places = [numbers.get(share.spec.name, -1) for share in self._shares]
+        counterpart = None if self._teacher is None else self._teacher.match(shares, self._teacher.target)
+        self._shadow.follow(shares, places, new, sources, counterpart)
+        self._set_shares(shares)
+
+    def _set_shares(self, shares: list[Share]) -> None:
+        self._shares = shares
+        self._known: list[FullTensor] | None = None  # every full tensor, once all ranks have told each other
+        self._resized = True
+        #: The numbers of parameters that join the average when they are trained.
+        self._frozen = [number for number, share in enumerate(shares) if may_join(share, self._options)]
+
+    def _choose(self, sources: list[Tensor]) -> list[Tensor]:
+        """What is averaged from the first update on, by the flags of this moment. Local.
+
+        Where nothing is trained now (in a GAN, between two steps), flags say nothing, and what was trained when the
+        average was made is averaged.
+        """
+        before = self._averaged_names()
+        selected = [number for number, share in enumerate(self._shares) if may_join(as_live(share), self._options)]
+        trained = {self._shares[number].spec.name for number in self._engine.trained(selected)}
+        if trained and before - trained:
+            logger.warning(
+                "%r and %d more parameters were trained when the average was made, and are frozen at its first update: "
+                "they are not averaged, unless they are trained at a later one.",
+                min(before - trained),
+                len(before - trained) - 1,
+            )
+        specs = self._engine.specs()
+        shares = assign_shares(specs, self._options, trained or before)
+        if shares != self._shares:
+            shadow = self._new_shadow(self._shadow.seed, shares)
+            self._set_shares(shares)
+            self._take(shadow)
+        return self._engine.sources()
+
+    def _join(self, sources: Sequence[Tensor]) -> None:
+        """Takes parameters that are trained now into the average, and follows buffers that were resized. Local.
+
+        Ranks make no call for that: each sees the same flags and shapes at the same update.
+        """
+        announced, shares = self._engine.announced(), list(self._shares)
+        joining = self._engine.trained(self._frozen)
+        names = [shares[number].spec.name for number in joining]
+        specs = [self._engine.describe(number) for number in joining]
+        update = self._track.averaged.updates + 1
+        for number, share in zip(joining, assign_shares(specs, self._options, names, update), strict=True):
+            shares[number] = share
+        grown = [number for number, share in enumerate(shares) if was_resized(share, announced[number])]
+        for number in grown:
+            (shares[number],) = assign_shares([announced[number]], self._options, joined=update)
+        if joining or grown:
+            self._take_shares(shares, sources, [*joining, *grown])
+        self._resized = False
+        if joining:
+            logger.warning(
+                "%r and %d more parameters were frozen and are trained now: they join the average at update %d, with "
+                "their present values.",
+                names[0],
+                len(names) - 1,
+                update,
+            )
+        averaged = [shares[number].spec.name for number in grown if shares[number].mode == "average"]
+        if averaged and not self._said_resized:
+            self._said_resized = True
+            logger.warning(
+                "The buffer %r was resized: its average starts anew with its present value, at each time.", averaged[0]
+            )
 
     def _warn_if_still(self, after: Progress) -> None:
         units = self._track.unmoved(after) - {"ba"}
@@ -439,6 +564,8 @@ class ShardedEMA:
         if not self._engine.is_part:  # a pattern may be meant for another rank's stage
             self._options.check_patterns(names)
         shares = assign_shares(specs, self._options)
+        if not any(share.mode == "average" for share in shares):  # in a GAN, between two steps: as it was before
+            shares = assign_shares(specs, self._options, self._averaged_names())
         if not self._engine.is_part and not any(share.mode == "average" for share in shares):
             trained = sum(spec.kind == "parameter" for spec in specs)
             raise EMAConfigError(
@@ -448,19 +575,27 @@ class ShardedEMA:
         shadow = self._new_shadow(shares=shares)
         self._changes += 1
         self._condition.broken = "reset()"
-        self._shares = shares
+        self._set_shares(shares)
         self._warn_if_coarse()
-        self._warned = False
-        self._track = Track(self._options, clock)
+        self._warned = self._said_resized = False
+        self._track: Track = Track(self._options, clock)
         self._shadow = shadow
         shadow.install()
         self._skipped_before = 0  # of a run that was resumed; counted by rank 0
-        self._known: list[FullTensor] | None = None  # every full tensor, once all ranks have told each other
         self._condition.broken = None
+
+    def _averaged_names(self) -> set[str]:
+        """Names of the parameters that this rank averages, be they frozen now."""
+        shares = [share for share in self._shares if share.spec.kind != "buffer"]
+        return {share.spec.name for share in shares if share.mode == "average"}
 
     @answering("rebind()")
     def rebind(self, target: object) -> None:
         """Goes on with another wrapping of the model: the same names and shapes, under any engine. Collective.
+
+        All that is averaged has to be there. Parameters that are trained and were not averaged (a new head, a second
+        adapter, what was unfrozen) join with their present values; buffers may have other shapes. Also for a model in
+        which a parameter was replaced: ``rebind(model)`` goes on with the new one.
 
         For trainers that wrap a model anew, around an evaluation say. The average moves in memory to where the new
         wrapping wants it: without communication where each rank holds those elements already, else through one window
@@ -505,16 +640,21 @@ class ShardedEMA:
             self._wait_for_save()
             self._condition.refuse(operation)
             self._shadow.wait()
-            engine = detect_in(target, self._group)
-            shares = assign_shares(engine.specs(), self._options)
+            engine = self._detect(target)
+            specs = engine.specs()
+            averaged = {name for entry in self._full_tensors() if entry.mode == "average" for name in entry.names}
+            shares = assign_shares(specs, self._options, averaged)
             shadow = self._new_shadow(self._shadow.seed, shares, target)
             engine.reshard()
             sources = engine.sources()
         old, new = self._full_tensors(), self._proven(engine, shares, group)
-        check_same_model(old, new, operation)
+        joining = check_same_model(old, new, operation)
+        old = [entry for entry in old if entry.mode != "live" and entry.name not in joining]
         if self._shadow.started:
+            begin = shadow.start if joining else shadow.allocate  # what joins keeps its present value
             with agreed(group, operation):
-                shadow.allocate(sources)
+                begin(sources)
+                shadow.wait()
             for name in self.names:
                 held = {
                     share.spec.name: LocalValues(share, values, 0)
@@ -525,7 +665,9 @@ class ShardedEMA:
             shadow.loaded()
         with Uninterrupted():
             self._skipped_before = self._skipped()
-            self._engine, self._shares, self._known = engine, shares, new
+            self._engine = engine
+            self._set_shares(shares)
+            self._known = new
             self._condition = Condition(engine)
             self._groups = groups
             if self._teacher is not None:
@@ -1039,7 +1181,9 @@ class ShardedEMA:
         Args:
             path: of the checkpoint, a directory or a URL.
             strict: every tensor must fit. If not, what does not is left out, which is logged, and starts from the live
-                weights.
+                weights. What is frozen here, and has an average in the checkpoint, fits: it goes on being averaged.
+                What is trained here, and was frozen when the checkpoint was saved, starts from its stored value. A
+                buffer may have another shape: its average has the stored one until the next update.
             verify: check the fingerprints of what is read.
 
         Raises:
@@ -1054,31 +1198,48 @@ class ShardedEMA:
             self._wait_for_save()
             sources = self._live("load()")
         group = self._groups.files("load()", _PATIENCE, self._shadow_bytes())
-        manifest, shadow = read_anew_if_replaced(
-            lambda: Load(path, self._full_tensors(), self.names, group),
-            lambda load: (load.manifest, self._filled(load, sources, strict, verify)),
+        selects, dtype = self._options.selects, self._options.dtype
+        manifest, shadow, shares = read_anew_if_replaced(
+            lambda: Load(path, self._full_tensors(), self.names, group, selects, dtype),
+            lambda load: (load.manifest, *self._filled(load, sources, strict, verify)),
         )
         with Uninterrupted():
-            self._replace(shadow, manifest.state, "load()")
+            self._replace(shadow, shares, manifest.state, "load()")
         report_schedules(manifest.schedules, self._options.schedules)
 
-    def _filled(self, load: Load, sources: Sequence[Tensor], strict: bool, verify: bool) -> Shadow:
-        """A new shadow with what a checkpoint holds. Collective; raises as ``load()``, on every rank."""
+    def _filled(self, load: Load, sources: Sequence[Tensor], strict: bool, verify: bool) -> tuple[Shadow, list[Share]]:
+        """A new shadow with what a checkpoint holds, and its shares. Collective; raises as ``load()`` on every rank."""
         found = load.match(strict)
-        shadow = self._new_shadow(load.manifest.seed)
+        shares = self._shares_with(load.joining, load.shapes)
+        shadow = self._new_shadow(load.manifest.seed, shares)
         if load.manifest.started:
             # What a checkpoint lacks starts from the live weights; where it may lack nothing, none are copied.
             begin = shadow.allocate if strict else shadow.start
             with agreed(self._engine.group, "load()"):
-                begin(sources)
+                begin(_of_shape(sources, shares))
                 shadow.wait()
-            load.fill(shadow, self._shares, found, verify)
+            load.fill(shadow, shares, found, verify)
             shadow.loaded()
-        return shadow
+        return shadow, shares
 
-    def _replace(self, shadow: Shadow, state: EMAState, operation: str) -> None:
+    def _shares_with(self, joining: Container[str], shapes: Mapping[str, Sequence[int]]) -> list[Share]:
+        """The shares of an average to be loaded: ``joining`` are averaged as well, buffers have these ``shapes``."""
+        names = [name for share in self._shares for name in share.names]
+        if not shapes and not any(name in joining for name in names):
+            return self._shares
+        specs = []
+        for share in self._shares:
+            shape = shapes.get(share.spec.name)
+            specs.append(share.spec if shape is None else resized(share, shape).spec)
+        averaged = self._averaged_names().union(name for name in names if name in joining)
+        return assign_shares(specs, self._options, averaged)
+
+    def _replace(self, shadow: Shadow, shares: list[Share], state: EMAState, operation: str) -> None:
         """A loaded average takes the place of the one that there was. Local."""
         self._condition.broken = operation
+        if shares is not self._shares:
+            self._set_shares(shares)
+        self._resized = True  # the live buffers may have other shapes than the loaded ones
         self._take(shadow)
         self._track.restore(state)
         self._skipped_before = state.skipped if rank_in(self._engine.group) == 0 else 0
@@ -1153,14 +1314,16 @@ class ShardedEMA:
         Args:
             state_dict: also one that ``torch.save`` wrote on this rank of the same engine and world size, or one with
                 full tensors on every rank, which ``state_dict(full=True)`` (for one file that rank 0 writes) and
-                ``torch.distributed.checkpoint.format_utils.dcp_to_torch_save`` make.
+                ``torch.distributed.checkpoint.format_utils.dcp_to_torch_save`` make. A parameter that is frozen here,
+                and averaged there, goes on being averaged. (``dcp.load`` reads only what ``state_dict()`` of the moment
+                has: before it, unfreeze what was averaged, and give buffers their saved shapes.)
 
         Raises:
             CheckpointMismatchError: lists all that does not fit, on every rank; nothing has changed.
             CheckpointError: it is damaged, or of a later version.
             EMAStateError: inside ``average_parameters()``, or the model has changed.
         """
-        from dist_ema.dcp.loaded import LoadedStateDict  # as in state_dict()
+        from dist_ema.dcp.loaded import LoadedStateDict, unlike  # as in state_dict()
 
         self._shadow.drain()  # what fails in it does not matter any more
         self._background.drain()
@@ -1169,8 +1332,13 @@ class ShardedEMA:
             self._wait_for_save()
             sources = self._live(operation)
         with agreed(group, operation) as round_:
-            tracked = {entry.name for entry in self._full_tensors() if entry.mode != "live"}
-            restore = LoadedStateDict(state_dict, self._shares, self.names, tracked)
+            # Each rank has parts of some tensors only: all are told what any has.
+            round_.send(unlike(state_dict, self._full_tensors(), self._options.selects))
+        joining = {name for names, _ in round_.received for name in names}
+        shares = self._shares_with(joining, dict(pair for _, shapes in round_.received for pair in shapes))
+        with agreed(group, operation) as round_:
+            tracked = {entry.name for entry in self._full_tensors() if entry.mode != "live" or entry.name in joining}
+            restore = LoadedStateDict(state_dict, shares, self.names, tracked)
             live = restore.live(sources)
             round_.send((live is None, restore.state.averaged.updates))
         without_live, updates = zip(*round_.received, strict=True)
@@ -1179,22 +1347,22 @@ class ShardedEMA:
         check_same_updates(updates)
         back, visit = None, Visit("", operation)
         if live is not None:
-            back = Swap(self._engine, self._shares, live, self._shadow.scratch, visit, self._background.wait_until_read)
+            back = Swap(self._engine, shares, live, self._shadow.scratch, visit, self._background.wait_until_read)
             back.entries = self._full_tensors()
         shadow = self._shadow
-        if shadow.failed or not (restore.state.started and shadow.started):
-            shadow = self._new_shadow()
+        if shadow.failed or not (restore.state.started and shadow.started) or shares is not self._shares:
+            shadow = self._new_shadow(shares=shares)
         shadow.make_way()
         with Uninterrupted():
             self._condition.broken = operation
             if restore.state.started:
                 with agreed(group, operation):
                     if not shadow.started:  # where an update failed on some ranks, these alone need memory
-                        shadow.allocate(sources)
+                        shadow.allocate(_of_shape(sources, shares))
                     restore.fill(shadow)
                     shadow.loaded()
             shadow.seed = self._seed(restore.state.seed)
-            self._replace(shadow, restore.state, operation)
+            self._replace(shadow, shares, restore.state, operation)
             if back is not None:
                 self._condition.begin(visit)
                 try:
@@ -1383,14 +1551,13 @@ class ShardedEMA:
         if self._condition.swap is not None:
             self._condition.swap.check_writes(operation)
         self._shadow.wait()
-        self._engine.reshard()
-        return View(self._shares, self._shadow, self._engine.sources(), self._condition)
+        sources = self._present()
+        return View(self._shares, self._shadow, sources, self._condition)
 
     def _live(self, operation: str) -> list[Tensor]:
         """The live tensors, for a call that replaces the average."""
         self._condition.refuse(operation, mends=True)
-        self._engine.reshard()
-        return self._engine.sources()
+        return self._present()
 
     def _state(self, skipped: int) -> EMAState:
         return self._track.state(self._shadow.started, skipped, self._shadow.seed)
@@ -1405,6 +1572,16 @@ class ShardedEMA:
         if name is None or name not in names:
             raise EMAConfigError(f"name={name!r}: allowed are {', '.join(map(repr, names))}")
         return name
+
+
+def _of_shape(sources: Sequence[Tensor], shares: Sequence[Share]) -> list[Tensor]:
+    """The live tensors, and zeros in the place of each whole buffer that has another shape in the average. Local."""
+    return [
+        torch.zeros(share.spec.shape, dtype=source.dtype, device=source.device)
+        if share.spec.kind == "buffer" and not share.spec.partitioned and source.shape != share.spec.shape
+        else source
+        for share, source in zip(shares, sources, strict=True)
+    ]
 
 
 def _calling_line() -> str:

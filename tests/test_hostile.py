@@ -170,6 +170,7 @@ def test_a_key_that_comes_twice_is_refused(body: dict[str, Any], key: str) -> No
 def test_the_bounds_take_what_is_large_but_right(body: dict[str, Any]) -> None:
     """Sixty-four sizes, an empty tensor, a clock of 2**61 tokens, ten thousand tensors."""
     changed = json.loads(json.dumps(body))
+    del changed["frozen"]  # names of tensors that this test replaces
     for clock in ("clock", "seen"):
         changed[clock]["tokens"] = 1 << 61
     changed["start"]["tokens"] = 0
@@ -178,6 +179,14 @@ def test_the_bounds_take_what_is_large_but_right(body: dict[str, Any]) -> None:
     changed["live"] = {"a": entry | {"shape": [1] * 64}, "b": entry | {"shape": [0, 1 << 40]}}
     changed["live"] |= {f"layers.{i}.mlp.experts.weight": entry | {"shape": [7, 2048]} for i in range(10_000)}
     assert len(Manifest.from_bytes(_seal(changed)).live) == 10_002
+
+
+@pytest.mark.parametrize("frozen", ["1.bias", [3], ["0.bias"], ["none"], {"1.bias": 1}, ["1.bias", "1.bias"]])
+def test_a_wrong_list_of_what_was_frozen_is_refused(body: dict[str, Any], frozen: object) -> None:
+    """An average would begin with another tensor's value, or the reader would fail on a name that is not there."""
+    assert body["frozen"] == ["1.weight", "1.bias"]
+    with pytest.raises(CheckpointCorruptError, match="invalid 'frozen'"):
+        Manifest.from_bytes(_seal({**body, "frozen": frozen}))
 
 
 BOMBS = {

@@ -82,10 +82,10 @@ def test_another_model_is_refused_and_the_average_stays(rank: int) -> None:
         ema.rebind(fully_shard(other))
     for word in ("missing 'one.weight'", "unexpected 'more.weight'", "misshapen 'module.0.up.weight': (9, 15)"):
         assert word in str(caught.value)
-    frozen = build(scalar=False)
-    frozen.embed.weight.requires_grad_(rank == 1)
-    with pytest.raises(EMAEngineError, match=r"embed\.weight"):
-        ema.rebind(fully_shard(frozen))
+    unlike = build(scalar=False)
+    unlike.frozen.weight.requires_grad_(rank == 1)  # it would join the average on one rank alone
+    with pytest.raises(EMAEngineError, match=r"frozen\.weight"):
+        ema.rebind(fully_shard(unlike))
     with ema.average_parameters(), pytest.raises(EMAStateError, match=r"rebind\(\) inside"):
         ema.rebind(fully_shard(build(scalar=False)))
     assert ema.fingerprint() == before

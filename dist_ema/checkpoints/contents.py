@@ -50,6 +50,7 @@ class Contents:
         tracked = [entry for entry in entries if entry.mode != "live"]
         live = [entry for entry in entries if entry.mode == "live"]
         self._lacking = () if include_untracked else tuple(entry.name for entry in live)
+        self._frozen = tuple(entry.name for entry in live if entry.frozen) if include_untracked else ()
         self.folders = {f"averages/{name}": _folder(tracked, held, dtype) for name, held in views.items()}
         if live and include_untracked:  # what is not averaged is the same in every view
             self.folders[LIVE] = _folder(live, next(iter(views.values())))
@@ -88,6 +89,7 @@ class Contents:
             live=tensors.get(LIVE, {}),
             files=files,
             lacking=self._lacking,
+            frozen=self._frozen,
         )
 
     def sizes(self) -> dict[str, int]:

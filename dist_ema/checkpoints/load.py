@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
+import torch
 import torch.distributed as dist
 
 from dist_ema.checkpoints.dtypes import DTYPES
-from dist_ema.checkpoints.manifest import Key, Manifest, checksum
+from dist_ema.checkpoints.manifest import LIVE, Key, Manifest, checksum
 from dist_ema.checkpoints.parts import Part, read_own, read_sent
 from dist_ema.checkpoints.reader import damaged_error
 from dist_ema.checkpoints.storage.paths import StrPath
+from dist_ema.checkpoints.stored import StoredTensor
 from dist_ema.checkpoints.versions import read_manifest_bytes
 from dist_ema.collectives import (
     agreed,
@@ -39,6 +42,11 @@ def report_schedules(saved: Mapping[str, Schedule], schedules: Mapping[str, Sche
             logger.warning("Average %r was saved with %s and goes on with %s.", name, before, schedule)
 
 
+def _find(tensors: Mapping[str, StoredTensor], entry: FullTensor) -> StoredTensor | None:
+    """The stored tensor that has one of the names of an entry."""
+    return next((tensors[name] for name in entry.names if name in tensors), None)
+
+
 class Load:
     """One load: ``match()``, then ``fill()``. Collective, as the constructor and ``was_replaced()`` are.
 
@@ -50,13 +58,23 @@ class Load:
         entries: every full tensor of the model.
         names: of the averages to load.
         group: the ranks.
+        selects: whether ``include`` and ``exclude`` let a name into the average.
+        dtype: of averages; None means each tensor's own.
 
     Attributes:
         manifest: of the checkpoint.
+        joining: names of parameters that are frozen in the model and have an average in the checkpoint.
+        shapes: of buffers that have another shape in the checkpoint, by their names.
     """
 
     def __init__(
-        self, path: StrPath, entries: Sequence[FullTensor], names: Sequence[str], group: dist.ProcessGroup | None
+        self,
+        path: StrPath,
+        entries: Sequence[FullTensor],
+        names: Sequence[str],
+        group: dist.ProcessGroup | None,
+        selects: Callable[[str], bool],
+        dtype: torch.dtype | None,
     ) -> None:
         self._path = path
         self._group = group
@@ -76,8 +94,28 @@ class Load:
         if not self._shared:
             self._text = broadcast_object(self._text, group)
         self.manifest = Manifest.from_bytes(self._text)
-        self._entries = [entry for entry in entries if entry.mode != "live"]  # load() writes into no live weights
         self._names = names
+        self.joining: set[str] = set()
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        fitted = [self._fitted(entry, selects, dtype) for entry in entries]
+        self._entries = [entry for entry in fitted if entry.mode != "live"]  # load() writes into no live weights
+
+    def _fitted(self, entry: FullTensor, selects: Callable[[str], bool], dtype: torch.dtype | None) -> FullTensor:
+        """What the model's tensor is, once the average is the stored one: averaged though frozen, or resized. Pure."""
+        stored = next(
+            (tensor for tensors in self.manifest.averages.values() if (tensor := _find(tensors, entry))), None
+        )
+        if stored is None:
+            return entry
+        if entry.frozen and selects(entry.name):
+            self.joining.update(entry.names)
+            return replace(entry, mode="average", dtype=dtype or entry.live_dtype, frozen=False)
+        own = entry.buffer and entry.mode != "live" and not entry.partitioned
+        alike = DTYPES[stored.dtype].is_floating_point == entry.dtype.is_floating_point
+        if own and alike and stored.shape != entry.shape:
+            self.shapes |= dict.fromkeys(entry.names, stored.shape)
+            return replace(entry, shape=stored.shape)
+        return entry
 
     def was_replaced(self) -> bool:
         """Whether a save has put another checkpoint there since; all ranks are told what rank 0 sees. Collective."""
@@ -118,20 +156,24 @@ class Load:
         """Pairs tensors by name, tied ones by any of their names. Adds to ``problems`` what does not fit."""
         stored = self.manifest.averages[average]
         by_name = {known: name for name, tensor in stored.items() for known in (name, *tensor.aliases)}
+        constant = set(self.manifest.frozen)  # what was frozen has its average beside the averages
         found: dict[str, Key] = {}
         used = set()
         for entry in self._entries:
             name = next((by_name[known] for known in entry.names if known in by_name), None)
-            if name is None:
+            frozen = None if name is not None else next((known for known in entry.names if known in constant), None)
+            if name is None and frozen is None:
                 problems.append(f"missing {entry.name!r}")
                 continue
+            key = (LIVE, frozen) if frozen is not None else (f"averages/{average}", name or "")
+            tensor = self.manifest.live[frozen] if frozen is not None else stored[key[1]]
             used.add(name)
             # Floating-point dtypes are converted into each other; a step count is never made of weights.
-            shape, dtype = stored[name].shape, DTYPES[stored[name].dtype]
+            shape, dtype = tensor.shape, DTYPES[tensor.dtype]
             if shape != entry.shape or dtype.is_floating_point != entry.dtype.is_floating_point:
                 problems.append(f"misshapen {entry.name!r}: {shape} {dtype} instead of {entry.shape} {entry.dtype}")
             else:
-                found[entry.name] = (f"averages/{average}", name)
+                found[entry.name] = key
         problems += [f"unexpected {name!r}" for name in stored if name not in used]
         return found
 

@@ -43,7 +43,7 @@ _FILE = re.compile(rf"(averages/{AVERAGE_NAME.pattern}|{LIVE})/model(-\d{{5}}-of
 #: Levels of JSON: the manifest, its averages, one of them, its tensors, one of them, its shape.
 _DEPTH = 6
 _FIELDS = {"format", "version", "library", "data", "started", "clock", "start", "seen", "skipped", "averages", "live"}
-_FIELDS |= {"files", "seed", "lacking"}
+_FIELDS |= {"files", "seed", "lacking", "frozen"}
 
 
 @dataclass(frozen=True, repr=False)
@@ -60,6 +60,9 @@ class Manifest:
         library: version of the library that wrote it.
         lacking: names of the tensors that the model has and the checkpoint has not: it was saved without frozen
             parameters and others that are not averaged. Empty, which is not written, for a whole model.
+        frozen: names of the parameters among ``live`` that were frozen: their stored value is what an average of them
+            would be, so ``load`` begins with it where they are trained. The others were excluded. Not written where it
+            is empty, as in files of versions that did not have it; these versions refuse a file that has it.
     """
 
     data: str
@@ -70,6 +73,7 @@ class Manifest:
     files: Mapping[str, StoredFile]
     library: str = __version__
     lacking: tuple[str, ...] = ()
+    frozen: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         averages = ", ".join(f"{name!r}: {schedule!r}" for name, schedule in self.schedules.items())
@@ -98,6 +102,7 @@ class Manifest:
             "files": {name: asdict(file) for name, file in self.files.items()},
         }
         body |= {} if seed is None else {"seed": seed}
+        body |= {"frozen": list(self.frozen)} if self.frozen else {}
         text = _seal(body | ({"lacking": list(self.lacking)} if self.lacking else {}))
         if len(text) > MAX_BYTES:
             raise CheckpointError(
@@ -152,6 +157,7 @@ class Manifest:
             files=files,
             library=library,
             lacking=_read_lacking(body.get("lacking", []), averages),
+            frozen=_read_frozen(body.get("frozen", []), body["live"]),
         )
         _check_room(manifest)
         return manifest
@@ -250,6 +256,14 @@ def _read_lacking(names: object, averages: Mapping[str, Any]) -> tuple[str, ...]
     there = {name for average in averages.values() for name in average["tensors"]}
     if "" in names or len(set(names)) < len(names) or not there.isdisjoint(names):
         _refuse("invalid 'lacking': a name is empty, stands there twice, or is that of a tensor that is there")
+    return tuple(names)
+
+
+def _read_frozen(names: object, live: Mapping[str, Any]) -> tuple[str, ...]:
+    if not isinstance(names, list) or not all(isinstance(name, str) and name in live for name in names):
+        _refuse("invalid 'frozen'; expected a list of names of tensors that are not averaged")
+    if len(set(names)) < len(names):
+        _refuse("invalid 'frozen': a name stands there twice")
     return tuple(names)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,42 @@ from dist_ema.dcp.texts import read_schedule, read_state
 from dist_ema.errors import CheckpointMismatchError, EMAStateError
 from dist_ema.shadow.device import Shadow
 from dist_ema.sharding.shares import Share
+from dist_ema.sharding.writers import FullTensor
+
+
+def unlike(
+    state: Mapping[str, Any], entries: Sequence[FullTensor], selects: Callable[[str], bool]
+) -> tuple[list[str], list[tuple[str, tuple[int, ...]]]]:
+    """What a state dict has otherwise than the model, and an average can have. Local; the dict may be anything.
+
+    Args:
+        state: the state dict, with this rank's parts or full tensors.
+        entries: every full tensor of the model.
+        selects: whether ``include`` and ``exclude`` let a name into the average.
+
+    Returns:
+        Names of averaged parameters that are frozen in the model; and buffers of another shape, with that shape.
+    """
+    places = [state.get("buffers"), *_values(state.get("averages"))] if isinstance(state, Mapping) else []
+    found: dict[str, Tensor] = {}
+    for place in places:
+        if isinstance(place, Mapping):
+            found |= {name: value for name, value in place.items() if isinstance(value, Tensor)}
+    joining, shapes = [], []
+    for entry in entries:
+        value = found.get(entry.name)
+        if value is None:
+            continue
+        if entry.frozen and selects(entry.name):
+            joining.append(entry.name)
+        elif entry.buffer and entry.mode != "live" and not entry.partitioned and value.size() != entry.shape:
+            shapes.append((entry.name, tuple(value.size())))
+    return joining, shapes
+
+
+def _values(found: object) -> list[object]:
+    return list(found.values()) if isinstance(found, Mapping) else []
+
 
 _ADVICE = (
     ". The dict has the parts that one rank held, as torch.save() writes them, and this rank holds others: another "

@@ -12,12 +12,14 @@ Call order, for one average:
    be on the meta device. Full copies that a forward pass left behind are dropped first.
 2. ``stepped()`` at each ``update()`` (every rank, local): was there a real optimizer step?
 3. ``reshard()`` then ``sources()`` at each update that is due and before any other read or write (every rank, local).
+   Afterwards ``outdated`` and ``resized`` say what has changed without harm, and ``trained()`` what is trained now.
 4. ``publish()`` after sources were written (every rank, collective where the layout needs it): afterwards the next
    forward computes with what the sources hold.
 5. ``attach()`` at the user's wish (every rank, local).
 
-An engine implements ``_read_specs()`` and ``_read_sources()``; ``specs()`` and ``sources()`` hold for every engine that
-what it hands out fits what it announced, so that no kernel reads past a source.
+An engine implements ``_read_specs()``, ``_read_sources()``, ``_read_spec()`` and ``_trained_of()``. ``specs()`` and
+``sources()`` check for every engine that what it hands out fits what it announced, so that no kernel reads past a
+source.
 """
 
 from __future__ import annotations
@@ -26,13 +28,14 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dist_ema.engines.names import walk_modules
+from dist_ema.engines.names import Binding, Ignored, ignore_nothing, walk_modules
 from dist_ema.engines.wrappers import OuterStep, is_other_wrapper, is_training_step, unwrap_optimizer
 from dist_ema.errors import EMAConfigError, EMAStateError
 from dist_ema.sharding.spec import TensorSpec
@@ -73,23 +76,80 @@ class Engine(ABC):
     group: dist.ProcessGroup | None = None
     #: Whether :meth:`publish` is a collective call, of all ranks of ``group``.
     publish_is_collective: bool = False
+    #: Whether ignored tensors were added or removed since ``specs()``, so that it has to be called again.
+    outdated: bool = False
 
-    _announced: Sequence[TensorSpec] = ()
-    _sizes: Sequence[int] = ()
+    _announced: list[TensorSpec]
+    _sizes: list[int]
+    _resized: frozenset[int] = frozenset()
     _used = False  # whether sources with memory of their own were handed out since specs()
+    _ignored: Ignored = staticmethod(ignore_nothing)
+
+    def ignore(self, ignored: Ignored) -> None:
+        """Sets which tensors are in no average. Local; takes effect at the next ``specs()``.
+
+        They may be added, removed, replaced and resized at any time. ``ignored`` is called with a canonical name, and
+        whether that is a buffer's.
+        """
+        self._ignored = ignored
 
     def specs(self) -> list[TensorSpec]:
         """Every parameter and persistent buffer once, in the order of the plain model's ``state_dict()``. Local."""
-        specs = self._read_specs()
+        specs = list(self._read_specs())
         self._announced, self._sizes, self._used = specs, [spec.local_numel for spec in specs], False
+        self._resized, self.outdated = frozenset(), False
         return specs
+
+    def announced(self) -> list[TensorSpec]:
+        """The specs of the last ``specs()`` call, with the present shapes of what was resized. Local."""
+        return list(self._announced)
+
+    def resized(self) -> bool:
+        """Whether a tensor has changed its shape since this was last asked: a buffer, or an ignored tensor. Local."""
+        found, self._resized = bool(self._resized), frozenset()
+        return found
+
+    def trained(self, numbers: Sequence[int]) -> list[int]:
+        """Which of these parameters, given by their numbers in ``specs()``, are trained now. Local.
+
+        Call it after ``sources()``. A flag (``requires_grad``) says it; under DeepSpeed, the optimizer's groups.
+        """
+        with torch._C.DisableTorchFunctionSubclass():  # a DTensor's attribute costs more than the tensor's otherwise
+            return self._trained_of(numbers)
+
+    def describe(self, number: int) -> TensorSpec:
+        """The spec of one tensor as it is now; it is announced from now on. Local."""
+        spec = self._read_spec(number)
+        self._announced[number], self._sizes[number] = spec, spec.local_numel
+        return spec
+
+    def replace_buffer(self, old: Tensor, new: Tensor) -> None:
+        """Puts ``new`` into every place of the model that holds the buffer ``old``. Local.
+
+        For a buffer whose shape is not that of the value it has to take. Raises EMAStateError if no place holds it.
+        """
+        places = [
+            (module, key)
+            for root in self.modules()
+            for module in root.modules()
+            for key, held in module._buffers.items()
+            if held is old
+        ]
+        for module, key in places:
+            module._buffers[key] = new
+        if not places:
+            raise EMAStateError(
+                f"a sharded buffer of shape {tuple(old.shape)} cannot take a value of shape {tuple(new.shape)}: give "
+                "buffers='ignore', or exclude= with its name"
+            )
 
     def sources(self) -> list[Tensor]:
         """This rank's elements of every spec of the last ``specs()`` call, in its order. Local; no copy, no host sync.
 
         Each has as many elements as the spec's runs, in their order when flattened row-major. Writing into them, then
         calling :meth:`publish`, changes the live model. Raises EMAStateError, naming the parameter, if one was
-        added, replaced, frozen, unfrozen or sharded otherwise since ``specs()``.
+        added, replaced or sharded otherwise since ``specs()``. What is ignored is not checked, and a buffer may have
+        another shape: ``announced()`` then has it. Of an ignored tensor that was removed the source is empty.
         """
         sources = self._read_sources()
         if list(map(Tensor.numel, sources)) != self._sizes:  # at C speed: 35 us for a thousand tensors
@@ -118,6 +178,32 @@ class Engine(ABC):
     @abstractmethod
     def _read_sources(self) -> list[Tensor]:
         """See :meth:`sources`."""
+
+    @abstractmethod
+    def _read_spec(self, number: int) -> TensorSpec:
+        """See :meth:`describe`."""
+
+    def _removed(self, number: int) -> TensorSpec:
+        """The spec of an ignored tensor that was removed, until ``specs()`` is called again. Local."""
+        return replace(self._announced[number], shape=torch.Size([0]), runs=())
+
+    @abstractmethod
+    def _trained_of(self, numbers: Sequence[int]) -> list[int]:
+        """See :meth:`trained`."""
+
+    def _follow(self, binding: Binding, numbers: Sequence[int] | None = None) -> None:
+        """Takes over which tensors a binding found to be resized or removed. Local.
+
+        ``numbers`` are those of the binding's slots among the specs; None means that they are the same.
+        """
+        if binding.outdated:
+            self.outdated = True
+        if binding.resized:
+            found = [slot if numbers is None else numbers[slot] for slot in sorted(binding.resized)]
+            binding.resized.clear()
+            self._resized |= frozenset(found)
+            for number in found:
+                self.describe(number)
 
     def _check_first(self, sources: Sequence[Tensor]) -> None:
         """Raises EMAError for what can only come about between ``specs()`` and the first use of ``sources()``. Local.

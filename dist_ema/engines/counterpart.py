@@ -50,6 +50,7 @@ class Counterpart(Engine):
         specs = engine.specs()
         self._places = self._match(specs, shares, renamed)
         self.specs_of = [None if place is None else specs[place] for place in self._places]
+        self._parameters = [place for place in self._places if place is not None and specs[place].kind != "buffer"]
         self._empty = torch.empty(0)
 
     def sources(self) -> list[Tensor]:
@@ -59,6 +60,16 @@ class Counterpart(Engine):
         except EMAStateError as error:
             raise EMAStateError(f"{self._option}: {error}") from error
         return [self._empty if place is None else tensors[place] for place in self._places]
+
+    def refuse_trained(self) -> None:
+        """Raises EMAStateError if a partner is trained now. Local; to be called after ``sources()``."""
+        trained = self._engine.trained(self._parameters)
+        if trained:
+            name = self._engine.announced()[trained[0]].name
+            raise EMAStateError(
+                f"{self._option}: parameter {name!r} was frozen when the average was made and is trained now, so that "
+                "an optimizer and the average would undo each other's work. Call requires_grad_(False) on it"
+            )
 
     def modules(self) -> list[nn.Module]:
         return self._engine.modules()
@@ -80,6 +91,12 @@ class Counterpart(Engine):
 
     def _read_sources(self) -> list[Tensor]:
         return self.sources()
+
+    def _read_spec(self, number: int) -> TensorSpec:
+        return self._engine.describe(number)
+
+    def _trained_of(self, numbers: Sequence[int]) -> list[int]:
+        return self._engine.trained(numbers)
 
     # The comparison.
 

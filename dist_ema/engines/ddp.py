@@ -24,20 +24,30 @@ class DataParallelEngine(PlainEngine):
         self._wrapper = wrapper
         self._replicas = Replicas(group, dist.get_rank(group), dist.get_world_size(group))
         self._team = min(dist.get_process_group_ranks(group))
-        self._ignored = set(wrapper.parameters_to_ignore)  # what the user told DDP to leave to each rank
+        self._left_out = set(wrapper.parameters_to_ignore)  # what the user told DDP to leave to each rank
+        self._were_frozen: dict[int, Tensor] = {}
 
     def ranks(self) -> frozenset[int]:
         return frozenset(dist.get_process_group_ranks(self._replicas.group))
 
     def declared(self, slot: Slot, tensor: Tensor) -> Declaration | None:
         """Return what a tensor declares that DDP ignores. DDP makes all others the same on every rank, hence whole."""
-        if self._ignored.intersection((slot.name, *slot.aliases)):
+        if self._left_out.intersection((slot.name, *slot.aliases)):
             return super().declared(slot, tensor)
         refuse_declared(slot.name, tensor, tensor.shape, "DistributedDataParallel")
         return None
 
     def spec(self, slot: Slot, tensor: Tensor) -> TensorSpec:
-        if kind_of(slot, tensor) != "parameter" or self._ignored.intersection((slot.name, *slot.aliases)):
+        """See :meth:`PlainEngine.spec`. Local.
+
+        DDP adds up the gradients of those parameters that were trained when it was made. Of one that is unfrozen later
+        each rank may have its own, so it is not split between ranks.
+        """
+        kind = kind_of(slot, tensor)
+        if kind == "frozen":
+            self._were_frozen[id(tensor)] = tensor  # kept alive, so that the number stays its own
+        is_own = kind != "parameter" or id(tensor) in self._were_frozen
+        if is_own or self._left_out.intersection((slot.name, *slot.aliases)):
             return super().spec(slot, tensor)
         return TensorSpec.unsharded(
             slot.name, tensor, replicas=self._replicas, lowest_mesh_rank=self._team, aliases=slot.aliases

@@ -122,10 +122,16 @@ class DTensorEngine(PlainEngine):
         # As local() does, without a thousand calls of it.
         tensors = [tensor._local_tensor if isinstance(tensor, DTensor) else tensor for tensor in self._held()]
         tensors = self._without_padding(tensors)
-        return look_through(tensors, self._specs) if self._has_subclasses else tensors
+        return look_through(tensors, self._announced) if self._has_subclasses else tensors
 
     def local(self, tensor: Tensor) -> Tensor:
         return _local(tensor)
+
+    def _trained_of(self, numbers: Sequence[int]) -> list[int]:
+        # A flag that was set after a forward pass reached only the full parameters, which the backward pass has dropped
+        # by now. What they got is a gradient of the sharded parameter.
+        held = self._binding.held
+        return [number for number in numbers if held[number].requires_grad or held[number].grad is not None]
 
     def reshard(self) -> None:
         """After a forward without backward the root's parameters are full plain tensors, and a write to the shards
@@ -133,6 +139,8 @@ class DTensorEngine(PlainEngine):
         for unit in self._units:
             if unit._all_gather_result is not None:
                 unit.wait_for_unshard()
+            if not unit.is_sharded:
+                _keep_flags(unit)
             unit._to_sharded()  # type: ignore[no-untyped-call]  # reshard() does nothing after a forward that raised
 
     def publish(self) -> None:
@@ -178,6 +186,20 @@ def _states_and_units(model: nn.Module) -> Iterator[tuple[FSDPState, FSDPParamGr
         for unit in [state._fsdp_param_group] if several is None else several:
             if unit is not None and not modules.isdisjoint(_holders(unit)):
                 yield state, unit
+
+
+def _keep_flags(unit: FSDPParamGroup) -> None:
+    """Gives the sharded parameters of a unit the ``requires_grad`` of those that stand in its modules now. Local.
+
+    After a forward pass the modules hold full parameters, and a call of ``requires_grad_()`` reaches these alone.
+    FSDP2 sets them again from the sharded ones at the next forward. Without a reshard of ours, they would have kept
+    what the user set.
+    """
+    for parameter in unit.fsdp_params:
+        place = parameter._module_info
+        shown = place.module._parameters.get(place.param_name)
+        if shown is not None and shown.requires_grad is not parameter.sharded_param.requires_grad:
+            parameter.sharded_param.requires_grad_(shown.requires_grad)
 
 
 def _holders(unit: FSDPParamGroup) -> Iterator[nn.Module]:

@@ -6,6 +6,7 @@ So a rank holds at most one run of each parameter. All private attributes of FSD
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -92,10 +93,26 @@ class FlatParamEngine(Engine):
         self._handles = list({id(held.handle): held.handle for held in names if isinstance(held, _Flat)}.values())
         self._seen: list[tuple[int, int, torch.dtype]] = []
         self._views: dict[_Flat | Slot, Tensor] = {}
-        slots = [slot for _, slot in self._places(names) if slot is not None]
-        self._binding = Binding(self._model, slots, walk=lambda: self._places(self._walk()))
-        self._trained = {held: held.trained for held in names if isinstance(held, _Flat)}
+        places = list(enumerate(self._places(names)))
+        slots = [slot for _, (_, slot) in places if slot is not None]
+        self._numbers = [number for number, (_, slot) in places if slot is not None]  # of the slots, among the specs
+        self._binding = Binding(self._model, slots, walk=lambda: self._places(self._walk()), ignored=self._ignored)
+        self._names = list(names.values())
         return [self._spec(held, aliases[0], tuple(aliases[1:])) for held, aliases in names.items()]
+
+    def _read_spec(self, number: int) -> TensorSpec:
+        held, names = self._held[number], self._names[number]
+        if isinstance(held, Slot) and held.get() is None:
+            return self._removed(number)
+        return self._spec(held, names[0], tuple(names[1:]))
+
+    def _trained_of(self, numbers: Sequence[int]) -> list[int]:
+        found = []
+        for number in numbers:
+            held = self._held[number]
+            if held.trained if isinstance(held, _Flat) else _local(held).requires_grad:
+                found.append(number)
+        return found
 
     def _places(self, names: dict[_Flat | Slot, list[str]]) -> list[Named]:
         """The names of each tensor, and its place in a module; without ``use_orig_params`` it has none."""
@@ -179,19 +196,19 @@ class FlatParamEngine(Engine):
     @torch.no_grad()
     def _read_sources(self) -> list[Tensor]:
         self._binding.check()
-        for flat, trained in self._trained.items():
-            if flat.trained is not trained:
-                name = flat.flat_param._fqns[flat.index]
-                raise EMAStateError(
-                    f"parameter {name!r} of an FSDP unit was frozen or unfrozen since the average was made. "
-                    "Call reset() to start a new average of the model as it is now"
-                )
+        self._follow(self._binding, self._numbers)
         # Views of shards that lie where they lay: a slice for each parameter would take longer than the kernel.
         shards = [(shard.data_ptr(), shard.numel(), shard.dtype) for shard in map(_shard, self._handles)]
         if shards != self._seen:
             self._views = {held: held.local() for held in self._held if isinstance(held, _Flat)}
             self._seen = shards
-        return [self._views[held] if isinstance(held, _Flat) else _local(held) for held in self._held]
+        return [self._views[held] if isinstance(held, _Flat) else self._unmanaged(held) for held in self._held]
+
+    def _unmanaged(self, slot: Slot) -> Tensor:
+        """What a slot holds; an empty tensor for an ignored one that was removed. Local."""
+        tensor = slot.get()
+        is_removed = tensor is None and self._ignored(slot.name, slot.is_buffer)
+        return torch.empty(0) if is_removed else _local(slot)
 
     def write_counts(self) -> list[int]:
         """See :meth:`Engine.write_counts`. The flat parameter, its shard and the original parameters lie in one memory,

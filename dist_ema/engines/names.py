@@ -133,13 +133,21 @@ def kind_of(slot: Slot, tensor: Tensor) -> Literal["parameter", "frozen", "buffe
 
 #: All names of one tensor, and a place where it is.
 Named: TypeAlias = tuple[Sequence[str], "Slot | None"]
+#: Whether a tensor is in no average, by its canonical name and whether it is a buffer.
+Ignored: TypeAlias = Callable[[str, bool], bool]
+
+
+def ignore_nothing(name: str, is_buffer: bool) -> bool:
+    """The :data:`Ignored` of a model of which every tensor counts."""
+    return False
 
 
 class Binding:
-    """Remembers which tensor object stood in each slot, to notice one that was added, replaced, frozen or unfrozen.
+    """Remembers which tensor object stood in each slot, to notice one that was added, removed or replaced.
 
     The objects are noted at the first ``check()`` after the meta device, so that weights may be materialised or loaded
-    after construction; which parameters there are, which are trained, and all shapes, are noted at construction.
+    after construction; names and shapes are noted at construction. ``requires_grad`` does not matter here. Tensors that
+    are ``ignored`` may come, go and change; buffers may be replaced and change their shape.
 
     Args:
         model: what holds all the slots.
@@ -147,6 +155,12 @@ class Binding:
         shape_of: the shape of what stands there, for engines that empty a parameter between uses.
         walk: all names that the model has now, those of one tensor together, and its slot where it is one of
             ``slots``; by default those of ``walk_slots(model)``.
+        ignored: which tensors are in no average.
+
+    Attributes:
+        resized: numbers of the slots whose shape has changed; whoever reads them clears them.
+        outdated: whether ignored tensors were added or removed.
+        held: what the slots held at the last ``check()``.
     """
 
     def __init__(
@@ -155,26 +169,44 @@ class Binding:
         slots: Iterable[Slot],
         shape_of: Callable[[Tensor], torch.Size] = Tensor.size,
         walk: Callable[[], Sequence[Named]] | None = None,
+        ignored: Ignored = ignore_nothing,
     ) -> None:
         self._model = model
         self._shape_of = shape_of
         self._walk = walk if walk is not None else lambda: _named(walk_slots(model))
+        self._is_ignored = ignored
         self._all = list(slots)
-        self._names = [frozenset(names) for names, _ in self._walk()]
+        self._names, self._ignored_names = self._walk_all()
         self._shapes = [None if (tensor := slot.get()) is None else shape_of(tensor) for slot in self._all]
-        self._are_parameters = [not slot.is_buffer for slot in self._all]
-        self._trained = [_is_trained(slot) for slot in self._all if not slot.is_buffer]
+        self._ignored = [ignored(slot.name, slot.is_buffer) for slot in self._all]
+        # Of these the object counts, and the shape.
+        self._watched = [
+            not slot.is_buffer and not is_ignored for slot, is_ignored in zip(self._all, self._ignored, strict=True)
+        ]
         self._bound: list[Tensor] | None = None
+        self.resized: set[int] = set()
+        self.outdated = False
+        self.held: list[Tensor] = []
         self._count()
+
+    def _walk_all(self) -> tuple[dict[frozenset[str], Slot | None], dict[frozenset[str], Slot | None]]:
+        """The names of each tensor, with its slot: of those that count, and of those that are ignored."""
+        found: dict[frozenset[str], Slot | None] = {}
+        ignored: dict[frozenset[str], Slot | None] = {}
+        for names, slot in self._walk():
+            is_ignored = self._is_ignored(names[0], slot is not None and slot.is_buffer)
+            (ignored if is_ignored else found)[frozenset(names)] = slot
+        return found, ignored
 
     def _count(self) -> None:
         """Notes every place of the model as it is now."""
         self._census = Census(self._model)
         places = self._census.places()
-        self._indices = [places[id(getattr(slot.owner, slot.field)), slot.key] for slot in self._all]
+        # -1 stands for an ignored tensor that was removed: check() puts None behind the others.
+        self._indices = [places.get((id(getattr(slot.owner, slot.field)), slot.key), -1) for slot in self._all]
 
     def check(self) -> list[Tensor]:
-        """What every slot holds. Local; no host sync.
+        """What every slot holds; an empty tensor for an ignored one that was removed. Local; no host sync.
 
         Raises EMAStateError, naming the parameter, if one no longer holds what it held, or the model has others too.
         """
@@ -186,17 +218,41 @@ class Binding:
                 there = self._census.read()
             if there is None:
                 raise self._complaint([slot.get() for slot in self._all])
+            there.append(None)
             held = list(map(there.__getitem__, self._indices))
             tensors = [tensor for tensor in held if tensor is not None]
-            if len(tensors) < len(held) or list(map(self._shape_of, tensors)) != self._shapes:
-                raise self._complaint(held)
-            parameters = list(itertools.compress(tensors, self._are_parameters))
+            if len(tensors) < len(held):
+                tensors = self._without_removed(held)
+            if list(map(self._shape_of, tensors)) != self._shapes:
+                self._note_shapes(tensors)
+            parameters = list(itertools.compress(tensors, self._watched))
             if self._bound is None and not any(tensor.is_meta for tensor in parameters):
                 self._bound = parameters
-            same = self._bound is None or all(map(operator.is_, parameters, self._bound))
-            if not same or [tensor.requires_grad for tensor in parameters] != self._trained:
+            if self._bound is not None and not all(map(operator.is_, parameters, self._bound)):
                 raise self._complaint(held)
+            self.held = tensors
             return tensors
+
+    def _without_removed(self, held: Sequence[Tensor | None]) -> list[Tensor]:
+        """Puts an empty tensor in the place of an ignored one that was removed; raises EMAStateError for others."""
+        tensors = []
+        for tensor, is_ignored in zip(held, self._ignored, strict=True):
+            if tensor is None and not is_ignored:
+                raise self._complaint(held)
+            tensors.append(torch.empty(0) if tensor is None else tensor)
+        self.outdated = True
+        return tensors
+
+    def _note_shapes(self, tensors: Sequence[Tensor]) -> None:
+        """Notes what was resized; raises EMAStateError for a parameter that counts."""
+        for number, (tensor, is_watched) in enumerate(zip(tensors, self._watched, strict=True)):
+            shape = self._shape_of(tensor)
+            if shape == self._shapes[number]:
+                continue
+            if is_watched:
+                raise self._complaint(tensors)
+            self._shapes[number] = shape
+            self.resized.add(number)
 
     def _look_closer(self) -> None:
         """Finds the slots again in a model whose modules have changed. Raises EMAStateError if its tensors have.
@@ -204,36 +260,36 @@ class Binding:
         Modules without tensors come and go, caches fill, and a module may be wrapped later (``torch.compile``).
         """
         held = [slot.get() for slot in self._all]
-        if any(tensor is None for tensor in held):
+        if any(tensor is None and not is_ignored for tensor, is_ignored in zip(held, self._ignored, strict=True)):
             raise self._complaint(held)
-        now = {frozenset(names): slot for names, slot in self._walk()}
-        if now.keys() != set(self._names) and not _named_more(self._names, now):
-            raise _changed(self._names, list(now))
-        places = {name: slot for names, slot in now.items() if slot is not None for name in names}
+        now, ignored = self._walk_all()
+        if now.keys() != self._names.keys() and not _named_more(list(self._names), now):
+            raise _changed(list(self._names), list(now))
+        self.outdated = self.outdated or ignored.keys() != self._ignored_names.keys()
+        places = {name: slot for names, slot in (now | ignored).items() if slot is not None for name in names}
         for slot in self._all:
-            slot.owner, slot.key = places[slot.name].owner, places[slot.name].key
+            if slot.name in places:
+                slot.owner, slot.key = places[slot.name].owner, places[slot.name].key
         self._count()
 
     def _complaint(self, held: Sequence[Tensor | None]) -> EMAStateError:
         """What is wrong with the first slot that changed."""
-        for slot, tensor, shape in zip(self._all, held, self._shapes, strict=True):
-            found = None if tensor is None else self._shape_of(tensor)
-            if found != shape and (tensor is not None or slot.is_buffer):
+        found = list(zip(self._all, held, self._shapes, self._watched, strict=True))
+        for slot, tensor, shape, is_watched in found:
+            now = None if tensor is None else self._shape_of(tensor)
+            if is_watched and tensor is not None and now != shape:
                 return EMAStateError(
-                    f"{slot.name!r} had the shape {shape} when the average was made and has {found} now. {_ADVICE}"
+                    f"{slot.name!r} had the shape {shape} when the average was made and has {now} now. {_ADVICE}"
                 )
-        places = [(slot.name, tensor) for slot, tensor in zip(self._all, held, strict=True) if not slot.is_buffer]
+            if slot.is_buffer and tensor is None and not self._is_ignored(slot.name, True):
+                return EMAStateError(f"the buffer {slot.name!r} was removed after the average was made. {_ADVICE}")
+        places = [(slot.name, tensor) for slot, tensor, _, is_watched in found if is_watched]
         bound: Sequence[Tensor | None] = self._bound or [tensor for _, tensor in places]
-        for (name, tensor), old, trained in zip(places, bound, self._trained, strict=True):
+        for (name, tensor), old in zip(places, bound, strict=True):
             if tensor is not old or tensor is None:
                 return EMAStateError(
                     f"parameter {name!r} is another tensor than the one that is averaged: it was replaced since. "
                     f"{_ADVICE}"
-                )
-            if tensor.requires_grad is not trained:
-                was, now = ("trained", "frozen") if trained else ("frozen", "trained")
-                return EMAStateError(
-                    f"parameter {name!r} was {was} when the average was made and is {now} now. {_ADVICE}"
                 )
         return EMAStateError(f"the model changed while it was read. {_ADVICE}")
 
@@ -266,8 +322,3 @@ def _named_more(before: Sequence[frozenset[str]], now: Iterable[frozenset[str]])
 def _some(names: set[str]) -> str:
     shown = ", ".join(map(repr, sorted(names)[:3]))
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
-
-
-def _is_trained(slot: Slot) -> bool:
-    tensor = slot.get()
-    return tensor is not None and tensor.requires_grad

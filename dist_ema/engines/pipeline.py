@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_ema.engines.base import Engine, RemovableHandle
+from dist_ema.engines.names import Ignored
 from dist_ema.errors import EMAEngineError
 from dist_ema.sharding.spec import TensorSpec
 from dist_ema.sharding.subclasses import CachedScale
@@ -42,7 +43,39 @@ class CompositeEngine(Engine):
         return specs
 
     def _read_sources(self) -> list[Tensor]:
-        return [source for engine in self._engines for source in engine.sources()]
+        sources = [source for engine in self._engines for source in engine.sources()]
+        self.outdated = any(engine.outdated for engine in self._engines)
+        resized = [engine.resized() for engine in self._engines]  # each is asked, whatever the others say
+        if any(resized):
+            self._announced = [spec for engine in self._engines for spec in engine.announced()]
+            self._sizes = [spec.local_numel for spec in self._announced]
+            self._resized = frozenset(range(len(sources)))
+        return sources
+
+    def ignore(self, ignored: Ignored) -> None:
+        for engine in self._engines:
+            engine.ignore(ignored)
+
+    def _read_spec(self, number: int) -> TensorSpec:
+        engine, first = self._engine_of(number)
+        return engine.describe(number - first)
+
+    def _trained_of(self, numbers: Sequence[int]) -> list[int]:
+        found: list[int] = []
+        for number in numbers:
+            engine, first = self._engine_of(number)
+            found += [first + one for one in engine.trained([number - first])]
+        return found
+
+    def _engine_of(self, number: int) -> tuple[Engine, int]:
+        """Which engine has a tensor, and the number of that engine's first one."""
+        first = 0
+        for engine in self._engines:
+            size = len(engine.announced())
+            if number < first + size:
+                return engine, first
+            first += size
+        raise IndexError(f"there is no tensor number {number}")
 
     def write_counts(self) -> list[int]:
         return [count for engine in self._engines for count in engine.write_counts()]

@@ -28,7 +28,6 @@ class PlainEngine(Engine):
         self.group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
         self._model = model
         self._slots: list[Slot] = []
-        self._specs: list[TensorSpec] = []
         self._declared: dict[str, Declaration] = {}  # by canonical name
 
     def modules(self) -> list[nn.Module]:
@@ -39,7 +38,7 @@ class PlainEngine(Engine):
         self._slots = walk_slots(self._model)
         self._unwrapped = Unwrapped(self._model, self._slots)
         self._unwrapped.refuse()
-        self._binding = Binding(self._model, self._slots)
+        self._binding = Binding(self._model, self._slots, ignored=self._ignored)
         held = [(slot, tensor) for slot in self._slots if (tensor := slot.get()) is not None]
         self._declared = {}
         self._inside: list[tuple[int, tuple[slice, ...]]] = []
@@ -49,9 +48,8 @@ class PlainEngine(Engine):
                 self._declared[slot.name] = found
                 if found.inside is not None:
                     self._inside.append((place, found.inside))
-        self._specs = [self.spec(slot, tensor) for slot, tensor in held]
         self._has_subclasses = any(is_hidden(self.local(tensor)) for _, tensor in held)
-        return self._specs
+        return [self.spec(slot, tensor) for slot, tensor in held]
 
     def spec(self, slot: Slot, tensor: Tensor) -> TensorSpec:
         """How this rank holds the tensor of one slot. Local."""
@@ -89,8 +87,8 @@ class PlainEngine(Engine):
         return tensor
 
     def _read_sources(self) -> list[Tensor]:
-        tensors = self._without_padding(self._held())
-        return look_through(tensors, self._specs) if self._has_subclasses else tensors
+        tensors = self._without_padding(list(self._held()))  # a copy: the binding keeps its own
+        return look_through(tensors, self._announced) if self._has_subclasses else tensors
 
     def _without_padding(self, tensors: list[Tensor]) -> list[Tensor]:
         """Replace each local tensor that holds more than it declares by a view of the declared part. Local, no copy."""
@@ -113,7 +111,18 @@ class PlainEngine(Engine):
     def _held(self) -> list[Tensor]:
         """What every slot holds. Local. Raises EMAStateError if that is not what it held."""
         self._unwrapped.check()  # first, since DeepSpeed also changes what the binding looks at
-        return self._binding.check()
+        held = self._binding.check()
+        self._follow(self._binding)
+        return held
+
+    def _read_spec(self, number: int) -> TensorSpec:
+        slot = self._slots[number]
+        tensor = slot.get()
+        return self._removed(number) if tensor is None else self.spec(slot, tensor)
+
+    def _trained_of(self, numbers: Sequence[int]) -> list[int]:
+        held = self._binding.held
+        return [number for number in numbers if held[number].requires_grad]
 
     def _check_first(self, sources: Sequence[Tensor]) -> None:
         self._refuse_others()

@@ -53,12 +53,14 @@ class ZeroEngine(Engine):
     def _read_specs(self) -> list[TensorSpec]:
         """See :meth:`Engine.specs`. Local.
 
-        A parameter that no optimizer trains counts as frozen, whatever its ``requires_grad``: under ZeRO one that was
-        unfrozen after ``deepspeed.initialize()`` has no master and never changes.
+        A parameter is trained if it is in a group of DeepSpeed's optimizer. Under ZeRO its ``requires_grad`` does not
+        matter: one that is frozen later keeps its master, and one that was unfrozen after ``deepspeed.initialize()``
+        has none and never changes. At stage 0 groups may hold frozen parameters, so that the flag counts as well.
         """
         slots = self._groups.slots()
         slices = self._masters.slices()
-        self._binding = Binding(self._engine.module, slots, _full_shape)
+        self._stepped = self._masters.stepped()
+        self._binding = Binding(self._engine.module, slots, _full_shape, ignored=self._ignored)
         self._entries = [(slot, self._slice_of(slot, slices)) for slot in slots]
         self._seen: list[tuple[int, int, torch.dtype]] = []
         self._views: list[Tensor | None] = [None] * len(slots)
@@ -67,6 +69,7 @@ class ZeroEngine(Engine):
     def _read_sources(self) -> list[Tensor]:
         """See :meth:`Engine.sources`: slices of the fp32 masters where there are some. Local; no copy, no host sync."""
         self._binding.check()
+        self._follow(self._binding)
         self._masters.check_resident()
         flats = self._masters.flats()
         # Views of masters that lie where they lay: a slice for each parameter would take longer than the kernel.
@@ -78,6 +81,25 @@ class ZeroEngine(Engine):
             self._live_source(slot) if view is None else view
             for (slot, _), view in zip(self._entries, self._views, strict=True)
         ]
+
+    def _read_spec(self, number: int) -> TensorSpec:
+        slot, piece = self._entries[number]
+        return self._removed(number) if slot.get() is None else self._spec(slot, piece)
+
+    def _trained_of(self, numbers: Sequence[int]) -> list[int]:
+        held = self._binding.held
+        flagged = [number for number in numbers if held[number].requires_grad]
+        if not flagged or not self._masters.replicated:
+            return []  # under ZeRO, what had no master at first never gets one
+        self._stepped = self._masters.stepped()
+        return [number for number in flagged if self._is_trained(self._entries[number][1], held[number])]
+
+    def _is_trained(self, piece: MasterSlice | None, tensor: Tensor) -> bool:
+        """Whether an optimizer of DeepSpeed's changes a parameter. Local."""
+        if not self._masters.replicated:
+            return piece is not None
+        in_group = piece is not None or self._stepped is None or id(tensor) in self._stepped
+        return in_group and tensor.requires_grad
 
     @property
     def is_part(self) -> bool:
@@ -130,7 +152,7 @@ class ZeroEngine(Engine):
 
     def _slice_of(self, slot: Slot, slices: dict[int, MasterSlice]) -> MasterSlice | None:
         tensor = slot.get()
-        return slices.get(id(tensor)) if tensor is not None and tensor.requires_grad else None
+        return None if tensor is None else slices.get(id(tensor))
 
     def _spec(self, slot: Slot, piece: MasterSlice | None) -> TensorSpec:
         tensor: Any = slot.get()
@@ -150,14 +172,19 @@ class ZeroEngine(Engine):
         if piece is None and self._masters.shards_frozen:
             return TensorSpec(slot.name, shape, tensor.dtype, stage3_runs(tensor), kind="frozen", **known)
         # At stage 0 each rank of the team has the masters whole; in fp32 the live weights are what the optimizer steps.
-        if piece is not None or (tensor.requires_grad and not self._masters.flats()):
+        if self._is_trained(piece, tensor):
             return TensorSpec(slot.name, shape, tensor.dtype, whole(shape.numel()), replicas=team.replicas, **known)
         return TensorSpec.unsharded(slot.name, tensor, kind="frozen", partitioned=False, aliases=slot.aliases)
 
     def _live_source(self, slot: Slot) -> Tensor:
         """Of what has no masters."""
         tensor: Any = slot.get()
-        if not slot.is_buffer and self._masters.shards_frozen:
+        if tensor is None:  # an ignored one that was removed
+            return torch.empty(0)
+        if slot.is_buffer:
+            buffer: Tensor = tensor
+            return buffer
+        if self._masters.shards_frozen:
             return stage3_shard(slot.name, tensor)
         live: Tensor = tensor.detach()
         return live

@@ -64,6 +64,13 @@ class Masters(ABC):
         """Every group over which parameters are partitioned; None is the world. Local."""
         return ()
 
+    def stepped(self) -> frozenset[int] | None:
+        """``id()`` of each parameter that the optimizer steps itself, and not a master of it. Local.
+
+        None where there is no optimizer, so that only flags say what is trained.
+        """
+        return frozenset()
+
     def check_resident(self) -> None:
         """Raises EMAStateError while ``engine.offload_states()`` keeps the weights elsewhere. Local."""
         away = {getattr(state, "value", str(state)) for state in getattr(self._optimizer, "offloaded_states", ())}
@@ -78,6 +85,12 @@ class ReplicatedMasters(Masters):
     """ZeRO stage 0: FP16_Optimizer, FP16_UnfusedOptimizer (which bf16 uses as well), and plain fp32 without masters."""
 
     replicated = True
+
+    def stepped(self) -> frozenset[int] | None:
+        optimizer = self._optimizer
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            return None if optimizer is None else frozenset()
+        return frozenset(id(param) for group in optimizer.param_groups for param in group["params"])
 
     def flats(self) -> Sequence[Tensor]:
         optimizer = self._optimizer
@@ -231,7 +244,7 @@ def find_masters(optimizer: Any, stage: int) -> Masters:
         # Without an optimizer DeepSpeed still makes a BF16_Optimizer, around a dummy, for a bf16 model.
         dummy = ours and (kind.__name__ == "DummyOptim" or not getattr(optimizer, "using_real_optimizer", True))
         if optimizer is None or dummy or (not ours and isinstance(optimizer, torch.optim.Optimizer)):
-            return ReplicatedMasters(None)
+            return ReplicatedMasters(None if dummy else optimizer)
     if kind.__name__ == "DeepSpeedZeRoOffload" or optimizer is None:
         raise EMAEngineError(
             "the DeepSpeed engine has no optimizer, so there are no weights in training to average: pass an optimizer "

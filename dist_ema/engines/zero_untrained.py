@@ -50,6 +50,10 @@ class UntrainedZeroEngine(ZeroEngine):
     def reshard(self) -> None:
         self._masters.publish()
 
+    def _trained_of(self, numbers: Sequence[int]) -> list[int]:
+        held = self._binding.held
+        return [number for number in numbers if held[number].requires_grad]
+
     def _spec(self, slot: Slot, piece: MasterSlice | None) -> TensorSpec:
         tensor = slot.get()
         spec = super()._spec(slot, piece)

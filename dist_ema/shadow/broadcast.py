@@ -53,7 +53,7 @@ class Broadcast:
         self._engine = engine
         self._shares = shares
         self.several = spreads(engine)
-        self.sets = replica_sets([share.spec if share.split else None for share in shares])
+        self.sets = replica_sets(shares)
 
     def replicas_agree(self, members: Sequence[int], sources: Sequence[Tensor]) -> bool:
         """Whether all replicas hold the same bits, by the sum of those bits as integers. Collective among them."""

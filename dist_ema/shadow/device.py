@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from dist_ema.kernels.copies import Copies
 from dist_ema.kernels.rounding import ElementPositions, Rounding, average_key
 from dist_ema.shadow import lent
 from dist_ema.sharding.shares import Share
+
+if TYPE_CHECKING:
+    from dist_ema.engines.counterpart import Counterpart
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +53,8 @@ class Shadow:
         # NaN and Inf elements of the first copy, counted on each device, until they have been logged.
         self._unreported: dict[torch.device, Tensor] = {}
         self._tainted: set[int] = set()  # the tensors that had some, on the CPU
+        # Shares that follow() gave new memory, which fill_new() fills.
+        self._new: list[int] = []
 
     @property
     def started(self) -> bool:
@@ -106,6 +112,82 @@ class Shadow:
             self.guard = kernels.Guard()
             self.guard.tainted.update(range(len(self._averaged)))
 
+    def follow(
+        self,
+        shares: Sequence[Share],
+        places: Sequence[int],
+        new: Sequence[int],
+        sources: Sequence[Tensor],
+        counterpart: Counterpart | None = None,
+    ) -> None:
+        """Goes on with other shares: tensors that were not averaged join, buffers are resized. Local.
+
+        The memory of the other tensors stays where it is. What is new is uninitialised until ``update()``, or
+        ``fill_new()``, copies its source. If this raises, nothing has changed.
+
+        Args:
+            shares: from now on.
+            places: for each share until now, its number among the new ones; -1 for one that was not kept and is gone.
+            new: numbers of the new shares that join or were resized.
+            sources: the live tensors, one for each new share.
+            counterpart: the teacher's tensors in the order of the new shares, where there is a teacher.
+        """
+        averaged, copied = self._numbers_after(shares, places, new)
+        if self.started:
+            fresh = {mode: [index for index in new if shares[index].mode == mode] for mode in ("average", "copy")}
+            before, self._shares = self._shares, shares
+            try:
+                memories = [self._allocate(sources, fresh["average"]) for _ in self._names]
+                buffers = self._allocate(sources, fresh["copy"])
+            except BaseException:
+                self._shares = before
+                raise
+            for average, memory_ in zip(self._averages.values(), memories, strict=True):
+                _put(average, averaged, dict(zip(fresh["average"], memory_, strict=True)))
+            _put(self._buffers, copied, dict(zip(fresh["copy"], buffers, strict=True)))
+            self._new = list(new)
+        self._shares, self._averaged, self._copied = shares, averaged, copied
+        self._spans = self._positions = None
+
+    def _numbers_after(
+        self, shares: Sequence[Share], places: Sequence[int], new: Sequence[int]
+    ) -> tuple[list[int], list[int]]:
+        """The numbers of what is averaged, and of what is copied, after ``follow()``: what joins comes last."""
+        averaged = [places[index] for index in self._averaged]
+        copied = [places[index] for index in self._copied]
+        averaged += [index for index in new if shares[index].mode == "average" and index not in averaged]
+        return averaged, copied
+
+    @property
+    def has_new(self) -> bool:
+        """Whether ``fill_new()`` has anything to do."""
+        return bool(self._new)
+
+    def fill_new(self, sources: Sequence[Tensor], number: int) -> None:
+        """Copies the sources of what is new into every average. Local.
+
+        ``number`` is that of the update that comes with it: rounding depends on it.
+        """
+        self._fill_new(sources, number)
+
+    def _fill_new(self, sources: Sequence[Tensor], number: int) -> None:
+        averaged = [index for index in self._new if self._shares[index].mode == "average"]
+        places = [self._averaged.index(index) for index in averaged]
+        rounding = self._rounding(number)
+        if rounding is not None:
+            shares = [self._shares[index] for index in averaged]
+            positions = ElementPositions([share.spec.name for share in shares], [share.runs for share in shares])
+            rounding = Rounding(positions, rounding.keys)
+        targets = [[average[place] for place in places] for average in self._averages.values()]
+        taken = [sources[index] for index in averaged]
+        kernels.copy(targets, taken, self._ranges(averaged), None, rounding)
+        if self.guard is not None:  # the next update looks at every element of these, and counts
+            self.guard.tainted.update(places)
+        copied = [index for index in self._new if self._shares[index].mode == "copy"]
+        buffers = [self._buffers[self._copied.index(index)] for index in copied]
+        kernels.copy([buffers], [sources[index] for index in copied], self._ranges(copied), None)
+        self._new = []
+
     def update(self, sources: Sequence[Tensor], weights: Sequence[float], number: int) -> None:
         """Moves every average by its weight. Local; no host sync, no memory beyond the scratch.
 
@@ -114,6 +196,8 @@ class Shadow:
             weights: of each average.
             number: of this update; the first copy was number 1. Rounding depends on it.
         """
+        if self._new:
+            self._fill_new(sources, number)
         if self._spans is None:
             self._spans = self._ranges(self._averaged)
         averages, taken, rounding = list(self._averages.values()), self._pick(sources), self._rounding(number)
@@ -239,6 +323,17 @@ class Shadow:
             views.append(flats[key][used[key] : used[key] + share.numel])
             used[key] += _room(share.numel)
         return views
+
+
+def _put(tensors: list[Tensor], indices: Sequence[int], new: Mapping[int, Tensor]) -> None:
+    """Puts new tensors, by the number of their share, into a list that has the order of ``indices``."""
+    for place, index in enumerate(indices):
+        if index not in new:
+            continue
+        if place < len(tensors):
+            tensors[place] = new[index]
+        else:
+            tensors.append(new[index])
 
 
 def _room(numel: int) -> int:

@@ -58,6 +58,24 @@ class GatheredTeacherShadow(Shadow):
         self._installed = True
         self.hand_on()
 
+    def follow(
+        self,
+        shares: Sequence[Share],
+        places: Sequence[int],
+        new: Sequence[int],
+        sources: Sequence[Tensor],
+        counterpart: Counterpart | None = None,
+    ) -> None:
+        """See :meth:`Shadow.follow`. Local; the next update sends what is new as well."""
+        super().follow(shares, places, new, sources)
+        self._counterpart = counterpart or self._counterpart
+        self._entries = None
+
+    def fill_new(self, sources: Sequence[Tensor], number: int) -> None:
+        """See :meth:`Shadow.fill_new`. Collective, once installed."""
+        super().fill_new(sources, number)
+        self.hand_on()
+
     def update(self, sources: Sequence[Tensor], weights: Sequence[float], number: int) -> None:
         """See :meth:`Shadow.update`. Collective."""
         super().update(sources, weights, number)
@@ -101,8 +119,9 @@ class GatheredTeacherShadow(Shadow):
         for cache in self._counterpart.caches():  # its weights are about to change
             cache.drop()
         found = {}
-        specs = self._counterpart.specs_of
-        for share, spec, tensor in zip(self._shares, specs, self._counterpart.sources(), strict=True):
+        specs, tensors = self._counterpart.specs_of, self._counterpart.sources()
+        self._counterpart.refuse_trained()
+        for share, spec, tensor in zip(self._shares, specs, tensors, strict=True):
             if spec is not None:
                 if tensor.is_meta:
                     raise EMAStateError(f"{spec.name!r} of the teacher (into=) is on the meta device")

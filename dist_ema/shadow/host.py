@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 from weakref import WeakSet
 
 import torch
@@ -26,6 +27,9 @@ from dist_ema.shadow.staging import LINKS, HostLink, Link, Take, carve, pageable
 from dist_ema.shadow.worker import Worker
 from dist_ema.sharding.shares import Share
 from dist_ema.untraced import untraced
+
+if TYPE_CHECKING:
+    from dist_ema.engines.counterpart import Counterpart
 
 logger = logging.getLogger(__name__)
 
@@ -65,10 +69,39 @@ class HostShadow(Shadow):
         """Takes memory for the averages and for copies of their sources. Local."""
         self._pins = any(sources[index].device.type == "cuda" for index in self._kept)
         super().allocate(sources)
-        self._origins = {index: (sources[index].dtype, sources[index].device) for index in self._kept}
-        for link, indices in self._routes():
-            sizes = [(self._shares[index].numel, sources[index].dtype) for index in indices]
-            self._staging.update(zip(indices, carve(sizes, link.empty), strict=True))
+        self._origins = {}
+        self._stage(sources, self._kept)
+
+    def _stage(self, sources: Sequence[Tensor], indices: Sequence[int]) -> None:
+        """Takes memory for copies of the sources of these shares, where they are copied. Local."""
+        self._origins |= {index: (sources[index].dtype, sources[index].device) for index in indices}
+        wanted = set(indices)
+        for link, routed in self._routes():
+            new = [index for index in routed if index in wanted]
+            sizes = [(self._shares[index].numel, sources[index].dtype) for index in new]
+            self._staging.update(zip(new, carve(sizes, link.empty), strict=True))
+
+    def follow(
+        self,
+        shares: Sequence[Share],
+        places: Sequence[int],
+        new: Sequence[int],
+        sources: Sequence[Tensor],
+        counterpart: Counterpart | None = None,
+    ) -> None:
+        """See :meth:`Shadow.follow`. Waits for the thread."""
+        self._worker.wait()
+        super().follow(shares, places, new, sources, counterpart)
+        self._kept = [*self._averaged, *self._copied]
+        self._staging = {places[index]: tensor for index, tensor in self._staging.items()}
+        self._origins = {places[index]: origin for index, origin in self._origins.items()}
+        if self.started:
+            self._pins = self._pins or any(sources[index].device.type == "cuda" for index in new)
+            self._stage(sources, new)
+
+    def fill_new(self, sources: Sequence[Tensor], number: int) -> None:
+        """See :meth:`Shadow.fill_new`; in the thread. Local; does not wait."""
+        self._submit(sources, lambda taken: self._fill_new(taken, number))
 
     def start(self, sources: Sequence[Tensor]) -> None:
         """Takes memory, and has the sources copied into every average. Local; does not wait."""

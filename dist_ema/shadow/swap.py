@@ -105,6 +105,9 @@ class Swap:
         self._exchanges: dict[int, kernels.Exchange] = {}
         self._kept: dict[int, Tensor] = {}
         self._diverged: dict[int, Tensor] = {}
+        self._outside: dict[int, Tensor] = {}  # buffers that others, of the average's shape, stand in for
+        self._shapes: dict[int, torch.Size] = {}  # of buffers, before the average came in
+        self._sent_shapes: dict[str, torch.Size] = {}  # of the buffers that ranks send each other
         self._sources: list[Tensor] = []
         self._caches: list[CachedScale] = []
         # How far it has come.
@@ -251,9 +254,11 @@ class Swap:
         lent.make_way(self._sources)
         with self._derived.renewed():
             self._settle()
-            for share, shadow, source in zip(self._shares, self._shadows, self._sources, strict=True):
-                if shadow is not None:
-                    kernels.write(source, share.start, share.stop, shadow)
+            for index, (share, shadow) in enumerate(zip(self._shares, self._shadows, strict=True)):
+                if shadow is not None and is_own(share):
+                    self._put_buffer(index, shadow)
+                elif shadow is not None:
+                    kernels.write(self._sources[index], share.start, share.stop, shadow)
             self._drop_caches()
             self._share(inside=True)
         torch.clear_autocast_cache()
@@ -266,9 +271,48 @@ class Swap:
             exchange.go(self._sources[index], inside)
         if self._is_kept:
             for index, kept in self._kept.items():
-                share, shadow = self._shares[index], self._shadows[index]
-                if shadow is not None:
-                    kernels.write(self._sources[index], share.start, share.stop, shadow if inside else kept)
+                self._put_kept(index, kept, inside)
+
+    def _put_kept(self, index: int, kept: Tensor, inside: bool) -> None:
+        share, shadow = self._shares[index], self._shadows[index]
+        if shadow is None:
+            return
+        if not is_own(share):
+            kernels.write(self._sources[index], share.start, share.stop, shadow if inside else kept)
+        elif inside:
+            self._put_buffer(index, shadow)
+        elif index in self._outside:
+            self._engine.replace_buffer(self._sources[index], self._outside[index])
+            self._sources[index] = self._outside[index]
+        else:
+            self._fit(index, self._shapes[index])
+            kernels.write(self._sources[index], 0, kept.numel(), kept)
+
+    def _put_buffer(self, index: int, shadow: Tensor) -> None:
+        """The average of a buffer goes into the model; of another shape, as another tensor. Local."""
+        before, shape = self._sources[index], self._shape_inside(index)
+        if before.shape != shape:
+            self._outside[index] = before
+        self._fit(index, shape)
+        if self._sources[index].numel() == shadow.numel():  # else another rank's buffer is sent here
+            kernels.write(self._sources[index], 0, shadow.numel(), shadow)
+
+    def _shape_inside(self, index: int) -> torch.Size:
+        """The shape of a buffer of the average: that of the rank that writes it, where ranks send it to each other."""
+        share = self._shares[index]
+        if not self._broadcast.several:
+            return share.spec.shape
+        if not self._sent_shapes:
+            self._sent_shapes = {entry.name: torch.Size(entry.shape) for entry in self.entries}
+        return self._sent_shapes.get(share.spec.name, share.spec.shape)
+
+    def _fit(self, index: int, shape: torch.Size) -> None:
+        """Puts a buffer of this shape into the model, unless there is one. Local."""
+        source = self._sources[index]
+        if source.shape != shape:
+            fresh = torch.empty(shape, dtype=source.dtype, device=source.device)
+            self._engine.replace_buffer(source, fresh)
+            self._sources[index] = fresh
 
     def _drop_caches(self) -> None:
         """The next forward pass computes from the weights that are in the model now. Local."""
@@ -304,14 +348,15 @@ class Swap:
             torch.cuda.synchronize()
 
     def _spare(self, sources: Sequence[Tensor]) -> dict[int, Tensor]:
-        """Memory for live elements that cannot change places with their shadow: its dtype is another, another rank's
-        buffer will stand there, or it is fixed."""
-        return {
-            index: torch.empty(share.numel, dtype=source.dtype, device=shadow.device)
-            for index, (share, shadow, source) in enumerate(zip(self._shares, self._shadows, sources, strict=True))
-            if shadow is not None
-            and (shadow.dtype != source.dtype or (self._broadcast.several and is_own(share)) or index in self._fixed)
-        }
+        """Memory for live elements that cannot change places with their shadow: its dtype is another, it is a buffer,
+        which a forward pass may resize, or it is fixed."""
+        spare = {}
+        for index, (share, shadow, source) in enumerate(zip(self._shares, self._shadows, sources, strict=True)):
+            own = is_own(share)
+            if shadow is not None and (shadow.dtype != source.dtype or own or index in self._fixed):
+                size = source.numel() if own else share.numel
+                spare[index] = torch.empty(size, dtype=source.dtype, device=shadow.device)
+        return spare
 
     def _plan(self, sources: Sequence[Tensor]) -> dict[int, kernels.Exchange]:
         """The others change places; a chunk of memory is taken for that."""
@@ -325,7 +370,12 @@ class Swap:
     def _keep(self) -> None:
         """Copies what could not be brought back, before anything is changed."""
         for index, kept in self._kept.items():
-            kernels.read(self._sources[index], self._shares[index].start, self._shares[index].stop, kept)
+            share, source = self._shares[index], self._sources[index]
+            if is_own(share):
+                self._shapes[index] = source.shape
+                kernels.read(source, 0, source.numel(), kept)
+            else:
+                kernels.read(source, share.start, share.stop, kept)
         self._is_kept = True
         for members in self._broadcast.sets:
             if not self._broadcast.replicas_agree(members, self._sources):

@@ -77,6 +77,48 @@ class TeacherShadow(Shadow):
         else:
             super().allocate(sources)
 
+    def follow(
+        self,
+        shares: Sequence[Share],
+        places: Sequence[int],
+        new: Sequence[int],
+        sources: Sequence[Tensor],
+        counterpart: Counterpart | None = None,
+    ) -> None:
+        """See :meth:`Shadow.follow`; what joins lies in the teacher like the others, and overwrites what is there."""
+        averaged, copied = self._numbers_after(shares, places, new)
+        values = {places[index]: tensor for index, tensor in self._by_share().items()} if self.started else {}
+        own = {places[index]: values[places[index]] for index in self._own} if self.started else {}
+        before = self._shares, self._counterpart
+        self._shares, self._counterpart = shares, counterpart or self._counterpart
+        try:
+            if self.started:
+                tensors = self._look()
+                self._refuse_resized(tensors, new)
+                beside = [index for index in new if not self._lies_in(tensors[index], sources[index], index)]
+                own |= dict(zip(beside, self._allocate(sources, beside), strict=True))
+        except BaseException:
+            self._shares, self._counterpart = before
+            raise
+        self._averaged, self._copied, self._positions = averaged, copied, None
+        if self.started:
+            self._own, self._new = frozenset(own), list(new)
+            self._take_views(tensors, own)
+
+    def _refuse_resized(self, tensors: Sequence[Tensor], new: Sequence[int]) -> None:
+        """Raises EMAStateError if the teacher's tensor has not the shape of the average that shall lie in it."""
+        for index in new:
+            if tensors[index].numel() != self._shares[index].numel:
+                raise EMAStateError(
+                    f"{self._shares[index].spec.name!r} was resized to {self._shares[index].numel} elements on this "
+                    f"rank, and the teacher (into=) has {tensors[index].numel()} there: resize the teacher's too, or "
+                    "leave that tensor out of the average (exclude=, buffers='ignore')"
+                )
+
+    def _fill_new(self, sources: Sequence[Tensor], number: int) -> None:
+        super()._fill_new(sources, number)
+        self.hand_on()
+
     def update(self, sources: Sequence[Tensor], weights: Sequence[float], number: int) -> None:
         """See :meth:`Shadow.update`; the same pass writes what does not lie in the teacher."""
         self._find()
@@ -152,7 +194,9 @@ class TeacherShadow(Shadow):
         """
         self._claim()
         self._counterpart.reshard()
-        return self._counterpart.sources()
+        tensors = self._counterpart.sources()
+        self._counterpart.refuse_trained()
+        return tensors
 
     def _find(self) -> None:
         """Follows the teacher's memory, which may have moved. Local; no host sync."""
@@ -167,6 +211,7 @@ class TeacherShadow(Shadow):
                     f"{self._shares[index].spec.name!r} of the teacher (into=) has another dtype, layout or device "
                     "than it had when the average was begun. Call reset() to begin anew"
                 )
+        self._refuse_resized(tensors, self._averaged + self._copied)
         self._take_views(tensors, self._by_share())
 
     def _lie_down(self, beside: Sequence[Tensor], values: dict[int, Tensor] | None = None) -> None:

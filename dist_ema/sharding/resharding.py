@@ -15,18 +15,28 @@ from dist_ema.sharding.shares import Share
 from dist_ema.sharding.writers import FullTensor
 
 
-def check_same_model(old: Sequence[FullTensor], new: Sequence[FullTensor], operation: str) -> None:
-    """Raises EMAEngineError, listing all differences, unless both average the same names and shapes. Local."""
+def check_same_model(old: Sequence[FullTensor], new: Sequence[FullTensor], operation: str) -> set[str]:
+    """Raises EMAEngineError, listing all differences, unless all that is averaged is in the new model. Local.
+
+    Returns:
+        Names of what is averaged there and has no average yet: new parameters, parameters that were frozen until now,
+        and buffers that have another shape.
+    """
     before, after = ({name: entry for entry in entries for name in entry.names} for entries in (old, new))
     problems = [f"missing {entry.name!r}" for entry in old if _kept(entry) and not _kept(after.get(entry.name))]
-    problems += [f"unexpected {entry.name!r}" for entry in new if _kept(entry) and not _kept(before.get(entry.name))]
+    joining: set[str] = set()
     for entry in new:
         known = before.get(entry.name)
-        if known is not None and known.shape != entry.shape:
+        is_resized = known is not None and known.shape != entry.shape
+        if is_resized and known is not None and not entry.buffer:
             problems.append(f"misshapen {entry.name!r}: {entry.shape} instead of {known.shape}")
+        elif _kept(entry) and (is_resized or not _kept(known)):
+            joining.update(entry.names)
     if problems:
+        problems += [f"unexpected {entry.name!r}" for entry in new if _kept(entry) and entry.name not in before]
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise EMAEngineError(f"{operation}: this is not the model that is averaged: {shown}")
+    return joining
 
 
 def _kept(entry: FullTensor | None) -> bool:

@@ -6,8 +6,8 @@ gathering calls bring the parts together. Knows no wrapper and makes no collecti
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -15,7 +15,7 @@ import torch
 
 from dist_ema.errors import EMAConfigError, EMAEngineError
 from dist_ema.options import Options
-from dist_ema.sharding.runs import Box, Runs, boxes, cut, split_evenly
+from dist_ema.sharding.runs import Box, Runs, boxes, cut, split_evenly, whole
 from dist_ema.sharding.spec import Replicas, TensorSpec
 
 Mode = Literal["average", "copy", "live"]
@@ -33,6 +33,8 @@ class Share:
         split: the other replicas keep the other elements.
         first_replica: of the ranks that keep these same elements this one writes them. Of a tensor that is not
             partitioned every holder says so, and the lowest rank writes it.
+        joined: the number of the update at which it became averaged; 0 for those averaged from the first copy on.
+            Replicas split the tensors of one update between them, so that shares that exist never move.
 
     >>> spec = TensorSpec("w", torch.Size([4, 6]), torch.float32, runs=((6, 12),))
     >>> share = Share(spec, "average", 0, 6, torch.float32, split=True, first_replica=True)  # of two replicas the first
@@ -47,6 +49,12 @@ class Share:
     dtype: torch.dtype
     split: bool
     first_replica: bool
+    joined: int = 0
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names of the tensor."""
+        return (self.spec.name, *self.spec.aliases)
 
     @property
     def numel(self) -> int:
@@ -64,8 +72,16 @@ class Share:
         return tuple(boxes(self.runs, self.spec.shape))
 
 
-def assign_shares(specs: Sequence[TensorSpec], options: Options) -> list[Share]:
+def assign_shares(
+    specs: Sequence[TensorSpec], options: Options, averaged: Container[str] = (), joined: int = 0
+) -> list[Share]:
     """One share for each spec, in order. Local.
+
+    Args:
+        specs: the tensors.
+        options: say what is averaged, and how.
+        averaged: names of parameters that are averaged though they are frozen now.
+        joined: the number of the update at which these tensors become averaged; 0 at the first copy.
 
     Raises EMAConfigError if a trained dtype cannot be averaged, EMAEngineError if a tensor's elements cannot be read.
 
@@ -73,7 +89,7 @@ def assign_shares(specs: Sequence[TensorSpec], options: Options) -> list[Share]:
     >>> share.mode, share.dtype, share.runs
     ('average', torch.float32, ((0, 6),))
     """
-    modes = [_mode(spec, options) for spec in specs]
+    modes = [_mode(spec, options, averaged) for spec in specs]
     for spec, mode in zip(specs, modes, strict=True):
         if spec.hidden and mode != "live":
             advice = "buffers='ignore'" if spec.kind == "buffer" else f"exclude={spec.name!r}, or freeze it"
@@ -87,7 +103,7 @@ def assign_shares(specs: Sequence[TensorSpec], options: Options) -> list[Share]:
     split = [wanted and options.shard_replicas for wanted in split]
     # One cut through all tensors of a replica set laid end to end, not one a tensor: with hundreds of small tensors the
     # rounding of each would add up, and most ranks would hold a sliver of every one.
-    for members in replica_sets([spec if wanted else None for spec, wanted in zip(specs, split, strict=True)]):
+    for members in _replica_groups([spec if wanted else None for spec, wanted in zip(specs, split, strict=True)]):
         replicas = specs[members[0]].replicas
         if replicas is not None:
             parts = split_over([specs[i] for i in members], [dtypes[i] for i in members], replicas, replicas.index)
@@ -95,15 +111,82 @@ def assign_shares(specs: Sequence[TensorSpec], options: Options) -> list[Share]:
                 ranges[index] = part
     # Of a split tensor every replica is the only holder of its part, so each of them writes.
     return [
-        Share(spec, mode, *range_, dtype, is_split, spec.primary and (is_split or _first(spec.replicas)))
+        Share(spec, mode, *range_, dtype, is_split, spec.primary and (is_split or _first(spec.replicas)), joined)
         for spec, mode, range_, dtype, is_split in zip(specs, modes, ranges, dtypes, split, strict=True)
     ]
 
 
-def replica_sets(specs: Sequence[TensorSpec | None]) -> list[list[int]]:
-    """Indices of the specs that have replicas, one list for each process group."""
+def may_join(share: Share, options: Options) -> bool:
+    """Whether a tensor that is not averaged will be, as soon as it is trained. Local."""
+    return share.mode == "live" and share.spec.kind == "frozen" and options.selects(share.spec.name)
+
+
+def is_ignored(options: Options, name: str, is_buffer: bool) -> bool:
+    """Whether a tensor is in no average, whatever its flags: a :data:`~dist_ema.engines.names.Ignored`. Pure."""
+    return not options.selects(name) or (is_buffer and options.buffers == "ignore")
+
+
+def follow_specs(shares: Sequence[Share], specs: Sequence[TensorSpec], options: Options) -> list[Share]:
+    """The shares of a model of which ignored tensors have changed. Local.
+
+    What is averaged or copied keeps its share. The others are described anew.
+
+    Args:
+        shares: the present ones, in any order.
+        specs: of the model as it is now.
+        options: those of the present shares.
+    """
+    kept = {name: share for share in shares if share.mode != "live" for name in share.names}
+    found = []
+    for share in assign_shares(specs, options):
+        known = next((kept[name] for name in share.names if name in kept), None)
+        found.append(as_live(share) if known is None else known)
+    return found
+
+
+def follow_shapes(shares: Sequence[Share], specs: Sequence[TensorSpec], options: Options) -> list[Share]:
+    """The shares of a model in which tensors were resized: those of tensors that are not averaged follow. Local.
+
+    Arguments are those of :func:`follow_specs`; the specs are in the order of the shares.
+    """
+    return [
+        as_live(replace(share, spec=spec)) if share.mode == "live" and share.spec.shape != spec.shape else share
+        for share, spec in zip(shares, specs, strict=True)
+    ]
+
+
+def as_live(share: Share) -> Share:
+    """The share of the same tensor if it is not averaged. Local."""
+    spec = share.spec if share.spec.kind == "buffer" else replace(share.spec, kind="frozen")
+    first = spec.primary and _first(spec.replicas)
+    return Share(spec, "live", 0, spec.local_numel, spec.dtype, split=False, first_replica=first)
+
+
+def was_resized(share: Share, spec: TensorSpec) -> bool:
+    """Whether a buffer of the average has another shape in the model now, which ``spec`` says. Pure."""
+    return share.mode != "live" and spec.kind == "buffer" and share.spec.shape != spec.shape
+
+
+def resized(share: Share, shape: Sequence[int]) -> Share:
+    """The share of a whole buffer, if it had another shape. Pure."""
+    full = torch.Size(shape)
+    spec = replace(share.spec, shape=full, runs=whole(full.numel()))
+    return replace(share, spec=spec, start=0, stop=full.numel())
+
+
+def replica_sets(shares: Sequence[Share]) -> list[list[int]]:
+    """Indices of the shares that replicas split, one list for each process group and update at which they joined."""
     # By identity: engines give the same group object to all its tensors, and two groups of the same ranks are rare
     # (then each set is split for itself, on all ranks alike).
+    sets: dict[tuple[int, int], list[int]] = {}
+    for index, share in enumerate(shares):
+        if share.split and share.spec.replicas is not None:
+            sets.setdefault((id(share.spec.replicas.group), share.joined), []).append(index)
+    return list(sets.values())
+
+
+def _replica_groups(specs: Sequence[TensorSpec | None]) -> list[list[int]]:
+    """Indices of the specs that have replicas, one list for each process group."""
     sets: dict[int, list[int]] = {}
     for index, spec in enumerate(specs):
         if spec is not None and spec.replicas is not None:
@@ -119,12 +202,12 @@ def split_over(
     return split_evenly(sizes, [dtype.itemsize for dtype in dtypes], replicas.size, index)
 
 
-def _mode(spec: TensorSpec, options: Options) -> Mode:
-    if spec.kind == "frozen" or not options.selects(spec.name):
+def _mode(spec: TensorSpec, options: Options, averaged: Container[str]) -> Mode:
+    if is_ignored(options, spec.name, spec.kind == "buffer"):
         return "live"
-    if spec.kind == "parameter":
+    if spec.kind == "parameter" or (spec.kind == "frozen" and spec.name in averaged):
         return "average"
-    if options.buffers == "ignore":
+    if spec.kind == "frozen":
         return "live"
     # Counters and masks (integers, bools) have no mean.
     return "average" if options.buffers == "average" and spec.dtype.is_floating_point else "copy"

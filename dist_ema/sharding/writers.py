@@ -41,6 +41,8 @@ class FullTensor:
         partitioned: whether its elements are spread over several ranks.
         lowest_mesh_rank: lowest rank of the mesh that writes it; where it is not partitioned, the writer.
         buffer: whether it is a buffer.
+        frozen: whether it is a parameter that is not averaged because it is not trained.
+        joined: the number of the update at which it became averaged; 0 at the first copy.
     """
 
     name: str
@@ -52,6 +54,8 @@ class FullTensor:
     partitioned: bool
     lowest_mesh_rank: int = 0
     buffer: bool = False
+    frozen: bool = False
+    joined: int = 0
 
     @property
     def numel(self) -> int:
@@ -120,8 +124,10 @@ def _merged(lists: Iterable[tuple[int, Sequence[FullTensor]]]) -> list[FullTenso
         for entry in entries:
             lowest = entry.lowest_mesh_rank if entry.partitioned else rank
             before = known.setdefault(entry.name, replace(entry, lowest_mesh_rank=lowest))
-            # Which mesh writes is what lists may differ in; shape, dtypes and mode are facts of the model.
-            if replace(before, lowest_mesh_rank=entry.lowest_mesh_rank) != entry:
+            # Which mesh writes is what lists may differ in; shape, dtypes and mode are facts of the model. But a buffer
+            # that grows may have another shape on each rank: that of the writer counts.
+            shape = entry.shape if entry.buffer and not entry.partitioned else before.shape
+            if replace(before, lowest_mesh_rank=entry.lowest_mesh_rank, shape=shape) != entry:
                 raise EMAEngineError(
                     f"ranks must hold parts of one model, but rank {rank} has {entry} and a lower rank {before}"
                 )
@@ -142,4 +148,6 @@ def _full_tensor(share: Share) -> FullTensor:
         spec.partitioned,
         spec.lowest_mesh_rank if spec.partitioned else 0,
         spec.kind == "buffer",
+        spec.kind == "frozen" and share.mode == "live",
+        share.joined,
     )
