@@ -557,3 +557,32 @@ def test_banks_that_grow_by_different_numbers_on_each_rank(mode: str, rank: int,
         assert rank or torch.equal(found["bank"], torch.zeros(1 + step, 4))
     ema.load(tmp_path / "ema")
     assert ema.update()
+
+
+# Parts that replicas split.
+
+
+@pytest.mark.parametrize("case", ["hsdp", "zero0"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.world_size(2)
+def test_replicas_send_each_other_what_joined_as_they_split_it(case: str, dtype: torch.dtype) -> None:
+    """Cut anew together with what was there, shares would move, and each rank would send the other's elements."""
+    run, plain = _Run(case, dtype=dtype), _Run("plain", dtype=dtype)
+    trained = {name for name, parameter in plain.inner.named_parameters() if parameter.requires_grad}
+    for part in (None, *PARTS, None):
+        flips = dict.fromkeys(PARTS[:2], False) if part is None else {part: True}
+        for name in flips:
+            names = {known for known, _ in plain.inner.named_parameters() if known.startswith(f"{name}.")}
+            trained = trained | names if flips[name] else trained - names
+        for one in (run, plain):
+            one.advance(False, flips, 0, 1.37, trained)
+            assert one.ema.update()
+        assert run.ema.fingerprint() == plain.ema.fingerprint()
+        with run.ema.average_parameters(), plain.ema.average_parameters():
+            names = [share.spec.name for share in plain.ema._shares]
+            wholes = dict(zip(names, plain.ema._engine.sources(), strict=True))
+            for share, source in zip(run.ema._shares, run.ema._engine.sources(), strict=True):
+                flat = wholes[share.spec.name].reshape(-1)
+                expected = torch.cat([flat[start : start + size] for start, size in share.spec.runs] or [flat[:0]])
+                assert torch.equal(source.reshape(-1), expected), share.spec.name
+    assert {share.joined for share in run.ema._shares} >= {2, 3}
