@@ -47,7 +47,7 @@ OPENS_FILES = {
     "dist_ema.cli",
     "dist_ema.integrations",
 }
-OPENS_FILES |= {f"dist_ema.importers.{name}" for name in ("files", "pickles", "dcp")}
+OPENS_FILES |= {f"dist_ema.importers.{name}" for name in ("files", "torch_files", "dcp")}
 
 
 def imports(name: str) -> Iterator[str]:

@@ -414,6 +414,7 @@ def archive(path: Path, content: object, storages: dict[str, bytes]) -> Path:
         Pickler(text, protocol=2).dump(content)
     with zipfile.ZipFile(path, "w") as packed:
         packed.writestr("a/data.pkl", text.getvalue())
+        packed.writestr("a/version", "3\n")
         for key, data in storages.items():
             packed.writestr(f"a/data/{key}", data)
     return path

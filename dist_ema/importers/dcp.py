@@ -1,8 +1,8 @@
 """Directories of ``torch.distributed.checkpoint``, read without its unpickler, which would run code that a file names.
 
 ``.metadata`` is a pickle. Our unpickler accepts the names of DCP's own classes only, and makes plain records of their
-objects. Each part of a tensor is a file of torch.save inside a ``.distcp`` file, read as :mod:`.pickles` reads any such
-file; so are the few entries that are not tensors.
+objects. Each part of a tensor is a file of torch.save inside a ``.distcp`` file, read as :mod:`.torch_files` reads any
+such file; so are the few entries that are not tensors.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from dist_ema.checkpoints.storage.local import LocalFile, open_plain
 from dist_ema.checkpoints.strict_json import MAX_DIMENSIONS, is_count, is_shape, shown
 from dist_ema.errors import CheckpointCorruptError, CheckpointError
 from dist_ema.importers.foreign import Content, LazyTensor
-from dist_ema.importers.pickles import load_bytes, locate
-from dist_ema.importers.unpickling import Function, RefusedError, StandIn, Unpickler, loads
+from dist_ema.importers.inert import InertUnpickler, Record, RefusedError
+from dist_ema.importers.torch_files import load_bytes, locate
 from dist_ema.sharding.runs import Runs, box_runs, overlap
 
 METADATA = ".metadata"
@@ -52,26 +52,18 @@ _COMPARISONS = 1 << 20
 _ENTRY_BYTES = 1 << 20
 
 
-class _Record(StandIn):
-    """Takes the place of an object of DCP: its state by attribute name, and no code."""
-
-    def __getitem__(self, key: str) -> Any:
-        return self.state.get(key) if isinstance(self.state, dict) else None
-
-
-class _Unpickler(Unpickler):
+class _Unpickler(InertUnpickler):
     """Accepts the names that DCP's metadata have."""
 
-    def named(self, name: str) -> object:
-        """As :meth:`Unpickler.named`."""
-        module, _, last = name.rpartition(".")
-        if name == "torch.Size":
-            return Function(lambda sizes=(): tuple(sizes))
-        if module == "torch" and isinstance(dtype := getattr(torch, last, None), torch.dtype):
-            return dtype
+    def named(self, name: str) -> None:
+        """As :meth:`InertUnpickler.named`."""
         if name not in _RECORDS:
             raise RefusedError(f"{name} is not a class of torch.distributed.checkpoint's metadata")
-        return type(last, (_Record,), {})
+
+
+def _get(record: Any, key: str) -> Any:
+    """An attribute of an object of DCP."""
+    return record.state.get(key) if isinstance(record.state, dict) else None
 
 
 @dataclass(frozen=True)
@@ -94,13 +86,13 @@ def open_directory(path: Path) -> Content:
     """
     metadata = _load_metadata(path / METADATA)
     storage: dict[str, list[tuple[Any, Any]]] = {}
-    for index, info in _mapping(metadata["storage_data"]).items():
-        if not isinstance(index, _Record) or not isinstance(info, _Record):
+    for index, info in _mapping(_get(metadata, "storage_data")).items():
+        if not isinstance(index, Record) or not isinstance(info, Record):
             raise CheckpointCorruptError(f"{path / METADATA}: invalid index {shown(index)}")
-        storage.setdefault(_name(index["fqn"]), []).append((index, info))
+        storage.setdefault(_name(_get(index, "fqn")), []).append((index, info))
     tensors: dict[str, LazyTensor] = {}
     values: dict[str, Any] = {}
-    for name, described in _mapping(metadata["state_dict_metadata"]).items():
+    for name, described in _mapping(_get(metadata, "state_dict_metadata")).items():
         known = _name(name)
         try:
             if type(described).__name__ == "TensorStorageMetadata":
@@ -144,20 +136,20 @@ def read_value(content: Content, name: str) -> Any:
     return entry.read() if isinstance(entry, _Entry) else None
 
 
-def _load_metadata(file: Path) -> _Record:
+def _load_metadata(file: Path) -> Record:
     try:
         with open_plain(file) as opened:
             data = opened.read(_MAX_BYTES + 1)
         if len(data) > _MAX_BYTES:
             raise ValueError(f"more than {_MAX_BYTES} bytes")
-        metadata = loads(data, _Unpickler)
+        metadata = _Unpickler(io.BytesIO(data)).load()
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from error
     except RefusedError as error:
         raise CheckpointError(f"{file} was not read, and none of it was run: {error}") from error
     except Exception as error:  # a damaged pickle raises nearly anything
         raise CheckpointCorruptError(f"{file} is damaged: {type(error).__name__}: {str(error)[:200]}") from error
-    if not isinstance(metadata, _Record) or type(metadata).__name__ != "Metadata":
+    if not isinstance(metadata, Record) or type(metadata).__name__ != "Metadata":
         raise CheckpointCorruptError(f"{file} holds no metadata")
     return metadata
 
@@ -174,19 +166,19 @@ def _name(value: Any) -> str:
     return value
 
 
-def _tensor(path: Path, name: str, described: _Record, stored: list[tuple[Any, Any]]) -> LazyTensor:
-    state = described["properties"].state
+def _tensor(path: Path, name: str, described: Record, stored: list[tuple[Any, Any]]) -> LazyTensor:
+    state = _get(described, "properties").state
     dtype = state[0] if isinstance(state, tuple) else state["dtype"]
-    shape = _box(described["size"])
+    shape = _box(_get(described, "size"))
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"{shown(dtype)} is not a dtype")
     if not is_shape(shape, dtype.itemsize):
         raise ValueError(f"invalid shape of {len(shape)} dimensions")
     # The description lists boxes, the storage data say where their bytes are; they meet by the box's offsets.
-    infos = {_box(index["offset"]): info for index, info in stored}
+    infos = {_box(_get(index, "offset")): info for index, info in stored}
     parts = [
-        _part(path, _box(chunk["offsets"]), _box(chunk["sizes"]), infos[_box(chunk["offsets"])])
-        for chunk in described["chunks"]
+        _part(path, _box(_get(chunk, "offsets")), _box(_get(chunk, "sizes")), infos[_box(_get(chunk, "offsets"))])
+        for chunk in _get(described, "chunks")
     ]
     _check_parts(path, name, shape, dtype, parts)
     return _Parted(name, shape, dtype, parts)
@@ -199,13 +191,13 @@ def _box(value: Any) -> tuple[int, ...]:
 
 
 def _part(path: Path, offsets: tuple[int, ...], sizes: tuple[int, ...], info: Any) -> _Part:
-    name, (begin, length) = info["relative_path"], _box((info["offset"], info["length"]))
+    name, (begin, length) = _get(info, "relative_path"), _box((_get(info, "offset"), _get(info, "length")))
     if not isinstance(name, str):
         raise ValueError(f"{shown(name)} is not the name of a file")
     if PurePath(name).name != name or name in ("", ".", ".."):  # it would be a way out of the directory
         raise CheckpointCorruptError(f"{path / METADATA}: {shown(name)} is not a file of this directory")
-    if info["transform_descriptors"]:
-        used = [shown(one) for one in info["transform_descriptors"]][:8]
+    if _get(info, "transform_descriptors"):
+        used = [shown(one) for one in _get(info, "transform_descriptors")][:8]
         raise CheckpointError(f"{path} was written with the extensions {', '.join(used)}: not supported")
     return _Part(offsets, sizes, path / name, begin, length)
 
@@ -278,11 +270,11 @@ class _Parted(LazyTensor):
         """Where the elements of each part begin in its file; None if those of one do not lie one after the other."""
         begins = []
         for part in self._parts:
-            value, places = locate(part.file, part.begin, part.length, f"{part.file} at {part.begin}")
-            _check_value(value, part, self.dtype, self._name)
-            if not value.is_contiguous():
+            view, begin = locate(part.file, part.begin, part.length, f"{part.file} at {part.begin}")
+            _check_value(view.shape, view.dtype, part, self.dtype, self._name)
+            if not view.is_contiguous:
                 return None
-            begins.append(places[0] + value.storage_offset() * value.itemsize if value.numel() else 0)
+            begins.append(begin + view.offset * view.dtype.itemsize)
         return begins
 
     def read_range(self, start: int, stop: int, out: Tensor) -> None:
@@ -305,8 +297,8 @@ class _Parted(LazyTensor):
                         raise CheckpointCorruptError(f"{part.file} ends before a part of {self._name!r} does")
 
 
-def _check_value(value: Any, part: _Part, dtype: torch.dtype, name: str) -> None:
-    if not isinstance(value, Tensor) or (tuple(value.shape), value.dtype) != (part.sizes, dtype):
+def _check_value(shape: Any, found: Any, part: _Part, dtype: torch.dtype, name: str) -> None:
+    if (tuple(shape), found) != (part.sizes, dtype):
         raise CheckpointCorruptError(
             f"{part.file}: no part of {name!r} at byte {part.begin}, where the metadata expect one"
         )
@@ -317,7 +309,9 @@ def _assembly(name: str, shape: tuple[int, ...], dtype: torch.dtype, parts: list
         full = torch.empty(shape, dtype=dtype)
         for part in parts:
             value = _load_part(part)
-            _check_value(value, part, dtype, name)
+            if not isinstance(value, Tensor):
+                raise CheckpointCorruptError(f"{part.file} holds no tensor at byte {part.begin}")
+            _check_value(value.shape, value.dtype, part, dtype, name)
             target = full
             for dimension, (begin, size) in enumerate(zip(part.offsets, part.sizes, strict=True)):
                 target = target.narrow(dimension, begin, size)

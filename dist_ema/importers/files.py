@@ -1,4 +1,4 @@
-"""Opens foreign files and directories. Of the importers only this module, ``pickles`` and ``dcp`` open any."""
+"""Opens foreign files and directories. Of the importers only this module, ``torch_files`` and ``dcp`` open any."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dist_ema.checkpoints.strict_json import parse
 from dist_ema.errors import CheckpointCorruptError, CheckpointError
 from dist_ema.importers import dcp
 from dist_ema.importers.foreign import Content, LazyTensor, Model, read_tensors
-from dist_ema.importers.pickles import load_file
+from dist_ema.importers.torch_files import load_file
 
 _CONFIG_BYTES = 1 << 24
 _CONFIG_DEPTH = 32
