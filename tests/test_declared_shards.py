@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
-from scaled import STEPS, check_average
+from scaled import STEPS, check_average, check_same
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn.parallel import DistributedDataParallel
 from zero_models import make_engine
 
-from dist_ema import ShardedEMA
+from dist_ema import ShardedEMA, read_checkpoint
 from dist_ema.engines.declared import declaration
 from dist_ema.errors import EMAEngineError
 
@@ -184,6 +184,35 @@ def _parts(rank: int, world_size: int) -> tuple[nn.Module, dict[str, torch.Tenso
 def test_plain_tensors_that_are_parts_are_averaged_as_one(rank: int, world_size: int, tmp_path: Path) -> None:
     model, full = _parts(rank, world_size)
     _check_average(model, full, tmp_path, rank)
+
+
+@pytest.mark.world_size(4)
+def test_parts_that_two_ranks_declare_are_written_once(rank: int, tmp_path: Path) -> None:
+    """Copies of a sharded model, and a small tensor that every rank has: added up, their fingerprints would double."""
+    full = {"rows": torch.rand(5, 2, generator=torch.Generator().manual_seed(0)) + 1, "whole": torch.arange(3.0) + 1}
+    full["frozen"], full["counter"] = full["rows"] * 2, full["rows"] * 3
+    start, stop = [(0, 2), (2, 5)][rank % 2]
+    rows: list[Chunk] = [((start, 0), (0, 0), (stop - start, 2))]
+    model = nn.Module()
+    model.rows = declare(nn.Parameter(full["rows"][start:stop].clone()), (5, 2), rows)
+    model.whole = declare(nn.Parameter(full["whole"].clone()), (3,), [((0,), (0,), (3,))])
+    model.frozen = declare(nn.Parameter(full["frozen"][start:stop].clone(), requires_grad=False), (5, 2), rows)
+    model.register_buffer("counter", declare(full["counter"][start:stop].clone(), (5, 2), rows))
+    ema = ShardedEMA(model, decay=0.5)
+    ema.update()
+    plain = nn.Module()
+    for name in ("rows", "whole"):
+        plain.register_parameter(name, nn.Parameter(full[name]))
+    plain.register_parameter("frozen", nn.Parameter(full["frozen"], requires_grad=False))
+    plain.register_buffer("counter", full["counter"])
+    reference = ShardedEMA(plain, decay=0.5)
+    reference.update()
+    assert ema.fingerprint() == reference.fingerprint()
+    found = ema.full_state_dict()
+    ema.save(tmp_path / "ema")
+    stored = read_checkpoint(tmp_path / "ema")
+    check_same(stored, full)
+    check_same(found, full if rank == 0 else {})
 
 
 @pytest.mark.world_size()

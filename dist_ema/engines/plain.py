@@ -80,6 +80,7 @@ class PlainEngine(Engine):
             kind=kind_of(slot, tensor),
             aliases=slot.aliases,
             hidden=hidden_type(tensor),
+            declared=True,
         )
 
     def local(self, tensor: Tensor) -> Tensor:

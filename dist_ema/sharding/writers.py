@@ -8,15 +8,16 @@ fingerprints. All of these ask here; nobody else decides. Of those that hold an 
    (``Share.first_replica``);
 2. if several meshes hold the tensor, each spread over its own ranks, the mesh with the smallest ``lowest_mesh_rank``
    writes (FSDP2 on one dimension, beside tensor parallelism of other tensors on the next);
-3. of ranks that hold a tensor whole and are not known to agree (buffers, plain modules), the lowest writes.
+3. of ranks that hold a tensor whole and are not known to agree (buffers, plain modules), the lowest writes;
+4. of ranks whose plain tensors declare the same part of a larger one, the lowest writes.
 
-For 2 and 3 ranks have to know each other's numbers: :func:`catalogue` finds the smallest.
+For 2 to 4 ranks have to know each other's numbers: :func:`catalogue` finds the smallest.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,6 +25,7 @@ import torch.distributed as dist
 
 from dist_ema.collectives import broadcast_object, gather_objects, rank_in
 from dist_ema.errors import EMAEngineError
+from dist_ema.sharding.runs import Runs
 from dist_ema.sharding.shares import Mode, Share
 
 
@@ -43,6 +45,8 @@ class FullTensor:
         buffer: whether it is a buffer.
         frozen: whether it is a parameter that is not averaged because it is not trained.
         joined: the number of the update at which it became averaged; 0 at the first copy.
+        declared: whether its elements are where plain tensors declare them to be.
+        repeated: ranks of which a lower one declares the same elements; they do not write.
     """
 
     name: str
@@ -56,6 +60,8 @@ class FullTensor:
     buffer: bool = False
     frozen: bool = False
     joined: int = 0
+    declared: bool = False
+    repeated: tuple[int, ...] = ()
 
     @property
     def numel(self) -> int:
@@ -79,7 +85,7 @@ class FullTensor:
 
 def is_writer(entry: FullTensor, share: Share, rank: int) -> bool:
     """Whether ``rank``, which has this share of the tensor, writes the elements of its share. Local."""
-    return writes(share, rank, entry.lowest_mesh_rank)
+    return rank not in entry.repeated and writes(share, rank, entry.lowest_mesh_rank)
 
 
 def writes(share: Share, rank: int, lowest_mesh_rank: int) -> bool:
@@ -109,12 +115,42 @@ def catalogue(shares: Sequence[Share], group: dist.ProcessGroup | None) -> list[
     digests = gather_objects(hashlib.blake2b(repr(mine).encode(), digest_size=16).digest(), group)
     # Backwards, so that of the ranks with one digest the lowest is set last, and stays.
     first_ranks = {digest: rank for rank, digest in reversed(list(enumerate(digests)))}
-    if len(first_ranks) == 1:
-        return mine  # ranks that hold an unpartitioned tensor: all of them, so rank 0 writes it
-    own = rank_in(group)
-    return _merged(
-        (owner, broadcast_object(mine if owner == own else [], group, owner)) for owner in sorted(first_ranks.values())
-    )
+    entries = mine  # ranks that hold an unpartitioned tensor: all of them, so rank 0 writes it
+    if len(first_ranks) > 1:
+        own = rank_in(group)
+        entries = _merged(
+            (owner, broadcast_object(mine if owner == own else [], group, owner))
+            for owner in sorted(first_ranks.values())
+        )
+    if not any(entry.declared for entry in entries):
+        return entries
+    # All ranks come here or none. What ranks declare, nothing else tells.
+    held = {share.spec.name: _digest(share.spec.runs) for share in shares if share.spec.declared}
+    return _without_repetitions(entries, gather_objects(held, group))
+
+
+def _digest(runs: Runs) -> bytes:
+    return hashlib.blake2b(repr(runs).encode(), digest_size=16).digest()
+
+
+def _without_repetitions(entries: Sequence[FullTensor], held: Sequence[Mapping[str, bytes]]) -> list[FullTensor]:
+    """Note in each declared tensor the ranks that declare what a lower rank declares. Pure.
+
+    ``held`` has for each rank what it declares of each tensor, by name.
+    """
+    found: list[FullTensor] = []
+    for entry in entries:
+        known: set[bytes] = set()
+        repeated: list[int] = []
+        for rank, digests in enumerate(held):
+            digest = digests.get(entry.name)
+            if digest is None:
+                continue
+            if digest in known:
+                repeated.append(rank)
+            known.add(digest)
+        found.append(replace(entry, repeated=tuple(repeated)))
+    return found
 
 
 def _merged(lists: Iterable[tuple[int, Sequence[FullTensor]]]) -> list[FullTensor]:
@@ -150,4 +186,5 @@ def _full_tensor(share: Share) -> FullTensor:
         spec.kind == "buffer",
         spec.kind == "frozen" and share.mode == "live",
         share.joined,
+        spec.declared,
     )
