@@ -69,6 +69,7 @@ from dist_ema.sharding.shares import (
     resized,
     was_resized,
 )
+from dist_ema.sharding.spec import TensorSpec
 from dist_ema.sharding.stream import everywhere, in_windows
 from dist_ema.sharding.writers import FullTensor, is_writer
 from dist_ema.snapshots import Snapshots
@@ -360,10 +361,24 @@ class ShardedEMA:
         if outdated or self._engine.resized():
             specs = self._engine.specs() if outdated else self._engine.announced()
             follow = follow_specs if outdated else follow_shapes
-            self._take_shares(follow(self._shares, specs, self._options), sources)
+            shares = follow(self._shares, specs, self._options)
+            self._take_shares(shares, sources)
+            if not self._shadow.started:
+                self._take_shapes(specs)
             self._resized = True  # perhaps also a buffer of the average, which the next due update looks at
             sources = self._engine.sources() if outdated else sources
         return sources
+
+    def _take_shapes(self, specs: Sequence[TensorSpec]) -> None:
+        """Follows buffers that were resized before the first update, when the live model is the average. Local."""
+        shares = [
+            resized(share, spec.shape) if was_resized(share, spec) else share
+            for share, spec in zip(self._shares, specs, strict=True)
+        ]
+        if shares != self._shares:
+            shadow = self._new_shadow(self._shadow.seed, shares)
+            self._set_shares(shares)
+            self._take(shadow)
 
     def _take_shares(self, shares: list[Share], sources: Sequence[Tensor], new: Sequence[int] = ()) -> None:
         """Goes on with other shares of the same average. Local. If this raises, nothing has changed.

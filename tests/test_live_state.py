@@ -178,3 +178,27 @@ def test_what_is_no_dict_in_a_state_dict_is_named() -> None:
         with pytest.raises(CheckpointMismatchError, match=f"'{name}' is a .*, not a dict"):
             ema.load_state_dict({**state, key: wrong})
     assert ema.fingerprint("slow") == digest
+
+
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize("full", [True, False], ids=["full", "parts"])
+def test_live_values_of_a_buffer_that_was_resized_since_the_update_are_left_out(full: bool) -> None:
+    """Its share has the old shape: some of the new elements were saved under that shape, or what memory held."""
+    model = nn.Linear(3, 2)
+    model.register_buffer("bank", torch.zeros(2, 3))
+    ema = ShardedEMA(model, decay=0.5)
+    ema.update()
+    model.bank = torch.ones(5, 3)
+    state = ema.state_dict(full=full, live=True)
+    assert set(state["live"]) <= {"weight", "bias"}
+    if full:  # the file that rank 0 writes, as every rank reads it
+        everywhere = [state]
+        dist.broadcast_object_list(everywhere, src=0)
+        state = everywhere[0]
+    again = nn.Linear(3, 2)
+    again.register_buffer("bank", torch.full((2, 3), 7.0))
+    other = ShardedEMA(again, decay=0.5)
+    other.load_state_dict(state)
+    assert torch.equal(again.bank, torch.full((2, 3), 7.0)), "it keeps its values"
+    assert torch.equal(again.weight, model.weight)
+    assert ema.metrics()["ema/distance"] == 0

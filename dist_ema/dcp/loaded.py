@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ from dist_ema.errors import CheckpointMismatchError, EMAStateError
 from dist_ema.shadow.device import Shadow
 from dist_ema.sharding.shares import Share
 from dist_ema.sharding.writers import FullTensor
+
+logger = logging.getLogger(__name__)
 
 
 def unlike(
@@ -97,9 +100,10 @@ class LoadedStateDict:
         places: list[tuple[str, ...]] = [*(("averages", name) for name in names), ("buffers",)]
         if "live" in state:
             places.append(("live",))
+            live = _at(state, ("live",))
             for share in shares:
-                if share.numel and share.mode != "live":
-                    problems += _misfits(_at(state, ("live",)).get(share.spec.name), share, "live")
+                if share.numel and share.mode != "live" and not (_may_lack(share) and share.spec.name not in live):
+                    problems += _misfits(live.get(share.spec.name), share, "live")
         for path in places:
             problems += [f"unexpected {name!r} in {'/'.join(path)}" for name in _at(state, path) if name not in known]
         if problems:
@@ -125,11 +129,24 @@ class LoadedStateDict:
             if share.mode == "live":
                 values.append(None)
                 continue
+            if _may_lack(share) and share.spec.name not in self._dict["live"]:
+                logger.warning(
+                    "The state dict has no live values of the buffer %r, which was resized after its last update. The "
+                    "buffer keeps its present values.",
+                    share.spec.name,
+                )
+                values.append(None)
+                continue
             out = torch.empty(share.numel, dtype=source.dtype, device=source.device)
             if share.numel:
                 _copy(self._dict["live"][share.spec.name], share, out)
             values.append(out)
         return values
+
+
+def _may_lack(share: Share) -> bool:
+    """Whether a state dict may lack the live values: of a buffer that was resized after its last update."""
+    return share.spec.kind == "buffer" and not share.spec.partitioned
 
 
 def _copy(value: Tensor, share: Share, out: Tensor) -> None:

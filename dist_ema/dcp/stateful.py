@@ -15,11 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
+from dist_ema.collectives import gather_objects
 from dist_ema.dcp.boxed import BoxedTensor
 from dist_ema.dcp.texts import write_schedule, write_state
 from dist_ema.schedules import Schedule
@@ -106,6 +108,9 @@ def full_parts(
     }
     if live:
         held = {values.share.spec.name: values for values in view.live() if values is not None}
+        # No rank has live values of a resized buffer that fit. In a pipeline only one rank knows of it.
+        resized = set(chain.from_iterable(gather_objects(view.resized(), group)))
+        entries = [entry for entry in entries if entry.name not in resized]
         parts["live"] = gathered(held, ["average", "copy"], live=True)
     return parts
 

@@ -54,14 +54,17 @@ class View:
         return found
 
     def live(self) -> list[LocalValues | None]:
-        """This rank's live values of what is averaged or copied, for each share; None for what is not."""
+        """This rank's live values of what is averaged or copied, for each share; None for what is not.
+
+        Also None for a buffer that was resized since the last update: its live values do not fit its share.
+        """
         condition = self._condition
         swap = condition.swap if condition.visit is not None and condition.visit.open else None
         found: list[LocalValues | None] = []
         for index, (share, source) in enumerate(zip(self._shares, self.sources, strict=True)):
             kept = None if swap is None else swap.live(index)
             values = LocalValues(share, source, share.start) if kept is None else LocalValues(share, kept, 0)
-            found.append(None if share.mode == "live" else values)
+            found.append(None if share.mode == "live" or self._was_resized(index) else values)
         return found
 
     def flat(self, name: str) -> list[Tensor | None]:
@@ -84,11 +87,23 @@ class View:
             return 0.0
         totals: dict[torch.device, Tensor] = {}  # so that each device is waited for once
         shadows = self._shadow.tensors(name)
-        for share, shadow, source, mine in zip(self._shares, shadows, self.sources, writes, strict=True):
-            if mine and share.mode == "average" and shadow is not None:
+        for index, (share, shadow, mine) in enumerate(zip(self._shares, shadows, writes, strict=True)):
+            source = self.sources[index]
+            if mine and share.mode == "average" and shadow is not None and not self._was_resized(index):
                 found = kernels.squared_distance(shadow, source, share.start, share.stop)
                 totals[found.device] = totals.get(found.device, 0) + found
         return sum(map(float, totals.values()))
+
+    def resized(self) -> list[str]:
+        """Names of buffers that were resized since the last update, of those that are averaged or copied."""
+        tracked = [index for index, share in enumerate(self._shares) if share.mode != "live"]
+        return [self._shares[index].spec.name for index in tracked if self._was_resized(index)]
+
+    def _was_resized(self, index: int) -> bool:
+        """Whether a buffer has another shape than at the last update."""
+        share = self._shares[index]
+        is_whole = share.spec.kind == "buffer" and not share.spec.partitioned
+        return is_whole and self.sources[index].shape != share.spec.shape
 
     def _in_model(self, name: str, index: int) -> bool:
         """Whether an average's elements of a share have changed places with the live ones."""
