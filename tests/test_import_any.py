@@ -7,6 +7,7 @@ names without dots, or as a list. To take the wrong dict gives a checkpoint that
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -161,7 +162,7 @@ def test_safetensors_files_and_folders_are_taken_as_they_are(tmp_path: Path, suf
     else:
         path.mkdir()
         first = dict(list(EMA.items())[:4]) if suffix == "shards" else EMA
-        save_file(first, path / "model-00001-of-00002.safetensors")
+        save_file(first, path / ("model-00001-of-00002.safetensors" if suffix == "shards" else "model.safetensors"))
         if suffix == "shards":
             save_file({name: EMA[name] for name in EMA if name not in first}, path / "model-00002-of-00002.safetensors")
     with pytest.raises(CheckpointError, match=r"11 tensors \(--format state-dict takes them\)"):
@@ -242,3 +243,39 @@ def test_merging_takes_the_only_weights_without_being_told(tmp_path: Path) -> No
     choice = state_dicts.choose(open_foreign(tmp_path / "a.pt"), "a.pt")
     assert (choice.key, choice.is_average, choice.notes) == ("state_dict", False, ())
     assert choice.tensors.keys() == EMA.keys()
+
+
+def test_a_folder_of_more_than_one_thing_is_read_by_its_index(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All safetensors files were imported together: a variant's or an optimizer's tensors became part of the model."""
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    save_file(EMA, folder / "model-00001-of-00001.safetensors")
+    save_file({"exp_avg": torch.ones(2)}, folder / "optimizer_state.safetensors")
+    save_file(LIVE, folder / "live.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(EMA, "model-00001-of-00001.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    import_checkpoint(folder, tmp_path / "out", format="state-dict")
+    assert read_checkpoint(tmp_path / "out").keys() == EMA.keys()
+    check(read_checkpoint(tmp_path / "out"), EMA)
+    import_checkpoint(folder, tmp_path / "other", key="live")
+    check(read_checkpoint(tmp_path / "other"), LIVE)
+    (folder / "model.safetensors.index.json").unlink()
+    (folder / "model-00001-of-00001.safetensors").rename(folder / "ema.safetensors")
+    assert main(["import", str(folder), str(tmp_path / "no"), "--format", "state-dict"]) == 2
+    said = capsys.readouterr().err
+    assert "several models" in said and "(--key ema.safetensors)" in said
+    assert main(["import", str(folder), str(tmp_path / "yes"), "--key", "ema.safetensors"]) == 0
+    check(read_checkpoint(tmp_path / "yes"), EMA)
+
+
+def test_a_pickled_module_is_refused_with_a_way_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """ultralytics saves whole modules; to read them would run code of the file. The advice then works."""
+    torch.save({"epoch": 3, "ema": build(1)}, tmp_path / "a.pt")
+    assert main(["import", str(tmp_path / "a.pt"), str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert "'ema', a torch.nn.modules.container.Sequential" in said and "module.state_dict()" in said, said
+    torch.save(torch.load(tmp_path / "a.pt", weights_only=False)["ema"].state_dict(), tmp_path / "a.pt")
+    assert main(["import", str(tmp_path / "a.pt"), str(tmp_path / "out"), "--format", "state-dict"]) == 0
+    check(read_checkpoint(tmp_path / "out"), EMA)

@@ -66,7 +66,8 @@ def import_checkpoint(
         target: of the checkpoint; missing parents are made.
         format: one of :data:`dist_ema.importers.FORMATS`, or ``"auto"``: the file's content tells. ``"state-dict"``
             takes any dict of tensors, also one of which nothing says that it is an average.
-        key: of the dict of tensors inside the file, such as ``"callbacks.EMA.ema_state_dict"``; for ``"state-dict"``.
+        key: of the dict of tensors inside the file, such as ``"callbacks.EMA.ema_state_dict"``; of a folder of
+            safetensors files, the file or index to take. For ``"state-dict"``.
         model: a state dict of the same model, by torch.save or safetensors. It names the tensors of a list without
             names (torch.save only: safetensors files do not keep the order), and supplies what the file lacks: buffers.
         frozen: regular expression on the names of parameters that are not trained; few files tell which those are.
@@ -89,7 +90,7 @@ def import_checkpoint(
     check_cast(dtype)
     for path in (source, target, *([] if model is None else [model])):
         check_path(path)
-    content = open_foreign(Path(source))
+    content = open_foreign(Path(source), key)
     name = recognise(content, format, str(source), key)
     state = open_model(Path(model), pattern) if model is not None else None
     start = None if prefix is None else prefix.removesuffix(".") + "."
@@ -99,14 +100,15 @@ def import_checkpoint(
         if start is not None:
             foreign, state = _cut(foreign, state, start)
     else:
-        only = format == AUTO
-        foreign = generic.read(content, str(source), key=key, prefix=prefix, model=state, average_only=only)
+        only = format == AUTO and key is None
+        inner = None if content.chosen else key  # in a folder of safetensors files it names a file, which is open now
+        foreign = generic.read(content, str(source), key=inner, prefix=prefix, model=state, average_only=only)
         if state is not None and start is not None:
             state = _cut_model(state, start)
     whole_model = Assembly(foreign, state, pattern)
     schedule = given or foreign.schedule or foreign.usual
     _save(target, foreign, whole_model, schedule, dtype, overwrite, begin)
-    return Imported(name, tuple(_notes(name, foreign, given, schedule)))
+    return Imported(name, (*content.notes, *_notes(name, foreign, given, schedule)))
 
 
 def _pattern(frozen: str | None) -> re.Pattern[str] | None:

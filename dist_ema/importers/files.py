@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from dist_ema.checkpoints.header import parse_header, read_header
 from dist_ema.checkpoints.manifest import NAME
@@ -18,6 +19,7 @@ from dist_ema.checkpoints.storage.local import LocalFile, open_plain
 from dist_ema.checkpoints.strict_json import parse
 from dist_ema.errors import CheckpointCorruptError, CheckpointError
 from dist_ema.importers import dcp
+from dist_ema.importers.folders import choose_files
 from dist_ema.importers.foreign import Content, LazyTensor, Model, read_tensors
 from dist_ema.importers.torch_files import load_file
 
@@ -25,11 +27,17 @@ _CONFIG_BYTES = 1 << 24
 _CONFIG_DEPTH = 32
 
 
-def open_foreign(path: Path) -> Content:
+def open_foreign(path: Path, key: str | None = None) -> Content:
     """Opens the file or directory ``path``, whichever library wrote it.
 
+    Args:
+        path: of the file or directory.
+        key: of a directory of safetensors files, the file or index to take; see :func:`.folders.choose_files`. Does not
+            matter for anything else.
+
     Raises:
-        CheckpointError: nothing is there, or it is no known kind of file, or a pickle that holds more than data.
+        CheckpointError: nothing is there, or it is no known kind of file, or a pickle that holds more than data; or a
+            directory of several models of which nothing says which is meant.
         CheckpointCorruptError: it is damaged.
     """
     if path.is_dir():
@@ -38,10 +46,12 @@ def open_foreign(path: Path) -> Content:
         if (path / NAME).exists():
             raise CheckpointError(f"{path} is a checkpoint of this library already: load() reads it")
         config = _read_config(path)
-        return Content("pretrained", config, _open_safetensors(path))
+        weights = choose_files(path, key)
+        note = (f"{path}: {weights.note}",) if weights.note else ()
+        return Content("pretrained", config, _open_safetensors(weights.files), note, chosen=key is not None)
     _check_plain(path)
     if path.suffix == ".safetensors":
-        return Content("pretrained", {}, _open_safetensors(path))
+        return Content("pretrained", {}, _open_safetensors({path: None}))
     values = load_file(path)
     if not isinstance(values, Mapping):
         raise CheckpointError(f"{path} holds a {type(values).__name__}; expected a dict, as every known format has")
@@ -66,12 +76,7 @@ def open_model(path: Path, frozen: re.Pattern[str] | None) -> Model:
     Raises as :func:`open_foreign`.
     """
     if path.is_dir() or path.suffix == ".safetensors":
-        if not path.is_dir():
-            _check_plain(path)
-        tensors = _open_safetensors(path)
-        if not tensors:
-            raise CheckpointError(f"{path} has no safetensors files")
-        return Model(tensors, ordered=False, frozen=frozen)
+        return Model(open_foreign(path).tensors, ordered=False, frozen=frozen)
     # The state dict may be the file itself, or under the names that trainers give it.
     values = open_foreign(path).values
     inner = values.get("state") if isinstance(values.get("state"), Mapping) else {}
@@ -94,22 +99,30 @@ def _read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
-    # All files of a directory: an index may be missing, and the tensors' names say what is in them.
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    tensors: dict[str, LazyTensor] = {}
-    for file in files:
+def _open_safetensors(files: Mapping[Path, Collection[str] | None]) -> dict[str, LazyTensor]:
+    """The tensors of some files, mapped: their bytes are read when they are looked at.
+
+    Args:
+        files: the names to take from each; None means all.
+    """
+    tensors: dict[str, Tensor] = {}
+    for file, names in files.items():
         _check_header(file)
         try:
-            # The file is mapped: a tensor's bytes are read when they are looked at.
             with safe_open(file, framework="pt") as opened:
-                found = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
+                there = set(opened.keys())
+                if lacking := [name for name in names or () if name not in there]:
+                    raise CheckpointError(f"{file} has no tensor {lacking[0]!r}, which the index says is in it")
+                found = {name: opened.get_tensor(name) for name in (opened.keys() if names is None else names)}
         except (OSError, SafetensorError) as error:
             raise CheckpointCorruptError(f"{file} cannot be read: {error}") from error
         if twice := found.keys() & tensors.keys():
-            raise CheckpointCorruptError(f"{path}: two files hold a tensor {min(twice)!r}")
-        tensors |= read_tensors(found, str(file))
-    return tensors
+            raise CheckpointError(
+                f"{file} and a file before it both hold a tensor {min(twice)!r}, and there is no index that says which "
+                f"counts; --key {file.name} takes one file alone"
+            )
+        tensors |= found
+    return read_tensors(tensors, ", ".join(map(str, list(files)[:1])))
 
 
 def _check_header(file: Path) -> None:

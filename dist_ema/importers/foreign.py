@@ -91,11 +91,15 @@ class Content:
         values: of a file, all that is in it; of a pretrained directory, the configuration; of a DCP directory, the
             entries that are not tensors.
         tensors: of a directory, by name.
+        notes: what was taken of a directory that holds more than one thing.
+        chosen: whether the user has named the file of the directory.
     """
 
     kind: Literal["file", "pretrained", "dcp"]
     values: Mapping[str, Any]
     tensors: Tensors = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    chosen: bool = False
 
 
 @dataclass(frozen=True)

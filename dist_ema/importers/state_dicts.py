@@ -26,6 +26,7 @@ from dist_ema.checkpoints.strict_json import is_count
 from dist_ema.errors import CheckpointError
 from dist_ema.importers.foreign import Content, LazyTensor, Model, name_by_position
 from dist_ema.importers.names import Names, arrange
+from dist_ema.importers.torch_files import StandIn
 
 #: Words of a key that say that an average is below it, and words that say so together with one of the second list.
 _AVERAGE = {"ema", "swa", "polyak", "shadow"}
@@ -123,6 +124,8 @@ def choose(
     if content.kind != "file":
         return _choose_flat(content, where, key, prefix, average_only)
     found = list(find(content.values))
+    if not found and (objects := _objects(content.values)):
+        raise CheckpointError(f"{where} has no dict of tensors, but {objects}")
     chosen = _at(content.values, key, where, found) if key is not None else _only(found, where, average_only)
     notes = []
     if len(found) > 1 and key is None:
@@ -201,6 +204,18 @@ def _meaning(key: str, value: Any, beside: Mapping[Any, Any], above: Holds) -> H
 def _is_mmengine(values: Any) -> bool:
     names = list(values) if isinstance(values, Mapping) else []
     return "steps" in names and all(name == "steps" or str(name).startswith("module.") for name in names)
+
+
+def _objects(values: Mapping[Any, Any]) -> str:
+    """Which objects of other classes a file has at its top; their tensors cannot be had without code of the file."""
+    found = [f"{key!r}, a {value.name}" for key, value in values.items() if isinstance(value, StandIn)]
+    return (
+        found
+        and (
+            f"{_some(found)}: no code of a file is run. If you trust it, load it where that class is installed, "
+            "torch.save(module.state_dict(), FILE), and import FILE with --format state-dict"
+        )
+    ) or ""
 
 
 def _says_average(names: Sequence[str]) -> bool:
