@@ -1134,12 +1134,15 @@ class ShardedEMA:
         keep: int | None = None,
         dtype: torch.dtype | None = None,
     ) -> Snapshots:
-        """From now on ``update()`` saves the averages when so much more has been trained. Collective, once.
+        """Makes ``update()`` save the averages from now on when so much more has been trained. Collective, once.
 
         A snapshot is a checkpoint that ``load``, ``merge`` and ``synthesize`` read, without what is not averaged. It is
         written in the background, as by ``save(block=False)``: the next due update waits until the shadow has been
-        read, and what fails is raised by a later call. No call of the thread that trains is collective. A snapshot of
-        a moment that is there already, after a restart, is replaced.
+        read, and what fails is raised by a later call. No call of the thread that trains is collective.
+
+        Snapshots beyond the moment where a run goes on, after a ``load()`` say, are of a run that was abandoned. The
+        next snapshot moves them into ``FOLDER/abandoned-<number>`` and logs their names. (At a URL they stay, and one
+        of the same moment is replaced.)
 
         Args:
             folder: of the snapshots, which lie in ``FOLDER/<progress>``, such as ``FOLDER/20000ba``; or a URL.
@@ -1157,6 +1160,7 @@ class ShardedEMA:
         call = self._call("snapshot()", every=every, keep=keep, dtype=dtype)
         with answering(call.name), self._groups.turn(call.name), self._begun(call):
             snapshots = Snapshots(folder, every, keep, dtype)
+        snapshots.begin(self.clock)
         self._snapshots.append(snapshots)
         return snapshots
 
@@ -1257,6 +1261,8 @@ class ShardedEMA:
         self._resized = True  # the live buffers may have other shapes than the loaded ones
         self._take(shadow)
         self._track.restore(state)
+        for snapshots in self._snapshots:
+            snapshots.begin(self.clock)
         self._skipped_before = state.skipped if rank_in(self._engine.group) == 0 else 0
         self._condition.mended()
 

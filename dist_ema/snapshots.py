@@ -1,4 +1,9 @@
-"""Saves of the averages at regular moments of the training, each under a name of its own."""
+"""Saves of the averages at regular moments of the training, each under a name of its own.
+
+A run that diverged is often resumed from an earlier checkpoint. The snapshots that the abandoned part of the run has
+left beyond that moment belong to another history: ``synthesize`` must not mix them with the new ones, and ``keep=``
+must not prefer them because of their larger numbers. They are moved into ``FOLDER/abandoned-<number>``.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +19,10 @@ import torch.distributed as dist
 
 from dist_ema.checkpoints.contents import Contents
 from dist_ema.checkpoints.save import Save
-from dist_ema.checkpoints.storage.local import remove_tree
 from dist_ema.checkpoints.storage.paths import StrPath, check_path, is_remote, local_path
+from dist_ema.checkpoints.storage.staging import move_into, remove_directory
 from dist_ema.clock import CLOCK_UNITS, Progress, Time, crossed
-from dist_ema.collectives import rank_in
+from dist_ema.collectives import agreed, rank_in
 from dist_ema.errors import EMAConfigError
 from dist_ema.options import check_cast
 
@@ -55,6 +60,11 @@ class Snapshots:
         self.dtype = dtype
         self._keep = keep
         self._removed = False
+        self._begin: float | None = 0.0  # moment from which this run goes on; None when it has made a snapshot
+
+    def begin(self, now: Progress) -> None:
+        """The run goes on from this moment: snapshots beyond it, which are there already, are of another run. Local."""
+        self._begin = now.value(self.every.unit)
 
     def is_due(self, before: Progress, now: Progress) -> bool:
         """Whether the clock passes a multiple of ``every`` on its way from ``before`` to ``now``."""
@@ -64,6 +74,8 @@ class Snapshots:
         """Of the snapshot of that moment: ``"FOLDER/20000ba"``."""
         value = now.value(self.every.unit)
         name = f"{int(value)}" if value == int(value) else f"{value:g}"
+        if float(name) != value:  # two moments of a long run may have the same six digits
+            name = repr(value)
         return f"{self.folder.rstrip('/')}/{name}{self.every.unit}"
 
     def paths(self) -> list[Path]:
@@ -91,12 +103,38 @@ class Snapshots:
             reading: entered while the averages are read.
             group: in which ranks talk.
         """
-        save = Save(path, make(group), group)
+        contents = make(group)
+        with agreed(group, f"snapshot {path}"):
+            if rank_in(group) == 0 and self._begin is not None and not is_remote(self.folder):
+                self._set_aside(self._begin)
+        save = Save(path, contents, group)
         save.start()
         save.finish(reading)
+        self._begin = None
         if self._keep is not None and rank_in(group) == 0:
             for old in self.paths()[: -self._keep]:
-                remove_tree(old)
+                remove_directory(old)
+
+    def _set_aside(self, begin: float) -> None:
+        """Moves the snapshots beyond a moment into a folder of their own, and says so. On one rank. Raises OSError."""
+        abandoned = [path for path in self.paths() if (self._moment(path) or 0) > begin]
+        if not abandoned:
+            return
+        folder = local_path(self.folder)
+        number = 1
+        while (folder / f"abandoned-{number}").exists():
+            number += 1
+        for path in abandoned:
+            move_into(path, folder / f"abandoned-{number}")
+        logger.warning(
+            "%s has snapshots from beyond %g%s, where this run goes on: %s. They are of a run that was abandoned, and "
+            "are now in abandoned-%d.",
+            self.folder,
+            begin,
+            self.every.unit,
+            ", ".join(path.name for path in abandoned),
+            number,
+        )
 
     def remove(self) -> None:
         """Makes no more snapshots. Local; on every rank."""

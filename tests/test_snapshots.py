@@ -81,7 +81,8 @@ def test_each_is_the_average_of_its_moment(case: str, options: dict[str, Any], r
 
 
 @pytest.mark.world_size(2)
-def test_a_restart_finds_them_and_replaces_those_of_its_moments(rank: int, tmp_path: Path) -> None:
+def test_a_restart_goes_on_and_sets_those_beyond_its_moment_aside(rank: int, tmp_path: Path) -> None:
+    """Else synthesize() would mix two runs, and keep= would remove what was just written."""
     averages = {"short": PowerFunction(sigma_rel=0.05), "long": PowerFunction(sigma_rel=0.1)}
     for start in (0, 15):  # the second run goes on from the snapshot of 15, before the one of 20
         model = CASES["fsdp2"].wrap(build(scalar=False))
@@ -95,6 +96,8 @@ def test_a_restart_finds_them_and_replaces_those_of_its_moments(rank: int, tmp_p
         ema.wait()
         dist.barrier()
     assert [path.name for path in snapshots.paths()] == ["5ba", "10ba", "15ba", "20ba", "25ba", "30ba"]
+    assert [path.name for path in (tmp_path / "abandoned-1").iterdir()] == ["20ba"]
+    assert verify_checkpoint(tmp_path / "abandoned-1" / "20ba").clock.batches == 20
     made = synthesize(snapshots.paths(), tmp_path / "out", target="sigma_rel=.07", checkpoint=True)
     assert made[0].residual < 0.2
     merge(snapshots.paths()[-3:], tmp_path / "merged", name="long", scheme="wsm:sqrt")
@@ -158,3 +161,44 @@ def test_snapshots_at_a_url(tmp_path: Path) -> None:
     assert verify_checkpoint("memory://snapshots/2ba").seen.updates == 2
     with pytest.raises(EMAConfigError, match="at a URL are not removed"):
         ema.snapshot("memory://snapshots", every="2ba", keep=3)
+
+
+def test_a_rollback_keeps_the_new_snapshots(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The newest by number were those of the part that was thrown away, and each new one was removed at once."""
+    model = nn.Linear(3, 3)
+    ema = ShardedEMA(model, decay=0.5)
+    snapshots = ema.snapshot(tmp_path / "s", every="1ba", keep=3)
+    for number in range(1, 11):
+        step(model, ema, float(number))
+        if number == 5:
+            ema.save(tmp_path / "good")
+    ema.load(tmp_path / "good")  # in the same process; another one calls snapshot() before or after load()
+    for number in range(6, 8):
+        step(model, ema, float(-number))
+    ema.wait()
+    assert [path.name for path in snapshots.paths()] == ["6ba", "7ba"]
+    assert sorted(path.name for path in (tmp_path / "s" / "abandoned-1").iterdir()) == ["10ba", "8ba", "9ba"]
+    assert "5ba" in caplog.text and "8ba, 9ba, 10ba" in caplog.text and "abandoned-1" in caplog.text
+    assert read_checkpoint(tmp_path / "s" / "7ba")["weight"][0, 0] < 0
+    synthesize(tmp_path / "s", tmp_path / "out", target="decay=.5")  # of the new run alone
+    for number in range(8, 20):
+        step(model, ema, float(-number))
+    ema.wait()
+    assert [path.name for path in snapshots.paths()] == ["17ba", "18ba", "19ba"]
+    assert len(list((tmp_path / "s").iterdir())) == 4, "nothing else is left behind"
+
+
+def test_moments_with_the_same_six_digits_have_different_names(tmp_path: Path) -> None:
+    """Names had six digits, so two snapshots of a long run in epochs replaced each other."""
+    ema = ShardedEMA(nn.Linear(3, 3), decay=0.5)
+    snapshots = ema.snapshot(tmp_path, every="0.000001ep")
+    for _ in range(3):
+        ema.update(epochs=1000.0000001)
+        ema.wait()
+    ema.update(epochs=1e-6)
+    ema.wait()
+    moments = [snapshots._moment(path) for path in snapshots.paths()]
+    assert len(moments) == 4 and moments == sorted(moments)
+    (tmp_path / "0.333333ep").mkdir()
+    assert snapshots._moment(tmp_path / "0.333333ep") == 0.333333, "names of earlier versions are read"
+    (tmp_path / "0.333333ep").rmdir()

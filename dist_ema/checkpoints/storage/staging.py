@@ -205,6 +205,25 @@ def replace_directory(source: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def remove_directory(path: Path) -> None:
+    """Removes a directory such that a process that is killed meanwhile leaves no half of it under its name. Local.
+
+    The rest that such a process leaves is removed by the next save into the same parent. Raises OSError.
+    """
+    old = staging_path(path, Staging.new_token())
+    path.rename(old)
+    sync(path.parent)  # else a power failure may bring the name back for a directory that has lost files
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def move_into(path: Path, folder: Path) -> None:
+    """Moves a file or directory into a folder beside it, which is made if it is missing. Local. Raises OSError."""
+    folder.mkdir(exist_ok=True)
+    path.rename(folder / path.name)
+    sync(folder)
+    sync(path.parent)
+
+
 def remove_leftovers(parent: Path) -> None:
     """Removes the staging directories of processes that were killed; those that are alive hold the lock of theirs."""
     for found in parent.iterdir():

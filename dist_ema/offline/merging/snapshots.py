@@ -102,7 +102,9 @@ def _inside(path: StrPath) -> list[StrPath]:
     check_path(path)
     if is_remote(path) or (local_path(path) / NAME).exists():
         return [path]
-    return [str(found.parent) for found in sorted(local_path(path).glob(f"*/{NAME}"))] or [path]
+    # A name that begins with a dot is of a snapshot that is being removed.
+    found = [found.parent for found in sorted(local_path(path).glob(f"*/{NAME}")) if found.parent.name[0] != "."]
+    return [str(directory) for directory in found] or [path]
 
 
 def _snapshot(source: Source) -> Snapshot:
