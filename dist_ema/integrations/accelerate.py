@@ -11,6 +11,7 @@ import functools
 import logging
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -211,8 +212,14 @@ class _Averages:
 
     def _save(self, _models: object, _weights: object, folder: str) -> None:
         self._refuse("save_state()")  # for who has called the class's
-        for name, average in self.known.items():
-            average.ema.save(Path(folder) / name)
+        try:
+            for name, average in self.known.items():
+                average.ema.save(Path(folder) / name)
+        except BaseException:
+            # Accelerate has made the folder, and a script that resumes from the newest folder would take it.
+            with suppress(OSError):  # it is not empty: under some strategies the weights are written before
+                Path(folder).rmdir()
+            raise
 
     def _look(self, _models: object, folder: str) -> None:
         """Where each average is, as rank 0 sees it; raises CheckpointError on every rank if one is nowhere."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib
 import os
@@ -19,7 +20,7 @@ from models import batch, build
 from oracle import DenseAverage
 from torch import Tensor, nn
 
-from dist_ema import ShardedEMA
+from dist_ema import ShardedEMA, verify_checkpoint
 from dist_ema.errors import CheckpointError, EMAConfigError, EMAEngineError, EMAStateError
 
 pytest.importorskip("accelerate", reason="is in the extra 'accelerate'")
@@ -392,6 +393,30 @@ def test_a_checkpoint_without_the_average(tmp_path: Path) -> None:
         same(full(model), saved)
         state = ema.full_state_dict()
         assert all(torch.equal(state[name], saved[name].float()) for name in state if saved[name].is_floating_point())
+
+
+@pytest.mark.world_size(2)
+def test_a_save_by_the_main_process_alone_leaves_no_half_of_a_checkpoint(
+    rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scripts of diffusers save ``if accelerator.is_main_process``, and resume from the folder of the largest step."""
+    from dist_ema.integrations.accelerate import prepare_ema
+
+    monkeypatch.setattr(ShardedEMA, "save", functools.partialmethod(ShardedEMA.save, timeout=1))
+    with accelerator_of("ddp") as accelerator:
+        model, optimizer = prepared(accelerator, "ddp")
+        ema = prepare_ema(accelerator, model, optimizer, decay=DECAY)
+        micro_step(accelerator, model, optimizer, 0)
+        micro_step(accelerator, model, optimizer, 1)
+        ema.wait()
+        if accelerator.is_main_process:
+            with pytest.raises(CheckpointError, match=r"for rank 1 of 2 ranks\. Every rank must make this call"):
+                accelerator.save_state(str(tmp_path / "checkpoint-2"))
+            assert list(tmp_path.iterdir()) == []
+        dist.barrier()
+        accelerator.save_state(str(tmp_path / "checkpoint-2"))  # as the error and the guide say
+        dist.barrier()
+        assert verify_checkpoint(tmp_path / "checkpoint-2" / "ema").seen.updates == 1
 
 
 @pytest.mark.world_size(1)
