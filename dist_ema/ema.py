@@ -125,7 +125,8 @@ class ShardedEMA:
         max_duration: of the training, for ``dur``. A start or an interval beyond it is logged as a warning: there will
             be no average.
         dtype: of the shadow; None keeps each parameter's own. ``torch.bfloat16`` takes half the memory of fp32 and is
-            rounded stochastically, so that a slow average goes on moving; see :mod:`dist_ema.kernels.rounding`.
+            rounded stochastically, so that a slow average goes on moving; see :mod:`dist_ema.kernels.rounding`. Complex
+            parameters are averaged as pairs of real numbers and kept as complex64; other dtypes are refused.
         offload: ``"cpu"`` keeps the shadow in host memory. ``update()`` then only asks for copies of the weights, which
             cross the link once, in their own dtype, and a thread averages them while training goes on; the next
             optimizer step waits for the copies. Whoever writes weights by hand after ``update()`` calls ``wait()``

@@ -70,4 +70,4 @@ def _blend(target: Tensor, source: Tensor, count: int, weight: float) -> None:
         new = torch.empty_like(old)
         kernels.read(target, low, high, old)
         kernels.read(source, low, high, new)
-        kernels.write(target, low, high, old.lerp_(new, weight) if old.is_floating_point() else new)
+        kernels.write(target, low, high, old.lerp_(new, weight) if old.is_floating_point() or old.is_complex() else new)

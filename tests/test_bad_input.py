@@ -184,17 +184,35 @@ def test_a_model_with_nothing_to_average_is_refused(model: nn.Module, found: str
     says(caught.value, "nothing to average", found)
 
 
-def test_an_integer_parameter_that_is_trained_is_named() -> None:
-    class Whole(nn.Module):
-        def __init__(self) -> None:
+def test_a_complex_parameter_of_half_precision_is_named() -> None:
+    """torch lacks most operations of complex32, and safetensors has complex64 alone."""
+
+    class Half(nn.Module):
+        def __init__(self, dtype: torch.dtype) -> None:
             super().__init__()
             self.fine = nn.Linear(2, 2)
-            self.turns = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+            self.turns = nn.Parameter(torch.ones(2, dtype=dtype))
 
     with pytest.raises(EMAConfigError) as caught:
-        ShardedEMA(Whole())
-    says(caught.value, "'turns'", "torch.complex64", "exclude='turns'", "freeze it")
-    assert ShardedEMA(Whole(), exclude="turns").full_state_dict().keys() == Whole().state_dict().keys()
+        ShardedEMA(Half(torch.complex32))
+    says(caught.value, "'turns'", "torch.complex32", "exclude='turns'", "freeze it")
+    for dtype in (torch.bfloat16, torch.float64):
+        with pytest.raises(EMAConfigError) as caught:
+            ShardedEMA(Half(torch.complex64), dtype=dtype)
+        says(caught.value, "'turns'", f"dtype={dtype}", "dtype=torch.float32")
+    model = Half(torch.complex64)
+    assert ShardedEMA(model, exclude="turns").full_state_dict().keys() == model.state_dict().keys()
+
+
+def test_a_weight_that_torch_conjugates_lazily_is_refused() -> None:
+    """Its memory holds other numbers than the tensor says, and kernels read the memory."""
+    model = nn.Linear(2, 2)
+    model.turns = nn.Parameter(torch.ones(2, dtype=torch.complex64).conj())
+    with pytest.raises(EMAEngineError, match=r"'turns' is a view that torch has conjugated.*resolve_conj"):
+        ShardedEMA(model)
+    model.turns = nn.Parameter(torch.ones(2, dtype=torch.complex64).conj().imag)
+    with pytest.raises(EMAEngineError, match="negated lazily"):
+        ShardedEMA(model)
 
 
 def test_compute_ema_names_its_option_and_what_differs() -> None:

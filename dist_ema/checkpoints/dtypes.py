@@ -27,3 +27,15 @@ DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 #: Bytes of the widest element.
 WIDEST = max(dtype.itemsize for dtype in DTYPES.values())
+
+
+def is_convertible(stored: torch.dtype, wanted: torch.dtype) -> bool:
+    """Whether elements of a file may be converted to another dtype: real to real, or complex to complex.
+
+    A step count is never made of weights, nor a real weight of a complex one.
+
+    >>> is_convertible(torch.bfloat16, torch.float32), is_convertible(torch.int64, torch.float32)
+    (True, False)
+    """
+    kinds = [(dtype.is_floating_point, dtype.is_complex) for dtype in (stored, wanted)]
+    return kinds[0] == kinds[1]

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 
-from dist_ema.checkpoints.dtypes import DTYPES
+from dist_ema.checkpoints.dtypes import DTYPES, is_convertible
 from dist_ema.checkpoints.manifest import LIVE, Key, Manifest, checksum
 from dist_ema.checkpoints.parts import Part, read_own, read_sent
 from dist_ema.checkpoints.reader import damaged_error
@@ -27,7 +27,7 @@ from dist_ema.collectives import (
 from dist_ema.errors import CheckpointMismatchError, EMAError
 from dist_ema.schedules import Schedule
 from dist_ema.shadow.device import Shadow
-from dist_ema.sharding.shares import Share
+from dist_ema.sharding.shares import Share, shadow_dtype
 from dist_ema.sharding.writers import FullTensor, is_writer
 
 logger = logging.getLogger(__name__)
@@ -109,9 +109,9 @@ class Load:
             return entry
         if entry.frozen and selects(entry.name):
             self.joining.update(entry.names)
-            return replace(entry, mode="average", dtype=dtype or entry.live_dtype, frozen=False)
+            return replace(entry, mode="average", dtype=shadow_dtype(entry.live_dtype, dtype), frozen=False)
         own = entry.buffer and entry.mode != "live" and not entry.partitioned
-        alike = DTYPES[stored.dtype].is_floating_point == entry.dtype.is_floating_point
+        alike = is_convertible(DTYPES[stored.dtype], entry.dtype)
         if own and alike and stored.shape != entry.shape:
             self.shapes |= dict.fromkeys(entry.names, stored.shape)
             return replace(entry, shape=stored.shape)
@@ -168,9 +168,8 @@ class Load:
             key = (LIVE, frozen) if frozen is not None else (f"averages/{average}", name or "")
             tensor = self.manifest.live[frozen] if frozen is not None else stored[key[1]]
             used.add(name)
-            # Floating-point dtypes are converted into each other; a step count is never made of weights.
             shape, dtype = tensor.shape, DTYPES[tensor.dtype]
-            if shape != entry.shape or dtype.is_floating_point != entry.dtype.is_floating_point:
+            if shape != entry.shape or not is_convertible(dtype, entry.dtype):
                 problems.append(f"misshapen {entry.name!r}: {shape} {dtype} instead of {entry.shape} {entry.dtype}")
             else:
                 found[entry.name] = key

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dist_ema.checkpoints.dtypes import is_convertible
 from dist_ema.dcp.boxed import BoxedTensor
 from dist_ema.dcp.stateful import parts_with_averages, wanted_parts
 from dist_ema.dcp.texts import read_schedule, read_state
@@ -187,7 +188,7 @@ def _misfits(value: object, share: Share, where: str) -> list[str]:
     name, shape = share.spec.name, share.spec.shape
     if not isinstance(value, Tensor):
         return [f"missing {name!r} in {where}"]
-    if value.size() != shape or value.dtype.is_floating_point != share.dtype.is_floating_point:
+    if value.size() != shape or not is_convertible(value.dtype, share.dtype):
         return [f"misshapen {name!r}: {tuple(value.size())} {value.dtype} instead of {tuple(shape)} {share.dtype}"]
     if isinstance(value, BoxedTensor) and value.boxes != share.boxes:
         return [

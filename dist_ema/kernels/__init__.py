@@ -287,6 +287,11 @@ def copy(
                     target.copy_(rounding.apply(number, index, offset, piece.float().reshape(-1)))
 
 
+def flat_reals(values: Tensor) -> Tensor:
+    """Returns a flat complex tensor's memory as real numbers: real part, imaginary part, and so on. Local, no copy."""
+    return torch.view_as_real(values).view(-1)
+
+
 class Exchange:
     """A shadow and elements ``[start, stop)`` of a source, of one dtype, that change places, a chunk at a time.
 
@@ -342,6 +347,8 @@ def read(source: Tensor, start: int, stop: int, out: Tensor, non_blocking: bool 
 @torch.no_grad()
 def squared_distance(shadow: Tensor, source: Tensor, start: int, stop: int) -> Tensor:
     """Sum of ``(shadow - source)**2`` in float64, as a scalar on the source's device, if that has float64. Local."""
+    if source.is_complex():  # |a - b|**2 is the sum over both parts
+        shadow, source, (start, stop) = flat_reals(shadow), torch.view_as_real(source), (2 * start, 2 * stop)
     device = torch.device("cpu") if source.device.type in _WITHOUT_FLOAT64 else source.device
     total = torch.zeros((), dtype=torch.float64, device=device)
     for offset, piece in pieces(source, start, stop, chunk_size(source.device)):

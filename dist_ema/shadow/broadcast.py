@@ -61,7 +61,9 @@ class Broadcast:
         for index in members:
             source = sources[index]
             total = totals.setdefault(source.device, torch.zeros((), dtype=torch.int64, device=source.device))
-            bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[source.element_size()]
+            if source.is_complex():
+                source = torch.view_as_real(source)
+            bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[source.element_size()]
             for _, piece in kernels.pieces(source, 0, source.numel(), kernels.chunk_size(source.device)):
                 total += piece.view(bits).sum(dtype=torch.int64)
         digest = sum(int(total) for total in totals.values())

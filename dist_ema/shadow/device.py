@@ -46,6 +46,7 @@ class Shadow:
         self._averaged = [index for index, share in enumerate(shares) if share.mode == "average"]
         self._copied = [index for index, share in enumerate(shares) if share.mode == "copy"]
         self._shares = shares
+        self._complex = _complex_shares(shares)  # numbers of shares whose average is complex
         self._averages: dict[str, list[Tensor]] = {}
         self._spans: list[tuple[int, int]] | None = None  # of what is averaged, once it is known where that lies
         self._buffers: list[Tensor] = []
@@ -79,10 +80,10 @@ class Shadow:
 
     def fill(self, sources: Sequence[Tensor]) -> None:
         """Copies the sources into every average. Local."""
-        averages = list(self._averages.values())
         rounding = self._rounding(1)
         guard = kernels.Guard() if self.guard is None else self.guard  # counts; a copy takes what is not finite too
-        kernels.copy(averages, self._pick(sources), self._ranges(self._averaged), guard, rounding)
+        operands = list(self._averages.values()), self._pick(sources), self._ranges(self._averaged)
+        kernels.copy(*self._in_reals(self._averaged, *operands), guard, rounding)
         self._unreported, self._tainted = guard.snapshot(), set(guard.tainted)
         self._copy_buffers(sources)
 
@@ -147,6 +148,7 @@ class Shadow:
             _put(self._buffers, copied, dict(zip(fresh["copy"], buffers, strict=True)))
             self._new = list(new)
         self._shares, self._averaged, self._copied = shares, averaged, copied
+        self._complex = _complex_shares(shares)
         self._spans = self._positions = None
 
     def _numbers_after(
@@ -180,7 +182,7 @@ class Shadow:
             rounding = Rounding(positions, rounding.keys)
         targets = [[average[place] for place in places] for average in self._averages.values()]
         taken = [sources[index] for index in averaged]
-        kernels.copy(targets, taken, self._ranges(averaged), None, rounding)
+        kernels.copy(*self._in_reals(averaged, targets, taken, self._ranges(averaged)), None, rounding)
         if self.guard is not None:  # the next update looks at every element of these, and counts
             self.guard.tainted.update(places)
         copied = [index for index in self._new if self._shares[index].mode == "copy"]
@@ -200,9 +202,38 @@ class Shadow:
             self._fill_new(sources, number)
         if self._spans is None:
             self._spans = self._ranges(self._averaged)
-        averages, taken, rounding = list(self._averages.values()), self._pick(sources), self._rounding(number)
-        kernels.lerp(averages, taken, self._spans, weights, self.scratch, self.guard, rounding, self._copies)
+        averages, rounding, copies = list(self._averages.values()), self._rounding(number), self._copies
+        operands = averages, self._pick(sources), self._spans
+        if self._complex:  # what else holds the average is complex too, and is written afterwards
+            operands, copies = self._in_reals(self._averaged, *operands), None
+        kernels.lerp(*operands, weights, self.scratch, self.guard, rounding, copies)
+        if copies is not self._copies and self._copies is not None:
+            kernels.write_copies(averages[0], self._copies, range(len(averages[0])))
         self._copy_buffers(sources)
+
+    def _in_reals(
+        self,
+        indices: Sequence[int],
+        averages: Sequence[Sequence[Tensor]],
+        sources: Sequence[Tensor],
+        spans: Sequence[tuple[int, int]],
+    ) -> tuple[list[list[Tensor]], list[Tensor], list[tuple[int, int]]]:
+        """Kernel arguments with pairs of real numbers in the place of complex ones: views, no copies. Local.
+
+        So NaN and Inf are left out, and counted, for the real and the imaginary part by itself.
+
+        Args:
+            indices: of the shares, one for each source.
+            averages, sources, spans: as :func:`kernels.lerp` takes them.
+        """
+        targets, taken, doubled = [list(tensors) for tensors in averages], list(sources), list(spans)
+        for place, index in enumerate(indices):
+            if index in self._complex:
+                taken[place] = torch.view_as_real(sources[place])
+                doubled[place] = 2 * spans[place][0], 2 * spans[place][1]
+                for tensors in targets:
+                    tensors[place] = kernels.flat_reals(tensors[place])
+        return targets, taken, doubled
 
     def _rounding(self, update: int) -> Rounding | None:
         if self.seed is None:
@@ -323,6 +354,10 @@ class Shadow:
             views.append(flats[key][used[key] : used[key] + share.numel])
             used[key] += _room(share.numel)
         return views
+
+
+def _complex_shares(shares: Sequence[Share]) -> frozenset[int]:
+    return frozenset(i for i, share in enumerate(shares) if share.mode == "average" and share.dtype.is_complex)
 
 
 def _put(tensors: list[Tensor], indices: Sequence[int], new: Mapping[int, Tensor]) -> None:

@@ -94,8 +94,8 @@ def assign_shares(
         if spec.hidden and mode != "live":
             advice = "buffers='ignore'" if spec.kind == "buffer" else f"exclude={spec.name!r}, or freeze it"
             raise EMAEngineError(
-                f"{spec.kind} {spec.name!r} is a {spec.hidden}, a tensor subclass that does not hold its elements as "
-                f"they are: it cannot be averaged. Give {advice}"
+                f"{spec.kind} {spec.name!r} is a {spec.hidden} that does not hold its elements as they are: it cannot "
+                f"be averaged. Give {advice}"
             )
     dtypes = [_dtype(spec, mode, options) for spec, mode in zip(specs, modes, strict=True)]
     ranges = [(0, spec.local_numel) for spec in specs]  # all of the local shard, unless replicas split it
@@ -216,12 +216,32 @@ def _mode(spec: TensorSpec, options: Options, averaged: Container[str]) -> Mode:
 def _dtype(spec: TensorSpec, mode: Mode, options: Options) -> torch.dtype:
     if mode != "average":
         return spec.dtype
-    if not spec.dtype.is_floating_point:
+    if not spec.dtype.is_floating_point and spec.dtype not in (torch.complex64, torch.complex128):
         raise EMAConfigError(
             f"parameter {spec.name!r} is {spec.dtype}, which cannot be averaged: "
             f"give exclude={spec.name!r}, or freeze it"
         )
-    return spec.dtype if options.dtype is None else options.dtype
+    dtype = shadow_dtype(spec.dtype, options.dtype)
+    if dtype.is_complex and dtype != torch.complex64:
+        # torch.float16 makes complex32, for which torch lacks most operations; safetensors has complex64 only.
+        raise EMAConfigError(
+            f"dtype={options.dtype}: parameter {spec.name!r} is {spec.dtype}, and complex averages are kept as "
+            f"torch.complex64. Give dtype=torch.float32, or exclude={spec.name!r}"
+        )
+    return dtype
+
+
+def shadow_dtype(live: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+    """The dtype of the average of a live tensor. Pure.
+
+    Args:
+        live: of the tensor. A complex tensor is averaged as pairs of real numbers.
+        wanted: of each real number; None keeps that of the tensor.
+    """
+    if wanted is None:
+        return live
+    # bf16 has no complex counterpart in torch: it is returned as it is not, so that the caller refuses it.
+    return {torch.float32: torch.complex64}.get(wanted, torch.complex128) if live.is_complex else wanted
 
 
 def _first(replicas: Replicas | None) -> bool:
