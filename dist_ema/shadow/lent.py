@@ -80,8 +80,9 @@ class Loan:
                 torch.cuda.current_stream(part.device).synchronize()
 
 
-_loans: list[Loan] = []
-_lock = threading.Lock()
+#: By id. No lock: a signal's handler may break off a thread that holds one, or call this library while it does. Each
+#: change is a single step of a dict, which other threads see done or not done.
+_loans: dict[int, Loan] = {}
 _told = False
 
 
@@ -98,8 +99,8 @@ def lend(values: Tensor) -> Tensor:
         storage = values.untyped_storage()[begin : begin + values.nbytes]
         part = torch.empty(0, dtype=values.dtype, device=values.device)
         part.set_(storage, 0, (values.numel(),), (1,))
-    with _lock:
-        _loans.append(Loan(part))
+    loan = Loan(part)
+    _loans[id(loan)] = loan
     return part
 
 
@@ -107,9 +108,13 @@ def outstanding() -> bool:
     """Whether anybody holds a part. Costs nothing where none was ever handed out."""
     if not _loans:
         return False
-    with _lock:
-        _loans[:] = [loan for loan in _loans if loan.held]
+    _forget(loan for loan in list(_loans.values()) if not loan.held)
     return bool(_loans)
+
+
+def _forget(loans: Iterable[Loan]) -> None:
+    for loan in loans:
+        _loans.pop(id(loan), None)
 
 
 def wait(tensors: Iterable[Tensor | None]) -> None:
@@ -206,9 +211,7 @@ def _end(loans: Sequence[Loan]) -> None:
     global _told
     if not loans:
         return
-    with _lock:
-        gone = set(map(id, loans))
-        _loans[:] = [loan for loan in _loans if id(loan) not in gone]
+    _forget(loans)
     level, _told = logging.INFO if _told else logging.WARNING, True
     logger.log(
         level,
@@ -222,7 +225,7 @@ def _end(loans: Sequence[Loan]) -> None:
 def _by_tensor(tensors: Iterable[Tensor | None]) -> list[list[Loan]]:
     """For each tensor, the parts that somebody holds of its memory."""
     by_device: dict[torch.device, list[Loan]] = {}
-    for loan in sorted(_loans, key=lambda loan: loan.begin):
+    for loan in sorted(_loans.values(), key=lambda loan: loan.begin):
         if loan.held:
             by_device.setdefault(loan.device, []).append(loan)
     starts = {device: [loan.begin for loan in loans] for device, loans in by_device.items()}
