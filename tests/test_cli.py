@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pty
+import re
 import shutil
 import subprocess
 import sys
@@ -324,6 +325,66 @@ def test_bad_usage_is_one_line_and_status_2(
     assert [file.name for file in tmp_path.iterdir()] == ["saved"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "say"),
+    [
+        (["export", "saved", "out"], "--name is missing: the checkpoint has 'fast', 'slow'"),
+        (["export", "saved", "out", "--name", "medium"], "--name 'medium': the checkpoint has"),
+        (["export", "saved", "out", "--name", "fast", "--max-shard-size", "much"], "--max-shard-size 'much': allowed"),
+        (["import", "weights.safetensors", "saved", "--format", "state-dict"], "--overwrite"),
+        (["merge", "saved", "saved", "--out", "out", "--name", "fast", "--weights", "1,2"], "--weights [1.0, 2.0] sum"),
+        (["profile", "--half-life", "soon"], "--half-life 'soon': not a time string"),
+    ],
+    ids=str,
+)
+def test_errors_use_the_words_of_the_command_line(
+    capsys: pytest.CaptureFixture[str],
+    saved: tuple[Path, ShardedEMA],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    say: str,
+) -> None:
+    """``name=None`` is Python; whoever types a command looks for an option. With --json the error is an object."""
+    monkeypatch.chdir(tmp_path)
+    save_file({"a": torch.ones(2)}, "weights.safetensors")
+    status, out, err = run(capsys, *arguments)
+    assert (status, out) == (2, "") and one_line(err) and say in err, err
+    assert not re.search(r"\b[a-z_]+=", err), err
+    status, out, err = run(capsys, *arguments, "--json")
+    assert status == 2 and f"dist-ema: {json.loads(out)['error']}\n" == err
+    assert json.loads(out)["status"] == 2
+
+
+def test_a_damaged_manifest_is_an_object_too(
+    capsys: pytest.CaptureFixture[str], saved: tuple[Path, ShardedEMA]
+) -> None:
+    (saved[0] / "ema.json").write_bytes(b"{}")
+    status, out, _ = run(capsys, "inspect", saved[0], "--json")
+    assert status == 1 and json.loads(out)["type"] == "CheckpointCorruptError"
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]], ids=["table", "json"])
+def test_a_reader_that_closes_the_pipe_is_no_error(saved: tuple[Path, ShardedEMA], options: list[str]) -> None:
+    """``dist-ema inspect CKPT | head -1`` ended with status 1 under ``set -o pipefail``, or with a traceback."""
+    command = [sys.executable, "-m", "dist_ema", "inspect", str(saved[0]), *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()  # before anything is written
+        assert (process.stderr.read(), process.wait()) == (b"", 0)
+
+
+def test_a_trainers_file_points_at_the_average_beside_it(
+    capsys: pytest.CaptureFixture[str], saved: tuple[Path, ShardedEMA], tmp_path: Path
+) -> None:
+    """Lightning's average of run.ckpt is run.ckpt.ema, and run.ckpt is what people have at hand."""
+    (tmp_path / "run.ckpt").touch()
+    saved[0].rename(tmp_path / "run.ckpt.ema")
+    status, _, err = run(capsys, "verify", tmp_path / "run.ckpt")
+    assert status == 2 and f"There is one at {tmp_path / 'run.ckpt.ema'}" in err
+    assert run(capsys, "verify", tmp_path / "run.ckpt.ema")[0] == 0
+
+
 def test_a_disk_that_is_full_is_one_line_and_leaves_nothing(
     capsys: pytest.CaptureFixture[str],
     saved: tuple[Path, ShardedEMA],
@@ -430,7 +491,7 @@ def test_diff_does_not_compare_damaged_data(
         (["import", "picture.png", "new"], "picture.png cannot be imported"),
         (["import", "empty", "new"], "empty cannot be imported"),
         (["import", "a.zip", "new"], "a.zip is a zip file, but not one of torch.save"),
-        (["import", "a.safetensors", "new"], "a.safetensors cannot be imported"),
+        (["import", "a.safetensors", "new"], "--format state-dict takes them"),
         (["import", "picture.png/x", "new"], "picture.png/x cannot be read: Not a directory"),
         (["plan", "picture.png"], "picture.png cannot be read as a config.json"),
         (["plan", "missing"], "missing does not exist"),

@@ -33,7 +33,11 @@ def read_manifest_bytes(path: StrPath) -> bytes:
     except FileNotFoundError as error:
         raise CheckpointError(_nothing_at(path)) from error
     except NotADirectoryError as error:
-        raise CheckpointError(f"{path} is no checkpoint: it is a file, and a checkpoint is a directory") from error
+        # Lightning's average of run.ckpt is run.ckpt.ema.
+        beside = f". There is one at {path}.ema" if local_path(f"{path}.ema").is_dir() else ""
+        raise CheckpointError(
+            f"{path} is no checkpoint: it is a file, and a checkpoint is a directory{beside}"
+        ) from error
     except OSError as error:
         raise CheckpointError(f"{NAME} of {path} cannot be read: {error.strerror or error}") from error
     try:

@@ -1,12 +1,16 @@
 """``dist-ema``: looks at checkpoints, checks, exports, compares, imports and merges them; plans. No accelerator.
 
 Exit status: 0 good; 1 a finding (damage, a difference); 2 it could not be done (bad usage, no checkpoint, a full
-disk), with one line on stderr. What is asked for goes to stdout, progress and complaints to stderr. torch and rich are
-imported by the commands that need them, so that ``--help`` is quick.
+disk), with one line on stderr, and with ``--json`` an object on stdout that has the line as ``error``. A reader that
+closes the output early is no error. What is asked for goes to stdout, progress and complaints to stderr. torch and
+rich are imported by the commands that need them, so that ``--help`` is quick.
 """
 
 from __future__ import annotations
 
+import os
+import re
+import sys
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -15,7 +19,7 @@ import typer
 from dist_ema import __version__
 from dist_ema.cli import check, combine, convert, plan, profile  # noqa: F401 - each adds its commands to the program
 from dist_ema.cli.app import app
-from dist_ema.cli.show import complain
+from dist_ema.cli.show import complain, print_json
 from dist_ema.errors import CheckpointCorruptError, EMAError
 
 __all__ = ["app", "main"]
@@ -27,31 +31,77 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: of the command line; None means those of this process.
     """
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        status = _run(given)
+        sys.stdout.flush()  # a reader that has gone is noticed here, and not when the interpreter ends
+    except BrokenPipeError:
+        # The reader has all it wanted (`| head`). The interpreter flushes once more, into nothing.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return status
+
+
+def _run(arguments: list[str]) -> int:
     try:
         status = app(args=arguments, prog_name="dist-ema", standalone_mode=False)
     except typer.Abort:
         return 130
+    except SystemExit as error:
+        # typer ends the process where the reader of its output has gone.
+        if isinstance(error.__context__, BrokenPipeError):
+            raise error.__context__ from None
+        raise
+    except BrokenPipeError:
+        raise
     except CheckpointCorruptError as error:
-        complain(error)
-        return 1
+        return _fail(arguments, str(error), error, status=1)
     except EMAError as error:
-        complain(error)
-        return 2
+        return _fail(arguments, in_words_of(arguments, str(error)), error)
     except OSError as error:
-        complain(sentence(error))
-        return 2
+        return _fail(arguments, sentence(error), error)
     except Exception as error:
         # What typer raises for a wrong option; the class has different homes in different versions of it.
         if not hasattr(error, "format_message"):
             raise
         where = getattr(getattr(error, "ctx", None), "command_path", "dist-ema")
-        complain(f"{error.format_message()} (see {where} --help)")
-        return 2
+        return _fail(arguments, f"{error.format_message()} (see {where} --help)", error)
     return status if isinstance(status, int) else 0
 
 
+def _fail(arguments: Sequence[str], text: str, error: Exception, status: int = 2) -> int:
+    """Says what went wrong: one line on stderr, and one JSON object on stdout if ``--json`` was given."""
+    complain(text)
+    if "--json" in arguments:
+        print_json({"error": text, "type": type(error).__name__, "status": status})
+    return status
+
+
+def in_words_of(arguments: Sequence[str], text: str) -> str:
+    """Replaces the names of Python's parameters in an error by the options of the command that was called.
+
+    >>> in_words_of(["export", "c", "out"], "name=None: the checkpoint has 'fast', 'slow'")
+    "--name is missing: the checkpoint has 'fast', 'slow'"
+    >>> in_words_of(["export", "c", "out"], "max_shard_size='much': allowed are bytes")
+    "--max-shard-size 'much': allowed are bytes"
+    """
+    commands = getattr(typer.main.get_command(app), "commands", {})
+    command = commands.get(next((word for word in arguments if not word.startswith("-")), None))
+    flags = {} if command is None else {one.name: one.opts[0] for one in command.params if one.opts[0].startswith("--")}
+
+    def replaced(found: re.Match[str]) -> str:
+        flag, value = flags.get(found["name"]), found["value"]
+        if flag is None:
+            return found[0]
+        if value == "None":
+            return f"{flag} is missing"
+        return flag if value == "True" else f"{flag} {value}"
+
+    return re.sub(r"\b(?P<name>[a-z_]+)=(?P<value>'[^']*'|\[[^]]*\]|[\w.]+)", replaced, text)
+
+
 def sentence(error: OSError) -> str:
-    """What Python says as ``[Errno 20] Not a directory: 'x'``."""
+    """Says what Python says as ``[Errno 20] Not a directory: 'x'``."""
     if error.strerror is None:
         return str(error)
     return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror

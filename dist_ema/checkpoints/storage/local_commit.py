@@ -172,7 +172,7 @@ def _check_target(target: Path, overwrite: bool) -> None:
             "directory, or that of a checkpoint to replace"
         )
     if NAME in names and not overwrite:
-        raise CheckpointError(f"{target} is a checkpoint already: give another path, or overwrite=True (--overwrite)")
+        raise CheckpointError(f"{target} is a checkpoint already: give another path, or overwrite=True")
 
 
 def _text(target: Path) -> bytes:

@@ -65,9 +65,7 @@ class RemoteWriter:
     def _check_place(self, overwrite: bool) -> None:
         """Raises CheckpointError unless nothing is there, or a checkpoint, however damaged."""
         if self._before is not None and not overwrite:
-            raise CheckpointError(
-                f"{self._root} is a checkpoint already: give another path, or overwrite=True (--overwrite)"
-            )
+            raise CheckpointError(f"{self._root} is a checkpoint already: give another path, or overwrite=True")
         names = [name.rpartition("/")[2] for name in self._list()]
         ours = self._before is not None and self._before.text.startswith(BEGIN)
         if names and not ours and not any(map(DATA.fullmatch, names)):
