@@ -20,11 +20,13 @@ if TYPE_CHECKING:
     from dist_ema.offline.verify import verify_checkpoint as verify_checkpoint
     from dist_ema.schedules import ConstantDecay as ConstantDecay
     from dist_ema.schedules import Cosine as Cosine
+    from dist_ema.schedules import Debiased as Debiased
     from dist_ema.schedules import HalfLife as HalfLife
     from dist_ema.schedules import HalfLifeFraction as HalfLifeFraction
     from dist_ema.schedules import Linear as Linear
     from dist_ema.schedules import NumUpdatesWarmup as NumUpdatesWarmup
     from dist_ema.schedules import PowerFunction as PowerFunction
+    from dist_ema.schedules import Ramp as Ramp
     from dist_ema.schedules import Smoothing as Smoothing
     from dist_ema.schedules import Uniform as Uniform
     from dist_ema.schedules import Warmup as Warmup
@@ -35,11 +37,13 @@ __version__ = "0.1.0"
 _SCHEDULES = (
     "ConstantDecay",
     "Cosine",
+    "Debiased",
     "HalfLife",
     "HalfLifeFraction",
     "Linear",
     "NumUpdatesWarmup",
     "PowerFunction",
+    "Ramp",
     "Smoothing",
     "Uniform",
     "Warmup",

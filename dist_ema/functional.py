@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from dist_ema import kernels
 from dist_ema.engines import detect
 from dist_ema.errors import EMAConfigError
-from dist_ema.schedules import Smoothing
+from dist_ema.schedules.checks import share
 
 
 @torch.no_grad()
@@ -21,7 +21,7 @@ def compute_ema(model: nn.Module, ema_model: nn.Module, smoothing: float = 0.99)
     Args:
         model: the live model: anything that :class:`ShardedEMA` takes.
         ema_model: the average, changed in place. In bf16 or fp16 it stops moving for a smoothing close to one.
-        smoothing: kept fraction, in [0, 1).
+        smoothing: kept fraction, in [0, 1]. 1 changes nothing, as in Composer.
 
     Raises:
         EMAConfigError: ``smoothing`` is out of range, or the two differ in a name, a shape or a shard.
@@ -32,7 +32,7 @@ def compute_ema(model: nn.Module, ema_model: nn.Module, smoothing: float = 0.99)
     >>> average.weight.item()
     0.25
     """
-    weight = 1 - Smoothing(smoothing).smoothing
+    weight = 1 - share("smoothing", smoothing)
     live, average = detect(model), detect(ema_model)
     sides = []
     for engine in (live, average):
@@ -54,6 +54,8 @@ def compute_ema(model: nn.Module, ema_model: nn.Module, smoothing: float = 0.99)
     hidden = [name for side in sides for name, (spec, _) in side.items() if spec.hidden]
     if hidden:
         raise EMAConfigError(f"{hidden[0]!r} is a tensor subclass that does not hold its elements as they are")
+    if weight == 0:  # a lerp with a weight of 0 would still turn Inf into NaN
+        return
     for name, (spec, source) in here.items():
         _blend(there[name][1], source, spec.local_numel, weight)
     for cache in average.caches():

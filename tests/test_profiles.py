@@ -20,11 +20,13 @@ from dist_ema.schedules import (
     KINDS,
     ConstantDecay,
     Cosine,
+    Debiased,
     HalfLife,
     HalfLifeFraction,
     Linear,
     NumUpdatesWarmup,
     PowerFunction,
+    Ramp,
     Schedule,
     Smoothing,
     Uniform,
@@ -37,12 +39,15 @@ EXAMPLES = [
     ConstantDecay(0.9),
     Cosine(0.9, 1, "50ba"),
     Cosine(0.0, 1.0, "2ep"),
+    Cosine(0.5, 1.0, "60ba").begun(Progress(), Time(1, "ba")),
+    Debiased(0.9),
     HalfLife("10ba"),
     HalfLife("500sp", ramp=0.05),
     HalfLifeFraction(0.05),
     Linear(0.9, 1, 100),
     NumUpdatesWarmup(0.9),
     PowerFunction(sigma_rel=0.1),
+    Ramp(0.9, 20),
     Smoothing(0.8),
     Uniform(),
     Warmup(0.95),
@@ -165,11 +170,15 @@ def test_command_prints_a_table_and_draws(capsys: pytest.CaptureFixture[str], tm
 
 
 def test_command_in_json(capsys: pytest.CaptureFixture[str]) -> None:
-    schedule = json.dumps(Cosine(0.9, 1, "1dur").to_dict())
-    assert main(["profile", *ASKED, "--schedule", schedule, "--at", "2000ba", "--json"]) == 0
+    asked = list(ASKED)
+    for schedule in (Cosine(0.9, 1, "1dur"), Ramp(0.999, 50), Debiased(0.999)):
+        asked += ["--schedule", json.dumps(schedule.to_dict())]
+    assert main(["profile", *asked, "--at", "2000ba", "--json"]) == 0
     out, err = capsys.readouterr()
     found = {row["schedule"]: row for row in json.loads(out)["profiles"]}
-    assert (err, len(found)) == ("", 6)
+    assert (err, len(found)) == ("", 8)
+    assert found["Ramp(decay=0.999, tau=50.0)"]["half_life"] == Ramp(0.999, 50).profile(1999).half_life
+    assert found["Debiased(decay=0.999)"]["half_life"] == Debiased(0.999).profile(1999).half_life
     assert found["decay=0.999"]["half_life"] == ConstantDecay(0.999).profile(1999).half_life
     assert found["window=500ba"] == {
         "schedule": "window=500ba",
@@ -196,16 +205,16 @@ def test_command_in_other_units(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "says"),
     [
         ([], "at least one of --half-life"),
-        (["--half-life", "1000"], "half_life='1000': not a time string"),
-        (["--decay", "1"], "decay=1.0: allowed is"),
-        (["--sigma-rel", ".4"], "sigma_rel=0.4: allowed is"),
+        (["--half-life", "1000"], "--half-life '1000': not a time string"),
+        (["--decay", "1"], "--decay 1.0: allowed is"),
+        (["--sigma-rel", ".4"], "--sigma-rel 0.4: allowed is"),
         (["--window", "5ba/2ba"], "every='2ba'"),
-        (["--schedule", "{"], "schedule='{': not JSON"),
+        (["--schedule", "{"], "--schedule '{': not JSON"),
         (["--schedule", '{"kind": "Square"}'], "kind='Square'"),
-        (["--half-life", "1000tok"], "at='10000ba': half_life=1000tok counts in tok"),
-        (["--decay", ".9", "--at", "1dur"], "at='1dur'"),
+        (["--half-life", "1000tok"], "--at '10000ba': --half-life 1000tok counts in tok"),
+        (["--decay", ".9", "--at", "1dur"], "--at '1dur'"),
         (["--decay", ".9", "--at", "1000000000ba"], "updates; allowed are"),
-        (["--decay", ".9", "--update-interval", "5tok"], "update_interval='5tok'"),
+        (["--decay", ".9", "--update-interval", "5tok"], "--update-interval '5tok'"),
         (["--half-life", "1ep", "--at", "10ep"], "needs update_interval"),
         (["--decay", ".9", "--png", "missing/weights.png"], "No such file or directory"),
     ],

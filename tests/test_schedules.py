@@ -17,11 +17,13 @@ from dist_ema.schedules import (
     KINDS,
     ConstantDecay,
     Cosine,
+    Debiased,
     HalfLife,
     HalfLifeFraction,
     Linear,
     NumUpdatesWarmup,
     PowerFunction,
+    Ramp,
     Schedule,
     Smoothing,
     Uniform,
@@ -39,6 +41,8 @@ EXAMPLES = [
     ConstantDecay(0.999),
     Cosine(0.996, 1, "2000ba"),
     Cosine(0.0, 0.999, 40),
+    Debiased(0.0),
+    Debiased(0.99),
     HalfLife("1000ba"),
     HalfLife("1000ba", ramp=0.05),
     HalfLife("10_000tok"),
@@ -50,11 +54,14 @@ EXAMPLES = [
     NumUpdatesWarmup(0.99),
     PowerFunction(sigma_rel=0.05),
     PowerFunction(gamma=0),
+    Ramp(0.0, 5),
+    Ramp(0.99, 30.5),
     Smoothing(0.9),
     Uniform(),
     Warmup(0.0),
     Warmup(0.95),
     Warmup(0.9999, inv_gamma=20.0, power=0.75),
+    Warmup(0.99, min_decay=0.5),
     Window("7ba"),
     Window(7, "20ba", "cosine"),
 ]
@@ -108,7 +115,9 @@ def test_constant_decay() -> None:
     assert ConstantDecay(0.25).retain(1, 1.5) == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("schedule", [ConstantDecay(0), Smoothing(0.0), Warmup(0.0), NumUpdatesWarmup(0)], ids=repr)
+@pytest.mark.parametrize(
+    "schedule", [ConstantDecay(0), Smoothing(0.0), Warmup(0.0), NumUpdatesWarmup(0), Ramp(0, 9), Debiased(0)], ids=repr
+)
 @pytest.mark.parametrize("after", [1, 1.5, 2, 3.25, 10**9])
 def test_decay_zero_keeps_only_the_last_weights(schedule: Schedule, after: float) -> None:
     assert schedule.retain(0, after) == 0
@@ -121,7 +130,13 @@ def test_decay_zero_keeps_only_the_last_weights(schedule: Schedule, after: float
 def test_the_weight_has_full_precision(decay: float, batches: int) -> None:
     exact = 1 - Fraction(decay) ** batches
     gap = (10**14, 10**14 + batches)  # past every warm-up
-    for schedule in (ConstantDecay(decay), NumUpdatesWarmup(decay), Smoothing(decay)):
+    for schedule in (
+        ConstantDecay(decay),
+        NumUpdatesWarmup(decay),
+        Smoothing(decay),
+        Ramp(decay, 100),
+        Debiased(decay),
+    ):
         assert schedule.weight(*gap) == pytest.approx(float(exact), rel=1e-12, abs=0)
     short = HalfLife("1000ba").weight(0, 1)
     assert short == pytest.approx(-math.expm1(-math.log(2) / 1000), rel=1e-15)
@@ -208,6 +223,44 @@ def test_power_function_with_gamma_zero_is_the_mean_over_batches() -> None:
     assert PowerFunction(gamma=0).retain(3, 7) == pytest.approx(4 / 8)
 
 
+def test_least_decay_of_a_warmup_is_ema_pytorchs() -> None:
+    """ema-pytorch: (1 - (1 + epoch / inv_gamma) ** -power).clamp(min=min_value, max=beta)."""
+    schedule = Warmup(0.99, 10.0, 0.75, min_decay=0.5)
+    for n in (1, 2, 10, 100, 10_000):
+        factor = min(0.99, max(0.5, 1 - (1 + n / 10.0) ** -0.75))
+        assert schedule.retain(n - 1, n) == pytest.approx(factor, rel=1e-12)
+    assert schedule.retain(0, 5) == pytest.approx(0.5**5)
+
+
+def test_ramp_is_ultralytics() -> None:
+    """ModelEMA: updates += 1; decay = .9999 * (1 - exp(-updates / 2000)), from a copy of the model at construction."""
+    schedule = Ramp(0.9999, 2000)
+    for updates in (1, 2, 10, 2000, 50_000, 100_000):
+        factor = 0.9999 * (1 - math.exp(-updates / 2000))
+        assert schedule.retain(updates - 1, updates) == pytest.approx(factor, rel=1e-12)
+    # mmengine's ExpMomentumEMA: (1 - momentum) * exp(-(1 + steps) / gamma) + momentum, steps = 1 after the first copy.
+    for steps in (1, 7, 3000):
+        momentum = (1 - 0.0002) * math.exp(-(1 + steps) / 2000) + 0.0002
+        assert Ramp(0.9998, 2000).retain(steps, steps + 1) == pytest.approx(1 - momentum, rel=1e-12)
+    far = 10**12  # past the ramp a gap is cheap
+    assert schedule.log_retain(far, 2 * far) == pytest.approx(far * math.log(0.9999), rel=1e-12)
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.99, 1 - 1e-9])
+def test_debiased_is_optaxs(decay: float) -> None:
+    """optax.ema(decay, debias=True): from zero, divided by 1 - decay ** count. TensorFlow's zero_debias is the same."""
+    values = [3.0, 1.0, 4.0, 1.0, 5.0, 9.0, 2.0]
+    biased, ours = Fraction(0), values[0]
+    for count, value in enumerate(values, start=1):
+        biased = Fraction(decay) * biased + (1 - Fraction(decay)) * Fraction(value)
+        if count > 1:
+            ours += Debiased(decay).weight(count - 2, count - 1) * (value - ours)
+        assert ours == pytest.approx(float(biased / (1 - Fraction(decay) ** count)), rel=1e-13)
+    # 1 / 1e6 is the plain mean's, and has lost no digits.
+    exact = (1 - Fraction(decay)) / (1 - Fraction(decay) ** 1001)
+    assert Debiased(decay).weight(999, 1000) == pytest.approx(float(exact), rel=1e-12)
+
+
 def test_half_life_fraction_is_torchtitans() -> None:
     schedule = HalfLifeFraction(0.05)
     for n in (1, 2, 100, 10_000):
@@ -238,6 +291,28 @@ def test_cosine_is_dinos() -> None:
         assert schedule.weight(it - 1, it) == pytest.approx(0.004 * math.cos(math.pi / 2 * it / total) ** 2, rel=1e-12)
     assert schedule.retain(125_099, 125_100) == pytest.approx(0.998, rel=1e-15)
     assert schedule.weight(total - 1, total) == schedule.weight(total, 10**9) == 0
+
+
+@pytest.mark.parametrize("over", ["250ba", "2000sp", "1024000tok", "25ep"])
+def test_first_step_of_a_teacher_that_began_before_it_keeps_the_first_momentum(over: str) -> None:
+    """DINO's and I-JEPA's loops: the teacher is a copy of the untrained student, and step 0 uses m_0.
+
+    It used to be m_1, as where the first copy is made after the first step.
+    """
+    started, interval = Progress(), Time(1, "ba")
+    for unbegun in (Cosine(0.9, 1.0, over), Linear(0.9, 1.0, over)):
+        schedule, later = unbegun.begun(started, interval), unbegun.begun(clock(1, 10), interval)
+        assert schedule.retain(clock(0, 10), clock(1, 10)) == pytest.approx(0.9, rel=1e-14)
+        momenta = [1 - 0.1 * (1 + math.cos(math.pi * it / 250)) / 2 for it in range(260)]
+        if isinstance(unbegun, Linear):
+            momenta = [0.9 + 0.1 * it / 250 for it in range(260)]
+        for it in (1, 2, 100, 249, 250, 251):
+            expected = min(momenta[it], 1.0) if it < 250 else 1.0
+            assert schedule.retain(clock(it, 10), clock(it + 1, 10)) == pytest.approx(expected, rel=1e-12)
+            assert later.retain(clock(it - 1, 10), clock(it, 10)) == pytest.approx(expected, rel=1e-12)
+        product = math.prod(momenta[3:24])
+        assert schedule.retain(clock(3, 10), clock(24, 10)) == pytest.approx(product, rel=1e-12)
+        assert schedule == unbegun and schedule.to_dict() == unbegun.to_dict()
 
 
 def test_cosine_is_byols() -> None:
@@ -400,7 +475,7 @@ def test_equal_options_are_equal_schedules() -> None:
 
 @pytest.mark.parametrize("value", [1, 1.5, -0.1, math.nan, math.inf, True, False, "0.9", None, 10**400, 1j])
 def test_decay_is_a_number_below_one(value: Any) -> None:
-    for kind in (ConstantDecay, Warmup, NumUpdatesWarmup):
+    for kind in (ConstantDecay, Warmup, NumUpdatesWarmup, Debiased, lambda decay: Ramp(decay, 10)):
         with pytest.raises(EMAConfigError, match=r"decay=.*allowed is a number in \[0, 1\)"):
             kind(value)
     with pytest.raises(EMAConfigError, match=r"smoothing=.*\[0, 1\)"):
@@ -415,6 +490,15 @@ def test_positive_options(value: Any) -> None:
         Warmup(0.9, power=value)
     with pytest.raises(EMAConfigError, match="fraction="):
         HalfLifeFraction(value)
+    with pytest.raises(EMAConfigError, match="tau="):
+        Ramp(0.9, value)
+
+
+@pytest.mark.parametrize("value", [-0.1, 0.91, 1, math.nan, True, "0.1"])
+def test_the_least_decay_is_not_more_than_the_last(value: Any) -> None:
+    with pytest.raises(EMAConfigError, match="min_decay="):
+        Warmup(0.9, min_decay=value)
+    assert Warmup(0.9).to_dict() == {"kind": "Warmup", "decay": 0.9, "inv_gamma": 1.0, "power": 2 / 3}  # as before
 
 
 @pytest.mark.parametrize("value", [0, 0.0, -0.1, 0.289, 1, math.nan, True, "0.1", 5e-324])

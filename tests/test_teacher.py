@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from zero_models import DTYPES, THRESHOLD, Net, make_engine, plain_fused_adam
 from zero_models import batch as zero_batch
 from zero_models import train as zero_train
 
-from dist_ema import ShardedEMA
+from dist_ema import Cosine, ShardedEMA
 from dist_ema.errors import CheckpointCorruptError, EMAEngineError, EMAError, EMAStateError
 
 DECAY = 0.7
@@ -452,6 +453,30 @@ def test_teacher_that_changes_is_followed_or_named() -> None:
     with pytest.raises(EMAStateError, match=r"the teacher \(into=\): parameter '0.weight' was frozen"):
         ema.update()
     assert ema.num_updates == 2
+
+
+def test_teacher_that_begins_before_the_first_step_moves_as_dinos() -> None:
+    """The first real step used the second momentum; also after a resume, which has only the clock to go by."""
+    student, teacher = small(), small().requires_grad_(False)
+    options: dict[str, Any] = {"schedule": Cosine(0.9, 1.0, "8ba"), "dtype": torch.float64}
+    ema = ShardedEMA(student.double(), into=teacher.double(), **options)
+    ema.update(batches=0, due=True)
+    expected = [parameter.detach().clone() for parameter in student.parameters()]
+    for it in range(10):
+        if it == 4:
+            saved = ema.state_dict()
+            ema.close()
+            ema = ShardedEMA(student, into=teacher, **options)
+            ema.load_state_dict(saved)
+        momentum = 1 - 0.1 * (1 + math.cos(math.pi * min(it, 8) / 8)) / 2
+        with torch.no_grad():
+            for value, parameter in zip(expected, student.parameters(), strict=True):
+                parameter.add_(1.0)
+                value.mul_(momentum).add_(parameter, alpha=1 - momentum)
+        ema.update()
+        assert ema.metrics()["ema/decay"] == pytest.approx(momentum)
+        for value, parameter in zip(expected, teacher.parameters(), strict=True):
+            torch.testing.assert_close(parameter, value, rtol=1e-12, atol=1e-12)
 
 
 def test_closed_average_leaves_its_teacher_to_another() -> None:

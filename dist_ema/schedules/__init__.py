@@ -21,13 +21,14 @@ from dist_ema.schedules.profile import Profile
 from dist_ema.schedules.ramps import Cosine, Linear
 from dist_ema.schedules.registry import KINDS, UnknownSchedule, check_registered, from_dict, from_file, register
 from dist_ema.schedules.schedule import Position, Schedule
-from dist_ema.schedules.warmup import NumUpdatesWarmup, Warmup
+from dist_ema.schedules.warmup import Debiased, NumUpdatesWarmup, Ramp, Warmup
 from dist_ema.schedules.window import Window
 
 __all__ = [
     "KINDS",
     "ConstantDecay",
     "Cosine",
+    "Debiased",
     "HalfLife",
     "HalfLifeFraction",
     "Linear",
@@ -35,6 +36,7 @@ __all__ = [
     "Position",
     "PowerFunction",
     "Profile",
+    "Ramp",
     "Schedule",
     "Smoothing",
     "Uniform",

@@ -33,7 +33,7 @@ def fraction(name: str, value: object) -> float:
 
 def share(name: str, value: object) -> float:
     """A decay that may forget nothing, as the last of DINO's teacher."""
-    allowed = "a number in [0, 1]: the fraction of the average that is kept per batch"
+    allowed = "a number in [0, 1]: the fraction of the average that is kept"
     checked = number(name, value, allowed)
     if not 0 <= checked <= 1:
         raise EMAConfigError(f"{name}={value!r}: allowed is {allowed}")

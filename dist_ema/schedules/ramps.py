@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import abstractmethod
 from dataclasses import dataclass, field, replace
 
-from dist_ema.clock import Time
+from dist_ema.clock import Progress, Time
 from dist_ema.errors import EMAConfigError
 from dist_ema.schedules.checks import set_fields, share
 from dist_ema.schedules.schedule import Along, Position, Schedule
@@ -18,10 +19,13 @@ class _Ramp(Along):
     end: float
     over: str
     time: Time = field(init=False, repr=False, compare=False)
+    # The number of the first batch after the first copy.
+    first: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         time = Time.parse(self.over, option="over")
         set_fields(self, start=share("start", self.start), end=share("end", self.end), time=time, over=str(time))
+        set_fields(self, first=1)
 
     @property
     def unit(self) -> str:
@@ -31,6 +35,13 @@ class _Ramp(Along):
     def resolve(self, max_duration: Time | None) -> Schedule:
         """With ``over`` in a unit of the clock. Raises EMAConfigError for a ``dur`` without ``max_duration``."""
         return replace(self, over=str(self.time.resolve(max_duration, option="over")))
+
+    def begun(self, start: Progress, interval: Time) -> Schedule:
+        """This schedule with the first batch numbered 0 where the first copy was made before any training, else 1."""
+        begun = copy.copy(self)
+        trained = any((start.batches, start.samples, start.tokens, start.epochs))
+        set_fields(begun, first=int(trained))
+        return begun
 
     def _position(self, moment: Position, name: str) -> float:
         if self.unit == "dur":
@@ -42,6 +53,7 @@ class _Ramp(Along):
 
     def _log_batches(self, start: float, size: float, count: int) -> float:
         moving = count  # batches that do not have the last decay
+        start += (self.first - 1) * size
         if size:
             moving = min(count, max(0, math.ceil((self.time.value - start) / size) - 1))
         elif start >= self.time.value:
@@ -63,11 +75,13 @@ class _Ramp(Along):
 class Cosine(_Ramp):
     """Batch n keeps end + (start - end) * (1 + cos(pi * n / over)) / 2, and ``end`` once ``over`` has gone.
 
-    n counts from the first copy. That copy is the first update, with ``ema_start="0ba"`` the one after the first step,
-    as in DINO (Caron et al. 2021, arXiv:2104.14294; .996 to 1) and BYOL (Grill et al. 2020, arXiv:2006.07733; .996 to
-    1), whose counters are zero there: later decays are theirs, step by step. With ``over`` in samples, tokens or epochs
-    n is the progress at the end of each batch; batches between two readings of the clock are taken to be of one size,
-    and what lies between two plain numbers is one batch. Half life at a decay m: log(1/2) / log(m) batches.
+    n is 0 for the first step of the training, as in DINO (Caron et al. 2021, arXiv:2104.14294; .996 to 1) and BYOL
+    (Grill et al. 2020, arXiv:2006.07733; .996 to 1): every decay is theirs, step by step. With ``ema_start="0ba"`` the
+    first step is the one whose weights are copied, and the second one has n = 1. If the average began before the first
+    step, by ``ema.update(batches=0, due=True)``, the first step has n = 0 and keeps ``start``. If it began later, n
+    counts from the copy. With ``over`` in samples, tokens or epochs n is the progress at the end of each batch (at its
+    beginning, if the average began before the first step); batches between two readings of the clock are taken to be of
+    one size, and what lies between two plain numbers is one batch. Half life at a decay m: log(1/2) / log(m) batches.
     A gap costs time in proportion to its batches.
 
     Args:
@@ -88,8 +102,8 @@ class Cosine(_Ramp):
 class Linear(_Ramp):
     """Batch n keeps start + (end - start) * n / over, and ``end`` once ``over`` has gone.
 
-    V-JEPA's and I-JEPA's (Bardes et al. 2024, arXiv:2404.08471; .998 to 1 over 1.25 times the training), whose counter
-    is zero at the first update, which here is the first copy. n, units and cost are as of :class:`Cosine`.
+    V-JEPA's and I-JEPA's (Bardes et al. 2024, arXiv:2404.08471; .998 to 1 over 1.25 times the training). n, units and
+    cost are as of :class:`Cosine`.
 
     Args:
         start: kept fraction per batch at the first copy, in [0, 1].

@@ -19,7 +19,7 @@ from dist_ema.schedules.half_life import HalfLife, HalfLifeFraction
 from dist_ema.schedules.power import PowerFunction
 from dist_ema.schedules.ramps import Cosine, Linear
 from dist_ema.schedules.schedule import KIND_OF, Position, Schedule
-from dist_ema.schedules.warmup import NumUpdatesWarmup, Warmup
+from dist_ema.schedules.warmup import Debiased, NumUpdatesWarmup, Ramp, Warmup
 from dist_ema.schedules.window import Window
 
 KINDS: dict[str, type[Schedule]] = {
@@ -27,11 +27,13 @@ KINDS: dict[str, type[Schedule]] = {
     for kind in (
         ConstantDecay,
         Cosine,
+        Debiased,
         HalfLife,
         HalfLifeFraction,
         Linear,
         NumUpdatesWarmup,
         PowerFunction,
+        Ramp,
         Smoothing,
         Uniform,
         Warmup,
