@@ -146,7 +146,8 @@ def exchange(
     """
     text = pickle.dumps((tuple(tag), value))
     own = (len(text).to_bytes(_LENGTH_BYTES, "little") + text)[:_NOTE_BYTES].ljust(_NOTE_BYTES)
-    note = torch.frombuffer(bytearray(own), dtype=torch.uint8).to(_note_device(group))
+    # The clone lies in memory of torch's own: gloo's threads may use it after Python has freed the bytes.
+    note = torch.frombuffer(bytearray(own), dtype=torch.uint8).clone().to(_note_device(group))
     notes = note.new_empty(size_of(group), _NOTE_BYTES)
     with answered():
         if timeout is None:

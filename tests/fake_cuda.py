@@ -56,7 +56,12 @@ VIEWS |= {
     "__len__",
     "chunk",
     "t",
+    "is_complex",
+    "is_conj",
+    "is_neg",
 }
+#: What gives a new tensor whose values come later, when the stream gets there.
+LATE = {"isfinite", "sum", "clone"}
 
 
 _doing = threading.RLock()
@@ -151,6 +156,11 @@ def ask(function: Any, arguments: Sequence[Any], options: Mapping[str, Any]) -> 
             FakeCuda.now.used()
             current_stream().queue.append(lambda: _plainly(function, arguments, options))
             return arguments[0]
+        if name in LATE:
+            FakeCuda.now.used()
+            result = function(*arguments, **options)  # of the values of now, for its shape and dtype
+            current_stream().queue.append(lambda: _compute_late(result, function, arguments, options))
+            return _on_gpu(result)
         if name not in VIEWS:  # it needs the values
             FakeCuda.now.used()
             current_stream().synchronize()
@@ -160,6 +170,11 @@ def ask(function: Any, arguments: Sequence[Any], options: Mapping[str, Any]) -> 
 def _plainly(function: Any, arguments: Sequence[Any], options: Mapping[str, Any]) -> None:
     with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
         function(*arguments, **options)
+
+
+def _compute_late(result: Tensor, function: Any, arguments: Sequence[Any], options: Mapping[str, Any]) -> None:
+    with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+        result.copy_(function(*arguments, **options))
 
 
 def _on_gpu(value: Any) -> Any:

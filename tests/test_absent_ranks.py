@@ -113,6 +113,7 @@ def test_a_part_of_the_world_is_named_by_global_ranks_whatever_groups_there_are(
 
 def _wait_alone(rank: int, size: int, rendezvous: str, connected: bool, pipe: Connection) -> None:
     """Rank 1 does not make the call; the others say what they get."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts jobs in the background ignores it
     dist.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=size, timeout=timedelta(seconds=60))
     ema = averaged()
     if connected:

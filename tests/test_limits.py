@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import sys
 import threading
 import time
 import tracemalloc
@@ -36,6 +37,28 @@ def python_objects(function: Callable[[], object]) -> int:
         return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
+
+
+def python_blocks(function: Callable[[], object]) -> int:
+    """Blocks of Python's allocator that a call has at its peak, beyond those before it.
+
+    For calls in which gloo's threads run: CPython 3.11 crashes there under tracemalloc.
+    """
+    counts = [sys.getallocatedblocks()]
+    done = threading.Event()
+
+    def sample() -> None:
+        while not done.wait(0.001):
+            counts.append(sys.getallocatedblocks())
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    try:
+        function()
+    finally:
+        done.set()
+        sampler.join()
+    return max(counts) - counts[0]
 
 
 def sparse_folder(path: Path, elements: int) -> Path:
@@ -77,10 +100,10 @@ def test_a_load_of_columns_holds_no_object_for_each_row(rank: int, tmp_path: Pat
         with torch.no_grad():
             model.experts.zero_()
         ema.reset()
-        peaks[rows] = python_objects(partial(ema.load, tmp_path / f"{rows}"))
+        peaks[rows] = python_blocks(partial(ema.load, tmp_path / f"{rows}"))
         ema.copy_to()
         assert torch.equal(model.experts.to_local(), local)
-    assert peaks[1 << 16] < peaks[1 << 13] + 1_000_000, peaks
+    assert peaks[1 << 16] < peaks[1 << 13] + 20_000, peaks
     dist.barrier()
 
 

@@ -108,7 +108,7 @@ def test_the_plan_of_deepspeed_is_what_is_allocated_and_written(
 
 
 def test_what_is_kept_while_an_average_is_in_use() -> None:
-    """Nothing where shadow and weights change places; the live weights where their dtype is another."""
+    """The live values of buffers, and the live weights where the dtype of the shadow is another."""
     for dtype in (torch.float32, torch.bfloat16):
         model = CASES["plain"].plain().to(dtype)
         ema = ShardedEMA(model, decay=0.5)
@@ -118,7 +118,7 @@ def test_what_is_kept_while_an_average_is_in_use() -> None:
             swap = ema._condition.swap
             assert swap is not None
             assert sum(tensor.nbytes for tensor in swap._kept.values()) == cost.in_use
-        assert (cost.in_use > 0) == (dtype == torch.bfloat16)
+        assert (cost.in_use > cost.buffers) == (dtype == torch.bfloat16)
 
 
 # Large runs: the real wrappers, on the meta device, in a group whose other ranks do not exist.
@@ -242,17 +242,17 @@ def test_the_table_names_the_rank_that_pays_most(capsys: pytest.CaptureFixture[s
         (["config.json", "--parameters", "7B"], "give either MODEL"),
         (["missing.json"], "missing.json does not exist"),
         ([str(Path(__file__).parent.parent / "README.md")], "cannot be read as a config.json"),
-        (["--parameters", "many"], "parameters='many'"),
-        (["--parameters", "7B", "--engine", "zero4"], "engine='zero4': allowed are plain, ddp"),
-        (["--parameters", "7B", "--engine", "hsdp", "--replicate", "3"], "multiple of replicate=3"),
-        (["--parameters", "7B", "--replicate", "2"], "replicate=2: only with engine=hsdp or fsdp1"),
-        (["--parameters", "7B", "--tensor-parallel", "2"], "only with engine=tp or fsdp2+tp"),
-        (["--parameters", "7B", "--world-size", "0"], "world_size=0"),
+        (["--parameters", "many"], "--parameters 'many'"),
+        (["--parameters", "7B", "--engine", "zero4"], "--engine 'zero4': allowed are plain, ddp"),
+        (["--parameters", "7B", "--engine", "hsdp", "--replicate", "3"], "multiple of --replicate 3"),
+        (["--parameters", "7B", "--replicate", "2"], "--replicate 2: only with --engine hsdp or fsdp1"),
+        (["--parameters", "7B", "--tensor-parallel", "2"], "only with --engine tp or fsdp2+tp"),
+        (["--parameters", "7B", "--world-size", "0"], "--world-size 0"),
         (["--parameters", "7B", "--averages", "-1"], "averages=-1"),
         (["--parameters", "7B", "--disk-bandwidth", "0"], "must be above 0"),
         (["--parameters", "7B", "--memory-bandwidth", "nan"], "must be above 0"),
         (["--parameters", "7B", "--dtype", "fp16"], "--dtype"),
-        (["--parameters", "7B", "--offload", "disk"], "offload='disk'"),
+        (["--parameters", "7B", "--offload", "disk"], "--offload 'disk'"),
     ],
 )
 def test_bad_usage_is_one_line_and_status_2(

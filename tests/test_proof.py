@@ -145,10 +145,10 @@ def test_elements_that_are_not_held_once(kind: str) -> None:
     wanted = "module.0.down.weight"  # of which both ranks hold a part
     with reading(lambda spec: change(spec) if spec.name == wanted else spec):
         ema = ShardedEMA(CASES[case].model(), decay=0.5)
-    assert ema.update()  # local, and does not know of it
-    for call in (ema.full_state_dict, ema.fingerprint):
-        with pytest.raises(EMAEngineError, match=rf"'{wanted}'.*{message}.*rank 1: "):
-            call()
+        assert ema.update()  # local, and does not know of it
+        for call in (ema.full_state_dict, ema.fingerprint):
+            with pytest.raises(EMAEngineError, match=rf"'{wanted}'.*{message}.*rank 1: "):
+                call()
     ema.reset()  # reads the layout anew
     ema.update()
     ema.full_state_dict()
@@ -205,10 +205,10 @@ def test_elements_of_another_rank(kind: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dtensor_engine, "placed_runs", wrong)
         ema = ShardedEMA(_Model(placements, shape), decay=0.5)
-    assert ema.update()
-    mesh = r"on a mesh of shape \(2,\) with dimensions 'left'"
-    with pytest.raises(EMAEngineError, match=rf"'first' of shape .* is sharded as .*Shard.* {mesh}"):
-        ema.full_state_dict()
+        assert ema.update()
+        mesh = r"on a mesh of shape \(2,\) with dimensions 'left'"
+        with pytest.raises(EMAEngineError, match=rf"'first' of shape .* is sharded as .*Shard.* {mesh}"):
+            ema.full_state_dict()
     ema.reset()
     ema.full_state_dict()
 

@@ -161,10 +161,12 @@ def rank_cost(model: Architecture, layout: Layout, options: Options, rank: int) 
         if share.mode == "average":
             shadow += number * kept
             update += read + 2 * number * kept
-            in_use += read if source != share.dtype else 0
+            # A buffer keeps its place in memory while the average is in use, so its live values are copied aside.
+            in_use += read if source != share.dtype or share.spec.kind == "buffer" else 0
             widest = max(widest, share.dtype.itemsize, 4)  # bf16 averages are blended in fp32
         else:
             buffers += kept
+            in_use += read
             update += read + kept
         checkpoint += number * kept if writes(share, rank, lowest_mesh_rank) else 0
     scratch = widest * (CACHE_CHUNK if options.offload else _ACCELERATOR_CHUNKS * ACCELERATOR_CHUNK)

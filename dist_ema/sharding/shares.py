@@ -94,8 +94,8 @@ def assign_shares(
         if spec.hidden and mode != "live":
             advice = "buffers='ignore'" if spec.kind == "buffer" else f"exclude={spec.name!r}, or freeze it"
             raise EMAEngineError(
-                f"{spec.kind} {spec.name!r} is a {spec.hidden} that does not hold its elements as they are: it cannot "
-                f"be averaged. Give {advice}"
+                f"{spec.kind} {spec.name!r} is a {spec.hidden}, whose memory does not hold its elements as they are: "
+                f"it cannot be averaged. Give {advice}"
             )
     dtypes = [_dtype(spec, mode, options) for spec, mode in zip(specs, modes, strict=True)]
     ranges = [(0, spec.local_numel) for spec in specs]  # all of the local shard, unless replicas split it

@@ -99,7 +99,7 @@ def cached_scales(tensors: Sequence[Tensor]) -> list[CachedScale]:
 def hidden_type(tensor: Tensor) -> str:
     """Says what keeps the elements from lying in the tensor's memory as they are; "" where nothing does."""
     if is_hidden(tensor):
-        return "" if plain(tensor) is not None else f"{type(tensor).__name__}, a tensor subclass"
+        return "" if plain(tensor) is not None else type(tensor).__name__
     if tensor.is_conj() or tensor.is_neg():  # lazily: the memory holds the elements before that (torch 2.13)
         return "view that torch has conjugated or negated lazily (resolve_conj(), resolve_neg())"
     return ""

@@ -388,6 +388,7 @@ def test_a_run_changes_over_from_composers_own_ema(
 @pytest.mark.parametrize("version", ["0_12_1", "0_32_1"])
 def test_files_of_composers_releases(version: str) -> None:
     """The state of the algorithm in each of its forms, on the model that the file holds."""
+    from composer_stubs import import_composer
     from safetensors.torch import load_file
     from torch import nn
 
@@ -395,6 +396,7 @@ def test_files_of_composers_releases(version: str) -> None:
     from dist_ema.clock import Progress
     from dist_ema.integrations.composer_trainer import change_over
 
+    import_composer()
     state = read(IMPORTS / f"composer-{version}.pt")
     algorithm = dict(state["algorithms"])["EMA"]
     expected = load_file(IMPORTS / f"composer-{version}.expected.safetensors")
