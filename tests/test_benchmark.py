@@ -195,7 +195,7 @@ def test_calls_wait_for_other_ranks_a_number_of_times_that_no_tensor_adds_to() -
     assert found["ms"].keys() == found["waits"].keys()
     assert found["waits"].pop("update, FSDP2") == 0
     assert len(found["waits"]) == 10
-    assert all(2 <= count <= 10 for count in found["waits"].values()), found["waits"]
+    assert all(2 <= count <= 12 for count in found["waits"].values()), found["waits"]
 
 
 def test_the_benchmark_of_a_device_runs_on_the_cpu_as_well() -> None:
