@@ -6,6 +6,7 @@ Everything takes ``group=None`` for a run without a process group, and is then l
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,12 @@ WINDOW_BYTES = 16 << 20
 #: Bytes and places from and up to which the ranks send rank 0 what they have, each for itself; else all is added up.
 _SENT_FROM, _SENT_PLACES = 1 << 20, 1 << 12
 Range = tuple[int, int]
+#: A range of a tensor's elements and where it lies in a window: tensor, start, stop, byte offset.
+Placed: TypeAlias = tuple[int, int, int, int]
+#: Bytes of the widest element, complex128.
+_WIDEST = 16
+#: Called with the number of a tensor, ``start`` and ``stop`` of a range of its elements, and a flat tensor of these.
+Access: TypeAlias = "Callable[[int, int, int, Tensor], None]"
 
 
 class Window:
@@ -115,8 +122,8 @@ def broadcast_flat(
     dtypes: Sequence[torch.dtype],
     owner: int,
     group: dist.ProcessGroup,
-    read: Callable[[int, int, int, Tensor], None],
-    write: Callable[[int, int, int, Tensor], None],
+    read: Access,
+    write: Access,
 ) -> None:
     """Sends flat tensors from rank ``owner`` of ``group`` to its other ranks, packed into windows. Collective.
 
@@ -131,41 +138,102 @@ def broadcast_flat(
     buffer = torch.empty(WINDOW_BYTES // 8, dtype=torch.int64, device=device).view(torch.uint8)
     mine = rank_in(group) == owner
     for parts, used in packed(sizes, dtypes):
-        views = [
-            (index, start, stop, buffer[offset : offset + (stop - start) * dtypes[index].itemsize].view(dtypes[index]))
-            for index, start, stop, offset in parts
-        ]
         if mine:
-            for index, start, stop, view in views:
-                read(index, start, stop, view)
+            for index, start, stop, offset in parts:
+                read(index, start, stop, _view(buffer, offset, stop - start, dtypes[index]))
         with answered():
             dist.broadcast(buffer[:used], group=group, group_src=owner)
         if not mine:
-            for index, start, stop, view in views:
-                write(index, start, stop, view)
+            for index, start, stop, offset in parts:
+                write(index, start, stop, _view(buffer, offset, stop - start, dtypes[index]))
 
 
-def packed(sizes: Sequence[int], dtypes: Sequence[torch.dtype]) -> list[tuple[list[tuple[int, int, int, int]], int]]:
+@torch.no_grad()
+def all_gather_flat(
+    parts: Sequence[Sequence[tuple[int, int, int]]],
+    dtypes: Sequence[torch.dtype],
+    group: dist.ProcessGroup,
+    read: Access,
+    write: Access,
+) -> None:
+    """Every rank of ``group`` sends its part of flat tensors to all others. Collective, one call for each window.
+
+    A window has a slot of the same size for every rank, so that their number does not change the number of calls.
+
+    Args:
+        parts: for each rank the ranges ``(index, start, stop)`` that it sends; the same on all ranks.
+        dtypes: dtype of each tensor.
+        read: ``read(index, start, stop, out)`` puts elements of tensor ``index`` into ``out``; called for own ranges.
+        write: ``write(index, start, stop, values)`` takes them; called for the ranges of the others.
+    """
+    device, rank, ranks = device_for(group), rank_in(group), size_of(group)
+    slot_bytes = max(WINDOW_BYTES // ranks // _WIDEST * _WIDEST, _WIDEST)
+    sent = torch.empty(slot_bytes, dtype=torch.uint8, device=device)
+    received = torch.empty(slot_bytes * ranks, dtype=torch.uint8, device=device)
+    of_ranks = [_windows_of(ranges, dtypes, slot_bytes) for ranges in parts]
+    for number in range(max(map(len, of_ranks))):
+        now = [windows[number] if number < len(windows) else ([], 0) for windows in of_ranks]
+        # The largest part decides. A multiple of the widest element, so that each slot begins where any dtype may.
+        used = -(-max(nbytes for _, nbytes in now) // _WIDEST) * _WIDEST
+        for index, start, stop, offset in now[rank][0]:
+            read(index, start, stop, _view(sent, offset, stop - start, dtypes[index]))
+        with answered():
+            dist.all_gather(list(received[: used * ranks].view(ranks, used).unbind()), sent[:used], group=group)
+        for sender, (ranges, _) in enumerate(now):
+            for index, start, stop, offset in ranges if sender != rank else ():
+                write(index, start, stop, _view(received, sender * used + offset, stop - start, dtypes[index]))
+
+
+def _windows_of(
+    ranges: Sequence[tuple[int, int, int]], dtypes: Sequence[torch.dtype], limit: int
+) -> list[tuple[list[Placed], int]]:
+    """As :func:`packed` for ranges of tensors: parts ``(index, start, stop, byte offset)`` of these tensors."""
+    sizes = [stop - start for _, start, stop in ranges]
+    windows = []
+    for parts, used in packed(sizes, [dtypes[index] for index, _, _ in ranges], limit):
+        placed = []
+        for number, start, stop, offset in parts:
+            index, first, _ = ranges[number]
+            placed.append((index, first + start, first + stop, offset))
+        windows.append((placed, used))
+    return windows
+
+
+def _view(buffer: Tensor, offset: int, count: int, dtype: torch.dtype) -> Tensor:
+    return buffer[offset : offset + count * dtype.itemsize].view(dtype)
+
+
+def packed(
+    sizes: Sequence[int], dtypes: Sequence[torch.dtype], limit: int | None = None
+) -> list[tuple[list[Placed], int]]:
     """Flat tensors laid out in windows, so that the number of collective calls follows the bytes, not the tensors.
 
+    Args:
+        sizes: elements of each tensor.
+        dtypes: dtype of each.
+        limit: bytes of a window; None means ``WINDOW_BYTES``.
+
     Returns:
-        For each window its parts ``(index, start, stop, byte offset)``, offsets multiples of 8, and the bytes used.
+        For each window its parts ``(index, start, stop, byte offset)``, offsets multiples of 8 and of the dtype's size,
+        and the bytes used.
 
     >>> packed([3, 5], [torch.float32, torch.float64])
     [([(0, 0, 3, 0), (1, 0, 5, 16)], 56)]
     """
-    windows: list[tuple[list[tuple[int, int, int, int]], int]] = []
-    parts: list[tuple[int, int, int, int]] = []
+    limit = WINDOW_BYTES if limit is None else limit
+    windows: list[tuple[list[Placed], int]] = []
+    parts: list[Placed] = []
     used = 0
     for index, (size, dtype) in enumerate(zip(sizes, dtypes, strict=True)):
         start = 0
         while start < size:
-            stop = min(size, start + (WINDOW_BYTES - used) // dtype.itemsize)
+            offset = -(-used // dtype.itemsize) * dtype.itemsize
+            stop = min(size, start + (limit - offset) // dtype.itemsize)
             if stop > start:
-                parts.append((index, start, stop, used))
-                used = -(-(used + (stop - start) * dtype.itemsize) // 8) * 8
+                parts.append((index, start, stop, offset))
+                used = -(-(offset + (stop - start) * dtype.itemsize) // 8) * 8
                 start = stop
-            if WINDOW_BYTES - used < 8:
+            if start < size or limit - used < 8:
                 windows.append((parts, used))
                 parts, used = [], 0
     if parts:

@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dist_ema.windows import WINDOW_BYTES, Window
+from dist_ema import ShardedEMA
+from dist_ema.windows import WINDOW_BYTES, Window, all_gather_flat, packed
 
 
 def cuts(seed: int, ranks: int, places: int) -> list[tuple[int, int, int]]:
@@ -70,3 +71,55 @@ def test_a_small_window_is_one_call(rank: int) -> None:
     assert not told.called
     if rank == 0:
         assert window.part(0, 2, torch.float64).tolist() == [1.5, 2.5]
+
+
+DTYPES = [torch.uint8, torch.float32, torch.complex128, torch.bfloat16, torch.float64]
+
+
+@pytest.mark.world_size(4)
+@pytest.mark.parametrize("window", [256, WINDOW_BYTES], ids=["many windows", "one window"])
+def test_parts_of_every_rank_arrive_on_every_rank(rank: int, window: int) -> None:
+    """Parts of other sizes, one of them empty; a wide element behind narrow ones, which may not begin anywhere."""
+    torch.manual_seed(0)
+    full = [torch.randint(0, 99, (size,)).to(dtype) for size, dtype in zip((5, 33, 7, 21, 40), DTYPES, strict=True)]
+    parts = [[(0, 0, 5), (1, 0, 9)], [(1, 9, 33), (2, 0, 7), (3, 0, 2)], [], [(3, 2, 21), (4, 0, 40)]]
+    mine = [torch.zeros_like(values) for values in full]
+    for index, start, stop in parts[rank]:
+        mine[index][start:stop] = full[index][start:stop]
+
+    def read(index: int, start: int, stop: int, out: torch.Tensor) -> None:
+        out.copy_(mine[index][start:stop])
+
+    def write(index: int, start: int, stop: int, values: torch.Tensor) -> None:
+        mine[index][start:stop] = values
+
+    with mock.patch("dist_ema.windows.WINDOW_BYTES", window):
+        all_gather_flat(parts, DTYPES, dist.group.WORLD, read, write)
+    assert all(torch.equal(found, values) for found, values in zip(mine, full, strict=True))
+
+
+def test_an_element_that_does_not_fit_begins_the_next_window() -> None:
+    """There was none: the loop over windows did not end."""
+    assert packed([1, 1], [torch.float64, torch.complex128], 24) == [([(0, 0, 1, 0)], 8), ([(1, 0, 1, 0)], 16)]
+
+
+@pytest.mark.world_size(4)
+def test_replicas_wait_for_each_other_once_on_the_way_in_and_once_on_the_way_out(rank: int) -> None:
+    """Each sent its part by itself: two waits more for every replica."""
+    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(7, 5))
+    ema = ShardedEMA(model, decay=0.5)
+    ema.update()
+    with (
+        mock.patch("dist_ema.windows.dist.all_gather", wraps=dist.all_gather) as gathered,
+        mock.patch.object(dist, "broadcast", wraps=dist.broadcast) as broadcast,
+    ):
+        with ema.average_parameters():
+            inside = _large(gathered)
+        outside = _large(gathered)
+    assert (inside, outside) == (1, 2)
+    assert not broadcast.called
+
+
+def _large(gathered: mock.Mock) -> int:
+    """Calls that sent more than a short message."""
+    return sum(call.args[1].numel() != 256 for call in gathered.call_args_list)

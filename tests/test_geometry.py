@@ -29,6 +29,7 @@ from dist_ema.sharding.runs import (
     merge,
     overlap,
     split_evenly,
+    split_for_all,
     whole,
 )
 
@@ -184,6 +185,8 @@ def test_split_evenly_covers_every_element_once_and_in_equal_bytes(tensors: list
     widest = max(itemsizes, default=1)
     assert max(held) - min(held) <= 1 + 2 * widest, "each part has two ends, each off by less than an element"
     assert sum(held) == sum(size * item for size, item in tensors)
+    nonempty = [[(place, *range_) for place, range_ in enumerate(ranges) if range_[0] < range_[1]] for ranges in split]
+    assert split_for_all(sizes, itemsizes, parts) == nonempty, "replicas must not disagree on who has what"
 
 
 SHAPES = [(7,), (1,), (5, 3), (1, 4), (3, 1), (4, 6), (2, 5, 3), (7, 15), (0, 3)]

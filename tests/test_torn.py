@@ -167,7 +167,8 @@ def _torn(rank: int, folder: Path, case: str, function: str, call: int) -> None:
     assert ema.num_updates == 1
 
 
-PLACES = [("", 0), ("replicas_agree", 1), ("spread", 1), ("_send", 1), ("_send", 2), ("spread", 2), ("_send", 4)]
+#: Rank 1 reads four tensors for each of its two messages, and writes one that it received.
+PLACES = [("", 0), ("replicas_agree", 1), ("spread", 1), ("read", 1), ("write", 1), ("spread", 2), ("read", 5)]
 
 
 @pytest.mark.parametrize("case", ["ddp", "hsdp", "fsdp2"])

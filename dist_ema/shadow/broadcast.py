@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from dist_ema import kernels
 from dist_ema.collectives import gather_objects
 from dist_ema.engines.base import Engine
 from dist_ema.errors import EMAStateError
-from dist_ema.sharding.shares import Share, replica_sets, split_over
+from dist_ema.sharding.shares import Share, parts_of_replicas, replica_sets
 from dist_ema.sharding.spec import Replicas
 from dist_ema.sharding.writers import FullTensor
-from dist_ema.windows import broadcast_flat
+from dist_ema.windows import Access, all_gather_flat, broadcast_flat
 
 
 def swaps_together(engine: Engine, shares: Sequence[Share]) -> bool:
@@ -73,30 +72,9 @@ class Broadcast:
         """Replicas send each other the parts that they average. Collective among them."""
         for members in self.sets:
             replicas = self._group_of(members)
-            specs = [self._shares[index].spec for index in members]
-            dtypes = [self._shares[index].dtype for index in members]
-            for owner in range(replicas.size):
-                ranges = split_over(specs, dtypes, replicas, owner)
-                self._send(members, ranges, owner, replicas.group, sources)
-
-    def _send(
-        self,
-        members: Sequence[int],
-        ranges: Sequence[tuple[int, int]],
-        owner: int,
-        group: dist.ProcessGroup,
-        sources: Sequence[Tensor],
-    ) -> None:
-        sources = [sources[index] for index in members]
-
-        def read(index: int, start: int, stop: int, out: Tensor) -> None:
-            kernels.read(sources[index], ranges[index][0] + start, ranges[index][0] + stop, out)
-
-        def write(index: int, start: int, stop: int, values: Tensor) -> None:
-            kernels.write(sources[index], ranges[index][0] + start, ranges[index][0] + stop, values)
-
-        sizes = [stop - start for start, stop in ranges]
-        broadcast_flat(sizes, [source.dtype for source in sources], owner, group, read, write)
+            held = [sources[index] for index in members]
+            parts = parts_of_replicas([self._shares[index] for index in members], replicas)
+            all_gather_flat(parts, [source.dtype for source in held], replicas.group, *_access(held))
 
     def send_buffers(self, sources: Sequence[Tensor], entries: Sequence[FullTensor]) -> None:
         """Buffers that each rank has for itself become, on all, those of the rank that writes them in an export: the
@@ -109,22 +87,28 @@ class Broadcast:
         for owner in sorted({entry.lowest_mesh_rank for entry in own}):
             theirs = [entry for entry in own if entry.lowest_mesh_rank == owner]
             here = [places.get(entry.name) for entry in theirs]
-
-            def read(number: int, start: int, stop: int, out: Tensor, here: list[int | None] = here) -> None:
-                place = here[number]
-                if place is not None:
-                    kernels.read(sources[place], start, stop, out)
-
-            def write(number: int, start: int, stop: int, values: Tensor, here: list[int | None] = here) -> None:
-                place = here[number]
-                if place is not None:
-                    kernels.write(sources[place], start, stop, values)
-
+            held = [None if place is None else sources[place] for place in here]
             sizes, dtypes = [entry.numel for entry in theirs], [entry.live_dtype for entry in theirs]
-            broadcast_flat(sizes, dtypes, owner, group, read, write)
+            broadcast_flat(sizes, dtypes, owner, group, *_access(held))
 
     def _group_of(self, members: Sequence[int]) -> Replicas:
         replicas = self._shares[members[0]].spec.replicas
         if replicas is None:
             raise EMAStateError(f"{self._shares[members[0]].spec.name!r} has no replicas")
         return replicas
+
+
+def _access(tensors: Sequence[Tensor | None]) -> tuple[Access, Access]:
+    """``read`` and ``write`` of ranges of these tensors, as :mod:`dist_ema.windows` calls them. None is passed over."""
+
+    def read(index: int, start: int, stop: int, out: Tensor) -> None:
+        tensor = tensors[index]
+        if tensor is not None:
+            kernels.read(tensor, start, stop, out)
+
+    def write(index: int, start: int, stop: int, values: Tensor) -> None:
+        tensor = tensors[index]
+        if tensor is not None:
+            kernels.write(tensor, start, stop, values)
+
+    return read, write

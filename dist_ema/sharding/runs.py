@@ -444,3 +444,29 @@ def split_evenly(sizes: Sequence[int], itemsizes: Sequence[int], parts: int, ind
         ranges.append((start, stop))
         position += size * item
     return ranges
+
+
+def split_for_all(sizes: Sequence[int], itemsizes: Sequence[int], parts: int) -> list[list[tuple[int, int, int]]]:
+    """The cuts of :func:`split_evenly` for every part at once, in time that grows with ``len(sizes) + parts``.
+
+    Returns for each part its non-empty ranges ``(tensor, start, stop)``, in order.
+
+    >>> split_for_all([3, 5], [4, 4], parts=2)
+    [[(0, 0, 3), (1, 0, 1)], [(1, 1, 5)]]
+    """
+    total = sum(size * item for size, item in zip(sizes, itemsizes, strict=True))
+    ranges: list[list[tuple[int, int, int]]] = [[] for _ in range(parts)]
+    part = 0
+    position = 0  # of this tensor, in bytes along all tensors laid end to end
+    for tensor, (size, item) in enumerate(zip(sizes, itemsizes, strict=True)):
+        start = 0
+        while start < size:
+            end_of_part = (part + 1) * total // parts
+            stop = min(max(-(-(end_of_part - position) // item), 0), size)
+            if stop > start:
+                ranges[part].append((tensor, start, stop))
+                start = stop
+            if start < size:
+                part += 1
+        position += size * item
+    return ranges

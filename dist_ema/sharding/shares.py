@@ -15,7 +15,7 @@ import torch
 
 from dist_ema.errors import EMAConfigError, EMAEngineError
 from dist_ema.options import Options
-from dist_ema.sharding.runs import Box, Runs, boxes, cut, split_evenly, whole
+from dist_ema.sharding.runs import Box, Runs, boxes, cut, split_evenly, split_for_all, whole
 from dist_ema.sharding.spec import Replicas, TensorSpec
 
 Mode = Literal["average", "copy", "live"]
@@ -200,6 +200,15 @@ def split_over(
     """The local elements of each tensor of one replica set that replica ``index`` keeps. The same on all of them."""
     sizes = [spec.local_numel for spec in specs]
     return split_evenly(sizes, [dtype.itemsize for dtype in dtypes], replicas.size, index)
+
+
+def parts_of_replicas(shares: Sequence[Share], replicas: Replicas) -> list[list[tuple[int, int, int]]]:
+    """What each replica keeps of the tensors of one replica set: ``(place in shares, start, stop)`` of local elements.
+
+    The same on all replicas. Ranges without elements are left out.
+    """
+    sizes = [share.spec.local_numel for share in shares]
+    return split_for_all(sizes, [share.dtype.itemsize for share in shares], replicas.size)
 
 
 def _mode(spec: TensorSpec, options: Options, averaged: Container[str]) -> Mode:
