@@ -394,9 +394,10 @@ def test_files_of_composers_releases(version: str) -> None:
 
     from dist_ema import ShardedEMA
     from dist_ema.clock import Progress
-    from dist_ema.integrations.composer_trainer import change_over
 
     import_composer()
+    from dist_ema.integrations.composer_trainer import change_over
+
     state = read(IMPORTS / f"composer-{version}.pt")
     algorithm = dict(state["algorithms"])["EMA"]
     expected = load_file(IMPORTS / f"composer-{version}.expected.safetensors")
