@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dist_ema import errors as errors
     from dist_ema import schedules as schedules
-    from dist_ema.batch_norm import update_bn as update_bn
     from dist_ema.ema import ShardedEMA as ShardedEMA
     from dist_ema.functional import compute_ema as compute_ema
+    from dist_ema.functional import update_bn as update_bn
     from dist_ema.offline.merging.merge import merge as merge
     from dist_ema.offline.merging.synthesize import synthesize as synthesize
     from dist_ema.offline.read import read_checkpoint as read_checkpoint
@@ -52,7 +52,7 @@ _SCHEDULES = (
 _HOMES = {
     "ShardedEMA": "dist_ema.ema",
     "compute_ema": "dist_ema.functional",
-    "update_bn": "dist_ema.batch_norm",
+    "update_bn": "dist_ema.functional",
     "merge": "dist_ema.offline.merging.merge",
     "synthesize": "dist_ema.offline.merging.synthesize",
     "read_checkpoint": "dist_ema.offline.read",

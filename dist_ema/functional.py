@@ -1,11 +1,15 @@
-"""Composer's functional form."""
+"""What users call beside ``ShardedEMA``: ``compute_ema()``, Composer's functional form, and ``update_bn()``."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
 from dist_ema import kernels
+from dist_ema.core import batch_norm
+from dist_ema.ema import ShardedEMA
 from dist_ema.engines import detect
 from dist_ema.errors import EMAConfigError
 from dist_ema.schedules.checks import share
@@ -73,3 +77,37 @@ def _blend(target: Tensor, source: Tensor, count: int, weight: float) -> None:
         kernels.read(target, low, high, old)
         kernels.read(source, low, high, new)
         kernels.write(target, low, high, old.lerp_(new, weight) if old.is_floating_point() or old.is_complex() else new)
+
+
+def update_bn(
+    ema: ShardedEMA,
+    batches: Iterable[object],
+    *,
+    name: str | None = None,
+    forward: Callable[[object], object] | None = None,
+) -> None:
+    """Computes BatchNorm's running statistics anew under the average, and writes them into the average. Collective.
+
+    As ``torch.optim.swa_utils.update_bn`` does: one pass in training mode without gradients, in which each statistic
+    becomes the plain mean of those of all batches. Batches of all ranks count, as if one process had seen them all.
+    SyncBatchNorm takes its own statistics over several ranks, and a batch of all of them is one. Live weights and
+    buffers, momenta and modes are afterwards what they were, also if ``forward`` raises.
+
+    ``export`` writes these statistics, and ``average_parameters`` computes with them. With ``buffers="copy"`` they last
+    until the next update that is due, which copies the live ones again, and all averages have them in common; with
+    ``buffers="average"`` updates go on from them.
+
+    Args:
+        ema: the average.
+        batches: this rank's. Of a tuple or list the first element is taken, as torch does.
+        name: which average; None means the only one.
+        forward: called with each batch; computes with ``ema``'s model. None means the model itself, called with the
+            batch. Where the model's forward is collective (FSDP, ZeRO-3, tensor parallelism) ranks need equally many.
+
+    Raises:
+        EMAConfigError: the average does not have the statistics (``buffers="ignore"``, ``exclude``), or there are no
+            batches, or ``forward`` is needed since the model is a list.
+        EMAStateError: on every rank, inside ``average_parameters()``, before the first update, or ``forward`` raised on
+            another rank. On the rank where it raised, what it raised. The average is then what it was.
+    """
+    batch_norm.update_bn(ema._average, batches, name, forward)

@@ -22,8 +22,8 @@ def make_ema(case: str) -> ShardedEMA:
 @torch.no_grad()
 def perturb_ema(ema: ShardedEMA, step: int) -> None:
     """Multiplies every trained element by the same number: the same bits on any shard."""
-    engine = ema._engine
-    for share, source in zip(ema._shares, engine.sources(), strict=True):
+    engine = ema._average.engine
+    for share, source in zip(ema._average.shares, engine.sources(), strict=True):
         if share.spec.kind == "parameter":
             source.mul_(1.0 + 0.25 * (step + 1))
     engine.publish()
@@ -32,10 +32,10 @@ def perturb_ema(ema: ShardedEMA, step: int) -> None:
 def average_ema(ema: ShardedEMA, steps: range) -> None:
     for step in steps:
         perturb_ema(ema, step)
-        if ema._engine.stepped() or not type(ema._engine).__name__.startswith("Zero"):
+        if ema._average.engine.stepped() or not type(ema._average.engine).__name__.startswith("Zero"):
             ema.update()
         else:  # nothing was stepped: this is about files, not about DeepSpeed's steps
-            ema._engine.stepped = lambda: True  # type: ignore[method-assign]
+            ema._average.engine.stepped = lambda: True  # type: ignore[method-assign]
             ema.update()
 
 

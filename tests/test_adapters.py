@@ -182,7 +182,7 @@ def test_only_the_adapter_of_a_sharded_model_is_averaged_and_written(by: str, ra
             optimizer.zero_grad()
         ema.update()
         oracle.update(ShardedEMA(target, decay=0.0).full_state_dict())  # before its first update: the live weights
-    assert all(("lora" in share.spec.name) == (share.mode == "average") for share in ema._shares)
+    assert all(("lora" in share.spec.name) == (share.mode == "average") for share in ema._average.shares)
     ema.export(tmp_path / "adapter", layout="peft")
     state = ema.full_state_dict()
     model.eval()

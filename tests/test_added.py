@@ -204,7 +204,7 @@ def test_what_is_added_is_noticed_under_every_engine(case: str, rank: int) -> No
     assert len(looked) <= 1, f"the model was walked anew at {len(looked)} of 3 updates"
     with ema.average_parameters():
         pass
-    ema._engine.stepped = lambda: True  # type: ignore[method-assign]
+    ema._average.engine.stepped = lambda: True  # type: ignore[method-assign]
     model.extra = nn.Linear(2, 2)
     with pytest.raises(EMAStateError, match=r"'extra.bias', 'extra.weight' were added"):
         ema.update()
@@ -225,7 +225,7 @@ def test_what_is_added_is_noticed_under_every_engine(case: str, rank: int) -> No
 
 
 def _count_closer_looks(ema: ShardedEMA) -> list[None]:
-    binding, looks = ema._engine._binding, []  # type: ignore[attr-defined]
+    binding, looks = ema._average.engine._binding, []  # type: ignore[attr-defined]
     closer = binding._look_closer
 
     def count() -> None:
@@ -356,7 +356,7 @@ def test_a_transformers_model_is_watched_through_training_and_generation() -> No
 def test_a_thousand_tensors_are_watched_in_milliseconds() -> None:
     """Of the calling thread, at every update: in the time that the update itself may take in Python."""
     model = nn.Sequential(*(nn.Sequential(nn.Linear(1, 1), nn.Tanh()) for _ in range(500)))
-    engine = ShardedEMA(model, decay=DECAY)._engine
+    engine = ShardedEMA(model, decay=DECAY)._average.engine
     engine.sources()
     gc.collect()
     times = []

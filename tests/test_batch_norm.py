@@ -49,13 +49,13 @@ def test_every_rank_evaluates_with_the_buffers_that_export_writes(
     else:
         target = model = CASES[case].model()
     ema = ShardedEMA(target, decay=0.5, buffers=buffers)
-    ema._engine.stepped = lambda: True
+    ema._average.engine.stepped = lambda: True
     for _ in range(2):
         _differ(model, 1.0 + rank)
         ema.update()
     _differ(model, 10.0 + rank)
     live = _buffers(model)
-    shadow = [None if tensor is None else tensor.clone() for tensor in ema._shadow.tensors("ema")]
+    shadow = [None if tensor is None else tensor.clone() for tensor in ema._average.shadow.tensors("ema")]
     ema.export(tmp_path / "out")
     exported = load_file(tmp_path / "out" / "model.safetensors")
     with ema.average_parameters():
@@ -65,7 +65,7 @@ def test_every_rank_evaluates_with_the_buffers_that_export_writes(
         assert torch.equal(value, exported[name]), name
     after = _buffers(model)
     assert all(torch.equal(value, live[name]) for name, value in after.items())
-    for before, now in zip(shadow, ema._shadow.tensors("ema"), strict=True):
+    for before, now in zip(shadow, ema._average.shadow.tensors("ema"), strict=True):
         assert now is None if before is None else torch.equal(before, now)
 
 

@@ -522,7 +522,7 @@ def test_a_failed_save_that_one_rank_has_seen_already_keeps_no_other_waiting(ran
                 with pytest.raises(CheckpointError, match="No space left"):
                     ema.wait()
             else:
-                ema._background.drain()
+                ema._average.background.drain()
         argument = state if call == "load_state_dict" else tmp_path / "c"
         with pytest.raises(CheckpointError, match=r"rank 1: CheckpointError: the save before failed: .*No space left"):
             getattr(ema, call)(argument)

@@ -193,4 +193,4 @@ def test_a_complex_average_does_not_load_into_a_real_one(tmp_path: Path) -> None
 def test_real_models_take_no_notice() -> None:
     ema = ShardedEMA(build(), decay=0.5)
     ema.update()
-    assert not ema._shadow._complex
+    assert not ema._average.shadow._complex

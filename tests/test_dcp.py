@@ -139,7 +139,10 @@ def test_model_and_average_go_together_and_memory_is_shared(rank: int, tmp_path:
         perturb_ema(ema, step)
         ema.update()
     parts = ema.state_dict()["averages"]["ema"]
-    shadows = {share.spec.name: shadow for share, shadow in zip(ema._shares, ema._shadow.tensors("ema"), strict=True)}
+    shadows = {
+        share.spec.name: shadow
+        for share, shadow in zip(ema._average.shares, ema._average.shadow.tensors("ema"), strict=True)
+    }
     assert parts and all(part.held.data_ptr() == shadows[name].data_ptr() for name, part in parts.items())
     _save(tmp_path / "c", ema, model=model)
     other = CASES["fsdp2"].model()
@@ -184,7 +187,7 @@ def test_an_average_in_host_memory_is_saved_and_loaded_as_any_other(rank: int, t
     _load(tmp_path / "c", offloaded)
     assert offloaded.fingerprint() == expected and offloaded.num_updates == 3
     _load(tmp_path / "live", offloaded)
-    assert not offloaded._shadow.started
+    assert not offloaded._average.shadow.started
     offloaded.close()
 
 
@@ -246,7 +249,7 @@ def test_before_the_first_update_the_live_weights_are_saved_and_not_loaded_into(
     assert not ema.update()
     live = ema.fingerprint()
     _save(path, ema)
-    assert not ema._shadow.started
+    assert not ema._average.shadow.started
     dist.barrier()
     if rank == 0:
         dcp_to_torch_save(path, tmp_path / "full.pt")
@@ -257,12 +260,12 @@ def test_before_the_first_update_the_live_weights_are_saved_and_not_loaded_into(
     for step in range(2):
         perturb_ema(started, step)
         started.update()
-    weights = [source.clone() for source in started._engine.sources()]
+    weights = [source.clone() for source in started._average.engine.sources()]
     _load(path, started)
-    assert started.num_updates == 0 and not started._shadow.started
-    assert all(torch.equal(now, before) for now, before in zip(started._engine.sources(), weights, strict=True)), (
-        "the model was loaded into"
-    )
+    assert started.num_updates == 0 and not started._average.shadow.started
+    assert all(
+        torch.equal(now, before) for now, before in zip(started._average.engine.sources(), weights, strict=True)
+    ), "the model was loaded into"
     resumed = ShardedEMA(CASES[case].model(), **options)
     perturb_ema(resumed, 0)
     _load(path, resumed)

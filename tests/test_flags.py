@@ -49,7 +49,7 @@ class _Run:
         else:
             self.target = CASES[case].wrap(self.inner)
         self.ema = ShardedEMA(self.target, decay=DECAY, **options)
-        self.ema._engine.stepped = lambda: True  # type: ignore[method-assign]  # weights change without an optimizer
+        self.ema._average.engine.stepped = lambda: True  # type: ignore[method-assign]  # weights change without an optimizer
 
     @torch.no_grad()
     def advance(self, look: bool, flips: dict[str, bool], rows: int, factor: float, trained: set[str]) -> None:
@@ -61,9 +61,9 @@ class _Run:
             module = self.inner.frozen if part == "frozen" else self.inner.module[int(part[-1])]
             module.requires_grad_(flag)
         self.inner.bank = torch.cat([self.inner.bank, torch.full((rows, 3), 0.5 + len(self.inner.bank))])
-        engine = self.ema._engine
+        engine = self.ema._average.engine
         engine.reshard()
-        for share, source in zip(self.ema._shares, engine.sources(), strict=True):
+        for share, source in zip(self.ema._average.shares, engine.sources(), strict=True):
             if share.spec.name in trained:
                 source.mul_(factor)
         engine.publish()
@@ -105,11 +105,11 @@ def _random_run(case: str, seed: int, folder: Path, rank: int, **options: Any) -
         assert run.ema.fingerprint() == plain.ema.fingerprint(), (mode, step, flips)
         dense.follow(plain.inner.state_dict(), trained)
         if dice.random() < 0.5:
-            live = [source.clone() for source in run.ema._engine.sources()]
+            live = [source.clone() for source in run.ema._average.engine.sources()]
             with run.ema.average_parameters():
                 inside = run.ema.fingerprint()
             assert inside == plain.ema.fingerprint()
-            assert all(map(torch.equal, live, run.ema._engine.sources()))
+            assert all(map(torch.equal, live, run.ema._average.engine.sources()))
     found, expected = run.ema.full_state_dict(), plain.ema.full_state_dict()
     if rank == 0:
         assert found.keys() == expected.keys()
@@ -579,10 +579,10 @@ def test_replicas_send_each_other_what_joined_as_they_split_it(case: str, dtype:
             assert one.ema.update()
         assert run.ema.fingerprint() == plain.ema.fingerprint()
         with run.ema.average_parameters(), plain.ema.average_parameters():
-            names = [share.spec.name for share in plain.ema._shares]
-            wholes = dict(zip(names, plain.ema._engine.sources(), strict=True))
-            for share, source in zip(run.ema._shares, run.ema._engine.sources(), strict=True):
+            names = [share.spec.name for share in plain.ema._average.shares]
+            wholes = dict(zip(names, plain.ema._average.engine.sources(), strict=True))
+            for share, source in zip(run.ema._average.shares, run.ema._average.engine.sources(), strict=True):
                 flat = wholes[share.spec.name].reshape(-1)
                 expected = torch.cat([flat[start : start + size] for start, size in share.spec.runs] or [flat[:0]])
                 assert torch.equal(source.reshape(-1), expected), share.spec.name
-    assert {share.joined for share in run.ema._shares} >= {2, 3}
+    assert {share.joined for share in run.ema._average.shares} >= {2, 3}

@@ -27,7 +27,7 @@ FLOORS = {
     "the averaged copy": "shadow",
     "files": "checkpoints dcp",
     "one process": "offline importers planning",
-    "what users call": "ema functional batch_norm snapshots",
+    "what users call": "core ema functional snapshots",
     "commands and trainers": "cli integrations",
 }
 LAYERS = [{f"dist_ema.{name}" for name in names.split()} for names in FLOORS.values()]

@@ -180,18 +180,18 @@ def test_batch_norms_statistics_leave_held_parts_alone() -> None:
 def test_what_nobody_holds_any_more_is_not_copied() -> None:
     """The shadow stays in its memory after a usual checkpoint."""
     model, ema = begun()
-    before = [tensor.data_ptr() for tensor in ema._shadow.tensors("fast") if tensor is not None]
+    before = [tensor.data_ptr() for tensor in ema._average.shadow.tensors("fast") if tensor is not None]
     ema.state_dict()
     step(model, ema)
-    assert [tensor.data_ptr() for tensor in ema._shadow.tensors("fast") if tensor is not None] == before
+    assert [tensor.data_ptr() for tensor in ema._average.shadow.tensors("fast") if tensor is not None] == before
 
 
 def test_only_the_parts_that_are_held_are_copied() -> None:
     model, ema = begun()
-    before = {id(tensor): tensor for tensor in ema._shadow.tensors("fast") if tensor is not None}
+    before = {id(tensor): tensor for tensor in ema._average.shadow.tensors("fast") if tensor is not None}
     part = ema.state_dict()["averages"]["fast"]["one.weight"]
     step(model, ema)
-    after = [tensor for tensor in ema._shadow.tensors("fast") if tensor is not None]
+    after = [tensor for tensor in ema._average.shadow.tensors("fast") if tensor is not None]
     assert sum(id(tensor) not in before for tensor in after) == 1
     del part
 
@@ -225,7 +225,7 @@ class Reader(threading.Thread):
 
 def test_a_thread_at_work_is_waited_for_and_nothing_is_copied() -> None:
     model, ema = begun()
-    memory = [tensor.data_ptr() for tensor in ema._shadow.tensors("fast") if tensor is not None]
+    memory = [tensor.data_ptr() for tensor in ema._average.shadow.tensors("fast") if tensor is not None]
     expected = Held(ema).before
     reader = Reader(ema.state_dict())
     reader.start()
@@ -235,7 +235,7 @@ def test_a_thread_at_work_is_waited_for_and_nothing_is_copied() -> None:
     reader.join(60)
     assert reader.copies.keys() == expected.keys()
     assert all(torch.equal(reader.copies[place], value) for place, value in expected.items())
-    assert [tensor.data_ptr() for tensor in ema._shadow.tensors("fast") if tensor is not None] == memory
+    assert [tensor.data_ptr() for tensor in ema._average.shadow.tensors("fast") if tensor is not None] == memory
 
 
 def test_a_thread_that_does_not_end_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:

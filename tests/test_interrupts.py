@@ -251,22 +251,22 @@ def _trained(case: str, rank: int) -> tuple[ShardedEMA, Callable[[object], None]
     """An average, and a check that it and the live weights are what they were. The check is collective."""
     model, target = _model(case)
     ema = ShardedEMA(target, decay=0.5)
-    ema._engine.stepped = lambda: True
+    ema._average.engine.stepped = lambda: True
     for step in range(2):
         with torch.no_grad():
-            for share, source in zip(ema._shares, ema._engine.sources(), strict=True):
+            for share, source in zip(ema._average.shares, ema._average.engine.sources(), strict=True):
                 if share.mode == "average":
                     source.add_(0.5 + step)
                 elif source.is_floating_point():
                     source.add_(rank + 1)
-        ema._engine.publish()
+        ema._average.engine.publish()
         ema.update()
-    live = [source.clone() for source in ema._engine.sources()]
+    live = [source.clone() for source in ema._average.engine.sources()]
     weights = {name: _local(value).clone() for name, value in model.state_dict().items()}
     digest = ema.fingerprint()
 
     def check(number: object) -> None:
-        for share, before, now in zip(ema._shares, live, ema._engine.sources(), strict=True):
+        for share, before, now in zip(ema._average.shares, live, ema._average.engine.sources(), strict=True):
             assert torch.equal(before, now), (number, share.spec.name)
         for name, value in model.state_dict().items():
             assert torch.equal(_local(value), weights[name]), (number, name)

@@ -38,7 +38,7 @@ slow.wait()
 def updates():
     before = ema.full_state_dict()["weight"].clone()
     with torch.no_grad():
-        ema._engine.modules()[0].weight.zero_()
+        ema._average.engine.modules()[0].weight.zero_()
     assert ema.update() and torch.equal(ema.full_state_dict()["weight"], before / 2)
     with ema.average_parameters():
         pass

@@ -237,7 +237,7 @@ def test_merges_have_the_same_bits_from_every_engine_and_on_two_ranks(case: str,
     ema = make_ema(case)
     for step in range(3):
         perturb_ema(ema, step)
-        with mock.patch.object(ema._engine, "stepped", lambda: True):
+        with mock.patch.object(ema._average.engine, "stepped", lambda: True):
             ema.update()
         ema.save(tmp_path / f"{step}")
     paths = [tmp_path / f"{step}" for step in range(3)]

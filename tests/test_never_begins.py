@@ -161,7 +161,7 @@ def test_counts_on_an_accelerator_are_read_with_other_numbers_of_it(caplog: pyte
     with torch.no_grad():
         model.weight[1, 1] = math.nan
     ema = ShardedEMA(model, decay=0.5)
-    shadow = ema._shadow
+    shadow = ema._average.shadow
     report, shadow.report_nonfinite = shadow.report_nonfinite, lambda wait: report(wait) if wait else None  # type: ignore[method-assign]
     ema.update()
     ema.update()

@@ -256,11 +256,11 @@ def readers(folder: Path) -> dict[str, Callable[[ShardedEMA], object]]:
 
     def inside(ema: ShardedEMA) -> object:
         with ema.average_parameters():
-            return [parameter.clone() for parameter in ema._engine.modules()[0].parameters()]
+            return [parameter.clone() for parameter in ema._average.engine.modules()[0].parameters()]
 
     def copied(ema: ShardedEMA) -> object:
         ema.copy_to()
-        return [parameter.clone() for parameter in ema._engine.modules()[0].parameters()]
+        return [parameter.clone() for parameter in ema._average.engine.modules()[0].parameters()]
 
     def read(write: Callable[[ShardedEMA, Path], None], what: str) -> Callable[[ShardedEMA], object]:
         def call(ema: ShardedEMA) -> object:
@@ -447,7 +447,7 @@ def test_a_failed_update_is_raised_by_the_next_call_even_if_no_update_is_due() -
     ema = ShardedEMA(build(), update_interval=2, offload="cpu")
     with failing(MemoryError()):
         assert [ema.update() for _ in range(4)] == [False, True, False, True]
-        ema._shadow.drain()
+        ema._average.shadow.drain()
     with pytest.raises(EMAStateError, match="MemoryError"):
         ema.update()
 
@@ -481,7 +481,7 @@ def test_a_failure_that_was_reset_is_not_reported_any_more(tmp_path: Path) -> No
     good.save(tmp_path / "checkpoint")
     for forget in (lambda ema: ema.reset(), lambda ema: ema.load(tmp_path / "checkpoint")):
         _, _, ema = broken(MemoryError())
-        worker = ema._shadow._worker  # type: ignore[attr-defined]
+        worker = ema._average.shadow._worker  # type: ignore[attr-defined]
         assert worker.unseen() is not None
         forget(ema)
         assert worker.unseen() is None
@@ -518,7 +518,7 @@ def test_a_failure_on_one_rank_is_raised_on_all_by_the_first_save(rank: int, tmp
     ema.update()
     with failing(MemoryError("no memory")) if rank == 1 else contextlib.nullcontext():
         ema.update()
-        ema._shadow.drain()
+        ema._average.shadow.drain()
     with pytest.raises(EMAStateError, match=r"rank 1: EMAStateError: .*no memory"):
         ema.save(tmp_path / "checkpoint")
     ema.reset()
@@ -536,7 +536,7 @@ def test_a_failure_that_comes_during_a_restore_is_forgotten_by_it(rank: int) -> 
     expected = ema.fingerprint()
 
     restoring = threading.Event()
-    drain = ema._shadow.drain
+    drain = ema._average.shadow.drain
 
     def fail(*_: Any) -> None:
         assert restoring.wait(120)
@@ -549,7 +549,7 @@ def test_a_failure_that_comes_during_a_restore_is_forgotten_by_it(rank: int) -> 
     with contextlib.ExitStack() as stack:
         if rank == 1:
             stack.enter_context(mock.patch.object(kernels, "lerp", fail))
-            stack.enter_context(mock.patch.object(ema._shadow, "drain", drained))
+            stack.enter_context(mock.patch.object(ema._average.shadow, "drain", drained))
         ema.update()
         ema.load_state_dict(state)
         assert restoring.is_set() == (rank == 1)
@@ -564,7 +564,7 @@ def test_weights_that_move_or_change_their_dtype_are_refused(to: Any) -> None:
     ema.update()
     moved = [parameter.detach().to(to) for parameter in model.parameters()]
     with (
-        mock.patch.object(ema._engine, "sources", lambda: moved),
+        mock.patch.object(ema._average.engine, "sources", lambda: moved),
         pytest.raises(EMAStateError, match=rf"'weight' was torch.float32 on cpu when .* {to}.* now.*reset\(\)"),
     ):
         ema.update()

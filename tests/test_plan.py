@@ -68,12 +68,14 @@ def described(spec: TensorSpec) -> dict[str, Any]:
 def check(ema: ShardedEMA, model: Architecture, layout: Layout, rank: int, path: Path) -> None:
     """The plan of this rank is what ``ema`` holds, and that of the checkpoint what it writes. Collective."""
     ema.update()
-    for found, planned in zip(ema._engine.specs(), simulate(model.tensors, layout, rank, model.styles), strict=True):
+    for found, planned in zip(
+        ema._average.engine.specs(), simulate(model.tensors, layout, rank, model.styles), strict=True
+    ):
         assert described(found) == described(planned)
     options = make_options(averages=2)
     cost = rank_cost(model, layout, options, rank)
-    assert sum(ema._shadow.nbytes().values()) == cost.shadow + cost.buffers
-    assert ema._shadow.scratch.nbytes() <= cost.scratch
+    assert sum(ema._average.shadow.nbytes().values()) == cost.shadow + cost.buffers
+    assert ema._average.shadow.scratch.nbytes() <= cost.scratch
     ema.save(path)
     dist.barrier()
     files = predict(model, layout, options).files
@@ -100,7 +102,7 @@ def test_the_plan_of_deepspeed_is_what_is_allocated_and_written(
 ) -> None:
     """fp32 masters; pieces that cut parameters, with padding in the last."""
     ema = ShardedEMA(make_engine(stage, dtype), averages={"ema1": 0.5, "ema2": 0.25})
-    ema._engine.stepped = lambda: True  # type: ignore[method-assign]
+    ema._average.engine.stepped = lambda: True  # type: ignore[method-assign]
     plain = Net()
     for parameter in plain.parameters():  # not the buffers, which DeepSpeed leaves in fp32
         parameter.data = parameter.to({"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
@@ -115,7 +117,7 @@ def test_what_is_kept_while_an_average_is_in_use() -> None:
         ema.update()
         cost = rank_cost(of_module(model), Layout("plain", 1), make_options(), 0)
         with ema.average_parameters():
-            swap = ema._condition.swap
+            swap = ema._average.condition.swap
             assert swap is not None
             assert sum(tensor.nbytes for tensor in swap._kept.values()) == cost.in_use
         assert (cost.in_use > cost.buffers) == (dtype == torch.bfloat16)

@@ -97,7 +97,7 @@ class Run:
         self.target = target
         self.ema = ShardedEMA(target, averages=DECAYS, buffers=buffers, **options)
         if self.zero:  # nothing is stepped here: this is not about DeepSpeed's steps
-            self.ema._engine.stepped = lambda: True  # type: ignore[method-assign]
+            self.ema._average.engine.stepped = lambda: True  # type: ignore[method-assign]
         self.can_flip = not self.zero and case not in ("fsdp1-full",)  # a flat parameter has one flag
         self.held: list[tuple[list[Tensor], list[Tensor]]] = []
         self.saved: list[tuple[Path, Oracle]] = []
@@ -110,9 +110,9 @@ class Run:
     def train(self) -> None:
         """Moves each trained weight by a factor of its own, the same bits on any shard; then updates."""
         factors = {name: 1 + self.random.randint(-8, 8) / 64 for name in sorted(self.oracle.trained)}
-        engine = self.ema._engine
+        engine = self.ema._average.engine
         engine.reshard()
-        for share, source in zip(self.ema._shares, engine.sources(), strict=True):
+        for share, source in zip(self.ema._average.shares, engine.sources(), strict=True):
             if share.spec.name in factors:
                 source.mul_(factors[share.spec.name])
         engine.publish()
@@ -133,7 +133,7 @@ class Run:
         flag = self.random.random() < 0.5
         if not self.can_flip:
             return
-        self.ema._engine.reshard()  # after a forward FSDP2's flags would not reach the sharded parameters
+        self.ema._average.engine.reshard()  # after a forward FSDP2's flags would not reach the sharded parameters
         for parameter in _submodule(self.inner, part).parameters():
             parameter.requires_grad_(flag)
         for name in self.oracle.parameters:
@@ -175,7 +175,7 @@ class Run:
             torch.no_grad(),
             self.ema.average_parameters("fast"),
         ):
-            for share, source in zip(self.ema._shares, self.ema._engine.sources(), strict=True):
+            for share, source in zip(self.ema._average.shares, self.ema._average.engine.sources(), strict=True):
                 if share.spec.name in joined:
                     source.mul_(2)
         with pytest.raises(EMAStateError):
@@ -254,7 +254,7 @@ class Run:
                 if joins or (name in values and values[name].shape != value.shape):
                     values[name] = value.double() if name in self._averaged() else value.clone()
         if self.zero:
-            self.ema._engine.stepped = lambda: True  # type: ignore[method-assign]
+            self.ema._average.engine.stepped = lambda: True  # type: ignore[method-assign]
 
     def copy_to(self) -> None:
         average = self.random.choice(list(DECAYS))

@@ -217,7 +217,7 @@ def test_resumed_run_has_the_bits_of_the_uninterrupted_one(
     offload: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The seed is the checkpoint's; the number of the update goes on."""
-    caplog.set_level(logging.INFO, "dist_ema.ema")
+    caplog.set_level(logging.INFO, "dist_ema.core.average")
     options = {"decay": 0.99, "dtype": BF16, "offload": offload}
     model = _model()
     ema = ShardedEMA(model, seed=11, **options)
@@ -294,7 +294,7 @@ def test_everything_else_takes_a_bf16_average(tmp_path: Path, caplog: pytest.Log
     assert Manifest.from_bytes((tmp_path / "c" / NAME).read_bytes()).seed == 0
     ema.export(tmp_path / "e", dtype=BF16)
     assert torch.equal(load_file(tmp_path / "e" / "model.safetensors")["0.weight"], state["0.weight"])
-    sizes = [sum(one._shadow.nbytes().values()) for one in (ema, wide)]
+    sizes = [sum(one._average.shadow.nbytes().values()) for one in (ema, wide)]
     assert 2 * sizes[0] == sizes[1]
     ema.copy_to()
     assert torch.equal(model[0].weight, state["0.weight"].float())

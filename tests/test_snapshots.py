@@ -63,7 +63,7 @@ def test_each_is_the_average_of_its_moment(case: str, options: dict[str, Any], r
             values.append(float(number))
             step(model, ema, values[-1])
             if number == 4:
-                ema._known = None  # as after a reset(), when nobody knows what other ranks hold
+                ema._average.catalogue = None  # as after a reset(), when nobody knows what other ranks hold
     ema.wait()
     dist.barrier()
     plain = build(scalar=False)

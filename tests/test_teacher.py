@@ -161,13 +161,13 @@ def test_zero3_teacher_computes_with_every_update(dtype: str, rank: int, world_s
     resolution = {"fp32": 1e-5, "bf16": 2**-7}[dtype]  # of outputs below 2
     for step in range(3):
         zero_train(student, range(step, step + 1))
-        source = assembled(ema._engine)
+        source = assembled(ema._average.engine)
         source["head.weight"] = source["embed.weight"]
         oracle.update(source)
         with torch.no_grad():
             found = teacher(zero_batch(99, 0))
         if rank == 0:
-            ema._shadow.tensors("ema")  # finds the teacher's pieces as an update does: alone, or it would hang
+            ema._average.shadow.tensors("ema")  # finds the teacher's pieces as an update does: alone, or it would hang
         full = ema.full_state_dict()
         held = gathered(teacher)
         if rank == 0:
@@ -213,7 +213,7 @@ def test_memory_is_the_teachers_and_does_not_grow(case: str, rank: int, world_si
     optimizer = sgd(student)
 
     def held() -> list[int]:
-        return [size for ema in emas for size in ema._shadow.nbytes().values()]
+        return [size for ema in emas for size in ema._average.shadow.nbytes().values()]
 
     sizes, places = [], []
     for step in range(3):
@@ -225,16 +225,16 @@ def test_memory_is_the_teachers_and_does_not_grow(case: str, rank: int, world_si
         assert calls.get_total_counts() == 0
         sizes.append(held())
         places.append([parameter.data_ptr() for parameter in teacher.parameters()])
-        sizes[-1] += [ema._shadow.scratch.nbytes() for ema in emas]
+        sizes[-1] += [ema._average.shadow.scratch.nbytes() for ema in emas]
         average, written = live(teacher), live(narrow)
         for name in trained() & average.keys():
             assert torch.equal(average[name].bfloat16(), written[name]), name
     assert places[0] == places[-1]
-    mine = sum(share.numel for share in emas[0]._shares if share.mode == "average")
+    mine = sum(share.numel for share in emas[0]._average.shares if share.mode == "average")
     assert [size[:2] for size in sizes] == [[0, 4 * mine]] * 3
     assert sizes[1] == sizes[2]
     if case == "fsdp2":
-        full = sum(share.spec.numel for share in emas[0]._shares if share.mode == "average")
+        full = sum(share.spec.numel for share in emas[0]._average.shares if share.mode == "average")
         assert mine < 0.6 * full
     assert "in no other memory" in emas[0].memory_report()
     with emas[1].average_parameters():  # the shadow goes into the student, and the teacher keeps its own
@@ -252,7 +252,9 @@ def test_zero0_masters_go_into_a_plain_teacher(rank: int, world_size: int) -> No
     named = [name for name, _ in teacher.named_parameters() if not name.startswith("frozen")]
     for step in range(2):
         zero_train(student, range(step, step + 1))
-        masters = dict(zip([spec.name for spec in ema._engine.specs()], ema._engine.sources(), strict=True))
+        masters = dict(
+            zip([spec.name for spec in ema._average.engine.specs()], ema._average.engine.sources(), strict=True)
+        )
         calls.append([masters[name].clone() for name in named])
     first, second = calls
     for name, old, new in zip(named, first, second, strict=True):
@@ -291,8 +293,8 @@ def test_gathered_teacher_is_whole_on_every_rank(case: str, rank: int, world_siz
     for number in range(3):
         step(number)
         check()
-    mine = sum(share.numel for share in ema._shares if share.mode == "average")
-    assert mine < 0.6 * sum(share.spec.numel for share in ema._shares if share.mode == "average")
+    mine = sum(share.numel for share in ema._average.shares if share.mode == "average")
+    assert mine < 0.6 * sum(share.spec.numel for share in ema._average.shares if share.mode == "average")
     kept = {name: value.clone() for name, value in teacher.state_dict().items()}
     ema.save(tmp_path / "saved")
     with ema.average_parameters():
@@ -574,7 +576,7 @@ def test_saved_average_fills_the_teacher_of_another_run(rank: int, world_size: i
     plain = ShardedEMA(CASES["plain"].wrap(build(scalar=False)), decay=DECAY)
     plain.update()
     with torch.no_grad():
-        for parameter in plain._engine.modules()[0].parameters():
+        for parameter in plain._average.engine.modules()[0].parameters():
             parameter.mul_(1.5 if parameter.requires_grad else 1.0)
     plain.update()
     plain.save(tmp_path / "plain")

@@ -128,7 +128,7 @@ def _calls(ema: ShardedEMA, folder: Path) -> dict[str, Callable[[], object]]:
 def _torn(rank: int, folder: Path, case: str, function: str, call: int) -> None:
     model, ema = _trained(case)
     before = _bits(model)
-    shadow = [tensor.clone() for tensor in ema._shadow.tensors("ema") if tensor is not None]
+    shadow = [tensor.clone() for tensor in ema._average.shadow.tensors("ema") if tensor is not None]
     if rank == 1 and function:
         _die_at(function, call)
     raised = None
@@ -147,7 +147,7 @@ def _torn(rank: int, folder: Path, case: str, function: str, call: int) -> None:
     assert "average_parameters() failed" in str(raised)
     told = "do not save them" in str(raised)
     assert told or whole
-    now = [tensor for tensor in ema._shadow.tensors("ema") if tensor is not None]
+    now = [tensor for tensor in ema._average.shadow.tensors("ema") if tensor is not None]
     assert all(torch.equal(a, b) for a, b in zip(shadow, now, strict=True))  # this rank's part
     if told:
         other = ShardedEMA(model, decay=0.9)
@@ -163,7 +163,7 @@ def _torn(rank: int, folder: Path, case: str, function: str, call: int) -> None:
             _local(value).copy_(before[name])
     ema.reset()
     ema.update()
-    assert all(tensor.is_floating_point() for tensor in ema._shadow.tensors("ema") if tensor is not None)
+    assert all(tensor.is_floating_point() for tensor in ema._average.shadow.tensors("ema") if tensor is not None)
     assert ema.num_updates == 1
 
 

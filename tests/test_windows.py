@@ -281,10 +281,10 @@ STEPS, STOP = 18, 13  # the window of steps 12 to 16 is open
 def _train(ema: ShardedEMA, steps: range) -> None:
     """Multiplies every trained element by the same number: the same bits on any shard."""
     for step in steps:
-        for share, source in zip(ema._shares, ema._engine.sources(), strict=True):
+        for share, source in zip(ema._average.shares, ema._average.engine.sources(), strict=True):
             if share.spec.kind == "parameter":
                 source.mul_(1.0 + 0.25 * math.sin(step))
-        ema._engine.publish()
+        ema._average.engine.publish()
         ema.update(samples=10)
 
 

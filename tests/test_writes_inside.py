@@ -102,15 +102,15 @@ def write_some(ema: ShardedEMA, model: Any) -> None:
 
 def check_written(ema: ShardedEMA, model: Any, write: Callable[[], None], folder: Path) -> None:
     """The block raises, the live weights are back, and nobody reads the average until it is begun anew."""
-    live = [source.clone() for source in ema._engine.sources()]
+    live = [source.clone() for source in ema._average.engine.sources()]
     with (
         pytest.raises(EMAStateError, match="written inside average_parameters") as raised,
         ema.average_parameters(),
     ):
         write()
     assert "The average has changed" in str(raised.value)
-    ema._engine.reshard()
-    for before, after in zip(live, ema._engine.sources(), strict=True):
+    ema._average.engine.reshard()
+    for before, after in zip(live, ema._average.engine.sources(), strict=True):
         assert torch.equal(before, after)
     calls: list[Callable[[], object]] = [
         lambda: ema.save(folder / "save"),

@@ -77,7 +77,9 @@ def test_a_saved_average_is_read_in_one_process(name: str) -> None:
     }
     expected: dict[str, Any] = written.expected()[f"options/{options}/written"]["averages"]
     if options == "without_untracked":
-        lacking = {name for name, value in written.make("plain", options)._engine.modules()[0].named_parameters()}
+        lacking = {
+            name for name, value in written.make("plain", options)._average.engine.modules()[0].named_parameters()
+        }
         lacking = {name for name in lacking if name.startswith("frozen.")}
         expected = {
             average: {key: value for key, value in tensors.items() if key not in lacking}

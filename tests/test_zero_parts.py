@@ -283,7 +283,7 @@ def test_every_expert_is_averaged_under_its_own_name(case: str, world_size: int,
     ema.copy_to()
     oracle.check(masters(engine, rename))
     train_mixture(engine, range(1))
-    held = sum(share.numel for share in ema._shares if share.mode == "average")
+    held = sum(share.numel for share in ema._average.shares if share.mode == "average")
     full = sum(value.numel() for name, value in oracle.average.items() if name in oracle.trained)
     assert held <= full / world_size + 40, "the average is not spread"
 

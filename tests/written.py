@@ -124,7 +124,7 @@ def make(engine: str, options: str, **others: Any) -> ShardedEMA:
 def set_weights(ema: ShardedEMA, step: int, nan: bool) -> None:
     """Changes every trained element and buffer, by operations that give the same bits on any shard."""
     ema.wait()  # nothing offloaded is still being read
-    for share, source in zip(ema._shares, ema._engine.sources(), strict=True):
+    for share, source in zip(ema._average.shares, ema._average.engine.sources(), strict=True):
         if share.spec.kind == "parameter":
             source.mul_(1.0 + 0.25 * (step + 1))
         elif source.is_floating_point():
@@ -134,12 +134,12 @@ def set_weights(ema: ShardedEMA, step: int, nan: bool) -> None:
         if nan and share.spec.name == "one.weight":  # its first element, on the rank that has it
             local = source.to_local() if hasattr(source, "to_local") else source
             local.view(-1)[:1].fill_(torch.nan if step == 1 else 0.5)
-    ema._engine.publish()
+    ema._average.engine.publish()
 
 
 def advance(ema: ShardedEMA, steps: range, options: str, update: bool = True) -> None:
     """Goes through these steps, with updates or without. DeepSpeed has not stepped: this is about files."""
-    ema._engine.stepped = lambda: True  # type: ignore[method-assign]
+    ema._average.engine.stepped = lambda: True  # type: ignore[method-assign]
     for step in steps:
         set_weights(ema, step, OPTIONS[options].nan)
         if update:

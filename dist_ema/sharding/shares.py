@@ -6,12 +6,13 @@ gathering calls bring the parts together. Knows no wrapper and makes no collecti
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from dist_ema.errors import EMAConfigError, EMAEngineError
 from dist_ema.options import Options
@@ -172,6 +173,47 @@ def resized(share: Share, shape: Sequence[int]) -> Share:
     full = torch.Size(shape)
     spec = replace(share.spec, shape=full, runs=whole(full.numel()))
     return replace(share, spec=spec, start=0, stop=full.numel())
+
+
+def averaged_names(shares: Sequence[Share]) -> set[str]:
+    """Returns the names of the parameters that are averaged, including those that are frozen now. Pure."""
+    return {share.spec.name for share in shares if share.mode == "average" and share.spec.kind != "buffer"}
+
+
+def shares_to_load(
+    shares: list[Share], joining: Container[str], shapes: Mapping[str, Sequence[int]], options: Options
+) -> list[Share]:
+    """Returns the shares of an average that is to be loaded; the given list itself where nothing differs. Local.
+
+    Args:
+        shares: of the present average.
+        joining: names of parameters that are averaged in the checkpoint, and are frozen here.
+        shapes: by name, the shapes of buffers that have another shape in the checkpoint.
+        options: what the user asked for.
+    """
+    names = [name for share in shares for name in share.names]
+    if not shapes and not any(name in joining for name in names):
+        return shares
+    specs = []
+    for share in shares:
+        shape = shapes.get(share.spec.name)
+        specs.append(share.spec if shape is None else resized(share, shape).spec)
+    averaged = averaged_names(shares).union(name for name in names if name in joining)
+    return assign_shares(specs, options, averaged)
+
+
+def in_shapes_of(shares: Sequence[Share], sources: Sequence[Tensor]) -> list[Tensor]:
+    """Returns the live tensors, with zeros instead of each whole buffer that has another shape in the average. Local.
+
+    A shadow takes its memory and first values beside these.
+    """
+    found = []
+    for share, source in zip(shares, sources, strict=True):
+        whole_buffer = share.spec.kind == "buffer" and not share.spec.partitioned
+        if whole_buffer and source.shape != share.spec.shape:
+            source = torch.zeros(share.spec.shape, dtype=source.dtype, device=source.device)
+        found.append(source)
+    return found
 
 
 def replica_sets(shares: Sequence[Share]) -> list[list[int]]:

@@ -273,7 +273,7 @@ def test_a_checkpoint_without_an_average_is_one_error_on_every_rank(tmp_path: Pa
     averaging = callback(missing="start")
     module, bound = Module(), []
     module.steps = 3  # of the checkpoint
-    watch = Watch(lambda _: bound.append(averaging.ema._engine.modules() == [run.strategy.model]))
+    watch = Watch(lambda _: bound.append(averaging.ema._average.engine.modules() == [run.strategy.model]))
     run = trainer(tmp_path, "ddp", 2, callbacks=[averaging, watch])
     run.fit(module, loader(), ckpt_path=path)
     assert averaging.ema.num_updates == 3
@@ -356,7 +356,7 @@ def test_one_device(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run.validate(other, loader(1), ckpt_path=tmp_path / "weights.ckpt", verbose=False)
     assert loaded.ema.num_updates == 12
     run.fit_loop.max_epochs = 5
-    assert not any(tensor.is_inference() for tensor in loaded.ema._shadow.tensors("ema") if tensor is not None)
+    assert not any(tensor.is_inference() for tensor in loaded.ema._average.shadow.tensors("ema") if tensor is not None)
     run.fit(other, loader(), loader(1))
     assert loaded.ema.num_updates == 15
     run.strategy.remove_checkpoint(tmp_path / "final.ckpt")

@@ -10,8 +10,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
-from dist_ema.collectives import answering, gather_objects, size_of, sum_tensor
-from dist_ema.ema import ShardedEMA
+from dist_ema.collectives import gather_objects, size_of, sum_tensor
+from dist_ema.core.average import Average, collective
+from dist_ema.core.visit import average_parameters
 from dist_ema.engines import Engine
 from dist_ema.engines.names import Slot, walk_slots
 from dist_ema.errors import EMAConfigError, EMAStateError
@@ -22,73 +23,41 @@ _STATISTICS = ("running_mean", "running_var")
 _COUNT = "num_batches_tracked"
 
 
-@answering("update_bn()")
+@collective("update_bn()")
 @torch.no_grad()
 def update_bn(
-    ema: ShardedEMA,
+    average: Average,
     batches: Iterable[object],
-    *,
-    name: str | None = None,
-    forward: Callable[[object], object] | None = None,
+    name: str | None,
+    forward: Callable[[object], object] | None,
 ) -> None:
-    """Computes BatchNorm's running statistics anew under the average, and writes them into the average. Collective.
-
-    As ``torch.optim.swa_utils.update_bn`` does: one pass in training mode without gradients, in which each statistic
-    becomes the plain mean of those of all batches. Batches of all ranks count, as if one process had seen them all.
-    SyncBatchNorm takes its own statistics over several ranks, and a batch of all of them is one. Live weights and
-    buffers, momenta and modes are afterwards what they were, also if ``forward`` raises.
-
-    ``export`` writes these statistics, and ``average_parameters`` computes with them. With ``buffers="copy"`` they last
-    until the next update that is due, which copies the live ones again, and all averages have them in common; with
-    ``buffers="average"`` updates go on from them.
-
-    Args:
-        ema: the average.
-        batches: this rank's. Of a tuple or list the first element is taken, as torch does.
-        name: which average; None means the only one.
-        forward: called with each batch; computes with ``ema``'s model. None means the model itself, called with the
-            batch. Where the model's forward is collective (FSDP, ZeRO-3, tensor parallelism) ranks need equally many.
-
-    Raises:
-        EMAConfigError: the average does not have the statistics (``buffers="ignore"``, ``exclude``), or there are no
-            batches, or ``forward`` is needed since the model is a list.
-        EMAStateError: on every rank, inside ``average_parameters()``, before the first update, or ``forward`` raised on
-            another rank. On the rank where it raised, what it raised. The average is then what it was.
-    """
-    with ema._groups.turn("update_bn()"):
-        _update(ema, batches, name, forward)
-
-
-def _update(
-    ema: ShardedEMA, batches: Iterable[object], name: str | None, forward: Callable[[object], object] | None
-) -> None:
-    """See :func:`update_bn`; in the turn of this call."""
-    engine, shares, group = ema._engine, {share.spec.name: share for share in ema._shares}, ema._engine.group
-    with ema._begun(ema._call("update_bn()", name=name)):
-        ema._condition.refuse("update_bn()")
-        ema._name(name)
-        if not ema._shadow.started:
+    """See :func:`dist_ema.update_bn`."""
+    engine, group = average.engine, average.engine.group
+    shares = {share.spec.name: share for share in average.shares}
+    with average.begin(average.call("update_bn()", name=name)):
+        average.condition.refuse("update_bn()")
+        name = average.name(name)
+        if not average.shadow.started:
             raise EMAStateError("update_bn(): there is no average before the first update; call update() first")
         if forward is None and len(engine.modules()) != 1:
             raise EMAConfigError("forward=None: a list of modules has no forward pass of its own; give a function")
         slots = _slots(engine, shares)
-    with ema.average_parameters(name):
+    with average_parameters(average, name, held_by="update_bn()"):
         try:
             found = _run(engine, slots, batches, forward or engine.modules()[0], group)
         finally:
-            if ema._condition.swap is not None:
-                ema._condition.swap.accept_buffers()
-    average = ema._name(name)
-    ema._shadow.make_way()
-    shadows = dict(zip(shares, ema._shadow.tensors(average), strict=True))
+            if average.condition.swap is not None:
+                average.condition.swap.accept_buffers()
+    average.shadow.make_way()
+    shadows = dict(zip(shares, average.shadow.tensors(name), strict=True))
     with Uninterrupted():
-        ema._condition.broken = "update_bn()"
+        average.condition.broken = "update_bn()"
         for key, value in found.items():
             shadow = shadows[key]
             if shadow is not None:
                 shadow.copy_(value.reshape(-1))
-        ema._shadow.hand_on()
-        ema._condition.broken = None
+        average.shadow.hand_on()
+        average.condition.broken = None
 
 
 def _slots(engine: Engine, shares: dict[str, Share]) -> list[Slot]:

@@ -1,0 +1,468 @@
+"""``Average``: everything that one ``ShardedEMA`` knows on this rank, and how each of its calls begins."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial, wraps
+from typing import Concatenate, ParamSpec, TypeVar
+
+import torch.distributed as dist
+from torch import Tensor
+
+from dist_ema.checkpoints.background import Background
+from dist_ema.clock import Progress
+from dist_ema.collectives import (
+    Call,
+    agreed,
+    answering,
+    check_same_clocks,
+    check_same_updates,
+    rank_in,
+    same_call,
+)
+from dist_ema.engines import Attached, Engine, detect_in
+from dist_ema.errors import CheckpointError, EMAConfigError
+from dist_ema.groups import OwnGroups
+from dist_ema.interrupts import Uninterrupted
+from dist_ema.options import Options
+from dist_ema.shadow.condition import Condition
+from dist_ema.shadow.device import Shadow
+from dist_ema.shadow.host import HostShadow
+from dist_ema.shadow.teacher import Teacher
+from dist_ema.shadow.view import View
+from dist_ema.sharding.proof import proven_catalogue
+from dist_ema.sharding.shares import (
+    Share,
+    assign_shares,
+    averaged_names,
+    follow_shapes,
+    follow_specs,
+    is_ignored,
+    may_join,
+    resized,
+    was_resized,
+)
+from dist_ema.sharding.spec import TensorSpec
+from dist_ema.sharding.writers import FullTensor, is_writer
+from dist_ema.snapshots import Snapshots
+from dist_ema.state import EMAState, Track
+
+logger = logging.getLogger(__name__)
+P = ParamSpec("P")
+R = TypeVar("R")
+#: Seconds that a call on files waits for a rank that does not answer, beside what reading and writing takes.
+PATIENCE = 120.0
+
+
+class Average:
+    """The state of one ``ShardedEMA`` on this rank, and the steps that its calls have in common.
+
+    The tensors of the model, in the order of the engine, are the index of everything here::
+
+        engine.specs()      [  w0 (frozen)   w1          b1          running_mean (buffer)  ]
+        engine.sources()    [  live tensor   live        live        live                   ]
+        shares              [  "live"        "average"   "average"   "copy"                 ]
+        shadow.tensors(a)   [  None          flat        flat        flat                   ]
+
+    A call looks like this: ``turn()`` keeps other threads out, ``begin()`` lets all ranks start it or none, ``view()``
+    shows what this rank holds, ``live()`` and ``replace()`` put another average in its place.
+
+    ``ShardedEMA`` keeps it as ``_average``, through which tests look at what users do not see.
+
+    Args:
+        target: the model, as ``ShardedEMA`` takes it.
+        options: what the user asked for.
+        group: the ranks that hold the model; None means all.
+        into: the teacher that holds the average; None without one.
+
+    Attributes:
+        options: as given.
+        group: as given.
+        engine: reads and writes the live model.
+        shares: for each tensor of the model, which elements this rank averages, copies or leaves alone.
+        frozen: the numbers of the parameters that join the average when they are trained.
+        shadow: the averaged values.
+        track: the clocks, and how much of the average the last update kept.
+        condition: says whether the average and the live weights are whole, and whether the average is in the model.
+        catalogue: every full tensor of the model, as all ranks have agreed on it; None until the next collective call.
+        groups: the process groups that the library has made for itself.
+        background: the thread that writes saves and snapshots.
+        snapshots: the series that ``snapshot()`` has begun.
+        teacher: the model that holds the average; None without ``into=``.
+        attached: the handle of the optimizer that calls ``update()``; None without one.
+        may_be_resized: whether the next due update has to look for buffers that changed their shape.
+        changes: counts how often another shadow took the place of the one before.
+        skipped_before: NaN and Inf elements that the run before a restart left out; counted on rank 0.
+    """
+
+    def __init__(self, target: object, options: Options, group: dist.ProcessGroup | None, into: object) -> None:
+        self.options = options
+        self.group = group
+        self.engine = self.detect(target)
+        self.shares: list[Share] = []
+        self.frozen: list[int] = []
+        self.condition = Condition(self.engine)
+        self.catalogue: list[FullTensor] | None = None
+        self.background = Background()
+        self.snapshots: list[Snapshots] = []
+        self.teacher: Teacher | None = None
+        self.attached: Attached | None = None
+        self.may_be_resized = False
+        self.changes = 0
+        self._warned: set[str] = set()
+        with nullcontext() if into is None else agreed(self.engine.group, "ShardedEMA(into=...)"):
+            if into is not None:
+                self.teacher = Teacher(target, into, options, group)
+            self.plan(Progress())
+        self.groups = OwnGroups(self.engine.group, repr(options.facts()))
+
+    # What is averaged, and where it lies. Local.
+
+    def detect(self, target: object) -> Engine:
+        """Returns the engine of a model. It checks only tensors that are averaged or copied. Local."""
+        engine = detect_in(target, self.group)
+        engine.ignore(partial(is_ignored, self.options))
+        return engine
+
+    def plan(self, clock: Progress) -> None:
+        """Starts without an average: decides what will be averaged, and takes the training clock. Local.
+
+        Raises EMAConfigError if a pattern matches no name, or nothing is left to average.
+        """
+        specs = self.engine.specs()
+        names = [spec.name for spec in specs]
+        if not self.engine.is_part:  # a pattern may be meant for another rank's stage
+            self.options.check_patterns(names)
+        shares = assign_shares(specs, self.options)
+        if not any(share.mode == "average" for share in shares):
+            # In a GAN no parameter is trained between two steps: those that were averaged before are taken.
+            shares = assign_shares(specs, self.options, averaged_names(self.shares))
+        if not self.engine.is_part and not any(share.mode == "average" for share in shares):
+            trained = sum(spec.kind == "parameter" for spec in specs)
+            raise EMAConfigError(
+                f"nothing to average: the model has {trained} trained of {len(specs)} parameters and buffers, and "
+                "include and exclude leave none of them"
+            )
+        shadow = self.new_shadow(shares=shares)
+        self.changes += 1
+        self.condition.broken = "reset()"
+        self.set_shares(shares)
+        self._warned -= {"still", "resized"}
+        self._warn_if_coarse()
+        self.track = Track(self.options, clock)
+        self.shadow = shadow
+        shadow.install()
+        self.skipped_before = 0
+        self.condition.broken = None
+
+    def reset(self) -> None:
+        """Forgets the average. The training clock goes on. Local."""
+        self.condition.refuse("reset()", mends=True)
+        self.background.wait()
+        old = self.shadow
+        with Uninterrupted():
+            self.plan(self.track.training)
+            old.discard()
+            self.condition.mended()
+
+    def present(self) -> list[Tensor]:
+        """Returns the live tensors, one for each share. Local.
+
+        Tensors that are not averaged may have been added, removed or resized; the shares are changed to match. Every
+        rank has the same model, so all decide alike.
+        """
+        self.engine.reshard()
+        sources = self.engine.sources()
+        # Inside average_parameters() a swap refers to tensors by their numbers, which must not change.
+        outdated = self.engine.outdated and self.condition.visit is None
+        if outdated or self.engine.resized():
+            specs = self.engine.specs() if outdated else self.engine.announced()
+            follow = follow_specs if outdated else follow_shapes
+            self.take_shares(follow(self.shares, specs, self.options), sources)
+            if not self.shadow.started:
+                self._take_shapes(specs)
+            self.may_be_resized = True
+            sources = self.engine.sources() if outdated else sources
+        return sources
+
+    def _take_shapes(self, specs: Sequence[TensorSpec]) -> None:
+        """Takes new shapes of buffers before the first update, when the live model is the average. Local."""
+        shares = []
+        for share, spec in zip(self.shares, specs, strict=True):
+            shares.append(resized(share, spec.shape) if was_resized(share, spec) else share)
+        self.start_over(shares)
+
+    def start_over(self, shares: list[Share]) -> None:
+        """Goes on with other shares before the first update, when the shadow is empty. Local."""
+        if shares != self.shares:
+            shadow = self.new_shadow(self.shadow.seed, shares)
+            self.set_shares(shares)
+            self.install(shadow)
+
+    def take_shares(self, shares: list[Share], sources: Sequence[Tensor], new: Sequence[int] = ()) -> None:
+        """Goes on with other shares of the same average. Local. If this raises, nothing has changed.
+
+        Args:
+            shares: one for each tensor of the model as it is now.
+            sources: the live tensors.
+            new: the numbers of the shares that get new memory, since they join the average or were resized.
+        """
+        numbers = {name: number for number, share in enumerate(shares) for name in share.names}
+        places = [numbers.get(share.spec.name, -1) for share in self.shares]
+        counterpart = None if self.teacher is None else self.teacher.match(shares, self.teacher.target)
+        self.shadow.follow(shares, places, new, sources, counterpart)
+        self.set_shares(shares)
+
+    def set_shares(self, shares: list[Share]) -> None:
+        """Notes which elements this rank averages. Ranks have to agree on the catalogue again. Local."""
+        self.shares = shares
+        self.catalogue = None
+        self.may_be_resized = True
+        self.frozen = [number for number, share in enumerate(shares) if may_join(share, self.options)]
+
+    def new_shadow(
+        self, saved_seed: int | None = None, shares: Sequence[Share] | None = None, target: object = None
+    ) -> Shadow:
+        """Makes an empty shadow of the kind that the options ask for. Local.
+
+        Args:
+            saved_seed: the seed of a loaded or earlier average, which wins over the option.
+            shares: what this rank averages; None means the present shares.
+            target: the model whose shares they are; None means the averaged model.
+        """
+        options, seed = self.options, self.seed(saved_seed)
+        shares = self.shares if shares is None else shares
+        if self.teacher is not None:
+            group = self.engine.group
+            return self.teacher.shadow(options.schedules, shares, options.skip_nonfinite, seed, group, target)
+        if options.offload:
+            return HostShadow(options.schedules, shares, options.skip_nonfinite, options.offload_threads, seed)
+        return Shadow(options.schedules, shares, options.skip_nonfinite, seed)
+
+    def seed(self, saved: int | None) -> int | None:
+        """Returns the seed of stochastic rounding, or None where values are rounded to nearest. A saved seed wins."""
+        own = self.options.seed
+        if own is None or saved is None:
+            return own
+        if saved != own:
+            logger.info("The average was saved with seed=%d and goes on with it, not with seed=%d.", saved, own)
+        return saved
+
+    def install(self, shadow: Shadow) -> None:
+        """Makes ``shadow`` the active one, and ends work on the one before. Local."""
+        self.changes += 1
+        old, self.shadow = self.shadow, shadow
+        if old is not shadow:
+            old.discard()
+        shadow.install()
+
+    def replace(self, shadow: Shadow, shares: list[Share], state: EMAState, operation: str) -> None:
+        """Makes a loaded average the active one, and goes on with its clocks. Local.
+
+        Args:
+            shadow: the loaded values.
+            shares: what this rank holds of them.
+            state: the clocks and counts that were saved.
+            operation: the call, for errors if this is interrupted.
+        """
+        self.condition.broken = operation
+        if shares is not self.shares:
+            self.set_shares(shares)
+        self.may_be_resized = True  # the live buffers may have other shapes than the loaded ones
+        self.install(shadow)
+        self.track.restore(state)
+        for snapshots in self.snapshots:
+            snapshots.begin(self.track.training)
+        self.skipped_before = state.skipped if rank_in(self.engine.group) == 0 else 0
+        self.condition.mended()
+
+    # Beginning a call.
+
+    def call(self, name: str, operation: str = "", /, **arguments: object) -> Call:
+        """Describes a collective call, with the arguments that all ranks have to give alike. Local.
+
+        Args:
+            name: the method, such as ``"save()"``.
+            operation: the words of error messages; may differ between ranks, as a path may. Empty means ``name``.
+            arguments: what ranks must have in common. A path is not among them: rank 0's is used.
+        """
+        facts = {argument: repr(value) for argument, value in arguments.items()}
+        options = {f"ShardedEMA's {option}": value for option, value in self.options.facts().items()}
+        return Call(name, facts | options, operation)
+
+    @contextmanager
+    def turn(self, operation: str) -> Iterator[None]:
+        """Around one collective call: calls of other threads wait, and an error names the call. Local."""
+        with answering(operation), self.groups.turn(operation):
+            yield
+
+    @contextmanager
+    def begin(
+        self, call: Call, replaces: bool = False, timeout: float | None = None, groups: OwnGroups | None = None
+    ) -> Iterator[None]:
+        """Begins a collective call: in the block each rank checks whether it can take part; then all go on, or none.
+
+        Collective at the end of the block. Afterwards ``full_tensors`` is known.
+
+        Args:
+            call: what this rank calls.
+            replaces: the call replaces the average, so ranks need not have averaged equally often.
+            timeout: seconds to wait for the other ranks; None means as long as the group waits.
+            groups: the process groups to meet in; None means the object's own.
+
+        Raises:
+            EMAStateError: on every rank, if ranks make different calls, or have counted different training.
+            EMAError: on every rank, what any of them raised in the block.
+        """
+        groups = self.groups if groups is None else groups
+        if not replaces:
+            self.condition.refuse_torn(call.name)
+        units = sorted(self.options.units())
+        call = replace(call, number=groups.number)
+        with same_call(call, lambda message: groups.gather(message, timeout)) as round_:
+            yield
+            clocks = {unit: self.track.training.value(unit) for unit in units}
+            round_.send((self.num_updates, clocks, self.catalogue is not None))
+        updates, readings, known = zip(*round_.received, strict=True)
+        if not replaces:
+            check_same_updates(updates)
+            check_same_clocks(readings)
+        if not all(known):  # reset() is local, so ranks may differ in what they know
+            self.catalogue = self.proven(self.engine, self.shares, groups.group)
+
+    def proven(self, engine: Engine, shares: Sequence[Share], group: dist.ProcessGroup | None) -> list[FullTensor]:
+        """Lists every full tensor of a model, once ranks have proven that they hold each element once. Collective."""
+        return proven_catalogue(shares, group, engine.check_layout, engine.layout)
+
+    def view(self, operation: str, inside: bool = True) -> View:
+        """Returns what this rank holds of averages and live weights. Local; waits for an offloaded update.
+
+        Args:
+            operation: the call, for errors.
+            inside: whether the call may also be made inside ``average_parameters()``.
+
+        Raises EMAStateError if the average is not whole or the model has changed.
+        """
+        self.condition.refuse(operation, inside=inside)
+        if self.condition.swap is not None:
+            self.condition.swap.check_writes(operation)
+        self.shadow.wait()
+        return View(self.shares, self.shadow, self.present(), self.condition)
+
+    def live(self, operation: str) -> list[Tensor]:
+        """Returns the live tensors, for a call that replaces the average, even one that is not whole. Local."""
+        self.condition.refuse(operation, mends=True)
+        return self.present()
+
+    def wait_for_save(self) -> None:
+        """Waits for a save in the background, and raises what failed in it as a CheckpointError.
+
+        Some ranks may have raised it already; inside ``begin()`` it is raised on all of them.
+        """
+        try:
+            self.background.wait()
+        except Exception as error:
+            raise CheckpointError(f"the save before failed: {error}") from error
+
+    # What the averages and tensors are. Local.
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the averages."""
+        return tuple(self.options.schedules)
+
+    @property
+    def num_updates(self) -> int:
+        """The number of updates, the first copy included."""
+        return self.track.averaged.updates
+
+    def name(self, name: str | None) -> str:
+        """Returns the name of an average; None means the only one. Raises EMAConfigError if there is no such one."""
+        names = self.names
+        if name is None and len(names) == 1:
+            return names[0]
+        if name is None or name not in names:
+            raise EMAConfigError(f"name={name!r}: allowed are {', '.join(map(repr, names))}")
+        return name
+
+    @property
+    def full_tensors(self) -> list[FullTensor]:
+        """Every full tensor of the model, the same on every rank, after ``begin()``."""
+        return self.catalogue or []
+
+    def wanted(self, include_untracked: bool) -> list[FullTensor]:
+        """Lists the full tensors that a call returns: all of them, or only what is averaged or copied."""
+        return [entry for entry in self.full_tensors if include_untracked or entry.mode != "live"]
+
+    def writes(self) -> list[bool]:
+        """Says for each share whether this rank contributes it to what is collected from all ranks."""
+        entries = {entry.name: entry for entry in self.full_tensors}
+        rank = rank_in(self.engine.group)
+        return [is_writer(entries[share.spec.name], share, rank) for share in self.shares]
+
+    def state(self, skipped: int) -> EMAState:
+        """Returns the clocks and counts that a checkpoint carries; ``skipped`` are elements that were left out."""
+        return self.track.state(self.shadow.started, skipped, self.shadow.seed)
+
+    def skipped(self) -> int:
+        """Counts NaN and Inf elements that this rank left out; on rank 0 also those before a restart. Local."""
+        self.shadow.report_nonfinite(wait=True)
+        guard = self.shadow.guard
+        return self.skipped_before + (guard.total() if guard is not None else 0)
+
+    def nbytes(self) -> int:
+        """Returns the bytes that this rank reads or writes in a checkpoint, roughly."""
+        return sum(share.numel * share.dtype.itemsize for share in self.shares) * len(self.names)
+
+    # Warnings.
+
+    def first_time(self, warning: str) -> bool:
+        """Says whether a warning has not been logged yet, and notes that it is now."""
+        if warning in self._warned:
+            return False
+        self._warned.add(warning)
+        return True
+
+    def warn_if_not_started(self, operation: str) -> None:
+        """Logs once, on rank 0, that what ``operation`` writes as the average is the live model."""
+        if self.shadow.started or not self.first_time(operation):
+            return
+        if rank_in(self.engine.group) == 0:
+            logger.warning(
+                "%s writes the live weights in place of the average, which has not begun: no update was due yet "
+                "(ema_start=%r, update_interval=%r; trained: %s).",
+                operation,
+                str(self.options.start),
+                str(self.options.interval),
+                self.track.training,
+            )
+
+    def _warn_if_coarse(self) -> None:
+        coarse = [share for share in self.shares if share.mode == "average" and share.dtype.itemsize < 4]
+        if coarse and self.options.dtype is None:  # else it is rounded stochastically
+            logger.warning(
+                "dtype=None keeps %d shadows in %s, %r among them. A slow average of that precision stops moving, "
+                "since its steps are smaller than its last bit: dtype=torch.float32 does not.",
+                len(coarse),
+                coarse[0].dtype,
+                coarse[0].spec.name,
+            )
+
+
+def collective(
+    operation: str,
+) -> Callable[[Callable[Concatenate[Average, P], R]], Callable[Concatenate[Average, P], R]]:
+    """Makes a function one collective call, by ``Average.turn()``. The average is its first argument."""
+
+    def decorate(function: Callable[Concatenate[Average, P], R]) -> Callable[Concatenate[Average, P], R]:
+        @wraps(function)
+        def call(average: Average, /, *args: P.args, **kwargs: P.kwargs) -> R:
+            with average.turn(operation):
+                return function(average, *args, **kwargs)
+
+        return call
+
+    return decorate

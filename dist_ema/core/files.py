@@ -1,0 +1,225 @@
+"""Calls on files: ``save()``, ``load()``, ``export()`` and ``snapshot()``.
+
+All four have the same frame. Inside ``begin()`` each rank checks what it can check alone; when all agree, a group on
+the CPU reads or writes. ``save(block=False)`` and a snapshot hand the second half to a thread::
+
+    caller's thread     begin | make the files, write live weights | -> training goes on
+    our thread                                                     | read the shadow | sync, commit
+    next due update                                                  waits until here ^
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dist_ema.checkpoints.contents import Contents
+from dist_ema.checkpoints.export import export as write_export
+from dist_ema.checkpoints.load import Load, report_schedules
+from dist_ema.checkpoints.save import Save
+from dist_ema.checkpoints.versions import read_anew_if_replaced
+from dist_ema.collectives import agreed, answering
+from dist_ema.core.average import PATIENCE, Average, collective
+from dist_ema.engines.unwrapped import unwrapped
+from dist_ema.groups import Turn
+from dist_ema.interrupts import Uninterrupted
+from dist_ema.kernels.streams import Handover
+from dist_ema.options import check_cast
+from dist_ema.shadow.device import Shadow
+from dist_ema.shadow.view import View
+from dist_ema.sharding.gather import check_readable
+from dist_ema.sharding.shares import Share, in_shapes_of, shares_to_load
+from dist_ema.snapshots import Snapshots
+
+#: Work of our thread, which enters the context while it reads the shadow.
+Work = Callable[[AbstractContextManager[None]], None]
+
+
+@collective("export()")
+def export(
+    average: Average,
+    path: str | os.PathLike[str],
+    *,
+    name: str | None,
+    dtype: torch.dtype | None,
+    max_shard_size: int | str,
+    config_from: object,
+    gather: bool | None,
+    include_untracked: bool,
+    layout: str | None,
+) -> None:
+    """See :meth:`ShardedEMA.export`."""
+    call = average.call(
+        "export()",
+        name=name,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        gather=gather,
+        include_untracked=include_untracked,
+        layout=layout,
+    )
+    with average.begin(call):
+        check_cast(dtype)
+        held = average.view(call.name).average(average.name(name))
+    average.warn_if_not_started(call.name)
+    modules = average.engine.modules()
+    write_export(
+        path,
+        average.full_tensors,
+        held.get,
+        average.groups.files(call.name, PATIENCE, average.nbytes()),
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        config_from=config_from,
+        gather=gather,
+        layout=layout,
+        model=unwrapped(modules[0]) if len(modules) == 1 else None,
+        include_untracked=include_untracked,
+    )
+
+
+def save(
+    average: Average, path: str | os.PathLike[str], *, block: bool, timeout: float, include_untracked: bool
+) -> None:
+    """See :meth:`ShardedEMA.save`."""
+    operation = f"save to {path}"
+    average.background.drain()
+    with answering(operation, timeout), average.groups.turn("save()"):
+        call = average.call("save()", operation, block=block, timeout=timeout, include_untracked=include_untracked)
+        with average.begin(call, timeout=timeout):
+            average.wait_for_save()
+            view = average.view("save()")
+            held = {name: view.average(name, include_untracked) for name in average.names}
+            for tensors in held.values():
+                check_readable(tensors.values())
+        average.warn_if_not_started("save()")
+        nbytes = average.nbytes()
+        contents = Contents(
+            average.state(average.skipped()),
+            average.options.schedules,
+            average.full_tensors,
+            {name: tensors.get for name, tensors in held.items()},
+            include_untracked,
+        )
+        writing = Save(path, contents, average.groups.files("save()", timeout, nbytes))
+        if block:
+            writing.run()
+            return
+        writing.start()
+        turn = average.groups.line_up("save()", timeout, nbytes)  # all ranks are here, so in one order on all
+
+    def finish(reading: AbstractContextManager[None]) -> None:
+        with answering(operation, timeout):
+            writing.finish(reading, turn)
+
+    _in_background(average, finish, _handover(average), turn)
+
+
+def _handover(average: Average) -> Handover:
+    """Lets our thread read the shadow when the work that is queued on it is done. Local."""
+    tensors = []
+    if average.shadow.started:
+        for name in average.names:
+            tensors += [values for values in average.shadow.tensors(name) if values is not None]
+    return Handover(tensors)
+
+
+def _in_background(average: Average, work: Work, handover: Handover, turn: Turn) -> None:
+    """Runs ``work`` in a thread, after which its turn is over, even if ``work`` did not take it. Local."""
+
+    def run(reading: AbstractContextManager[None]) -> None:
+        try:
+            work(reading)
+        finally:
+            turn.leave()
+
+    try:
+        average.background.start(run, handover)
+    except BaseException:
+        turn.leave()
+        raise
+
+
+def snapshot(
+    average: Average, folder: str | os.PathLike[str], every: str | int, keep: int | None, dtype: torch.dtype | None
+) -> Snapshots:
+    """See :meth:`ShardedEMA.snapshot`."""
+    call = average.call("snapshot()", every=every, keep=keep, dtype=dtype)
+    with average.turn(call.name), average.begin(call):
+        snapshots = Snapshots(folder, every, keep, dtype)
+    snapshots.begin(average.track.training)
+    average.snapshots.append(snapshots)
+    return snapshots
+
+
+def take_snapshot(average: Average, snapshots: Snapshots) -> None:
+    """Has a thread save the averages as they are. Local; waits for an offloaded update and for an earlier save."""
+    average.condition.refuse("snapshot")
+    average.shadow.wait()
+    # Read here, since the average may have changed when the thread gets its turn.
+    path = snapshots.path(average.track.training)
+    engine, shares, catalogue = average.engine, average.shares, average.catalogue
+    state, schedules = average.state(0), average.options.schedules
+    view = View(shares, average.shadow, engine.sources(), average.condition)
+    held = {name: view.average(name, include_untracked=False).get for name in average.names}
+    handover = _handover(average)
+    turn = average.groups.line_up("snapshot()", PATIENCE, average.nbytes())
+
+    def contents(group: dist.ProcessGroup | None) -> Contents:
+        # After a reset() ranks have not agreed on the catalogue yet.
+        entries = average.proven(engine, shares, group) if catalogue is None else catalogue
+        with handover.taken():
+            skipped = average.skipped()  # waits for the device
+        return Contents(replace(state, skipped=skipped), schedules, entries, held, False, snapshots.dtype)
+
+    def write(reading: AbstractContextManager[None]) -> None:
+        with answering(f"snapshot {path}", PATIENCE), turn as group:
+            snapshots.save(path, contents, reading, group)
+
+    _in_background(average, write, handover, turn)
+
+
+@collective("load()")
+def load(average: Average, path: str | os.PathLike[str], strict: bool, verify: bool) -> None:
+    """See :meth:`ShardedEMA.load`.
+
+    The checkpoint is read into a new shadow, which takes the place of the old one when all ranks have read theirs.
+    """
+    average.background.drain()
+    call = average.call("load()", f"load from {path}", strict=strict, verify=verify)
+    with average.begin(call, replaces=True):
+        average.wait_for_save()
+        sources = average.live("load()")
+    options = average.options
+    group = average.groups.files("load()", PATIENCE, average.nbytes())
+    manifest, shadow, shares = read_anew_if_replaced(
+        lambda: Load(path, average.full_tensors, average.names, group, options.selects, options.dtype),
+        lambda reading: (reading.manifest, *_filled(average, reading, sources, strict, verify)),
+    )
+    with Uninterrupted():
+        average.replace(shadow, shares, manifest.state, "load()")
+    report_schedules(manifest.schedules, options.schedules)
+
+
+def _filled(
+    average: Average, reading: Load, sources: Sequence[Tensor], strict: bool, verify: bool
+) -> tuple[Shadow, list[Share]]:
+    """Returns a new shadow with what a checkpoint holds, and its shares. Collective; raises on every rank."""
+    found = reading.match(strict)
+    shares = shares_to_load(average.shares, reading.joining, reading.shapes, average.options)
+    shadow = average.new_shadow(reading.manifest.seed, shares)
+    if reading.manifest.started:
+        # What a checkpoint lacks starts from the live weights; where it may lack nothing, none are copied.
+        begin = shadow.allocate if strict else shadow.start
+        with agreed(average.engine.group, "load()"):
+            begin(in_shapes_of(shares, sources))
+            shadow.wait()
+        reading.fill(shadow, shares, found, verify)
+        shadow.loaded()
+    return shadow, shares

@@ -1,0 +1,129 @@
+"""``state_dict()`` and ``load_state_dict()``: what ``torch.distributed.checkpoint`` saves, and loads into. Collective.
+
+:mod:`dist_ema.dcp` makes and reads the dicts. It is imported inside the functions, since
+``torch.distributed.checkpoint`` takes seconds to import and brings ``torch.distributed.tensor``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dist_ema.checkpoints.load import report_schedules
+from dist_ema.collectives import agreed, check_same_updates, sum_integers
+from dist_ema.core.average import Average, collective
+from dist_ema.errors import CheckpointMismatchError
+from dist_ema.interrupts import Uninterrupted
+from dist_ema.shadow.host import wait_for_reads
+from dist_ema.shadow.swap import Swap, Visit
+from dist_ema.shadow.view import View
+from dist_ema.sharding.shares import in_shapes_of, shares_to_load
+from dist_ema.state import EMAState
+
+
+@collective("state_dict()")
+def state_dict(average: Average, full: bool, live: bool) -> dict[str, Any]:
+    """See :meth:`ShardedEMA.state_dict`."""
+    from dist_ema.dcp.stateful import full_parts, make_head
+
+    operation, group = "state_dict()", average.engine.group
+    with average.begin(average.call(operation, full=full, live=live)):
+        view = average.view(operation)
+    (skipped,) = sum_integers([average.skipped()], group)
+    state = average.state(skipped)
+    if full:
+        head = make_head(state, average.options.schedules)
+        return head | full_parts(view, average.names, average.full_tensors, group, live)
+    with agreed(group, operation):
+        return _parts(average, view, state, live)
+
+
+def _parts(average: Average, view: View, state: EMAState, live: bool) -> dict[str, Any]:
+    """Returns this rank's part of the state dict. Local."""
+    from dist_ema.dcp.stateful import add_live, make_state_dict
+
+    shares, writes, schedules = average.shares, average.writes(), average.options.schedules
+    if average.shadow.started:
+        parts = make_state_dict(state, schedules, view.flat, shares, writes, spare=False)
+    else:
+        # The live weights are the average. They are copied, as they change at the next step.
+        spare = average.new_shadow()
+        spare.start(view.sources)
+        spare.wait()
+        parts = make_state_dict(state, schedules, spare.tensors, shares, writes, spare=True)
+        spare.discard()  # ends what keeps it up to date; its memory is the dict's
+    if live:
+        flat = [None if values is None else values.flat() for values in view.live()]
+        add_live(parts, flat, shares, writes)
+    return parts
+
+
+@collective("load_state_dict()")
+def load_state_dict(average: Average, state: Mapping[str, Any]) -> None:
+    """See :meth:`ShardedEMA.load_state_dict`.
+
+    Nothing changes until every rank has found that its part fits::
+
+        1  begin                    every rank can take part
+        2  what joins               names and shapes that any rank's part has
+        3  the part                 checked against the shares, and live weights read
+        4  shadow, seed, clocks     replaced
+        5  live weights             written into the model, if the dict has them
+    """
+    from dist_ema.dcp.loaded import LoadedStateDict, unlike
+
+    group, operation, options = average.engine.group, "load_state_dict()", average.options
+    average.shadow.drain()  # what fails in it does not matter any more
+    average.background.drain()
+    with average.begin(average.call(operation), replaces=True):
+        average.wait_for_save()
+        sources = average.live(operation)
+    entries = average.full_tensors
+
+    with agreed(group, operation) as round_:
+        # Each rank has parts of some tensors only: all are told what any has.
+        round_.send(unlike(state, entries, options.selects))
+    joining: set[str] = set()
+    shapes: dict[str, tuple[int, ...]] = {}
+    for names, found in round_.received:
+        joining.update(names)
+        shapes.update(found)
+    shares = shares_to_load(average.shares, joining, shapes, options)
+
+    with agreed(group, operation) as round_:
+        tracked = {entry.name for entry in entries if entry.mode != "live" or entry.name in joining}
+        restore = LoadedStateDict(state, shares, average.names, tracked)
+        live = restore.live(sources)
+        round_.send((live is None, restore.state.averaged.updates))
+    without_live, updates = zip(*round_.received, strict=True)
+    if len(set(without_live)) > 1:
+        raise CheckpointMismatchError(f"{operation}: some ranks' state dicts have 'live' and others' have not")
+    check_same_updates(updates)
+
+    back, visit = None, Visit("", operation)
+    if live is not None:
+        wait = average.background.wait_until_read
+        back = Swap(average.engine, shares, live, average.shadow.scratch, visit, wait)
+        back.entries = average.full_tensors
+    shadow = average.shadow
+    if shadow.failed or not (restore.state.started and shadow.started) or shares is not average.shares:
+        shadow = average.new_shadow(shares=shares)
+    shadow.make_way()
+    with Uninterrupted():
+        average.condition.broken = operation
+        if restore.state.started:
+            with agreed(group, operation):
+                if not shadow.started:  # where an update failed on some ranks, these alone need memory
+                    shadow.allocate(in_shapes_of(shares, sources))
+                restore.fill(shadow)
+                shadow.loaded()
+        shadow.seed = average.seed(restore.state.seed)
+        average.replace(shadow, shares, restore.state, operation)
+        if back is not None:
+            average.condition.begin(visit)
+            try:
+                wait_for_reads()
+                back.copy()
+            finally:
+                average.condition.end(visit)
+    report_schedules(restore.schedules, options.schedules)

@@ -1,0 +1,137 @@
+"""Calls that return numbers and tensors of the average: full tensors, fingerprints and metrics. Collective."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from dist_ema.checkpoints.arrangement import Arrangement
+from dist_ema.checkpoints.export import arranged
+from dist_ema.checkpoints.hub import check_layout
+from dist_ema.checkpoints.hub_tensors import HubTensors
+from dist_ema.collectives import Call, rank_in, sum_floats, sum_integers
+from dist_ema.core.average import Average, collective
+from dist_ema.engines.unwrapped import unwrapped
+from dist_ema.errors import EMAConfigError, EMAStateError
+from dist_ema.kernels.fingerprint import Part, partial_digests
+from dist_ema.options import check_cast
+from dist_ema.sharding.gather import check_readable, full_tensors
+from dist_ema.sharding.stream import everywhere, in_windows
+from dist_ema.sharding.writers import is_writer
+
+
+@collective("full_state_dict()")
+def full_state_dict(
+    average: Average, name: str | None, dtype: torch.dtype | None, include_untracked: bool
+) -> dict[str, Tensor]:
+    """See :meth:`ShardedEMA.full_state_dict`."""
+    call = average.call("full_state_dict()", name=name, dtype=dtype, include_untracked=include_untracked)
+    with average.begin(call):
+        check_cast(dtype)
+        held = average.view(call.name).average(average.name(name), include_untracked)
+        check_readable(held.values())
+    return full_tensors(average.wanted(include_untracked), held.get, dtype, average.engine.group, call.name)
+
+
+def iter_full_tensors(
+    average: Average,
+    name: str | None,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+    layout: str | None,
+) -> Iterator[tuple[str, Tensor]]:
+    """See :meth:`ShardedEMA.iter_full_tensors`. What is wrong is raised here, not at the first tensor."""
+    call = average.call("iter_full_tensors()", name=name, dtype=dtype, layout=layout)
+    modules = average.engine.modules()
+    model = unwrapped(modules[0]) if len(modules) == 1 else None
+    with average.turn(call.name):
+        with average.begin(call):
+            check_cast(dtype)
+            if layout not in (None, "transformers"):
+                raise EMAConfigError(f"layout={layout!r}: allowed are None and 'transformers'")
+            check_layout(layout, model)
+            check_readable(average.view(call.name).average(average.name(name)).values())
+        entries = average.full_tensors
+        dtypes = {entry.name: entry.cast(dtype) for entry in entries}
+        arrangement = None
+        if layout is not None:
+            arrangement = arranged(model, layout, entries, dtypes, average.engine.group, call.name)
+    return _one_by_one(average, call, average.name(name), dtypes, torch.device(device or "cpu"), arrangement)
+
+
+def _one_by_one(
+    average: Average,
+    call: Call,
+    name: str,
+    dtypes: Mapping[str, torch.dtype],
+    device: torch.device,
+    arrangement: Arrangement | None,
+) -> Iterator[tuple[str, Tensor]]:
+    """Gathers as many tensors at a time as one window holds. Collective.
+
+    Args:
+        average: as it was when the call was made.
+        call: for the other ranks, which have to be in the same one.
+        name: of the average.
+        dtypes: of the tensors that are returned, by name.
+        device: of the tensors that are returned.
+        arrangement: makes the Hub's tensors from the module's; None returns the module's own.
+    """
+    moment, entries = (average.num_updates, average.changes), average.full_tensors
+    group = average.engine.group
+    hub = None if arrangement is None else HubTensors(arrangement, device)
+    for batch in in_windows(entries, dtypes):
+        with average.turn(call.name):
+            # Ranks meet before each batch: one that has left the loop, and makes another call, is told so.
+            with average.begin(call):
+                if (average.num_updates, average.changes) != moment:
+                    raise EMAStateError(
+                        f"{call.name}: the average was updated since the first tensor, or loaded or reset: start anew"
+                    )
+                held = average.view(call.name).average(name)
+            if hub is not None:
+                found = hub.gather(batch, held.get, dtypes, group, call.name)
+            else:
+                found = everywhere(batch, held.get, dtypes, group, device, call.name)
+        yield from found
+
+
+@collective("fingerprint()")
+def fingerprint(average: Average, name: str | None, include_untracked: bool) -> dict[str, int]:
+    """See :meth:`ShardedEMA.fingerprint`.
+
+    Each rank adds up its own elements, of those that it is the one rank to count; the sums of all ranks are added.
+    """
+    call = average.call("fingerprint()", name=name, include_untracked=include_untracked)
+    with average.begin(call):
+        held = average.view(call.name).average(average.name(name), include_untracked)
+        check_readable(held.values())
+    entries = average.wanted(include_untracked)
+    group = average.engine.group
+    parts = {}
+    for entry in entries:
+        mine = held.get(entry.name)
+        if mine is not None and is_writer(entry, mine.share, rank_in(group)):
+            parts[entry.name] = Part(mine.values, mine.runs, entry.dtype, mine.start)
+    sums = dict.fromkeys([entry.name for entry in entries], 0)
+    sums.update(zip(parts, partial_digests(list(parts.values())), strict=True))
+    return dict(zip(sums, sum_integers(list(sums.values()), group), strict=True))
+
+
+@collective("metrics()")
+def metrics(average: Average) -> dict[str, float]:
+    """See :meth:`ShardedEMA.metrics`."""
+    call = average.call("metrics()")
+    with average.begin(call):
+        view = average.view(call.name, inside=False)
+    writes = average.writes()
+    squares = [view.squared_distance(name, writes) for name in average.names]
+    *squares, skipped = sum_floats([*squares, average.skipped()], average.engine.group)
+    values = {"ema/num_updates": float(average.num_updates), "ema/skipped_elements": skipped}
+    for name, square in zip(average.names, squares, strict=True):
+        prefix = "ema" if len(squares) == 1 else f"ema/{name}"
+        values[f"{prefix}/decay"] = average.track.decays[name]
+        values[f"{prefix}/distance"] = square**0.5
+    return values
