@@ -1,10 +1,10 @@
 """A GPU of no speed at all: what the code asks of CUDA's streams, events and pinned memory, in the order that it may be
 done in and no sooner.
 
-``with FakeCuda() as gpu`` puts it in the place of ``torch.cuda`` for all threads. Its tensors lie in the CPU's memory
-and say that they are on ``cuda:1``. What is asked of a stream is put into a queue, and done when somebody has to wait
-for it: who synchronises, who reads a value, or a stream that waits for an event. So whoever should have waited and did
-not reads what was there before, always, where a real GPU does so now and then.
+``with FakeCuda() as gpu`` puts it in the place of ``torch.cuda`` for all threads, and of ``torch.accelerator``. Its
+tensors lie in the CPU's memory and say that they are on ``cuda:1``. What is asked of a stream is put into a queue, and
+done when somebody has to wait for it: who synchronises, who reads a value, or a stream that waits for an event. So
+whoever should have waited and did not reads what was there before, always, where a real GPU does so now and then.
 """
 
 from __future__ import annotations
@@ -238,6 +238,7 @@ class FakeCuda:
         }
         for name, fake in fakes.items():
             self._stack.enter_context(mock.patch.object(torch.cuda, name, fake))
+        self._stack.enter_context(mock.patch.object(torch.accelerator, "current_stream", current_stream))
         self._stack.enter_context(mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: False))
         self._stack.enter_context(
             mock.patch.object(memory, "pinned", lambda numel, dtype: torch.empty(numel, dtype=dtype))

@@ -76,8 +76,8 @@ class Loan:
             return
         with torch.inference_mode(False), torch.no_grad():
             part.set_(part.clone())  # type: ignore[call-overload]
-            if part.device.type == "cuda":  # the holder may read on another stream
-                torch.cuda.current_stream(part.device).synchronize()
+            if not part.is_cpu:  # the holder may read on another stream
+                torch.accelerator.current_stream(part.device).synchronize()
 
 
 #: By id. No lock: a signal's handler may break off a thread that holds one, or call this library while it does. Each

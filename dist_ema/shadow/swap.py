@@ -344,8 +344,8 @@ class Swap:
 
     def _settle(self) -> None:
         """Waits for copies to the device that still read weights in host memory (CPU offload): they are written now."""
-        if torch.cuda.is_available() and any(source.device.type == "cpu" for source in self._sources):
-            torch.cuda.synchronize()
+        if torch.accelerator.is_available() and any(source.is_cpu for source in self._sources):
+            torch.accelerator.synchronize()
 
     def _spare(self, sources: Sequence[Tensor]) -> dict[int, Tensor]:
         """Memory for live elements that cannot change places with their shadow: its dtype is another, it is a buffer,

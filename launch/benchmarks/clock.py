@@ -15,7 +15,7 @@ _CYCLES = 200_000_000  # a tenth of a second of a GPU: more than the host needs 
 def synchronize(device: str) -> None:
     """Waits for the device."""
     if device != "cpu":
-        torch.cuda.synchronize()
+        torch.accelerator.synchronize()
 
 
 def timed(function: Callable[[], object], device: str) -> tuple[float, float]:
@@ -30,7 +30,7 @@ def timed(function: Callable[[], object], device: str) -> tuple[float, float]:
         taken = time.perf_counter() - start
         return taken, taken
     before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    torch.cuda.synchronize()
+    torch.accelerator.synchronize()
     torch.cuda._sleep(_CYCLES)  # type: ignore[no-untyped-call]
     before.record()
     start = time.perf_counter()
@@ -38,5 +38,5 @@ def timed(function: Callable[[], object], device: str) -> tuple[float, float]:
         function()
     host = time.perf_counter() - start
     after.record()
-    torch.cuda.synchronize()
+    torch.accelerator.synchronize()
     return before.elapsed_time(after) / 1e3 / QUEUED, host / QUEUED

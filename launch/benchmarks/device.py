@@ -159,7 +159,7 @@ def training(parameters: int, steps: int, repeats: int, device: str) -> list[dic
             step()
         synchronize(device)
         if device != "cpu":
-            torch.cuda.reset_peak_memory_stats()
+            torch.accelerator.reset_peak_memory_stats()
         times = []
         for _ in range(repeats):
             start = time.perf_counter()
@@ -167,7 +167,7 @@ def training(parameters: int, steps: int, repeats: int, device: str) -> list[dic
                 step()
             synchronize(device)
             times.append((time.perf_counter() - start) / steps)
-        peak = torch.cuda.max_memory_allocated() if device != "cpu" else 0
+        peak = torch.accelerator.max_memory_allocated() if device != "cpu" else 0
         grown = resident() - before
         rows.append(
             {"row": name, "ms": statistics.median(times) * 1e3, "device_gb": peak / 1e9, "host_gb": grown / 1e9}

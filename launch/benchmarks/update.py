@@ -128,11 +128,11 @@ def peak_of_updates(label: str, elements: int, tensors: int, dtype: torch.dtype,
         contender = contenders(dtype)[label].builder(model)
         gc.collect()
         if device != "cpu":
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
+            torch.accelerator.reset_peak_memory_stats()
+            before = torch.accelerator.memory_allocated()
             contender.update()
             synchronize(device)
-            return torch.cuda.max_memory_allocated() - before
+            return torch.accelerator.max_memory_allocated() - before
         torch.ones(1 << 20).lerp_(torch.ones(1 << 20), 0.5).sum()  # starts the threads, which cost memory too
         try:
             return peak_growth(lambda: (contender.update(), contender.update()))

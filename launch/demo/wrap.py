@@ -63,7 +63,7 @@ def process_group() -> Iterator[torch.device]:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if cuda:
-        torch.cuda.set_device(device)
+        torch.accelerator.set_device_index(device)
     if ours:
         store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
         dist.init_process_group(
