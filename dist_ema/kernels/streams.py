@@ -5,8 +5,8 @@ for the kernels that are queued on the maker's stream, would hold up everyone's 
 half a gigabyte on a device that another rank has. So a thread of ours works inside an :class:`OwnStream`, which its
 maker has made. Who waits for whom: the table in :mod:`dist_ema.shadow`.
 
-Streams and events are those of ``torch.cuda``: ``torch.Event`` takes ``blocking=True`` and ignores it (torch 2.13), so a
-thread that waits for one would keep a core busy.
+Streams and events are those of ``torch.cuda``: ``torch.Event`` takes ``blocking=True`` and ignores it (torch 2.13), so
+that a thread which waits for one would keep a core busy.
 """
 
 from __future__ import annotations
