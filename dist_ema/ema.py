@@ -20,10 +20,10 @@ from dist_ema.core.rebind import rebind
 from dist_ema.engines import RemovableHandle
 from dist_ema.errors import EMAStateError
 from dist_ema.options import Options
+from dist_ema.runtime.untraced import untraced
 from dist_ema.schedules import Schedule
 from dist_ema.shadow.memory_report import memory_report, summary
 from dist_ema.snapshots import Snapshots
-from dist_ema.untraced import untraced
 
 
 class ShardedEMA:

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from dist_ema.kernels import cuda, memory
+from dist_ema.kernels import cuda
+from dist_ema.runtime import memory
 
 DEVICE = torch.device("cuda", 1)
 #: What gives another look at the same memory, and waits for nothing.

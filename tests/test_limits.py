@@ -23,9 +23,9 @@ from torch.distributed.tensor import DTensor, Shard
 from dist_ema import ShardedEMA, merge
 from dist_ema.checkpoints import reader
 from dist_ema.checkpoints.reader import RunReader
-from dist_ema.checkpoints.threads import work_through
 from dist_ema.checkpoints.versions import read_manifest
 from dist_ema.offline.merging import combine
+from dist_ema.runtime.threads import work_through
 from dist_ema.sharding.runs import Rows, cut
 
 

@@ -29,7 +29,7 @@ from zero_models import make_engine, train
 
 from dist_ema import ShardedEMA, kernels
 from dist_ema.errors import EMAStateError
-from dist_ema.kernels import memory
+from dist_ema.runtime import memory
 from dist_ema.shadow import staging
 from dist_ema.shadow.staging import HostLink, Take, carve
 

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from dist_ema import ShardedEMA, collectives, kernels
-from dist_ema.kernels.streams import Handover, OwnStream, Relay
+from dist_ema.runtime.streams import Handover, OwnStream, Relay
 
 
 @pytest.fixture

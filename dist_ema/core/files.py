@@ -28,9 +28,9 @@ from dist_ema.collectives import agreed, answering
 from dist_ema.core.average import PATIENCE, Average, collective
 from dist_ema.engines.unwrapped import unwrapped
 from dist_ema.groups import Turn
-from dist_ema.interrupts import Uninterrupted
-from dist_ema.kernels.streams import Handover
 from dist_ema.options import check_cast
+from dist_ema.runtime.interrupts import Uninterrupted
+from dist_ema.runtime.streams import Handover
 from dist_ema.shadow.device import Shadow
 from dist_ema.shadow.view import View
 from dist_ema.sharding.gather import check_readable

@@ -27,7 +27,7 @@ from dist_ema.core.files import take_snapshot
 from dist_ema.duration import what_is_missed
 from dist_ema.engines import Attached, RemovableHandle
 from dist_ema.errors import EMAConfigError, EMAStateError
-from dist_ema.interrupts import Uninterrupted
+from dist_ema.runtime.interrupts import Uninterrupted
 from dist_ema.sharding.shares import as_live, assign_shares, averaged_names, may_join, was_resized
 
 logger = logging.getLogger(__name__)

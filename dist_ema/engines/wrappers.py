@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from dist_ema.engines.loaded import loaded
-from dist_ema.untraced import untraced
+from dist_ema.runtime.untraced import untraced
 
 _TRAINERS = frozenset({"accelerate", "lightning", "lightning_fabric", "pytorch_lightning", "deepspeed"})
 _FABRIC = ("lightning.fabric.wrappers", "lightning_fabric.wrappers")

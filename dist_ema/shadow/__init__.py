@@ -1,7 +1,7 @@
 """The averaged copy, on the device or in host memory behind a thread; and its visits to the model.
 
 Who waits for what, on which CUDA stream. *Current* is the caller's stream on the weights' device; threads of ours never
-use a default stream, but an ``OwnStream`` (:mod:`dist_ema.kernels.streams`), which is what all rows below are made of:
+use a default stream, but an ``OwnStream`` (:mod:`dist_ema.runtime.streams`), which is what all rows below are made of:
 
 ==================  ==========================  =======================================================================
 work                runs on                     waits for

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from dist_ema import kernels
-from dist_ema.kernels import memory
-from dist_ema.kernels.streams import OwnStream
+from dist_ema.runtime import memory
+from dist_ema.runtime.streams import OwnStream
 
 #: Bytes of one allocation at most, unless one tensor is larger: torch rounds pinned memory up to a power of two.
 _BLOCK = 1 << 30

@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor
 
-from dist_ema.kernels import memory
+from dist_ema.runtime import memory
 
 
 class OwnStream:

@@ -12,7 +12,7 @@ from weakref import WeakSet
 import torch
 
 from dist_ema.errors import EMAStateError
-from dist_ema.exits import fail_at_exit
+from dist_ema.runtime.exits import fail_at_exit
 
 logger = logging.getLogger(__name__)
 

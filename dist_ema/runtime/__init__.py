@@ -1,0 +1,1 @@
+"""Signals, threads, CUDA streams and pinned memory: what runs beside the caller, and who waits for whom."""
