@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_ema.clock import Progress
 from dist_ema.core import files, tensors, visit
 from dist_ema.core import state_dict as stateful
 from dist_ema.core import update as updating
@@ -22,6 +21,7 @@ from dist_ema.errors import EMAStateError
 from dist_ema.options import Options
 from dist_ema.runtime.untraced import untraced
 from dist_ema.schedules import Schedule
+from dist_ema.schedules.clock import Progress
 from dist_ema.shadow.memory_report import memory_report, summary
 from dist_ema.snapshots import Snapshots
 

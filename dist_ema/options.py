@@ -9,11 +9,11 @@ from numbers import Real
 
 import torch
 
-from dist_ema.clock import CLOCK_UNITS, Time
 from dist_ema.errors import EMAConfigError
 from dist_ema.patterns import patterns, renames
 from dist_ema.schedules import ConstantDecay, HalfLife, Schedule, Smoothing, check_registered
 from dist_ema.schedules.checks import AVERAGE_NAME
+from dist_ema.schedules.clock import CLOCK_UNITS, Time
 
 #: The name of the average where there is only one.
 ONLY = "ema"

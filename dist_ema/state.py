@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from dist_ema.clock import Progress, crossed, reached
 from dist_ema.options import Options
 from dist_ema.schedules import Schedule
+from dist_ema.schedules.clock import Progress, crossed, reached
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from dist_ema import ShardedEMA
-from dist_ema.clock import Progress, Time
-from dist_ema.duration import what_is_missed
-from dist_ema.pace import Pace
+from dist_ema.integrations.composer_pace import Pace
+from dist_ema.schedules.clock import Progress, Time
+from dist_ema.schedules.duration import what_is_missed
 from dist_ema.state import Options, Track
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from dist_ema.clock import Progress
 from dist_ema.errors import EMAConfigError
-from dist_ema.pace import HALF_LIFE, Pace
+from dist_ema.integrations.composer_pace import HALF_LIFE, Pace
+from dist_ema.schedules.clock import Progress
 
 
 def _events(pace: Pace, batches: int) -> list[int]:

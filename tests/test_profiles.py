@@ -14,7 +14,6 @@ import pytest
 from numpy.typing import NDArray
 
 from dist_ema.cli import main
-from dist_ema.clock import Progress, Time
 from dist_ema.errors import EMAConfigError
 from dist_ema.schedules import (
     KINDS,
@@ -33,6 +32,7 @@ from dist_ema.schedules import (
     Warmup,
     Window,
 )
+from dist_ema.schedules.clock import Progress, Time
 
 EXAMPLES = [
     ConstantDecay(0.0),

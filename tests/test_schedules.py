@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_ema.clock import Progress, Time
 from dist_ema.errors import EMAConfigError
 from dist_ema.schedules import (
     KINDS,
@@ -32,6 +31,7 @@ from dist_ema.schedules import (
     from_dict,
     sigma_rel_to_gamma,
 )
+from dist_ema.schedules.clock import Progress, Time
 
 settings.register_profile("fixed", derandomize=True, deadline=None)
 settings.load_profile("fixed")

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from dist_ema.clock import Progress, Time
 from dist_ema.errors import EMAConfigError
 from dist_ema.offline.synthesis import fit, trailing
 from dist_ema.schedules import ConstantDecay, HalfLife, PowerFunction, Schedule, Window, sigma_rel_to_gamma
+from dist_ema.schedules.clock import Progress, Time
 from dist_ema.schedules.profile import Profile
 
 SIGMAS = (0.05, 0.10)

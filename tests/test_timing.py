@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_ema.clock import CLOCK_UNITS, Progress, Time, crossed, reached
 from dist_ema.errors import EMAConfigError
+from dist_ema.schedules.clock import CLOCK_UNITS, Progress, Time, crossed, reached
 
 settings.register_profile("fixed", derandomize=True, deadline=None)
 settings.load_profile("fixed")

@@ -17,10 +17,10 @@ from dist_ema import __version__
 from dist_ema.checkpoints.state_json import state_from_json, state_to_json
 from dist_ema.checkpoints.stored import StoredFile, StoredTensor, is_tensor_name, tensors_from_json, tensors_to_json
 from dist_ema.checkpoints.strict_json import is_count, parse, shown
-from dist_ema.clock import Progress
 from dist_ema.errors import CheckpointCorruptError, CheckpointError, EMAConfigError, EMAError
 from dist_ema.schedules import Schedule, from_file
 from dist_ema.schedules.checks import AVERAGE_NAME
+from dist_ema.schedules.clock import Progress
 from dist_ema.state import EMAState
 
 #: Folder of a tensor in the data folder, and its name.

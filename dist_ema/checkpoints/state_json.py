@@ -8,7 +8,7 @@ from math import isfinite
 from typing import Any
 
 from dist_ema.checkpoints.strict_json import is_count, shown
-from dist_ema.clock import Progress
+from dist_ema.schedules.clock import Progress
 from dist_ema.state import EMAState
 
 _UNITS = tuple(field.name for field in fields(Progress))

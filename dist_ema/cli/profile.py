@@ -39,7 +39,7 @@ def profile(
 
     Each option may be given several times. Averaging starts with the first update.
     """
-    from dist_ema.schedules.picture import draw, parse, profile_at
+    from dist_ema.cli.picture import draw, parse, profile_at
 
     found = {
         label: profile_at(given, label, at=at, update_interval=update_interval)

@@ -12,7 +12,6 @@ from typing import Concatenate, ParamSpec, TypeVar
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_ema.clock import Progress
 from dist_ema.collectives import (
     Call,
     agreed,
@@ -28,6 +27,7 @@ from dist_ema.groups import OwnGroups
 from dist_ema.options import Options
 from dist_ema.runtime.background import Background
 from dist_ema.runtime.interrupts import Uninterrupted
+from dist_ema.schedules.clock import Progress
 from dist_ema.shadow.condition import Condition
 from dist_ema.shadow.device import Shadow
 from dist_ema.shadow.host import HostShadow

@@ -20,14 +20,14 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from dist_ema.clock import Progress
 from dist_ema.collectives import rank_in
 from dist_ema.core.average import Average
 from dist_ema.core.files import take_snapshot
-from dist_ema.duration import what_is_missed
 from dist_ema.engines import Attached, RemovableHandle
 from dist_ema.errors import EMAConfigError, EMAStateError
 from dist_ema.runtime.interrupts import Uninterrupted
+from dist_ema.schedules.clock import Progress
+from dist_ema.schedules.duration import what_is_missed
 from dist_ema.sharding.shares import as_live, assign_shares, averaged_names, may_join, was_resized
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dist_ema.clock import Progress
 from dist_ema.errors import CheckpointCorruptError, CheckpointError
 from dist_ema.importers.foreign import (
     Content,
@@ -28,6 +27,7 @@ from dist_ema.importers.foreign import (
 )
 from dist_ema.options import ONLY
 from dist_ema.schedules import HalfLife
+from dist_ema.schedules.clock import Progress
 
 _CLOCK = {"batches": "batch", "samples": "sample", "tokens": "token", "epochs": "epoch"}
 

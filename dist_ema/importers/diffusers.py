@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from dist_ema.checkpoints.strict_json import shown
-from dist_ema.clock import Progress
 from dist_ema.errors import CheckpointCorruptError, EMAConfigError
 from dist_ema.importers.foreign import (
     BATCH_NORM,
@@ -21,6 +20,7 @@ from dist_ema.importers.foreign import (
 )
 from dist_ema.options import ONLY
 from dist_ema.schedules import NumUpdatesWarmup, Schedule, Warmup
+from dist_ema.schedules.clock import Progress
 
 _KEYS = {"decay", "optimization_step", "update_after_step", "use_ema_warmup"}
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dist_ema.clock import Progress
 from dist_ema.importers.foreign import Content, Foreign, Model, integer, read_tensors, search, ties
 from dist_ema.options import ONLY
 from dist_ema.schedules import Warmup
+from dist_ema.schedules.clock import Progress
 
 _KEYS = {"initted", "step"}
 _PREFIX = "ema_model."

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from dist_ema import kernels
 from dist_ema.checkpoints.strict_json import is_count, shown
-from dist_ema.clock import Progress
 from dist_ema.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError
 from dist_ema.schedules import Schedule
+from dist_ema.schedules.clock import Progress
 
 #: What wrappers put into names; see :mod:`dist_ema.engines.names`.
 _TOKENS = re.compile(r"(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")

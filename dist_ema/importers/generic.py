@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from dist_ema.checkpoints.strict_json import is_count
-from dist_ema.clock import Progress
 from dist_ema.importers.foreign import Content, Foreign, Model, ties
 from dist_ema.importers.state_dicts import Choice, choose
 from dist_ema.options import ONLY
 from dist_ema.schedules import ConstantDecay, NumUpdatesWarmup, Schedule
+from dist_ema.schedules.clock import Progress
 
 NAME = "state-dict"
 #: Entries of a training file with the number of optimizer steps.

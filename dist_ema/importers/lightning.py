@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from dist_ema.clock import Progress
 from dist_ema.errors import CheckpointCorruptError
 from dist_ema.importers.foreign import Content, Foreign, Model, integer, read_tensors, ties
 from dist_ema.options import ONLY
 from dist_ema.schedules import ConstantDecay
+from dist_ema.schedules.clock import Progress
 
 
 def matches(content: Content) -> bool:

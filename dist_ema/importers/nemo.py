@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dist_ema.clock import Progress
 from dist_ema.errors import CheckpointCorruptError, CheckpointError
 from dist_ema.importers.foreign import Content, Foreign, LazyTensor, Model, integer, read_tensors, ties
 from dist_ema.options import ONLY
 from dist_ema.schedules import ConstantDecay
+from dist_ema.schedules.clock import Progress
 
 _KEYS = {"opt", "ema", "decay", "current_step"}
 

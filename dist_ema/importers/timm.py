@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dist_ema.clock import Progress
 from dist_ema.importers.foreign import Content, Foreign, Model, integer, read_tensors, ties
 from dist_ema.options import ONLY
 from dist_ema.schedules import ConstantDecay
+from dist_ema.schedules.clock import Progress
 
 _KEY = "state_dict_ema"
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from dist_ema.clock import Progress
 from dist_ema.errors import EMAConfigError
 from dist_ema.importers.dcp import read_value
 from dist_ema.importers.foreign import Content, Foreign, LazyTensor, Model, integer
 from dist_ema.options import ONLY
 from dist_ema.schedules import HalfLifeFraction
+from dist_ema.schedules.clock import Progress
 
 _NAME = re.compile(r"(?:[^.]+\.)?state\.(?P<name>.+)\.ema_params(?:\.(?P<key>.+))?")
 

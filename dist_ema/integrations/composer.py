@@ -12,7 +12,7 @@ from torch import nn
 from dist_ema import functional
 from dist_ema.ema import ShardedEMA
 from dist_ema.errors import CheckpointError, EMAConfigError
-from dist_ema.pace import HALF_LIFE, Pace
+from dist_ema.integrations.composer_pace import HALF_LIFE, Pace
 
 _INSTALL = "pip install 'dist_ema[composer]' torchvision mosaicml-cli && pip install --no-deps mosaicml==0.32.1"
 try:

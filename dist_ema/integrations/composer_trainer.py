@@ -13,9 +13,9 @@ from composer.trainer import Trainer
 from composer.utils import checkpoint
 from torch import Tensor
 
-from dist_ema.clock import Progress
 from dist_ema.dcp.texts import write_state
 from dist_ema.errors import CheckpointError
+from dist_ema.schedules.clock import Progress
 from dist_ema.state import EMAState
 
 

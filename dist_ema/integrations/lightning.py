@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from dist_ema.clock import Progress
 from dist_ema.dcp.texts import write_state
 from dist_ema.ema import ShardedEMA
 from dist_ema.engines import RemovableHandle
 from dist_ema.errors import CheckpointError, EMAConfigError, EMAEngineError
 from dist_ema.integrations import lightning_checkpoints as checkpoints
 from dist_ema.options import Options
+from dist_ema.schedules.clock import Progress
 from dist_ema.state import EMAState
 
 try:

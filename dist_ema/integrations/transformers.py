@@ -17,11 +17,11 @@ from typing import Any
 
 import torch.distributed as dist
 
-from dist_ema.clock import Time
 from dist_ema.collectives import broadcast_object
 from dist_ema.ema import ShardedEMA
 from dist_ema.errors import CheckpointError, EMAConfigError, EMAEngineError, EMAStateError
 from dist_ema.integrations.transformers_trainer import epochs_begun, evaluating_on, refuse_unwrapped, scale
+from dist_ema.schedules.clock import Time
 
 try:
     import transformers

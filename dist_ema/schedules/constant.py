@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from dist_ema.clock import Progress
 from dist_ema.schedules.checks import fraction, set_fields
+from dist_ema.schedules.clock import Progress
 from dist_ema.schedules.schedule import Schedule, log, log1p
 
 

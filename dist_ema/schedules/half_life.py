@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from dist_ema.clock import CLOCK_UNITS, Time
 from dist_ema.schedules.checks import positive, set_fields
+from dist_ema.schedules.clock import CLOCK_UNITS, Time
 from dist_ema.schedules.schedule import LOG_2, Along, PerBatch, Position, Schedule, harmonic
 
 

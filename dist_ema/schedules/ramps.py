@@ -7,9 +7,9 @@ import math
 from abc import abstractmethod
 from dataclasses import dataclass, field, replace
 
-from dist_ema.clock import Progress, Time
 from dist_ema.errors import EMAConfigError
 from dist_ema.schedules.checks import set_fields, share
+from dist_ema.schedules.clock import Progress, Time
 from dist_ema.schedules.schedule import Along, Position, Schedule
 
 

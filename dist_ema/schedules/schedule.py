@@ -7,9 +7,9 @@ from abc import ABC, abstractmethod
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
-from dist_ema.clock import Progress, Time
 from dist_ema.errors import EMAConfigError
 from dist_ema.schedules.checks import number, positive
+from dist_ema.schedules.clock import Progress, Time
 
 if TYPE_CHECKING:
     import numpy as np

@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from dist_ema.clock import Progress, Time
 from dist_ema.errors import EMAConfigError
 from dist_ema.schedules.checks import set_fields
+from dist_ema.schedules.clock import Progress, Time
 from dist_ema.schedules.schedule import Position, Schedule
 
 if TYPE_CHECKING:

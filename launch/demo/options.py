@@ -14,7 +14,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser
 from jsonargparse.typing import NonNegativeInt, Path_fr, PositiveFloat, PositiveInt
 
 from demo.checkpoints import FOLDER, differences, latest
-from dist_ema.clock import Time
+from dist_ema.schedules.clock import Time
 
 UNITS = ("ba", "sp", "tok")  # of what train.py counts
 EXPORT = "export"  # the folder of the exported average, inside the output folder

@@ -17,7 +17,7 @@ from demo.state import to_universal
 from demo.text import Text
 from demo.wrap import Wrapped
 from dist_ema import ShardedEMA
-from dist_ema.clock import Progress, crossed
+from dist_ema.schedules.clock import Progress, crossed
 
 
 class Resume:

@@ -393,7 +393,7 @@ def test_files_of_composers_releases(version: str) -> None:
     from torch import nn
 
     from dist_ema import ShardedEMA
-    from dist_ema.clock import Progress
+    from dist_ema.schedules.clock import Progress
 
     import_composer()
     from dist_ema.integrations.composer_trainer import change_over

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dist_ema.clock import CLOCK_UNITS, Progress, Time, crossed, reached
-from dist_ema.duration import what_is_missed
 from dist_ema.errors import EMAConfigError
 from dist_ema.options import Options
+from dist_ema.schedules.clock import CLOCK_UNITS, Progress, Time, crossed, reached
+from dist_ema.schedules.duration import what_is_missed
 
 #: What Composer takes where nothing else is said.
 HALF_LIFE = "1000ba"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from dist_ema.clock import Time
+from dist_ema.schedules.clock import Time
 
 # Epochs are sums of fractions: what misses the end by less than this share of it has reached it.
 _SLACK = 1e-9

@@ -6,9 +6,9 @@ import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from dist_ema.clock import CLOCK_UNITS, Progress, Time
 from dist_ema.errors import EMAConfigError
 from dist_ema.schedules import ConstantDecay, HalfLife, PowerFunction, Schedule, Window, from_dict
+from dist_ema.schedules.clock import CLOCK_UNITS, Progress, Time
 from dist_ema.schedules.profile import Profile
 
 #: So many updates are looked at one by one.
