@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dist_ema.geometry.runs import Rows, Runs, whole
 from dist_ema.kernels import fingerprint, native
 from dist_ema.kernels.fingerprint import BLOCK, COMPLEX, SALT, Part
-from dist_ema.sharding.runs import Rows, Runs, whole
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=100)
 settings.load_profile("repeatable")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 from dist_ema import ShardedEMA, compute_ema
-from dist_ema.sharding.subclasses import hidden_type
+from dist_ema.geometry.subclasses import hidden_type
 
 DECAY = 0.5
 

@@ -194,7 +194,7 @@ def test_no_assert_and_no_print() -> None:
     [
         ("import dist_ema", ["torch", "numpy"]),
         ("import dist_ema; dist_ema.schedules.HalfLife('10ba'); dist_ema.errors.EMAError", ["torch", "numpy"]),
-        ("import dist_ema.sharding.runs, dist_ema.schedules.clock", ["torch", "numpy"]),
+        ("import dist_ema.geometry.runs, dist_ema.schedules.clock", ["torch", "numpy"]),
         ("import dist_ema.cli", ["torch", "numpy", "rich"]),
         ("import dist_ema.engines", ["deepspeed", *TRAINERS]),
         ("import dist_ema; dist_ema.ShardedEMA; dist_ema.compute_ema", ["deepspeed", "torch._dynamo", *TRAINERS]),

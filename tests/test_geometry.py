@@ -16,8 +16,8 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from dist_ema.engines.dtensor import shard_runs
-from dist_ema.sharding import runs as geometry
-from dist_ema.sharding.runs import (
+from dist_ema.geometry import runs as geometry
+from dist_ema.geometry.runs import (
     Rows,
     Runs,
     box_runs,

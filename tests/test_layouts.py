@@ -24,7 +24,7 @@ from dist_ema.checkpoints.arrangement import UnknownOperationError
 from dist_ema.checkpoints.layout import TensorPlan
 from dist_ema.checkpoints.trace import trace
 from dist_ema.errors import CheckpointError, EMAConfigError
-from dist_ema.sharding.runs import Rows, chunks, count
+from dist_ema.geometry.runs import Rows, chunks, count
 
 # What a function on state dicts does to elements.
 

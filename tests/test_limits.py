@@ -24,9 +24,9 @@ from dist_ema import ShardedEMA, merge
 from dist_ema.checkpoints import reader
 from dist_ema.checkpoints.reader import RunReader
 from dist_ema.checkpoints.versions import read_manifest
+from dist_ema.geometry.runs import Rows, cut
 from dist_ema.offline.merging import combine
 from dist_ema.runtime.threads import work_through
-from dist_ema.sharding.runs import Rows, cut
 
 
 def python_objects(function: Callable[[], object]) -> int:

@@ -27,10 +27,10 @@ from dist_ema.checkpoints.manifest import NAME
 from dist_ema.cli import main
 from dist_ema.engines import detect
 from dist_ema.errors import EMAConfigError
+from dist_ema.geometry.spec import TensorSpec
 from dist_ema.planning.architecture import Architecture, of_config, of_module, parse_count
 from dist_ema.planning.layouts import Layout, simulate
 from dist_ema.planning.plan import make_options, predict, rank_cost
-from dist_ema.sharding.spec import TensorSpec
 
 MODELS = Path(__file__).parent.parent / "configs" / "models"
 #: The way to wrap (tests/models.py), the engine, what it is given besides, ranks.

@@ -23,9 +23,9 @@ from dist_ema.engines import dtensor as dtensor_engine
 from dist_ema.engines.base import Engine
 from dist_ema.engines.reenactment import Division, kept_indices
 from dist_ema.errors import EMAEngineError
-from dist_ema.sharding.positions import holds, position_sums
-from dist_ema.sharding.runs import Rows, Runs, box_runs, cut, merge, whole
-from dist_ema.sharding.spec import TensorSpec
+from dist_ema.geometry.positions import holds, position_sums
+from dist_ema.geometry.runs import Rows, Runs, box_runs, cut, merge, whole
+from dist_ema.geometry.spec import TensorSpec
 
 MASK = (1 << 64) - 1
 
@@ -48,7 +48,7 @@ def elements(runs: Runs) -> list[int]:
 
 def test_sums_of_runs_are_those_of_their_elements(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks, cut rows and repeated rows take other ways through the code."""
-    monkeypatch.setattr("dist_ema.sharding.positions.BLOCK", 3)
+    monkeypatch.setattr("dist_ema.geometry.positions.BLOCK", 3)
     generator = random.Random(0)
     held: list[Runs] = [(), whole(7), ((2**45, 5), (3, 1))]
     for _ in range(40):

@@ -16,9 +16,9 @@ from dist_ema import ShardedEMA, kernels
 from dist_ema.checkpoints import manifest as format_
 from dist_ema.checkpoints.manifest import NAME, Manifest
 from dist_ema.errors import CheckpointCorruptError
+from dist_ema.geometry.runs import Rows, Runs
 from dist_ema.kernels import native
 from dist_ema.kernels.rounding import ElementPositions, Rounding, average_key, draws, element_key, rounded
-from dist_ema.sharding.runs import Rows, Runs
 
 BF16 = torch.bfloat16
 NAN, INF = float("nan"), float("inf")

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from dist_ema.geometry.runs import Run
+from dist_ema.geometry.shares import assign_shares
+from dist_ema.geometry.spec import TensorSpec
 from dist_ema.planning.architecture import Architecture, of_config
 from dist_ema.planning.layouts import ENGINES, Layout
 from dist_ema.planning.plan import make_options, rank_shares, sample
 from dist_ema.sharding import writers
-from dist_ema.sharding.runs import Run
-from dist_ema.sharding.shares import assign_shares
-from dist_ema.sharding.spec import TensorSpec
 from dist_ema.sharding.writers import FullTensor, catalogue, writes
 
 ROOT = Path(__file__).parent.parent

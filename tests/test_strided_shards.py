@@ -27,7 +27,7 @@ from dist_ema import ShardedEMA
 from dist_ema.engines import placements as rules
 from dist_ema.engines.placements import placed_runs
 from dist_ema.errors import EMAEngineError
-from dist_ema.sharding.runs import Rows, Runs
+from dist_ema.geometry.runs import Rows, Runs
 
 
 def places(runs: Runs) -> list[int]:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dist_ema.checkpoints.layout import TensorPlan
 from dist_ema.errors import CheckpointError
-from dist_ema.sharding.runs import Runs
+from dist_ema.geometry.runs import Runs
 
 Indices = npt.NDArray[np.int64]
 

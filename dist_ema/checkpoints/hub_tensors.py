@@ -12,8 +12,8 @@ from torch import Tensor
 from dist_ema.checkpoints.arrangement import Arrangement
 from dist_ema.checkpoints.folder import IO_CHUNK
 from dist_ema.collectives import agreed
+from dist_ema.geometry.runs import chunks, count
 from dist_ema.sharding.gather import LocalValues, gather_each
-from dist_ema.sharding.runs import chunks, count
 from dist_ema.sharding.writers import FullTensor
 
 

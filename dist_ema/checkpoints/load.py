@@ -25,9 +25,9 @@ from dist_ema.collectives import (
     sum_integers,
 )
 from dist_ema.errors import CheckpointMismatchError, EMAError
+from dist_ema.geometry.shares import Share, shadow_dtype
 from dist_ema.schedules import Schedule
 from dist_ema.shadow.device import Shadow
-from dist_ema.sharding.shares import Share, shadow_dtype
 from dist_ema.sharding.writers import FullTensor, is_writer
 
 logger = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from dist_ema.checkpoints.storage.base import Closing, OpenFile
 from dist_ema.checkpoints.storage.paths import StrPath, is_remote
 from dist_ema.checkpoints.stored import StoredFile, StoredTensor
 from dist_ema.errors import CheckpointCorruptError
-from dist_ema.sharding.runs import Rows, Runs, count
+from dist_ema.geometry.runs import Rows, Runs, count
 
 #: Files that one reader keeps open: far fewer than a process may open, and as many as most checkpoints have.
 _OPEN_FILES = 256

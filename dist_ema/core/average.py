@@ -23,6 +23,18 @@ from dist_ema.collectives import (
 )
 from dist_ema.engines import Attached, Engine, detect_in
 from dist_ema.errors import CheckpointError, EMAConfigError
+from dist_ema.geometry.shares import (
+    Share,
+    assign_shares,
+    averaged_names,
+    follow_shapes,
+    follow_specs,
+    is_ignored,
+    may_join,
+    resized,
+    was_resized,
+)
+from dist_ema.geometry.spec import TensorSpec
 from dist_ema.groups import OwnGroups
 from dist_ema.options import Options
 from dist_ema.runtime.background import Background
@@ -34,18 +46,6 @@ from dist_ema.shadow.host import HostShadow
 from dist_ema.shadow.teacher import Teacher
 from dist_ema.shadow.view import View
 from dist_ema.sharding.proof import proven_catalogue
-from dist_ema.sharding.shares import (
-    Share,
-    assign_shares,
-    averaged_names,
-    follow_shapes,
-    follow_specs,
-    is_ignored,
-    may_join,
-    resized,
-    was_resized,
-)
-from dist_ema.sharding.spec import TensorSpec
 from dist_ema.sharding.writers import FullTensor, is_writer
 from dist_ema.snapshots import Snapshots
 from dist_ema.state import EMAState, Track

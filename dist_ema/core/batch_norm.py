@@ -16,8 +16,8 @@ from dist_ema.core.visit import average_parameters
 from dist_ema.engines import Engine
 from dist_ema.engines.names import Slot, walk_slots
 from dist_ema.errors import EMAConfigError, EMAStateError
+from dist_ema.geometry.shares import Share
 from dist_ema.runtime.interrupts import Uninterrupted
-from dist_ema.sharding.shares import Share
 
 _STATISTICS = ("running_mean", "running_var")
 _COUNT = "num_batches_tracked"

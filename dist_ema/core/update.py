@@ -25,10 +25,10 @@ from dist_ema.core.average import Average
 from dist_ema.core.files import take_snapshot
 from dist_ema.engines import Attached, RemovableHandle
 from dist_ema.errors import EMAConfigError, EMAStateError
+from dist_ema.geometry.shares import as_live, assign_shares, averaged_names, may_join, was_resized
 from dist_ema.runtime.interrupts import Uninterrupted
 from dist_ema.schedules.clock import Progress
 from dist_ema.schedules.duration import what_is_missed
-from dist_ema.sharding.shares import as_live, assign_shares, averaged_names, may_join, was_resized
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from dist_ema.errors import EMAStateError
-from dist_ema.sharding.runs import Box
+from dist_ema.geometry.runs import Box
 
 _aten = torch.ops.aten
 #: The operations of staging, ``copy.deepcopy`` and moves to another device. Each treats every element alike.

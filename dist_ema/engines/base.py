@@ -38,9 +38,9 @@ from torch import Tensor, nn
 from dist_ema.engines.names import Binding, Ignored, ignore_nothing, walk_modules
 from dist_ema.engines.wrappers import OuterStep, is_other_wrapper, is_training_step, unwrap_optimizer
 from dist_ema.errors import EMAConfigError, EMAStateError
+from dist_ema.geometry.spec import TensorSpec
+from dist_ema.geometry.subclasses import CachedScale
 from dist_ema.runtime.untraced import untraced
-from dist_ema.sharding.spec import TensorSpec
-from dist_ema.sharding.subclasses import CachedScale
 
 logger = logging.getLogger(__name__)
 

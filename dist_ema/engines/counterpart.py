@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from dist_ema.engines.base import Engine
 from dist_ema.errors import EMAEngineError, EMAStateError
-from dist_ema.sharding.shares import Share
-from dist_ema.sharding.spec import TensorSpec
-from dist_ema.sharding.subclasses import CachedScale
+from dist_ema.geometry.shares import Share
+from dist_ema.geometry.spec import TensorSpec
+from dist_ema.geometry.subclasses import CachedScale
 
 
 class Counterpart(Engine):

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dist_ema.engines.declared import Declaration, refuse_declared
 from dist_ema.engines.names import Slot, kind_of
 from dist_ema.engines.plain import PlainEngine
-from dist_ema.sharding.spec import Replicas, TensorSpec
+from dist_ema.geometry.spec import Replicas, TensorSpec
 
 
 class DataParallelEngine(PlainEngine):

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from dist_ema.errors import EMAEngineError
-from dist_ema.sharding.runs import Box, Run, Runs, as_rows, box_runs, merge
+from dist_ema.geometry.runs import Box, Run, Runs, as_rows, box_runs, merge
 
 #: The attributes of torch 2.14's CheckpointableTensor. A tensor that has the first or the second declares a shard.
 FIELDS = ("global_shape", "global_offsets", "local_offsets", "local_sizes")

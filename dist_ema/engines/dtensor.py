@@ -28,9 +28,9 @@ from dist_ema.engines.placements import check_placements, placed_runs, shared_di
 from dist_ema.engines.plain import PlainEngine
 from dist_ema.engines.reenactment import Placed, check_placed, divisions_of
 from dist_ema.errors import EMAEngineError, EMAStateError
-from dist_ema.sharding.runs import Runs, count
-from dist_ema.sharding.spec import Replicas, TensorSpec
-from dist_ema.sharding.subclasses import hidden_type, look_through
+from dist_ema.geometry.runs import Runs, count
+from dist_ema.geometry.spec import Replicas, TensorSpec
+from dist_ema.geometry.subclasses import hidden_type, look_through
 
 
 class DTensorEngine(PlainEngine):

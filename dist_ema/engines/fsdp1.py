@@ -21,8 +21,8 @@ from dist_ema.engines.base import Engine, write_count
 from dist_ema.engines.declared import refuse_declared
 from dist_ema.engines.names import Binding, Named, Slot, kind_of, walk_modules
 from dist_ema.errors import EMAEngineError, EMAStateError
-from dist_ema.sharding.runs import Runs
-from dist_ema.sharding.spec import Replicas, TensorSpec
+from dist_ema.geometry.runs import Runs
+from dist_ema.geometry.spec import Replicas, TensorSpec
 
 _WRAPPER = "FullyShardedDataParallel"
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from dist_ema.engines.base import Engine, RemovableHandle
 from dist_ema.engines.names import Ignored
 from dist_ema.errors import EMAEngineError
-from dist_ema.sharding.spec import TensorSpec
-from dist_ema.sharding.subclasses import CachedScale
+from dist_ema.geometry.spec import TensorSpec
+from dist_ema.geometry.subclasses import CachedScale
 
 
 class CompositeEngine(Engine):

@@ -42,7 +42,7 @@ from torch.distributed.tensor.placement_types import Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard as StridedShard
 
 from dist_ema.errors import EMAEngineError
-from dist_ema.sharding.runs import Runs, box_runs, chunk, strided_chunk, whole
+from dist_ema.geometry.runs import Runs, box_runs, chunk, strided_chunk, whole
 
 
 class Cut(NamedTuple):

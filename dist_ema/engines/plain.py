@@ -13,8 +13,8 @@ from dist_ema.engines.names import Binding, Slot, kind_of, walk_slots
 from dist_ema.engines.outer import refuse_sharded
 from dist_ema.engines.zero_marks import Unwrapped
 from dist_ema.errors import EMAEngineError
-from dist_ema.sharding.spec import TensorSpec
-from dist_ema.sharding.subclasses import CachedScale, cached_scales, hidden_type, is_hidden, look_through
+from dist_ema.geometry.spec import TensorSpec
+from dist_ema.geometry.subclasses import CachedScale, cached_scales, hidden_type, is_hidden, look_through
 
 
 class PlainEngine(Engine):

@@ -27,8 +27,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement, Shard, _StridedShard
 
 from dist_ema.errors import EMAEngineError
-from dist_ema.sharding.positions import holds
-from dist_ema.sharding.runs import Runs
+from dist_ema.geometry.positions import holds
+from dist_ema.geometry.runs import Runs
 
 Indices = NDArray[np.int64]
 

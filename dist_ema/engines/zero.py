@@ -21,9 +21,9 @@ from dist_ema.engines.wrappers import is_training_step
 from dist_ema.engines.zero_groups import Groups
 from dist_ema.engines.zero_masters import Masters, MasterSlice, find_masters, stage3_runs, stage3_shard
 from dist_ema.errors import EMAConfigError, EMAEngineError
+from dist_ema.geometry.runs import whole
+from dist_ema.geometry.spec import TensorSpec
 from dist_ema.runtime.untraced import untraced
-from dist_ema.sharding.runs import whole
-from dist_ema.sharding.spec import TensorSpec
 
 
 class ZeroEngine(Engine):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dist_ema.engines.names import Slot, walk_slots
 from dist_ema.engines.zero_marks import is_expert
 from dist_ema.errors import EMAEngineError
-from dist_ema.sharding.spec import Replicas
+from dist_ema.geometry.spec import Replicas
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_ema.errors import EMAEngineError, EMAStateError
-from dist_ema.sharding.runs import Runs, count, whole
+from dist_ema.geometry.runs import Runs, count, whole
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 from dist_ema.engines.names import Slot, kind_of
 from dist_ema.engines.zero import ZeroEngine
 from dist_ema.engines.zero_masters import Masters, MasterSlice
-from dist_ema.sharding.spec import TensorSpec
+from dist_ema.geometry.spec import TensorSpec
 
 
 def is_untrained(engine: Any) -> bool:

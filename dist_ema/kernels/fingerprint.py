@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dist_ema.geometry.runs import Runs, chunks, flattened
 from dist_ema.kernels import native, pieces
-from dist_ema.sharding.runs import Runs, chunks, flattened
 
 BLOCK_BITS = 16
 BLOCK = 1 << BLOCK_BITS

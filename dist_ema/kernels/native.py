@@ -20,12 +20,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dist_ema.geometry.runs import Runs, flattened
 from dist_ema.kernels import compiler
 from dist_ema.kernels.arguments import CODES
 from dist_ema.kernels.choice import choose
 from dist_ema.kernels.compiler import BuildError
 from dist_ema.kernels.rounding import ElementPositions, Rounding, average_key
-from dist_ema.sharding.runs import Runs, flattened
 
 logger = logging.getLogger(__name__)
 

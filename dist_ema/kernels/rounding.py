@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dist_ema.sharding.runs import Runs
+from dist_ema.geometry.runs import Runs
 
 _MASK = (1 << 64) - 1
 

@@ -19,9 +19,9 @@ from dist_ema.checkpoints.storage.paths import StrPath
 from dist_ema.checkpoints.stored import StoredTensor
 from dist_ema.checkpoints.versions import reread
 from dist_ema.errors import CheckpointCorruptError
+from dist_ema.geometry.runs import Runs, chunks, count, whole
 from dist_ema.kernels.fingerprint import partial_digest
 from dist_ema.runtime.threads import work_through
-from dist_ema.sharding.runs import Runs, chunks, count, whole
 
 #: The problem of a tensor that can be read and is damaged.
 WRONG = "its fingerprint does not match"

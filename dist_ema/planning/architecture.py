@@ -22,7 +22,7 @@ from dist_ema.checkpoints.storage.local import open_plain
 from dist_ema.checkpoints.strict_json import parse
 from dist_ema.engines.plain import PlainEngine
 from dist_ema.errors import EMAConfigError
-from dist_ema.sharding.spec import TensorSpec
+from dist_ema.geometry.spec import TensorSpec
 
 _CONFIG_BYTES, _CONFIG_DEPTH = 1 << 24, 32
 #: Modules of a model at most; those of 384 experts in 61 layers are 70,000.

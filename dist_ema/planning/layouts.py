@@ -18,8 +18,8 @@ from torch.distributed.tensor.placement_types import _StridedShard as StridedSha
 
 from dist_ema.engines.placements import placed_runs, shared_dimension
 from dist_ema.errors import EMAConfigError
-from dist_ema.sharding.runs import Runs
-from dist_ema.sharding.spec import Replicas, TensorSpec
+from dist_ema.geometry.runs import Runs
+from dist_ema.geometry.spec import Replicas, TensorSpec
 
 #: What tensor parallelism does to the tensors that it touches, by canonical name: the dimension that it shards, or None
 #: where it replicates.

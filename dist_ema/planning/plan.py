@@ -1,6 +1,6 @@
 """What an average will cost in a run that has not begun: memory, bytes moved and time per rank, and the checkpoint.
 
-Not a formula beside the library: the shares of each rank are computed by :mod:`dist_ema.sharding.shares` from the
+Not a formula beside the library: the shares of each rank are computed by :mod:`dist_ema.geometry.shares` from the
 geometry that an engine would have, and the files by :class:`dist_ema.checkpoints.contents.Contents`.
 """
 
@@ -14,13 +14,13 @@ import torch
 from dist_ema.checkpoints.contents import Contents
 from dist_ema.checkpoints.manifest import NAME
 from dist_ema.errors import EMAConfigError
+from dist_ema.geometry.shares import Share, assign_shares
 from dist_ema.kernels import ACCELERATOR_CHUNK, CACHE_CHUNK
 from dist_ema.options import ONLY, Options
 from dist_ema.planning.architecture import Architecture
 from dist_ema.planning.layouts import Layout, simulate
 from dist_ema.schedules import HalfLife
 from dist_ema.schedules.clock import Progress
-from dist_ema.sharding.shares import Share, assign_shares
 from dist_ema.sharding.writers import catalogue, writes
 from dist_ema.state import EMAState
 

@@ -11,8 +11,8 @@ from dist_ema import kernels
 from dist_ema.collectives import gather_objects
 from dist_ema.engines.base import Engine
 from dist_ema.errors import EMAStateError
-from dist_ema.sharding.shares import Share, parts_of_replicas, replica_sets
-from dist_ema.sharding.spec import Replicas
+from dist_ema.geometry.shares import Share, parts_of_replicas, replica_sets
+from dist_ema.geometry.spec import Replicas
 from dist_ema.sharding.writers import FullTensor
 from dist_ema.windows import Access, all_gather_flat, broadcast_flat
 

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from dist_ema import kernels
 from dist_ema.errors import EMAStateError
+from dist_ema.geometry.shares import Share
 from dist_ema.kernels.copies import Copies
 from dist_ema.kernels.rounding import ElementPositions, Rounding, average_key
 from dist_ema.runtime import memory
 from dist_ema.shadow import lent
-from dist_ema.sharding.shares import Share
 
 if TYPE_CHECKING:
     from dist_ema.engines.counterpart import Counterpart

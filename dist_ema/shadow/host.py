@@ -21,12 +21,12 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from dist_ema.errors import EMAStateError
+from dist_ema.geometry.shares import Share
 from dist_ema.runtime import memory
 from dist_ema.runtime.untraced import untraced
 from dist_ema.runtime.worker import Worker
 from dist_ema.shadow.device import Shadow
 from dist_ema.shadow.staging import LINKS, HostLink, Link, Take, carve, pageable
-from dist_ema.sharding.shares import Share
 
 if TYPE_CHECKING:
     from dist_ema.engines.counterpart import Counterpart

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+from dist_ema.geometry.shares import Share
 from dist_ema.shadow.device import Shadow
-from dist_ema.sharding.shares import Share
 from dist_ema.state import Track
 
 

@@ -27,12 +27,12 @@ from dist_ema.collectives import answered
 from dist_ema.engines.base import Engine
 from dist_ema.engines.derived import DerivedState
 from dist_ema.errors import EMAError, EMAStateError
+from dist_ema.geometry.shares import Share
+from dist_ema.geometry.subclasses import CachedScale
 from dist_ema.runtime.interrupts import Uninterrupted
 from dist_ema.shadow import lent
 from dist_ema.shadow.broadcast import Broadcast, is_own
 from dist_ema.shadow.writes import Watch, Written
-from dist_ema.sharding.shares import Share
-from dist_ema.sharding.subclasses import CachedScale
 from dist_ema.sharding.writers import FullTensor
 
 logger = logging.getLogger(__name__)

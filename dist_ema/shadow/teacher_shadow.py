@@ -15,10 +15,10 @@ from dist_ema import kernels
 from dist_ema.engines.counterpart import Counterpart
 from dist_ema.engines.derived import DerivedState
 from dist_ema.errors import EMAStateError
+from dist_ema.geometry.shares import Share
 from dist_ema.kernels.copies import Copies
 from dist_ema.shadow import lent
 from dist_ema.shadow.device import Shadow
-from dist_ema.sharding.shares import Share
 
 
 class TeacherShadow(Shadow):

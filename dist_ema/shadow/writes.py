@@ -19,7 +19,7 @@ from torch import nn
 from dist_ema.engines.base import Engine
 from dist_ema.engines.names import walk_modules
 from dist_ema.errors import EMAStateError
-from dist_ema.sharding.shares import Share
+from dist_ema.geometry.shares import Share
 
 logger = logging.getLogger(__name__)
 

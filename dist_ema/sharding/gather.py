@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from dist_ema import kernels
 from dist_ema.collectives import FirstFailure, agreed, rank_in
 from dist_ema.errors import EMAStateError
+from dist_ema.geometry.runs import Runs, chunks, overlap
+from dist_ema.geometry.shares import Share
 from dist_ema.runtime.streams import read_ahead
-from dist_ema.sharding.runs import Runs, chunks, overlap
-from dist_ema.sharding.shares import Share
 from dist_ema.sharding.writers import FullTensor, is_writer
 from dist_ema.windows import Range, Window, packed
 

@@ -4,7 +4,7 @@ A layout that the library reads wrongly would otherwise go unnoticed: every rank
 are averaged correctly, and only the full tensors have their rows in another order. So ranks check two things:
 
 1. Together, the ranks that write a tensor hold each of its elements once. Each adds up the positions that it holds
-   (:mod:`dist_ema.sharding.positions`), 16 bytes a tensor, and one sum over the ranks shows whether elements are
+   (:mod:`dist_ema.geometry.positions`), 16 bytes a tensor, and one sum over the ranks shows whether elements are
    missing, held twice, or at places where there are none. Of replicas the one that writes counts.
 2. Each rank holds the elements that its engine would have given it (:meth:`Engine.check_layout`). Elements that two
    ranks have exchanged are seen here only.
@@ -23,9 +23,9 @@ import torch.distributed as dist
 
 from dist_ema.collectives import agreed, gather_objects, rank_in, sum_tensor
 from dist_ema.errors import EMAEngineError
-from dist_ema.sharding.positions import position_sums
-from dist_ema.sharding.runs import Runs, whole
-from dist_ema.sharding.shares import Share
+from dist_ema.geometry.positions import position_sums
+from dist_ema.geometry.runs import Runs, whole
+from dist_ema.geometry.shares import Share
 from dist_ema.sharding.writers import FullTensor, catalogue, is_writer
 
 #: Tensors in one message: 1 MiB.

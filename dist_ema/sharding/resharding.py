@@ -9,9 +9,9 @@ from torch import Tensor
 
 from dist_ema.collectives import agreed
 from dist_ema.errors import EMAEngineError
+from dist_ema.geometry.runs import count, overlap
+from dist_ema.geometry.shares import Share
 from dist_ema.sharding.gather import LocalValues, gather_each
-from dist_ema.sharding.runs import count, overlap
-from dist_ema.sharding.shares import Share
 from dist_ema.sharding.writers import FullTensor
 
 

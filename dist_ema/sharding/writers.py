@@ -25,8 +25,8 @@ import torch.distributed as dist
 
 from dist_ema.collectives import broadcast_object, gather_objects, rank_in
 from dist_ema.errors import EMAEngineError
-from dist_ema.sharding.runs import Runs
-from dist_ema.sharding.shares import Mode, Share
+from dist_ema.geometry.runs import Runs
+from dist_ema.geometry.shares import Mode, Share
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,8 @@ def catalogue(shares: Sequence[Share], group: dist.ProcessGroup | None) -> list[
     digests does not grow with the number of ranks. Raises EMAEngineError, on all ranks, if two disagree on a tensor.
 
     >>> from dist_ema.options import Options
-    >>> from dist_ema.sharding.shares import assign_shares
-    >>> from dist_ema.sharding.spec import TensorSpec
+    >>> from dist_ema.geometry.shares import assign_shares
+    >>> from dist_ema.geometry.spec import TensorSpec
     >>> shares = assign_shares([TensorSpec.unsharded("w", torch.zeros(2, 3))], Options.parse())
     >>> (entry,) = catalogue(shares, None)
     >>> entry.name, entry.shape, is_writer(entry, shares[0], rank=0)

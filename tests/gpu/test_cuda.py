@@ -21,10 +21,10 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from dist_ema import ShardedEMA, kernels
 from dist_ema.errors import EMAStateError
+from dist_ema.geometry.runs import Rows, whole
 from dist_ema.kernels import cuda
 from dist_ema.kernels.fingerprint import Part, device_digest, partial_digest
 from dist_ema.kernels.rounding import ElementPositions, Rounding, average_key
-from dist_ema.sharding.runs import Rows, whole
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

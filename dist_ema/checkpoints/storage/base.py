@@ -9,7 +9,7 @@ from typing import Protocol, TypeVar
 from torch import Tensor
 
 from dist_ema.checkpoints.layout import FilePlan
-from dist_ema.sharding.runs import Runs
+from dist_ema.geometry.runs import Runs
 
 C = TypeVar("C", bound="Closing")
 

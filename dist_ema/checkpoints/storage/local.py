@@ -18,7 +18,7 @@ from torch import Tensor
 from dist_ema.checkpoints.layout import FilePlan
 from dist_ema.checkpoints.storage.base import Closing
 from dist_ema.errors import CheckpointError
-from dist_ema.sharding.runs import Runs
+from dist_ema.geometry.runs import Runs
 
 #: Bytes written to a file after which the system is asked to start bringing them to disk.
 _WRITE_BEHIND = 4 << 20

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dist_ema.checkpoints.layout import FilePlan
 from dist_ema.errors import CheckpointError
-from dist_ema.sharding.runs import Runs
+from dist_ema.geometry.runs import Runs
 
 #: Two ranges with no more bytes than this between them are read by one request: bytes are cheaper than requests.
 _GAP = 1 << 20

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from dist_ema.errors import EMAConfigError, EMAEngineError
+from dist_ema.geometry.runs import Box, Runs, boxes, cut, split_evenly, split_for_all, whole
+from dist_ema.geometry.spec import Replicas, TensorSpec
 from dist_ema.options import Options
-from dist_ema.sharding.runs import Box, Runs, boxes, cut, split_evenly, split_for_all, whole
-from dist_ema.sharding.spec import Replicas, TensorSpec
 
 Mode = Literal["average", "copy", "live"]
 

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_ema.sharding.runs import Runs, count, whole
-from dist_ema.sharding.subclasses import hidden_type
+from dist_ema.geometry.runs import Runs, count, whole
+from dist_ema.geometry.subclasses import hidden_type
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from dataclasses import astuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dist_ema.sharding.runs import Rows, Runs, count
+from dist_ema.geometry.runs import Rows, Runs, count
 
 #: Runs that are hashed at a time, so that arrays are small whatever the number of runs.
 BLOCK = 1 << 13
