@@ -18,7 +18,8 @@ import torch.distributed as dist
 from models import build
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from dist_ema import ShardedEMA, attendance, verify_checkpoint
+from dist_ema import ShardedEMA, verify_checkpoint
+from dist_ema.comm import attendance
 from dist_ema.errors import CheckpointError, EMAError, EMAStateError
 
 

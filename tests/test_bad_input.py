@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from dist_ema import ShardedEMA, compute_ema
-from dist_ema.collectives import gather_objects
+from dist_ema.comm.collectives import gather_objects
 from dist_ema.errors import EMAConfigError, EMAEngineError, EMAError, EMAStateError
 from dist_ema.options import Options
 from dist_ema.schedules import HalfLife, Uniform
@@ -522,7 +522,7 @@ def test_ranks_with_different_models_are_told(rank: int) -> None:
 @pytest.mark.world_size(2)
 def test_an_unforeseen_error_of_one_rank_keeps_its_words(rank: int) -> None:
     """Errors that are not the library's own become one of its kinds, with the rank and the original text."""
-    from dist_ema.collectives import agreed
+    from dist_ema.comm.collectives import agreed
 
     def fail() -> None:
         if rank == 1:

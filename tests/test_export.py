@@ -428,7 +428,7 @@ def test_a_write_that_fails_on_one_rank_is_an_error_on_every_rank_and_leaves_not
 @pytest.mark.world_size(2)
 def test_a_rank_that_cannot_read_its_shard_is_an_error_on_every_rank(rank: int, tmp_path: Path) -> None:
     """While tensors are gathered the others wait for what this rank sends: it has to go on sending."""
-    from dist_ema.sharding.gather import LocalValues
+    from dist_ema.comm.gather import LocalValues
 
     model = CASES["fsdp2"].model()
     ema, oracle = average(model, CASES["fsdp2"].plain())

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from dist_ema import ShardedEMA
-from dist_ema.windows import WINDOW_BYTES, Window, all_gather_flat, packed
+from dist_ema.comm.windows import WINDOW_BYTES, Window, all_gather_flat, packed
 
 
 def cuts(seed: int, ranks: int, places: int) -> list[tuple[int, int, int]]:
@@ -93,7 +93,7 @@ def test_parts_of_every_rank_arrive_on_every_rank(rank: int, window: int) -> Non
     def write(index: int, start: int, stop: int, values: torch.Tensor) -> None:
         mine[index][start:stop] = values
 
-    with mock.patch("dist_ema.windows.WINDOW_BYTES", window):
+    with mock.patch("dist_ema.comm.windows.WINDOW_BYTES", window):
         all_gather_flat(parts, DTYPES, dist.group.WORLD, read, write)
     assert all(torch.equal(found, values) for found, values in zip(mine, full, strict=True))
 
@@ -110,7 +110,7 @@ def test_replicas_wait_for_each_other_once_on_the_way_in_and_once_on_the_way_out
     ema = ShardedEMA(model, decay=0.5)
     ema.update()
     with (
-        mock.patch("dist_ema.windows.dist.all_gather", wraps=dist.all_gather) as gathered,
+        mock.patch("dist_ema.comm.windows.dist.all_gather", wraps=dist.all_gather) as gathered,
         mock.patch.object(dist, "broadcast", wraps=dist.broadcast) as broadcast,
     ):
         with ema.average_parameters():

@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from dist_ema.comm import catalogue as writers
+from dist_ema.comm.catalogue import FullTensor, catalogue, writes
 from dist_ema.geometry.runs import Run
 from dist_ema.geometry.shares import assign_shares
 from dist_ema.geometry.spec import TensorSpec
 from dist_ema.planning.architecture import Architecture, of_config
 from dist_ema.planning.layouts import ENGINES, Layout
 from dist_ema.planning.plan import make_options, rank_shares, sample
-from dist_ema.sharding import writers
-from dist_ema.sharding.writers import FullTensor, catalogue, writes
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "launch"))

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 from dist_ema import ShardedEMA
+from dist_ema.comm import stream
 from dist_ema.errors import EMAConfigError, EMAStateError
-from dist_ema.sharding import stream
 
 
 @torch.no_grad()
@@ -181,7 +181,7 @@ def test_servers_get_the_names_of_the_hub(family: str, window: int, rank: int, t
     ema = ShardedEMA(model, decay=0.5)
     ema.update()
     ema.export(tmp_path / "export", layout="transformers")
-    with mock.patch.object(stream, "WINDOW_BYTES", window), mock.patch("dist_ema.windows.WINDOW_BYTES", window):
+    with mock.patch.object(stream, "WINDOW_BYTES", window), mock.patch("dist_ema.comm.windows.WINDOW_BYTES", window):
         found = list(ema.iter_full_tensors(layout="transformers"))
     dist.barrier()
     expected = read(tmp_path / "export")

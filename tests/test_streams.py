@@ -15,7 +15,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from dist_ema import ShardedEMA, collectives, kernels
+from dist_ema import ShardedEMA, kernels
+from dist_ema.comm import collectives
 from dist_ema.runtime.streams import Handover, OwnStream, Relay
 
 

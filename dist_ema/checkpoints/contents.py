@@ -13,9 +13,9 @@ from dist_ema.checkpoints.folder import Folder
 from dist_ema.checkpoints.layout import FilePlan
 from dist_ema.checkpoints.manifest import LIVE, NAME, Manifest, checksum
 from dist_ema.checkpoints.stored import StoredFile, StoredTensor
+from dist_ema.comm.catalogue import FullTensor
+from dist_ema.comm.gather import LocalValues
 from dist_ema.schedules import Schedule
-from dist_ema.sharding.gather import LocalValues
-from dist_ema.sharding.writers import FullTensor
 from dist_ema.state import EMAState
 
 #: Bytes of one file at most.

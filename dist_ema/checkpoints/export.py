@@ -21,10 +21,10 @@ from dist_ema.checkpoints.storage.local import write_text
 from dist_ema.checkpoints.storage.paths import check_path, is_url, local_path
 from dist_ema.checkpoints.storage.staging import Staging
 from dist_ema.checkpoints.trace import trace
-from dist_ema.collectives import agreed, broadcast_object, gather_objects, rank_in
+from dist_ema.comm.catalogue import FullTensor
+from dist_ema.comm.collectives import agreed, broadcast_object, gather_objects, rank_in
+from dist_ema.comm.gather import LocalValues, check_readable
 from dist_ema.errors import CheckpointError, EMAConfigError
-from dist_ema.sharding.gather import LocalValues, check_readable
-from dist_ema.sharding.writers import FullTensor
 
 logger = logging.getLogger(__name__)
 

@@ -9,11 +9,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from dist_ema.comm.catalogue import FullTensor
+from dist_ema.comm.gather import LocalValues
 from dist_ema.geometry.runs import whole
 from dist_ema.geometry.shares import Share
 from dist_ema.geometry.spec import TensorSpec
-from dist_ema.sharding.gather import LocalValues
-from dist_ema.sharding.writers import FullTensor
 
 #: Told how many more bytes of tensors are done; may be called from any thread.
 Advance = Callable[[int], None]

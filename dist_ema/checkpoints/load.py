@@ -17,7 +17,8 @@ from dist_ema.checkpoints.reader import damaged_error
 from dist_ema.checkpoints.storage.paths import StrPath
 from dist_ema.checkpoints.stored import StoredTensor
 from dist_ema.checkpoints.versions import read_manifest_bytes
-from dist_ema.collectives import (
+from dist_ema.comm.catalogue import FullTensor, is_writer
+from dist_ema.comm.collectives import (
     agreed,
     broadcast_object,
     gather_objects,
@@ -28,7 +29,6 @@ from dist_ema.errors import CheckpointMismatchError, EMAError
 from dist_ema.geometry.shares import Share, shadow_dtype
 from dist_ema.schedules import Schedule
 from dist_ema.shadow.device import Shadow
-from dist_ema.sharding.writers import FullTensor, is_writer
 
 logger = logging.getLogger(__name__)
 

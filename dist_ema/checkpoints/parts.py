@@ -16,14 +16,14 @@ from dist_ema.checkpoints.manifest import Key, Manifest
 from dist_ema.checkpoints.reader import RunReader
 from dist_ema.checkpoints.storage.paths import StrPath
 from dist_ema.checkpoints.stored import StoredTensor
-from dist_ema.collectives import FirstFailure, agreed, answered, device_for, rank_in
+from dist_ema.comm.catalogue import FullTensor
+from dist_ema.comm.collectives import FirstFailure, agreed, answered, device_for, rank_in
+from dist_ema.comm.windows import WINDOW_BYTES, packed
 from dist_ema.geometry.runs import Runs, chunks, count, overlap
 from dist_ema.geometry.shares import Share
 from dist_ema.kernels.fingerprint import partial_digest
 from dist_ema.runtime.streams import Handover, Relay
 from dist_ema.runtime.threads import work_through
-from dist_ema.sharding.writers import FullTensor
-from dist_ema.windows import WINDOW_BYTES, packed
 
 #: Elements that are read, digested and converted at a time.
 IO_CHUNK = 1 << 19

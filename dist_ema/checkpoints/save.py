@@ -13,7 +13,7 @@ from dist_ema.checkpoints.manifest import LIVE, Manifest
 from dist_ema.checkpoints.storage import storage_writer
 from dist_ema.checkpoints.storage.base import StorageWriter, TensorWriter
 from dist_ema.checkpoints.storage.paths import StrPath, check_path
-from dist_ema.collectives import FirstFailure, agreed, rank_in, sum_integers
+from dist_ema.comm.collectives import FirstFailure, agreed, rank_in, sum_integers
 from dist_ema.errors import CheckpointError
 
 

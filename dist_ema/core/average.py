@@ -12,7 +12,8 @@ from typing import Concatenate, ParamSpec, TypeVar
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_ema.collectives import (
+from dist_ema.comm.catalogue import FullTensor, is_writer
+from dist_ema.comm.collectives import (
     Call,
     agreed,
     answering,
@@ -21,6 +22,8 @@ from dist_ema.collectives import (
     rank_in,
     same_call,
 )
+from dist_ema.comm.groups import OwnGroups
+from dist_ema.comm.proof import proven_catalogue
 from dist_ema.engines import Attached, Engine, detect_in
 from dist_ema.errors import CheckpointError, EMAConfigError
 from dist_ema.geometry.shares import (
@@ -35,7 +38,6 @@ from dist_ema.geometry.shares import (
     was_resized,
 )
 from dist_ema.geometry.spec import TensorSpec
-from dist_ema.groups import OwnGroups
 from dist_ema.options import Options
 from dist_ema.runtime.background import Background
 from dist_ema.runtime.interrupts import Uninterrupted
@@ -45,8 +47,6 @@ from dist_ema.shadow.device import Shadow
 from dist_ema.shadow.host import HostShadow
 from dist_ema.shadow.teacher import Teacher
 from dist_ema.shadow.view import View
-from dist_ema.sharding.proof import proven_catalogue
-from dist_ema.sharding.writers import FullTensor, is_writer
 from dist_ema.snapshots import Snapshots
 from dist_ema.state import EMAState, Track
 

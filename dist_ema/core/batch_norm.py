@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
-from dist_ema.collectives import gather_objects, size_of, sum_tensor
+from dist_ema.comm.collectives import gather_objects, size_of, sum_tensor
 from dist_ema.core.average import Average, collective
 from dist_ema.core.visit import average_parameters
 from dist_ema.engines import Engine

@@ -24,17 +24,17 @@ from dist_ema.checkpoints.export import export as write_export
 from dist_ema.checkpoints.load import Load, report_schedules
 from dist_ema.checkpoints.save import Save
 from dist_ema.checkpoints.versions import read_anew_if_replaced
-from dist_ema.collectives import agreed, answering
+from dist_ema.comm.collectives import agreed, answering
+from dist_ema.comm.gather import check_readable
+from dist_ema.comm.groups import Turn
 from dist_ema.core.average import PATIENCE, Average, collective
 from dist_ema.engines.unwrapped import unwrapped
 from dist_ema.geometry.shares import Share, in_shapes_of, shares_to_load
-from dist_ema.groups import Turn
 from dist_ema.options import check_cast
 from dist_ema.runtime.interrupts import Uninterrupted
 from dist_ema.runtime.streams import Handover
 from dist_ema.shadow.device import Shadow
 from dist_ema.shadow.view import View
-from dist_ema.sharding.gather import check_readable
 from dist_ema.snapshots import Snapshots
 
 #: Work of our thread, which enters the context while it reads the shadow.

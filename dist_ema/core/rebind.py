@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch.distributed as dist
 
-from dist_ema.collectives import agreed, answering
+from dist_ema.comm.collectives import agreed, answering
+from dist_ema.comm.gather import LocalValues
+from dist_ema.comm.groups import OwnGroups
+from dist_ema.comm.resharding import check_same_model, move
 from dist_ema.core.average import Average
 from dist_ema.geometry.shares import assign_shares
-from dist_ema.groups import OwnGroups
 from dist_ema.runtime.interrupts import Uninterrupted
 from dist_ema.shadow.condition import Condition
-from dist_ema.sharding.gather import LocalValues
-from dist_ema.sharding.resharding import check_same_model, move
 
 
 @answering("rebind()")

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dist_ema.checkpoints.load import report_schedules
-from dist_ema.collectives import agreed, check_same_updates, sum_integers
+from dist_ema.comm.collectives import agreed, check_same_updates, sum_integers
 from dist_ema.core.average import Average, collective
 from dist_ema.errors import CheckpointMismatchError
 from dist_ema.geometry.shares import in_shapes_of, shares_to_load

@@ -11,15 +11,15 @@ from dist_ema.checkpoints.arrangement import Arrangement
 from dist_ema.checkpoints.export import arranged
 from dist_ema.checkpoints.hub import check_layout
 from dist_ema.checkpoints.hub_tensors import HubTensors
-from dist_ema.collectives import Call, rank_in, sum_floats, sum_integers
+from dist_ema.comm.catalogue import is_writer
+from dist_ema.comm.collectives import Call, rank_in, sum_floats, sum_integers
+from dist_ema.comm.gather import check_readable, full_tensors
+from dist_ema.comm.stream import everywhere, in_windows
 from dist_ema.core.average import Average, collective
 from dist_ema.engines.unwrapped import unwrapped
 from dist_ema.errors import EMAConfigError, EMAStateError
 from dist_ema.kernels.fingerprint import Part, partial_digests
 from dist_ema.options import check_cast
-from dist_ema.sharding.gather import check_readable, full_tensors
-from dist_ema.sharding.stream import everywhere, in_windows
-from dist_ema.sharding.writers import is_writer
 
 
 @collective("full_state_dict()")

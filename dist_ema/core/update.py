@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from dist_ema.collectives import rank_in
+from dist_ema.comm.collectives import rank_in
 from dist_ema.core.average import Average
 from dist_ema.core.files import take_snapshot
 from dist_ema.engines import Attached, RemovableHandle

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
-from dist_ema.collectives import Call, answering
+from dist_ema.comm.collectives import Call, answering
 from dist_ema.core.average import Average
 from dist_ema.runtime.interrupts import Uninterrupted
 from dist_ema.shadow.broadcast import swaps_together

@@ -50,7 +50,7 @@ class TensorSpec:
         hidden: the class of a tensor whose elements do not lie in memory as they are (quantised weights), which can
             neither be averaged nor be read in place; "" for all others.
         declared: the runs are what a plain tensor declares about itself. Which other ranks hold the same runs, nothing
-            says; :func:`dist_ema.sharding.writers.catalogue` finds out.
+            says; :func:`dist_ema.comm.catalogue.catalogue` finds out.
 
     >>> spec = TensorSpec("layer.weight", torch.Size([4, 6]), torch.bfloat16, runs=((6, 12),))  # rows 1 and 2 of 4
     >>> spec.numel, spec.local_numel

@@ -14,6 +14,8 @@ from dist_ema.checkpoints.contents import Contents
 from dist_ema.checkpoints.file_values import Advance, FileValues, no_advance
 from dist_ema.checkpoints.save import Save
 from dist_ema.checkpoints.storage.paths import check_path
+from dist_ema.comm.catalogue import FullTensor
+from dist_ema.comm.gather import LocalValues
 from dist_ema.errors import EMAConfigError
 from dist_ema.geometry.shares import Mode
 from dist_ema.importers import AUTO, FORMATS, generic, recognise
@@ -23,8 +25,6 @@ from dist_ema.importers.foreign import Foreign, LazyTensor, Model, Tensors
 from dist_ema.options import check_cast
 from dist_ema.schedules import ConstantDecay, HalfLife, Schedule
 from dist_ema.schedules.clock import Progress
-from dist_ema.sharding.gather import LocalValues
-from dist_ema.sharding.writers import FullTensor
 from dist_ema.state import EMAState
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from dist_ema.collectives import broadcast_object
+from dist_ema.comm.collectives import broadcast_object
 from dist_ema.ema import ShardedEMA
 from dist_ema.errors import CheckpointError, EMAConfigError, EMAEngineError, EMAStateError
 from dist_ema.integrations.transformers_trainer import epochs_begun, evaluating_on, refuse_unwrapped, scale

@@ -16,10 +16,10 @@ from dist_ema.checkpoints.reader import RunReader
 from dist_ema.checkpoints.storage.paths import StrPath
 from dist_ema.checkpoints.stored import StoredTensor
 from dist_ema.checkpoints.versions import reread
+from dist_ema.comm.catalogue import FullTensor
 from dist_ema.geometry.shares import Mode
 from dist_ema.offline.verify import VerifiedTensor
 from dist_ema.options import check_cast
-from dist_ema.sharding.writers import FullTensor
 
 
 def export_checkpoint(

@@ -13,6 +13,7 @@ import torch
 
 from dist_ema.checkpoints.contents import Contents
 from dist_ema.checkpoints.manifest import NAME
+from dist_ema.comm.catalogue import catalogue, writes
 from dist_ema.errors import EMAConfigError
 from dist_ema.geometry.shares import Share, assign_shares
 from dist_ema.kernels import ACCELERATOR_CHUNK, CACHE_CHUNK
@@ -21,7 +22,6 @@ from dist_ema.planning.architecture import Architecture
 from dist_ema.planning.layouts import Layout, simulate
 from dist_ema.schedules import HalfLife
 from dist_ema.schedules.clock import Progress
-from dist_ema.sharding.writers import catalogue, writes
 from dist_ema.state import EMAState
 
 #: Of larger runs this many ranks are looked at, at equal distances, the first and the last among them.

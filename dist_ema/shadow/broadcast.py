@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from dist_ema import kernels
-from dist_ema.collectives import gather_objects
+from dist_ema.comm.catalogue import FullTensor
+from dist_ema.comm.collectives import gather_objects
+from dist_ema.comm.windows import Access, all_gather_flat, broadcast_flat
 from dist_ema.engines.base import Engine
 from dist_ema.errors import EMAStateError
 from dist_ema.geometry.shares import Share, parts_of_replicas, replica_sets
 from dist_ema.geometry.spec import Replicas
-from dist_ema.sharding.writers import FullTensor
-from dist_ema.windows import Access, all_gather_flat, broadcast_flat
 
 
 def swaps_together(engine: Engine, shares: Sequence[Share]) -> bool:
@@ -99,7 +99,7 @@ class Broadcast:
 
 
 def _access(tensors: Sequence[Tensor | None]) -> tuple[Access, Access]:
-    """``read`` and ``write`` of ranges of these tensors, as :mod:`dist_ema.windows` calls them. None is passed over."""
+    """``read`` and ``write`` of ranges of these tensors, as :mod:`dist_ema.comm.windows` calls them. None is passed over."""
 
     def read(index: int, start: int, stop: int, out: Tensor) -> None:
         tensor = tensors[index]

@@ -8,14 +8,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_ema import kernels
+from dist_ema.comm.catalogue import FullTensor, catalogue
+from dist_ema.comm.gather import LocalValues, gather_each
 from dist_ema.engines.counterpart import Counterpart
 from dist_ema.engines.derived import DerivedState
 from dist_ema.errors import EMAStateError
 from dist_ema.geometry.runs import Runs, overlap
 from dist_ema.geometry.shares import Share
 from dist_ema.shadow.device import Shadow
-from dist_ema.sharding.gather import LocalValues, gather_each
-from dist_ema.sharding.writers import FullTensor, catalogue
 
 
 class GatheredTeacherShadow(Shadow):

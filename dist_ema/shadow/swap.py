@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from dist_ema import kernels
-from dist_ema.collectives import answered
+from dist_ema.comm.catalogue import FullTensor
+from dist_ema.comm.collectives import answered
 from dist_ema.engines.base import Engine
 from dist_ema.engines.derived import DerivedState
 from dist_ema.errors import EMAError, EMAStateError
@@ -33,7 +34,6 @@ from dist_ema.runtime.interrupts import Uninterrupted
 from dist_ema.shadow import lent
 from dist_ema.shadow.broadcast import Broadcast, is_own
 from dist_ema.shadow.writes import Watch, Written
-from dist_ema.sharding.writers import FullTensor
 
 logger = logging.getLogger(__name__)
 #: Errors in a row after which the way back is given up; interrupts do not count.

@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks.processes import torchrun
 from benchmarks.show import cell, print_json, print_table
 from dist_ema import ShardedEMA
-from dist_ema.channels import Channel
+from dist_ema.comm.channels import Channel
 
 #: What makes a rank wait for others; those of objects are made of these.
 COLLECTIVES = (

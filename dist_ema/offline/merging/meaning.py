@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from dist_ema.comm.catalogue import FullTensor
 from dist_ema.errors import CheckpointMismatchError, EMAConfigError
 from dist_ema.offline.merging.sources import Source, SourceTensor
-from dist_ema.sharding.writers import FullTensor
 
 #: Elements that are compared at a time.
 _PIECE = 1 << 18

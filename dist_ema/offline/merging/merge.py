@@ -22,7 +22,8 @@ from dist_ema.checkpoints.reader import damaged_error
 from dist_ema.checkpoints.storage.paths import StrPath, local_path
 from dist_ema.checkpoints.storage.staging import Staging
 from dist_ema.checkpoints.versions import read_anew_if_replaced, read_manifest_bytes
-from dist_ema.collectives import agreed, gather_objects, rank_in, size_of
+from dist_ema.comm.catalogue import FullTensor
+from dist_ema.comm.collectives import agreed, gather_objects, rank_in, size_of
 from dist_ema.errors import CheckpointCorruptError, CheckpointError, EMAConfigError, EMAError, EMAStateError
 from dist_ema.offline.merging.alike import check_alike, under_common_names, with_ties
 from dist_ema.offline.merging.combine import Combination, digests_of
@@ -34,7 +35,6 @@ from dist_ema.offline.merging.sources import Selection, Source, open_sources
 from dist_ema.options import check_cast
 from dist_ema.schedules import ConstantDecay, Schedule
 from dist_ema.schedules.clock import Progress
-from dist_ema.sharding.writers import FullTensor
 from dist_ema.state import EMAState
 
 logger = logging.getLogger(__name__)

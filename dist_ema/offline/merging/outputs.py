@@ -19,9 +19,9 @@ from dist_ema.checkpoints.storage.local import write_text
 from dist_ema.checkpoints.storage.local_commit import LocalWriter
 from dist_ema.checkpoints.storage.paths import StrPath, check_path, is_remote, local_path
 from dist_ema.checkpoints.storage.staging import Staging
+from dist_ema.comm.catalogue import FullTensor
 from dist_ema.errors import CheckpointError, EMAConfigError
 from dist_ema.schedules import Schedule
-from dist_ema.sharding.writers import FullTensor
 from dist_ema.state import EMAState
 
 #: What says how an output was made.

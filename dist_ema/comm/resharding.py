@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_ema.collectives import agreed
+from dist_ema.comm.catalogue import FullTensor
+from dist_ema.comm.collectives import agreed
+from dist_ema.comm.gather import LocalValues, gather_each
 from dist_ema.errors import EMAEngineError
 from dist_ema.geometry.runs import count, overlap
 from dist_ema.geometry.shares import Share
-from dist_ema.sharding.gather import LocalValues, gather_each
-from dist_ema.sharding.writers import FullTensor
 
 
 def check_same_model(old: Sequence[FullTensor], new: Sequence[FullTensor], operation: str) -> set[str]:

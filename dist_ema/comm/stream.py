@@ -8,10 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_ema.collectives import agreed
-from dist_ema.sharding.gather import LocalValues, gather_each
-from dist_ema.sharding.writers import FullTensor
-from dist_ema.windows import WINDOW_BYTES
+from dist_ema.comm.catalogue import FullTensor
+from dist_ema.comm.collectives import agreed
+from dist_ema.comm.gather import LocalValues, gather_each
+from dist_ema.comm.windows import WINDOW_BYTES
 
 
 def in_windows(entries: Sequence[FullTensor], dtypes: Mapping[str, torch.dtype]) -> Iterator[list[FullTensor]]:

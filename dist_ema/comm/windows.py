@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_ema.collectives import answered, device_for, rank_in, size_of
+from dist_ema.comm.collectives import answered, device_for, rank_in, size_of
 
 #: Bytes of one window, and of the memory that each rank holds for it.
 WINDOW_BYTES = 16 << 20

@@ -22,8 +22,8 @@ from weakref import WeakSet
 import torch
 import torch.distributed as dist
 
-from dist_ema.attendance import ARRIVAL, Attendance
-from dist_ema.collectives import PeerLost, Tag, answered, exchange, own_groups, speaking
+from dist_ema.comm.attendance import ARRIVAL, Attendance
+from dist_ema.comm.collectives import PeerLost, Tag, answered, exchange, own_groups, speaking
 
 T = TypeVar("T")
 _READY = "ready"

@@ -21,12 +21,12 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 
-from dist_ema.collectives import agreed, gather_objects, rank_in, sum_tensor
+from dist_ema.comm.catalogue import FullTensor, catalogue, is_writer
+from dist_ema.comm.collectives import agreed, gather_objects, rank_in, sum_tensor
 from dist_ema.errors import EMAEngineError
 from dist_ema.geometry.positions import position_sums
 from dist_ema.geometry.runs import Runs, whole
 from dist_ema.geometry.shares import Share
-from dist_ema.sharding.writers import FullTensor, catalogue, is_writer
 
 #: Tensors in one message: 1 MiB.
 BLOCK = 1 << 16

@@ -12,13 +12,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_ema import kernels
-from dist_ema.collectives import FirstFailure, agreed, rank_in
+from dist_ema.comm.catalogue import FullTensor, is_writer
+from dist_ema.comm.collectives import FirstFailure, agreed, rank_in
+from dist_ema.comm.windows import Range, Window, packed
 from dist_ema.errors import EMAStateError
 from dist_ema.geometry.runs import Runs, chunks, overlap
 from dist_ema.geometry.shares import Share
 from dist_ema.runtime.streams import read_ahead
-from dist_ema.sharding.writers import FullTensor, is_writer
-from dist_ema.windows import Range, Window, packed
 
 
 @dataclass(frozen=True)

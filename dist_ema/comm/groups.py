@@ -20,8 +20,8 @@ from weakref import ref
 
 import torch.distributed as dist
 
-from dist_ema.channels import Channel
-from dist_ema.collectives import Tag, rank_in
+from dist_ema.comm.channels import Channel
+from dist_ema.comm.collectives import Tag, rank_in
 from dist_ema.errors import EMAStateError
 
 #: Assumed disk bandwidth of each rank, bytes a second: extends the timeout, so that no slow write passes for a hang.

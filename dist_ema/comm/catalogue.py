@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 
-from dist_ema.collectives import broadcast_object, gather_objects, rank_in
+from dist_ema.comm.collectives import broadcast_object, gather_objects, rank_in
 from dist_ema.errors import EMAEngineError
 from dist_ema.geometry.runs import Runs
 from dist_ema.geometry.shares import Mode, Share
