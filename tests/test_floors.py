@@ -85,7 +85,7 @@ def floor(name: str) -> int:
 
 def test_the_source_was_found() -> None:
     """A wrong path would make every test below pass."""
-    assert {"dist_ema", "dist_ema.ema", "dist_ema.engines", "dist_ema.engines.zero"} <= MODULES.keys()
+    assert {"dist_ema", "dist_ema.ema", "dist_ema.engines", "dist_ema.engines.deepspeed.zero"} <= MODULES.keys()
 
 
 def test_time_schedules_and_geometry_do_not_know_torch() -> None:

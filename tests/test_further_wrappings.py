@@ -21,7 +21,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from zero_models import Net, backward, make_engine, reset_deepspeed
 
 from dist_ema import ShardedEMA
-from dist_ema.engines.zero import ZeroEngine
+from dist_ema.engines.deepspeed.zero import ZeroEngine
 
 
 class _Experts(nn.Module):

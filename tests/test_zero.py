@@ -16,7 +16,7 @@ from zero_models import DTYPES, Net, adam_in_two_groups, backward, batch, make_e
 
 from dist_ema import ShardedEMA
 from dist_ema.engines.base import Engine
-from dist_ema.engines.zero import ZeroEngine
+from dist_ema.engines.deepspeed.zero import ZeroEngine
 from dist_ema.errors import EMAConfigError, EMAEngineError, EMAStateError
 
 #: Every optimizer class that DeepSpeed 0.19.8 wraps around a plain one, and every branch of ours.

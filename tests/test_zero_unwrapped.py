@@ -12,7 +12,7 @@ from torch import nn
 from zero_models import Net, make_engine, plain_fused_adam, train
 
 from dist_ema import ShardedEMA
-from dist_ema.engines.zero import ZeroEngine
+from dist_ema.engines.deepspeed.zero import ZeroEngine
 from dist_ema.errors import EMAEngineError, EMAStateError
 
 #: Where the weights that the module shows are empty, or bf16 copies, or would be overwritten by masters.

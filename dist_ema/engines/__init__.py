@@ -37,7 +37,7 @@ def detect(target: object) -> Engine:
         return CompositeEngine([detect(stage)])  # one of several, as a list of one is
     target = unwrap_module(target)
     if isinstance(target, loaded("deepspeed", "DeepSpeedEngine")):
-        from dist_ema.engines.zero import ZeroEngine
+        from dist_ema.engines.deepspeed.zero import ZeroEngine
 
         return ZeroEngine(target)
     if not isinstance(target, nn.Module):
@@ -77,7 +77,7 @@ def detect_in(target: object, group: object, *, trains: bool = True) -> Engine:
 def _detect_untrained(target: object) -> Engine:
     target = unwrap_module(target)
     if isinstance(target, loaded("deepspeed", "DeepSpeedEngine")):
-        from dist_ema.engines.zero_untrained import UntrainedZeroEngine, is_untrained
+        from dist_ema.engines.deepspeed.untrained import UntrainedZeroEngine, is_untrained
 
         if is_untrained(target):
             return UntrainedZeroEngine(target)

@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
+from dist_ema.engines.deepspeed.masters import Masters, MasterSlice
+from dist_ema.engines.deepspeed.zero import ZeroEngine
 from dist_ema.engines.names import Slot, kind_of
-from dist_ema.engines.zero import ZeroEngine
-from dist_ema.engines.zero_masters import Masters, MasterSlice
 from dist_ema.geometry.spec import TensorSpec
 
 

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dist_ema.engines.deepspeed.masters import find_masters
 from dist_ema.engines.names import Slot
-from dist_ema.engines.zero_masters import find_masters
 from dist_ema.errors import EMAEngineError, EMAStateError
 
 logger = logging.getLogger(__name__)

@@ -12,8 +12,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dist_ema.engines.deepspeed.marks import is_expert
 from dist_ema.engines.names import Slot, walk_slots
-from dist_ema.engines.zero_marks import is_expert
 from dist_ema.errors import EMAEngineError
 from dist_ema.geometry.spec import Replicas
 
