@@ -45,10 +45,10 @@ from dist_ema.schedules.clock import Progress
 from dist_ema.shadow.condition import Condition
 from dist_ema.shadow.device import Shadow
 from dist_ema.shadow.host import HostShadow
-from dist_ema.shadow.teacher import Teacher
 from dist_ema.shadow.view import View
 from dist_ema.snapshots import Snapshots
 from dist_ema.state import EMAState, Track
+from dist_ema.teacher.teacher import Teacher
 
 logger = logging.getLogger(__name__)
 P = ParamSpec("P")

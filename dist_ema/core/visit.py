@@ -16,7 +16,7 @@ from dist_ema.runtime.interrupts import Uninterrupted
 from dist_ema.shadow.broadcast import swaps_together
 from dist_ema.shadow.host import wait_for_reads
 from dist_ema.shadow.swap import Swap, Visit
-from dist_ema.shadow.teacher import counterpart
+from dist_ema.teacher.teacher import counterpart
 
 logger = logging.getLogger(__name__)
 _OPERATION = "average_parameters()"

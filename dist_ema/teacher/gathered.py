@@ -30,7 +30,7 @@ class GatheredTeacherShadow(Shadow):
         skip_nonfinite: leave out NaN and Inf.
         seed: of stochastic rounding.
         counterpart: the teacher's tensors, in the order of the shares.
-        claim, release: as those of :class:`~dist_ema.shadow.teacher_shadow.TeacherShadow`.
+        claim, release: as those of :class:`~dist_ema.teacher.shadow.TeacherShadow`.
         group: the ranks of both.
     """
 

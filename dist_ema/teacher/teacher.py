@@ -19,8 +19,8 @@ from dist_ema.errors import EMAConfigError, EMAEngineError, EMAStateError
 from dist_ema.geometry.shares import Share
 from dist_ema.options import Options
 from dist_ema.shadow.device import Shadow
-from dist_ema.shadow.gathered_teacher import GatheredTeacherShadow
-from dist_ema.shadow.teacher_shadow import TeacherShadow
+from dist_ema.teacher.gathered import GatheredTeacherShadow
+from dist_ema.teacher.shadow import TeacherShadow
 
 #: Who fills which tensors of which module. Of the whole process.
 _fillers: WeakKeyDictionary[nn.Module, dict[str, weakref.ref[Teacher]]] = WeakKeyDictionary()
