@@ -15,15 +15,15 @@ from dist_ema.core import files, tensors, visit
 from dist_ema.core import state_dict as stateful
 from dist_ema.core import update as updating
 from dist_ema.core.average import PATIENCE, Average
+from dist_ema.core.memory_report import memory_report, summary
 from dist_ema.core.rebind import rebind
+from dist_ema.core.snapshots import Snapshots
 from dist_ema.engines import RemovableHandle
 from dist_ema.errors import EMAStateError
 from dist_ema.options import Options
 from dist_ema.runtime.untraced import untraced
 from dist_ema.schedules import Schedule
 from dist_ema.schedules.clock import Progress
-from dist_ema.shadow.memory_report import memory_report, summary
-from dist_ema.snapshots import Snapshots
 
 
 class ShardedEMA:

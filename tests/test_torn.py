@@ -28,8 +28,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from dist_ema import ShardedEMA
+from dist_ema.core.broadcast import __file__ as broadcast_file
 from dist_ema.errors import EMAStateError
-from dist_ema.shadow.broadcast import __file__ as broadcast_file
 
 
 def _run(server: multiprocessing.context.BaseContext, body: Callable[..., None], folder: Path, *arguments: Any) -> None:

@@ -24,6 +24,9 @@ from dist_ema.comm.collectives import (
 )
 from dist_ema.comm.groups import OwnGroups
 from dist_ema.comm.proof import proven_catalogue
+from dist_ema.core.condition import Condition
+from dist_ema.core.snapshots import Snapshots
+from dist_ema.core.view import View
 from dist_ema.engines import Attached, Engine, detect_in
 from dist_ema.errors import CheckpointError, EMAConfigError
 from dist_ema.geometry.shares import (
@@ -42,11 +45,8 @@ from dist_ema.options import Options
 from dist_ema.runtime.background import Background
 from dist_ema.runtime.interrupts import Uninterrupted
 from dist_ema.schedules.clock import Progress
-from dist_ema.shadow.condition import Condition
 from dist_ema.shadow.device import Shadow
 from dist_ema.shadow.host import HostShadow
-from dist_ema.shadow.view import View
-from dist_ema.snapshots import Snapshots
 from dist_ema.state import EMAState, Track
 from dist_ema.teacher.teacher import Teacher
 

@@ -28,14 +28,14 @@ from dist_ema.comm.collectives import agreed, answering
 from dist_ema.comm.gather import check_readable
 from dist_ema.comm.groups import Turn
 from dist_ema.core.average import PATIENCE, Average, collective
+from dist_ema.core.snapshots import Snapshots
+from dist_ema.core.view import View
 from dist_ema.engines.unwrapped import unwrapped
 from dist_ema.geometry.shares import Share, in_shapes_of, shares_to_load
 from dist_ema.options import check_cast
 from dist_ema.runtime.interrupts import Uninterrupted
 from dist_ema.runtime.streams import Handover
 from dist_ema.shadow.device import Shadow
-from dist_ema.shadow.view import View
-from dist_ema.snapshots import Snapshots
 
 #: Work of our thread, which enters the context while it reads the shadow.
 Work = Callable[[AbstractContextManager[None]], None]

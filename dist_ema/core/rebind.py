@@ -9,9 +9,9 @@ from dist_ema.comm.gather import LocalValues
 from dist_ema.comm.groups import OwnGroups
 from dist_ema.comm.resharding import check_same_model, move
 from dist_ema.core.average import Average
+from dist_ema.core.condition import Condition
 from dist_ema.geometry.shares import assign_shares
 from dist_ema.runtime.interrupts import Uninterrupted
-from dist_ema.shadow.condition import Condition
 
 
 @answering("rebind()")

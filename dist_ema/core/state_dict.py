@@ -12,12 +12,12 @@ from typing import Any
 from dist_ema.checkpoints.load import report_schedules
 from dist_ema.comm.collectives import agreed, check_same_updates, sum_integers
 from dist_ema.core.average import Average, collective
+from dist_ema.core.swap import Swap, Visit
+from dist_ema.core.view import View
 from dist_ema.errors import CheckpointMismatchError
 from dist_ema.geometry.shares import in_shapes_of, shares_to_load
 from dist_ema.runtime.interrupts import Uninterrupted
 from dist_ema.shadow.host import wait_for_reads
-from dist_ema.shadow.swap import Swap, Visit
-from dist_ema.shadow.view import View
 from dist_ema.state import EMAState
 
 

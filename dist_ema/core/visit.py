@@ -12,10 +12,10 @@ from contextlib import contextmanager, nullcontext
 
 from dist_ema.comm.collectives import Call, answering
 from dist_ema.core.average import Average
+from dist_ema.core.broadcast import swaps_together
+from dist_ema.core.swap import Swap, Visit
 from dist_ema.runtime.interrupts import Uninterrupted
-from dist_ema.shadow.broadcast import swaps_together
 from dist_ema.shadow.host import wait_for_reads
-from dist_ema.shadow.swap import Swap, Visit
 from dist_ema.teacher.teacher import counterpart
 
 logger = logging.getLogger(__name__)

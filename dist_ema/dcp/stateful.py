@@ -24,12 +24,12 @@ from torch import Tensor
 from dist_ema.comm.catalogue import FullTensor
 from dist_ema.comm.collectives import gather_objects
 from dist_ema.comm.gather import LocalValues, full_tensors
+from dist_ema.core.view import View
 from dist_ema.dcp.boxed import BoxedTensor
 from dist_ema.dcp.texts import write_schedule, write_state
 from dist_ema.geometry.shares import Share
 from dist_ema.schedules import Schedule
 from dist_ema.shadow.lent import lend
-from dist_ema.shadow.view import View
 from dist_ema.state import EMAState
 
 

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from dist_ema import kernels
 from dist_ema.comm.gather import LocalValues
+from dist_ema.core.condition import Condition
 from dist_ema.errors import EMAStateError
 from dist_ema.geometry.shares import Share
-from dist_ema.shadow.condition import Condition
 from dist_ema.shadow.device import Shadow
 
 

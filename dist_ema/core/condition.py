@@ -6,10 +6,10 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from dist_ema.core.swap import Swap, Visit
+from dist_ema.core.writes import Written
 from dist_ema.engines.base import Engine
 from dist_ema.errors import EMAStateError
-from dist_ema.shadow.swap import Swap, Visit
-from dist_ema.shadow.writes import Written
 
 #: For every module that holds tensors itself, the visit of an average that is under way or that left its weights torn.
 #: Of the whole process: another object may average the same model, a part of it, or one of which it is a part.

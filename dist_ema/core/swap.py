@@ -25,6 +25,8 @@ from torch import Tensor
 from dist_ema import kernels
 from dist_ema.comm.catalogue import FullTensor
 from dist_ema.comm.collectives import answered
+from dist_ema.core.broadcast import Broadcast, is_own
+from dist_ema.core.writes import Watch, Written
 from dist_ema.engines.base import Engine
 from dist_ema.engines.derived import DerivedState
 from dist_ema.errors import EMAError, EMAStateError
@@ -32,8 +34,6 @@ from dist_ema.geometry.shares import Share
 from dist_ema.geometry.subclasses import CachedScale
 from dist_ema.runtime.interrupts import Uninterrupted
 from dist_ema.shadow import lent
-from dist_ema.shadow.broadcast import Broadcast, is_own
-from dist_ema.shadow.writes import Watch, Written
 
 logger = logging.getLogger(__name__)
 #: Errors in a row after which the way back is given up; interrupts do not count.
