@@ -29,7 +29,7 @@ from typing import TypeAlias
 
 from killing import CHANGES
 
-from dist_ema.checkpoints.storage import staging
+from dist_ema.storage import staging
 
 #: The names in a directory, each with the number of what it leads to; or the bytes of a file.
 Node: TypeAlias = "dict[str, int] | bytes"

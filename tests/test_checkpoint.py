@@ -23,10 +23,10 @@ from torch import nn
 from dist_ema import ShardedEMA, read_checkpoint, schedules, verify_checkpoint
 from dist_ema.checkpoints.manifest import NAME, Manifest
 from dist_ema.checkpoints.reader import RunReader
-from dist_ema.checkpoints.storage.local import RunWriter
 from dist_ema.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError, EMAConfigError
 from dist_ema.offline.compare import compare
 from dist_ema.offline.export import export_checkpoint
+from dist_ema.storage.local import RunWriter
 
 PAIRS = [
     ("plain", 1),
@@ -451,7 +451,7 @@ def test_a_failed_background_save_is_raised_on_every_rank(rank: int, tmp_path: P
     ema.save(tmp_path / "c")
     kept = (tmp_path / "c" / NAME).read_bytes()
     if rank == 1:
-        monkeypatch.setattr("dist_ema.checkpoints.storage.local.RunWriter.sync", _full_disk)
+        monkeypatch.setattr("dist_ema.storage.local.RunWriter.sync", _full_disk)
     ema.save(tmp_path / "c", block=False)
     with pytest.raises(CheckpointError, match=r"rank 1.*No space left"):
         ema.wait()
@@ -516,7 +516,7 @@ def test_a_failed_save_that_one_rank_has_seen_already_keeps_no_other_waiting(ran
         ema.save(tmp_path / "c")
         state = ema.state_dict()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("dist_ema.checkpoints.storage.local.RunWriter.sync", _full_disk)
+            patch.setattr("dist_ema.storage.local.RunWriter.sync", _full_disk)
             ema.save(tmp_path / "c", block=False)
             if rank == 0:
                 with pytest.raises(CheckpointError, match="No space left"):

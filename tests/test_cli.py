@@ -21,8 +21,8 @@ from torch import nn
 
 from dist_ema import ShardedEMA, read_checkpoint, schedules
 from dist_ema.checkpoints.manifest import NAME, Manifest
-from dist_ema.checkpoints.storage.local import RunWriter
 from dist_ema.cli import main
+from dist_ema.storage.local import RunWriter
 
 INDEX = "model.safetensors.index.json"
 LARGE = 1 << 28

@@ -15,10 +15,10 @@ from mounts import UNSHARE, can_mount
 from torch import nn
 
 from dist_ema import ShardedEMA, verify_checkpoint
-from dist_ema.checkpoints.storage import local_commit
-from dist_ema.checkpoints.storage.local_commit import LocalWriter
-from dist_ema.checkpoints.storage.staging import remove_leftovers
 from dist_ema.errors import CheckpointError
+from dist_ema.storage import local_commit
+from dist_ema.storage.local_commit import LocalWriter
+from dist_ema.storage.staging import remove_leftovers
 
 #: Fills the disk so far that the save fails at another place each time.
 FULL = """

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from dist_ema import ShardedEMA
 from dist_ema.checkpoints.layout import TensorPlan, parse_size, plan_files
-from dist_ema.checkpoints.storage.local import RunWriter
 from dist_ema.errors import CheckpointError, EMAConfigError, EMAError, EMAStateError
+from dist_ema.storage.local import RunWriter
 
 ENGINES = ["plain", "ddp", "fsdp1-full", "fsdp1-full-orig", "fsdp2"]
 MATRIX = [(name, size) for name in ENGINES for size in (1, 2, 3)]
@@ -481,7 +481,7 @@ import os, signal, sys
 sys.path.insert(0, sys.argv[2])
 from models import build
 from dist_ema import ShardedEMA
-from dist_ema.checkpoints.storage.local import RunWriter
+from dist_ema.storage.local import RunWriter
 
 write, calls = RunWriter.write, []
 def dying(self, *args):

@@ -41,7 +41,7 @@ FILE_CALLS |= {"save_file", "load_file", "safe_open", "mkdtemp", "NamedTemporary
 SERIALIZERS = {"torch.save", "torch.load", "pickle.dump", "pickle.load", "np.save", "np.load", "os.replace"}
 #: The files of checkpoints and exports; and ``compiler``, which keeps what it builds.
 OPENS_FILES = {
-    "dist_ema.checkpoints.storage",
+    "dist_ema.storage",
     "dist_ema.kernels.compiler",
     "dist_ema.planning.architecture",
     "dist_ema.cli",
@@ -121,7 +121,7 @@ def test_only_storage_touches_files() -> None:
     found = {name: touched for name in MODULES if (touched := file_calls(name))}
     found = {name: touched for name, touched in found.items() if not any(inside(name, one) for one in OPENS_FILES)}
     assert not found
-    seen = file_calls("dist_ema.checkpoints.storage.local") | file_calls("dist_ema.checkpoints.storage.staging")
+    seen = file_calls("dist_ema.storage.local") | file_calls("dist_ema.storage.staging")
     assert {"os.pwrite", "self.content.rename", "shutil.rmtree"} <= seen, "sees nothing"
 
 

@@ -297,7 +297,7 @@ def test_a_killed_rank_is_an_error_on_the_other_and_the_checkpoint_is_whole(
 SCRIPT = """
 import logging, sys, torch
 from dist_ema import ShardedEMA
-from dist_ema.checkpoints.storage.local import RunWriter
+from dist_ema.storage.local import RunWriter
 logging.basicConfig(filename={log!r})
 ema = ShardedEMA(torch.nn.Linear(3, 2), decay=0.5)
 ema.update()

@@ -17,13 +17,13 @@ from models import build
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from dist_ema import ShardedEMA, verify_checkpoint
-from dist_ema.checkpoints.storage.local import RunWriter
 from dist_ema.errors import CheckpointError, EMAStateError
+from dist_ema.storage.local import RunWriter
 
 SCRIPT = """
 import os, sys, threading, time, torch
 from dist_ema import ShardedEMA, read_checkpoint
-from dist_ema.checkpoints.storage.local import RunWriter
+from dist_ema.storage.local import RunWriter
 slow, inner = threading.Event(), getattr(RunWriter, sys.argv[2])
 def late(self, *arguments):
     if not slow.is_set():

@@ -405,7 +405,7 @@ def test_force_replaces_a_model_and_nothing_else(checkpoint: bool, tmp_path: Pat
 
 def test_force_keeps_the_old_one_until_the_new_one_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also on file systems that cannot exchange two names."""
-    from dist_ema.checkpoints.storage import staging
+    from dist_ema.storage import staging
 
     paths = [folder(tmp_path / name, {f"model{SUFFIX}": {"w": full(value)}}) for name, value in (("a", 1), ("b", 5))]
     out = tmp_path / "out"

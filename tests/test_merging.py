@@ -26,7 +26,6 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parent.parent / "launch"))
 from benchmarks.memory import peak_growth
 from dist_ema import PowerFunction, ShardedEMA, merge, read_checkpoint, verify_checkpoint
-from dist_ema.checkpoints.storage.local import RunWriter
 from dist_ema.cli import main
 from dist_ema.errors import (
     CheckpointCorruptError,
@@ -36,6 +35,7 @@ from dist_ema.errors import (
     EMAStateError,
 )
 from dist_ema.offline.merging.schemes import scheme_weights
+from dist_ema.storage.local import RunWriter
 
 
 class Net(nn.Module):
@@ -415,7 +415,7 @@ def test_a_full_disk_leaves_nothing(place: Path, tmp_path: Path, monkeypatch: py
 def test_a_killed_merge_leaves_what_the_next_one_removes(checkpoint: bool, place: Path, tmp_path: Path) -> None:
     script = (
         "import os, signal, dist_ema\n"
-        "from dist_ema.checkpoints.storage.local import RunWriter\n"
+        "from dist_ema.storage.local import RunWriter\n"
         "RunWriter.sync = lambda self: os.kill(os.getpid(), signal.SIGKILL)\n"
         f"dist_ema.merge([{str(place / '0')!r}, {str(place / '1')!r}], 'out', checkpoint={checkpoint})\n"
     )

@@ -24,10 +24,10 @@ from torch import nn
 
 from dist_ema import ShardedEMA, read_checkpoint, verify_checkpoint
 from dist_ema.checkpoints.manifest import NAME
-from dist_ema.checkpoints.storage.staging import Staging
 from dist_ema.cli import main
 from dist_ema.errors import CheckpointError, EMAConfigError
 from dist_ema.offline.export import export_checkpoint
+from dist_ema.storage.staging import Staging
 
 WRITERS = ["save", "export"]
 FOREIGN = Path(__file__).parent / "data" / "imports" / "timm.pth.tar"
@@ -339,7 +339,7 @@ import subprocess, sys
 from pathlib import Path
 from torch import nn
 from dist_ema import ShardedEMA, verify_checkpoint
-from dist_ema.checkpoints.storage.local import RunWriter
+from dist_ema.storage.local import RunWriter
 from dist_ema.errors import CheckpointError
 
 disk = Path(sys.argv[1])

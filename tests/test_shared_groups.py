@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from dist_ema import ShardedEMA, read_checkpoint
-from dist_ema.checkpoints.storage.local import RunWriter
 from dist_ema.comm import groups
 from dist_ema.errors import CheckpointError, EMAError, EMAStateError
+from dist_ema.storage.local import RunWriter
 
 
 @contextmanager

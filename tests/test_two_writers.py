@@ -24,10 +24,10 @@ from killing import CHANGES, forked, make_trainer, train_once, whole
 
 from dist_ema import verify_checkpoint
 from dist_ema.checkpoints.manifest import NAME
-from dist_ema.checkpoints.storage import local_commit
-from dist_ema.checkpoints.storage.local import RunWriter
-from dist_ema.checkpoints.storage.local_commit import LocalWriter
 from dist_ema.errors import CheckpointError
+from dist_ema.storage import local_commit
+from dist_ema.storage.local import RunWriter
+from dist_ema.storage.local_commit import LocalWriter
 
 LANES = 3
 ROUNDS = 12

@@ -18,10 +18,10 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from dist_ema import read_checkpoint, verify_checkpoint
 from dist_ema.checkpoints.manifest import NAME
-from dist_ema.checkpoints.storage import paths, remote, storage_reader
-from dist_ema.checkpoints.storage.remote_commit import RemoteWriter
 from dist_ema.cli import main
 from dist_ema.errors import CheckpointCorruptError, CheckpointError, EMAConfigError
+from dist_ema.storage import paths, remote, storage_reader
+from dist_ema.storage.remote_commit import RemoteWriter
 
 
 @pytest.fixture

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from dist_ema.checkpoints.arrangement import Arrangement
 from dist_ema.checkpoints.layout import FilePlan, TensorPlan, plan_files
-from dist_ema.checkpoints.storage.base import TensorWriter
 from dist_ema.comm.catalogue import FullTensor, is_writer
 from dist_ema.comm.collectives import agreed, rank_in
 from dist_ema.comm.gather import LocalValues, gather_each
 from dist_ema.geometry.runs import Runs, chunks, count
 from dist_ema.kernels.fingerprint import partial_digest
+from dist_ema.storage.base import TensorWriter
 
 #: Elements that are converted, digested and written at a time.
 IO_CHUNK = 1 << 19

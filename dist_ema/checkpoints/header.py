@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from math import prod
 
 from dist_ema.checkpoints.dtypes import DTYPES
-from dist_ema.checkpoints.storage.base import OpenFile
 from dist_ema.checkpoints.strict_json import is_count, is_shape, parse, shown
+from dist_ema.storage.base import OpenFile
 
 #: The longest header that safetensors itself reads.
 _MAX_BYTES = 100_000_000

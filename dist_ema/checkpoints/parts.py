@@ -14,7 +14,6 @@ from torch import Tensor
 from dist_ema.checkpoints.dtypes import DTYPES, WIDEST
 from dist_ema.checkpoints.manifest import Key, Manifest
 from dist_ema.checkpoints.reader import RunReader
-from dist_ema.checkpoints.storage.paths import StrPath
 from dist_ema.checkpoints.stored import StoredTensor
 from dist_ema.comm.catalogue import FullTensor
 from dist_ema.comm.collectives import FirstFailure, agreed, answered, device_for, rank_in
@@ -24,6 +23,7 @@ from dist_ema.geometry.shares import Share
 from dist_ema.kernels.fingerprint import partial_digest
 from dist_ema.runtime.streams import Handover, Relay
 from dist_ema.runtime.threads import work_through
+from dist_ema.storage.paths import StrPath
 
 #: Elements that are read, digested and converted at a time.
 IO_CHUNK = 1 << 19

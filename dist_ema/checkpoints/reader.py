@@ -14,12 +14,12 @@ from torch import Tensor
 from dist_ema.checkpoints.dtypes import DTYPES
 from dist_ema.checkpoints.header import parse_header, read_header
 from dist_ema.checkpoints.manifest import Key, Manifest, checksum
-from dist_ema.checkpoints.storage import storage_reader
-from dist_ema.checkpoints.storage.base import Closing, OpenFile
-from dist_ema.checkpoints.storage.paths import StrPath, is_remote
 from dist_ema.checkpoints.stored import StoredFile, StoredTensor
 from dist_ema.errors import CheckpointCorruptError
 from dist_ema.geometry.runs import Rows, Runs, count
+from dist_ema.storage import storage_reader
+from dist_ema.storage.base import Closing, OpenFile
+from dist_ema.storage.paths import StrPath, is_remote
 
 #: Files that one reader keeps open: far fewer than a process may open, and as many as most checkpoints have.
 _OPEN_FILES = 256

@@ -10,18 +10,18 @@ import torch.distributed as dist
 
 from dist_ema.checkpoints.contents import Contents
 from dist_ema.checkpoints.manifest import LIVE, Manifest
-from dist_ema.checkpoints.storage import storage_writer
-from dist_ema.checkpoints.storage.base import StorageWriter, TensorWriter
-from dist_ema.checkpoints.storage.paths import StrPath, check_path
 from dist_ema.comm.collectives import FirstFailure, agreed, rank_in, sum_integers
 from dist_ema.errors import CheckpointError
+from dist_ema.storage import storage_writer
+from dist_ema.storage.base import StorageWriter, TensorWriter
+from dist_ema.storage.paths import StrPath, check_path
 
 
 class Save:
     """One save of a checkpoint: ``start()``, then ``finish()``. Collective.
 
     An error of one rank is raised on all of them, and whatever was written is removed then. The calls of a storage
-    backend that this makes are listed in :class:`~dist_ema.checkpoints.storage.base.StorageWriter`.
+    backend that this makes are listed in :class:`~dist_ema.storage.base.StorageWriter`.
 
     Args:
         path: of the checkpoint, a directory or a URL.

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from dist_ema.checkpoints.manifest import MAX_BYTES, NAME, Manifest
-from dist_ema.checkpoints.storage import storage_reader
-from dist_ema.checkpoints.storage.paths import StrPath, is_remote, local_path
 from dist_ema.errors import CheckpointCorruptError, CheckpointError
+from dist_ema.storage import storage_reader
+from dist_ema.storage.paths import StrPath, is_remote, local_path
 
 T = TypeVar("T")
 #: How often a reader starts over because a save has replaced the checkpoint that it was reading.

@@ -19,12 +19,12 @@ import torch.distributed as dist
 
 from dist_ema.checkpoints.contents import Contents
 from dist_ema.checkpoints.save import Save
-from dist_ema.checkpoints.storage.paths import StrPath, check_path, is_remote, local_path
-from dist_ema.checkpoints.storage.staging import move_into, remove_directory
 from dist_ema.comm.collectives import agreed, rank_in
 from dist_ema.errors import EMAConfigError
 from dist_ema.options import check_cast
 from dist_ema.schedules.clock import CLOCK_UNITS, Progress, Time, crossed
+from dist_ema.storage.paths import StrPath, check_path, is_remote, local_path
+from dist_ema.storage.staging import move_into, remove_directory
 
 logger = logging.getLogger(__name__)
 

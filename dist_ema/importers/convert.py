@@ -13,7 +13,6 @@ import torch
 from dist_ema.checkpoints.contents import Contents
 from dist_ema.checkpoints.file_values import Advance, FileValues, no_advance
 from dist_ema.checkpoints.save import Save
-from dist_ema.checkpoints.storage.paths import check_path
 from dist_ema.comm.catalogue import FullTensor
 from dist_ema.comm.gather import LocalValues
 from dist_ema.errors import EMAConfigError
@@ -26,6 +25,7 @@ from dist_ema.options import check_cast
 from dist_ema.schedules import ConstantDecay, HalfLife, Schedule
 from dist_ema.schedules.clock import Progress
 from dist_ema.state import EMAState
+from dist_ema.storage.paths import check_path
 
 
 @dataclass(frozen=True)

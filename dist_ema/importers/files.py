@@ -15,13 +15,13 @@ from torch import Tensor
 
 from dist_ema.checkpoints.header import parse_header, read_header
 from dist_ema.checkpoints.manifest import NAME
-from dist_ema.checkpoints.storage.local import LocalFile, open_plain
 from dist_ema.checkpoints.strict_json import parse
 from dist_ema.errors import CheckpointCorruptError, CheckpointError
 from dist_ema.importers import dcp
 from dist_ema.importers.folders import choose_files
 from dist_ema.importers.foreign import Content, LazyTensor, Model, read_tensors
 from dist_ema.importers.torch_files import load_file
+from dist_ema.storage.local import LocalFile, open_plain
 
 _CONFIG_BYTES = 1 << 24
 _CONFIG_DEPTH = 32

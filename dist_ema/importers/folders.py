@@ -20,9 +20,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from dist_ema.checkpoints.storage.local import open_plain
 from dist_ema.checkpoints.strict_json import parse, shown
 from dist_ema.errors import CheckpointCorruptError, CheckpointError
+from dist_ema.storage.local import open_plain
 
 _SUFFIX = ".safetensors"
 #: Names that readers of such folders look for, without suffix.

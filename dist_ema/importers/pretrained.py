@@ -13,8 +13,8 @@ from torch import Tensor
 
 from dist_ema.checkpoints.dtypes import DTYPES
 from dist_ema.checkpoints.header import parse_header, read_header
-from dist_ema.checkpoints.storage.local import LocalFile
 from dist_ema.errors import CheckpointCorruptError, CheckpointError
+from dist_ema.storage.local import LocalFile
 
 
 @dataclass

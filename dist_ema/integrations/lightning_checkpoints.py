@@ -23,12 +23,12 @@ from pathlib import Path
 
 import fsspec
 
-from dist_ema.checkpoints.storage.local import remove_tree
-from dist_ema.checkpoints.storage.paths import is_remote, local_path
-from dist_ema.checkpoints.storage.staging import name_hash, remove_leftovers, replace_directory
 from dist_ema.checkpoints.versions import read_manifest
 from dist_ema.errors import CheckpointError
 from dist_ema.schedules.clock import Progress
+from dist_ema.storage.local import remove_tree
+from dist_ema.storage.paths import is_remote, local_path
+from dist_ema.storage.staging import name_hash, remove_leftovers, replace_directory
 
 _NEXT = ".dist_ema-next-"
 #: Seconds after which an average that belongs to no checkpoint is removed. Until then a run may still be writing it.

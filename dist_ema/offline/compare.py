@@ -15,7 +15,6 @@ from torch import Tensor
 from dist_ema.checkpoints.file_values import Advance, no_advance
 from dist_ema.checkpoints.manifest import LIVE, NAME, Key, Manifest
 from dist_ema.checkpoints.reader import RunReader, damaged_error
-from dist_ema.checkpoints.storage.paths import StrPath, check_path, is_remote, local_path
 from dist_ema.checkpoints.stored import StoredTensor
 from dist_ema.checkpoints.versions import reread
 from dist_ema.errors import CheckpointMismatchError, EMAConfigError
@@ -23,6 +22,7 @@ from dist_ema.kernels.fingerprint import partial_digest
 from dist_ema.offline.merging.sources import Selection, Source, SourceTensor, open_source
 from dist_ema.offline.verify import PIECE as _PIECE
 from dist_ema.offline.verify import VerifiedTensor
+from dist_ema.storage.paths import StrPath, check_path, is_remote, local_path
 
 logger = logging.getLogger(__name__)
 

@@ -13,13 +13,13 @@ from dist_ema.checkpoints.export import export
 from dist_ema.checkpoints.file_values import Advance, FileValues, no_advance
 from dist_ema.checkpoints.manifest import LIVE, Key, Manifest
 from dist_ema.checkpoints.reader import RunReader
-from dist_ema.checkpoints.storage.paths import StrPath
 from dist_ema.checkpoints.stored import StoredTensor
 from dist_ema.checkpoints.versions import reread
 from dist_ema.comm.catalogue import FullTensor
 from dist_ema.geometry.shares import Mode
 from dist_ema.offline.verify import VerifiedTensor
 from dist_ema.options import check_cast
+from dist_ema.storage.paths import StrPath
 
 
 def export_checkpoint(

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from dist_ema.checkpoints.manifest import Manifest
 from dist_ema.checkpoints.reader import RunReader, damaged_error
-from dist_ema.checkpoints.storage.paths import StrPath
 from dist_ema.checkpoints.versions import reread
 from dist_ema.geometry.runs import whole
 from dist_ema.kernels.fingerprint import partial_digest
+from dist_ema.storage.paths import StrPath
 
 
 def read_checkpoint(path: StrPath, name: str | None = None) -> dict[str, Tensor]:

@@ -15,13 +15,13 @@ from dist_ema.checkpoints.file_values import Advance, no_advance
 from dist_ema.checkpoints.manifest import NAME, Key, Manifest
 from dist_ema.checkpoints.parts import IO_CHUNK
 from dist_ema.checkpoints.reader import RunReader, damaged_error
-from dist_ema.checkpoints.storage.paths import StrPath
 from dist_ema.checkpoints.stored import StoredTensor
 from dist_ema.checkpoints.versions import reread
 from dist_ema.errors import CheckpointCorruptError
 from dist_ema.geometry.runs import Runs, chunks, count, whole
 from dist_ema.kernels.fingerprint import partial_digest
 from dist_ema.runtime.threads import work_through
+from dist_ema.storage.paths import StrPath
 
 #: The problem of a tensor that can be read and is damaged.
 WRONG = "its fingerprint does not match"

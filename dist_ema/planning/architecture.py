@@ -18,11 +18,11 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from dist_ema.checkpoints.storage.local import open_plain
 from dist_ema.checkpoints.strict_json import parse
 from dist_ema.engines.plain import PlainEngine
 from dist_ema.errors import EMAConfigError
 from dist_ema.geometry.spec import TensorSpec
+from dist_ema.storage.local import open_plain
 
 _CONFIG_BYTES, _CONFIG_DEPTH = 1 << 24, 32
 #: Modules of a model at most; those of 384 experts in 61 layers are 70,000.

@@ -10,9 +10,9 @@ import pytest
 import torch
 from test_lightning import DECAY, Module, Watch, callback, full, loader, trainer
 
-from dist_ema.checkpoints.storage import staging
 from dist_ema.errors import CheckpointError
 from dist_ema.integrations import lightning_checkpoints as checkpoints
+from dist_ema.storage import staging
 
 pl = pytest.importorskip("lightning.pytorch", reason="is in the extra 'lightning'")
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import torch
 
-from dist_ema.checkpoints.storage.local import open_plain
-from dist_ema.checkpoints.storage.paths import is_remote, local_path
 from dist_ema.checkpoints.strict_json import parse
 from dist_ema.errors import CheckpointError, CheckpointMismatchError
 from dist_ema.kernels.fingerprint import partial_digest
 from dist_ema.offline.merging.sources import Source, SourceTensor
+from dist_ema.storage.local import open_plain
+from dist_ema.storage.paths import is_remote, local_path
 
 #: Elements that are read at a time to compare two tensors.
 _PIECE = 1 << 18

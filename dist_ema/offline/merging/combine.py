@@ -21,13 +21,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_ema.checkpoints.file_values import Advance
-from dist_ema.checkpoints.storage.base import TensorWriter
 from dist_ema.comm.catalogue import FullTensor
 from dist_ema.comm.collectives import gather_objects, rank_in, size_of, sum_integers
 from dist_ema.kernels.fingerprint import partial_digest
 from dist_ema.offline.merging.outputs import Output
 from dist_ema.offline.merging.sources import Source, SourceTensor
 from dist_ema.runtime.threads import work_through
+from dist_ema.storage.base import TensorWriter
 
 #: Bytes that a thread holds of all sources, at most, and elements of one range.
 _HELD, _MOST, _LEAST = 1 << 23, 1 << 18, 1 << 14

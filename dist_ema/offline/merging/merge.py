@@ -19,8 +19,6 @@ from dist_ema.checkpoints.configuration import CONFIG_SUFFIXES
 from dist_ema.checkpoints.file_values import Advance, no_advance
 from dist_ema.checkpoints.manifest import checksum
 from dist_ema.checkpoints.reader import damaged_error
-from dist_ema.checkpoints.storage.paths import StrPath, local_path
-from dist_ema.checkpoints.storage.staging import Staging
 from dist_ema.checkpoints.versions import read_anew_if_replaced, read_manifest_bytes
 from dist_ema.comm.catalogue import FullTensor
 from dist_ema.comm.collectives import agreed, gather_objects, rank_in, size_of
@@ -36,6 +34,8 @@ from dist_ema.options import check_cast
 from dist_ema.schedules import ConstantDecay, Schedule
 from dist_ema.schedules.clock import Progress
 from dist_ema.state import EMAState
+from dist_ema.storage.paths import StrPath, local_path
+from dist_ema.storage.staging import Staging
 
 logger = logging.getLogger(__name__)
 #: Files of a Hugging Face folder that look like configurations and belong to the source alone.

@@ -14,15 +14,15 @@ from dist_ema.checkpoints.configuration import Configuration
 from dist_ema.checkpoints.contents import Contents
 from dist_ema.checkpoints.layout import TensorPlan, index_json, parse_size, plan_files
 from dist_ema.checkpoints.manifest import DATA, NAME
-from dist_ema.checkpoints.storage.base import TensorWriter
-from dist_ema.checkpoints.storage.local import write_text
-from dist_ema.checkpoints.storage.local_commit import LocalWriter
-from dist_ema.checkpoints.storage.paths import StrPath, check_path, is_remote, local_path
-from dist_ema.checkpoints.storage.staging import Staging
 from dist_ema.comm.catalogue import FullTensor
 from dist_ema.errors import CheckpointError, EMAConfigError
 from dist_ema.schedules import Schedule
 from dist_ema.state import EMAState
+from dist_ema.storage.base import TensorWriter
+from dist_ema.storage.local import write_text
+from dist_ema.storage.local_commit import LocalWriter
+from dist_ema.storage.paths import StrPath, check_path, is_remote, local_path
+from dist_ema.storage.staging import Staging
 
 #: What says how an output was made.
 PROVENANCE = "merge.json"

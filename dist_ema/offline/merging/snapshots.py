@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 from dist_ema.checkpoints.manifest import NAME, Manifest
-from dist_ema.checkpoints.storage.paths import StrPath, check_path, is_remote, local_path
 from dist_ema.checkpoints.versions import reread
 from dist_ema.errors import CheckpointError, EMAConfigError, EMAError
 from dist_ema.offline.merging.sources import Source, open_average
@@ -19,6 +18,7 @@ from dist_ema.offline.synthesis import trailing
 from dist_ema.schedules import ConstantDecay, HalfLife, PowerFunction, Schedule
 from dist_ema.schedules.clock import CLOCK_UNITS, Time
 from dist_ema.schedules.profile import Profile
+from dist_ema.storage.paths import StrPath, check_path, is_remote, local_path
 
 if TYPE_CHECKING:
     import numpy as np

@@ -15,8 +15,6 @@ from torch import Tensor
 from dist_ema.checkpoints.dtypes import DTYPES
 from dist_ema.checkpoints.manifest import LIVE, NAME, Manifest
 from dist_ema.checkpoints.reader import RunReader
-from dist_ema.checkpoints.storage.local import open_plain
-from dist_ema.checkpoints.storage.paths import StrPath, check_path, is_remote, local_path
 from dist_ema.checkpoints.strict_json import is_count, parse
 from dist_ema.checkpoints.versions import checkpoints_in, reread
 from dist_ema.errors import CheckpointError, EMAConfigError
@@ -26,6 +24,8 @@ from dist_ema.importers.folders import choose_files
 from dist_ema.importers.foreign import Content, ties
 from dist_ema.importers.pretrained import open_pretrained
 from dist_ema.importers.state_dicts import choose
+from dist_ema.storage.local import open_plain
+from dist_ema.storage.paths import StrPath, check_path, is_remote, local_path
 
 #: Entries of a training file with the number of optimizer steps.
 _STEPS = ("global_step", "step", "iteration")

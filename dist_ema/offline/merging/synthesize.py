@@ -10,7 +10,6 @@ from contextlib import ExitStack
 import torch
 import torch.distributed as dist
 
-from dist_ema.checkpoints.storage.paths import StrPath
 from dist_ema.checkpoints.versions import read_anew_if_replaced
 from dist_ema.comm.collectives import agreed
 from dist_ema.errors import EMAConfigError
@@ -18,6 +17,7 @@ from dist_ema.offline.merging.merge import Begin, Form, Merged, Target, Versions
 from dist_ema.offline.merging.snapshots import Wanted, open_snapshots, paths_of, profiles, wanted_profile
 from dist_ema.offline.synthesis import fit
 from dist_ema.schedules import ConstantDecay
+from dist_ema.storage.paths import StrPath
 
 #: A residual from which on the result is another average than the wanted one: EDM2's own reach some thousandths.
 _FAR = 0.05

@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import os
 
-from dist_ema.checkpoints.storage import paths
-from dist_ema.checkpoints.storage.base import StorageReader, StorageWriter
-from dist_ema.checkpoints.storage.local import LocalReader
-from dist_ema.checkpoints.storage.local_commit import LocalWriter
-from dist_ema.checkpoints.storage.paths import StrPath
-from dist_ema.checkpoints.storage.remote import RemoteReader
-from dist_ema.checkpoints.storage.remote_commit import RemoteWriter
+from dist_ema.storage import paths
+from dist_ema.storage.base import StorageReader, StorageWriter
+from dist_ema.storage.local import LocalReader
+from dist_ema.storage.local_commit import LocalWriter
+from dist_ema.storage.paths import StrPath
+from dist_ema.storage.remote import RemoteReader
+from dist_ema.storage.remote_commit import RemoteWriter
 
 
 def storage_reader(path: StrPath) -> StorageReader:

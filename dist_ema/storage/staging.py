@@ -28,8 +28,8 @@ from hashlib import blake2b
 from pathlib import Path
 
 from dist_ema.checkpoints.layout import FilePlan
-from dist_ema.checkpoints.storage.local import RunWriter, create_file, exchange, sync
 from dist_ema.errors import CheckpointError
+from dist_ema.storage.local import RunWriter, create_file, exchange, sync
 
 #: The file that is locked.
 LOCK = "lock"

@@ -23,7 +23,7 @@ _BLOCK = 16 << 20
 
 
 class RemoteReader:
-    """A prefix in a store; a :class:`~dist_ema.checkpoints.storage.base.StorageReader`.
+    """A prefix in a store; a :class:`~dist_ema.storage.base.StorageReader`.
 
     Args:
         system: fsspec's file system.
@@ -54,7 +54,7 @@ class RemoteReader:
 
 
 class RemoteFile:
-    """An object that is read by ranges; an :class:`~dist_ema.checkpoints.storage.base.OpenFile`."""
+    """An object that is read by ranges; an :class:`~dist_ema.storage.base.OpenFile`."""
 
     link: str | None = None  # object stores have no symbolic links
 
@@ -108,7 +108,7 @@ def _neighbours(parts: Sequence[tuple[int, memoryview]]) -> list[list[tuple[int,
 
 
 class UploadWriter:
-    """Writes the files of one folder, one after the other; a :class:`~dist_ema.checkpoints.storage.base.TensorWriter`.
+    """Writes the files of one folder, one after the other; a :class:`~dist_ema.storage.base.TensorWriter`.
 
     Args:
         system: fsspec's file system.

@@ -32,9 +32,9 @@ from pathlib import Path
 
 from dist_ema.checkpoints.layout import FilePlan
 from dist_ema.checkpoints.manifest import BEGIN, DATA, MAX_BYTES, NAME, checksum
-from dist_ema.checkpoints.storage.local import RunWriter, remove_tree, sync, write_text
-from dist_ema.checkpoints.storage.staging import LOCK, Staging, is_alive, staging_path
 from dist_ema.errors import CheckpointError
+from dist_ema.storage.local import RunWriter, remove_tree, sync, write_text
+from dist_ema.storage.staging import LOCK, Staging, is_alive, staging_path
 
 logger = logging.getLogger(__name__)
 #: Seconds to wait for another save that is replacing the same checkpoint; one that takes longer hangs, since that takes
@@ -44,7 +44,7 @@ _NAMES_DATA = re.compile(rb'"data":"(data-[0-9a-f]{32})"')
 
 
 class LocalWriter:
-    """A checkpoint directory in the making; a :class:`~dist_ema.checkpoints.storage.base.StorageWriter`.
+    """A checkpoint directory in the making; a :class:`~dist_ema.storage.base.StorageWriter`.
 
     Args:
         target: the directory.

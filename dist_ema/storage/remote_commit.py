@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 
 from dist_ema.checkpoints.layout import FilePlan
 from dist_ema.checkpoints.manifest import BEGIN, DATA, MAX_BYTES, NAME
-from dist_ema.checkpoints.storage.remote import UploadWriter
 from dist_ema.errors import CheckpointError
+from dist_ema.storage.remote import UploadWriter
 
 logger = logging.getLogger(__name__)
 #: The errors of a store that takes no conditions.
@@ -30,7 +30,7 @@ _UNKNOWN = (errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class RemoteWriter:
-    """A checkpoint in a store in the making; a :class:`~dist_ema.checkpoints.storage.base.StorageWriter`.
+    """A checkpoint in a store in the making; a :class:`~dist_ema.storage.base.StorageWriter`.
 
     What a killed save left is removed by the next save to the same URL.
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from dist_ema.checkpoints.layout import FilePlan
-from dist_ema.checkpoints.storage.base import Closing
 from dist_ema.errors import CheckpointError
 from dist_ema.geometry.runs import Runs
+from dist_ema.storage.base import Closing
 
 #: Bytes written to a file after which the system is asked to start bringing them to disk.
 _WRITE_BEHIND = 4 << 20
@@ -32,7 +32,7 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
 class LocalReader:
-    """Opens the files of one directory; a :class:`~dist_ema.checkpoints.storage.base.StorageReader`.
+    """Opens the files of one directory; a :class:`~dist_ema.storage.base.StorageReader`.
 
     Symbolic links are followed, because download caches and data version control (the Hub's cache, DVC, git-annex) keep
     a checkpoint as links. This is safe for checkpoints from strangers: a reader compares the size and the checksum of
@@ -60,7 +60,7 @@ class LocalReader:
 
 
 class LocalFile:
-    """An open plain file; an :class:`~dist_ema.checkpoints.storage.base.OpenFile`.
+    """An open plain file; an :class:`~dist_ema.storage.base.OpenFile`.
 
     Args:
         path: of the file.
@@ -170,7 +170,7 @@ def sync(path: Path) -> None:
 class RunWriter(Closing):
     """Writes runs of elements to where they belong in files that exist; several ranks write into one file at a time.
 
-    A :class:`~dist_ema.checkpoints.storage.base.TensorWriter`, and a context manager that closes the files.
+    A :class:`~dist_ema.storage.base.TensorWriter`, and a context manager that closes the files.
 
     Args:
         directory: that holds the files.
