@@ -8,7 +8,7 @@ from torch import nn
 from zero_models import make_engine
 
 from dist_ema import ShardedEMA, schedules
-from dist_ema.checkpoints.manifest import Manifest
+from dist_ema.formats.manifest import Manifest
 
 AVERAGES = {"fast": 0.5, "slow": schedules.PowerFunction(sigma_rel=0.1)}
 

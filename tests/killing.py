@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from dist_ema import ShardedEMA, verify_checkpoint
-from dist_ema.checkpoints.manifest import Manifest
+from dist_ema.formats.manifest import Manifest
 
 #: Operations that change what is on disk; before any other a kill leaves what it leaves before the next of these.
 CHANGES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "os.fsync"}

@@ -21,9 +21,9 @@ from models import build
 from torch import nn
 
 from dist_ema import ShardedEMA, read_checkpoint, schedules, verify_checkpoint
-from dist_ema.checkpoints.manifest import NAME, Manifest
 from dist_ema.checkpoints.reader import RunReader
 from dist_ema.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError, EMAConfigError
+from dist_ema.formats.manifest import NAME, Manifest
 from dist_ema.offline.compare import compare
 from dist_ema.offline.export import export_checkpoint
 from dist_ema.storage.local import RunWriter
@@ -277,7 +277,7 @@ def test_two_equal_shaped_tensors_that_changed_places_are_found(tmp_path: Path) 
 
 def _forged(path: Path, **changes: object) -> None:
     """Writes a manifest that has been tampered with, with a checksum that fits."""
-    from dist_ema.checkpoints.manifest import _seal
+    from dist_ema.formats.manifest import _seal
 
     body = json.loads((path / NAME).read_bytes())
     body.pop("checksum")
@@ -400,7 +400,7 @@ def test_a_link_to_nothing_is_named_with_what_to_do(where: str, tmp_path: Path) 
 
 def _attack_header(attack: str, file: Path, body: dict, path: Path) -> None:
     """A header that fits the manifest's checksum and lies."""
-    from dist_ema.checkpoints.manifest import checksum
+    from dist_ema.formats.manifest import checksum
 
     data = file.read_bytes()
     length = int.from_bytes(data[:8], "little")

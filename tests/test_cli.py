@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dist_ema import ShardedEMA, read_checkpoint, schedules
-from dist_ema.checkpoints.manifest import NAME, Manifest
 from dist_ema.cli import main
+from dist_ema.formats.manifest import NAME, Manifest
 from dist_ema.storage.local import RunWriter
 
 INDEX = "model.safetensors.index.json"

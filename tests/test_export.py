@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dist_ema import ShardedEMA
-from dist_ema.checkpoints.layout import TensorPlan, parse_size, plan_files
 from dist_ema.errors import CheckpointError, EMAConfigError, EMAError, EMAStateError
+from dist_ema.formats.layout import TensorPlan, parse_size, plan_files
 from dist_ema.storage.local import RunWriter
 
 ENGINES = ["plain", "ddp", "fsdp1-full", "fsdp1-full-orig", "fsdp2"]

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dist_ema import ShardedEMA, schedules, verify_checkpoint
-from dist_ema.checkpoints.manifest import NAME, Manifest, StoredFile, StoredTensor, _seal, checksum
 from dist_ema.checkpoints.reader import RunReader
 from dist_ema.errors import CheckpointCorruptError, CheckpointError
+from dist_ema.formats.manifest import NAME, Manifest, StoredFile, StoredTensor, _seal, checksum
 
 #: Bytes that reading a few hundred bytes may take.
 MEMORY = 4 << 20

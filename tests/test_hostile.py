@@ -21,9 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dist_ema import ShardedEMA, merge, read_checkpoint, verify_checkpoint
-from dist_ema.checkpoints.manifest import NAME, Manifest, _seal, checksum
 from dist_ema.cli import main
 from dist_ema.errors import CheckpointCorruptError, CheckpointError
+from dist_ema.formats.manifest import NAME, Manifest, _seal, checksum
 from dist_ema.importers.convert import import_checkpoint
 
 #: Seconds, and bytes besides the file's own, that a refusal may take on a machine that is busy.

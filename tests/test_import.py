@@ -34,8 +34,8 @@ from torch.distributed.fsdp import fully_shard
 from dist_ema import ShardedEMA, read_checkpoint, schedules, verify_checkpoint
 from dist_ema.cli import main
 from dist_ema.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError, EMAConfigError
+from dist_ema.formats import dcp_directory as dcp_import
 from dist_ema.importers import FORMATS
-from dist_ema.importers import dcp as dcp_import
 from dist_ema.importers.convert import import_checkpoint
 
 DATA = Path(__file__).parent / "data" / "imports"

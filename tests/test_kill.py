@@ -26,8 +26,8 @@ import torch.distributed as dist
 from killing import CHANGES, forked, make_trainer, train_once, whole
 
 from dist_ema import ShardedEMA, verify_checkpoint
-from dist_ema.checkpoints.manifest import NAME, Manifest
 from dist_ema.errors import CheckpointError
+from dist_ema.formats.manifest import NAME, Manifest
 
 KILLS = 200
 KILLS_OF_A_RANK = 12

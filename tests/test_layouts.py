@@ -21,9 +21,9 @@ from zero_models import make_engine
 
 from dist_ema import ShardedEMA
 from dist_ema.checkpoints.arrangement import UnknownOperationError
-from dist_ema.checkpoints.layout import TensorPlan
 from dist_ema.checkpoints.trace import trace
 from dist_ema.errors import CheckpointError, EMAConfigError
+from dist_ema.formats.layout import TensorPlan
 from dist_ema.geometry.runs import Rows, chunks, count
 
 # What a function on state dicts does to elements.

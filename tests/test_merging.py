@@ -280,7 +280,7 @@ def test_a_model_s_dcp_directory_is_read_by_ranges_of_its_parts(case: str, rank:
     if rank == 0:
         with mock.patch.object(dist, "is_initialized", lambda: False):
             merge([tmp_path / "0", tmp_path / "1"], tmp_path / "cut")  # "model." is taken off by itself
-            with mock.patch("dist_ema.importers.dcp._load_part") as load:
+            with mock.patch("dist_ema.formats.dcp_directory._load_part") as load:
                 merge([tmp_path / "plain-1", tmp_path / "0"], tmp_path / "out", weights=[0.25, 0.75])
                 merge([tmp_path / "1"] * 2, tmp_path / "again", prefix="model.")
             assert not load.called

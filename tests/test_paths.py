@@ -23,9 +23,9 @@ from mounts import UNSHARE, can_mount
 from torch import nn
 
 from dist_ema import ShardedEMA, read_checkpoint, verify_checkpoint
-from dist_ema.checkpoints.manifest import NAME
 from dist_ema.cli import main
 from dist_ema.errors import CheckpointError, EMAConfigError
+from dist_ema.formats.manifest import NAME
 from dist_ema.offline.export import export_checkpoint
 from dist_ema.storage.staging import Staging
 
@@ -261,7 +261,7 @@ def test_what_cannot_be_read_again_does_not_replace_a_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the reason: the manifest is read before it is put in place."""
-    from dist_ema.checkpoints import stored
+    from dist_ema.formats import stored
 
     _ema(1).save(tmp_path / "c")
     with monkeypatch.context() as patch:

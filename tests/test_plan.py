@@ -23,10 +23,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from zero_models import Net, make_engine
 
 from dist_ema import ShardedEMA
-from dist_ema.checkpoints.manifest import NAME
 from dist_ema.cli import main
 from dist_ema.engines import detect
 from dist_ema.errors import EMAConfigError
+from dist_ema.formats.manifest import NAME
 from dist_ema.geometry.spec import TensorSpec
 from dist_ema.planning.architecture import Architecture, of_config, of_module, parse_count
 from dist_ema.planning.layouts import Layout, simulate

@@ -23,8 +23,8 @@ from any_engine import average_ema, make_ema, small_ema
 from killing import CHANGES, forked, make_trainer, train_once, whole
 
 from dist_ema import verify_checkpoint
-from dist_ema.checkpoints.manifest import NAME
 from dist_ema.errors import CheckpointError
+from dist_ema.formats.manifest import NAME
 from dist_ema.storage import local_commit
 from dist_ema.storage.local import RunWriter
 from dist_ema.storage.local_commit import LocalWriter

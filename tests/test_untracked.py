@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dist_ema import ShardedEMA, read_checkpoint, verify_checkpoint
-from dist_ema.checkpoints.manifest import Manifest
 from dist_ema.cli import main
 from dist_ema.errors import CheckpointCorruptError, CheckpointMismatchError, EMAStateError
+from dist_ema.formats.manifest import Manifest
 
 
 class Int8(Tensor):
@@ -213,7 +213,7 @@ def test_a_manifest_that_lacks_nothing_is_as_before(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("lacking", ["bias", [3], [""], {"bias": 1}, ["a\nb"], ["weight"], ["bias", "bias"]])
 def test_a_wrong_list_of_what_is_lacking_is_refused(lacking: object, tmp_path: Path) -> None:
-    from dist_ema.checkpoints import manifest
+    from dist_ema.formats import manifest
 
     model = nn.Linear(3, 3)
     model.bias.requires_grad_(False)

@@ -17,9 +17,9 @@ from any_engine import AVERAGES, average_ema, digests_of, make_ema, reference_di
 from fsspec.implementations.memory import MemoryFileSystem
 
 from dist_ema import read_checkpoint, verify_checkpoint
-from dist_ema.checkpoints.manifest import NAME
 from dist_ema.cli import main
 from dist_ema.errors import CheckpointCorruptError, CheckpointError, EMAConfigError
+from dist_ema.formats.manifest import NAME
 from dist_ema.storage import paths, remote, storage_reader
 from dist_ema.storage.remote_commit import RemoteWriter
 

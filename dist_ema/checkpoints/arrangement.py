@@ -21,8 +21,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dist_ema.checkpoints.layout import TensorPlan
 from dist_ema.errors import CheckpointError
+from dist_ema.formats.layout import TensorPlan
 from dist_ema.geometry.runs import Runs
 
 Indices = npt.NDArray[np.int64]

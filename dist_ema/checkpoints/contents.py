@@ -8,13 +8,13 @@ from functools import cached_property
 
 import torch
 
-from dist_ema.checkpoints.dtypes import DTYPE_NAMES
 from dist_ema.checkpoints.folder import Folder
-from dist_ema.checkpoints.layout import FilePlan
-from dist_ema.checkpoints.manifest import LIVE, NAME, Manifest, checksum
-from dist_ema.checkpoints.stored import StoredFile, StoredTensor
 from dist_ema.comm.catalogue import FullTensor
 from dist_ema.comm.gather import LocalValues
+from dist_ema.formats.dtypes import DTYPE_NAMES
+from dist_ema.formats.layout import FilePlan
+from dist_ema.formats.manifest import LIVE, NAME, Manifest, checksum
+from dist_ema.formats.stored import StoredFile, StoredTensor
 from dist_ema.schedules import Schedule
 from dist_ema.state import EMAState
 

@@ -16,12 +16,12 @@ from dist_ema.checkpoints.arrangement import Arrangement, UnknownOperationError
 from dist_ema.checkpoints.configuration import Configuration
 from dist_ema.checkpoints.folder import Folder
 from dist_ema.checkpoints.hub import STEMS, check_layout, conversion
-from dist_ema.checkpoints.layout import TensorPlan, index_json, parse_size
 from dist_ema.checkpoints.trace import trace
 from dist_ema.comm.catalogue import FullTensor
 from dist_ema.comm.collectives import agreed, broadcast_object, gather_objects, rank_in
 from dist_ema.comm.gather import LocalValues, check_readable
 from dist_ema.errors import CheckpointError, EMAConfigError
+from dist_ema.formats.layout import TensorPlan, index_json, parse_size
 from dist_ema.storage.local import write_text
 from dist_ema.storage.paths import check_path, is_url, local_path
 from dist_ema.storage.staging import Staging

@@ -10,11 +10,8 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 
-from dist_ema.checkpoints.dtypes import DTYPES, is_convertible
-from dist_ema.checkpoints.manifest import LIVE, Key, Manifest, checksum
 from dist_ema.checkpoints.parts import Part, read_own, read_sent
 from dist_ema.checkpoints.reader import damaged_error
-from dist_ema.checkpoints.stored import StoredTensor
 from dist_ema.checkpoints.versions import read_manifest_bytes
 from dist_ema.comm.catalogue import FullTensor, is_writer
 from dist_ema.comm.collectives import (
@@ -25,6 +22,9 @@ from dist_ema.comm.collectives import (
     sum_integers,
 )
 from dist_ema.errors import CheckpointMismatchError, EMAError
+from dist_ema.formats.dtypes import DTYPES, is_convertible
+from dist_ema.formats.manifest import LIVE, Key, Manifest, checksum
+from dist_ema.formats.stored import StoredTensor
 from dist_ema.geometry.shares import Share, shadow_dtype
 from dist_ema.schedules import Schedule
 from dist_ema.shadow.device import Shadow

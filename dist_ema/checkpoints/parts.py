@@ -11,13 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_ema.checkpoints.dtypes import DTYPES, WIDEST
-from dist_ema.checkpoints.manifest import Key, Manifest
 from dist_ema.checkpoints.reader import RunReader
-from dist_ema.checkpoints.stored import StoredTensor
 from dist_ema.comm.catalogue import FullTensor
 from dist_ema.comm.collectives import FirstFailure, agreed, answered, device_for, rank_in
 from dist_ema.comm.windows import WINDOW_BYTES, packed
+from dist_ema.formats.dtypes import DTYPES, WIDEST
+from dist_ema.formats.manifest import Key, Manifest
+from dist_ema.formats.stored import StoredTensor
 from dist_ema.geometry.runs import Runs, chunks, count, overlap
 from dist_ema.geometry.shares import Share
 from dist_ema.kernels.fingerprint import partial_digest

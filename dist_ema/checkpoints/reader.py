@@ -11,11 +11,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from dist_ema.checkpoints.dtypes import DTYPES
-from dist_ema.checkpoints.header import parse_header, read_header
-from dist_ema.checkpoints.manifest import Key, Manifest, checksum
-from dist_ema.checkpoints.stored import StoredFile, StoredTensor
 from dist_ema.errors import CheckpointCorruptError
+from dist_ema.formats.dtypes import DTYPES
+from dist_ema.formats.manifest import Key, Manifest, checksum
+from dist_ema.formats.safetensors import parse_header, read_header
+from dist_ema.formats.stored import StoredFile, StoredTensor
 from dist_ema.geometry.runs import Rows, Runs, count
 from dist_ema.storage import storage_reader
 from dist_ema.storage.base import Closing, OpenFile

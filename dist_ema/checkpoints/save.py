@@ -9,9 +9,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 import torch.distributed as dist
 
 from dist_ema.checkpoints.contents import Contents
-from dist_ema.checkpoints.manifest import LIVE, Manifest
 from dist_ema.comm.collectives import FirstFailure, agreed, rank_in, sum_integers
 from dist_ema.errors import CheckpointError
+from dist_ema.formats.manifest import LIVE, Manifest
 from dist_ema.storage import storage_writer
 from dist_ema.storage.base import StorageWriter, TensorWriter
 from dist_ema.storage.paths import StrPath, check_path

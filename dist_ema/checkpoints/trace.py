@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dist_ema.checkpoints.arrangement import Arrangement, Link, UnknownOperationError, View
-from dist_ema.checkpoints.layout import TensorPlan
 from dist_ema.errors import CheckpointError
+from dist_ema.formats.layout import TensorPlan
 
 #: A function on state dicts.
 Convert = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]

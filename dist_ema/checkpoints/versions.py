@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from dist_ema.checkpoints.manifest import MAX_BYTES, NAME, Manifest
 from dist_ema.errors import CheckpointCorruptError, CheckpointError
+from dist_ema.formats.manifest import MAX_BYTES, NAME, Manifest
 from dist_ema.storage import storage_reader
 from dist_ema.storage.paths import StrPath, is_remote, local_path
 

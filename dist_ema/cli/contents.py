@@ -10,11 +10,11 @@ import typer
 from dist_ema.cli.show import complain, line, many, print_table, size
 
 if TYPE_CHECKING:
-    from dist_ema.checkpoints.manifest import Manifest
+    from dist_ema.formats.manifest import Manifest
 
 
 def describe(path: str, manifest: Manifest) -> dict[str, Any]:
-    from dist_ema.checkpoints.manifest import VERSION
+    from dist_ema.formats.manifest import VERSION
 
     sizes = bytes_of(manifest)
     return {

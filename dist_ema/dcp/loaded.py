@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_ema.checkpoints.dtypes import is_convertible
 from dist_ema.comm.catalogue import FullTensor
 from dist_ema.dcp.boxed import BoxedTensor
 from dist_ema.dcp.stateful import parts_with_averages, wanted_parts
 from dist_ema.dcp.texts import read_schedule, read_state
 from dist_ema.errors import CheckpointMismatchError, EMAStateError
+from dist_ema.formats.dtypes import is_convertible
 from dist_ema.geometry.shares import Share
 from dist_ema.shadow.device import Shadow
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_ema.checkpoints.state_json import state_from_json, state_to_json
-from dist_ema.checkpoints.strict_json import is_count, parse, shown
 from dist_ema.errors import CheckpointCorruptError, CheckpointError, EMAError, EMAStateError
+from dist_ema.formats.state_json import state_from_json, state_to_json
+from dist_ema.formats.strict_json import is_count, parse, shown
 from dist_ema.schedules import Schedule, from_file
 from dist_ema.state import EMAState
 

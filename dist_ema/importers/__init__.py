@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dist_ema.checkpoints.strict_json import shown
 from dist_ema.errors import CheckpointError, EMAConfigError
+from dist_ema.formats.strict_json import shown
 from dist_ema.importers import composer, diffusers, ema_pytorch, generic, lightning, nemo, timm, torchtitan
 from dist_ema.importers.foreign import Content, Foreign, Model
 

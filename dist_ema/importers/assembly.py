@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from dist_ema.checkpoints.stored import is_tensor_name
 from dist_ema.errors import CheckpointCorruptError, CheckpointMismatchError, EMAConfigError
+from dist_ema.formats.stored import is_tensor_name
 from dist_ema.importers.foreign import Foreign, LazyTensor, Model, Tensors, check_shapes, ties
 from dist_ema.schedules.checks import AVERAGE_NAME
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dist_ema.checkpoints.strict_json import shown
 from dist_ema.errors import CheckpointCorruptError, EMAConfigError
+from dist_ema.formats.strict_json import shown
 from dist_ema.importers.foreign import (
     BATCH_NORM,
     Content,

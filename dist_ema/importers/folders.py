@@ -20,8 +20,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from dist_ema.checkpoints.strict_json import parse, shown
 from dist_ema.errors import CheckpointCorruptError, CheckpointError
+from dist_ema.formats.strict_json import parse, shown
 from dist_ema.storage.local import open_plain
 
 _SUFFIX = ".safetensors"

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from dist_ema import kernels
-from dist_ema.checkpoints.strict_json import is_count, shown
 from dist_ema.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError
+from dist_ema.formats.strict_json import is_count, shown
 from dist_ema.schedules import Schedule
 from dist_ema.schedules.clock import Progress
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dist_ema.checkpoints.strict_json import is_count
+from dist_ema.formats.strict_json import is_count
 from dist_ema.importers.foreign import Content, Foreign, Model, ties
 from dist_ema.importers.state_dicts import Choice, choose
 from dist_ema.options import ONLY

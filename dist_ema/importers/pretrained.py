@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dist_ema.checkpoints.dtypes import DTYPES
-from dist_ema.checkpoints.header import parse_header, read_header
 from dist_ema.errors import CheckpointCorruptError, CheckpointError
+from dist_ema.formats.dtypes import DTYPES
+from dist_ema.formats.safetensors import parse_header, read_header
 from dist_ema.storage.local import LocalFile
 
 

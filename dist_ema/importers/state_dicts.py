@@ -22,11 +22,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dist_ema.checkpoints.strict_json import is_count
 from dist_ema.errors import CheckpointError
+from dist_ema.formats.strict_json import is_count
+from dist_ema.formats.torch_save import StandIn
 from dist_ema.importers.foreign import Content, LazyTensor, Model, name_by_position
 from dist_ema.importers.names import Names, arrange
-from dist_ema.importers.torch_files import StandIn
 
 #: Words of a key that say that an average is below it, and words that say so together with one of the second list.
 _AVERAGE = {"ema", "swa", "polyak", "shadow"}

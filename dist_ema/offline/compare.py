@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from dist_ema.checkpoints.file_values import Advance, no_advance
-from dist_ema.checkpoints.manifest import LIVE, NAME, Key, Manifest
 from dist_ema.checkpoints.reader import RunReader, damaged_error
-from dist_ema.checkpoints.stored import StoredTensor
 from dist_ema.checkpoints.versions import reread
 from dist_ema.errors import CheckpointMismatchError, EMAConfigError
+from dist_ema.formats.manifest import LIVE, NAME, Key, Manifest
+from dist_ema.formats.stored import StoredTensor
 from dist_ema.kernels.fingerprint import partial_digest
 from dist_ema.offline.merging.sources import Selection, Source, SourceTensor, open_source
 from dist_ema.offline.verify import PIECE as _PIECE

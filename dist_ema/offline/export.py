@@ -8,14 +8,14 @@ from collections.abc import Callable
 import torch
 
 from dist_ema.checkpoints.configuration import is_transformers_config
-from dist_ema.checkpoints.dtypes import DTYPES
 from dist_ema.checkpoints.export import export
 from dist_ema.checkpoints.file_values import Advance, FileValues, no_advance
-from dist_ema.checkpoints.manifest import LIVE, Key, Manifest
 from dist_ema.checkpoints.reader import RunReader
-from dist_ema.checkpoints.stored import StoredTensor
 from dist_ema.checkpoints.versions import reread
 from dist_ema.comm.catalogue import FullTensor
+from dist_ema.formats.dtypes import DTYPES
+from dist_ema.formats.manifest import LIVE, Key, Manifest
+from dist_ema.formats.stored import StoredTensor
 from dist_ema.geometry.shares import Mode
 from dist_ema.offline.verify import VerifiedTensor
 from dist_ema.options import check_cast

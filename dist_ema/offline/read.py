@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dist_ema.checkpoints.manifest import Manifest
 from dist_ema.checkpoints.reader import RunReader, damaged_error
 from dist_ema.checkpoints.versions import reread
+from dist_ema.formats.manifest import Manifest
 from dist_ema.geometry.runs import whole
 from dist_ema.kernels.fingerprint import partial_digest
 from dist_ema.storage.paths import StrPath

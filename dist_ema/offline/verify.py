@@ -10,14 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dist_ema.checkpoints.dtypes import DTYPES, WIDEST
 from dist_ema.checkpoints.file_values import Advance, no_advance
-from dist_ema.checkpoints.manifest import NAME, Key, Manifest
 from dist_ema.checkpoints.parts import IO_CHUNK
 from dist_ema.checkpoints.reader import RunReader, damaged_error
-from dist_ema.checkpoints.stored import StoredTensor
 from dist_ema.checkpoints.versions import reread
 from dist_ema.errors import CheckpointCorruptError
+from dist_ema.formats.dtypes import DTYPES, WIDEST
+from dist_ema.formats.manifest import NAME, Key, Manifest
+from dist_ema.formats.stored import StoredTensor
 from dist_ema.geometry.runs import Runs, chunks, count, whole
 from dist_ema.kernels.fingerprint import partial_digest
 from dist_ema.runtime.threads import work_through
@@ -117,7 +117,7 @@ def verify_checkpoint(path: StrPath, *, threads: int = 4) -> Manifest:
         The manifest, which lists what the checkpoint consists of: ``schedules`` by average, ``seen.updates`` (how often
         weights were taken into it), ``clock`` and ``start`` (of the training, in batches, samples, tokens and epochs),
         ``skipped`` (NaN and Inf elements), ``averages`` and ``live`` (each tensor's file, shape, dtype and digest) and
-        ``files``; see :class:`dist_ema.checkpoints.manifest.Manifest`.
+        ``files``; see :class:`dist_ema.formats.manifest.Manifest`.
 
     Raises:
         CheckpointError: there is none, or it has another format version.

@@ -18,9 +18,9 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from dist_ema.checkpoints.strict_json import parse
 from dist_ema.engines.plain import PlainEngine
 from dist_ema.errors import EMAConfigError
+from dist_ema.formats.strict_json import parse
 from dist_ema.geometry.spec import TensorSpec
 from dist_ema.storage.local import open_plain
 

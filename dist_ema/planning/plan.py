@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from dist_ema.checkpoints.contents import Contents
-from dist_ema.checkpoints.manifest import NAME
 from dist_ema.comm.catalogue import catalogue, writes
 from dist_ema.errors import EMAConfigError
+from dist_ema.formats.manifest import NAME
 from dist_ema.geometry.shares import Share, assign_shares
 from dist_ema.kernels import ACCELERATOR_CHUNK, CACHE_CHUNK
 from dist_ema.options import ONLY, Options

@@ -8,7 +8,7 @@ from typing import Protocol, TypeVar
 
 from torch import Tensor
 
-from dist_ema.checkpoints.layout import FilePlan
+from dist_ema.formats.layout import FilePlan
 from dist_ema.geometry.runs import Runs
 
 C = TypeVar("C", bound="Closing")

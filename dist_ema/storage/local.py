@@ -15,8 +15,8 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from dist_ema.checkpoints.layout import FilePlan
 from dist_ema.errors import CheckpointError
+from dist_ema.formats.layout import FilePlan
 from dist_ema.geometry.runs import Runs
 from dist_ema.storage.base import Closing
 

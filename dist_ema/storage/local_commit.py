@@ -30,9 +30,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from dist_ema.checkpoints.layout import FilePlan
-from dist_ema.checkpoints.manifest import BEGIN, DATA, MAX_BYTES, NAME, checksum
 from dist_ema.errors import CheckpointError
+from dist_ema.formats.layout import FilePlan
+from dist_ema.formats.manifest import BEGIN, DATA, MAX_BYTES, NAME, checksum
 from dist_ema.storage.local import RunWriter, remove_tree, sync, write_text
 from dist_ema.storage.staging import LOCK, Staging, is_alive, staging_path
 

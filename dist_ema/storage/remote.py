@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_ema.checkpoints.layout import FilePlan
 from dist_ema.errors import CheckpointError
+from dist_ema.formats.layout import FilePlan
 from dist_ema.geometry.runs import Runs
 
 #: Two ranges with no more bytes than this between them are read by one request: bytes are cheaper than requests.

@@ -19,9 +19,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from dist_ema.checkpoints.layout import FilePlan
-from dist_ema.checkpoints.manifest import BEGIN, DATA, MAX_BYTES, NAME
 from dist_ema.errors import CheckpointError
+from dist_ema.formats.layout import FilePlan
+from dist_ema.formats.manifest import BEGIN, DATA, MAX_BYTES, NAME
 from dist_ema.storage.remote import UploadWriter
 
 logger = logging.getLogger(__name__)

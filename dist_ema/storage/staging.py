@@ -27,8 +27,8 @@ from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
 
-from dist_ema.checkpoints.layout import FilePlan
 from dist_ema.errors import CheckpointError
+from dist_ema.formats.layout import FilePlan
 from dist_ema.storage.local import RunWriter, create_file, exchange, sync
 
 #: The file that is locked.

@@ -19,7 +19,7 @@ from typing import TypeVar
 
 from benchmarks import calls
 from benchmarks.show import cell, print_json, print_table
-from dist_ema.checkpoints.manifest import NAME
+from dist_ema.formats.manifest import NAME
 from dist_ema.options import Options
 from dist_ema.planning.architecture import Architecture, of_config
 from dist_ema.planning.layouts import Layout

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import torch
 
-from dist_ema.checkpoints.strict_json import parse
 from dist_ema.errors import CheckpointError, CheckpointMismatchError
+from dist_ema.formats.strict_json import parse
 from dist_ema.kernels.fingerprint import partial_digest
 from dist_ema.offline.merging.sources import Source, SourceTensor
 from dist_ema.storage.local import open_plain

@@ -17,12 +17,12 @@ import torch.distributed as dist
 from dist_ema import __version__
 from dist_ema.checkpoints.configuration import CONFIG_SUFFIXES
 from dist_ema.checkpoints.file_values import Advance, no_advance
-from dist_ema.checkpoints.manifest import checksum
 from dist_ema.checkpoints.reader import damaged_error
 from dist_ema.checkpoints.versions import read_anew_if_replaced, read_manifest_bytes
 from dist_ema.comm.catalogue import FullTensor
 from dist_ema.comm.collectives import agreed, gather_objects, rank_in, size_of
 from dist_ema.errors import CheckpointCorruptError, CheckpointError, EMAConfigError, EMAError, EMAStateError
+from dist_ema.formats.manifest import checksum
 from dist_ema.offline.merging.alike import check_alike, under_common_names, with_ties
 from dist_ema.offline.merging.combine import Combination, digests_of
 from dist_ema.offline.merging.meaning import check_integers, check_scales, pattern_of

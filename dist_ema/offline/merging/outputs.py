@@ -12,10 +12,10 @@ import torch
 
 from dist_ema.checkpoints.configuration import Configuration
 from dist_ema.checkpoints.contents import Contents
-from dist_ema.checkpoints.layout import TensorPlan, index_json, parse_size, plan_files
-from dist_ema.checkpoints.manifest import DATA, NAME
 from dist_ema.comm.catalogue import FullTensor
 from dist_ema.errors import CheckpointError, EMAConfigError
+from dist_ema.formats.layout import TensorPlan, index_json, parse_size, plan_files
+from dist_ema.formats.manifest import DATA, NAME
 from dist_ema.schedules import Schedule
 from dist_ema.state import EMAState
 from dist_ema.storage.base import TensorWriter

@@ -10,9 +10,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
-from dist_ema.checkpoints.manifest import NAME, Manifest
 from dist_ema.checkpoints.versions import reread
 from dist_ema.errors import CheckpointError, EMAConfigError, EMAError
+from dist_ema.formats.manifest import NAME, Manifest
 from dist_ema.offline.merging.sources import Source, open_average
 from dist_ema.offline.synthesis import trailing
 from dist_ema.schedules import ConstantDecay, HalfLife, PowerFunction, Schedule

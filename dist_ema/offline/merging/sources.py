@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dist_ema.checkpoints.dtypes import DTYPES
-from dist_ema.checkpoints.manifest import LIVE, NAME, Manifest
 from dist_ema.checkpoints.reader import RunReader
-from dist_ema.checkpoints.strict_json import is_count, parse
 from dist_ema.checkpoints.versions import checkpoints_in, reread
 from dist_ema.errors import CheckpointError, EMAConfigError
-from dist_ema.importers import dcp
+from dist_ema.formats import dcp_directory as dcp
+from dist_ema.formats.dtypes import DTYPES
+from dist_ema.formats.manifest import LIVE, NAME, Manifest
+from dist_ema.formats.strict_json import is_count, parse
 from dist_ema.importers.files import open_foreign
 from dist_ema.importers.folders import choose_files
 from dist_ema.importers.foreign import Content, ties

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
-from dist_ema.checkpoints.dtypes import DTYPES
-from dist_ema.checkpoints.strict_json import is_shape, shown
+from dist_ema.formats.dtypes import DTYPES
+from dist_ema.formats.strict_json import is_shape, shown
 
 _DIGEST = re.compile(r"[0-9a-f]{16}")
 _TENSOR_FIELDS = {"file", "dtype", "shape", "digest", "aliases"}

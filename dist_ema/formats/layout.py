@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 import torch
 
-from dist_ema.checkpoints.dtypes import DTYPE_NAMES
-from dist_ema.checkpoints.stored import is_tensor_name
 from dist_ema.errors import CheckpointError, EMAConfigError
+from dist_ema.formats.dtypes import DTYPE_NAMES
+from dist_ema.formats.stored import is_tensor_name
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_ema.checkpoints.strict_json import MAX_DIMENSIONS, is_count, is_shape, shown
 from dist_ema.errors import CheckpointCorruptError, CheckpointError
+from dist_ema.formats.strict_json import MAX_DIMENSIONS, is_count, is_shape, shown
+from dist_ema.formats.torch_inert import InertUnpickler, Record, RefusedError
+from dist_ema.formats.torch_save import load_bytes, locate
 from dist_ema.geometry.runs import Runs, box_runs, overlap
 from dist_ema.importers.foreign import Content, LazyTensor
-from dist_ema.importers.inert import InertUnpickler, Record, RefusedError
-from dist_ema.importers.torch_files import load_bytes, locate
 from dist_ema.storage.local import LocalFile, open_plain
 
 METADATA = ".metadata"

@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass
 from typing import Any, NoReturn, TypeAlias
 
 from dist_ema import __version__
-from dist_ema.checkpoints.state_json import state_from_json, state_to_json
-from dist_ema.checkpoints.stored import StoredFile, StoredTensor, is_tensor_name, tensors_from_json, tensors_to_json
-from dist_ema.checkpoints.strict_json import is_count, parse, shown
 from dist_ema.errors import CheckpointCorruptError, CheckpointError, EMAConfigError, EMAError
+from dist_ema.formats.state_json import state_from_json, state_to_json
+from dist_ema.formats.stored import StoredFile, StoredTensor, is_tensor_name, tensors_from_json, tensors_to_json
+from dist_ema.formats.strict_json import is_count, parse, shown
 from dist_ema.schedules import Schedule, from_file
 from dist_ema.schedules.checks import AVERAGE_NAME
 from dist_ema.schedules.clock import Progress

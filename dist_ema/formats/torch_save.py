@@ -23,10 +23,10 @@ from typing import Any, BinaryIO
 
 import torch
 
-from dist_ema.checkpoints.strict_json import is_count, is_shape
 from dist_ema.errors import CheckpointCorruptError, CheckpointError
-from dist_ema.importers.archive import CompressedError, Member, members
-from dist_ema.importers.inert import InertUnpickler, Record, RefusedError
+from dist_ema.formats.strict_json import is_count, is_shape
+from dist_ema.formats.torch_archive import CompressedError, Member, members
+from dist_ema.formats.torch_inert import InertUnpickler, Record, RefusedError
 from dist_ema.storage.local import open_plain
 
 #: Bytes of a pickle at most. It has some hundred bytes a tensor, and takes about as many microseconds to read.

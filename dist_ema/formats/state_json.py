@@ -7,7 +7,7 @@ from dataclasses import asdict, fields
 from math import isfinite
 from typing import Any
 
-from dist_ema.checkpoints.strict_json import is_count, shown
+from dist_ema.formats.strict_json import is_count, shown
 from dist_ema.schedules.clock import Progress
 from dist_ema.state import EMAState
 

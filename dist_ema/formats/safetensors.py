@@ -15,8 +15,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-from dist_ema.checkpoints.dtypes import DTYPES
-from dist_ema.checkpoints.strict_json import is_count, is_shape, parse, shown
+from dist_ema.formats.dtypes import DTYPES
+from dist_ema.formats.strict_json import is_count, is_shape, parse, shown
 from dist_ema.storage.base import OpenFile
 
 #: The longest header that safetensors itself reads.

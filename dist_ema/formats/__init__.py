@@ -1,0 +1,1 @@
+"""What lies in files: safetensors, manifests, files of torch, directories of torch.distributed.checkpoint."""
