@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from dist_ema import ShardedEMA
+from dist_ema.core.track import Track
 from dist_ema.integrations.composer_pace import Pace
+from dist_ema.options import Options
 from dist_ema.schedules.clock import Progress, Time
 from dist_ema.schedules.duration import what_is_missed
-from dist_ema.state import Options, Track
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:

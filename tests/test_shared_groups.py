@@ -270,7 +270,7 @@ def test_uneven_inputs_under_join_are_an_error_that_says_how_to_go_on(rank: int,
 def test_tensors_of_two_moments_do_not_come_from_one_iteration(rank: int, tmp_path: Path) -> None:
     """A checkpoint of the same number of updates had been mixed in without a word."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dist_ema.comm.stream.WINDOW_BYTES", 64)
+        patch.setattr("dist_ema.comm.gather.WINDOW_BYTES", 64)
         ema = moved("fsdp2", 1.0)
         ema.save(tmp_path / "ema")
         ways: list[Callable[[], object]] = [lambda: ema.load(tmp_path / "ema"), ema.update, ema.reset]

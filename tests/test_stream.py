@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 from dist_ema import ShardedEMA
-from dist_ema.comm import stream
+from dist_ema.comm import gather as stream
 from dist_ema.errors import EMAConfigError, EMAStateError
 
 

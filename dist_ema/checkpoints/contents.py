@@ -16,7 +16,7 @@ from dist_ema.formats.layout import FilePlan
 from dist_ema.formats.manifest import LIVE, NAME, Manifest, checksum
 from dist_ema.formats.stored import StoredFile, StoredTensor
 from dist_ema.schedules import Schedule
-from dist_ema.state import EMAState
+from dist_ema.schedules.state import EMAState
 
 #: Bytes of one file at most.
 FILE_LIMIT = 5 * 10**9

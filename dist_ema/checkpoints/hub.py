@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_ema.checkpoints.trace import Convert
-from dist_ema.engines.names import walk_modules
-from dist_ema.engines.unwrapped import plain_type
+from dist_ema.engines.names import plain_type, walk_modules
 from dist_ema.errors import EMAConfigError
 
 #: Names of the weight files in each layout, without number and suffix; None means that of transformers.

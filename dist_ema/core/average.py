@@ -12,7 +12,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_ema.comm.catalogue import FullTensor, is_writer
+from dist_ema.comm.catalogue import FullTensor, is_writer, proven_catalogue
 from dist_ema.comm.collectives import (
     Call,
     agreed,
@@ -23,9 +23,9 @@ from dist_ema.comm.collectives import (
     same_call,
 )
 from dist_ema.comm.groups import OwnGroups
-from dist_ema.comm.proof import proven_catalogue
 from dist_ema.core.condition import Condition
 from dist_ema.core.snapshots import Snapshots
+from dist_ema.core.track import Track
 from dist_ema.core.view import View
 from dist_ema.engines import Attached, Engine, detect_in
 from dist_ema.errors import CheckpointError, EMAConfigError
@@ -45,9 +45,9 @@ from dist_ema.options import Options
 from dist_ema.runtime.background import Background
 from dist_ema.runtime.interrupts import Uninterrupted
 from dist_ema.schedules.clock import Progress
+from dist_ema.schedules.state import EMAState
 from dist_ema.shadow.device import Shadow
 from dist_ema.shadow.host import HostShadow
-from dist_ema.state import EMAState, Track
 from dist_ema.teacher.teacher import Teacher
 
 logger = logging.getLogger(__name__)

@@ -99,7 +99,7 @@ class Broadcast:
 
 
 def _access(tensors: Sequence[Tensor | None]) -> tuple[Access, Access]:
-    """``read`` and ``write`` of ranges of these tensors, as :mod:`dist_ema.comm.windows` calls them. None is passed over."""
+    """Returns ``read`` and ``write`` for ranges of tensors, for :mod:`dist_ema.comm.windows`; None is passed over."""
 
     def read(index: int, start: int, stop: int, out: Tensor) -> None:
         tensor = tensors[index]

@@ -30,7 +30,7 @@ from dist_ema.comm.groups import Turn
 from dist_ema.core.average import PATIENCE, Average, collective
 from dist_ema.core.snapshots import Snapshots
 from dist_ema.core.view import View
-from dist_ema.engines.unwrapped import unwrapped
+from dist_ema.engines.names import unwrapped
 from dist_ema.geometry.shares import Share, in_shapes_of, shares_to_load
 from dist_ema.options import check_cast
 from dist_ema.runtime.interrupts import Uninterrupted

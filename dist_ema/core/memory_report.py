@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+from dist_ema.core.track import Track
 from dist_ema.geometry.shares import Share
 from dist_ema.shadow.device import Shadow
-from dist_ema.state import Track
 
 
 def memory_report(shares: Sequence[Share], names: Collection[str], shadow: Shadow) -> str:

@@ -6,25 +6,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
 from typing import Any
 
+from torch import Tensor
+
 from dist_ema.checkpoints.load import report_schedules
-from dist_ema.comm.collectives import agreed, check_same_updates, sum_integers
+from dist_ema.comm.collectives import agreed, check_same_updates, gather_objects, sum_integers
+from dist_ema.comm.gather import LocalValues, full_tensors
 from dist_ema.core.average import Average, collective
 from dist_ema.core.swap import Swap, Visit
 from dist_ema.core.view import View
 from dist_ema.errors import CheckpointMismatchError
 from dist_ema.geometry.shares import in_shapes_of, shares_to_load
 from dist_ema.runtime.interrupts import Uninterrupted
+from dist_ema.schedules.state import EMAState
 from dist_ema.shadow.host import wait_for_reads
-from dist_ema.state import EMAState
 
 
 @collective("state_dict()")
 def state_dict(average: Average, full: bool, live: bool) -> dict[str, Any]:
     """See :meth:`ShardedEMA.state_dict`."""
-    from dist_ema.dcp.stateful import full_parts, make_head
+    from dist_ema.dcp.stateful import make_head
 
     operation, group = "state_dict()", average.engine.group
     with average.begin(average.call(operation, full=full, live=live)):
@@ -32,8 +37,7 @@ def state_dict(average: Average, full: bool, live: bool) -> dict[str, Any]:
     (skipped,) = sum_integers([average.skipped()], group)
     state = average.state(skipped)
     if full:
-        head = make_head(state, average.options.schedules)
-        return head | full_parts(view, average.names, average.full_tensors, group, live)
+        return make_head(state, average.options.schedules) | _full_parts(average, view, live)
     with agreed(group, operation):
         return _parts(average, view, state, live)
 
@@ -56,6 +60,44 @@ def _parts(average: Average, view: View, state: EMAState, live: bool) -> dict[st
         flat = [None if values is None else values.flat() for values in view.live()]
         add_live(parts, flat, shares, writes)
     return parts
+
+
+def _full_parts(average: Average, view: View, live: bool) -> dict[str, Any]:
+    """Returns the tensors of a state dict, whole, on rank 0; no tensors elsewhere. Collective; one at a time."""
+    averages = {name: view.average(name, include_untracked=False) for name in average.names}
+    parts: dict[str, Any] = {
+        "averages": {name: _gathered(average, held, ["average"]) for name, held in averages.items()},
+        "buffers": _gathered(average, averages[average.names[0]], ["copy"]),
+    }
+    if live:
+        held = {values.share.spec.name: values for values in view.live() if values is not None}
+        # No rank has live values of a resized buffer that fit. In a pipeline only one rank knows of it.
+        resized = set(chain.from_iterable(gather_objects(view.resized(), average.engine.group)))
+        parts["live"] = _gathered(average, held, ["average", "copy"], live=True, without=resized)
+    return parts
+
+
+def _gathered(
+    average: Average,
+    held: Mapping[str, LocalValues],
+    modes: Sequence[str],
+    live: bool = False,
+    without: Container[str] = (),
+) -> dict[str, Tensor]:
+    """Gathers the full tensors of these modes to rank 0, each once. Collective.
+
+    Args:
+        average: names the tensors.
+        held: this rank's values, by name.
+        modes: ``"average"`` and ``"copy"``.
+        live: gather live values, in their own dtype.
+        without: names that are left out.
+    """
+    wanted = []
+    for entry in average.full_tensors:
+        if entry.mode in modes and entry.name not in without:
+            wanted.append(replace(entry, aliases=(), dtype=entry.live_dtype if live else entry.dtype))
+    return full_tensors(wanted, held.get, None, average.engine.group, "state_dict()")
 
 
 @collective("load_state_dict()")

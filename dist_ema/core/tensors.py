@@ -13,10 +13,9 @@ from dist_ema.checkpoints.hub import check_layout
 from dist_ema.checkpoints.hub_tensors import HubTensors
 from dist_ema.comm.catalogue import is_writer
 from dist_ema.comm.collectives import Call, rank_in, sum_floats, sum_integers
-from dist_ema.comm.gather import check_readable, full_tensors
-from dist_ema.comm.stream import everywhere, in_windows
+from dist_ema.comm.gather import check_readable, everywhere, full_tensors, in_windows
 from dist_ema.core.average import Average, collective
-from dist_ema.engines.unwrapped import unwrapped
+from dist_ema.engines.names import unwrapped
 from dist_ema.errors import EMAConfigError, EMAStateError
 from dist_ema.kernels.fingerprint import Part, partial_digests
 from dist_ema.options import check_cast

@@ -14,23 +14,16 @@ A part is a :class:`~dist_ema.dcp.boxed.BoxedTensor`: what this rank holds of a 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from itertools import chain
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
 
-from dist_ema.comm.catalogue import FullTensor
-from dist_ema.comm.collectives import gather_objects
-from dist_ema.comm.gather import LocalValues, full_tensors
-from dist_ema.core.view import View
 from dist_ema.dcp.boxed import BoxedTensor
 from dist_ema.dcp.texts import write_schedule, write_state
 from dist_ema.geometry.shares import Share
 from dist_ema.schedules import Schedule
+from dist_ema.schedules.state import EMAState
 from dist_ema.shadow.lent import lend
-from dist_ema.state import EMAState
 
 
 def make_state_dict(
@@ -78,41 +71,6 @@ def add_live(
         for share, values, is_writer in zip(shares, live, writes, strict=True)
         if values is not None and share.numel
     }
-
-
-def full_parts(
-    view: View, names: Sequence[str], entries: Sequence[FullTensor], group: dist.ProcessGroup | None, live: bool
-) -> dict[str, Any]:
-    """The tensors of a state dict, whole and on rank 0; no tensors elsewhere. Collective; gathered one at a time.
-
-    Args:
-        view: what this rank holds.
-        names: of the averages.
-        entries: every full tensor of the model.
-        group: the ranks.
-        live: with the live weights of averaged and copied tensors.
-    """
-
-    def gathered(held: Mapping[str, LocalValues], modes: Sequence[str], live: bool = False) -> dict[str, Tensor]:
-        wanted = [
-            replace(entry, aliases=(), dtype=entry.live_dtype if live else entry.dtype)
-            for entry in entries
-            if entry.mode in modes
-        ]
-        return full_tensors(wanted, held.get, None, group, "state_dict()")
-
-    averages = {name: view.average(name, include_untracked=False) for name in names}
-    parts: dict[str, Any] = {
-        "averages": {name: gathered(held, ["average"]) for name, held in averages.items()},
-        "buffers": gathered(averages[names[0]], ["copy"]),
-    }
-    if live:
-        held = {values.share.spec.name: values for values in view.live() if values is not None}
-        # No rank has live values of a resized buffer that fit. In a pipeline only one rank knows of it.
-        resized = set(chain.from_iterable(gather_objects(view.resized(), group)))
-        entries = [entry for entry in entries if entry.name not in resized]
-        parts["live"] = gathered(held, ["average", "copy"], live=True)
-    return parts
 
 
 def wanted_parts(shares: Sequence[Share], names: Sequence[str]) -> Iterator[tuple[tuple[str, ...], Share]]:

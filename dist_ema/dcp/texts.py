@@ -16,7 +16,7 @@ from dist_ema.errors import CheckpointCorruptError, CheckpointError, EMAError, E
 from dist_ema.formats.state_json import state_from_json, state_to_json
 from dist_ema.formats.strict_json import is_count, parse, shown
 from dist_ema.schedules import Schedule, from_file
-from dist_ema.state import EMAState
+from dist_ema.schedules.state import EMAState
 
 VERSION = 1
 #: Bytes of every text, which is padded with blanks: DCP loads into a tensor of the size that was saved.

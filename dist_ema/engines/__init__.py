@@ -12,10 +12,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dist_ema.engines.base import Attached, Engine, RemovableHandle
 from dist_ema.engines.ddp import DataParallelEngine
-from dist_ema.engines.loaded import loaded
 from dist_ema.engines.pipeline import CompositeEngine
 from dist_ema.engines.plain import PlainEngine
-from dist_ema.engines.wrappers import stage_module, unwrap_module
+from dist_ema.engines.wrappers import loaded, stage_module, unwrap_module
 from dist_ema.errors import EMAConfigError, EMAEngineError
 
 __all__ = ["Attached", "Engine", "RemovableHandle", "detect", "detect_in"]

@@ -21,7 +21,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from dist_ema.engines.census import Census
-from dist_ema.engines.wrappers import is_fabric, unwrap_module
+from dist_ema.engines.wrappers import is_fabric, loaded, unwrap_module
 from dist_ema.errors import EMAEngineError, EMAStateError
 
 _TOKENS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
@@ -322,3 +322,19 @@ def _named_more(before: Sequence[frozenset[str]], now: Iterable[frozenset[str]])
 def _some(names: set[str]) -> str:
     shown = ", ".join(map(repr, sorted(names)[:3]))
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The innermost module whose state dict has the canonical names: without FSDP1, DDP, torch.compile. Local."""
+    inner = module
+    for name, found in walk_modules(module):
+        if name:
+            break
+        inner = found
+    return inner
+
+
+def plain_type(module: nn.Module) -> type:
+    """The class that the user wrote: ``fully_shard`` gives a module another, made of that and its own."""
+    fsdp = loaded("torch.distributed.fsdp", "FSDPModule")
+    return next(kind for kind in type(module).__mro__ if not issubclass(kind, fsdp))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import torch.distributed as dist
@@ -11,7 +12,6 @@ from dist_ema.engines.base import Engine, write_count
 from dist_ema.engines.declared import Declaration, declaration
 from dist_ema.engines.deepspeed.marks import Unwrapped
 from dist_ema.engines.names import Binding, Slot, kind_of, walk_slots
-from dist_ema.engines.outer import refuse_sharded
 from dist_ema.errors import EMAEngineError
 from dist_ema.geometry.spec import TensorSpec
 from dist_ema.geometry.subclasses import CachedScale, cached_scales, hidden_type, is_hidden, look_through
@@ -132,3 +132,26 @@ class PlainEngine(Engine):
         """Raises EMAEngineError for weights that lie here in part only, since something else than this class's wrapper
         has cut them: one around the model, or one that came after the engine. Local."""
         refuse_sharded(self._model)
+
+
+def refuse_sharded(model: nn.Module) -> None:
+    """Raises EMAEngineError if a model that is taken for a plain one was sharded by a wrapper outside of it. Local.
+
+    Its weights are then parts, or copies that the wrapper replaces at any time.
+
+    Modules that nobody has imported have wrapped nothing, so they are not imported here either.
+    """
+    if "torch.distributed.fsdp" in sys.modules:
+        from dist_ema.engines.fsdp1 import refuse_outer_unit
+
+        refuse_outer_unit(model)
+    slots = walk_slots(model)
+    if "torch.distributed.tensor" in sys.modules:
+        from torch.distributed.tensor import DTensor
+
+        for slot in slots:
+            if isinstance(slot.get(), DTensor):
+                raise EMAEngineError(
+                    f"{slot.name!r} is a DTensor now: the model was sharded after the average was made. Make a new "
+                    "ShardedEMA of the sharded model"
+                )

@@ -7,6 +7,7 @@ package), accelerate 1.15 and torch 2.13.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
 from types import CodeType
 from typing import Any
@@ -14,11 +15,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from dist_ema.engines.loaded import loaded
 from dist_ema.runtime.untraced import untraced
 
 _TRAINERS = frozenset({"accelerate", "lightning", "lightning_fabric", "pytorch_lightning", "deepspeed"})
 _FABRIC = ("lightning.fabric.wrappers", "lightning_fabric.wrappers")
+
+
+def loaded(module: str, name: str) -> Any:
+    """For ``isinstance``: the class, or () as long as nobody has imported its module. Local.
+
+    Whoever has an object of the class has imported it, and importing it for the others would cost them seconds
+    (DeepSpeed, torch.distributed.fsdp), or a package that they may not have (Lightning).
+    """
+    return getattr(sys.modules.get(module), name, ())
 
 
 def is_fabric(module: object) -> bool:

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from dist_ema.errors import CheckpointCorruptError, CheckpointError
 from dist_ema.formats.strict_json import MAX_DIMENSIONS, is_count, is_shape, shown
+from dist_ema.formats.tensors import Content, LazyTensor
 from dist_ema.formats.torch_inert import InertUnpickler, Record, RefusedError
 from dist_ema.formats.torch_save import load_bytes, locate
 from dist_ema.geometry.runs import Runs, box_runs, overlap
-from dist_ema.importers.foreign import Content, LazyTensor
 from dist_ema.storage.local import LocalFile, open_plain
 
 METADATA = ".metadata"

@@ -21,7 +21,7 @@ from dist_ema.formats.strict_json import is_count, parse, shown
 from dist_ema.schedules import Schedule, from_file
 from dist_ema.schedules.checks import AVERAGE_NAME
 from dist_ema.schedules.clock import Progress
-from dist_ema.state import EMAState
+from dist_ema.schedules.state import EMAState
 
 #: Folder of a tensor in the data folder, and its name.
 Key: TypeAlias = "tuple[str, str]"

@@ -9,7 +9,7 @@ from typing import Any
 
 from dist_ema.formats.strict_json import is_count, shown
 from dist_ema.schedules.clock import Progress
-from dist_ema.state import EMAState
+from dist_ema.schedules.state import EMAState
 
 _UNITS = tuple(field.name for field in fields(Progress))
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from dist_ema.errors import CheckpointError, EMAConfigError
 from dist_ema.formats.strict_json import shown
+from dist_ema.formats.tensors import Content
 from dist_ema.importers import composer, diffusers, ema_pytorch, generic, lightning, nemo, timm, torchtitan
-from dist_ema.importers.foreign import Content, Foreign, Model
+from dist_ema.importers.foreign import Foreign, Model
 
 AUTO = "auto"
 

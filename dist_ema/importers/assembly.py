@@ -7,7 +7,8 @@ from collections.abc import Iterable
 
 from dist_ema.errors import CheckpointCorruptError, CheckpointMismatchError, EMAConfigError
 from dist_ema.formats.stored import is_tensor_name
-from dist_ema.importers.foreign import Foreign, LazyTensor, Model, Tensors, check_shapes, ties
+from dist_ema.formats.tensors import LazyTensor, Tensors
+from dist_ema.importers.foreign import Foreign, Model, check_shapes, ties
 from dist_ema.schedules.checks import AVERAGE_NAME
 
 

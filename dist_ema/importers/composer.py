@@ -14,17 +14,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from dist_ema.errors import CheckpointCorruptError, CheckpointError
-from dist_ema.importers.foreign import (
-    Content,
-    Foreign,
-    LazyTensor,
-    Model,
-    check_shapes,
-    integer,
-    name_by_position,
-    read_tensors,
-    ties,
-)
+from dist_ema.formats.tensors import Content, LazyTensor
+from dist_ema.importers.foreign import Foreign, Model, check_shapes, integer, name_by_position, read_tensors, ties
 from dist_ema.options import ONLY
 from dist_ema.schedules import HalfLife
 from dist_ema.schedules.clock import Progress

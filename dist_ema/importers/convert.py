@@ -16,15 +16,16 @@ from dist_ema.checkpoints.save import Save
 from dist_ema.comm.catalogue import FullTensor
 from dist_ema.comm.gather import LocalValues
 from dist_ema.errors import EMAConfigError
+from dist_ema.formats.tensors import LazyTensor, Tensors
 from dist_ema.geometry.shares import Mode
 from dist_ema.importers import AUTO, FORMATS, generic, recognise
 from dist_ema.importers.assembly import Assembly
 from dist_ema.importers.files import open_foreign, open_model
-from dist_ema.importers.foreign import Foreign, LazyTensor, Model, Tensors
+from dist_ema.importers.foreign import Foreign, Model
 from dist_ema.options import check_cast
 from dist_ema.schedules import ConstantDecay, HalfLife, Schedule
 from dist_ema.schedules.clock import Progress
-from dist_ema.state import EMAState
+from dist_ema.schedules.state import EMAState
 from dist_ema.storage.paths import check_path
 
 

@@ -7,17 +7,8 @@ from typing import Any
 
 from dist_ema.errors import CheckpointCorruptError, EMAConfigError
 from dist_ema.formats.strict_json import shown
-from dist_ema.importers.foreign import (
-    BATCH_NORM,
-    Content,
-    Foreign,
-    LazyTensor,
-    Model,
-    integer,
-    name_by_position,
-    search,
-    ties,
-)
+from dist_ema.formats.tensors import Content, LazyTensor
+from dist_ema.importers.foreign import BATCH_NORM, Foreign, Model, integer, name_by_position, search, ties
 from dist_ema.options import ONLY
 from dist_ema.schedules import NumUpdatesWarmup, Schedule, Warmup
 from dist_ema.schedules.clock import Progress

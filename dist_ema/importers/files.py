@@ -18,9 +18,10 @@ from dist_ema.formats import dcp_directory as dcp
 from dist_ema.formats.manifest import NAME
 from dist_ema.formats.safetensors import parse_header, read_header
 from dist_ema.formats.strict_json import parse
+from dist_ema.formats.tensors import Content, LazyTensor
 from dist_ema.formats.torch_save import load_file
 from dist_ema.importers.folders import choose_files
-from dist_ema.importers.foreign import Content, LazyTensor, Model, read_tensors
+from dist_ema.importers.foreign import Model, read_tensors
 from dist_ema.storage.local import LocalFile, open_plain
 
 _CONFIG_BYTES = 1 << 24

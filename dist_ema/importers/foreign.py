@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import re
-import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from dist_ema import kernels
 from dist_ema.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError
 from dist_ema.formats.strict_json import is_count, shown
+from dist_ema.formats.tensors import LazyTensor, Tensors
 from dist_ema.schedules import Schedule
 from dist_ema.schedules.clock import Progress
 
@@ -21,85 +19,6 @@ from dist_ema.schedules.clock import Progress
 _TOKENS = re.compile(r"(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 #: Buffers that a state dict does not tell from parameters of the same shape.
 BATCH_NORM = re.compile(r"(^|\.)(running_mean|running_var|num_batches_tracked)$")
-
-_loading = threading.Lock()
-
-
-class LazyTensor:
-    """A tensor of a foreign file, loaded at its first read and released when its last element has been read.
-
-    Attributes:
-        shape, dtype: of the full tensor.
-        place: equal for two tensors of one file that share their memory (tied weights); None where that is not known.
-    """
-
-    def __init__(
-        self, shape: Sequence[int], dtype: torch.dtype, load: Callable[[], Tensor], place: object = None
-    ) -> None:
-        self.shape = tuple(shape)
-        self.dtype = dtype
-        self.place = place
-        self._load = load
-        self._loaded: Tensor | None = None
-
-    @classmethod
-    def of(cls, name: str, value: Any) -> LazyTensor:
-        """A tensor, mapped or in memory. Raises CheckpointCorruptError unless it is plain and all of it there."""
-        if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_quantized or value.is_nested:
-            raise CheckpointCorruptError(f"{name!r} is a {type(value).__name__} where a plain tensor is expected")
-        value = value.detach()
-        if value.device.type != "cpu" or value.numel() * value.itemsize > value.untyped_storage().nbytes():
-            raise CheckpointCorruptError(f"{name!r} has {value.numel()} elements, more than the file holds for it")
-        # Two tensors with all of this in common are one; views of one memory with other shapes are not.
-        place = (value.untyped_storage().data_ptr(), value.storage_offset(), value.shape, value.stride(), value.dtype)
-        return cls(value.shape, value.dtype, lambda: value, place if value.numel() else None)
-
-    @property
-    def numel(self) -> int:
-        """Elements of the full tensor."""
-        return torch.Size(self.shape).numel()
-
-    def read(self, start: int, stop: int, out: Tensor) -> None:
-        """Puts elements ``[start, stop)`` into the flat ``out``, converted to its dtype; in ascending order."""
-        if self._loaded is None:
-            self._loaded = self._load()
-        kernels.read(self._loaded, start, stop, out)
-        if stop == self.numel:
-            self._loaded = None
-
-    def read_range(self, start: int, stop: int, out: Tensor) -> None:
-        """Puts elements ``[start, stop)`` into the flat ``out`` of its dtype; in any order, from any thread.
-
-        What was loaded for it stays, which is no memory where it was mapped.
-        """
-        with _loading:
-            if self._loaded is None:
-                self._loaded = self._load()
-        kernels.read(self._loaded, start, stop, out)
-
-
-Tensors = Mapping[str, LazyTensor]
-
-
-@dataclass(frozen=True)
-class Content:
-    """A foreign file or directory, opened.
-
-    Attributes:
-        kind: a ``"file"`` of torch.save, a ``"pretrained"`` directory of safetensors files and a configuration, or a
-            ``"dcp"`` directory of torch.distributed.checkpoint.
-        values: of a file, all that is in it; of a pretrained directory, the configuration; of a DCP directory, the
-            entries that are not tensors.
-        tensors: of a directory, by name.
-        notes: what was taken of a directory that holds more than one thing.
-        chosen: whether the user has named the file of the directory.
-    """
-
-    kind: Literal["file", "pretrained", "dcp"]
-    values: Mapping[str, Any]
-    tensors: Tensors = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-    chosen: bool = False
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from dist_ema.formats.strict_json import is_count
-from dist_ema.importers.foreign import Content, Foreign, Model, ties
+from dist_ema.formats.tensors import Content
+from dist_ema.importers.foreign import Foreign, Model, ties
 from dist_ema.importers.state_dicts import Choice, choose
 from dist_ema.options import ONLY
 from dist_ema.schedules import ConstantDecay, NumUpdatesWarmup, Schedule

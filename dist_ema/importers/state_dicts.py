@@ -24,8 +24,9 @@ from torch import Tensor
 
 from dist_ema.errors import CheckpointError
 from dist_ema.formats.strict_json import is_count
+from dist_ema.formats.tensors import Content, LazyTensor
 from dist_ema.formats.torch_save import StandIn
-from dist_ema.importers.foreign import Content, LazyTensor, Model, name_by_position
+from dist_ema.importers.foreign import Model, name_by_position
 from dist_ema.importers.names import Names, arrange
 
 #: Words of a key that say that an average is below it, and words that say so together with one of the second list.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dist_ema.importers.foreign import Content, Foreign, Model, integer, read_tensors, ties
+from dist_ema.formats.tensors import Content
+from dist_ema.importers.foreign import Foreign, Model, integer, read_tensors, ties
 from dist_ema.options import ONLY
 from dist_ema.schedules import ConstantDecay
 from dist_ema.schedules.clock import Progress

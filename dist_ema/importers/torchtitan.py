@@ -10,7 +10,8 @@ from typing import Any
 
 from dist_ema.errors import EMAConfigError
 from dist_ema.formats.dcp_directory import read_value
-from dist_ema.importers.foreign import Content, Foreign, LazyTensor, Model, integer
+from dist_ema.formats.tensors import Content, LazyTensor
+from dist_ema.importers.foreign import Foreign, Model, integer
 from dist_ema.options import ONLY
 from dist_ema.schedules import HalfLifeFraction
 from dist_ema.schedules.clock import Progress

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from dist_ema.ema import ShardedEMA
-from dist_ema.engines.unwrapped import unwrapped
+from dist_ema.engines.names import unwrapped
 from dist_ema.errors import CheckpointError, EMAConfigError, EMAEngineError, EMAStateError
 
 try:

@@ -16,7 +16,7 @@ from torch import Tensor
 from dist_ema.dcp.texts import write_state
 from dist_ema.errors import CheckpointError
 from dist_ema.schedules.clock import Progress
-from dist_ema.state import EMAState
+from dist_ema.schedules.state import EMAState
 
 
 def progress(time: Any) -> Progress:

@@ -18,7 +18,7 @@ from dist_ema.errors import CheckpointError, EMAConfigError, EMAEngineError
 from dist_ema.integrations import lightning_checkpoints as checkpoints
 from dist_ema.options import Options
 from dist_ema.schedules.clock import Progress
-from dist_ema.state import EMAState
+from dist_ema.schedules.state import EMAState
 
 try:
     import lightning.pytorch as pl

@@ -22,7 +22,7 @@ from dist_ema.planning.architecture import Architecture
 from dist_ema.planning.layouts import Layout, simulate
 from dist_ema.schedules import HalfLife
 from dist_ema.schedules.clock import Progress
-from dist_ema.state import EMAState
+from dist_ema.schedules.state import EMAState
 
 #: Of larger runs this many ranks are looked at, at equal distances, the first and the last among them.
 SAMPLE = 64

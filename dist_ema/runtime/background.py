@@ -15,9 +15,9 @@ from contextlib import AbstractContextManager, contextmanager
 from threading import Event, Thread
 from typing import TypeAlias
 
-from dist_ema.runtime.exits import fail_at_exit
 from dist_ema.runtime.interrupts import Uninterrupted
 from dist_ema.runtime.streams import Handover
+from dist_ema.runtime.worker import fail_at_exit
 
 #: What the thread runs. It enters the context while it reads the shadow.
 Work: TypeAlias = "Callable[[AbstractContextManager[None]], None]"

@@ -5,14 +5,15 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from weakref import WeakSet
 
 import torch
 
 from dist_ema.errors import EMAStateError
-from dist_ema.runtime.exits import fail_at_exit
 
 logger = logging.getLogger(__name__)
 
@@ -142,3 +143,14 @@ def _at_exit() -> None:
         error = worker.unseen()
         if error is not None:
             fail_at_exit(f"An update of an average failed in the background and nobody looked: {error!r}")
+
+
+def fail_at_exit(message: str) -> None:
+    """Ends a process that is ending anyway, with a status of 1, and says why: silence would look like success."""
+    logger.critical(message)
+    with suppress(Exception):  # a stream may be closed, or missing
+        sys.stderr.write(f"dist_ema: {message}\n")
+    for stream in (sys.stdout, sys.stderr):  # os._exit() does not flush them
+        with suppress(Exception):
+            stream.flush()
+    os._exit(1)

@@ -8,8 +8,8 @@ retain(b, c)``, so one update after k batches decays an average exactly as much 
 An update is ``shadow.lerp_(live, weight(before, after))``. The weight is ``-expm1(log_retain)`` and not ``1 - retain``,
 which has lost ten digits at a decay of .999999.
 
-Moments are :class:`~dist_ema.schedules.clock.Progress` readings since the first copy, or plain numbers in the schedule's own
-unit: batches, except where a class says otherwise. Both count from zero at the first copy.
+Moments are :class:`~dist_ema.schedules.clock.Progress` readings since the first copy, or plain numbers in the
+schedule's own unit: batches, except where a class says otherwise. Both count from zero at the first copy.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ from dist_ema.offline.merging.sources import Selection, Source, open_sources
 from dist_ema.options import check_cast
 from dist_ema.schedules import ConstantDecay, Schedule
 from dist_ema.schedules.clock import Progress
-from dist_ema.state import EMAState
+from dist_ema.schedules.state import EMAState
 from dist_ema.storage.paths import StrPath, local_path
 from dist_ema.storage.staging import Staging
 

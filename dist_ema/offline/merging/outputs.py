@@ -17,7 +17,7 @@ from dist_ema.errors import CheckpointError, EMAConfigError
 from dist_ema.formats.layout import TensorPlan, index_json, parse_size, plan_files
 from dist_ema.formats.manifest import DATA, NAME
 from dist_ema.schedules import Schedule
-from dist_ema.state import EMAState
+from dist_ema.schedules.state import EMAState
 from dist_ema.storage.base import TensorWriter
 from dist_ema.storage.local import write_text
 from dist_ema.storage.local_commit import LocalWriter

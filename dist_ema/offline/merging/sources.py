@@ -19,9 +19,10 @@ from dist_ema.formats import dcp_directory as dcp
 from dist_ema.formats.dtypes import DTYPES
 from dist_ema.formats.manifest import LIVE, NAME, Manifest
 from dist_ema.formats.strict_json import is_count, parse
+from dist_ema.formats.tensors import Content
 from dist_ema.importers.files import open_foreign
 from dist_ema.importers.folders import choose_files
-from dist_ema.importers.foreign import Content, ties
+from dist_ema.importers.foreign import ties
 from dist_ema.importers.pretrained import open_pretrained
 from dist_ema.importers.state_dicts import choose
 from dist_ema.storage.local import open_plain

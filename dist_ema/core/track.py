@@ -1,39 +1,14 @@
-"""Where an average stands on the training clock: when an update is due, and how much of the average it keeps. Pure."""
+"""The clocks of one average: when an update is due, and how much of the average it keeps. Pure Python."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from dist_ema.options import Options
 from dist_ema.schedules import Schedule
 from dist_ema.schedules.clock import Progress, crossed, reached
-
-
-@dataclass(frozen=True)
-class EMAState:
-    """All that an average is besides its tensors and schedules: what every checkpoint carries. The same on every rank.
-
-    Attributes:
-        started: whether there is an average yet; before the first copy the live model is the average.
-        training: the training clock.
-        first_copy: the training clock at the first copy.
-        averaged: training from the first copy to the last update; ``averaged.updates`` counts the first copy too.
-        skipped: NaN and Inf elements left out so far, over all ranks.
-        seed: of the stochastic rounding of bf16 averages; None where values are rounded to nearest.
-
-    >>> state = EMAState(True, Progress(batches=12), Progress(batches=10), Progress(batches=2, updates=3))
-    >>> str(state.training), state.averaged.updates
-    ('12ba', 3)
-    """
-
-    started: bool
-    training: Progress
-    first_copy: Progress
-    averaged: Progress
-    skipped: int = 0
-    seed: int | None = None
+from dist_ema.schedules.state import EMAState
 
 
 class Track:
