@@ -78,7 +78,7 @@ class Broadcast:
 
     def send_buffers(self, sources: Sequence[Tensor], entries: Sequence[FullTensor]) -> None:
         """Buffers that each rank has for itself become, on all, those of the rank that writes them in an export: the
-        first that has them (``writers.is_writer``). Collective if there are any."""
+        first that has them (``catalogue.is_writer``). Collective if there are any."""
         group = self._engine.group
         if group is None or not self.several:
             return

@@ -1,7 +1,7 @@
 """Directories of ``torch.distributed.checkpoint``, read without its unpickler, which would run code that a file names.
 
 ``.metadata`` is a pickle. Our unpickler accepts the names of DCP's own classes only, and makes plain records of their
-objects. Each part of a tensor is a file of torch.save inside a ``.distcp`` file, read as :mod:`.torch_files` reads any
+objects. Each part of a tensor is a file of torch.save inside a ``.distcp`` file, read as :mod:`.torch_save` reads any
 such file; so are the few entries that are not tensors.
 """
 

@@ -3,9 +3,9 @@
 Real files also hold other objects of their trainer: arguments, configurations, states of random generators. An empty
 stand-in takes the place of each. Its class is not imported, so the package that wrote the file need not be there.
 
-Before torch sees a file, its pickle is read once without doing what it says (:mod:`.inert`). That tells the names that
-need a stand-in, and refuses what torch would believe: a tensor or a storage that claims more bytes than the file has
-for it. torch would map what lies behind, or make room for it.
+Before torch sees a file, its pickle is read once without doing what it says (:mod:`.torch_inert`). That tells the names
+that need a stand-in, and refuses what torch would believe: a tensor or a storage that claims more bytes than the file
+has for it. torch would map what lies behind, or make room for it.
 
 Files that torch has written since 1.6 are zip files, and mapped. Older ones are read into memory.
 """

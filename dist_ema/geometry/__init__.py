@@ -1,8 +1,9 @@
-"""Where the elements of a model lie: which of them a rank holds, averages and writes, and how they are collected.
+"""Where the elements of a model lie: which of them a rank holds, averages and writes. No call of a process group.
 
 Words that mean the same thing everywhere in the library:
 
-full tensor      a parameter or buffer as the plain, unwrapped model has it, with its fqn (:class:`writers.FullTensor`).
+full tensor      a parameter or buffer as the plain, unwrapped model has it, with its fqn
+                 (:class:`~dist_ema.comm.catalogue.FullTensor`).
 fqn              its canonical name: the key in the plain model's ``state_dict()``, without any wrapper's prefix.
 alias            another fqn of the same, tied tensor; values are kept once, under the first name.
 live             what the optimizer trains, or a forward pass computes with.
@@ -12,8 +13,7 @@ shadow           the averaged copy of this rank's part of a tensor: always flat 
 local shard      the elements of a full tensor that one rank has as a source.
 run              ``(start, length)``: elements that follow each other in the row-major flattening of the full tensor. A
                  local shard is a sorted list of runs: one for FSDP1, ZeRO and ``Shard(0)``, one a row for a column
-                 shard,
-                 none for an empty shard.
+                 shard, none for an empty shard.
 box              a hyper-rectangle of the full tensor: offsets and sizes, one a dimension; torch.distributed.checkpoint
                  calls it a chunk. Column shards are thousands of runs and one box.
 spec             what an engine says of one tensor on this rank (:class:`spec.TensorSpec`).
@@ -23,6 +23,7 @@ share            what this rank keeps of one tensor: the part of its local shard
 partitioned      of a tensor: its elements are spread over the ranks of a mesh. Otherwise each rank has it whole, and
                  ranks are not known to agree.
 mesh             the ranks over which a tensor is spread, once each; named by its lowest rank.
-writer           of all ranks that hold an element, the one whose value is saved, exported, gathered (:mod:`writers`).
+writer           of all ranks that hold an element, the one whose value is saved, exported, gathered
+                 (:mod:`dist_ema.comm.catalogue`).
 tracked          averaged or copied, that is: part of the average. The rest is *untracked*: frozen, excluded, ignored.
 """

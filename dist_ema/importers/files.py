@@ -1,4 +1,4 @@
-"""Opens foreign files and directories. Of the importers only this module, ``torch_files`` and ``dcp`` open any."""
+"""Opens foreign files and directories. Of the importers only this module opens any."""
 
 from __future__ import annotations
 

@@ -1,1 +1,30 @@
-"""Signals, threads, CUDA streams and pinned memory: what runs beside the caller, and who waits for whom."""
+"""Signals, threads, CUDA streams and pinned memory: what runs beside the caller.
+
+Who waits for what, on which CUDA stream. *Current* is the caller's stream on the weights' device; threads of ours never
+use a default stream, but an ``OwnStream`` (:mod:`dist_ema.runtime.streams`), which is what all rows below are made of:
+
+==================  ==========================  =======================================================================
+work                runs on                     waits for
+==================  ==========================  =======================================================================
+update, on device   current                     nothing: it is queued behind the optimizer's step
+into a teacher      current                     nothing; the teacher's next forward is queued behind it, and its full
+                                                weights of the last one were dropped before
+offload: buffers    current                     nothing; copied before the next forward pass can write them
+offload: weights    own stream                  all that *current* had queued at ``update()`` (``follow``)
+offload: average    the worker thread, CPU      the event behind those copies (``join``), on the host
+next optimizer      current                     that event (``hold_back``, a step pre-hook): on the device, not the
+step                                            host; weights in host memory: the worker has read them
+next ``update()``   the caller                  the worker's last job, on the host; all calls but ``update`` do as well
+swap                current                     ``wait_for_reads``, and that a background save has read the shadow
+background save     its thread, own stream      all that *current* had queued at ``save()`` (``Handover``); live
+                                                weights are written before ``save()`` returns
+next ``update()``   the caller                  that the save has read the shadow (``wait_until_read``), on the host
+load                reader threads, own stream  all that *current* had queued when reading began (``Handover``); the
+                                                caller waits for the threads, and for their copies (``join``)
+==================  ==========================  =======================================================================
+
+Saving and loading copy through two pinned buffers a thread (``Relay``): one is filled again when the event behind its
+last copy is there. ``tests/stream_checks.py`` holds these rules on a fake GPU that does everything as late as it may,
+and on a real one. A CUDA graph that is captured while a thread of ours works is invalidated by its calls: ``wait()``
+before.
+"""

@@ -50,7 +50,7 @@ class Shadow:
         self._averages: dict[str, list[Tensor]] = {}
         self._spans: list[tuple[int, int]] | None = None  # of what is averaged, once it is known where that lies
         self._buffers: list[Tensor] = []
-        self._copies: Copies | None = None  # what else holds the average (teacher_shadow.py)
+        self._copies: Copies | None = None  # what else holds the average (teacher/shadow.py)
         # NaN and Inf elements of the first copy, counted on each device, until they have been logged.
         self._unreported: dict[torch.device, Tensor] = {}
         self._tainted: set[int] = set()  # the tensors that had some, on the CPU
@@ -278,7 +278,7 @@ class Shadow:
             sizes[tensor.device] = sizes.get(tensor.device, 0) + tensor.nbytes
         return sizes
 
-    # Hooks for shadows that are a teacher's weights (teacher.py); nothing to do here.
+    # Hooks for shadows that are a teacher's weights (teacher/shadow.py); nothing to do here.
 
     @property
     def fixed(self) -> frozenset[int]:

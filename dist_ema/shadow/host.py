@@ -170,7 +170,7 @@ class HostShadow(Shadow):
         self._look_for_writes(self._read.keys() - self._staging)
         self._read = {}  # weights may be freed now
 
-    # Order: see the table in dist_ema/shadow/__init__.py.
+    # Order: see the table in dist_ema/runtime/__init__.py.
 
     def wait_for_reads(self) -> None:
         """Before the weights are written: waits until they have been read, the device's copies in the device's order.
