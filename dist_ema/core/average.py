@@ -350,7 +350,8 @@ class Average:
         if self.condition.swap is not None:
             self.condition.swap.check_writes(operation)
         self.shadow.wait()
-        return View(self.shares, self.shadow, self.present(), self.condition)
+        sources = self.present()  # may change the shares
+        return View(self.shares, self.shadow, sources, self.condition)
 
     def live(self, operation: str) -> list[Tensor]:
         """Returns the live tensors, for a call that replaces the average, even one that is not whole. Local."""

@@ -396,14 +396,13 @@ def test_a_checkpoint_without_the_average(tmp_path: Path) -> None:
 
 
 @pytest.mark.world_size(2)
-def test_a_save_by_the_main_process_alone_leaves_no_half_of_a_checkpoint(
-    rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_save_by_the_main_process_alone_leaves_no_half_of_a_checkpoint(rank: int, tmp_path: Path) -> None:
     """Scripts of diffusers save ``if accelerator.is_main_process``, and resume from the folder of the largest step."""
     from dist_ema.integrations.accelerate import prepare_ema
 
-    monkeypatch.setattr(ShardedEMA, "save", functools.partialmethod(ShardedEMA.save, timeout=1))
-    with accelerator_of("ddp") as accelerator:
+    # Undone here: the fixture would undo it in the process that runs pytest, and not in this worker of the pool.
+    with pytest.MonkeyPatch.context() as patch, accelerator_of("ddp") as accelerator:
+        patch.setattr(ShardedEMA, "save", functools.partialmethod(ShardedEMA.save, timeout=1))
         model, optimizer = prepared(accelerator, "ddp")
         ema = prepare_ema(accelerator, model, optimizer, decay=DECAY)
         micro_step(accelerator, model, optimizer, 0)
