@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -55,18 +54,25 @@ OPENS_FILES = {
 OPENS_FILES |= {"dist_ema.formats.torch_save", "dist_ema.formats.dcp_directory", "dist_ema.importers.files"}
 
 
-def imports(name: str) -> Iterator[str]:
+def imports(name: str) -> set[str]:
     """Every module that ``name`` imports, at any depth of its code, with the names taken from packages."""
     package = name if MODULES[name].name == "__init__.py" else name.rpartition(".")[0]
-    for node in ast.walk(TREES[name]):
+    return imported(TREES[name], package)
+
+
+def imported(tree: ast.Module, package: str) -> set[str]:
+    """Every module that code of ``package`` imports, with the names taken from packages."""
+    found = set()
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             parts = package.split(".")
             base = ".".join(parts[: len(parts) - node.level + 1]) if node.level else ""
             source = ".".join(part for part in (base, node.module) if part)
-            yield source
-            yield from (f"{source}.{alias.name}" for alias in node.names)
+            found.add(source)
+            found.update(f"{source}.{alias.name}" for alias in node.names)
+    return found
 
 
 def inside(module: str, package: str) -> bool:
@@ -154,20 +160,35 @@ def test_imports_go_downwards_only() -> None:
     assert not upwards
 
 
-def test_modules_do_not_import_each_other_in_a_circle() -> None:
-    waiting = {
-        name: {module for module in imports(name) if module in MODULES and module not in (name, "dist_ema")}
-        for name in MODULES.keys() - {"dist_ema"}
-    }
-    # A module of a package loads the package, which imports its modules: the package is left out of their lists.
-    for name, needed in waiting.items():
-        needed -= {package for package in needed if name.startswith(f"{package}.")}
+def in_a_circle(needed_by: dict[str, set[str]]) -> set[str]:
+    """The modules that are left when those that need no other one are taken away, again and again."""
+    waiting = {name: needed - {name} for name, needed in needed_by.items()}
     while ready := [name for name, needed in waiting.items() if not needed]:
         for name in ready:
             del waiting[name]
         for needed in waiting.values():
             needed -= set(ready)
-    assert not waiting
+    return set(waiting)
+
+
+def test_modules_do_not_import_each_other_in_a_circle() -> None:
+    needed_by = {}
+    for name in MODULES.keys() - {"dist_ema"}:
+        needed = {module for module in imports(name) if module in MODULES and module != "dist_ema"}
+        # A module of a package loads the package, which imports its modules: the package is left out of their lists.
+        needed_by[name] = {module for module in needed if not name.startswith(f"{module}.")}
+    assert not in_a_circle(needed_by)
+
+
+def test_what_torchrun_starts_has_no_circle_either() -> None:
+    """Also for types alone: two files that need each other are read as one."""
+    folder = ROOT.parent / "launch"
+    files = {
+        path.relative_to(folder).with_suffix("").as_posix().replace("/", "."): path for path in folder.rglob("*.py")
+    }
+    needed_by = {name: imported(ast.parse(path.read_text()), name.rpartition(".")[0]) for name, path in files.items()}
+    assert "demo.options" in needed_by["demo.resume"], "sees nothing"
+    assert not in_a_circle({name: needed & files.keys() for name, needed in needed_by.items()})
 
 
 def test_nothing_reaches_for_the_package_itself() -> None:

@@ -11,13 +11,10 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from demo.options import Options
+from typing import Any
 
 FOLDER = "checkpoints"  # inside the output folder
 MODEL, EMA, RECORD = "model", "ema", "run.json"  # inside a checkpoint
@@ -74,17 +71,17 @@ def latest(out: Path) -> Record | None:
     return next((record for path in reversed(_paths(out)) if (record := _read(path)) is not None), None)
 
 
-def differences(record: Record, options: Options) -> str:
-    """Why a run with these options cannot go on from the checkpoint; empty if it can."""
-    found = [
-        f"{name} was {record.options.get(name)!r} and is {getattr(options, name)!r}"
-        for name in SAME
-        if record.options.get(name) != getattr(options, name)
-    ]
-    if _family(record.engine) != _family(options.engine):
-        found.append(f"engine was {record.engine}, whose optimizer states {options.engine} cannot read")
-    if record.step > options.steps:
-        found.append(f"it has made {record.step} steps already, and steps is {options.steps}")
+def differences(record: Record, options: Mapping[str, Any]) -> str:
+    """Says why a run with these options, by name, cannot go on from the checkpoint; empty if it can."""
+    found = []
+    for name in SAME:
+        before, now = record.options.get(name), options[name]
+        if before != now:
+            found.append(f"{name} was {before!r} and is {now!r}")
+    if _family(record.engine) != _family(options["engine"]):
+        found.append(f"engine was {record.engine}, whose optimizer states {options['engine']} cannot read")
+    if record.step > options["steps"]:
+        found.append(f"it has made {record.step} steps already, and steps is {options['steps']}")
     return "; ".join(found)
 
 

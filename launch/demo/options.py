@@ -117,7 +117,7 @@ class Options:
                 f"out={self.out}: holds checkpoints of an earlier run, and resume=never; give another folder, or "
                 f"remove {FOLDER} and {EXPORT}"
             )
-        if found is not None and (why := differences(found, self)):
+        if found is not None and (why := differences(found, vars(self))):
             raise ValueError(
                 f"out={self.out}: its checkpoint {found.name} does not fit these options: {why}. Give those of the "
                 "earlier run, or another folder"
