@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from dist_ema.schedules import Warmup as Warmup
     from dist_ema.schedules import Window as Window
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _SCHEDULES = (
     "ConstantDecay",

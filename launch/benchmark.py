@@ -20,6 +20,7 @@ import typer
 sys.path.insert(0, str(Path(__file__).parent))  # for those who import this file instead of starting it
 
 MODELS = Path(__file__).parent.parent / "configs" / "models"
+FIGURES = Path(__file__).parent / "benchmarks" / "README.md"
 HELP = "What averages cost, side by side with what people use today and with the speed of memory and disk."
 app = typer.Typer(help=HELP, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -203,6 +204,14 @@ def scale(
     from benchmarks.scale import run
 
     run(models, [engine.value for engine in engines], ranks, processes, repeats, as_json)
+
+
+@app.command()
+def chart(out: Annotated[Path, typer.Argument(help="The SVG to write.")]) -> None:
+    """Draws the recorded table of updates, benchmarks/README.md, as the picture of the guide."""
+    from benchmarks.chart import picture
+
+    out.write_text(picture(FIGURES))
 
 
 if __name__ == "__main__":

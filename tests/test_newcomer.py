@@ -1,4 +1,4 @@
-"""What a newcomer meets first: the guide's example, what things print, and what an import costs."""
+"""What a newcomer meets first: the programs of README and guide, what things print, and what an import costs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ import dist_ema
 from dist_ema import ShardedEMA, schedules, verify_checkpoint
 from dist_ema.errors import EMAStateError
 
-GUIDE = Path(__file__).parent.parent / "dist_ema" / "README.md"
+ROOT = Path(__file__).parent.parent
+README, START = ROOT / "README.md", ROOT / "dist_ema" / "guide" / "start.md"
 #: Of torch, and costly: what plain and DDP users have no need of.
 COSTLY = {"torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed.checkpoint"}
 
@@ -30,22 +31,50 @@ def run(code: str, *arguments: str) -> str:
     return result.stdout.strip()
 
 
-def test_the_readmes_example_runs_to_its_end(tmp_path: Path) -> None:
-    """As it is written, with the command that the README gives, on two processes."""
-    section = GUIDE.read_text().split("## A whole program\n")[1].split("\n## ")[0]
-    example = re.findall(r"```python\n(.*?)```", section, re.DOTALL)[0]
-    command = re.findall(r"^torchrun (.*)$", section, re.MULTILINE)[0].split()
-    assert "--nproc-per-node=2" in command
-    script = tmp_path / command[-1]
-    script.write_text(example)
+def program(page: Path, number: int, script: Path) -> list[str]:
+    """Writes a program of a page as the page says, and returns the arguments of torchrun that the page gives."""
+    text = page.read_text()
+    script.write_text(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[number])
+    command = re.findall(r"^torchrun (.*)$", text, re.MULTILINE)[0].split()
+    assert command == ["--nproc-per-node=2", script.name]
+    return command
+
+
+def start(folder: Path, *command: str) -> str:
+    """Runs Python in a folder, and returns what it prints."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", *command],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=170,
+        [sys.executable, *command],
+        cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=170,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_the_first_program_of_the_readme_runs_alone(tmp_path: Path) -> None:
+    """It is what a stranger copies first."""
+    script = tmp_path / "first.py"
+    script.write_text(re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)[0])
+    (printed,) = re.findall(r"tensor\(\[\[([\d.]+)", start(tmp_path, script.name))
+    assert float(printed) == pytest.approx(16, abs=2)
     assert (tmp_path / "average" / "model.safetensors").stat().st_size > 0
-    assert "ShardedEMA on DTensorEngine" in result.stdout
+
+
+def test_the_program_of_the_readme_goes_on_at_another_world_size(tmp_path: Path) -> None:
+    """It says so, and its second run would else begin anew without a word."""
+    command = program(README, 1, tmp_path / "train.py")
+    torchrun = ("-m", "torch.distributed.run", "--standalone")
+    assert "200 updates" in start(tmp_path, *torchrun, *command)
+    assert "400 updates" in start(tmp_path, *torchrun, "--nproc-per-node=1", command[-1])
+
+
+def test_the_program_of_the_guide_runs_with_and_without_torchrun(tmp_path: Path) -> None:
+    """As it is written, alone and with the command that the guide gives, on two processes."""
+    command = program(START, 0, tmp_path / "example.py")
+    assert "ShardedEMA on PlainEngine" in start(tmp_path, command[-1])
+    (tmp_path / "average").rename(tmp_path / "earlier")
+    assert "ShardedEMA on DTensorEngine" in start(tmp_path, "-m", "torch.distributed.run", "--standalone", *command)
+    assert (tmp_path / "average" / "model.safetensors").stat().st_size > 0
 
 
 @pytest.mark.parametrize(

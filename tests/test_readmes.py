@@ -1,9 +1,10 @@
-"""Every README: its Python runs as it is written, its links lead somewhere, and the files that it names are there."""
+"""Every README and page of the guide: its Python runs, its links lead somewhere, and files that it names are there."""
 
 from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,13 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted(
     [*ROOT.glob("*.md"), *(file for top in ("dist_ema", "launch", ".github") for file in ROOT.glob(f"{top}/**/*.md"))]
 )
-README, CHECKPOINTS = ROOT / "README.md", ROOT / "dist_ema" / "checkpoints" / "README.md"
-OFFLINE = ROOT / "dist_ema" / "offline" / "README.md"
-SCHEDULES = ROOT / "dist_ema" / "schedules" / "README.md"
+README, GUIDE = ROOT / "README.md", ROOT / "dist_ema" / "guide"
+CHECKPOINTS, MERGING, SCHEDULES = GUIDE / "checkpoints.md", GUIDE / "merging.md", GUIDE / "schedules.md"
+TEACHERS, SERVING, EVERY_RANK = GUIDE / "teachers.md", GUIDE / "serving.md", GUIDE / "on-every-rank.md"
 #: Whose blocks other tests run: test_newcomer, and integrations/test_readme and test_torchtitan, one for each block.
-GUIDE = ROOT / "dist_ema" / "README.md"
-ELSEWHERE = {GUIDE: 1, ROOT / "dist_ema" / "integrations" / "README.md": 6}
+ELSEWHERE = {README: 2, GUIDE / "start.md": 1, GUIDE / "trainers.md": 6}
+#: Files outside of the package that the README links to.
+OUTSIDE = {".github/VERSIONS.md", ".github/CHANGELOG.md", ".github/CONTRIBUTING.md", "launch/README.md"}
 
 
 def blocks(file: Path) -> list[str]:
@@ -56,47 +58,10 @@ def averaged(model: nn.Module) -> ShardedEMA:
     return ema
 
 
-def use(folder: Path) -> None:
-    """README.md: the twelve lines."""
-    torch.manual_seed(0)
-    model, losses = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 1)), []
-
-    def step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Tensor) -> None:
-        optimizer.zero_grad()
-        model(batch).square().mean().backward()
-        optimizer.step()
-
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-
-    # A wrapper replaces the parameters, so a program makes its optimizer after it.
-    def shard(model: nn.Module) -> nn.Module:
-        fully_shard(model)
-        optimizer.param_groups[0]["params"] = list(model.parameters())
-        return model
-
-    names: dict[str, Any] = {"model": model, "optimizer": optimizer, "loader": torch.randn(4, 2, 5), "step": step}
-    names |= {"fully_shard": shard, "evaluate": lambda model: losses.append(model(torch.ones(1, 5)).item())}
-    found = run(README, 0, names, folder)
-    dist.barrier()
-    average, ema = load_file(folder / "average" / "model.safetensors"), found["ema"]
-    inside = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 1))
-    inside.load_state_dict(average)
-    assert losses == [pytest.approx(inside(torch.ones(1, 5)).item())]
-    assert ema.num_updates == 4
-    assert dist_ema.read_checkpoint(folder / "checkpoint").keys() == average.keys()
-
-
 def sharded(folder: Path) -> dict[str, Any]:
     """What blocks about checkpoints begin with."""
     model = fully_shard(nn.Linear(5, 3))
     return {"model": model, "ema": averaged(model), "dcp": dcp, "dist_ema": dist_ema}
-
-
-def save_and_load(folder: Path) -> None:
-    names = sharded(folder)
-    before = names["ema"].fingerprint()
-    run(README, 1, names, folder)
-    assert names["ema"].fingerprint() == before
 
 
 def serve(folder: Path) -> None:
@@ -108,10 +73,22 @@ def serve(folder: Path) -> None:
 
     names = sharded(folder) | {"torch": torch, "dist": dist, "server": Server(), "device": "cpu"}
     full = names["ema"].full_state_dict(dtype=torch.bfloat16)
-    run(GUIDE, 2, names, folder)
+    run(SERVING, 0, names, folder)
     if dist.get_rank() == 0:
         assert all(torch.equal(Server.loaded[name], value) for name, value in full.items())
         assert Server.loaded.keys() == full.keys()
+
+
+def one_file(folder: Path) -> None:
+    names = sharded(folder) | {"torch": torch, "dist": dist}
+    ema = names["ema"]
+    before = ema.fingerprint()
+    run(EVERY_RANK, 0, names, folder)
+    dist.barrier()
+    for _ in range(2):
+        ema.update()
+    ema.load_state_dict(torch.load(folder / "ema.pt"))
+    assert ema.fingerprint() == before
 
 
 def read_in_one_process(folder: Path) -> None:
@@ -133,7 +110,7 @@ def teach(folder: Path) -> None:
         return nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 5))
 
     names = {"build": build, "fully_shard": fully_shard, "ShardedEMA": ShardedEMA, "Cosine": dist_ema.schedules.Cosine}
-    found = run(GUIDE, 1, names | {"torch": torch, "loader": torch.randn(3, 4, 5)}, folder)
+    found = run(TEACHERS, 0, names | {"torch": torch, "loader": torch.randn(3, 4, 5)}, folder)
     x = torch.ones(2, 5)
     with torch.no_grad():
         assert torch.equal(found["teacher"](x), found["gram_teacher"](x))
@@ -181,7 +158,7 @@ def merge(folder: Path) -> None:
         ema.save(folder / "run" / f"step-{step}")
     for name in ("base", "tuned"):
         ema.export(folder / name)
-    run(OFFLINE, 0, {"torch": torch}, folder)
+    run(MERGING, 0, {"torch": torch}, folder)
     assert load_file(folder / "between" / "model.safetensors")["weight"].dtype == torch.bfloat16
     ema.load(folder / "start")
 
@@ -189,7 +166,7 @@ def merge(folder: Path) -> None:
 def synthesize(folder: Path) -> None:
     model = nn.Linear(5, 3)
     names = {"ShardedEMA": ShardedEMA, "PowerFunction": dist_ema.PowerFunction, "model": model, "torch": torch}
-    ema = run(OFFLINE, 1, names, folder)["ema"]
+    ema = run(MERGING, 1, names, folder)["ema"]
     before = Path.cwd()
     os.chdir(folder)  # where its snapshots go
     try:
@@ -201,7 +178,7 @@ def synthesize(folder: Path) -> None:
     dist.barrier()
     names["snapshots"].folder = str(folder / "run" / "snapshots")
     assert [path.name for path in names["snapshots"].paths()][:2] == ["10000ba", "20000ba"]
-    made = run(OFFLINE, 2, {"dist_ema": dist_ema}, folder)["made"]
+    made = run(MERGING, 2, {"dist_ema": dist_ema}, folder)["made"]
     assert made[0].residual < 0.05
     assert torch.allclose(dist_ema.read_checkpoint(folder / "earlier")["bias"], model.bias.detach())
 
@@ -213,15 +190,14 @@ def register(folder: Path) -> None:
 
 
 RUNS: dict[tuple[Path, int], Callable[[Path], None]] = {
-    (README, 0): use,
-    (README, 1): save_and_load,
-    (GUIDE, 1): teach,
-    (GUIDE, 2): serve,
+    (TEACHERS, 0): teach,
+    (SERVING, 0): serve,
+    (EVERY_RANK, 0): one_file,
     (CHECKPOINTS, 0): read_in_one_process,
     (CHECKPOINTS, 1): with_dcp,
     (CHECKPOINTS, 2): export,
-    (OFFLINE, 0): merge,
-    (OFFLINE, 2): synthesize,
+    (MERGING, 0): merge,
+    (MERGING, 2): synthesize,
     (SCHEDULES, 0): register,
 }
 NAMES = {f"{file.relative_to(ROOT)}:{number}": (file, number) for file, number in RUNS}
@@ -243,7 +219,7 @@ def test_every_block_is_run() -> None:
     """A block that nobody runs is wrong after the next change."""
     found = {file: len(blocks(file)) for file in FILES if blocks(file)}
     known = {file: sum(file == one for one, _ in RUNS) for file, _ in RUNS}
-    known[OFFLINE] += 1  # two are run one after the other
+    known[MERGING] += 1  # two are run one after the other
     known = {file: known.get(file, 0) + ELSEWHERE.get(file, 0) for file in known | ELSEWHERE}
     assert found == known, "give the block a test in RUNS"
 
@@ -261,4 +237,40 @@ def test_links_and_files_that_are_named_exist(file: Path) -> None:
 
 
 def test_the_first_page_is_short() -> None:
-    assert len(README.read_text().splitlines()) <= 150
+    assert len(README.read_text().splitlines()) < 150
+
+
+def links(file: Path) -> list[str]:
+    """Relative links, without what follows ``#``."""
+    found = re.findall(r"\]\(([^)]+)\)", file.read_text())
+    return [link.partition("#")[0] for link in found if "://" not in link and not link.startswith("#")]
+
+
+def test_the_guide_links_to_itself_alone() -> None:
+    """It is a part of the wheel, where there is nothing else."""
+    outside = [
+        f"{file.name}: {link}"
+        for file in GUIDE.glob("*.md")
+        for link in links(file)
+        if GUIDE not in (file.parent / link).resolve().parents
+    ]
+    assert not outside
+
+
+def test_every_page_is_in_the_table_of_contents() -> None:
+    pages = {file.name for file in GUIDE.glob("*.md")} - {"README.md"}
+    assert pages == set(links(GUIDE / "README.md"))
+
+
+def test_the_first_page_links_to_files_of_the_wheel() -> None:
+    """The README is the wheel's description, too: a page is found there by the same path."""
+    package = {link for link in links(README) if link.startswith("dist_ema/")}
+    assert set(links(README)) - package == OUTSIDE
+
+
+def test_the_picture_of_the_speed_is_of_the_recorded_figures() -> None:
+    """Figures are measured again, and pictures stay behind."""
+    sys.path.insert(0, str(ROOT / "launch"))
+    from benchmarks.chart import picture
+
+    assert (GUIDE / "speed.svg").read_text() == picture(ROOT / "launch" / "benchmarks" / "README.md")

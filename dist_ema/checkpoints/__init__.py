@@ -1,4 +1,4 @@
-"""Averages on disk. What the files look like is in ``README.md`` beside this file.
+"""Averages on disk. What the files look like is in ``dist_ema/guide/checkpoints.md``.
 
 ======================  =========================================================================
 ``save``, ``contents``  writes a checkpoint on all ranks; what it will consist of

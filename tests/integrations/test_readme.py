@@ -1,4 +1,4 @@
-"""The lines for each trainer in the README of the integrations, as they are written: what a newcomer copies."""
+"""The lines for each trainer in the guide, as they are written: what a newcomer copies."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from dist_ema import ShardedEMA, read_checkpoint
 
-LINES = Path(__file__).parent.parent.parent / "dist_ema" / "integrations" / "README.md"
+LINES = Path(__file__).parent.parent.parent / "dist_ema" / "guide" / "trainers.md"
 
 
 def snippet(trainer: str) -> str:

@@ -1,4 +1,4 @@
-"""The README's recipe in a loop built as torchtitan's trainer is, and torchtitan's own trainer where it is installed.
+"""The guide's recipe in a loop built as torchtitan's trainer is, and torchtitan's own trainer where it is installed.
 
 The parts are as torchtitan 0.3.0 has them: an optimizers container that is an Optimizer itself and steps several, a
 checkpointer with a dict of states in which the model is flattened, a validator that is called by the trainer.
@@ -134,7 +134,7 @@ class Trainer(Stateful):
 
 
 def add_average(trainer: Any) -> ShardedEMA:
-    """The recipe of the README."""
+    """The recipe of the guide."""
     ema = ShardedEMA(trainer.model_parts[0], schedule=HalfLifeFraction(FRACTION))
     ema.attach(trainer.optimizers)
     trainer.checkpointer.states["ema"] = ema
