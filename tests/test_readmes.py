@@ -27,6 +27,7 @@ FILES = sorted(
 README, GUIDE = ROOT / "README.md", ROOT / "dist_ema" / "guide"
 CHECKPOINTS, MERGING, SCHEDULES = GUIDE / "checkpoints.md", GUIDE / "merging.md", GUIDE / "schedules.md"
 TEACHERS, SERVING, EVERY_RANK = GUIDE / "teachers.md", GUIDE / "serving.md", GUIDE / "on-every-rank.md"
+WHICH = GUIDE / "which-weights.md"
 #: Whose blocks other tests run: test_newcomer, and integrations/test_readme and test_torchtitan, one for each block.
 ELSEWHERE = {README: 2, GUIDE / "start.md": 1, GUIDE / "trainers.md": 6}
 #: Files outside of the package that the README links to.
@@ -89,6 +90,15 @@ def one_file(folder: Path) -> None:
         ema.update()
     ema.load_state_dict(torch.load(folder / "ema.pt"))
     assert ema.fingerprint() == before
+
+
+def evaluate_both(folder: Path) -> None:
+    names = sharded(folder) | {"torch": torch, "evaluate": lambda model: model(torch.ones(1, 5))}
+    found = run(WHICH, 0, names, folder)
+    full = names["ema"].full_state_dict()
+    if dist.get_rank() == 0:
+        assert torch.allclose(found["averaged"], nn.functional.linear(torch.ones(1, 5), full["weight"], full["bias"]))
+    assert not torch.equal(found["averaged"], found["live"])
 
 
 def read_in_one_process(folder: Path) -> None:
@@ -193,6 +203,7 @@ RUNS: dict[tuple[Path, int], Callable[[Path], None]] = {
     (TEACHERS, 0): teach,
     (SERVING, 0): serve,
     (EVERY_RANK, 0): one_file,
+    (WHICH, 0): evaluate_both,
     (CHECKPOINTS, 0): read_in_one_process,
     (CHECKPOINTS, 1): with_dcp,
     (CHECKPOINTS, 2): export,

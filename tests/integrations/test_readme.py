@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,10 @@ from torch.utils.data import DataLoader
 
 from dist_ema import ShardedEMA, read_checkpoint
 
-LINES = Path(__file__).parent.parent.parent / "dist_ema" / "guide" / "trainers.md"
+GUIDE = Path(__file__).parent.parent.parent / "dist_ema" / "guide"
+LINES, COMING = GUIDE / "trainers.md", GUIDE / "coming-from.md"
+#: What a reader of COMING has: the library that each section is about, without "-" lines.
+SECTIONS = re.findall(r"^## (.*)$", COMING.read_text(), re.MULTILINE)
 
 
 def snippet(trainer: str) -> str:
@@ -127,3 +131,40 @@ def test_torchtitans_lines(tmp_path: Path) -> None:
     assert names["ema"].num_updates == 3
     assert trainer.checkpointer.states["ema"] is names["ema"]
     assert trainer.validator.validate() != trainer.validate()
+
+
+def new_lines(section: str) -> str:
+    """The lines of a section's diff that a reader has in the end."""
+    (diff,) = re.findall(
+        r"^```diff\n(.*?)^```", COMING.read_text().split(f"## {section}\n")[1].split("\n## ")[0], re.M | re.S
+    )
+    assert all(line[0] in "+- " for line in diff.splitlines())
+    return "\n".join(line[1:] for line in diff.splitlines() if line[0] != "-")
+
+
+@pytest.mark.world_size(1)
+@pytest.mark.parametrize("section", [section for section in SECTIONS if not section.startswith("NeMo")])
+def test_lines_of_those_who_come_from_another_library(
+    section: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An option that is named otherwise fails at the first line that they have changed."""
+    import composer_stubs
+
+    from dist_ema import HalfLifeFraction, Warmup, update_bn
+    from dist_ema.integrations.lightning import EMACallback
+
+    composer_stubs.import_composer()
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = SimpleNamespace(model_parts=[model], optimizers=optimizer, checkpointer=SimpleNamespace(states={}))
+    names = {
+        "model": model,
+        "unet": model,
+        "optimizer": optimizer,
+        "trainer": trainer,
+        "loader": [torch.randn(4, 3)] * 3,
+    }
+    names |= {"ShardedEMA": ShardedEMA, "Warmup": Warmup, "HalfLifeFraction": HalfLifeFraction}
+    exec(compile(new_lines(section), str(COMING), "exec"), names | {"update_bn": update_bn, "EMACallback": EMACallback})
