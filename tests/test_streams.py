@@ -98,7 +98,10 @@ def test_a_group_is_sent_tensors_of_its_own_device(backends: str, device: str) -
 
 def test_a_device_without_float64_is_measured_on_the_host() -> None:
     """MPS has none, and metrics() ended in an error there."""
-    with mock.patch.object(kernels, "_WITHOUT_FLOAT64", {"meta"}), pytest.raises(NotImplementedError, match="meta"):
+    with (
+        mock.patch.object(kernels.elements, "_WITHOUT_FLOAT64", {"meta"}),
+        pytest.raises(NotImplementedError, match="meta"),
+    ):
         kernels.squared_distance(torch.zeros(3), torch.zeros(3, device="meta"), 0, 3)  # asked for its values
     assert float(kernels.squared_distance(torch.zeros(3), torch.full((3,), 2.0), 0, 3)) == 12
 

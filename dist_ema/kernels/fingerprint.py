@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from dist_ema.geometry.runs import Runs, chunks, flattened
-from dist_ema.kernels import native, pieces
+from dist_ema.kernels import native
+from dist_ema.kernels.elements import pieces
 
 BLOCK_BITS = 16
 BLOCK = 1 << BLOCK_BITS

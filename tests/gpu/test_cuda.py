@@ -180,7 +180,9 @@ def test_channels_last_goes_through_the_kernel(dtype: torch.dtype, shadow: torch
                 _train(one)
                 ema.update()
             if step == 0:  # the first copy needs no kernel
-                patch.setattr(kernels, "_eager_lerp", lambda *_: pytest.fail("a tensor was left to the eager route"))
+                patch.setattr(
+                    "dist_ema.kernels.lerp._eager_lerp", lambda *_: pytest.fail("a tensor was left to the eager route")
+                )
     first, second = (ema.full_state_dict() for ema in emas)
     assert all(torch.equal(first[name], value) for name, value in second.items())
 

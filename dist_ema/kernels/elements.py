@@ -1,0 +1,84 @@
+"""Reading and writing elements of local tensors of any layout, a chunk at a time.
+
+What takes several steps runs over chunks of at most ``CACHE_CHUNK`` elements, so that what one step leaves behind is
+still in the cache for the next, and no temporary is larger than a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+#: Elements at a time: 1 MiB of fp32, which stays in the cache. On an accelerator a launch has to be worth its cost.
+CACHE_CHUNK = 1 << 18
+ACCELERATOR_CHUNK = 1 << 22
+_WITHOUT_FLOAT64 = {"mps"}
+
+
+def chunk_size(device: torch.device) -> int:
+    """Elements of one chunk on ``device``."""
+    return CACHE_CHUNK if device.type == "cpu" else ACCELERATOR_CHUNK
+
+
+def pieces(tensor: Tensor, start: int, stop: int, limit: int) -> Iterator[tuple[int, Tensor]]:
+    """Views of elements ``[start, stop)`` of ``tensor``, flattened row-major, of at most ``limit`` elements each.
+
+    Yields ``(offset, view)`` with ``offset`` counted from ``start``. Views of a contiguous tensor have one dimension;
+    one that is not contiguous (channels_last, a transposed weight) is taken apart along its first dimensions, so that
+    every view can be written to.
+    """
+    if start >= stop:
+        return
+    if tensor.is_contiguous():
+        flat = tensor.view(-1)
+        for low in range(start, stop, limit):
+            yield low - start, flat[low : min(low + limit, stop)]
+    elif start == 0 and stop == tensor.numel() <= limit:
+        yield 0, tensor
+    else:
+        row = tensor.numel() // tensor.shape[0]
+        index = start // row
+        while index * row < stop:
+            low, high = max(start - index * row, 0), min(stop - index * row, row)
+            whole_rows = min(stop // row - index, limit // row) if low == 0 else 0
+            if whole_rows > 1:
+                yield index * row - start, tensor[index : index + whole_rows]
+                index += whole_rows
+                continue
+            for offset, view in pieces(tensor[index], low, high, limit):
+                yield index * row + low - start + offset, view
+            index += 1
+
+
+@torch.no_grad()
+def write(source: Tensor, start: int, stop: int, values: Tensor) -> None:
+    """Sets elements ``[start, stop)`` of ``source``, flattened, to the flat ``values``, converted. Local."""
+    for offset, piece in pieces(source, start, stop, chunk_size(source.device)):
+        piece.copy_(values[offset : offset + piece.numel()].view(piece.shape))
+
+
+@torch.no_grad()
+def read(source: Tensor, start: int, stop: int, out: Tensor, non_blocking: bool = False) -> None:
+    """Sets the flat ``out`` to elements ``[start, stop)`` of ``source``, flattened, converted. Local."""
+    for offset, piece in pieces(source, start, stop, chunk_size(source.device)):
+        out[offset : offset + piece.numel()].view(piece.shape).copy_(piece, non_blocking=non_blocking)
+
+
+@torch.no_grad()
+def squared_distance(shadow: Tensor, source: Tensor, start: int, stop: int) -> Tensor:
+    """Sum of ``(shadow - source)**2`` in float64, as a scalar on the source's device, if that has float64. Local."""
+    if source.is_complex():  # |a - b|**2 is the sum over both parts
+        shadow, source, (start, stop) = flat_reals(shadow), torch.view_as_real(source), (2 * start, 2 * stop)
+    device = torch.device("cpu") if source.device.type in _WITHOUT_FLOAT64 else source.device
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for offset, piece in pieces(source, start, stop, chunk_size(source.device)):
+        target = shadow[offset : offset + piece.numel()].view(piece.shape).to(device)
+        total += (target.double() - piece.to(device).double()).square_().sum()
+    return total
+
+
+def flat_reals(values: Tensor) -> Tensor:
+    """Returns a flat complex tensor's memory as real numbers: real part, imaginary part, and so on. Local, no copy."""
+    return torch.view_as_real(values).view(-1)

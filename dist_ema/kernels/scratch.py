@@ -1,0 +1,88 @@
+"""Memory that an average keeps for conversions and exchanges, and the exchange of a shadow with live weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dist_ema.kernels import cpu, cuda
+from dist_ema.kernels.elements import chunk_size, read, write
+from dist_ema.kernels.rounding import ElementPositions
+
+
+class Scratch:
+    """One chunk of memory per dtype and device, made when it is first needed and then kept.
+
+    Attributes:
+        touched: set before the first shadow is written; whoever wants to know sets it back.
+    """
+
+    def __init__(self) -> None:
+        self.touched = False
+        self._tables: dict[bool, tuple[ElementPositions | None, cpu.Table, cuda.Table]] = {}
+        self._buffers: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+    def like(self, values: Tensor, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
+        """Uninitialised memory of the shape of ``values``, at most a chunk of elements; beside them, if not said."""
+        key = (dtype, values.device if device is None else device)
+        if key not in self._buffers or self._buffers[key].numel() < values.numel():
+            size = max(chunk_size(key[1]), values.numel())
+            with torch.inference_mode(False):  # what is kept must serve outside of it too
+                self._buffers[key] = torch.empty(size, dtype=dtype, device=key[1])
+        return self._buffers[key][: values.numel()].view(values.shape)
+
+    def cast(self, values: Tensor, dtype: torch.dtype) -> Tensor:
+        """``values`` themselves if they have this dtype, else a converted copy in the scratch."""
+        return values if values.dtype == dtype else self.like(values, dtype).copy_(values)
+
+    def tables(self, positions: ElementPositions | None) -> tuple[cpu.Table, cuda.Table]:
+        """Cached kernel arguments, on the CPU and on GPUs: rebuilding them costs more than checking them.
+
+        ``positions`` are those of the rounding, always the same object for the same tensors; None without rounding.
+        """
+        known = self._tables.get(positions is None)
+        if known is None or known[0] is not positions:
+            known = self._tables[positions is None] = positions, cpu.table(positions), cuda.table(positions)
+        return known[1:]
+
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(buffer.nbytes for buffer in self._buffers.values())
+
+
+class Exchange:
+    """A shadow and elements ``[start, stop)`` of a source, of one dtype, that change places, a chunk at a time.
+
+    It may be interrupted anywhere, also by an exception between any two lines here: the next call goes on where it was.
+    Every copy may be made twice, and how far it has come is told by one attribute, which changes after each copy.
+
+    Args:
+        shadow: flat, ``stop - start`` elements.
+        start, stop: of the source, flattened.
+        scratch: for one chunk; nothing else may use it until a call that was interrupted has been repeated.
+    """
+
+    def __init__(self, shadow: Tensor, start: int, stop: int, scratch: Scratch) -> None:
+        self._shadow, self._start, self._stop, self._scratch = shadow, start, stop, scratch
+        # (a, copies, b): the first a elements have changed places; after three copies it will be the first b.
+        self._at = (0, 0, 0)
+
+    @torch.no_grad()
+    def go(self, source: Tensor, inside: bool) -> None:
+        """Afterwards the source holds what the shadow held before the first call (``inside``), or its own. Local."""
+        size, goal = chunk_size(source.device), self._stop - self._start if inside else 0
+        while self._at != (goal, 0, goal):
+            here, copies, there = self._at
+            if not copies:
+                there = min(here + size, goal) if inside else max(here - 1, 0) // size * size
+            low, high = min(here, there), max(here, there)
+            target = self._shadow[low:high]
+            held = self._scratch.like(target, source.dtype, source.device)
+            if copies < 1:
+                read(source, self._start + low, self._start + high, held)
+                self._at = (here, 1, there)
+            if copies < 2:
+                write(source, self._start + low, self._start + high, target)
+                self._at = (here, 2, there)
+            target.copy_(held)
+            self._at = (there, 0, there)
