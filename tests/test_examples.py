@@ -15,16 +15,11 @@ MODULES = {
     if ">>>" in file.read_text()
 }
 #: What users meet: each has an example.
-PUBLIC = {"ema", "functional", "clock", "options", "state", "pace", "collectives", "windows", "sharding.runs"}
-PUBLIC |= {
-    "sharding.spec",
-    "sharding.shares",
-    "sharding.writers",
-    "schedules.constant",
-    "schedules.half_life",
-    "schedules.power",
-}
-PUBLIC |= {"schedules.profile", "schedules.ramps", "schedules.warmup", "schedules.window", "kernels.rounding"}
+PUBLIC = {"ema", "functional", "options", "integrations.composer_pace", "kernels.rounding"}
+PUBLIC |= {f"comm.{name}" for name in ("catalogue", "collectives", "windows")}
+PUBLIC |= {f"geometry.{name}" for name in ("runs", "shares", "spec")}
+PUBLIC |= {f"schedules.{name}" for name in ("clock", "constant", "half_life", "power", "profile", "ramps", "state")}
+PUBLIC |= {f"schedules.{name}" for name in ("warmup", "window")}
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))

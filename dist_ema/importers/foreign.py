@@ -93,6 +93,7 @@ def read_tensors(values: Any, what: str) -> dict[str, LazyTensor]:
 def ties(*states: Tensors) -> list[tuple[str, ...]]:
     """Groups of names that are one tensor in any of the state dicts; of two names or more, the first name first.
 
+    >>> import torch
     >>> weight = torch.ones(3)
     >>> ties(read_tensors({"embed.weight": weight, "head.weight": weight, "bias": torch.ones(3)}, "the state dict"))
     [('embed.weight', 'head.weight')]
