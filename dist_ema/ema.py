@@ -19,7 +19,7 @@ from dist_ema.core.memory_report import memory_report, summary
 from dist_ema.core.rebind import rebind
 from dist_ema.core.snapshots import Snapshots
 from dist_ema.engines import RemovableHandle
-from dist_ema.errors import EMAStateError
+from dist_ema.errors import EMAConfigError, EMAStateError
 from dist_ema.options import Options
 from dist_ema.runtime.untraced import untraced
 from dist_ema.schedules import Schedule
@@ -66,7 +66,10 @@ class ShardedEMA:
         shard_replicas: where parameters are replicated, spread the shadow over the replicas.
         include, exclude: regular expressions, or lists of them, searched for in canonical names.
         buffers: ``"copy"`` them at each update, ``"average"`` those of floating point, or ``"ignore"`` them: the
-            average then goes with the live ones.
+            average then goes with the live ones. Or regular expressions and what becomes of buffers in whose names they
+            are found: ``{"expert_bias$": "average", "running_": "ignore"}``. The first match counts, and buffers
+            without a match are copied. Use it where some buffers are learnt (the biases of an MoE router) and others
+            are caches.
         skip_nonfinite: a NaN or Inf source element leaves its shadow element as it was, and is counted. The first
             update has no earlier value and copies it, which is logged: at once where weights are in host memory, on a
             GPU by the next call that reads a number from it (``save``, ``metrics``, ``state_dict``).
@@ -126,7 +129,7 @@ class ShardedEMA:
         shard_replicas: bool = True,
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
-        buffers: str = "copy",
+        buffers: str | Mapping[str, str] = "copy",
         skip_nonfinite: bool = True,
         seed: int = 0,
         group: dist.ProcessGroup | None = None,
@@ -287,11 +290,19 @@ class ShardedEMA:
         """
         return visit.average_parameters(self._average, name, held_by or visit.calling_line())
 
-    def copy_to(self, name: str | None = None, *, into: object = None) -> None:
+    def copy_to(self, name: str | None = None, *, into: object = None, fraction: float = 1.0) -> None:
         """Writes the average into the live model for good, and into fp32 masters where the engine has them.
 
         Collective as ``average_parameters``. Raises as it does. Does nothing before the first update. An interrupt is
         raised when all is written.
+
+        With ``fraction`` the model moves only so far toward the average: ``live += fraction * (average - live)``. Use 1
+        at the end of each epoch for Switch-EMA, .5 with ``decay=0`` and an interval for Lookahead, some .25 every few
+        steps to pull the training toward its average. Afterwards the training goes on from the new weights with the
+        optimizer's state as it is, and ``update()`` averages them as any others. The blend is computed in fp32 (float64
+        if either is) and rounded to nearest in the dtype of the weights: bf16 weights without fp32 masters do not move
+        by less than half of their last bit, a 512th. Below 1 copied buffers stay as they are, and averaged ones move on
+        each rank toward that rank's average; so for FSDP the call is local.
 
         Args:
             name: which average; None means the only one.
@@ -299,8 +310,12 @@ class ShardedEMA:
                 reference policy, a third teacher. What is averaged or copied is written, and before the first update
                 that is what the live model has; frozen and excluded weights stay what they are. It may train. With it
                 the call is collective, and raises EMAEngineError, on every rank, for a model that does not fit.
+            fraction: of the way toward the average, from 0 to 1; 1 copies it, bit for bit.
+
+        Raises:
+            EMAConfigError: ``fraction`` is not such a number, or there is no such average.
         """
-        visit.copy_to(self._average, name, into)
+        visit.copy_to(self._average, name, into, fraction)
 
     def rebind(self, target: object) -> None:
         """Goes on with another wrapping of the model: the same names and shapes, under any engine. Collective.
@@ -633,6 +648,23 @@ class ShardedEMA:
     def num_updates(self) -> int:
         """How often weights were taken into the average, the first copy included."""
         return self._average.num_updates
+
+    @property
+    def decays(self) -> dict[str, float]:
+        """What the last update kept of each average, by its name; 0 where there was none, and for the first copy.
+
+        After ``load()`` it is 0 until the next update. Local, so for logs of every step, where ``metrics()`` is
+        collective.
+        """
+        return dict(self._average.track.decays)
+
+    @property
+    def decay(self) -> float:
+        """What the last update kept of the only average, as ``decays`` says. EMAConfigError if there are several."""
+        if len(self.names) > 1:
+            names = ", ".join(map(repr, self.names))
+            raise EMAConfigError(f"decay: there are several averages ({names}): use decays")
+        return self.decays[self.names[0]]
 
     @property
     def progress(self) -> Progress:

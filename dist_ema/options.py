@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 
@@ -11,14 +11,17 @@ import torch
 
 from dist_ema.errors import EMAConfigError
 from dist_ema.schedules import ConstantDecay, HalfLife, Schedule, Smoothing, check_registered
-from dist_ema.schedules.checks import AVERAGE_NAME
+from dist_ema.schedules.checks import AVERAGE_NAME, number
 from dist_ema.schedules.clock import CLOCK_UNITS, Time
 
 #: The name of the average where there is only one.
 ONLY = "ema"
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 _DTYPES_TEXT = "torch.float32, torch.float64 and torch.bfloat16 (stochastically rounded)"
-_BUFFERS = ("copy", "average", "ignore")
+
+
+#: What can become of a buffer.
+_BUFFER_MODES = ("copy", "average", "ignore")
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,8 @@ class Options:
         shard_replicas: spread shadows of replicated parameters over the replicas.
         include: patterns, one of which a name must contain; none means every name.
         exclude: patterns, none of which a name may contain.
-        buffers: ``"copy"``, ``"average"`` or ``"ignore"``.
+        buffers: patterns, and ``"copy"``, ``"average"`` or ``"ignore"`` for the buffers whose names they match: the
+            first match counts.
         skip_nonfinite: leave out NaN and Inf.
         offload: keep shadows in host memory, up to date by a thread.
         offload_threads: how many threads that one computes with; None means a quarter of the caller's.
@@ -55,7 +59,7 @@ class Options:
     shard_replicas: bool
     include: tuple[re.Pattern[str], ...]
     exclude: tuple[re.Pattern[str], ...]
-    buffers: str
+    buffers: tuple[tuple[re.Pattern[str], str], ...]
     skip_nonfinite: bool
     offload: bool
     offload_threads: int | None
@@ -99,8 +103,6 @@ class Options:
             duration = Time.parse(max_duration, option="max_duration", units=CLOCK_UNITS)
         if not (offload is None or (isinstance(offload, str) and offload == "cpu")):
             raise EMAConfigError(f"offload={offload!r}: allowed are None and 'cpu'")
-        if buffers not in _BUFFERS:
-            raise EMAConfigError(f"buffers={buffers!r}: allowed are {', '.join(map(repr, _BUFFERS))}")
         schedules = {
             name: given.resolve(duration)
             for name, given in _schedules(decay, half_life, smoothing, schedule, averages).items()
@@ -116,7 +118,7 @@ class Options:
             _flag("shard_replicas", shard_replicas) and (into is None or sync is not None),
             patterns("include", include),
             patterns("exclude", exclude),
-            str(buffers),
+            _buffer_modes(buffers),
             _flag("skip_nonfinite", skip_nonfinite),
             offload is not None,
             _threads(offload_threads, offload),
@@ -137,21 +139,29 @@ class Options:
         included = not self.include or any(pattern.search(name) for pattern in self.include)
         return included and not any(pattern.search(name) for pattern in self.exclude)
 
+    def buffer_mode(self, name: str) -> str:
+        """What becomes of the buffer ``name``: ``"copy"``, ``"average"`` or ``"ignore"``."""
+        return next((mode for pattern, mode in self.buffers if pattern.search(name)), "copy")
+
     def renamed(self, name: str) -> str:
         """What a teacher calls the tensor ``name``."""
         for pattern, replacement in self.rename:
             name = pattern.sub(replacement, name)
         return name
 
-    def check_patterns(self, names: Iterable[str]) -> None:
-        """Raises EMAConfigError if a pattern matches none of ``names``: it is most likely misspelt."""
+    def check_patterns(self, names: Iterable[str], buffers: Iterable[str]) -> None:
+        """Raises EMAConfigError if a pattern matches none of ``names``: it is most likely misspelt.
+
+        Those of ``buffers=`` have to match one of ``buffers``, the names of the model's buffers, if it has any.
+        """
         known = list(names)
         rename = [pattern for pattern, _ in self.rename]
         for option, given in (("include", self.include), ("exclude", self.exclude), ("rename", rename)):
             for pattern in given:
-                if not any(pattern.search(name) for name in known):
-                    shown = ", ".join(known[:5]) + (", ..." if len(known) > 5 else "")
-                    raise EMAConfigError(f"{option}={pattern.pattern!r} matches no name; names are {shown}")
+                _check_matches(option, pattern, known, "name")
+        of_buffers = list(buffers)
+        for pattern, _ in self.buffers if of_buffers else ():
+            _check_matches("buffers", pattern, of_buffers, "buffer")
 
     def facts(self) -> dict[str, str]:
         """What has to be the same on every rank, in words. Where a shadow lies, and its threads, may differ."""
@@ -163,7 +173,7 @@ class Options:
             "shard_replicas": repr(self.shard_replicas),
             "include": repr([pattern.pattern for pattern in self.include]),
             "exclude": repr([pattern.pattern for pattern in self.exclude]),
-            "buffers": repr(self.buffers),
+            "buffers": repr([(pattern.pattern, mode) for pattern, mode in self.buffers]),
             "skip_nonfinite": repr(self.skip_nonfinite),
             "seed": repr(self.seed),
             "into": repr(self.into),
@@ -175,6 +185,12 @@ class Options:
         """Units of the clock that the options depend on."""
         units = {self.interval.unit, self.start.unit if self.start.value else "ba"}
         return units.union(schedule.unit for schedule in self.schedules.values())
+
+
+def _check_matches(option: str, pattern: re.Pattern[str], names: Sequence[str], what: str) -> None:
+    if not any(pattern.search(name) for name in names):
+        shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+        raise EMAConfigError(f"{option}={pattern.pattern!r} matches no {what}; {what}s are {shown}")
 
 
 def _schedules(
@@ -325,3 +341,36 @@ def renames(value: object) -> tuple[tuple[re.Pattern[str], str], ...]:
             raise EMAConfigError(f"rename={value!r}: {replacement!r} is no replacement: {error}") from error
         pairs.append((compiled, replacement))
     return tuple(pairs)
+
+
+def _buffer_modes(value: object) -> tuple[tuple[re.Pattern[str], str], ...]:
+    """Patterns, and what becomes of buffers of such names, of the option ``buffers``. Raises EMAConfigError.
+
+    One mode for all buffers is the pattern that every name matches.
+    """
+    allowed = ", ".join(map(repr, _BUFFER_MODES))
+    if isinstance(value, str) and value in _BUFFER_MODES:
+        return ((re.compile(""), value),)
+    if not isinstance(value, Mapping):
+        raise EMAConfigError(
+            f"buffers={value!r}: allowed are {allowed}, or a dict of regular expressions to these, such as "
+            "{'expert_bias$': 'average'}"
+        )
+    if not value:
+        raise EMAConfigError("buffers={}: the dict is empty; leave the option out to copy every buffer")
+    pairs = []
+    for pattern, mode in value.items():
+        if not isinstance(mode, str) or mode not in _BUFFER_MODES:
+            raise EMAConfigError(f"buffers={{{pattern!r}: {mode!r}}}: allowed are {allowed}")
+        (compiled,) = patterns("buffers", pattern if isinstance(pattern, re.Pattern) else [pattern])
+        pairs.append((compiled, mode))
+    return tuple(pairs)
+
+
+def check_fraction(fraction: object) -> float:
+    """Returns how far ``copy_to(fraction=)`` goes toward the average. Raises EMAConfigError unless it is in [0, 1]."""
+    allowed = "a number from 0 to 1: how far the weights move toward the average"
+    checked = number("fraction", fraction, allowed)
+    if not 0 <= checked <= 1:
+        raise EMAConfigError(f"fraction={fraction!r}: allowed is {allowed}")
+    return checked

@@ -90,6 +90,12 @@ WRONG_OPTIONS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"skip_nonfinite": "no"}, ("skip_nonfinite='no'", "True and False")),
     ({"buffers": "mean"}, ("buffers='mean'", "'copy', 'average', 'ignore'")),
     ({"buffers": None}, ("buffers=None", "'copy', 'average', 'ignore'")),
+    ({"buffers": {}}, ("buffers={}", "the dict is empty")),
+    ({"buffers": {"mask": "mean"}}, ("buffers={'mask': 'mean'}", "'copy', 'average', 'ignore'")),
+    ({"buffers": {"mask": None}}, ("buffers={'mask': None}", "'copy', 'average', 'ignore'")),
+    ({"buffers": {"(": "copy"}}, ("buffers='('", "not a regular expression")),
+    ({"buffers": {3: "copy"}}, ("buffers=[3]", "3 is not a regular expression")),
+    ({"buffers": {"mask": "copy", "masc": "ignore"}}, ("buffers='masc'", "matches no buffer; buffers are", "mask")),
     ({"include": "("}, ("include='('", "not a regular expression")),
     ({"include": 3}, ("include=3", "regular expression or a list of them")),
     ({"include": b"head"}, ("include=b'head'", "not a regular expression")),
@@ -279,6 +285,16 @@ def test_a_wrong_name_lists_the_averages(tmp_path: Path) -> None:
     several.update()
     with pytest.raises(EMAConfigError, match="name=None"), several.average_parameters():
         pytest.fail("the body must not run")
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.1, float("nan"), "0.5", None, True])
+def test_a_fraction_is_a_number_from_0_to_1(fraction: object) -> None:
+    model = build()
+    ema = ShardedEMA(model)
+    ema.update()
+    for into in (None, build(hidden=7)):
+        with pytest.raises(EMAConfigError, match=re.escape(f"fraction={fraction!r}: allowed is a number from 0 to 1")):
+            ema.copy_to(into=into, fraction=fraction)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("dtype", ["float32", torch.int64, torch.bool, float], ids=str)

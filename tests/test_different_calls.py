@@ -74,6 +74,8 @@ def test_no_rank_computes_with_another_average_than_the_others(rank: int, case: 
 
     refused(enter, "average_parameters()", "name='fast' on rank 0, 'slow' on rank 1")
     refused(lambda: ema.copy_to(("fast", "slow")[rank]), "copy_to()", "name=")
+    refused(lambda: ema.copy_to("fast", fraction=(0.25, 0.5)[rank]), "copy_to()", "fraction=0.25 on rank 0, 0.5 on")
+    refused(lambda: ema.copy_to("fast", fraction=(0.25, 2)[rank]), "copy_to()", "fraction=")
     for parameter, kept in zip(model.parameters(), before, strict=True):
         assert torch.equal(parameter.detach(), kept)
     with ema.average_parameters("fast"):

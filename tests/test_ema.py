@@ -12,12 +12,13 @@ from models import CASES, build
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from dist_ema import ShardedEMA, compute_ema, schedules
-from dist_ema.errors import EMAStateError
+from dist_ema.errors import EMAConfigError, EMAStateError
 
 
 def _model(*values: float) -> nn.Linear:
@@ -123,6 +124,27 @@ def test_average_that_cannot_move_says_so(caplog: pytest.LogCaptureFixture) -> N
     assert "counts in tok" in said[0]
 
 
+def test_the_last_decay_is_told_on_each_rank_alone() -> None:
+    """metrics() is collective, so a rank that logs by itself had no number."""
+    model = _model(0.0)
+    ema = ShardedEMA(model, averages={"fast": schedules.NumUpdatesWarmup(0.99), "slow": 0.9}, update_interval=2)
+    assert ema.decays == {"fast": 0.0, "slow": 0.0}
+    ema.update(batches=2)
+    assert ema.decays == {"fast": 0.0, "slow": 0.0}  # a copy keeps nothing
+    ema.update(batches=2)
+    assert ema.decays == {"fast": pytest.approx(2 / 11 * 3 / 12), "slow": pytest.approx(0.81)}
+    ema.update()
+    assert ema.decays["slow"] == pytest.approx(0.81)  # of the last update, not of the last call
+    with pytest.raises(EMAConfigError, match="there are several averages \\('fast', 'slow'\\): use decays"):
+        _ = ema.decay
+    state = ema.state_dict()
+    ema.load_state_dict(state)
+    assert ema.decays == {"fast": 0.0, "slow": 0.0}
+    single = ShardedEMA(model, decay=0.9)
+    single.update(), single.update()
+    assert single.decay == single.metrics()["ema/decay"] == pytest.approx(0.9)
+
+
 # Several averages, names, buffers.
 
 
@@ -185,6 +207,69 @@ def test_include_and_exclude_choose_by_canonical_name() -> None:
     }
     tracked = ema.full_state_dict(include_untracked=False)
     assert tracked.keys() == moved
+
+
+BY_PATTERN = {"expert_bias$": "average", "^norm": "ignore", "num_batches": "average"}
+
+
+class Router(nn.Module):
+    """Learnt buffers, statistics, and a counter that nobody names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(3, 2)
+        self.norm = nn.BatchNorm1d(3)
+        self.other = nn.BatchNorm1d(3)
+        self.register_buffer("expert_bias", torch.zeros(2))
+        self.register_buffer("tokens", torch.zeros(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gate(self.other(self.norm(x))) + self.expert_bias
+
+
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize("case", ["plain", "ddp", "fsdp2", "teacher"])
+def test_buffers_are_averaged_copied_or_ignored_by_their_names(case: str, rank: int, tmp_path: Path) -> None:
+    """A router's learnt bias was copied with every other buffer, or all statistics averaged with it."""
+    torch.manual_seed(0)
+    model = {"ddp": DDP, "fsdp2": fully_shard}.get(case, nn.Module.float)(Router())
+    teacher = Router().requires_grad_(False) if case == "teacher" else None
+    own = dict.fromkeys([name for name, _ in Router().named_buffers()], "copy")
+    own |= {"expert_bias": "average", "norm.running_mean": "ignore", "norm.running_var": "ignore"}
+    own |= {
+        "norm.num_batches_tracked": "ignore"
+    }  # the first match counts; an integer is copied where it would be averaged
+    ema = ShardedEMA(model, decay=0.75, buffers=BY_PATTERN, into=teacher)
+    expected: dict[str, Tensor] = {}
+    for step in range(3):
+        for name, buffer in model.named_buffers():
+            name = name.removeprefix("module.")
+            buffer.fill_(10 * step + 1)
+            first = name not in expected or own[name] != "average"
+            expected[name] = buffer.double() if first else 0.75 * expected[name] + 0.25 * buffer.double()
+        ema.update()
+    for name, buffer in model.named_buffers():
+        buffer.fill_(99)
+        if own[name.removeprefix("module.")] == "ignore":
+            expected[name.removeprefix("module.")] = buffer.double()
+    ema.save(tmp_path / "saved")
+    for _ in range(2):
+        state = ema.full_state_dict()
+        for name, value in expected.items() if state else ():
+            torch.testing.assert_close(state[name].double(), value, msg=name)
+        if teacher is not None:
+            kept = {name for name, mode in own.items() if mode != "ignore"}
+            held = dict(teacher.named_buffers())
+            assert all(torch.equal(held[name].double(), expected[name]) for name in kept)
+        digest = ema.fingerprint()
+        ema.reset()
+        ema.update()  # what load() has to replace
+        assert ema.fingerprint() != digest
+        ema.load(tmp_path / "saved")
+        assert ema.fingerprint() == digest
+    other = ShardedEMA(model, decay=0.75, buffers=BY_PATTERN if rank == 0 else {**BY_PATTERN, "^norm": "copy"})
+    with pytest.raises(EMAStateError, match=r"ShardedEMA's buffers=.*'\^norm', 'ignore'.* on rank 0"):
+        other.metrics()
 
 
 @pytest.mark.parametrize(("buffers", "expected"), [("copy", 8.0), ("average", 6.0), ("ignore", 99.0)])

@@ -112,9 +112,24 @@ def test_average_equals_dense_average_on_uneven_shards(case: str, rank: int, wor
         exact = {"rtol": 1e-5, "atol": 1e-5} if "mixed" not in case else {"rtol": 0.05, "atol": 0.05}
         torch.testing.assert_close(output, reference(batch(99)), **exact)
 
+    check_that_a_fraction_moves_the_trained_weights_only(model, ema)
     check_that_copy_to_changes_what_the_model_computes_with(model, ema, output)
     if world_size == 2:
         check_that_same_weights_give_the_same_bits_however_they_are_sharded(model, spec.plain())
+
+
+def check_that_a_fraction_moves_the_trained_weights_only(model: nn.Module, ema: ShardedEMA) -> None:
+    """copy_to(fraction=) against float64: replicas that move twice, a part that does not move, buffers that do."""
+    before, average = _live(model), ema.full_state_dict()
+    ema.copy_to(fraction=0.25)
+    for name, value in _live(model).items():
+        if average and name in _trained():
+            expected = before[name].double() + 0.25 * (average[name].double() - before[name].double())
+            torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=1e-7, msg=name)
+        else:
+            assert name in _trained() or torch.equal(value, before[name]), name
+    after = ema.full_state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in average.items())
 
 
 def check_that_copy_to_changes_what_the_model_computes_with(

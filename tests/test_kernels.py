@@ -627,3 +627,19 @@ def test_copies_hold_the_average_in_their_dtype(
         kernels.lerp(shadows, sources, ranges, [0.3, 0.7], kernels.Scratch(), kernels.Guard(), None, copies)
         for number, (tensor, shadow) in enumerate(zip(tensors, shadows[0], strict=True)):
             assert torch.equal(tensor.reshape(-1), shadow.to(tensor.dtype)), number
+
+
+@pytest.mark.parametrize("live", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64])
+@pytest.mark.parametrize("shadow", [torch.float32, torch.bfloat16, torch.float64])
+def test_blend_is_rounded_once_whatever_the_dtypes(live: torch.dtype, shadow: torch.dtype) -> None:
+    """Computed in the dtype of bf16 weights a fraction of a small difference would be lost, or rounded twice."""
+    torch.manual_seed(0)
+    shadow = {torch.float32: torch.complex64}.get(shadow, torch.complex128) if live.is_complex else shadow
+    source = torch.randn(70, 33).to(live).t()  # not contiguous
+    average = torch.randn(source.numel() - 40).to(shadow)
+    before = source.clone()
+    kernels.Blend(average, 33, source.numel() - 7, 0.3, kernels.Scratch()).go(source)
+    wide = torch.promote_types(torch.promote_types(live, shadow), torch.float32)
+    flat, start = before.reshape(-1).to(wide), slice(33, source.numel() - 7)
+    flat[start] = flat[start].lerp(average.to(wide), 0.3)
+    assert torch.equal(source, flat.view(source.shape).to(live))

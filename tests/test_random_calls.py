@@ -257,10 +257,14 @@ class Run:
             self.ema._average.engine.stepped = lambda: True  # type: ignore[method-assign]
 
     def copy_to(self) -> None:
-        average = self.random.choice(list(DECAYS))
-        self.ema.copy_to(average)
+        average, fraction = self.random.choice(list(DECAYS)), self.random.choice([0.25, 1.0])
+        self.ema.copy_to(average, fraction=fraction)
+        live = self.oracle.live
         for name, value in self.oracle.averages.get(average, {}).items():
-            self.oracle.live[name] = value.to(self.oracle.live[name].dtype)
+            if fraction == 1:
+                live[name] = value.to(live[name].dtype)
+            elif name in self._averaged() and value.shape == live[name].shape:
+                live[name] = (live[name].double() + fraction * (value - live[name].double())).to(live[name].dtype)
         for name, source in self.oracle.tied.items():
             self.oracle.live[name] = self.oracle.live[source]
 

@@ -416,6 +416,12 @@ def test_average_equals_the_dense_one_and_never_disturbs_training(
     model.load_state_dict(load_file(tmp_path / "export" / "model.safetensors"), strict=True)
     if rank == 0:  # BatchNorm's statistics are each rank's own, and rank 0's are written
         oracle.check(model.state_dict())
+    before = named(reader)
+    ema.copy_to(fraction=0.25)
+    for name, value in named(reader).items():
+        toward = oracle.average[name].double() if name in trained else before[name].double()
+        expected = before[name].double() + 0.25 * (toward - before[name].double())
+        torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-6, msg=name)
     ema.copy_to()
     oracle.average = exported(oracle)
     oracle.check(named(reader))

@@ -135,7 +135,7 @@ class Average:
         specs = self.engine.specs()
         names = [spec.name for spec in specs]
         if not self.engine.is_part:  # a pattern may be meant for another rank's stage
-            self.options.check_patterns(names)
+            self.options.check_patterns(names, [spec.name for spec in specs if spec.kind == "buffer"])
         shares = assign_shares(specs, self.options)
         if not any(share.mode == "average" for share in shares):
             # In a GAN no parameter is trained between two steps: those that were averaged before are taken.

@@ -17,12 +17,12 @@ from dist_ema.geometry.shares import Share, parts_of_replicas, replica_sets
 from dist_ema.geometry.spec import Replicas
 
 
-def swaps_together(engine: Engine, shares: Sequence[Share]) -> bool:
+def swaps_together(engine: Engine, shares: Sequence[Share], buffers: bool = True) -> bool:
     """Whether a swap is collective, in the engine's group: replicas send each other their parts, it publishes, or ranks
-    have buffers of their own."""
+    have buffers of their own, unless each keeps its own (``buffers=False``)."""
     if engine.group is None:
         return False
-    several = spreads(engine)
+    several = buffers and spreads(engine)
     return engine.publish_is_collective or any(share.split or (several and is_own(share)) for share in shares)
 
 

@@ -73,6 +73,8 @@ class Swap:
         wait: returns when nobody reads the average any more where it is. To be left, it has to be moved.
         fixed: shares whose shadow has to stay where it is, since another model computes with it: the live elements are
             kept beside.
+        fraction: how far ``copy()`` moves the live weights toward the average. Below 1 it moves only what is averaged,
+            and each rank's buffers toward the average that this rank has of them.
 
     Attributes:
         entries: every full tensor of the model; to be set before ``enter()`` where the swap is collective.
@@ -88,6 +90,7 @@ class Swap:
         visit: Visit,
         wait: Callable[[], None] = lambda: None,
         fixed: Collection[int] = (),
+        fraction: float = 1.0,
     ) -> None:
         self._engine = engine
         self._shares = shares
@@ -103,6 +106,7 @@ class Swap:
         self._broadcast = Broadcast(engine, shares)
         self.entries: Sequence[FullTensor] = ()
         self._exchanges: dict[int, kernels.Exchange] = {}
+        self._blends: dict[int, kernels.Blend] | None = None if fraction == 1 else self._plan_blends(fraction)
         self._kept: dict[int, Tensor] = {}
         self._diverged: dict[int, Tensor] = {}
         self._outside: dict[int, Tensor] = {}  # buffers that others, of the average's shape, stand in for
@@ -176,8 +180,10 @@ class Swap:
         self._finish(self._leave)
 
     def copy(self) -> None:
-        """Writes the average into the live model for good; the shadow stays. Collective as ``enter``. Raises as
-        ``leave``."""
+        """Writes the average into the live model for good, or moves the model a fraction toward it; the shadow stays.
+
+        Collective as ``enter``; with a fraction, as :func:`swaps_together` without buffers. Raises as ``leave``.
+        """
         self._done = False
         self._finish(self._copy)
 
@@ -254,15 +260,36 @@ class Swap:
         lent.make_way(self._sources)
         with self._derived.renewed():
             self._settle()
-            for index, (share, shadow) in enumerate(zip(self._shares, self._shadows, strict=True)):
-                if shadow is not None and is_own(share):
-                    self._put_buffer(index, shadow)
-                elif shadow is not None:
-                    kernels.write(self._sources[index], share.start, share.stop, shadow)
+            if self._blends is None:
+                self._overwrite()
+            else:
+                self._blend(self._blends)
             self._drop_caches()
             self._share(inside=True)
         torch.clear_autocast_cache()
         self._done = True
+
+    def _overwrite(self) -> None:
+        """This rank's part of the average takes the place of its sources' elements. Local."""
+        for index, (share, shadow) in enumerate(zip(self._shares, self._shadows, strict=True)):
+            if shadow is not None and is_own(share):
+                self._put_buffer(index, shadow)
+            elif shadow is not None:
+                kernels.write(self._sources[index], share.start, share.stop, shadow)
+
+    def _blend(self, blends: dict[int, kernels.Blend]) -> None:
+        """This rank's part of its sources moves toward the average. Local; goes on where it broke off."""
+        for index, blend in blends.items():
+            share, source = self._shares[index], self._sources[index]
+            if not is_own(share) or source.shape == share.spec.shape:  # the average of a resized buffer starts anew
+                blend.go(source)
+
+    def _plan_blends(self, fraction: float) -> dict[int, kernels.Blend]:
+        blends = {}
+        for index, (share, shadow) in enumerate(zip(self._shares, self._shadows, strict=True)):
+            if shadow is not None and share.mode == "average":
+                blends[index] = kernels.Blend(shadow, share.start, share.stop, fraction, self._scratch)
+        return blends
 
     def _put(self, inside: bool) -> None:
         """This rank's part of the average goes into its sources, or its live elements back. Local."""
@@ -325,7 +352,7 @@ class Swap:
             raise self._tear()
         self._where = "sending"
         self._broadcast.spread(self._sources)
-        if inside:
+        if inside and self._blends is None:
             self._broadcast.send_buffers(self._sources, self.entries)
         with answered() if self._engine.publish_is_collective else nullcontext():
             self._engine.publish()

@@ -18,7 +18,7 @@ class Track:
         training: the training clock, since construction.
         first_copy: the training clock at the first copy.
         averaged: training from the first copy to the last update; ``averaged.updates`` counts the first copy too.
-        decays: the fraction of each average that the last update kept.
+        decays: the fraction of each average that the last update kept; 0 where there was none.
 
     >>> track = Track(Options.parse(decay=0.9, update_interval="2ba"))
     >>> track.is_due(Progress(batches=1)), track.is_due(Progress(batches=2))
@@ -69,10 +69,12 @@ class Track:
 
     def forget(self) -> None:
         """There is no average; the training clock goes on."""
+        self.decays = dict.fromkeys(self.decays, 0.0)
         self.first_copy = self.averaged = Progress()
 
     def restore(self, state: EMAState) -> None:
         """Goes on where another run stopped."""
+        self.decays = dict.fromkeys(self.decays, 0.0)  # what that run's last update kept is in no file
         self.training, self.first_copy, self.averaged = state.training, state.first_copy, state.averaged
 
     @property

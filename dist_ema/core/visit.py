@@ -14,6 +14,7 @@ from dist_ema.comm.collectives import Call, answering
 from dist_ema.core.average import Average
 from dist_ema.core.broadcast import swaps_together
 from dist_ema.core.swap import Swap, Visit
+from dist_ema.options import check_fraction
 from dist_ema.runtime.interrupts import Uninterrupted
 from dist_ema.shadow.host import wait_for_reads
 from dist_ema.teacher.teacher import counterpart
@@ -79,7 +80,9 @@ def _quiesce(average: Average) -> None:
     average.shadow.make_way()
 
 
-def _swap(average: Average, call: Call, name: str | None, visit: Visit, keep: bool) -> Swap | None:
+def _swap(
+    average: Average, call: Call, name: str | None, visit: Visit, keep: bool, fraction: float = 1.0
+) -> Swap | None:
     """Prepares to put an average into the model. Collective where the swap is.
 
     Args:
@@ -88,6 +91,7 @@ def _swap(average: Average, call: Call, name: str | None, visit: Visit, keep: bo
         name: which average, as the user gave it.
         visit: is told the name, and that it has begun.
         keep: whether the live weights are to be restored.
+        fraction: how far ``copy()`` moves the live weights, as the user gave it.
 
     Returns:
         None before the first update, when the average is the live model.
@@ -95,11 +99,12 @@ def _swap(average: Average, call: Call, name: str | None, visit: Visit, keep: bo
     started = average.shadow.started
     average.groups.check(call.name)  # the engine asks its process groups
     # In a pipeline another rank's stage may have buffers, which ranks send each other.
-    together = average.engine.is_part or swaps_together(average.engine, average.shares)
+    together = average.engine.is_part or swaps_together(average.engine, average.shares, buffers=fraction == 1)
     turn = average.groups.turn(call.name) if together else nullcontext()
     with answering(call.name), turn, average.begin(call) if together else nullcontext():
         average.condition.refuse(call.name)
         visit.name = average.name(name)
+        part = check_fraction(fraction)
         shadow = average.shadow
         swap = Swap(
             average.engine,
@@ -109,6 +114,7 @@ def _swap(average: Average, call: Call, name: str | None, visit: Visit, keep: bo
             visit,
             average.background.wait_until_read,
             shadow.fixed,
+            part,
         )
         swap.prepare(keep and started)
     if together:
@@ -118,21 +124,22 @@ def _swap(average: Average, call: Call, name: str | None, visit: Visit, keep: bo
     return swap if started else None
 
 
-def copy_to(average: Average, name: str | None, into: object) -> None:
+def copy_to(average: Average, name: str | None, into: object, fraction: float) -> None:
     """See :meth:`ShardedEMA.copy_to`."""
     _quiesce(average)
     if into is None:
-        _copy_to_live(average, name)
+        _copy_to_live(average, name, fraction)
     else:
-        _copy_into(average, name, into)
+        _copy_into(average, name, into, fraction)
 
 
-def _copy_to_live(average: Average, name: str | None) -> None:
+def _copy_to_live(average: Average, name: str | None, fraction: float) -> None:
     operation = "copy_to()"
     visit = Visit("", operation)
     with Uninterrupted():
         try:
-            swap = _swap(average, average.call(operation, name=name), name, visit, keep=False)
+            call = average.call(operation, name=name, fraction=fraction)
+            swap = _swap(average, call, name, visit, keep=False, fraction=fraction)
             if swap is not None:
                 with answering(operation):
                     swap.copy()
@@ -140,16 +147,18 @@ def _copy_to_live(average: Average, name: str | None) -> None:
             average.condition.end(visit)
 
 
-def _copy_into(average: Average, name: str | None, into: object) -> None:
-    """Copies the average into a third model. Collective."""
+def _copy_into(average: Average, name: str | None, into: object, fraction: float) -> None:
+    """Copies the average into a third model, or moves that a fraction toward it. Collective."""
     operation = "copy_to(into=...)"
     visit = Visit("", operation, weights="the weights of the model that was given as into=")
     with answering(operation), Uninterrupted(), average.groups.turn(operation):
-        with average.begin(average.call(operation, name=name)):
+        with average.begin(average.call(operation, name=name, fraction=fraction)):
             view = average.view(operation, inside=False)
             visit.name = average.name(name)
+            part = check_fraction(fraction)
             other = counterpart(average.engine, into, average.shares, average.options, average.group, average.teacher)
-            copying = Swap(other, average.shares, view.whole_average(visit.name), average.shadow.scratch, visit)
+            values = view.whole_average(visit.name)
+            copying = Swap(other, average.shares, values, average.shadow.scratch, visit, fraction=part)
             copying.prepare(keep=False)
         copying.entries = average.full_tensors
         wait_for_reads()

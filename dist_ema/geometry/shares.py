@@ -124,7 +124,7 @@ def may_join(share: Share, options: Options) -> bool:
 
 def is_ignored(options: Options, name: str, is_buffer: bool) -> bool:
     """Whether a tensor is in no average, whatever its flags: a :data:`~dist_ema.engines.names.Ignored`. Pure."""
-    return not options.selects(name) or (is_buffer and options.buffers == "ignore")
+    return not options.selects(name) or (is_buffer and options.buffer_mode(name) == "ignore")
 
 
 def follow_specs(shares: Sequence[Share], specs: Sequence[TensorSpec], options: Options) -> list[Share]:
@@ -261,7 +261,7 @@ def _mode(spec: TensorSpec, options: Options, averaged: Container[str]) -> Mode:
     if spec.kind == "frozen":
         return "live"
     # Counters and masks (integers, bools) have no mean.
-    return "average" if options.buffers == "average" and spec.dtype.is_floating_point else "copy"
+    return "average" if options.buffer_mode(spec.name) == "average" and spec.dtype.is_floating_point else "copy"
 
 
 def _dtype(spec: TensorSpec, mode: Mode, options: Options) -> torch.dtype:

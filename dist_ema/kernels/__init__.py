@@ -3,7 +3,7 @@
 ==================  ================================================================================
 ``elements.py``     read and write elements of a tensor, a chunk at a time
 ``averaging.py``    an update: averages move towards the sources; NaN and Inf are left out
-``scratch.py``      memory for conversions; a shadow and live weights change places
+``scratch.py``      memory for conversions; a shadow and live weights change places, or move
 ``rounding.py``     stochastic rounding of bf16 averages
 ``fingerprint.py``  checksums that do not depend on the sharding
 ``cpu.py``          compiled kernels on the CPU, in ``fused.cpp`` (``native.py``, ``compiler.py``)
@@ -22,11 +22,12 @@ from dist_ema.kernels.elements import (
     squared_distance,
     write,
 )
-from dist_ema.kernels.scratch import Exchange, Scratch
+from dist_ema.kernels.scratch import Blend, Exchange, Scratch
 
 __all__ = [
     "ACCELERATOR_CHUNK",
     "CACHE_CHUNK",
+    "Blend",
     "Exchange",
     "Guard",
     "Scratch",

@@ -1,4 +1,4 @@
-"""Memory that an average keeps for conversions and exchanges, and the exchange of a shadow with live weights."""
+"""Memory that an average keeps for conversions and exchanges, and how live weights change places with one, or move toward it."""
 
 from __future__ import annotations
 
@@ -86,3 +86,41 @@ class Exchange:
                 self._at = (here, 2, there)
             target.copy_(held)
             self._at = (there, 0, there)
+
+
+class Blend:
+    """Moves elements ``[start, stop)`` of a source a fraction of the way toward a shadow, a chunk at a time.
+
+    ``source += fraction * (shadow - source)`` is computed in fp32, or in float64 if either is, and rounded to nearest
+    in the source's dtype. Like :class:`Exchange` it may be interrupted anywhere: the next call goes on where it was,
+    and no element is moved twice.
+
+    Args:
+        shadow: flat, ``stop - start`` elements.
+        start, stop: of the source, flattened.
+        fraction: 0 leaves the source, 1 would make it the shadow.
+        scratch: for one chunk; nothing else may use it until a call that was interrupted has been repeated.
+    """
+
+    def __init__(self, shadow: Tensor, start: int, stop: int, fraction: float, scratch: Scratch) -> None:
+        self._shadow, self._start, self._stop, self._scratch = shadow, start, stop, scratch
+        self._fraction = fraction
+        # (a, blended): the first a elements have been moved; whether the scratch holds what the next chunk becomes.
+        self._at = (0, False)
+
+    @torch.no_grad()
+    def go(self, source: Tensor) -> None:
+        """Moves the source. Local."""
+        size, count = chunk_size(source.device), self._stop - self._start
+        dtype = torch.promote_types(torch.promote_types(self._shadow.dtype, source.dtype), torch.float32)
+        while self._at != (count, False):
+            low, is_blended = self._at
+            high = min(low + size, count)
+            target = self._shadow[low:high]
+            values = self._scratch.like(target, dtype, source.device)
+            if not is_blended:
+                read(source, self._start + low, self._start + high, values)
+                values.lerp_(target.to(values), self._fraction)
+                self._at = (low, True)
+            write(source, self._start + low, self._start + high, values)
+            self._at = (high, False)
