@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from exports import DECAY, average, everywhere, shard_layers
 from oracle import DenseAverage
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel as DDP
 from zero_models import make_engine
 
 from dist_ema import ShardedEMA
@@ -242,3 +244,96 @@ def test_an_average_goes_on_when_a_second_adapter_comes() -> None:
     assert all(torch.equal(after[name], value) for name, value in before.items())
     ema.update()
     assert ema.num_updates == 3
+
+
+ADAPTERS = ("one", "two")
+
+
+# Adapters that are switched: PEFT says by ``requires_grad`` which one is active, and that none is.
+
+
+def _two_adapters() -> nn.Module:
+    """Adapters in the layers and, by ``lm_head``, in the root: FSDP2 leaves the root unsharded after a forward pass."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=2, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+    base = _llama()
+    torch.manual_seed(1)
+    model = get_peft_model(base, config, adapter_name=ADAPTERS[0])
+    model.add_adapter(ADAPTERS[1], config)
+    return model
+
+
+def _wrapped(model: nn.Module, by: str) -> nn.Module:
+    if by == "ddp":
+        return DDP(model, find_unused_parameters=True)
+    if by == "plain":
+        return model
+    return shard_layers(model, model.base_model.model.model.layers, by)
+
+
+class _Joining(DenseAverage):
+    """What is trained at an update joins with its value of that moment."""
+
+    def join(self, names: set[str]) -> None:
+        for name in names - self.trained:
+            self.average.pop(name, None)
+        self.trained |= names
+
+
+def _names_of(model: nn.Module, adapter: str) -> set[str]:
+    return {name for name in model.state_dict() if f".{adapter}." in name}
+
+
+@pytest.mark.parametrize("by", ["plain", "ddp", "fsdp1", "fsdp2"])
+@pytest.mark.world_size(2)
+def test_adapters_that_are_switched_while_training_match_the_dense_average(by: str, rank: int, tmp_path: Path) -> None:
+    """``set_adapter()`` and ``disable_adapter()`` stopped training at the next update."""
+    dice = random.Random(3)
+    tokens = torch.arange(12).view(2, 6)
+    reference = _two_adapters()
+    model = _two_adapters()
+    for each in (model, reference):
+        each.set_adapter("one")
+    target = _wrapped(model, by)
+    adapters = [value for name, value in model.named_parameters() if "lora" in name]
+    optimizer = torch.optim.SGD(adapters, lr=0.5)
+    ema = ShardedEMA(target, decay=DECAY)
+    dense, active, before = _Joining(set(), DECAY), "one", dict[str, Tensor]()
+    for step in range(8):
+        active = ADAPTERS[step > 2] if step < 5 else dice.choice(ADAPTERS)
+        if dice.random() < 0.5:
+            with torch.no_grad():
+                target(tokens)
+        model.set_adapter(active)
+        if step % 2:  # as trl's DPO asks for the logits of the base model
+            with torch.no_grad(), model.disable_adapter():
+                target(tokens)
+        target(input_ids=tokens).logits.square().mean().backward()
+        optimizer.step()
+        if step % 3 == 2:  # a callback may call update() where all adapters are off
+            with model.disable_adapter():
+                assert ema.update()
+        else:
+            assert ema.update()
+            dense.join(_names_of(reference, active))
+        optimizer.zero_grad()
+        live = ShardedEMA(target, decay=0.0).full_state_dict()  # before its first update: the live weights
+        if rank == 0:
+            moved = {name for name, value in live.items() if before and not torch.equal(value, before[name])}
+            assert not moved or moved <= _names_of(reference, active), moved
+            assert moved or not before
+            dense.update(live)
+            before = live
+    averaged = ema.full_state_dict(include_untracked=False)
+    found = ema.full_state_dict()
+    ema.save(tmp_path / "ema")
+    resumed = _two_adapters()
+    resumed.set_adapter("two")
+    later = ShardedEMA(_wrapped(resumed, by), decay=DECAY)
+    later.load(tmp_path / "ema")
+    loaded = later.full_state_dict(include_untracked=False)
+    if rank == 0:
+        assert averaged.keys() == _names_of(reference, "one") | _names_of(reference, "two")
+        dense.check(found)
+        _same(loaded, averaged)
