@@ -627,8 +627,9 @@ class ShardedEMA:
             state_dict: also one that ``torch.save`` wrote on this rank of the same engine and world size, or one with
                 full tensors on every rank, which ``state_dict(full=True)`` (for one file that rank 0 writes) and
                 ``torch.distributed.checkpoint.format_utils.dcp_to_torch_save`` make. A parameter that is frozen here,
-                and averaged there, goes on being averaged. (``dcp.load`` reads only what ``state_dict()`` of the moment
-                has: before it, unfreeze what was averaged, and give buffers their saved shapes.)
+                and averaged there, goes on being averaged. ``dcp.load`` reads only what ``state_dict()`` of the moment
+                has, and CheckpointMismatchError is raised if that is less than was averaged. So before it unfreeze what
+                was averaged and call ``reset()``, and give buffers their saved shapes.
 
         Raises:
             CheckpointMismatchError: lists all that does not fit, on every rank; nothing has changed.

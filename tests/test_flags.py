@@ -335,6 +335,23 @@ def test_what_ddp_does_not_keep_alike_is_not_split_between_ranks(rank: int) -> N
 
 
 @pytest.mark.world_size(2)
+def test_what_was_frozen_when_ddp_was_made_is_not_split_though_it_is_trained_by_now(rank: int) -> None:
+    """A run that is resumed unfreezes before the average is made. Its average was half of each rank's weights."""
+    model = DDP(_two())
+    model.module[0].requires_grad_(True)
+    model.module[1].requires_grad_(False)  # as many tensors are trained as DDP knows
+    ema = ShardedEMA(model, decay=0.5)
+    with torch.no_grad():
+        model.module[0].weight.fill_(rank + 1.0)
+    ema.update()
+    found = ema.full_state_dict()
+    assert rank or torch.equal(found["0.weight"], torch.ones(4, 3))
+    with ema.average_parameters():
+        pass
+    assert bool((model.module[0].weight == rank + 1.0).all())
+
+
+@pytest.mark.world_size(2)
 def test_flags_that_differ_between_ranks_are_said_on_every_rank(rank: int) -> None:
     model = DDP(_two())
     ema = ShardedEMA(model, decay=DECAY)
@@ -429,6 +446,58 @@ def test_dcp_carries_what_has_joined(rank: int, tmp_path: Path) -> None:
     later = ShardedEMA(fully_shard(_two(None)), decay=DECAY)
     dcp.load({"ema": later}, checkpoint_id=tmp_path / "dcp")
     assert later.fingerprint() == before
+
+
+@pytest.mark.world_size(2)
+def test_dcp_says_that_it_has_not_read_what_is_frozen_now(rank: int, tmp_path: Path) -> None:
+    """A run that is resumed frozen went on without the average of what was trained before."""
+    import torch.distributed.checkpoint as dcp
+
+    model = fully_shard(_two(None))
+    ema = ShardedEMA(model, decay=0.5)
+    ema.update()
+    _scale(model, 2.0)
+    ema.update()
+    before = ema.full_state_dict()
+    dcp.save({"ema": ema}, checkpoint_id=tmp_path / "dcp")
+    resumed = fully_shard(_two())
+    later = ShardedEMA(resumed, decay=0.5)
+    with pytest.raises(
+        CheckpointMismatchError, match=r"of 4 tensors, and only 2 .* \(frozen are '0.weight', '0.bias'\)"
+    ):
+        dcp.load({"ema": later}, checkpoint_id=tmp_path / "dcp")
+    assert later.num_updates == 0
+    resumed[0].requires_grad_(True)
+    later.reset()
+    dcp.load({"ema": later}, checkpoint_id=tmp_path / "dcp")
+    resumed[0].requires_grad_(False)
+    assert later.update()
+    found = later.full_state_dict(include_untracked=False)
+    assert rank or found.keys() == before.keys()
+    first = next(iter(resumed[0].parameters())).full_tensor()
+    assert rank or torch.allclose(found["0.weight"], before["0.weight"].lerp(first, 0.5))
+
+
+@pytest.mark.parametrize("case", ["ddp", "fsdp1-full-orig", "fsdp2", "hsdp", "zero0", "zero2"])
+@pytest.mark.world_size(2)
+def test_each_ranks_own_file_loads_after_a_part_has_joined(case: str, rank: int, tmp_path: Path) -> None:
+    """Replicas split what joins apart from what there was: a new object would split all of it together."""
+    run = _Run(case)
+    run.ema.update()
+    run.inner.frozen.requires_grad_(True)
+    run.advance(False, {}, 0, 1.25, {"frozen.weight", "frozen.bias", "embed.weight"})
+    run.ema.update()
+    run.advance(False, {}, 0, 1.25, {"frozen.weight", "frozen.bias", "embed.weight"})
+    run.ema.update()
+    before = run.ema.fingerprint(include_untracked=False)
+    torch.save(run.ema.state_dict(), tmp_path / f"{rank}.pt")
+    state = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+    for frozen in [False] if case == "zero0" else [True, False]:
+        other = _Run(case)
+        other.inner.frozen.requires_grad_(not frozen)
+        later = ShardedEMA(other.target, decay=DECAY)
+        later.load_state_dict(state)
+        assert later.fingerprint(include_untracked=False) == before
 
 
 def test_a_snapshot_of_the_update_at_which_a_part_joins(tmp_path: Path) -> None:

@@ -37,7 +37,8 @@ def state_dict(average: Average, full: bool, live: bool) -> dict[str, Any]:
     (skipped,) = sum_integers([average.skipped()], group)
     state = average.state(skipped)
     if full:
-        return make_head(state, average.options.schedules) | _full_parts(average, view, live)
+        head = make_head(state, average.options.schedules, _count(average))
+        return head | _full_parts(average, view, live)
     with agreed(group, operation):
         return _parts(average, view, state, live)
 
@@ -47,14 +48,15 @@ def _parts(average: Average, view: View, state: EMAState, live: bool) -> dict[st
     from dist_ema.dcp.stateful import add_live, make_state_dict
 
     shares, writes, schedules = average.shares, average.writes(), average.options.schedules
+    count = _count(average)
     if average.shadow.started:
-        parts = make_state_dict(state, schedules, view.flat, shares, writes, spare=False)
+        parts = make_state_dict(state, schedules, view.flat, shares, writes, spare=False, count=count)
     else:
         # The live weights are the average. They are copied, as they change at the next step.
         spare = average.new_shadow()
         spare.start(view.sources)
         spare.wait()
-        parts = make_state_dict(state, schedules, spare.tensors, shares, writes, spare=True)
+        parts = make_state_dict(state, schedules, spare.tensors, shares, writes, spare=True, count=count)
         spare.discard()  # ends what keeps it up to date; its memory is the dict's
     if live:
         flat = [None if values is None else values.flat() for values in view.live()]
@@ -100,6 +102,11 @@ def _gathered(
     return full_tensors(wanted, held.get, None, average.engine.group, "state_dict()")
 
 
+def _count(average: Average) -> int:
+    """Returns how many tensors each average has, on all ranks together. Local, in a call that has begun."""
+    return sum(entry.mode == "average" for entry in average.full_tensors)
+
+
 @collective("load_state_dict()")
 def load_state_dict(average: Average, state: Mapping[str, Any]) -> None:
     """See :meth:`ShardedEMA.load_state_dict`.
@@ -112,7 +119,7 @@ def load_state_dict(average: Average, state: Mapping[str, Any]) -> None:
         4  shadow, seed, clocks     replaced
         5  live weights             written into the model, if the dict has them
     """
-    from dist_ema.dcp.loaded import LoadedStateDict, unlike
+    from dist_ema.dcp.loaded import LoadedStateDict, check_complete, unlike
 
     group, operation, options = average.engine.group, "load_state_dict()", average.options
     average.shadow.drain()  # what fails in it does not matter any more
@@ -127,14 +134,17 @@ def load_state_dict(average: Average, state: Mapping[str, Any]) -> None:
         round_.send(unlike(state, entries, options.selects))
     joining: set[str] = set()
     shapes: dict[str, tuple[int, ...]] = {}
-    for names, found in round_.received:
-        joining.update(names)
-        shapes.update(found)
-    shares = shares_to_load(average.shares, joining, shapes, options)
+    joined: dict[str, int] = {}
+    for found in round_.received:
+        joining.update(found.joining)
+        shapes.update(found.shapes)
+        joined.update(found.joined)
+    shares = shares_to_load(average.shares, joining, shapes, options, joined)
 
     with agreed(group, operation) as round_:
         tracked = {entry.name for entry in entries if entry.mode != "live" or entry.name in joining}
         restore = LoadedStateDict(state, shares, average.names, tracked)
+        check_complete(state, entries, joining)
         live = restore.live(sources)
         round_.send((live is None, restore.state.averaged.updates))
     without_live, updates = zip(*round_.received, strict=True)

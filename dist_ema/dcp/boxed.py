@@ -38,6 +38,8 @@ class BoxedTensor(Tensor):
         is_writer: whether this rank writes them.
         spare: whether a read may overwrite ``held``. If not, ``held`` is copied as soon as a read is planned, so that a
             read that fails has damaged nothing.
+        joined: the number of the update at which the tensor became averaged; 0 at the first copy, and in files that an
+            earlier version wrote. Replicas split what has joined at one update, so their parts follow from it.
     """
 
     # __torch_dispatch__ sees all operations and returns the class that it means: no layer above it is needed.
@@ -47,6 +49,7 @@ class BoxedTensor(Tensor):
     boxes: tuple[Box, ...]
     is_writer: bool
     spare: bool
+    joined: int = 0
 
     @staticmethod
     def __new__(
@@ -57,6 +60,7 @@ class BoxedTensor(Tensor):
         *,
         is_writer: bool,
         spare: bool,
+        joined: int = 0,
     ) -> BoxedTensor:
         # A tensor without memory of its own, as torch's DTensor is.
         made: BoxedTensor = Tensor._make_wrapper_subclass(cls, torch.Size(shape), dtype=held.dtype, device=held.device)
@@ -64,6 +68,7 @@ class BoxedTensor(Tensor):
         made.boxes = tuple(boxes)
         made.is_writer = is_writer
         made.spare = spare
+        made.joined = joined
         return made
 
     @classmethod
@@ -74,7 +79,7 @@ class BoxedTensor(Tensor):
         first = args[0]
         if func is _aten.detach.default:
             # Not a copy. With the same tensor inside, a part that gets memory of its own does so for both.
-            return BoxedTensor(first.size(), first.held, first.boxes, is_writer=first.is_writer, spare=first.spare)
+            return first._with(first.held, spare=first.spare)
         if func in _ELEMENTWISE:
             return first._with(func(first.held, *args[1:], **options))
         # DCP makes empty tensors of the same size to load into; of this rank's part, no more memory is needed.
@@ -91,9 +96,9 @@ class BoxedTensor(Tensor):
             "(by torch.distributed.checkpoint). ShardedEMA.full_state_dict() gives whole tensors to compute with"
         )
 
-    def _with(self, held: Tensor) -> BoxedTensor:
+    def _with(self, held: Tensor, spare: bool = True) -> BoxedTensor:
         # A copy belongs to nobody else, so a read may overwrite it.
-        return BoxedTensor(self.size(), held, self.boxes, is_writer=self.is_writer, spare=True)
+        return BoxedTensor(self.size(), held, self.boxes, is_writer=self.is_writer, spare=spare, joined=self.joined)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"BoxedTensor(shape={tuple(self.size())}, boxes={self.boxes}, held={self.held})"

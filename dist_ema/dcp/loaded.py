@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from dist_ema.comm.catalogue import FullTensor
 from dist_ema.dcp.boxed import BoxedTensor
 from dist_ema.dcp.stateful import parts_with_averages, wanted_parts
-from dist_ema.dcp.texts import read_schedule, read_state
+from dist_ema.dcp.texts import read_averaged, read_schedule, read_state
 from dist_ema.errors import CheckpointMismatchError, EMAStateError
 from dist_ema.formats.dtypes import is_convertible
 from dist_ema.geometry.shares import Share
@@ -21,25 +21,34 @@ from dist_ema.shadow.device import Shadow
 logger = logging.getLogger(__name__)
 
 
-def unlike(
-    state: Mapping[str, Any], entries: Sequence[FullTensor], selects: Callable[[str], bool]
-) -> tuple[list[str], list[tuple[str, tuple[int, ...]]]]:
+class Unlike(NamedTuple):
+    """What one rank's state dict has otherwise than the model.
+
+    Attributes:
+        joining: names of averaged parameters that are frozen in the model.
+        shapes: buffers of another shape, with that shape.
+        joined: averaged tensors that joined at another update, with its number.
+    """
+
+    joining: list[str]
+    shapes: list[tuple[str, tuple[int, ...]]]
+    joined: list[tuple[str, int]]
+
+
+def unlike(state: Mapping[str, Any], entries: Sequence[FullTensor], selects: Callable[[str], bool]) -> Unlike:
     """What a state dict has otherwise than the model, and an average can have. Local; the dict may be anything.
 
     Args:
         state: the state dict, with this rank's parts or full tensors.
         entries: every full tensor of the model.
         selects: whether ``include`` and ``exclude`` let a name into the average.
-
-    Returns:
-        Names of averaged parameters that are frozen in the model; and buffers of another shape, with that shape.
     """
     places = [state.get("buffers"), *_values(state.get("averages"))] if isinstance(state, Mapping) else []
     found: dict[str, Tensor] = {}
     for place in places:
         if isinstance(place, Mapping):
             found |= {name: value for name, value in place.items() if isinstance(value, Tensor)}
-    joining, shapes = [], []
+    joining, shapes, joined = [], [], []
     for entry in entries:
         value = found.get(entry.name)
         if value is None:
@@ -48,11 +57,39 @@ def unlike(
             joining.append(entry.name)
         elif entry.buffer and entry.mode != "live" and not entry.partitioned and value.size() != entry.shape:
             shapes.append((entry.name, tuple(value.size())))
-    return joining, shapes
+        if isinstance(value, BoxedTensor) and value.joined != entry.joined:
+            joined.append((entry.name, value.joined))
+    return Unlike(joining, shapes, joined)
 
 
 def _values(found: object) -> list[object]:
     return list(found.values()) if isinstance(found, Mapping) else []
+
+
+def check_complete(state: Mapping[str, Any], entries: Sequence[FullTensor], joining: Container[str]) -> None:
+    """Raises CheckpointMismatchError if the checkpoint has averages that were not loaded. Pure.
+
+    ``dcp.load`` reads what is in the state dict that it is given, and says nothing of what else there is.
+
+    Args:
+        state: a state dict whose places have been checked.
+        entries: every full tensor of the model.
+        joining: names of frozen parameters that the state dict has an average of.
+    """
+    stored = read_averaged(state["progress"])  # no older version has written it
+    averaged = sum(entry.mode == "average" or entry.name in joining for entry in entries)
+    if stored is None or stored <= averaged or not read_state(state["progress"]).started:
+        return
+    frozen = [entry.name for entry in entries if entry.frozen and entry.name not in joining]
+    others = f" and {len(frozen) - 3} more" if len(frozen) > 3 else ""
+    here = f" (frozen are {', '.join(map(repr, frozen[:3]))}{others})" if frozen else ""
+    raise CheckpointMismatchError(
+        f"load_state_dict(): the checkpoint has the averages of {stored} tensors, and only {averaged} were read. The "
+        f"others are frozen in this model, or include or exclude leave them out{here}. dcp.load() reads only what is "
+        "averaged when it is called. Before it, let what was averaged be trained (requires_grad; under DeepSpeed, "
+        "a group of the optimizer) and call reset(), or make the ShardedEMA anew; it may be frozen again afterwards. "
+        "ShardedEMA.load() needs no such step"
+    )
 
 
 _ADVICE = (

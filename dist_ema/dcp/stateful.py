@@ -33,6 +33,7 @@ def make_state_dict(
     shares: Sequence[Share],
     writes: Sequence[bool],
     spare: bool,
+    count: int,
 ) -> dict[str, Any]:
     """The state dict of one rank; its tensors share the average's memory. Local.
 
@@ -43,8 +44,9 @@ def make_state_dict(
         shares: what this rank keeps of each tensor.
         writes: for each share, whether this rank writes it.
         spare: whether a read may overwrite the tensors, since they serve nothing else.
+        count: how many tensors each average has, on all ranks together.
     """
-    state = make_head(ema_state, schedules)
+    state = make_head(ema_state, schedules, count)
     is_writer = {share.spec.name: is_writer for share, is_writer in zip(shares, writes, strict=True)}
     for path, share, held in parts_with_averages(averaged, shares, tuple(schedules)):
         place = state
@@ -52,14 +54,22 @@ def make_state_dict(
             place = place.setdefault(key, {})
         name = share.spec.name
         part = held if spare else lend(held)
-        place[name] = BoxedTensor(share.spec.shape, part, share.boxes, is_writer=is_writer[name], spare=spare)
+        place[name] = BoxedTensor(
+            share.spec.shape, part, share.boxes, is_writer=is_writer[name], spare=spare, joined=share.joined
+        )
     return state
 
 
-def make_head(ema_state: EMAState, schedules: Mapping[str, Schedule]) -> dict[str, Any]:
-    """A state dict without tensors of the model, which is the same on every rank. Local."""
+def make_head(ema_state: EMAState, schedules: Mapping[str, Schedule], count: int) -> dict[str, Any]:
+    """A state dict without tensors of the model, which is the same on every rank. Local.
+
+    Args:
+        ema_state: where the average stands.
+        schedules: of each average.
+        count: how many tensors each average has, on all ranks together.
+    """
     texts = {name: write_schedule(schedule) for name, schedule in schedules.items()}
-    return {"progress": write_state(ema_state), "schedules": texts, "averages": {}, "buffers": {}}
+    return {"progress": write_state(ema_state, count), "schedules": texts, "averages": {}, "buffers": {}}
 
 
 def add_live(

@@ -25,9 +25,23 @@ TEXT_BYTES = 2048
 _DEPTH = 4
 
 
-def write_state(state: EMAState) -> Tensor:
-    """The text of the clocks: what a state dict has under ``"progress"``."""
-    return _write({"version": VERSION, **state_to_json(state)})
+def write_state(state: EMAState, averaged: int | None = None) -> Tensor:
+    """The text of the clocks: what a state dict has under ``"progress"``.
+
+    Args:
+        state: the clocks.
+        averaged: how many tensors of the model, on all ranks together, each average has; None if it is not known.
+    """
+    body = {"version": VERSION, **state_to_json(state)}
+    return _write(body if averaged is None else body | {"averaged": averaged})
+
+
+def read_averaged(text: object) -> int | None:
+    """How many tensors each average had when the text was written; None if the text does not say. As `read_state`."""
+    count = _read(text, "progress").get("averaged")
+    if count is not None and not is_count(count):
+        raise CheckpointCorruptError(f"'progress' of the state dict is damaged: averaged={shown(count)}")
+    return count
 
 
 def read_state(text: object) -> EMAState:

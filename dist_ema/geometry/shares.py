@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -117,6 +118,18 @@ def assign_shares(
     ]
 
 
+def assign_joined(
+    specs: Sequence[TensorSpec], options: Options, averaged: Container[str], joined: Sequence[int]
+) -> list[Share]:
+    """As :func:`assign_shares`, for tensors that became averaged at different updates: ``joined`` has the numbers."""
+    shares: dict[int, Share] = {}
+    for number in sorted(set(joined)):
+        members = [index for index, own in enumerate(joined) if own == number]
+        found = assign_shares([specs[index] for index in members], options, averaged, number)
+        shares |= zip(members, found, strict=True)
+    return [shares[index] for index in range(len(specs))]
+
+
 def may_join(share: Share, options: Options) -> bool:
     """Whether a tensor that is not averaged will be, as soon as it is trained. Local."""
     return share.mode == "live" and share.spec.kind == "frozen" and options.selects(share.spec.name)
@@ -181,7 +194,11 @@ def averaged_names(shares: Sequence[Share]) -> set[str]:
 
 
 def shares_to_load(
-    shares: list[Share], joining: Container[str], shapes: Mapping[str, Sequence[int]], options: Options
+    shares: list[Share],
+    joining: Container[str],
+    shapes: Mapping[str, Sequence[int]],
+    options: Options,
+    joined: Mapping[str, int] = MappingProxyType({}),
 ) -> list[Share]:
     """Returns the shares of an average that is to be loaded; the given list itself where nothing differs. Local.
 
@@ -190,16 +207,18 @@ def shares_to_load(
         joining: names of parameters that are averaged in the checkpoint, and are frozen here.
         shapes: by name, the shapes of buffers that have another shape in the checkpoint.
         options: what the user asked for.
+        joined: by name, the numbers of the updates at which tensors joined, where another one is stored.
     """
     names = [name for share in shares for name in share.names]
-    if not shapes and not any(name in joining for name in names):
+    if not shapes and not joined and not any(name in joining for name in names):
         return shares
     specs = []
     for share in shares:
         shape = shapes.get(share.spec.name)
         specs.append(share.spec if shape is None else resized(share, shape).spec)
     averaged = averaged_names(shares).union(name for name in names if name in joining)
-    return assign_shares(specs, options, averaged)
+    numbers = [joined.get(share.spec.name, share.joined) for share in shares]
+    return assign_joined(specs, options, averaged, numbers)
 
 
 def in_shapes_of(shares: Sequence[Share], sources: Sequence[Tensor]) -> list[Tensor]:
