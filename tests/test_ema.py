@@ -533,15 +533,34 @@ def _status(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
+@torch.no_grad()
+def _drift(model: nn.Module, how: str) -> None:
+    """Weights of another rank, which differ from those of rank 0."""
+    first, second = model.module.one.weight, model.module.norm.bias
+    if how == "rounding":  # one bit up in one tensor and one down in another
+        first.view(torch.int32)[0, 3] += 1
+        second.view(torch.int32)[4] -= 1
+    elif how == "places":  # the same bits, elsewhere
+        first.copy_(first.roll(1))
+    elif how == "tensors":
+        first[0, 0], second[0] = second[0].clone(), first[0, 0].clone()
+    else:
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+
+
+@pytest.mark.parametrize("how", ["everywhere", "rounding", "places", "tensors"])
 @pytest.mark.world_size(2)
-def test_replicas_that_drifted_apart_get_their_own_weights_back(rank: int) -> None:
-    """Replicas send each other the live weights on leaving; where they differ that would overwrite one with another."""
+def test_replicas_that_drifted_apart_get_their_own_weights_back(how: str, rank: int) -> None:
+    """Replicas send each other the live weights on leaving; where they differ that would overwrite one with another.
+
+    Under tensor parallelism with different data on each rank two biases differed by a bit, one up and one down.
+    """
     model = DDP(build())
     ema = ShardedEMA(model, decay=0.5)
     ema.update()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(rank + 1.0)
+    if rank:
+        _drift(model, how)
     ema.update()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with ema.average_parameters():

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from dist_ema import kernels
@@ -13,8 +13,10 @@ from dist_ema.comm.collectives import gather_objects
 from dist_ema.comm.windows import Access, all_gather_flat, broadcast_flat
 from dist_ema.engines.base import Engine
 from dist_ema.errors import EMAStateError
+from dist_ema.geometry.runs import whole
 from dist_ema.geometry.shares import Share, parts_of_replicas, replica_sets
 from dist_ema.geometry.spec import Replicas
+from dist_ema.kernels.fingerprint import Part, partial_digests
 
 
 def swaps_together(engine: Engine, shares: Sequence[Share], buffers: bool = True) -> bool:
@@ -55,17 +57,13 @@ class Broadcast:
         self.sets = replica_sets(shares)
 
     def replicas_agree(self, members: Sequence[int], sources: Sequence[Tensor]) -> bool:
-        """Whether all replicas hold the same bits, by the sum of those bits as integers. Collective among them."""
-        totals: dict[torch.device, Tensor] = {}
-        for index in members:
-            source = sources[index]
-            total = totals.setdefault(source.device, torch.zeros((), dtype=torch.int64, device=source.device))
-            if source.is_complex():
-                source = torch.view_as_real(source)
-            bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[source.element_size()]
-            for _, piece in kernels.pieces(source, 0, source.numel(), kernels.chunk_size(source.device)):
-                total += piece.view(bits).sum(dtype=torch.int64)
-        digest = sum(int(total) for total in totals.values())
+        """Whether all replicas hold the same bits, by a 64-bit digest of each tensor. Collective among them.
+
+        A plain sum of the bits would not do: weights that rounding has moved by one bit up here and one bit down there,
+        or two that changed places, leave it as it was. The digest weighs each element by its place.
+        """
+        parts = [Part(sources[index], whole(sources[index].numel())) for index in members]
+        digest = hashlib.blake2b(repr(partial_digests(parts)).encode(), digest_size=16).digest()
         return len(set(gather_objects(digest, self._group_of(members).group))) == 1
 
     def spread(self, sources: Sequence[Tensor]) -> None:
