@@ -335,6 +335,66 @@ def test_two_processes(fsdp: str | None, tmp_path: Path, on_ranks: Callable[...,
     on_ranks(_other_size, 1, folder=str(tmp_path), fsdp=fsdp)
 
 
+# Layers that are frozen and unfrozen in training.
+
+
+def _freezing(fsdp: str | None) -> None:
+    """Composer's LayerFreezing from the first layer on, and an algorithm that unfreezes the layer frozen at first."""
+    import composer_runs as runs
+    from composer.algorithms import LayerFreezing
+    from composer.core import Algorithm, Event
+
+    from dist_ema.integrations.composer import EMA
+
+    class Unfreezing(Algorithm):  # type: ignore[misc]
+        def match(self, event: Event, state: Any) -> bool:
+            return event == Event.EPOCH_END and int(state.timestamp.epoch) == 1
+
+        def apply(self, event: Event, state: Any, logger: object) -> None:
+            layer = getattr(state.model, "module", state.model).frozen
+            layer.requires_grad_(True)
+            state.optimizers[0].add_param_group({"params": list(layer.parameters())})
+
+    frozen: list[set[str]] = []
+
+    class Flags(Algorithm):  # type: ignore[misc]
+        def match(self, event: Event, state: Any) -> bool:
+            return event == Event.BATCH_START
+
+        def apply(self, event: Event, state: Any, logger: object) -> None:
+            model = getattr(state.model, "module", state.model)
+            frozen.append({name for name, value in model.named_parameters() if not value.requires_grad})
+
+    watch, algorithm = runs.Watch(Event.BATCH_END), EMA(half_life="2ba")
+    freezing = [LayerFreezing(freeze_start=0.4), Flags()] if fsdp else [LayerFreezing(0.4), Unfreezing(), Flags()]
+    run = runs.trainer(*freezing, algorithm, callbacks=[watch], fsdp=fsdp, eval_interval="1ep")
+    run.fit()
+    dense, trained = DenseAverage(set(runs.AVERAGED), 0.5**0.5), set(runs.AVERAGED)
+    for weights, flags in zip(runs.of_rank_0(watch.at(Event.BATCH_END)), frozen, strict=True):
+        for name in (weights.keys() - flags) & {"frozen.weight", "frozen.bias"} - trained:
+            dense.trained.add(name)
+            dense.average.pop(name)
+            trained.add(name)
+        dense.update(weights)
+    assert frozen[0] == {"frozen.weight", "frozen.bias"} and "first.weight" in frozen[-1]
+    assert algorithm.ema.num_updates == 9
+    found = algorithm.ema.full_state_dict()
+    if found:  # on rank 0
+        dense.check(found)
+    run.close()  # which has saved nothing: Composer cannot save an optimizer from which LayerFreezing took parameters
+
+
+@pytest.mark.world_size(1)
+def test_layers_that_are_frozen_and_unfrozen() -> None:
+    """Composer's LayerFreezing stopped training at the next update."""
+    _freezing(None)
+
+
+@pytest.mark.parametrize("fsdp", [None, "sharded"], ids=["ddp", "fsdp2-sharded"])
+def test_layers_that_are_frozen_on_two_processes(fsdp: str | None, on_ranks: Callable[..., None]) -> None:
+    on_ranks(_freezing, 2, fsdp=fsdp)
+
+
 # Checkpoints: of Composer's own EMA, without an average, found by autoresume.
 
 
