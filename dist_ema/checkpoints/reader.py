@@ -13,9 +13,10 @@ from torch import Tensor
 
 from dist_ema.errors import CheckpointCorruptError
 from dist_ema.formats.dtypes import DTYPES
-from dist_ema.formats.manifest import Key, Manifest, checksum
+from dist_ema.formats.manifest import LIVE, Key, Manifest, checksum
 from dist_ema.formats.safetensors import parse_header, read_header
 from dist_ema.formats.stored import StoredFile, StoredTensor
+from dist_ema.formats.tensors import ReadableTensor
 from dist_ema.geometry.runs import Rows, Runs, count
 from dist_ema.storage import storage_reader
 from dist_ema.storage.base import Closing, OpenFile
@@ -87,6 +88,16 @@ class RunReader(Closing):
     def dtype(self, key: Key) -> torch.dtype:
         """The dtype in the file."""
         return DTYPES[self._tensors[key].dtype]
+
+    def tensor(self, key: Key) -> ReadableTensor:
+        """Returns a tensor whose ranges can be read until this reader is closed."""
+        stored = self._tensors[key]
+
+        def read(start: int, stop: int, out: Tensor) -> None:
+            self.read(key, ((start, stop - start),), out)
+
+        is_live = key[0] == LIVE
+        return ReadableTensor(stored.shape, self.dtype(key), read, stored.aliases, stored.digest, is_live)
 
     def read(self, key: Key, runs: Runs, out: Tensor) -> None:
         """Puts the elements ``runs`` of a tensor into the flat CPU tensor ``out``, which has the dtype of the file.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from math import prod
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,7 +14,39 @@ from torch import Tensor
 from dist_ema import kernels
 from dist_ema.errors import CheckpointCorruptError
 
+#: Puts elements ``[start, stop)`` of a flattened tensor into a flat CPU tensor of its dtype. From any thread.
+Read: TypeAlias = "Callable[[int, int, Tensor], None]"
 _loading = threading.Lock()
+
+
+@dataclass(frozen=True)
+class ReadableTensor:
+    """A full tensor of an opened file. Any range of its elements can be read, by several threads at a time.
+
+    Attributes:
+        shape, dtype: of the full tensor.
+        read: reads a range.
+        aliases: other names of the same (tied) tensor.
+        digest: its fingerprint; None where the file has none.
+        untracked: the file holds an average, and this tensor is not part of it.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Read
+    aliases: tuple[str, ...] = ()
+    digest: int | None = None
+    untracked: bool = False
+
+    @property
+    def numel(self) -> int:
+        """The number of elements."""
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """The number of bytes in the file."""
+        return self.numel * self.dtype.itemsize
 
 
 class LazyTensor:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,10 +17,9 @@ from dist_ema.checkpoints.versions import reread
 from dist_ema.errors import CheckpointMismatchError, EMAConfigError
 from dist_ema.formats.manifest import LIVE, NAME, Key, Manifest
 from dist_ema.formats.stored import StoredTensor
-from dist_ema.kernels.fingerprint import partial_digest
-from dist_ema.offline.merging.sources import Selection, Source, SourceTensor, open_source
-from dist_ema.offline.verify import PIECE as _PIECE
-from dist_ema.offline.verify import VerifiedTensor
+from dist_ema.formats.tensors import ReadableTensor
+from dist_ema.offline.merging.sources import Selection, Source, open_source
+from dist_ema.offline.verify import VerifiedTensor, verified
 from dist_ema.storage.paths import StrPath, check_path, is_remote, local_path
 
 logger = logging.getLogger(__name__)
@@ -125,17 +123,17 @@ def _compare_sources(
             for note in source.notes:
                 logger.warning("%s", note)
         pairs = _pairs(left, right)
-        advance = begin(sum(tensor.numel * tensor.dtype.itemsize for _, tensor, _ in pairs)) if begin else no_advance
+        advance = begin(sum(tensor.nbytes for _, tensor, _ in pairs)) if begin else no_advance
         found = []
         for own, ours, theirs in pairs:
             average = None if ours.untracked or theirs.untracked else left.average or right.average
             found.append(
-                _compare_chunks(average, own, _Verified(left, own, ours), _Verified(right, own, theirs), advance)
+                _compare_chunks(average, own, _verified(left, own, ours), _verified(right, own, theirs), advance)
             )
     return sorted(found, key=_order)
 
 
-def _pairs(left: Source, right: Source) -> list[tuple[str, SourceTensor, SourceTensor]]:
+def _pairs(left: Source, right: Source) -> list[tuple[str, ReadableTensor, ReadableTensor]]:
     """The tensors of two sources by the name in the first. Raises CheckpointMismatchError, which lists what differs."""
     lacking = {name for source in (left, right) if source.manifest for name in source.manifest.lacking}
     pairs, problems = [], []
@@ -154,24 +152,9 @@ def _pairs(left: Source, right: Source) -> list[tuple[str, SourceTensor, SourceT
     return pairs
 
 
-class _Verified:
-    """A tensor of a source, read in pieces, and verified where the source has a checksum of it."""
-
-    def __init__(self, source: Source, name: str, tensor: SourceTensor) -> None:
-        self.dtype = tensor.dtype
-        self._source, self._name, self._tensor = source, name, tensor
-
-    def chunks(self) -> Iterator[Tensor]:
-        """The elements in order; each piece is overwritten by the next."""
-        numel, total = self._tensor.numel, 0
-        scratch = torch.empty(min(_PIECE, numel), dtype=self.dtype)
-        for start in range(0, numel, _PIECE):
-            values = scratch[: min(_PIECE, numel - start)]
-            self._tensor.read(start, start + len(values), values)
-            total += partial_digest(values, ((start, len(values)),))
-            yield values
-        if self._tensor.digest not in (None, total % (1 << 64)):
-            raise damaged_error(self._source.path, [repr(self._name)])
+def _verified(source: Source, name: str, tensor: ReadableTensor) -> VerifiedTensor:
+    """A tensor of a source, which is verified where the source has a fingerprint of it."""
+    return VerifiedTensor(tensor, damaged_error(source.path, [repr(name)]))
 
 
 # Of checkpoints of this library.
@@ -192,8 +175,8 @@ def _compare(
             _compare_chunks(
                 None if key[0] == LIVE else key[0].removeprefix("averages/"),
                 key[1],
-                VerifiedTensor(left, key, ours[key]),
-                VerifiedTensor(right, other, theirs[other]),
+                verified(left, key, ours[key]),
+                verified(right, other, theirs[other]),
                 advance,
             )
             for key, other in pairs.items()
@@ -237,7 +220,9 @@ def _shown(key: Key) -> str:
     return f"{key[1]!r} ({key[0]})"
 
 
-def _compare_chunks(average: str | None, name: str, a: _Chunked, b: _Chunked, advance: Advance) -> Difference:
+def _compare_chunks(
+    average: str | None, name: str, a: VerifiedTensor, b: VerifiedTensor, advance: Advance
+) -> Difference:
     equal, norm, distance, largest = a.dtype == b.dtype, 0.0, 0.0, 0.0
     # Chunk by chunk in float64, where sums of squares of fp32 values lose nothing that matters.
     for x, y in zip(a.chunks(), b.chunks(), strict=True):
@@ -251,15 +236,6 @@ def _compare_chunks(average: str | None, name: str, a: _Chunked, b: _Chunked, ad
             distance += float(apart.square_().sum())
         advance(x.nbytes)
     return Difference(average, name, equal, math.sqrt(norm), math.sqrt(distance), largest)
-
-
-class _Chunked(Protocol):
-    """A tensor that is read from its first element to its last, in pieces of :data:`_PIECE` elements."""
-
-    dtype: torch.dtype
-
-    def chunks(self) -> Iterator[Tensor]:
-        """The pieces."""
 
 
 def _real(values: Tensor) -> Tensor:

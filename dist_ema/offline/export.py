@@ -17,7 +17,7 @@ from dist_ema.formats.dtypes import DTYPES
 from dist_ema.formats.manifest import LIVE, Key, Manifest
 from dist_ema.formats.stored import StoredTensor
 from dist_ema.geometry.shares import Mode
-from dist_ema.offline.verify import VerifiedTensor
+from dist_ema.offline.verify import verified
 from dist_ema.options import check_cast
 from dist_ema.storage.paths import StrPath
 
@@ -86,7 +86,7 @@ def _export(
         advance = begin(manifest, sum(tensor.nbytes for tensor in tensors.values())) if begin else no_advance
         once = layout == "transformers" or (layout is None and is_transformers_config(config_from))
         entries = [_entry(key, tensor, once) for key, tensor in tensors.items()]
-        sources = [VerifiedTensor(reader, key, tensor) for key, tensor in tensors.items()]
+        sources = [verified(reader, key, tensor) for key, tensor in tensors.items()]
         held = {
             entry.name: FileValues.of(entry, source, advance) for entry, source in zip(entries, sources, strict=True)
         }

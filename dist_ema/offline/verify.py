@@ -15,9 +15,10 @@ from dist_ema.checkpoints.parts import IO_CHUNK
 from dist_ema.checkpoints.reader import RunReader, damaged_error
 from dist_ema.checkpoints.versions import reread
 from dist_ema.errors import CheckpointCorruptError
-from dist_ema.formats.dtypes import DTYPES, WIDEST
+from dist_ema.formats.dtypes import WIDEST
 from dist_ema.formats.manifest import NAME, Key, Manifest
 from dist_ema.formats.stored import StoredTensor
+from dist_ema.formats.tensors import ReadableTensor
 from dist_ema.geometry.runs import Runs, chunks, count, whole
 from dist_ema.kernels.fingerprint import partial_digest
 from dist_ema.runtime.threads import work_through
@@ -176,47 +177,50 @@ def _audit_file(reader: RunReader, tensors: dict[Key, StoredTensor], threads: in
 
 
 class VerifiedTensor:
-    """One stored tensor, read from its first element to its last, and verified with the last.
+    """A tensor that is read from its first element to its last, and verified with the last.
 
     A :class:`~dist_ema.checkpoints.file_values.Source`.
 
     Args:
-        reader: has the tensor's file open.
-        key: its folder and name.
-        tensor: its entry in the manifest.
+        tensor: of an opened file. One without a fingerprint is only read.
+        damage: raised if the elements are not those of the fingerprint.
     """
 
-    def __init__(self, reader: RunReader, key: Key, tensor: StoredTensor) -> None:
-        self.dtype = DTYPES[tensor.dtype]
-        self.numel = _numel(tensor)
-        self._reader = reader
-        self._key = key
+    def __init__(self, tensor: ReadableTensor, damage: CheckpointCorruptError) -> None:
+        self.dtype = tensor.dtype
         self._tensor = tensor
+        self._damage = damage
         self._total = 0
 
     def read(self, start: int, stop: int, out: Tensor) -> None:
         """Puts the next elements, ``[start, stop)``, into the flat CPU tensor ``out``, converted to its dtype.
 
-        Raises CheckpointCorruptError, naming file and tensor, with the last elements, if not all were as written.
+        Raises CheckpointCorruptError with the last elements, if not all were as written.
         """
         # Digested as it lies in the file, before it is converted.
-        runs = ((start, stop - start),)
         values = out if out.dtype == self.dtype else torch.empty(stop - start, dtype=self.dtype)
-        self._reader.read(self._key, runs, values)
-        self._total += partial_digest(values, runs)
+        self._tensor.read(start, stop, values)
+        self._total += partial_digest(values, ((start, stop - start),))
         if values is not out:
             out.copy_(values)
-        if stop == self.numel and self._total % (1 << 64) != self._tensor.digest:
-            raise CheckpointCorruptError(f"{self._tensor.file}: {self._key[1]!r}: {WRONG}")
+        if stop == self._tensor.numel and self._tensor.digest not in (None, self._total % (1 << 64)):
+            raise self._damage
 
     def chunks(self) -> Iterator[Tensor]:
         """The elements in order, :data:`PIECE` at a time; each is overwritten by the next."""
-        scratch = torch.empty(min(PIECE, self.numel), dtype=self.dtype)
-        for start in range(0, self.numel, PIECE):
-            stop = min(start + PIECE, self.numel)
+        numel = self._tensor.numel
+        scratch = torch.empty(min(PIECE, numel), dtype=self.dtype)
+        for start in range(0, numel, PIECE):
+            stop = min(start + PIECE, numel)
             values = scratch[: stop - start]
             self.read(start, stop, values)
             yield values
+
+
+def verified(reader: RunReader, key: Key, tensor: StoredTensor) -> VerifiedTensor:
+    """Returns a tensor of a checkpoint, whose damage is an error that names the file and the tensor."""
+    damage = CheckpointCorruptError(f"{tensor.file}: {key[1]!r}: {WRONG}")
+    return VerifiedTensor(reader.tensor(key), damage)
 
 
 def _numel(tensor: StoredTensor) -> int:

@@ -9,8 +9,9 @@ import torch
 
 from dist_ema.errors import CheckpointError, CheckpointMismatchError
 from dist_ema.formats.strict_json import parse
+from dist_ema.formats.tensors import ReadableTensor
 from dist_ema.kernels.fingerprint import partial_digest
-from dist_ema.offline.merging.sources import Source, SourceTensor
+from dist_ema.offline.merging.sources import Source
 from dist_ema.storage.local import open_plain
 from dist_ema.storage.paths import is_remote, local_path
 
@@ -111,7 +112,7 @@ def with_ties(sources: Sequence[Source]) -> list[Source]:
 
 
 def _equal_names(
-    source: Source, name: str, tensor: SourceTensor, digests: dict[tuple[int, str], tuple[int, bool]], owner: int
+    source: Source, name: str, tensor: ReadableTensor, digests: dict[tuple[int, str], tuple[int, bool]], owner: int
 ) -> list[str]:
     """Other names of tensors of a source that have the same elements as one of its tensors."""
 
@@ -134,7 +135,7 @@ def _equal_names(
     return [known for known in alike if digest(known)[0] == digest(name)[0]]
 
 
-def _digest(tensor: SourceTensor) -> tuple[int, bool]:
+def _digest(tensor: ReadableTensor) -> tuple[int, bool]:
     """The fingerprint of a tensor, and whether its elements differ from each other."""
     total, varied = 0, False
     buffer = torch.empty(min(_PIECE, tensor.numel), dtype=tensor.dtype)

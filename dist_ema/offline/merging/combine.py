@@ -23,9 +23,10 @@ from torch import Tensor
 from dist_ema.checkpoints.file_values import Advance
 from dist_ema.comm.catalogue import FullTensor
 from dist_ema.comm.collectives import gather_objects, rank_in, size_of, sum_integers
+from dist_ema.formats.tensors import ReadableTensor
 from dist_ema.kernels.fingerprint import partial_digest
 from dist_ema.offline.merging.outputs import Output
-from dist_ema.offline.merging.sources import Source, SourceTensor
+from dist_ema.offline.merging.sources import Source
 from dist_ema.runtime.threads import work_through
 from dist_ema.storage.base import TensorWriter
 
@@ -113,7 +114,7 @@ class Combination:
     def nbytes(self) -> int:
         """Bytes that are read, by all ranks."""
         tensors = [self._tensors[entry.name][number] for entry in self._entries for number in self._read(entry)]
-        return sum(tensor.numel * tensor.dtype.itemsize for tensor in tensors)
+        return sum(tensor.nbytes for tensor in tensors)
 
     def is_summed(self, entry: FullTensor) -> bool:
         """Whether elements are added up; of all other tensors the newest source's are taken."""
@@ -231,7 +232,7 @@ def is_summed(dtype: torch.dtype) -> bool:
     return dtype.is_floating_point or dtype.is_complex
 
 
-def _held(entry: FullTensor, sources: Sequence[Source]) -> list[SourceTensor]:
+def _held(entry: FullTensor, sources: Sequence[Source]) -> list[ReadableTensor]:
     """The tensor in every source, which :func:`check_alike` has found there."""
     found = [source.get(entry.name, entry.aliases) for source in sources]
     return [tensor for tensor in found if tensor is not None]

@@ -9,7 +9,8 @@ import torch
 
 from dist_ema.comm.catalogue import FullTensor
 from dist_ema.errors import CheckpointMismatchError, EMAConfigError
-from dist_ema.offline.merging.sources import Source, SourceTensor
+from dist_ema.formats.tensors import ReadableTensor
+from dist_ema.offline.merging.sources import Source
 
 #: Elements that are compared at a time.
 _PIECE = 1 << 18
@@ -98,7 +99,7 @@ def check_integers(
         )
 
 
-def _are_equal(a: SourceTensor, b: SourceTensor) -> bool:
+def _are_equal(a: ReadableTensor, b: ReadableTensor) -> bool:
     if a.dtype != b.dtype:
         return False
     if a.digest is not None and b.digest is not None:

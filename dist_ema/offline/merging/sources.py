@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-
-import torch
-from torch import Tensor
 
 from dist_ema.checkpoints.reader import RunReader
 from dist_ema.checkpoints.versions import checkpoints_in, reread
 from dist_ema.errors import CheckpointError, EMAConfigError
 from dist_ema.formats import dcp_directory as dcp
-from dist_ema.formats.dtypes import DTYPES
-from dist_ema.formats.manifest import LIVE, NAME, Manifest
+from dist_ema.formats.manifest import NAME, Manifest
 from dist_ema.formats.strict_json import is_count, parse
-from dist_ema.formats.tensors import Content
+from dist_ema.formats.tensors import Content, ReadableTensor
 from dist_ema.importers.files import open_foreign
 from dist_ema.importers.folders import choose_files
 from dist_ema.importers.foreign import ties
@@ -34,33 +30,6 @@ _STEPS = ("global_step", "step", "iteration")
 _AVERAGE = re.compile(r"(^|_)(ema|swa|averaged?)(_|$)", re.IGNORECASE)
 #: Bytes of ``trainer_state.json`` at most, and levels of its JSON. It has the whole history of the losses.
 _STATE_BYTES, _STATE_DEPTH = 1 << 28, 32
-#: ``read(start, stop, out)``: elements of the flattened tensor into a flat CPU tensor of the tensor's own dtype.
-Read = Callable[[int, int, Tensor], None]
-
-
-@dataclass(frozen=True)
-class SourceTensor:
-    """A full tensor of a source; several threads may read it at a time.
-
-    Attributes:
-        shape, dtype: of the full tensor.
-        read: reads a range.
-        aliases: other names of it, where it is tied.
-        digest: its fingerprint, where the source has one to be held against.
-        untracked: the source is an average, of which this is no part.
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    read: Read
-    aliases: tuple[str, ...] = ()
-    digest: int | None = None
-    untracked: bool = False
-
-    @property
-    def numel(self) -> int:
-        """Elements."""
-        return torch.Size(self.shape).numel()
 
 
 @dataclass(frozen=True)
@@ -80,7 +49,7 @@ class Source:
 
     path: str
     kind: str
-    tensors: Mapping[str, SourceTensor]
+    tensors: Mapping[str, ReadableTensor]
     average: str | None = None
     manifest: Manifest | None = None
     step: int | None = None
@@ -95,7 +64,7 @@ class Source:
     def __str__(self) -> str:
         return self.path if self.average is None else f"{self.path} ({self.average})"
 
-    def get(self, name: str, others: Sequence[str] = ()) -> SourceTensor | None:
+    def get(self, name: str, others: Sequence[str] = ()) -> ReadableTensor | None:
         """The tensor of a name, or of one of its aliases."""
         found = next((self.names[known] for known in (name, *others) if known in self.names), None)
         return None if found is None else self.tensors[found]
@@ -178,7 +147,7 @@ def open_named(path: StrPath, place: Path, key: str | None, prefix: str | None) 
         if name not in aliases:
             is_live = name in choice.live
             own = others.get(name, ())
-            tensors[name] = SourceTensor(lazy.shape, lazy.dtype, lazy.read_range, own, untracked=is_live)
+            tensors[name] = ReadableTensor(lazy.shape, lazy.dtype, lazy.read_range, own, untracked=is_live)
     step = trainer_step(place.parent)
     if step is None and content.kind == "file":
         step = next((content.values[word] for word in _STEPS if is_count(content.values.get(word))), None)
@@ -236,11 +205,7 @@ def _open_folder(path: StrPath, place: Path, key: str | None, stack: ExitStack) 
 
 
 def _open_files(path: StrPath, files: Mapping[Path, Collection[str] | None], stack: ExitStack) -> Source:
-    ranges = stack.enter_context(open_pretrained(files))
-    found = {
-        name: SourceTensor(shape, dtype, _range(ranges.read, name)) for name, (shape, dtype) in ranges.tensors.items()
-    }
-    return Source(os.fspath(path), "pretrained", found)
+    return Source(os.fspath(path), "pretrained", stack.enter_context(open_pretrained(files)))
 
 
 def open_average(path: StrPath, manifest: Manifest, name: str | None, stack: ExitStack) -> Source:
@@ -248,17 +213,5 @@ def open_average(path: StrPath, manifest: Manifest, name: str | None, stack: Exi
     average = manifest.choose(name)
     stored = manifest.tensors(average)
     reader = stack.enter_context(RunReader.of(path, manifest, stored))
-    tensors = {}
-    for key, tensor in stored.items():
-        folder, own = key
-        dtype = DTYPES[tensor.dtype]
-
-        def read(start: int, stop: int, out: Tensor, key: tuple[str, str] = key) -> None:
-            reader.read(key, ((start, stop - start),), out)
-
-        tensors[own] = SourceTensor(tensor.shape, dtype, read, tensor.aliases, tensor.digest, folder == LIVE)
+    tensors = {key[1]: reader.tensor(key) for key in stored}
     return Source(os.fspath(path), "average", tensors, average, manifest, manifest.clock.batches)
-
-
-def _range(read: Callable[[str, int, int, Tensor], None], name: str) -> Read:
-    return lambda start, stop, out: read(name, start, stop, out)
