@@ -1,4 +1,4 @@
-"""Memory that an average keeps for conversions and exchanges, and how live weights change places with one, or move toward it."""
+"""Memory that an average keeps for conversions, and how live weights change places with it or move toward it."""
 
 from __future__ import annotations
 
