@@ -19,6 +19,7 @@ from typing import Any, cast
 from dist_ema.ema import ShardedEMA
 from dist_ema.engines.names import unwrapped
 from dist_ema.errors import CheckpointError, EMAConfigError, EMAEngineError, EMAStateError
+from dist_ema.integrations.evaluation import ShouldUpdate, check_should_update, is_due
 
 try:
     import accelerate
@@ -42,6 +43,7 @@ def prepare_ema(
     *,
     name: str = "ema",
     missing: str = "error",
+    should_update: ShouldUpdate | None = None,
     **options: Any,
 ) -> ShardedEMA:
     """An average of a model that ``accelerator.prepare()`` returned. Local; every rank calls it.
@@ -71,6 +73,10 @@ def prepare_ema(
         name: of the folder beside Accelerate's files, for several averages: letters, digits, ``_`` and ``-``.
         missing: what ``load_state()`` does with a checkpoint that has no such average: ``"error"``, or ``"start"`` it
             anew from the weights that were loaded.
+        should_update: which steps of ``optimizer`` are averaged, in place of ``update_interval`` and ``ema_start``:
+            called on every rank after each real step (under DeepSpeed also after micro-steps) with the training clock,
+            as ``lambda clock: clock.batches >= 100 and clock.batches % 10 == 0``. Use it where an interval cannot say
+            it.
         options: of :class:`ShardedEMA`.
 
     Raises:
@@ -88,6 +94,11 @@ def prepare_ema(
         )
     if missing not in _MISSING:
         raise EMAConfigError(f"missing={missing!r}: allowed are {', '.join(map(repr, _MISSING))}")
+    check_should_update(should_update, options.get("update_interval"), options.get("ema_start"))
+    if should_update is not None and optimizer is None:
+        raise EMAConfigError(
+            "should_update is asked after each step of optimizer: give that, or call ema.update(due=...) yourself"
+        )
     averages = _Averages.of(accelerator)
     averages.check_name(name)
     if not _is_prepared(accelerator, model):
@@ -107,9 +118,13 @@ def prepare_ema(
             "out, and call ema.update(samples=..., tokens=..., epochs=...) after each real step"
         )
     if optimizer is not None:
-        ema.attach(optimizer)
+        ema.attach(optimizer, call=None if should_update is None else functools.partial(_update, ema, should_update))
     averages.known[name] = _Average(ema, missing)
     return ema
+
+
+def _update(ema: ShardedEMA, should_update: ShouldUpdate) -> None:
+    ema.update(due=is_due(should_update, ema.clock.advance(batches=1)))
 
 
 def _check_version() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -13,6 +14,8 @@ from dist_ema import functional
 from dist_ema.ema import ShardedEMA
 from dist_ema.errors import CheckpointError, EMAConfigError
 from dist_ema.integrations.composer_pace import HALF_LIFE, Pace
+from dist_ema.integrations.evaluation import BOTH, ShouldUpdate, check_choice, check_should_update
+from dist_ema.options import Options
 
 _INSTALL = "pip install 'dist_ema[composer]' torchvision mosaicml-cli && pip install --no-deps mosaicml==0.32.1"
 try:
@@ -21,7 +24,15 @@ try:
     from composer.core import Algorithm, Callback, Event, State
     from composer.utils import dist
 
-    from dist_ema.integrations.composer_trainer import after_exception, allow_missing, change_over, progress, will_save
+    from dist_ema.integrations.composer_trainer import (
+        after_exception,
+        after_fit,
+        allow_missing,
+        change_over,
+        evaluate_twice,
+        progress,
+        will_save,
+    )
 except ImportError as error:
     raise ImportError(f"dist_ema.integrations.composer needs MosaicML Composer ({error}): {_INSTALL}") from error
 if tuple(map(int, composer.__version__.split(".")[:2])) < (0, 32):
@@ -56,8 +67,19 @@ class EMA(Algorithm):
         ema_start: in ``dur``, ``ba``, ``ep``, ``sp``, ``tok``. ``dur`` moves as the trainer's ``max_duration`` does.
         update_interval: 1 in the unit of ``half_life`` by default, else ``"1ba"``.
         missing: at a checkpoint without an average: ``"error"``, or ``"start"`` anew from its weights.
+        evaluate: on the average; its name where there are several, True for the first. False uses the live weights.
+            ``"both"`` runs each evaluator twice: metrics of the live weights have its label (``metrics/eval/...``),
+            those of the average the label with the prefix ``ema_`` (``metrics/ema_eval/...``). Use it to see in one run
+            what the average gains. ``EarlyStopper(dataloader_label="ema_eval")`` follows the average. Predictions are
+            on the average.
+        should_update: which batches are averaged, in place of ``update_interval`` and ``ema_start``: called on every
+            rank after each batch with the training clock (``clock.batches``, ``clock.epochs``), as
+            ``lambda clock: clock.batches >= 100 and clock.batches % 10 == 0``. Use it where an interval cannot say it.
+            An update then decays by what was trained since the last one.
+        average_at_end: write the average into the model at the end of ``fit()``, after its last checkpoint and
+            evaluation; its name where there are several.
         options: of :class:`ShardedEMA`; ``buffers`` is ``"average"`` by default. The first of several ``averages`` is
-            evaluated, and saved as ``state.model``.
+            saved as ``state.model``.
 
     ``ema`` is the ShardedEMA once an event has needed it. Raises EMAConfigError for an option that is wrong or
     contradicts the trainer, CheckpointError for a checkpoint without an average; on every rank.
@@ -71,8 +93,13 @@ class EMA(Algorithm):
         update_interval: str | None = None,
         *,
         missing: str = "error",
+        evaluate: bool | str = True,
+        should_update: ShouldUpdate | None = None,
+        average_at_end: bool | str = False,
         **options: Any,
     ) -> None:
+        start = None if ema_start == "0.0dur" else ema_start
+        check_should_update(should_update, update_interval, start)
         if missing not in ("error", "start"):
             raise EMAConfigError(f"missing={missing!r}: allowed are 'error' and 'start'")
         self._pace = Pace.parse(half_life, smoothing, ema_start, update_interval, {"buffers": "average", **options})
@@ -80,6 +107,16 @@ class EMA(Algorithm):
         self.ema_start, self.update_interval = self._pace.start, self._pace.interval
         self.update_event = Event.EPOCH_END if self.update_interval.unit == "ep" else Event.BATCH_END
         self._missing, self._visit, self._inside = missing, ExitStack(), ""  # the average in the model, and what for
+        if should_update is not None and self.half_life is not None:  # not by a full interval, of which there is none
+            options = {**self._pace.options, "half_life": str(self.half_life), "smoothing": None}
+            self._pace = replace(self._pace, options=options)
+        names = list(Options.check(**self._pace.options).schedules)
+        check_choice("evaluate", names[0] if evaluate is True else evaluate, names, both=True)
+        check_choice("average_at_end", average_at_end, names)
+        self.evaluates_both = evaluate == BOTH and BOTH not in names
+        self.on_live = False  # whether the evaluation under way is that of the live weights
+        self._evaluated = names[0] if evaluate is True or self.evaluates_both else evaluate  # the average, or False
+        self._should_update, self._average_at_end = should_update, average_at_end
         self._begin(None)
 
     def _begin(self, state: State | None) -> None:
@@ -129,7 +166,7 @@ class EMA(Algorithm):
             self._average()
         elif event in (Event.BATCH_END, Event.EPOCH_END):
             self._update(event, state)
-        elif event in _VISITS:
+        elif event in _VISITS and not self.on_live and self._evaluated is not False:
             self._turn(_VISITS[event])
         elif event in _SAVES and will_save(event, state):
             self._turn("checkpoint")
@@ -155,7 +192,10 @@ class EMA(Algorithm):
     def _update(self, event: Event, state: State) -> None:
         ema, now, before = self._average(), progress(state.timestamp), progress(state.previous_timestamp)
         new, elapsed = now.since(before), state.get_elapsed_duration().value
-        due = self._pace.due(before, now, self.ema_started, elapsed) and event is self.update_event
+        if self._should_update is not None:
+            due = event is Event.BATCH_END and bool(self._should_update(now))
+        else:
+            due = self._pace.due(before, now, self.ema_started, elapsed) and event is self.update_event
         ema.update(batches=new.batches, samples=new.samples, tokens=new.tokens, epochs=new.epochs, due=due)
 
     # The average in the model: collective where ShardedEMA.average_parameters() is.
@@ -166,7 +206,10 @@ class EMA(Algorithm):
         self._visit.close()
         if inside:
             ema = self._average()
-            self._visit.enter_context(ema.average_parameters(ema.names[0], held_by=f"Composer's {inside}"))
+            name = ema.names[0]
+            if inside in _VISITS.values() and isinstance(self._evaluated, str):
+                name = self._evaluated
+            self._visit.enter_context(ema.average_parameters(name, held_by=f"Composer's {inside}"))
             self._inside = inside
 
     def _stays(self, event: Event) -> bool:
@@ -198,6 +241,12 @@ class EMA(Algorithm):
                 if self._inside != before:
                     self._turn(before)
         return model
+
+    def end_fit(self) -> None:
+        """The trainer's ``fit()`` has ended, its last checkpoint and evaluation included. Collective."""
+        if self._average_at_end is not False and self.ema is not None:
+            self._turn("")
+            self.ema.copy_to(None if self._average_at_end is True else self._average_at_end)
 
     # Checkpoints: collective.
 
@@ -247,11 +296,9 @@ class ShardedEMAState(Callback):
         self._algorithm._load(state)
 
 
-def compute_ema(model: nn.Module, ema_model: nn.Module, smoothing: float = 0.99) -> None:
-    """:func:`dist_ema.compute_ema` as ``composer.functional.compute_ema``: with a smoothing of 1 nothing changes."""
-    if smoothing != 1:
-        functional.compute_ema(model, ema_model, smoothing)
-
+compute_ema = functional.compute_ema  # also composer.functional.compute_ema's name and arguments
 
 after_exception(EMA, lambda algorithm: algorithm._turn(""))
+after_fit(EMA, EMA.end_fit)
+evaluate_twice(EMA)
 allow_missing(ShardedEMAState)

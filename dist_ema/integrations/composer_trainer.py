@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import wraps
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from dist_ema.dcp.texts import write_state
 from dist_ema.errors import CheckpointError
+from dist_ema.integrations.evaluation import same_random
 from dist_ema.schedules.clock import Progress
 from dist_ema.schedules.state import EMAState
 
@@ -52,6 +54,51 @@ def after_exception(kind: type[Algorithm], call: Callable[[Any], None]) -> None:
 
     for name in ("fit", "eval", "predict"):
         setattr(Trainer, name, calling(getattr(Trainer, name)))
+
+
+def after_fit(kind: type[Algorithm], call: Callable[[Any], None]) -> None:
+    """Has ``call`` called with a trainer's algorithms of a kind when its ``fit`` has returned.
+
+    Evaluators run and checkpoints are saved after the event FIT_END. Replaces the method, for all trainers.
+    """
+    method = Trainer.fit
+
+    @wraps(method)
+    def fit(trainer: Trainer, *args: Any, **options: Any) -> None:
+        method(trainer, *args, **options)
+        for algorithm in trainer.state.algorithms:
+            if isinstance(algorithm, kind):
+                call(algorithm)
+
+    Trainer.fit = fit
+
+
+def evaluate_twice(kind: type[Algorithm]) -> None:
+    """Has each evaluator run on the live weights and on the average, where an algorithm of a kind ``evaluates_both``.
+
+    The second evaluation is that of an evaluator whose label has the prefix ``ema_``, with metrics of its own. Replaces
+    the method that runs an evaluator, for all trainers.
+    """
+    method = Trainer._eval_loop
+
+    @wraps(method)
+    def evaluate(trainer: Trainer, evaluator: Any, metrics: Any, subset_num_batches: int | None = None) -> None:
+        algorithm: Any = next((one for one in trainer.state.algorithms if isinstance(one, kind)), None)
+        if algorithm is None or not algorithm.evaluates_both:
+            method(trainer, evaluator, metrics, subset_num_batches)
+            return
+        algorithm.on_live = True
+        try:
+            method(trainer, evaluator, metrics, subset_num_batches)
+        finally:
+            algorithm.on_live = False
+        twin = copy.copy(evaluator)
+        twin.label = f"ema_{evaluator.label}"
+        averaged = trainer.state.eval_metrics.setdefault(twin.label, copy.deepcopy(metrics))
+        with same_random():
+            method(trainer, twin, averaged, subset_num_batches)
+
+    Trainer._eval_loop = evaluate
 
 
 def allow_missing(callback: type[Callback]) -> None:

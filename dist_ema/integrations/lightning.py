@@ -16,6 +16,8 @@ from dist_ema.ema import ShardedEMA
 from dist_ema.engines import RemovableHandle
 from dist_ema.errors import CheckpointError, EMAConfigError, EMAEngineError
 from dist_ema.integrations import lightning_checkpoints as checkpoints
+from dist_ema.integrations.evaluation import BOTH, ShouldUpdate, check_choice, check_should_update, is_due, same_random
+from dist_ema.integrations.lightning_trainer import unseen_evaluation
 from dist_ema.options import Options
 from dist_ema.schedules.clock import Progress
 from dist_ema.schedules.state import EMAState
@@ -55,7 +57,14 @@ class EMACallback(pl.Callback):
     (``current_model_state``), and its average (``state_dict``) goes on as the average of this callback.
 
     Args:
-        evaluate: on the average; its name where there are several. False uses the live weights.
+        evaluate: on the average; its name where there are several. False uses the live weights. ``"both"`` validates
+            and tests twice: metrics of the live weights have the module's names, those of the average the prefix
+            ``ema_`` (``ema_val_loss``). Use it to see in one run what the average gains. ModelCheckpoint and
+            EarlyStopping follow the average with ``monitor="ema_val_loss"``. Callbacks see the live evaluation only;
+            predictions are on the average.
+        should_update: which steps are averaged, in place of ``update_interval`` and ``ema_start``: called on every rank
+            after each optimizer step with the training clock (``clock.batches``, ``clock.epochs``), as
+            ``lambda clock: clock.batches >= 100 and clock.batches % 10 == 0``. Use it where an interval cannot say it.
         missing: a checkpoint without an average is an ``"error"``, or a new average is to ``"start"`` from its weights.
         average_at_end: write the average into the module at the end of ``fit()``; its name where there are several.
             ``trainer.save_checkpoint()`` afterwards writes the average as the module's weights, so a resumed run would
@@ -79,6 +88,7 @@ class EMACallback(pl.Callback):
         evaluate: bool | str = True,
         missing: str = "error",
         log: bool = True,
+        should_update: ShouldUpdate | None = None,
         average_at_end: bool | str = False,
         **options: Any,
     ) -> None:
@@ -87,13 +97,17 @@ class EMACallback(pl.Callback):
         names = list((parsed := self._parse("1ep")).schedules)
         if others := sorted(parsed.units() - {"ba", "ep"}):
             raise EMAConfigError(f"the options count in {', '.join(others)}, Lightning in ba and ep only: use those")
-        for option, value in {"evaluate": evaluate, "average_at_end": average_at_end}.items():
-            if (isinstance(value, str) and value not in names) or (value is True and len(names) > 1):
-                raise EMAConfigError(f"{option}={value!r}: allowed are False and the names of averages, {names}")
+        check_choice("evaluate", evaluate, names, both=True)
+        check_choice("average_at_end", average_at_end, names)
+        check_should_update(should_update, options.get("update_interval"), options.get("ema_start"))
         if missing not in ("error", "start"):
             raise EMAConfigError(f"missing={missing!r}: allowed are 'error' and 'start'")
-        self._evaluate, self._missing, self._log = evaluate, missing, log
-        self._average_at_end = average_at_end
+        self._missing, self._log = missing, log
+        self._both = evaluate == BOTH and BOTH not in names
+        self._evaluate: bool | str = True if self._both else evaluate
+        self._should_update, self._average_at_end = should_update, average_at_end
+        self._on_live = False  # whether the evaluation under way is that of the live weights
+        self._averaged: dict[str, torch.Tensor] = {}  # the metrics of the average, for the evaluation under way
         self.ema: ShardedEMA | None = None
         self._bound: list[Any] = []  # whose average it is, what the strategy made of that, its parameters
         self._held: ExitStack | None = None  # while the average is in the model
@@ -124,6 +138,9 @@ class EMACallback(pl.Callback):
         # No hook knows the path of a checkpoint, and none comes when one is removed.
         _wrap(trainer, "save_checkpoint", partial(self._save_checkpoint, trainer))
         _wrap(trainer.strategy, "remove_checkpoint", partial(self._remove_checkpoint, trainer))
+        if self._both:
+            for loop in (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop):
+                _wrap(loop, "run", partial(self._evaluate_both, trainer, loop))
 
     def _average_of(self, module: object) -> ShardedEMA | None:
         """If it is of that one. None while finders of learning rates and the like train and restore before a fit."""
@@ -184,7 +201,8 @@ class EMACallback(pl.Callback):
 
     def _update(self, ema: ShardedEMA) -> None:
         before, self._due = ema.clock, False
-        ema.update(epochs=self._epochs)
+        due = is_due(self._should_update, before.advance(batches=1, epochs=self._epochs))
+        ema.update(epochs=self._epochs, due=due)
         if ema.clock is not before:  # else a micro-step of DeepSpeed, or one that it skipped
             self._epochs = 0.0
 
@@ -204,7 +222,7 @@ class EMACallback(pl.Callback):
             self._leave()
             self._begin(trainer, pl_module)
             ema = self._average_of(pl_module)
-            if self._evaluate and ema is not None:
+            if self._evaluate and not self._on_live and ema is not None:
                 self._held, name = ExitStack(), None if self._evaluate is True else self._evaluate
                 self._held.enter_context(ema.average_parameters(name, held_by=f"Lightning's {trainer.state.stage}"))
 
@@ -218,6 +236,26 @@ class EMACallback(pl.Callback):
             self._handles.pop().remove()
         self._leave()
 
+    def _evaluate_both(self, trainer: pl.Trainer, loop: Any, run: Callable[[], Any]) -> Any:
+        """In place of an evaluation: one on the average that nobody else sees, and then one on the live weights."""
+        self._averaged = {}
+        try:
+            if not trainer.sanity_checking:
+                with same_random(), unseen_evaluation(trainer, loop, [self]) as metrics:
+                    run()
+                if self._average_of(trainer.lightning_module) is not None:
+                    self._averaged = {f"ema_{name}": value for name, value in metrics.items()}
+            self._on_live = True
+            return run()
+        finally:
+            self._on_live = False
+
+    def _log_averaged(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        averaged, self._averaged = self._averaged, {}
+        if averaged:  # every rank has them; the trainer's callbacks and loggers find them beside the live ones
+            pl_module.log_dict(averaged, on_step=False, on_epoch=True, add_dataloader_idx=False)  # names have it
+
+    on_validation_epoch_end = on_test_epoch_end = _log_averaged
     on_validation_start = on_test_start = on_predict_start = _enter
     on_validation_end = on_test_end = on_predict_end = _leave
     on_exception = _stop

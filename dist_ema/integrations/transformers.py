@@ -20,7 +20,15 @@ import torch.distributed as dist
 from dist_ema.comm.collectives import broadcast_object
 from dist_ema.ema import ShardedEMA
 from dist_ema.errors import CheckpointError, EMAConfigError, EMAEngineError, EMAStateError
-from dist_ema.integrations.transformers_trainer import epochs_begun, evaluating_on, refuse_unwrapped, scale
+from dist_ema.integrations.evaluation import BOTH, ShouldUpdate, check_choice, check_should_update, is_due, same_random
+from dist_ema.integrations.transformers_trainer import (
+    epochs_begun,
+    evaluating_on,
+    refuse_unwrapped,
+    scale,
+    with_prefix,
+    without_callbacks,
+)
 from dist_ema.schedules.clock import Time
 
 try:
@@ -55,9 +63,17 @@ class EMACallback(TrainerCallback):
 
     Args:
         trainer: whose callback it will be; None means the one whose ``train()`` finds it.
-        evaluate: on the average; with several ``averages``, the name of the one to take.
+        evaluate: on the average; with several ``averages``, the name of the one to take. ``"both"`` evaluates twice:
+            metrics of the average have the Trainer's names (``eval_loss``), so that ``metric_for_best_model`` and early
+            stopping follow it as with True, and those of the live weights the prefix ``live_`` (``live_eval_loss``).
+            Use it to see in one run what the average gains. ``predict()`` is on the average.
         missing: a checkpoint has none: ``"error"``, or ``"start"`` one from its weights, with its clock at zero.
-        save_averaged: as ``evaluate``, for ``save_model()``.
+        save_averaged: True, or the name of an average, for ``save_model()``.
+        should_update: which steps are averaged, in place of ``update_interval`` and ``ema_start``: called on every rank
+            after each optimizer step with the training clock (``clock.batches``, ``clock.epochs``), as
+            ``lambda clock: clock.batches >= 100 and clock.batches % 10 == 0``. Use it where an interval cannot say it.
+        average_at_end: write the average into the model at the end of ``train()``, after the last checkpoint was saved;
+            its name where there are several. ``save_model()`` and ``evaluate()`` then have it without a callback.
         options: of :class:`dist_ema.ShardedEMA`. ``max_duration`` is the Trainer's own, so it may be left out.
 
     Raises:
@@ -72,6 +88,8 @@ class EMACallback(TrainerCallback):
         evaluate: bool | str = True,
         missing: str = "error",
         save_averaged: bool | str = False,
+        should_update: ShouldUpdate | None = None,
+        average_at_end: bool | str = False,
         **options: Any,
     ) -> None:
         if missing not in ("error", "start"):
@@ -79,7 +97,9 @@ class EMACallback(TrainerCallback):
         if _callback_of(trainer) is not None:
             raise EMAConfigError(_TWICE)
         inspect.signature(ShardedEMA).bind(trainer, **options)  # TypeError for a misspelt one
+        check_should_update(should_update, options.get("update_interval"), options.get("ema_start"))
         self.ema: ShardedEMA | None = None
+        self._should_update, self._average_at_end = should_update, average_at_end
         self._trainer: Any = trainer
         self._options, self._missing, self._evaluate, self._save_averaged = options, missing, evaluate, save_averaged
         self._resume: Path | None = None  # the checkpoint that training goes on from
@@ -111,9 +131,9 @@ class EMACallback(TrainerCallback):
         return given
 
     def _check(self, ema: ShardedEMA, trainer: Any) -> None:
-        for option, value in (("evaluate", self._evaluate), ("save_averaged", self._save_averaged)):
-            if value not in (choice := [False, *[True][len(ema.names) - 1 :], *ema.names]):
-                raise EMAConfigError(f"{option}={value!r}: allowed are {', '.join(map(repr, choice))}")
+        check_choice("evaluate", self._evaluate, ema.names, both=True)
+        check_choice("save_averaged", self._save_averaged, ema.names)
+        check_choice("average_at_end", self._average_at_end, ema.names)
         units = {"ba", "ep"} | ({"tok"} if trainer.args.include_num_input_tokens_seen != "no" else set())
         if others := ", ".join(sorted(ema.units - units)):
             tok = "with TrainingArguments(include_num_input_tokens_seen='all') tok"
@@ -146,7 +166,9 @@ class EMACallback(TrainerCallback):
         before, self._scale, self._steps = self._scale, scale(self._trainer), state.global_step
         if not self._trainer.accelerator.optimizer_step_was_skipped and self._scale >= before:
             epochs, tokens = state.epoch or 0.0, state.num_input_tokens_seen
-            ema.update(epochs=max(0.0, epochs - self._epochs), tokens=tokens - self._tokens)
+            trained = {"epochs": max(0.0, epochs - self._epochs), "tokens": tokens - self._tokens}
+            due = is_due(self._should_update, ema.clock.advance(batches=1, **trained))
+            ema.update(**trained, due=due)
             self._epochs, self._tokens = epochs, tokens
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -160,11 +182,21 @@ class EMACallback(TrainerCallback):
             self.ema.expect(batches=self.ema.clock.batches, epochs=self.ema.clock.epochs)  # all there was
         if self.ema is not None and args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._load(self.ema, Path(state.best_model_checkpoint))
+        if self.ema is not None and self._average_at_end is not False:
+            self.ema.copy_to(self._name(self.ema, self._average_at_end))
 
     def _averaged(self, which: bool | str) -> _Around:
         if self.ema is None or which is False:
             return nullcontext()
-        return self.ema.average_parameters(which if isinstance(which, str) else None, held_by="the Trainer")
+        return self.ema.average_parameters(self._name(self.ema, which), held_by="the Trainer")
+
+    @staticmethod
+    def _name(ema: ShardedEMA, which: bool | str) -> str | None:
+        """The average of an option; None is the only one."""
+        return which if isinstance(which, str) and which in ema.names else None
+
+    def _evaluates_both(self) -> bool:
+        return self.ema is not None and self._evaluate == BOTH and BOTH not in self.ema.names
 
 
 # Around the methods of a Trainer that has an EMACallback, whose arguments follow.
@@ -196,6 +228,14 @@ def _saving(own: EMACallback, of: Any, output_dir: str | None = None, _internal_
     if checkpoint is not None and own.ema is not None:  # on_save() is after older ones were removed, and an upload
         own._count(own.ema, of.state)
         own.ema.save(Path(checkpoint) / "ema")
+
+
+def _evaluate_live(method: Callable[..., Any], trainer: Any, args: Any, kwargs: Any) -> dict[str, float]:
+    """The metrics of the live weights, logged with the prefix ``live_``; callbacks are not told of this evaluation."""
+    arguments = with_prefix(method, (trainer, *args), kwargs, "live_")
+    with same_random(), without_callbacks(trainer):
+        found: dict[str, float] = method(*arguments.args, **arguments.kwargs)
+    return found
 
 
 def _logging(own: EMACallback, trainer: Any, logs: dict[str, float], *_: Any, **__: Any) -> _Around:
@@ -230,8 +270,12 @@ def _wrap(owner: type, name: str, around: Callable[..., Any]) -> None:
             return method(self, *args, **kwargs)
         own._running.add(around)
         try:
+            live = {}
+            if name == "evaluate" and own._evaluates_both():
+                live = _evaluate_live(method, self, args, kwargs)
             with around(own, self, *args, **kwargs):
-                return method(self, *args, **kwargs)
+                result = method(self, *args, **kwargs)
+            return {**result, **live} if live else result
         finally:
             own._running.discard(around)
 

@@ -5,13 +5,14 @@ Read in transformers 5.23 and trl 1.16.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 
-from dist_ema.errors import EMAStateError
+from dist_ema.errors import EMAConfigError, EMAStateError
 
 
 def scale(trainer: Any) -> float:
@@ -55,3 +56,39 @@ def evaluating_on(average: AbstractContextManager[None], trainer: Any) -> Iterat
             yield
     finally:
         vars(trainer).update(mark)
+
+
+def with_prefix(
+    evaluate: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], prefix: str
+) -> inspect.BoundArguments:
+    """The arguments of a Trainer's ``evaluate()``, with ``prefix`` before the names of its metrics.
+
+    Raises EMAConfigError if that method of a subclass takes no ``metric_key_prefix``.
+    """
+    signature = inspect.signature(evaluate)
+    if "metric_key_prefix" not in signature.parameters:
+        raise EMAConfigError(
+            f"evaluate='both' needs an evaluate() with metric_key_prefix=, which {evaluate.__qualname__} has not: give "
+            "evaluate=True or False"
+        )
+    arguments = signature.bind(*args, **kwargs)
+    arguments.apply_defaults()
+    arguments.arguments["metric_key_prefix"] = prefix + arguments.arguments["metric_key_prefix"]
+    return arguments
+
+
+@contextmanager
+def without_callbacks(trainer: Any) -> Iterator[None]:
+    """Inside, no callback hears of an evaluation: early stopping would look for its metric there."""
+    handler = trainer.callback_handler
+    for event in ("on_evaluate", "on_prediction_step"):
+        setattr(handler, event, _unchanged)  # in front of the class's method
+    try:
+        yield
+    finally:
+        del handler.on_evaluate, handler.on_prediction_step
+
+
+def _unchanged(_args: object, _state: object, control: object, *_: object, **__: object) -> object:
+    """An event of which no callback is told."""
+    return control

@@ -472,8 +472,8 @@ def test_what_contradicts_the_trainer_is_refused(tmp_path: Path) -> None:
     for options, said in (
         ({"decay": None, "half_life": "100tok"}, "the options count in tok, Lightning in ba and ep only"),
         ({"update_interval": "3x"}, "update_interval='3x'"),
-        ({"evaluate": "slow"}, "evaluate='slow': allowed are False and the names of averages"),
-        ({"decay": None, "averages": {"a": 0.9, "b": 0.99}}, "evaluate=True: allowed are False and the names"),
+        ({"evaluate": "slow"}, "evaluate='slow': allowed are False, True, 'both', 'ema'"),
+        ({"decay": None, "averages": {"a": 0.9, "b": 0.99}}, "evaluate=True: allowed are False, 'a', 'b'"),
         ({"missing": "ignore"}, "missing='ignore'"),
     ):
         with pytest.raises(EMAConfigError, match=said):
