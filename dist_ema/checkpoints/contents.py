@@ -1,4 +1,10 @@
-"""What a checkpoint will consist of: its folders, its files and its manifest. Computed alike by every rank."""
+"""What a checkpoint will consist of: its folders, its files and its manifest. Computed alike by every rank.
+
+Shapes and dtypes of all full tensors are known, so the place of every byte is known before anyone writes. Each rank
+writes the elements that it is the writer of (:mod:`dist_ema.comm.catalogue`), in place, into the same files::
+
+    averages/ema/model.safetensors     | header: rank 0 | w: ranks 0 to 3, each its runs | b: rank 0 | ...
+"""
 
 from __future__ import annotations
 

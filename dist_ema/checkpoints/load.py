@@ -1,4 +1,14 @@
-"""Loads a checkpoint on all ranks: each reads its elements, at any world size and under any engine."""
+"""Loads a checkpoint on all ranks: each reads its elements, at any world size and under any engine.
+
+A checkpoint holds full tensors, so nothing is resharded. A rank reads the runs of its own share from the files, whoever
+wrote them. A tensor of 12 elements, saved on 3 ranks and loaded on 2::
+
+    saved by       [ 0 0 0 0 1 1 1 1 2 2 2 2 ]       each rank wrote its runs in place
+    in the file    [ . . . . . . . . . . . . ]       the full tensor, row-major
+    read by        [ 0 0 0 0 0 0 1 1 1 1 1 1 ]       each rank reads its runs
+
+Where other ranks do not see rank 0's files, rank 0 reads them and sends windows of 16 MiB.
+"""
 
 from __future__ import annotations
 

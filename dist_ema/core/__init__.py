@@ -13,6 +13,23 @@ file                subject
 ``batch_norm.py``   ``update_bn()``
 ==================  ================================================================================
 
+Where questions that span several packages are answered:
+
+==============================================================  ===============================================
+question                                                        read
+==============================================================  ===============================================
+Which elements does a rank average under HSDP?                  ``geometry/shares.py``, ``engines/dtensor.py``
+What makes a bf16 shadow move?                                  ``kernels/rounding.py``
+Who writes which bytes in ``save()``?                           ``checkpoints/contents.py``, ``comm/catalogue.py``
+What happens if a rank dies in ``average_parameters()``?        ``core/visit.py``, ``core/swap.py``
+How does ``update()`` know that a parameter was replaced?       ``core/average.py`` (present), ``engines/names.py``
+How are DeepSpeed's masters read under ZeRO-3?                  ``engines/deepspeed/masters.py``, ``zero.py``
+When does an offloaded update wait, and for what?               ``runtime/__init__.py``, ``shadow/host.py``
+How does ``load()`` move elements from another world size?      ``core/files.py``, ``checkpoints/load.py``
+How does the HF Trainer evaluate on the average?                ``integrations/transformers.py``
+How is a merge kept within bounded memory?                      ``offline/merging/combine.py``
+==============================================================  ===============================================
+
 Every function takes the ``Average`` first. These files import ``average.py`` and not each other, except that
 ``update.py`` has ``files.py`` write snapshots, and ``batch_norm.py`` computes inside a visit.
 """

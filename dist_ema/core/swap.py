@@ -160,11 +160,11 @@ class Swap:
             lent.make_way(self._sources)
             self._settle()
             self._caches = self._engine.caches()
-            self._done = False
-            self._keep()
-            self._put(inside=True)
+            self._done = False  # from here on leave() has something to undo
+            self._keep()  # copies live elements that cannot change places
+            self._put(inside=True)  # this rank's part of the average, local
             self._drop_caches()
-            self._share(inside=True)
+            self._share(inside=True)  # the parts of the replicas, and publish()
         torch.clear_autocast_cache()  # it holds casts of the weights that were
         self._watch.begin()
 
@@ -348,7 +348,9 @@ class Swap:
 
     def _share(self, inside: bool) -> None:
         """Ranks bring each other what each has put into its own sources. Collective where ``swaps_together`` says."""
-        if self._where == "sending" and self._broadcast.several:  # it broke off
+        # Still "sending" here: an earlier attempt broke off while ranks sent each other something. The others are
+        # elsewhere by now, so it cannot be repeated, and this rank may hold a mixture.
+        if self._where == "sending" and self._broadcast.several:
             raise self._tear()
         self._where = "sending"
         self._broadcast.spread(self._sources)

@@ -1,7 +1,20 @@
-"""What this rank keeps of each tensor: which elements it averages, and which it writes.
+"""Which elements of each tensor this rank averages, and which it writes. Local; does not depend on wrappers.
 
-Where ranks hold the same elements (DDP, HSDP, ZeRO-0), each averages an equal part of them, in bytes, and only the
-gathering calls bring the parts together. Knows no wrapper and makes no collective call.
+An engine says which elements of a tensor a rank holds (``spec.runs``). A share says which of those it averages. They
+are the same, except where several ranks hold the same elements: such *replicas* (DDP, HSDP, ZeRO-0) split the work,
+unless ``shard_replicas=False``. All tensors of a set of replicas are laid end to end and cut into parts of equal bytes.
+HSDP with 2 copies of 2 shards, and two parameters of 8 elements each::
+
+                 w: 0 1 2 3            b: 0 1 2 3
+    shard 0     [ . . . . ]           [ . . . . ]          ranks 0 and 2 hold all 8 elements
+                 rank 0 averages w     rank 2 averages b
+
+                 w: 4 5 6 7            b: 4 5 6 7
+    shard 1     [ . . . . ]           [ . . . . ]          ranks 1 and 3
+                 rank 1 averages w     rank 3 averages b
+
+So every element is averaged once, ``update()`` sends nothing, and the shadow takes half of the memory. Calls that need
+whole shards (``average_parameters()``, under HSDP) have replicas send each other their parts.
 """
 
 from __future__ import annotations
@@ -92,6 +105,7 @@ def assign_shares(
     ('average', torch.float32, ((0, 6),))
     """
     modes = [_mode(spec, options, averaged) for spec in specs]
+    # Tensors whose memory does not hold their elements can only be left alone.
     for spec, mode in zip(specs, modes, strict=True):
         if spec.hidden and mode != "live":
             advice = "buffers='ignore'" if spec.kind == "buffer" else f"exclude={spec.name!r}, or freeze it"
@@ -101,8 +115,9 @@ def assign_shares(
             )
     dtypes = [_dtype(spec, mode, options) for spec, mode in zip(specs, modes, strict=True)]
     ranges = [(0, spec.local_numel) for spec in specs]  # all of the local shard, unless replicas split it
-    split = [mode == "average" and spec.replicas is not None for spec, mode in zip(specs, modes, strict=True)]
-    split = [wanted and options.shard_replicas for wanted in split]
+    split = []
+    for spec, mode in zip(specs, modes, strict=True):
+        split.append(options.shard_replicas and mode == "average" and spec.replicas is not None)
     # One cut through all tensors of a replica set laid end to end, not one a tensor: with hundreds of small tensors the
     # rounding of each would add up, and most ranks would hold a sliver of every one.
     for members in _replica_groups([spec if wanted else None for spec, wanted in zip(specs, split, strict=True)]):
@@ -111,11 +126,12 @@ def assign_shares(
             parts = split_over([specs[i] for i in members], [dtypes[i] for i in members], replicas, replicas.index)
             for index, part in zip(members, parts, strict=True):
                 ranges[index] = part
-    # Of a split tensor every replica is the only holder of its part, so each of them writes.
-    return [
-        Share(spec, mode, *range_, dtype, is_split, spec.primary and (is_split or _first(spec.replicas)), joined)
-        for spec, mode, range_, dtype, is_split in zip(specs, modes, ranges, dtypes, split, strict=True)
-    ]
+    shares = []
+    for spec, mode, (start, stop), dtype, is_split in zip(specs, modes, ranges, dtypes, split, strict=True):
+        # Every replica is the only holder of its part of a split tensor, so each of them writes.
+        writes = spec.primary and (is_split or _first(spec.replicas))
+        shares.append(Share(spec, mode, start, stop, dtype, is_split, writes, joined))
+    return shares
 
 
 def assign_joined(

@@ -3,6 +3,22 @@
 Every private attribute of DeepSpeed's optimizers that the library touches is touched here. Read in deepspeed 0.19.8:
 runtime/zero/stage_1_and_2.py, runtime/zero/stage3.py, runtime/bf16_optimizer.py, runtime/fp16/fused_optimizer.py and
 runtime/fp16/unfused_optimizer.py. DeepSpeed is never imported, so a run without it pays nothing.
+
+Two parameters, a of 5 elements and b of 7, on two ranks. The digit is the rank that masters the element, ``p`` is
+padding::
+
+    ZeRO-0      every rank masters all       a [0 0 0 0 0]         b [0 0 0 0 0 0 0]        and the same on rank 1
+
+    ZeRO-1, 2   laid end to end, then cut    a [0 0 0 0 0]         b [0 1 1 1 1 1 1]        one piece a rank
+                                                                         ^ rank 0: a, and the first element of b
+
+    ZeRO-3      each parameter is cut        a [0 0 0 1 1 p]       b [0 0 0 0 1 1 1 p]      one piece a rank and
+                                                                                            parameter
+
+A rank's masters lie in a few flat fp32 tensors (``flats()``), one a parameter group, or under ZeRO-3 one a sub-group.
+``slices()`` says where in them each parameter's piece starts, and which elements of the parameter it is::
+
+    ZeRO-3, rank 1     flat [ a3 a4 p | b4 b5 b6 p ]        a: start 0, runs ((3, 2),)     b: start 3, runs ((4, 3),)
 """
 
 from __future__ import annotations
@@ -146,7 +162,7 @@ class FlatMasters(Masters):
 
     def slices(self) -> dict[int, MasterSlice]:
         optimizer = self._optimizer
-        groups = getattr(optimizer, self._live_name)
+        groups = getattr(optimizer, self._live_name)  # lists of parameters, one a parameter group
         buffers = getattr(optimizer, f"{self._live_name}_flat")
         slices: dict[int, MasterSlice] = {}
         for index, (params, buffer) in enumerate(zip(groups, buffers, strict=True)):
@@ -191,6 +207,7 @@ class Stage3Masters(Masters):
         slices: dict[int, MasterSlice] = {}
         for index, params in enumerate(self._optimizer.fp16_groups):
             start = 0
+            # The pieces of a sub-group lie one after the other in its flat tensor.
             for param in params:
                 slices[id(param)] = MasterSlice(index, start, stage3_runs(param), param.ds_process_group)
                 start += param.ds_tensor.ds_numel  # with its padding, which the masters have as well
