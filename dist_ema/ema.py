@@ -553,8 +553,8 @@ class ShardedEMA:
         read, and what fails is raised by a later call. No call of the thread that trains is collective.
 
         Snapshots beyond the moment where a run goes on, after a ``load()`` say, are of a run that was abandoned. The
-        next snapshot moves them into ``FOLDER/abandoned-<number>`` and logs their names. (At a URL they stay, and one
-        of the same moment is replaced.)
+        next snapshot moves them into ``FOLDER/abandoned-<number>`` and logs their names. At a URL it renames their
+        ``ema.json`` to ``ema.json.abandoned``, so that nothing takes them for checkpoints.
 
         Args:
             folder: of the snapshots, which lie in ``FOLDER/<progress>``, such as ``FOLDER/20000ba``; or a URL.

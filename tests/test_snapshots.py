@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import threading
+import uuid
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import fsspec
 import pytest
 import torch
 import torch.distributed as dist
@@ -163,6 +165,30 @@ def test_snapshots_at_a_url(tmp_path: Path) -> None:
         ema.snapshot("memory://snapshots", every="2ba", keep=3)
 
 
+def test_a_rollback_sets_snapshots_at_a_url_aside(caplog: pytest.LogCaptureFixture) -> None:
+    """They stayed among those of the new run, and a list of all that is there mixed two runs."""
+    model = nn.Linear(3, 3)
+    ema = ShardedEMA(model, decay=0.5)
+    folder = f"memory://{uuid.uuid4().hex}"
+    ema.snapshot(folder, every="1ba")
+    for number in range(1, 5):
+        step(model, ema, float(number))
+        ema.wait()
+    ema.load(f"{folder}/2ba", strict=False)
+    step(model, ema, -3.0)
+    ema.wait()
+    assert "beyond 2ba" in caplog.text and "3ba, 4ba" in caplog.text and "ema.json.abandoned" in caplog.text
+    system, root = fsspec.core.url_to_fs(folder)
+    assert read_checkpoint(f"{folder}/3ba")["weight"][0, 0] == -0.75, "of the new run"
+    assert sorted(name.rpartition("/")[2] for name in system.find(f"{root}/3ba")) == ["ema.json", "model.safetensors"]
+    with pytest.raises(CheckpointError, match="is no checkpoint"):
+        read_checkpoint(f"{folder}/4ba")
+    system.mv(f"{root}/4ba/ema.json.abandoned", f"{root}/4ba/ema.json")
+    assert verify_checkpoint(f"{folder}/4ba").clock.batches == 4, "nothing is lost"
+    for path in ("1ba", "2ba", "3ba"):
+        verify_checkpoint(f"{folder}/{path}")
+
+
 def test_a_rollback_keeps_the_new_snapshots(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The newest by number were those of the part that was thrown away, and each new one was removed at once."""
     model = nn.Linear(3, 3)
@@ -197,8 +223,8 @@ def test_moments_with_the_same_six_digits_have_different_names(tmp_path: Path) -
         ema.wait()
     ema.update(epochs=1e-6)
     ema.wait()
-    moments = [snapshots._moment(path) for path in snapshots.paths()]
+    moments = [snapshots._moment(path.name) for path in snapshots.paths()]
     assert len(moments) == 4 and moments == sorted(moments)
     (tmp_path / "0.333333ep").mkdir()
-    assert snapshots._moment(tmp_path / "0.333333ep") == 0.333333, "names of earlier versions are read"
+    assert snapshots._moment("0.333333ep") == 0.333333, "names of earlier versions are read"
     (tmp_path / "0.333333ep").rmdir()

@@ -5,13 +5,16 @@ The trainers are forked from the pool's server, so that each costs milliseconds.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -265,8 +268,6 @@ def test_data_that_were_removed_before_the_end_are_noticed(tmp_path: Path, monke
 
 def test_saves_replace_a_checkpoint_where_there_are_no_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Some network file systems have none."""
-    import errno
-    import fcntl
 
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
@@ -277,3 +278,29 @@ def test_saves_replace_a_checkpoint_where_there_are_no_locks(tmp_path: Path, mon
         assert whole(tmp_path / "c") == updates
         assert len(list((tmp_path / "c").iterdir())) == 2
         assert [found.name for found in tmp_path.iterdir()] == ["c"]
+
+
+@pytest.mark.parametrize("left", ["held", "by a killed process", "a directory"])
+def test_a_lock_that_was_left_does_not_stop_a_save(
+    left: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A process that hangs keeps its lock; of one that was killed the file remains, and nobody has it locked."""
+    monkeypatch.setattr(local_commit, "_PATIENCE", 0.05)
+    _save(tmp_path / "c", OLD)
+    lock = tmp_path / "c" / "lock"
+    if left == "a directory":
+        lock.mkdir()
+    else:
+        lock.touch()
+        os.utime(lock, (time.time() - 3600, time.time() - 3600))
+    with lock.open() if lock.is_file() else nullcontext() as file:
+        if left == "held":
+            assert file is not None
+            fcntl.flock(file, fcntl.LOCK_EX)
+        _save(tmp_path / "c", NEW)
+    assert whole(tmp_path / "c") == NEW
+    said = re.search(
+        r"Going on without the lock (\S+): another save to this path has held it for 36\d\d s", caplog.text
+    )
+    assert (said is not None and said[1] == str(lock)) == (left == "held")
+    assert sorted(path.name[:4] for path in (tmp_path / "c").iterdir()) in (["data", "ema."], ["data", "ema.", "lock"])

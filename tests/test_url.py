@@ -17,10 +17,11 @@ from any_engine import AVERAGES, average_ema, digests_of, make_ema, reference_di
 from fsspec.implementations.memory import MemoryFileSystem
 
 from dist_ema import read_checkpoint, verify_checkpoint
+from dist_ema.checkpoints import versions
 from dist_ema.cli import main
 from dist_ema.errors import CheckpointCorruptError, CheckpointError, EMAConfigError
-from dist_ema.formats.manifest import NAME
-from dist_ema.storage import paths, remote, storage_reader
+from dist_ema.formats.manifest import BEGIN, NAME
+from dist_ema.storage import paths, remote, remote_commit, storage_reader
 from dist_ema.storage.remote_commit import RemoteWriter
 
 
@@ -131,6 +132,31 @@ def test_what_a_killed_save_left_is_removed_by_the_next(memory: str) -> None:
     names = _files(memory)
     assert "notes.txt" in names
     assert not any(name.startswith("data-0000") for name in names)
+
+
+def test_a_manifest_that_is_too_large_is_not_read(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stranger's URL could give more bytes than there is memory; a save to it reads the old manifest too."""
+    system, root = fsspec.core.url_to_fs(memory)
+    system.pipe_file(f"{root}/{NAME}", BEGIN + bytes(5000))
+    system.pipe_file(f"{root}/data-{'0' * 32}/live/model.safetensors", b"old")
+    original, asked = MemoryFileSystem.cat_file, []
+
+    def count(self: MemoryFileSystem, path: str, start: int | None = None, end: int | None = None) -> bytes:
+        asked.append(end)
+        found: bytes = original(self, path, start, end)
+        return found
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", count)
+    for module in (versions, remote_commit):
+        monkeypatch.setattr(module, "MAX_BYTES", 3000)
+    with pytest.raises(CheckpointCorruptError, match=r"has 5021 bytes; the limit is 3000"):
+        verify_checkpoint(memory)
+    assert asked == []
+    small_ema().save(memory)  # it replaces a damaged checkpoint, as everywhere
+    assert all(end is not None and end <= 3000 for end in asked)
+    monkeypatch.undo()
+    verify_checkpoint(memory)
+    assert not any(name.startswith("data-0000") for name in _files(memory))
 
 
 def test_damage_in_a_store_is_found(memory: str) -> None:

@@ -2,15 +2,17 @@
 
 A run that diverged is often resumed from an earlier checkpoint. The snapshots that the abandoned part of the run has
 left beyond that moment belong to another history: ``synthesize`` must not mix them with the new ones, and ``keep=``
-must not prefer them because of their larger numbers. They are moved into ``FOLDER/abandoned-<number>``.
+must not prefer them because of their larger numbers. They are moved into ``FOLDER/abandoned-<number>``. A store cannot
+rename folders, so at a URL their manifests are renamed: a folder without a manifest is no checkpoint.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -21,9 +23,11 @@ from dist_ema.checkpoints.contents import Contents
 from dist_ema.checkpoints.save import Save
 from dist_ema.comm.collectives import agreed, rank_in
 from dist_ema.errors import EMAConfigError
+from dist_ema.formats.manifest import NAME
 from dist_ema.options import check_cast
 from dist_ema.schedules.clock import CLOCK_UNITS, Progress, Time, crossed
-from dist_ema.storage.paths import StrPath, check_path, is_remote, local_path
+from dist_ema.storage.paths import StrPath, check_path, file_system, is_remote, local_path
+from dist_ema.storage.remote_commit import ABANDONED, checkpoints_at, set_aside
 from dist_ema.storage.staging import move_into, remove_directory
 
 logger = logging.getLogger(__name__)
@@ -81,11 +85,12 @@ class Snapshots:
     def paths(self) -> list[Path]:
         """Those that there are, the oldest first, by their names alone; of a folder of this machine."""
         folder = local_path(self.folder)
-        found = {path: self._moment(path) for path in (folder.iterdir() if folder.is_dir() else ())}
+        found = {path: self._moment(path.name) for path in (folder.iterdir() if folder.is_dir() else ())}
         return sorted((path for path, moment in found.items() if moment is not None), key=lambda path: found[path] or 0)
 
-    def _moment(self, path: Path) -> float | None:
-        match = re.fullmatch(rf"(\d+(?:\.\d+)?(?:e[+-]?\d+)?){self.every.unit}", path.name)
+    def _moment(self, name: str) -> float | None:
+        """The moment that the name of a snapshot states; None for any other name."""
+        match = re.fullmatch(rf"(\d+(?:\.\d+)?(?:e[+-]?\d+)?){self.every.unit}", name)
         return float(match[1]) if match else None
 
     def save(
@@ -105,36 +110,53 @@ class Snapshots:
         """
         contents = make(group)
         with agreed(group, f"snapshot {path}"):
-            if rank_in(group) == 0 and self._begin is not None and not is_remote(self.folder):
+            if rank_in(group) == 0 and self._begin is not None:
                 self._set_aside(self._begin)
         save = Save(path, contents, group)
         save.start()
         save.finish(reading)
         self._begin = None
-        if self._keep is not None and rank_in(group) == 0:
-            for old in self.paths()[: -self._keep]:
-                remove_directory(old)
+        if self._keep is None:
+            return
+        with agreed(group, f"removing old snapshots in {self.folder}"):
+            if rank_in(group) == 0:
+                for old in self.paths()[: -self._keep]:
+                    remove_directory(old)
 
     def _set_aside(self, begin: float) -> None:
-        """Moves the snapshots beyond a moment into a folder of their own, and says so. On one rank. Raises OSError."""
-        abandoned = [path for path in self.paths() if (self._moment(path) or 0) > begin]
-        if not abandoned:
+        """Sets the snapshots beyond a moment aside, and logs which. On one rank. Raises what the storage raises."""
+        if is_remote(self.folder):
+            system, root = file_system(self.folder)
+            names = self._beyond(begin, checkpoints_at(system, root))
+            where = f"their {NAME} is now {ABANDONED}, and the next snapshot of the same moment replaces their data"
+            self._log_abandoned(begin, names, where)
+            for name in names:
+                set_aside(system, f"{root}/{name}")
             return
         folder = local_path(self.folder)
-        number = 1
-        while (folder / f"abandoned-{number}").exists():
-            number += 1
-        for path in abandoned:
-            move_into(path, folder / f"abandoned-{number}")
-        logger.warning(
-            "%s has snapshots from beyond %g%s, where this run goes on: %s. They are of a run that was abandoned, and "
-            "are now in abandoned-%d.",
-            self.folder,
-            begin,
-            self.every.unit,
-            ", ".join(path.name for path in abandoned),
-            number,
-        )
+        names = self._beyond(begin, [path.name for path in self.paths()])
+        number = next(number for number in itertools.count(1) if not (folder / f"abandoned-{number}").exists())
+        self._log_abandoned(begin, names, f"they are now in abandoned-{number}")
+        for name in names:
+            move_into(folder / name, folder / f"abandoned-{number}")
+
+    def _beyond(self, begin: float, names: Iterable[str]) -> list[str]:
+        """The names of snapshots beyond a moment, the oldest first."""
+        moments = {name: moment for name in names if (moment := self._moment(name)) is not None and moment > begin}
+        return sorted(moments, key=lambda name: moments[name])
+
+    def _log_abandoned(self, begin: float, names: Sequence[str], where: str) -> None:
+        # Called before anything is moved: if moving one fails, the log still says where the others are.
+        if names:
+            logger.warning(
+                "%s has snapshots from beyond %g%s, where this run goes on: %s. They are of a run that was abandoned; "
+                "%s.",
+                self.folder,
+                begin,
+                self.every.unit,
+                ", ".join(names),
+                where,
+            )
 
     def remove(self) -> None:
         """Makes no more snapshots. Local; on every rank."""

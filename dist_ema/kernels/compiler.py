@@ -25,6 +25,7 @@ import stat
 import subprocess
 import tempfile
 import threading
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -139,6 +140,7 @@ class _Lock:
     def _take(self) -> None:
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+            os.utime(self._descriptor)  # tells others how long it has been held
         except OSError as error:  # the file system has no locks
             logger.info("Processes may compile the same kernels side by side: no lock on %s: %s", self._path, error)
         with self._ending:
@@ -153,7 +155,12 @@ class _Lock:
             return
         logger.info("Waiting for another process that compiles the kernels for the CPU")
         if not self._answered.wait(PATIENCE):
-            logger.warning("No lock on %s within %.0f s: compiling without", self._path, PATIENCE)
+            logger.warning(
+                "Compiling the kernels without the lock %s: another process has held it for %.0f s. If that process "
+                "hangs, end it",
+                self._path,
+                time.time() - self._path.stat().st_mtime,
+            )
 
     def release(self) -> None:
         """At once, or as soon as the thread has what it waits for."""

@@ -6,8 +6,8 @@ import ctypes
 import os
 import shutil
 import stat
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
@@ -124,21 +124,43 @@ def open_plain(path: Path) -> BinaryIO:
 # Writing.
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Adds the path to an OSError that names no file: those of write, fsync and close do not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
 def create_file(directory: Path, plan: FilePlan) -> None:
     """Makes a file of its final size with its header; the tensors are holes until they are written."""
-    with (directory / plan.name).open("xb") as file:  # x: there must be none, nor a link
+    path = directory / plan.name
+    with naming(path), path.open("xb") as file:  # x: there must be none, nor a link
         file.write(plan.header)
         file.truncate(plan.size)  # so that ranks can write anywhere in it, in any order
 
 
 def write_text(path: Path, text: str) -> None:
     """Writes a small file."""
-    path.write_text(text, encoding="utf-8")
+    with naming(path):
+        path.write_text(text, encoding="utf-8")
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    """Writes a small file and waits until its bytes are on disk."""
+    with naming(path), path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def copy_file(source: Path, target: Path) -> None:
     """Copies the bytes of a file, and not its permissions."""
-    shutil.copyfile(source, target)
+    with naming(target):
+        shutil.copyfile(source, target)
 
 
 def remove_tree(path: Path) -> None:
@@ -162,7 +184,8 @@ def sync(path: Path) -> None:
     """Waits until a file is on disk; of a directory, until the names in it are."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -193,9 +216,10 @@ class RunWriter(Closing):
         descriptor = self._descriptor(file)
         data = memoryview(values.contiguous().view(torch.uint8).numpy().data)
         item = tensor.dtype.itemsize
-        for start, length in runs:
-            _pwrite(descriptor, data[: length * item], offset + start * item)
-            data = data[length * item :]
+        with naming(self._directory / file):
+            for start, length in runs:
+                _pwrite(descriptor, data[: length * item], offset + start * item)
+                data = data[length * item :]
         self._dirty[file] = self._dirty.get(file, 0) + values.nbytes
         if self._dirty[file] >= _WRITE_BEHIND:
             _write_behind(descriptor)
@@ -205,20 +229,27 @@ class RunWriter(Closing):
         """The descriptor of a file. Few files are open at a time: tensors come file after file, and files are many."""
         if file not in self._open:
             if len(self._open) >= _OPEN_FILES:
-                os.close(self._open.pop(next(iter(self._open))))
+                self._close(next(iter(self._open)))
             self._open[file] = os.open(self._directory / file, os.O_WRONLY)
         return self._open[file]
 
     def sync(self) -> None:
         """Waits until what was written is on disk."""
         for file in self._dirty:
-            os.fsync(self._descriptor(file))
+            with naming(self._directory / file):
+                os.fsync(self._descriptor(file))
 
     def close(self) -> None:
         """Closes all files even if closing one fails: some file systems report a used-up quota only then."""
         with ExitStack() as stack:
-            while self._open:
-                stack.callback(os.close, self._open.popitem()[1])
+            for file in self._open:
+                stack.callback(self._close, file)
+
+    def _close(self, file: str) -> None:
+        # Forgotten first: Linux closes a file even where it reports an error, and may use the number again.
+        descriptor = self._open.pop(file)
+        with naming(self._directory / file):
+            os.close(descriptor)
 
 
 def _write_behind(descriptor: int) -> None:

@@ -33,8 +33,8 @@ from pathlib import Path
 from dist_ema.errors import CheckpointError
 from dist_ema.formats.layout import FilePlan
 from dist_ema.formats.manifest import BEGIN, DATA, MAX_BYTES, NAME, checksum
-from dist_ema.storage.local import RunWriter, remove_tree, sync, write_text
-from dist_ema.storage.staging import LOCK, Staging, is_alive, staging_path
+from dist_ema.storage.local import RunWriter, remove_tree, sync, write_synced, write_text
+from dist_ema.storage.staging import LOCK, Staging, close_lock, is_alive, staging_path
 
 logger = logging.getLogger(__name__)
 #: Seconds to wait for another save that is replacing the same checkpoint; one that takes longer hangs, since that takes
@@ -101,10 +101,7 @@ class LocalWriter:
     def commit(self, manifest: bytes) -> None:
         """As :meth:`StorageWriter.commit`."""
         self._staging.sync()
-        with (self._staging.content / NAME).open("wb") as file:  # which another save may remove from now on
-            file.write(manifest)
-            file.flush()
-            os.fsync(file.fileno())
+        write_synced(self._staging.content / NAME, manifest)  # another save may remove it from now on
         sync(self._staging.content)
         if self._target.exists():
             self._replace(manifest)
@@ -132,7 +129,18 @@ class LocalWriter:
                     raise self._lost() from error
             for name in self._beside:
                 (self._staging.content / name).rename(self._target / name)
+            self._sync_names()
+
+    def _sync_names(self) -> None:
+        """Waits until the new manifest is on disk. Raises CheckpointError if that is not certain."""
+        try:
             sync(self._target)
+        except OSError as error:
+            # The data of both stay: either manifest may be there after a power failure. The next save removes the old.
+            raise CheckpointError(
+                f"{self._target} has the new checkpoint, but the system could not confirm that it is on disk "
+                f"({error.strerror}): after a power failure the old one may be there. Save again"
+            ) from error
 
     def _check_unchanged(self) -> None:
         """Raises CheckpointError if another save has put a manifest there. One that was removed costs nothing."""
@@ -209,7 +217,7 @@ def _taking_turns(target: Path) -> Iterator[None]:
     finally:
         if lock is not None:
             (target / LOCK).unlink(missing_ok=True)
-            os.close(lock)
+            close_lock(lock)
 
 
 def _lock(path: Path) -> int | None:
@@ -228,15 +236,21 @@ def _lock(path: Path) -> int | None:
             pass
         except BlockingIOError:
             if time.monotonic() > last:
-                os.close(descriptor)
-                logger.warning("%s has been locked for %g s by a save that seems to hang", path.parent, _PATIENCE)
+                age = time.time() - os.fstat(descriptor).st_mtime
+                close_lock(descriptor)
+                logger.warning(
+                    "Going on without the lock %s: another save to this path has held it for %.0f s and seems to hang. "
+                    "Have only one run save to a path",
+                    path,
+                    age,
+                )
                 return None
             time.sleep(0.01)
         except OSError:
-            os.close(descriptor)
+            close_lock(descriptor)
             path.unlink(missing_ok=True)
             return None
-        os.close(descriptor)
+        close_lock(descriptor)
 
 
 def _remove_old_data(target: Path) -> None:

@@ -25,6 +25,8 @@ from dist_ema.formats.manifest import BEGIN, DATA, MAX_BYTES, NAME
 from dist_ema.storage.remote import UploadWriter
 
 logger = logging.getLogger(__name__)
+#: What the manifest of a checkpoint is called that was set aside. Its data stay until the next save to the same path.
+ABANDONED = f"{NAME}.abandoned"
 #: The errors of a store that takes no conditions.
 _UNKNOWN = (errno.ENOSYS, errno.EOPNOTSUPP)
 
@@ -82,12 +84,14 @@ class RemoteWriter:
         return [name for name in found if name.strip("/") != self._root.strip("/")]
 
     def _manifest(self) -> _Object | None:
-        """The manifest that is there now."""
+        """The manifest that is there now, or the first bytes of what is too large to be one."""
         path = f"{self._root}/{NAME}"
         try:
             self._system.invalidate_cache(self._root)
             facts = self._system.info(path)
-            return _Object(self._system.cat_file(path), facts.get("ETag"))
+            size = min(facts.get("size") or 0, MAX_BYTES)
+            text = self._system.cat_file(path, start=0, end=size) if size else b""  # a range of no bytes is an error
+            return _Object(text, facts.get("ETag"))
         except FileNotFoundError:
             return None
 
@@ -157,7 +161,9 @@ class RemoteWriter:
         try:
             for old in self._list():
                 folder = old.rpartition("/")[2]
-                if DATA.fullmatch(folder) and folder != self.data:
+                if folder == ABANDONED:
+                    self._system.rm(old)
+                elif DATA.fullmatch(folder) and folder != self.data:
                     self._system.rm(old, recursive=True)
         except Exception as error:  # the new checkpoint stands
             logger.warning("%s: data of an older save could not be removed: %s", self._root, error)
@@ -170,6 +176,27 @@ class RemoteWriter:
                 found = self._manifest()
                 if found is None or self.data.encode() not in found.text:
                     self._system.rm(f"{self._root}/{self.data}", recursive=True)
+
+
+def checkpoints_at(system: Any, root: str) -> list[str]:
+    """The names of the checkpoints that lie directly under a path of a store. Raises what the store raises."""
+    system.invalidate_cache(root)
+    try:
+        found = [str(name).rstrip("/") for name in system.ls(root, detail=False)]
+    except FileNotFoundError:
+        return []
+    return [path.rpartition("/")[2] for path in found if system.exists(f"{path}/{NAME}")]
+
+
+def set_aside(system: Any, root: str) -> None:
+    """Renames the manifest of a checkpoint to :data:`ABANDONED`, so that nothing takes it for a checkpoint.
+
+    Its data stay where they are, since a store can only copy them. Renaming the manifest back restores the checkpoint.
+    Raises what the store raises.
+    """
+    system.copy(f"{root}/{NAME}", f"{root}/{ABANDONED}")
+    system.rm(f"{root}/{NAME}")
+    system.invalidate_cache(root)
 
 
 class _Object(NamedTuple):

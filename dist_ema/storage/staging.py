@@ -22,7 +22,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
@@ -63,6 +63,7 @@ class Staging:
         self.content = self.path / _CONTENT
         self._lock: int | None = None
         self._made: list[Path] = []  # parents of the target that were missing
+        self._kept = False  # what is in here may be needed after a power failure
 
     @staticmethod
     def new_token() -> str:
@@ -133,9 +134,21 @@ class Staging:
                     "this one wrote is removed"
                 ) from error
             raise
+        try:
+            sync(self.target.parent)  # which makes the rename last
+        except OSError:
+            self._take_back(lambda: self.target.rename(self.content))
+            raise
         self._made.clear()  # they are in use now
-        sync(self.target.parent)  # which makes the rename last
         self.discard()
+
+    def _take_back(self, undo: Callable[[], object]) -> None:
+        """Undoes a rename that may not be on disk. If that fails too, keeps all files: any of them may be needed."""
+        self._kept = True
+        with suppress(OSError):
+            undo()
+            sync(self.target.parent)
+            self._kept = False
 
     def take_place(self) -> None:
         """Puts the content in the place of the directory that is at the target, which is removed.
@@ -144,7 +157,11 @@ class Staging:
         stays under that name if the process is killed before the second step.
         """
         if exchange(self.content, self.target):
-            sync(self.target.parent)
+            try:
+                sync(self.target.parent)
+            except OSError:
+                self._take_back(lambda: exchange(self.content, self.target))
+                raise
             self.discard()  # what was at the target is in here now
             return
         aside = self.target.with_name(f"{self.target.name}.replaced")
@@ -157,11 +174,15 @@ class Staging:
         shutil.rmtree(aside, ignore_errors=True)
 
     def discard(self) -> None:
-        """Removes the staging directory, and parents that were made for nothing. Harmless at any time."""
+        """Removes the staging directory, and parents that were made for nothing. Harmless at any time.
+
+        Keeps it for the next process to remove if a rename may or may not be on disk.
+        """
         lock, self._lock = self._lock, None  # first, since a number that is closed twice may be another file by then
         if lock is not None:
-            os.close(lock)
-        shutil.rmtree(self.path, ignore_errors=True)
+            close_lock(lock)
+        if not self._kept:
+            shutil.rmtree(self.path, ignore_errors=True)
         with suppress(OSError):  # they are not empty any more: they stay
             while self._made:
                 self._made.pop().rmdir()
@@ -208,11 +229,16 @@ def replace_directory(source: Path, target: Path) -> None:
 def remove_directory(path: Path) -> None:
     """Removes a directory such that a process that is killed meanwhile leaves no half of it under its name. Local.
 
-    The rest that such a process leaves is removed by the next save into the same parent. Raises OSError.
+    The rest that such a process leaves is removed by the next save into the same parent. Raises OSError, and then the
+    directory is there as before.
     """
     old = staging_path(path, Staging.new_token())
     path.rename(old)
-    sync(path.parent)  # else a power failure may bring the name back for a directory that has lost files
+    try:
+        sync(path.parent)  # else a power failure may bring the name back for a directory that has lost files
+    except OSError:
+        old.rename(path)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -245,7 +271,13 @@ def is_alive(staging: Path) -> bool:
     try:
         return not try_lock(lock)
     finally:
-        os.close(lock)
+        close_lock(lock)
+
+
+def close_lock(descriptor: int) -> None:
+    """Closes the file of a lock, which releases it. There is nothing in the file that an error could lose."""
+    with suppress(OSError):
+        os.close(descriptor)
 
 
 def try_lock(descriptor: int) -> bool:
