@@ -130,6 +130,31 @@ def test_an_index_leads_to_no_file_outside_of_its_folder(bad: object, tmp_path: 
         merge([path, path], tmp_path / "out")
 
 
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_a_configuration_states_the_dtype_that_was_written(key: str, tmp_path: Path) -> None:
+    """Readers with dtype="auto" take it from there: a merge in bf16 was loaded as fp32, at twice the memory."""
+    config = {
+        "architectures": ["X"],
+        key: "float32",
+        "rms_norm_eps": 1e-06,
+        "text_config": {key: "float32", "name": "größer"},
+        "quantization_config": {key: "float32"},
+        "dtypes": ["float32"],
+    }
+    for number in (1, 2):
+        folder(tmp_path / str(number), {f"model{SUFFIX}": {"w": full(number)}})
+        (tmp_path / str(number) / "config.json").write_text(json.dumps(config))
+    sources = [str(tmp_path / "1"), str(tmp_path / "2")]
+    assert main(["merge", *sources, "-o", str(tmp_path / "out"), "--dtype", "bf16"]) == 0
+    wanted = config | {key: "bfloat16", "text_config": {key: "bfloat16", "name": "größer"}}
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == wanted
+    assert main(["merge", *sources, "-o", str(tmp_path / "own")]) == 0
+    assert (tmp_path / "own" / "config.json").read_bytes() == (tmp_path / "2" / "config.json").read_bytes()
+    ema = ShardedEMA(torch.nn.Linear(2, 2))
+    ema.export(tmp_path / "export", dtype=torch.float16, config_from=tmp_path / "1")
+    assert json.loads((tmp_path / "export" / "config.json").read_text())[key] == "float16"
+
+
 def test_the_configuration_comes_along(tmp_path: Path) -> None:
     """A merged folder without config.json is none that from_pretrained reads. What belongs to the run stays."""
     for number in (1, 2):
@@ -367,10 +392,18 @@ def test_one_source_is_copied_bit_for_bit(tmp_path: Path) -> None:
         assert merge([tmp_path / "x.pt"], tmp_path / scheme, scheme=scheme).weights == (1.0,)
 
 
-def test_weights_are_normalized_if_that_is_wanted(tmp_path: Path) -> None:
+def test_weights_are_normalized_if_that_is_wanted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paths = [folder(tmp_path / name, {f"model{SUFFIX}": {"w": full(value)}}) for name, value in (("a", 1), ("b", 5))]
-    with pytest.raises(EMAConfigError, match="--any-sum, --normalize"):
+    with pytest.raises(EMAConfigError, match=r"normalize=True to divide them by their sum, or any_sum=True"):
         merge(paths, tmp_path / "out", weights=[1, 3])
+    assert main(["merge", *map(str, paths), "-o", str(tmp_path / "out"), "--weights", "1,3"]) == 2
+    said = capsys.readouterr().err
+    assert said == (
+        "dist-ema: --weights [1.0, 3.0] sum to 4, not to 1: give --normalize to divide them by "
+        "their sum, or --any-sum if that sum is meant\n"
+    )
+    for option in ("--normalize", "--any-sum"):
+        assert main(["merge", *map(str, paths), "-o", str(tmp_path / option), "--weights", "1,3", option]) == 0
     assert torch.equal(merged(paths, tmp_path / "out", weights=[1, 3], normalize=True)["w"], full(4.0))
     with pytest.raises(EMAConfigError, match="no factor makes them sum to 1"):
         merge(paths, tmp_path / "no", weights=[1, -1], normalize=True)
@@ -384,7 +417,7 @@ def test_force_replaces_a_model_and_nothing_else(checkpoint: bool, tmp_path: Pat
         ema.save(tmp_path / f"{number}")
     paths, out = [tmp_path / "0", tmp_path / "1"], tmp_path / "out"
     merge(paths, out, checkpoint=checkpoint, weights=[0, 1])
-    with pytest.raises(CheckpointError, match="--force"):
+    with pytest.raises(CheckpointError, match="force=True, which replaces it"):
         merge(paths, out, checkpoint=checkpoint)
     merge(paths, out, checkpoint=checkpoint, force=True)
     assert [source["weight"] for source in json.loads((out / "merge.json").read_text())["sources"]] == [0.5, 0.5]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +12,15 @@ from torch import nn
 
 from dist_ema.checkpoints.hub import has_config, write_adapter_config, write_config
 from dist_ema.engines.names import unwrapped
+from dist_ema.engines.unwrapped import unwrapped
 from dist_ema.errors import EMAConfigError
 from dist_ema.formats.strict_json import parse
-from dist_ema.storage.local import copy_file, open_plain
+from dist_ema.storage.local import copy_file, open_plain, write_text
 
 #: Bytes of a configuration at most, and levels of its JSON.
 _CONFIG_BYTES, _CONFIG_DEPTH = 1 << 24, 32
+#: Values of ``dtype`` in a configuration that stand for the dtype of the weights.
+_FLOATING = {"float64", "float32", "float16", "bfloat16"}
 #: Endings of the files that are copied from a directory: all but weights.
 CONFIG_SUFFIXES = {".json", ".txt", ".model", ".jinja"}
 
@@ -30,15 +34,27 @@ class Configuration:
         layout: of the export.
         dtype: of the weights.
         directory: to write to.
+        cast: the dtype to which the weights were converted; None if each tensor has its own.
     """
 
     model: nn.Module | None
     layout: str | None
     dtype: torch.dtype | None
     directory: Path
+    cast: torch.dtype | None = None
 
     def write(self, config_from: object) -> None:
-        """Writes all that ``config_from`` names; None means the model's own configuration. Raises EMAConfigError."""
+        """Writes all that ``config_from`` names; None means the model's own configuration.
+
+        If the weights were converted, ``config.json`` says so: readers take their dtype from it.
+
+        Raises EMAConfigError, OSError.
+        """
+        self._write_all(config_from)
+        if self.cast is not None:
+            _set_dtype(self.directory / "config.json", self.cast)
+
+    def _write_all(self, config_from: object) -> None:
         if self.layout == "peft" and self.model is not None:
             write_adapter_config(self.model, self.directory)
         if config_from is None:
@@ -76,6 +92,34 @@ class Configuration:
             if (self.directory / file.name).exists():
                 raise EMAConfigError(f"config_from={str(file)!r}: the export writes a file of this name itself")
             copy_file(file, self.directory / file.name)
+
+
+def _set_dtype(path: Path, dtype: torch.dtype) -> None:
+    """Changes the dtype that a ``config.json`` states. One that states none, or is no JSON, stays as it is."""
+    try:
+        with open_plain(path) as file:
+            config = parse(file.read(_CONFIG_BYTES), depth=_CONFIG_DEPTH)
+    except (OSError, ValueError):  # it is not there, or was copied as the user's own
+        return
+    if _restated(config, str(dtype).removeprefix("torch.")):
+        write_text(path, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
+def _restated(config: object, dtype: str) -> bool:
+    """Puts the dtype in place of those that a configuration and those in it (``text_config``) state.
+
+    transformers 5 calls the entry ``dtype``, earlier versions ``torch_dtype``. Returns whether anything changed.
+    """
+    if not isinstance(config, dict):
+        return False
+    changed = False
+    for key, value in config.items():
+        if key in ("dtype", "torch_dtype") and str(value).removeprefix("torch.") in _FLOATING and value != dtype:
+            config[key] = dtype
+            changed = True
+        elif key != "quantization_config":  # whose entries are not about the weights in the files
+            changed |= _restated(value, dtype)
+    return changed
 
 
 def is_transformers_config(config_from: object) -> bool:

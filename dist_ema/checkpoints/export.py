@@ -79,7 +79,7 @@ def export(
             if first:
                 _prepare(staging, folder)
                 written = next((dtypes[entry.name] for entry in entries if dtypes[entry.name].is_floating_point), None)
-                Configuration(model, layout, dtype or written, staging.content).write(config_from)
+                Configuration(model, layout, dtype or written, staging.content, dtype).write(config_from)
         # As in save(): the directory has rank 0's token in its name, so whoever finds it shares rank 0's disk.
         in_place = all(gather_objects(staging.is_visible(), group)) and not gather
         if gather is False and not in_place:

@@ -24,6 +24,7 @@ ConfigFrom = Annotated[
     str | None, typer.Option(help="File, or directory whose configuration files are copied.", show_default=False)
 ]
 AsCheckpoint = Annotated[bool, typer.Option("--checkpoint", help="Make a checkpoint that load() reads.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace a model that is at OUT.")]
 NoVerify = Annotated[bool, typer.Option("--no-verify", help="Do not hold sources against their fingerprints.")]
 
 
@@ -56,7 +57,7 @@ def merge(
         str | None,
         typer.Option(help="Regular expression: tensors that are the newest source's, not summed.", show_default=False),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a model that is at OUT.")] = False,
+    force: Force = False,
     no_verify: NoVerify = False,
     as_json: AsJSON = False,
 ) -> None:
@@ -118,6 +119,7 @@ def synthesize(
     max_shard_size: ShardSize = "5GB",
     config_from: ConfigFrom = None,
     checkpoint: AsCheckpoint = False,
+    force: Force = False,
     no_verify: NoVerify = False,
     as_json: AsJSON = False,
 ) -> None:
@@ -135,6 +137,7 @@ def synthesize(
             max_shard_size=max_shard_size,
             config_from=config_from,
             checkpoint=checkpoint,
+            force=force,
             verify=not no_verify,
             begin=begin,
         )

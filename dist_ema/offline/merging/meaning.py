@@ -31,7 +31,7 @@ def pattern_of(newest: str | None) -> re.Pattern[str] | None:
     try:
         return None if newest is None else re.compile(newest)
     except re.error as error:
-        raise EMAConfigError(f"newest={newest!r} (--newest) is not a regular expression: {error}") from error
+        raise EMAConfigError(f"newest={newest!r} is not a regular expression: {error}") from error
 
 
 def check_scales(entries: Sequence[FullTensor], sources: Sequence[Source], is_summed: IsSummed) -> None:

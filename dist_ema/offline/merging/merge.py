@@ -340,7 +340,7 @@ def _entries(newest: Source, dtype: torch.dtype | None, pattern: re.Pattern[str]
 def _output(target: Target, token: str, entries: Sequence[FullTensor], sources: Sequence[Source], form: Form) -> Output:
     if not form.checkpoint:
         config = form.config_from if form.config_from is not None else _configuration(sources)
-        return PretrainedOutput(target.out, entries, form.max_shard_size, config, token, form.force)
+        return PretrainedOutput(target.out, entries, form.max_shard_size, config, token, form.force, form.dtype)
     if form.config_from is not None:
         raise EMAConfigError("config_from: a checkpoint has no configuration files; leave out checkpoint, or export it")
     name, schedule, state = _average(sources)

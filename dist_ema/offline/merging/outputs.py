@@ -66,9 +66,11 @@ class PretrainedOutput:
         config_from: object,
         token: str,
         force: bool,
+        cast: torch.dtype | None = None,
     ) -> None:
         self.path = os.fspath(path)
         self._entries = entries
+        self._cast = cast
         self.dtypes = {entry.name: entry.dtype for entry in entries}
         plans = [TensorPlan(name, entry.dtype, entry.shape) for entry in entries for name in entry.names]
         self._plans = plan_files(plans, parse_size(limit))
@@ -84,7 +86,7 @@ class PretrainedOutput:
         if len(self._plans) > 1:
             write_text(self._staging.content / "model.safetensors.index.json", index_json(self._plans))
         dtype = next((dtype for dtype in self.dtypes.values() if dtype.is_floating_point), None)
-        Configuration(None, None, dtype, self._staging.content).write(self._config_from)
+        Configuration(None, None, dtype, self._staging.content, self._cast).write(self._config_from)
 
     def is_visible(self) -> bool:
         """As :meth:`Output.is_visible`."""
@@ -165,18 +167,16 @@ def _refuse_existing(target: Path, force: bool) -> None:
     if not os.path.lexists(target):
         return
     if not force:
-        raise CheckpointError(
-            f"{target} exists already: give a path that does not, or force=True (--force), which replaces it"
-        )
+        raise CheckpointError(f"{target} exists already: give a path that does not, or force=True, which replaces it")
     if target.is_symlink() or not target.is_dir():
-        raise CheckpointError(f"{target} is not a directory: --force replaces a model's directory, and nothing else")
+        raise CheckpointError(f"{target} is not a directory: force=True replaces a model's directory, and nothing else")
     # A folder in it may be anything, such as the checkpoints of a run whose last model is on top.
     folders = [entry.name for entry in target.iterdir() if entry.is_dir() and not DATA.fullmatch(entry.name)]
     names = [entry.name for entry in target.iterdir()]
     if folders or (names and not any(_is_of_model(name) for name in names)):
         held = sorted(folders or names)[0]
         raise CheckpointError(
-            f"{target} holds {held!r}, and --force replaces a directory that holds a model and nothing else: give "
+            f"{target} holds {held!r}, and force=True replaces a directory that holds a model and nothing else: give "
             "another path, or remove it first"
         )
 

@@ -101,7 +101,7 @@ def check_weights(weights: Sequence[float], count: int, any_sum: bool, normalize
         return [weight / total for weight in found]
     if abs(total - 1) > _SLACK and not any_sum:
         raise EMAConfigError(
-            f"weights={weights!r} sum to {total:.9g}, not to 1: give any_sum=True if that is meant, or normalize=True "
-            "(--any-sum, --normalize)"
+            f"weights={weights!r} sum to {total:.9g}, not to 1: give normalize=True to divide them by their sum, or "
+            "any_sum=True if that sum is meant"
         )
     return found

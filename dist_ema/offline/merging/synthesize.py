@@ -36,6 +36,7 @@ def synthesize(
     max_shard_size: int | str = "5GB",
     config_from: object = None,
     checkpoint: bool = False,
+    force: bool = False,
     verify: bool = True,
     begin: Begin | None = None,
 ) -> list[Merged]:
@@ -48,14 +49,14 @@ def synthesize(
     Args:
         snapshots: directories or URLs of :meth:`ShardedEMA.save`, or a folder of such directories. All averages in
             them serve.
-        out: the directory to make, which must not exist. Of several targets each has one in it.
+        out: the directory to make. Of several targets each has one in it.
         target: a schedule; its words: ``"sigma_rel=.05"``, ``"gamma=6.94"``, ``"half_life=1000ba"``, ``"decay=.999"``,
             ``"window=5000ba"`` (the plain mean of so much), ``"wsm:sqrt@20000ba"`` (as if the learning rate had fallen
             in this shape from there on); or a function of an array of steps, counted from the first copy, that gives
             the weight of each. Several in a list, or a mapping from the names of their directories.
         at: as of which moment of the training clock; None means the newest snapshot's.
         name: only the averages of this name.
-        dtype, max_shard_size, config_from, checkpoint, verify, begin: as of :func:`merge`.
+        dtype, max_shard_size, config_from, checkpoint, force, verify, begin: as of :func:`merge`.
 
     Returns:
         What was made, with weights and residual, for each target. Where a residual is large, which is logged, the
@@ -65,7 +66,7 @@ def synthesize(
         EMAConfigError: an option has a value that is not allowed, or the snapshots are not of one run and unit.
         CheckpointError, CheckpointMismatchError, CheckpointCorruptError: as :func:`merge`.
     """
-    form = Form(dtype, max_shard_size, config_from, checkpoint, verify)
+    form = Form(dtype, max_shard_size, config_from, checkpoint, verify, force)
     group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
     operation = f"synthesize into {os.fspath(out)}"
     given = [snapshots] if isinstance(snapshots, (str, os.PathLike)) else list(snapshots)
@@ -98,8 +99,11 @@ def _places(out: StrPath, target: Wanted | Mapping[str, Wanted] | Sequence[Wante
             raise EMAConfigError(f"target={target!r}: two have one name; give a mapping from names")
     else:
         return {os.fspath(out): target}  # type: ignore[dict-item]
-    if not named or not all(isinstance(key, str) and re.fullmatch(r"[A-Za-z0-9_.=-]+", key) for key in named):
-        raise EMAConfigError(f"target={target!r}: allowed are names of A-Z a-z 0-9 _ . = -")
+    # Of dots alone a name would be a directory that is there: "." or "..".
+    if not named or not all(
+        isinstance(key, str) and re.fullmatch(r"\.?[A-Za-z0-9_=-][A-Za-z0-9_.=-]*", key) for key in named
+    ):
+        raise EMAConfigError(f"target={target!r}: allowed are names of A-Z a-z 0-9 _ . = -, and not of dots alone")
     return {os.path.join(os.fspath(out), key): one for key, one in named.items()}  # noqa: PTH118 - keeps its type
 
 
