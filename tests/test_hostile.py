@@ -406,12 +406,12 @@ class Pickler(pickle.Pickler):
         return value.pid if isinstance(value, Stored) else None
 
 
-def archive(path: Path, content: object, storages: dict[str, bytes]) -> Path:
+def archive(path: Path, content: object, storages: dict[str, bytes], protocol: int = 2) -> Path:
     text = io.BytesIO()
     if isinstance(content, bytes):
         text.write(content)
     else:
-        Pickler(text, protocol=2).dump(content)
+        Pickler(text, protocol=protocol).dump(content)
     with zipfile.ZipFile(path, "w") as packed:
         packed.writestr("a/data.pkl", text.getvalue())
         packed.writestr("a/version", "3\n")
@@ -438,10 +438,13 @@ def archive(path: Path, content: object, storages: dict[str, bytes]) -> Path:
         (Claim("0", -4, (4,), (1,)), "invalid size"),
     ],
 )
-def test_a_tensor_gets_no_bytes_but_those_of_its_own_member(tmp_path: Path, claim: Claim, why: str | None) -> None:
+@pytest.mark.parametrize("protocol", [2, 4], ids=["torch.load", "mapped"])
+def test_a_tensor_gets_no_bytes_but_those_of_its_own_member(
+    tmp_path: Path, protocol: int, claim: Claim, why: str | None
+) -> None:
     """torch.load maps what lies behind the member, or makes room for what is claimed."""
     data = torch.arange(4.0)
-    path = archive(tmp_path / "a.pt", {"state_dict_ema": {"x": claim}}, {"0": data.numpy().tobytes()})
+    path = archive(tmp_path / "a.pt", {"state_dict_ema": {"x": claim}}, {"0": data.numpy().tobytes()}, protocol)
     if why is None:
         import_checkpoint(path, tmp_path / "out")
         assert torch.equal(read_checkpoint(tmp_path / "out")["x"], data)
@@ -464,6 +467,10 @@ def _nested(levels: int) -> bytes:
         b"\x80\x05\x96" + struct.pack("<Q", 1 << 31) + b".",
         b"\x80\x04\x8e" + struct.pack("<Q", 1 << 31) + b".",
         b"\x80\x02\x8b\xff\xff\xff\x7f.",
+        b"\x80\x04\x95" + struct.pack("<Q", 1 << 31) + b"N.",
+        b"\x80\x04\x8f(" + b")" + b"q\x00h\x00\x86" * 60 + b"\x90.",
+        b"\x80\x04(" + b")" + b"q\x00h\x00\x86" * 60 + b"\x91.",
+        b"\x80\x04\x8c\x05posix\x8c\x06system\x93\x8c\x04true\x85R.",
         b"\x80\x02ctorch\nFloatTensor\nJ\xff\xff\xff\x7f\x85R.",
         b"\x80\x02" + b"(" * 1000 + b".",
         b"N" * (1 << 21),

@@ -22,6 +22,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from dist_ema import ShardedEMA, read_checkpoint, verify_checkpoint
 from dist_ema.cli import main
 from dist_ema.errors import CheckpointError
+from dist_ema.formats.torch_stand_ins import StandIn
 from dist_ema.importers import state_dicts
 from dist_ema.importers.convert import import_checkpoint
 from dist_ema.importers.files import open_foreign
@@ -235,6 +236,74 @@ def test_it_is_said_what_was_taken_and_what_was_not(tmp_path: Path, capsys: pyte
     imported(tmp_path, KNOWN["DiT"])
     said = capsys.readouterr().err
     assert "taken is 'ema': 11 tensors, the average; not taken: 'model': 11 tensors (--key takes another)" in said
+
+
+class Entries(dict):  # type: ignore[type-arg]
+    """As configurations are: a dict of a class of its own."""
+
+
+@pytest.mark.parametrize("protocol", [1, 2, 3, 4, 5])
+def test_a_file_of_any_pickle_protocol_gives_the_same(
+    tmp_path: Path, protocol: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch.load(weights_only=True) reads protocol 2 alone, and files of the others occur."""
+    storage = torch.arange(12.0)
+    tensors: dict[str, Any] = {
+        "column": storage.view(3, 4)[:, 1],
+        "part": storage[5:9],
+        "tied": EMA["0.weight"],
+        "weight": EMA["0.weight"],
+        "half": torch.arange(3.0).bfloat16(),
+        "parameter": nn.Parameter(torch.ones(2)),
+        "scalar": torch.tensor(2, dtype=torch.int64),
+        "empty": torch.empty(0, 3),
+        "complex": torch.tensor([1 + 2j]),
+        "flags": torch.tensor([True, False]),
+    }
+    others = {
+        "args": argparse.Namespace(lr=0.1),
+        "of its own class": Entries({"a": Entries(b=1)}),
+        "plain": [
+            "ä",
+            b"bytes",
+            bytearray(b"more"),
+            {1, 2},
+            frozenset({3}),
+            2**70,
+            1.5,
+            None,
+            (1, (2,)),
+            torch.float16,
+        ],
+    }
+    others["itself"] = [others]
+    torch.save({"ema": tensors, "global_step": 7, **others}, tmp_path / "a.pt", pickle_protocol=protocol)
+    import_checkpoint(tmp_path / "a.pt", tmp_path / "out", decay=0.9)
+    found = read_checkpoint(tmp_path / "out")
+    assert found.keys() == tensors.keys() and verify_checkpoint(tmp_path / "out").clock.batches == 7
+    for name, value in tensors.items():
+        assert found[name].dtype == value.dtype and torch.equal(found[name], value), name
+    tensors = verify_checkpoint(tmp_path / "out").averages["ema"]
+    assert any({"tied", "weight"} <= {name, *stored.aliases} for name, stored in tensors.items()), "they stay tied"
+    values = open_foreign(tmp_path / "a.pt").values
+    if protocol > 1:  # which names a function of Python in place of the class
+        assert isinstance(values["args"], StandIn) and values["args"].name == "argparse.Namespace"
+        assert values["of its own class"]["a"]["b"] == 1
+    if protocol != 2:
+        monkeypatch.setattr(torch, "load", None)
+        assert open_foreign(tmp_path / "a.pt").values["plain"][0] == "ä"
+
+
+def test_an_old_file_of_another_protocol_is_read_after_the_advice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save({"ema": EMA}, tmp_path / "a.pt", pickle_protocol=4, _use_new_zipfile_serialization=False)
+    assert main(["import", str(tmp_path / "a.pt"), str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert "pickle_protocol=4" in said and "torch.load(FILE, weights_only=False)" in said
+    torch.save(torch.load(tmp_path / "a.pt", weights_only=False), tmp_path / "a.pt")
+    assert main(["import", str(tmp_path / "a.pt"), str(tmp_path / "out")]) == 0
+    check(read_checkpoint(tmp_path / "out"), EMA)
 
 
 def test_merging_takes_the_only_weights_without_being_told(tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ from torch import nn
 
 from dist_ema.checkpoints.hub import has_config, write_adapter_config, write_config
 from dist_ema.engines.names import unwrapped
-from dist_ema.engines.unwrapped import unwrapped
 from dist_ema.errors import EMAConfigError
 from dist_ema.formats.strict_json import parse
 from dist_ema.storage.local import copy_file, open_plain, write_text

@@ -14,6 +14,8 @@ from __future__ import annotations
 import _compat_pickle
 import io
 import pickle
+import struct
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, Literal
@@ -26,21 +28,26 @@ class RefusedError(Exception):
 
 
 class Record:
-    """Takes the place of an object: its arguments and its state, and no code.
+    """Takes the place of an object of the file: what the pickle puts into it, and no code.
 
     Attributes:
         name: of its class.
         used_as: what the pickle does with an object of the class: it puts entries into it, appends to it, or neither.
+        args: what the object was made with.
+        state: what its ``__setstate__`` was given.
+        entries, items: what was put into it as into a dict, and as into a list.
     """
 
     name: ClassVar[str] = ""
     used_as: ClassVar[Literal["dict", "list", "object"]] = "object"
     args: tuple[Any, ...]
     state: Any
+    entries: dict[Any, Any]
+    items: list[Any]
 
     def __new__(cls, *args: Any, **_: Any) -> Record:
         found = super().__new__(cls)
-        found.args, found.state = args, {}
+        found.args, found.state, found.entries, found.items = args, {}, {}, []
         return found
 
     def __setstate__(self, state: Any) -> None:
@@ -52,14 +59,17 @@ class Record:
 
     def __setitem__(self, key: object, value: object) -> None:
         type(self).used_as = "dict"
+        self.entries[key] = value
 
     def append(self, value: object) -> None:
-        """As a list's."""
+        """Adds an item, as a list does."""
         type(self).used_as = "list"
+        self.items.append(value)
 
-    def extend(self, values: object) -> None:
-        """As a list's."""
+    def extend(self, values: Iterable[object]) -> None:
+        """Adds items, as a list does."""
         type(self).used_as = "list"
+        self.items.extend(values)
 
 
 class _Ordered(OrderedDict[Any, Any]):
@@ -83,7 +93,8 @@ class InertUnpickler(pickle._Unpickler):  # the one in C allocates as many memo 
     """
 
     stack: list[Any]
-    pop_mark: Callable[[], list[Any]]
+    append: Callable[[Any], None]
+    read: Callable[[int], bytes]
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(pickle._Unpickler.dispatch)
     proto: int
 
@@ -93,7 +104,8 @@ class InertUnpickler(pickle._Unpickler):  # the one in C allocates as many memo 
         self.protocol = 0
 
     def load(self) -> Any:
-        """The next pickle. Raises RefusedError, and nearly anything for a damaged one."""
+        """Reads the next pickle. Raises RefusedError, and nearly anything for a damaged one."""
+        self.memo: dict[int, Any] = {}  # each pickle counts its own objects from 0
         found = super().load()
         self.protocol = max(self.protocol, self.proto)
         return found
@@ -135,16 +147,28 @@ class InertUnpickler(pickle._Unpickler):  # the one in C allocates as many memo 
         _check_keys(self.stack[::2])  # what was pushed since the mark
         super().load_setitems()  # type: ignore[misc]
 
+    def _load_additems(self) -> None:
+        _check_keys(self.stack)  # what was pushed since the mark
+        super().load_additems()  # type: ignore[misc]
+
+    def _load_frozenset(self) -> None:
+        _check_keys(self.stack)
+        super().load_frozenset()  # type: ignore[misc]
+
+    def _load_bytearray8(self) -> None:
+        (size,) = struct.unpack("<Q", self.read(8))
+        self.append(self.read(min(size, sys.maxsize)))  # Python's would allocate the size first
+
     def _refuse(self) -> None:
         raise ValueError("it has an instruction that no pickle of tensors needs")
 
 
 InertUnpickler.dispatch[pickle.SETITEM[0]] = InertUnpickler._load_setitem
 InertUnpickler.dispatch[pickle.SETITEMS[0]] = InertUnpickler._load_setitems
-for _code in (
-    *(pickle.DICT, pickle.FROZENSET, pickle.ADDITEMS, pickle.INST, pickle.OBJ, pickle.PERSID),
-    *(pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER),
-):
+InertUnpickler.dispatch[pickle.ADDITEMS[0]] = InertUnpickler._load_additems
+InertUnpickler.dispatch[pickle.FROZENSET[0]] = InertUnpickler._load_frozenset
+InertUnpickler.dispatch[pickle.BYTEARRAY8[0]] = InertUnpickler._load_bytearray8
+for _code in (pickle.DICT, pickle.INST, pickle.OBJ, pickle.PERSID, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER):
     InertUnpickler.dispatch[_code[0]] = InertUnpickler._refuse
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from dist_ema.errors import CheckpointError
 from dist_ema.formats.strict_json import is_count
 from dist_ema.formats.tensors import Content, LazyTensor
-from dist_ema.formats.torch_save import StandIn
+from dist_ema.formats.torch_stand_ins import StandIn
 from dist_ema.importers.foreign import Model, name_by_position
 from dist_ema.importers.names import Names, arrange
 
