@@ -374,6 +374,24 @@ def test_a_reader_that_closes_the_pipe_is_no_error(saved: tuple[Path, ShardedEMA
         assert (process.stderr.read(), process.wait()) == (b"", 0)
 
 
+@pytest.mark.parametrize("command", ["inspect", "verify", "export", "merge"])
+def test_a_trainers_folder_points_at_the_averages_in_it(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a folder of checkpoint-* the newest comes first, and checkpoint-1000 is newer than checkpoint-200."""
+    _, ema = make(averages={"fast": 0.5})
+    for step in (200, 1000):
+        ema.save(tmp_path / "run" / f"checkpoint-{step}" / "ema")
+    for folder in ("run", "run/checkpoint-1000"):
+        out = [str(tmp_path / "out")] if command == "export" else ["-o", str(tmp_path / "out")] * (command == "merge")
+        assert main([command, str(tmp_path / folder), *out]) == 2
+        said = capsys.readouterr().err
+        (advised, *others) = re.findall(r"\S+/ema\b", said)
+        assert advised == str(tmp_path / "run/checkpoint-1000/ema"), said
+        assert command == "merge" or others == [str(tmp_path / "run/checkpoint-200/ema")] * (folder == "run")
+    assert main([command, advised, *out]) == 0
+
+
 def test_a_trainers_file_points_at_the_average_beside_it(
     capsys: pytest.CaptureFixture[str], saved: tuple[Path, ShardedEMA], tmp_path: Path
 ) -> None:

@@ -72,7 +72,6 @@ KNOWN: dict[str, Any] = {
     "a callback": {"state_dict": LIVE, "callbacks": {"EMA": {"ema_state_dict": EMA, "decay": 0.9}}, "global_step": 7},
     "a callback whose key has dots": {"state_dict": LIVE, "callbacks": {"EMA{'decay': 0.9}": {"ema_state_dict": EMA}}},
     "mmengine": {"state_dict": EMA, "ema_state_dict": {"steps": torch.tensor(4)} | under("module.", LIVE), "meta": {}},
-    "mmcv": {"state_dict": LIVE | under("ema_", EMA, lambda name: name.replace(".", "_")), "meta": {}},
     "LitEma": {"state_dict": under("model.", LIVE) | lit_ema(), "global_step": 57},
     "LitEma beside other modules": {
         "state_dict": {"first.0.weight": torch.zeros(4, 4)} | under("model.", LIVE) | lit_ema()
@@ -141,6 +140,31 @@ def test_weights_that_nothing_calls_an_average_are_listed_and_taken_when_they_ar
         for option in re.findall(r"\((--key [^\s)]+|--format state-dict)", said):
             assert main(["import", str(tmp_path / "a.pt"), str(tmp_path / "out"), *option.split(), "--overwrite"]) == 0
     check(imported(tmp_path, content, *options.split(), "--overwrite"), expected(layout))
+
+
+def _flat(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return under("ema_", tensors, lambda name: name.replace(".", "_"))
+
+
+@pytest.mark.parametrize("command", ["import", "merge"])
+def test_mmcv_does_not_say_which_weights_are_the_average(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    """mmdetection runs the hook with priority=49: the average then has the model's own names, and 'ema_' is live."""
+    for priority, own, flat in ((49, EMA, PARAMETERS | LIVE), (50, LIVE, EMA)):
+        file = tmp_path / f"{priority}.pth"
+        torch.save({"meta": {}, "state_dict": own | _flat(flat), "optimizer": OPTIMIZER}, file)
+        out = ["-o"] if command == "merge" else []
+        capsys.readouterr()
+        assert main([command, str(file), *out, str(tmp_path / "no")]) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and "'0.weight' and 'ema_0_weight'" in said
+        advised = re.findall(r"--prefix (\S+) ", said)
+        assert advised == [".", "ema_"], said
+        target = tmp_path / f"{priority}"
+        arguments = [command, str(file), *out, str(target), "--prefix", advised[priority == 50]]
+        assert main([*arguments, *(["--checkpoint"] if command == "merge" else [])]) == 0
+        check(read_checkpoint(target), EMA)
 
 
 def test_a_list_without_names_needs_the_order_of_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

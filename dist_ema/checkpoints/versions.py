@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -62,13 +63,28 @@ def _nothing_at(path: StrPath) -> str:
         return f"{path} does not exist"
     inside = checkpoints_in(place)
     # A trainer's folder holds the average beside its own files.
-    found = f"; there {'is one' if len(inside) == 1 else 'are some'} in it: {', '.join(inside[:4])}" if inside else ""
+    some = ", ".join(inside[:4]) + (f" and {len(inside) - 4} older ones" if inside[4:] else "")
+    found = f"; there {'is one' if len(inside) == 1 else 'are some'} in it: {some}" if inside else ""
     return f"{path} is no checkpoint: it has no {NAME}{found}"
 
 
-def checkpoints_in(place: Path) -> list[str]:
-    """Checkpoints of this library that lie directly in a local folder."""
-    return [str(found.parent) for found in sorted(place.glob(f"*/{NAME}")) if not found.parent.name.startswith(".")]
+def checkpoints_in(place: Path, levels: int = 2) -> list[str]:
+    """Checkpoints of this library that lie in a local folder, the newest first by the numbers in their names.
+
+    They lie directly in it (``checkpoint-100/ema``), else one folder further down (``run/checkpoint-100/ema``), if
+    ``levels`` is 2.
+    """
+    for pattern in (f"*/{NAME}", f"*/*/{NAME}")[:levels]:
+        found = [file.parent for file in place.glob(pattern)]
+        visible = [path for path in found if not any(part.startswith(".") for part in path.relative_to(place).parts)]
+        if visible:
+            return [str(path) for path in sorted(visible, key=_numbers_in, reverse=True)]
+    return []
+
+
+def _numbers_in(path: Path) -> tuple[list[int], str]:
+    """Sorts ``checkpoint-200`` before ``checkpoint-1000``."""
+    return [int(digits) for digits in re.findall(r"\d+", str(path))], str(path)
 
 
 class Version(Protocol):

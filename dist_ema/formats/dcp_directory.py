@@ -25,7 +25,7 @@ from dist_ema.formats.tensors import Content, LazyTensor
 from dist_ema.formats.torch_inert import InertUnpickler, Record, RefusedError
 from dist_ema.formats.torch_save import load_bytes, locate
 from dist_ema.geometry.runs import Runs, box_runs, overlap
-from dist_ema.storage.local import LocalFile, open_plain
+from dist_ema.storage.local import open_plain, open_ranges
 
 METADATA = ".metadata"
 _MODULE = "torch.distributed.checkpoint.metadata"
@@ -292,7 +292,7 @@ class _Parted(LazyTensor):
                     )
                     for local, inside, size in found
                 ]
-                with closing(LocalFile(part.file.resolve())) as file:
+                with closing(open_ranges(part.file)) as file:
                     if not file.read(wanted):
                         raise CheckpointCorruptError(f"{part.file} ends before a part of {self._name!r} does")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import stat
 from collections.abc import Collection, Mapping
@@ -22,7 +21,7 @@ from dist_ema.formats.tensors import Content, LazyTensor
 from dist_ema.formats.torch_save import load_file
 from dist_ema.importers.folders import choose_files
 from dist_ema.importers.foreign import Model, read_tensors
-from dist_ema.storage.local import LocalFile, open_plain
+from dist_ema.storage.local import open_plain, open_ranges
 
 _CONFIG_BYTES = 1 << 24
 _CONFIG_DEPTH = 32
@@ -60,10 +59,12 @@ def open_foreign(path: Path, key: str | None = None) -> Content:
 
 
 def _check_plain(path: Path) -> None:
-    """Raises CheckpointError unless there is a file."""
+    """Raises CheckpointError unless there is a file, or a link: opening it says what is wrong with a link."""
     try:
         mode = path.stat().st_mode
     except FileNotFoundError as error:
+        if path.is_symlink():
+            return
         raise CheckpointError(f"{path} does not exist") from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
@@ -129,7 +130,9 @@ def _open_safetensors(files: Mapping[Path, Collection[str] | None]) -> dict[str,
 def _check_header(file: Path) -> None:
     """Checks a header before safetensors and torch, which would believe it, see it. Raises CheckpointCorruptError."""
     try:
-        with closing(LocalFile(Path(os.path.realpath(file)))) as opened:
+        with closing(open_ranges(file)) as opened:
             parse_header(read_header(opened), opened.size)
-    except (OSError, ValueError) as error:
-        raise CheckpointCorruptError(f"{file} cannot be read: {str(error)[:200]}") from error
+    except OSError as error:
+        raise CheckpointCorruptError(f"{file} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise CheckpointCorruptError(f"{file} is damaged: {str(error)[:200]}") from error

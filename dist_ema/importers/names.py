@@ -5,7 +5,8 @@ a dict with something else, or under other names than the model's:
 
 - ``AveragedModel`` (torch; mmengine's copy counts ``steps``): ``module.`` before each name, and ``n_averaged``;
 - ``LitEma`` (latent diffusion): ``model_ema.`` and the model's name without its dots, beside the live weights;
-- mmcv: ``ema_`` and the model's name with underscores for dots, beside the live weights;
+- mmcv: ``ema_`` and the model's name with underscores for dots, beside the model's own names. Either may be the
+  average, depending on the order in which the trainer's hooks ran;
 - wrappers: ``module.``, ``_orig_mod.`` and the like inside every name.
 """
 
@@ -21,6 +22,8 @@ from dist_ema.errors import CheckpointError
 TOKENS = re.compile(r"(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 #: Counters of an AveragedModel, torch's and mmengine's.
 COUNTERS = ("n_averaged", "steps")
+#: Before the second name of each weight in mmcv's files, and what selects the first name.
+EMA_PREFIX, OWN_NAMES = "ema_", "."
 _MODULE = "module."
 _LIT = ("decay", "num_updates")
 
@@ -68,19 +71,22 @@ def arrange(names: Collection[str], where: str, prefix: str | None = None) -> Na
         names: of its tensors.
         where: the file and the key of the dict, for errors.
         prefix: takes one module out of a larger one: ``"net"`` takes ``net.*``, and the names lose it. None takes all;
-            of LitEma's the module that it averages.
+            of LitEma's the module that it averages. In mmcv's files ``"ema_"`` takes the names that begin so, and
+            ``"."`` the model's own.
 
     Raises:
-        CheckpointError: two names become one; or LitEma's names are not those of the live weights beside them.
+        CheckpointError: two names become one; LitEma's names are not those of the live weights beside them; or each
+            weight has two of mmcv's names, and nothing says which is the average.
 
     >>> arrange(["n_averaged", "module.0.weight"], "x.pt").average
     {'0.weight': 'module.0.weight'}
     >>> arrange(["model.0.weight", "model_ema.decay", "model_ema.num_updates", "model_ema.0weight"], "x.pt").average
     {'0.weight': 'model_ema.0weight'}
     """
-    found = _averaged_model(names, where) or _lit_ema(names, where, prefix) or _mmcv(names, where)
-    if found is None:
-        found = Names(_plain(names, where))
+    mmcv = _mmcv(names, where, prefix)
+    if mmcv is not None:
+        return mmcv
+    found = _averaged_model(names, where) or _lit_ema(names, where, prefix) or Names(_plain(names, where))
     return found if prefix is None else found.cut(prefix, where)
 
 
@@ -146,15 +152,28 @@ def _live_names(
     return fitting[start], start
 
 
-def _mmcv(names: Collection[str], where: str) -> Names | None:
-    marked = [name for name in names if name.startswith("ema_") and "." not in name]
+def _mmcv(names: Collection[str], where: str, prefix: str | None) -> Names | None:
+    """Names of mmcv's EMAHook: each weight is there twice, and only the user knows which one is the average."""
+    marked = [name for name in names if name.startswith(EMA_PREFIX) and "." not in name]
     apart = set(marked)
-    live = _flattened([name for name in names if name not in apart], "", "_")
-    if not marked or not all(name.removeprefix("ema_") in live for name in marked):
+    own = [name for name in names if name not in apart]
+    live = _flattened(own, "", "_")
+    if not marked or not all(name.removeprefix(EMA_PREFIX) in live for name in marked):
         return None
-    average = {_one(live, name.removeprefix("ema_"), where): name for name in marked}
-    others = {held[0]: held[0] for held in live.values() if len(held) == 1 and held[0] not in average}
-    return Names(average, others, says_average=True, note="the average is under 'ema_'; its names are those beside it")
+    average = {_one(live, name.removeprefix(EMA_PREFIX), where): name for name in marked}
+    if prefix == OWN_NAMES:
+        return Names(_plain(own, where), note=f"taken are the model's own names, and not those under {EMA_PREFIX!r}")
+    if prefix == EMA_PREFIX:
+        others = {held[0]: held[0] for held in live.values() if len(held) == 1 and held[0] not in average}
+        note = f"taken are the names under {EMA_PREFIX!r}, whose dots the model's own names give back"
+        return Names(average, others, note=note)
+    first, flat = next(iter(average.items()))
+    raise CheckpointError(
+        f"{where} has {len(average)} weights twice, such as {first!r} and {flat!r}, and does not say which is the "
+        f"average: mmcv's EMAHook exchanges the two where it runs before the checkpoint is written (priority=49). "
+        f"--prefix {OWN_NAMES} takes the model's own names (the average with priority=49), --prefix {EMA_PREFIX} the "
+        f"names that begin with {EMA_PREFIX!r} (the average without it)"
+    )
 
 
 def _flattened(names: Iterable[str], start: str, dot: str) -> dict[str, list[str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -14,7 +13,7 @@ from dist_ema.errors import CheckpointCorruptError, CheckpointError
 from dist_ema.formats.dtypes import DTYPES
 from dist_ema.formats.safetensors import parse_header, read_header
 from dist_ema.formats.tensors import Read, ReadableTensor
-from dist_ema.storage.local import LocalFile
+from dist_ema.storage.local import LocalFile, open_ranges
 
 
 @contextmanager
@@ -33,11 +32,13 @@ def open_pretrained(files: Mapping[Path, Collection[str] | None]) -> Iterator[di
     with ExitStack() as stack:
         for path, names in files.items():
             try:
-                file = LocalFile(Path(os.path.realpath(path)))
+                file = open_ranges(path)
                 stack.callback(file.close)
                 tensors = parse_header(read_header(file), file.size)
-            except (OSError, ValueError) as error:
-                raise CheckpointCorruptError(f"{path} cannot be read: {str(error)[:200]}") from error
+            except OSError as error:
+                raise CheckpointCorruptError(f"{path} cannot be read: {error.strerror or error}") from error
+            except ValueError as error:
+                raise CheckpointCorruptError(f"{path} is damaged: {str(error)[:200]}") from error
             for name in tensors if names is None else names:
                 if name not in tensors:
                     raise CheckpointError(f"{path} has no tensor {name!r}, which the index says is in it")

@@ -327,7 +327,7 @@ def _choose_flat(content: Content, where: str, key: str | None, prefix: str | No
     if not names:
         raise _unknown(where, "") if average_only else CheckpointError(f"{where} has no tensors of a model")
     start = ".".join(part.strip(".") for part in (key, prefix) if part)
-    found = arrange(names, where, start or None)
+    found = arrange(names, where, start or prefix)
     if average_only and key is None and not found.says_average:
         raise _unknown(where, f"{len(names)} tensors ({_WHOLE})")
     return Choice(

@@ -26,6 +26,11 @@ _WRITE_BEHIND = 4 << 20
 _OPEN_FILES = 8
 _SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
+#: What to do about links whose files are missing.
+_FETCH = (
+    "Fetch the files that the links stand for (git annex get, dvc pull, a new download), or copy the folder with "
+    "cp -RL where they are"
+)
 
 
 # Reading.
@@ -77,10 +82,7 @@ class LocalFile:
         except OSError as error:
             if self.link is None:
                 raise
-            raise OSError(
-                f"{self.link}, which cannot be opened ({error.strerror}). Fetch the files that the links stand for "
-                "(git annex get, dvc pull, a new download), or copy the checkpoint with cp -RL where they are"
-            ) from error
+            raise OSError(f"{self.link}, which cannot be opened ({error.strerror}). {_FETCH}") from error
         if not is_plain:
             raise OSError(f"{path} is not a plain file")
         facts = os.fstat(self._descriptor)
@@ -112,9 +114,19 @@ def _first_link(directory: Path, name: Path) -> Path | None:
     return None
 
 
+def open_ranges(path: Path) -> LocalFile:
+    """Opens a file that a user has named, to read ranges of it. Raises as :meth:`LocalReader.file`."""
+    return LocalFile(path, path if path.is_symlink() else None)
+
+
 def open_plain(path: Path) -> BinaryIO:
     """Opens a plain file that a user has named, also through links. Raises OSError for a pipe, which would block."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError as error:
+        if not path.is_symlink():
+            raise
+        raise OSError(f"{path} is a symbolic link to {path.readlink()}, which is not there. {_FETCH}") from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(f"{path} is not a plain file")

@@ -198,7 +198,7 @@ def _open_folder(path: StrPath, place: Path, key: str | None, stack: ExitStack) 
             raise CheckpointError(f"{error}. There is an average of this library in {inside[0]}: give that") from error
         raise
     notes = [f"{place}: {weights.note}"] if weights.note else []
-    if key is None and (inside := checkpoints_in(place)):
+    if key is None and (inside := checkpoints_in(place, levels=1)):
         notes.append(f"{place}: taken is {weights.taken}; the average beside it is {inside[0]}")
     opened = _open_files(path, weights.files, stack)
     return replace(opened, notes=tuple(notes), step=trainer_step(place))
