@@ -100,6 +100,7 @@ def checkpoint(
     folder: Annotated[
         Path | None, typer.Option(help="On the disk to measure; else the temporary one.", show_default=False)
     ] = None,
+    only: Annotated[list[str], typer.Option(help="Contenders, by their names in the table; else all.")] = [],  # noqa: B006
     as_json: AsJSON = False,
     worker: Annotated[bool, typer.Option("--worker", hidden=True)] = False,
 ) -> None:
@@ -107,9 +108,9 @@ def checkpoint(
     from benchmarks import checkpoint
 
     if worker and folder is not None:
-        checkpoint.worker(folder, elements[0], repeats)
+        checkpoint.worker(folder, elements[0], repeats, only)
     else:
-        checkpoint.run(elements, ranks, repeats, folder, as_json)
+        checkpoint.run(elements, ranks, repeats, only, folder, as_json)
 
 
 @app.command()

@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
+import mmap
 import os
 import shutil
 import statistics
@@ -20,6 +22,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -33,11 +36,16 @@ from benchmarks.memory import peak_growth
 from benchmarks.processes import torchrun
 from benchmarks.show import cell, print_json, print_table
 from dist_ema import ShardedEMA, verify_checkpoint
+from dist_ema.checkpoints.folder import IO_CHUNK
+from dist_ema.kernels.fingerprint import partial_digest
 
 BLOCK = 16 << 20
+DIRECT, HUGE_PAGE = 4 << 20, 2 << 20
 TENSORS = 8
 #: Contenders that read, and what they are compared with.
 READS = {"raw read", "raw read into new memory", "load", "load, verify=False", "verify, one thread"}
+#: What a save does at least: a checksum of the bytes, a copy to aligned memory, and writing that past the page cache.
+BOUND = "bound: checksum, copy, direct write, fsync"
 #: What is read from the disk, and not from the system's copy of it in memory, as after a restart on another machine.
 UNCACHED = ", not cached"
 
@@ -46,6 +54,7 @@ ANEW = {
     "dcp.save": ["dcp"],
     "dcp.save to Hugging Face files, consolidated": ["hf"],
     "save to a new place": ["new"],
+    "save to a new place, then load": ["new"],
     "export": ["export"],
 }
 
@@ -80,6 +89,37 @@ def _write_raw(tensors: list[Tensor], path: Path) -> None:
         os.fsync(file.fileno())
 
 
+def _aligned(size: int) -> np.ndarray:
+    """Memory that begins at a huge page and is of huge pages: a disk takes 4 KiB pages one by one. uint8, 1D."""
+    memory = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    values = np.frombuffer(memory, dtype=np.uint8)
+    skipped = -values.ctypes.data % HUGE_PAGE
+    return values[skipped : skipped + size]
+
+
+def _write_bound(tensors: list[Tensor], path: Path) -> None:
+    """Raises OSError where the file system takes no direct writes."""
+    path.unlink(missing_ok=True)  # blocks of a new file have to be found, as those of a save
+    room = _aligned(DIRECT)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_DIRECT)
+    position = used = 0
+    for tensor in tensors:
+        for part in torch.split(tensor.view(-1), IO_CHUNK):
+            partial_digest(part, ((0, part.numel()),))
+            data = part.view(torch.uint8).numpy()
+            while len(data):
+                taken = min(len(data), len(room) - used)
+                room[used : used + taken] = data[:taken]
+                data, used = data[taken:], used + taken
+                if used == len(room):
+                    os.pwrite(descriptor, room.data, position)
+                    position, used = position + used, 0
+    os.pwrite(descriptor, room.data[: -(-used // mmap.PAGESIZE) * mmap.PAGESIZE], position)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
 def _read_raw(path: Path, out: Tensor) -> None:
     data = _bytes(out)
     with path.open("rb", buffering=0) as file:
@@ -112,6 +152,7 @@ class Contenders:
         raw = self.folder / f"raw-{self.rank}"
         return {
             "raw write + fsync": lambda: _write_raw(self.own, raw),
+            BOUND: lambda: _write_bound(self.own, self.folder / f"bound-{self.rank}"),
             "safetensors save_file + fsync, a file a rank": self._safetensors,
             "dcp.save": lambda: dcp.save(dict(self.model.state_dict()), checkpoint_id=self.folder / "dcp"),
             "FSDP full state dict + torch.save + fsync": self._full,
@@ -119,6 +160,7 @@ class Contenders:
             "save": lambda: self.ema.save(self.folder / "ours"),
             "save, no digests": self._undigested,
             "save to a new place": lambda: self.ema.save(self.folder / "new"),
+            "save to a new place, then load": self._save_and_load,
             "export": self._export,
             "raw read": lambda: _read_raw(raw, self.out),
             "raw read into new memory": lambda: _read_raw(raw, torch.empty_like(self.out)),
@@ -164,20 +206,25 @@ class Contenders:
         with mock.patch("dist_ema.checkpoints.folder.partial_digest", lambda *_: 0):
             self.ema.save(self.folder / "plain")
 
+    def _save_and_load(self) -> None:
+        self.ema.save(self.folder / "new")
+        self.ema.load(self.folder / "new")
+
     def _export(self) -> None:
         self.ema.export(self.folder / "export", dtype=torch.float32)
 
 
-def worker(folder: Path, elements: int, repeats: int) -> None:
-    """One rank of one run; rank 0 prints the figures as JSON."""
+def worker(folder: Path, elements: int, repeats: int, only: Sequence[str]) -> None:
+    """One rank of one run, of the contenders ``only``, or of all; rank 0 prints the figures as JSON."""
     dist.init_process_group("gloo")
     logs = contextlib.redirect_stderr(None) if dist.get_rank() else contextlib.nullcontext()
     warnings.simplefilter("ignore")
     with logs:
         contenders = Contenders(folder, elements)
         threads = torch.get_num_threads()
-        times: dict[str, list[float]] = {name: [] for name in contenders.all()}
-        for _, (name, function) in itertools.product(range(repeats + 1), contenders.all().items()):
+        chosen = {name: call for name, call in contenders.all().items() if not only or name in only}
+        times: dict[str, list[float]] = {name: [] for name in chosen}
+        for _, (name, function) in itertools.product(range(repeats + 1), chosen.items()):
             contenders.clear(name)
             torch.set_num_threads(1 if name.startswith("verify") else threads)
             start = time.perf_counter()
@@ -198,28 +245,36 @@ def worker(folder: Path, elements: int, repeats: int) -> None:
     dist.destroy_process_group()
 
 
-def _run(elements: int, ranks: int, repeats: int, parent: Path | None) -> dict[str, Any]:
+def _run(elements: int, ranks: int, repeats: int, only: Sequence[str], parent: Path | None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="dist_ema_benchmark_", dir=parent) as folder:
         sizes = ["--elements", str(elements), "--repeats", str(repeats)]
-        return torchrun(["checkpoint", "--worker", "--folder", folder, *sizes], ranks)
+        chosen = [word for name in only for word in ("--only", name)]
+        return torchrun(["checkpoint", "--worker", "--folder", folder, *sizes, *chosen], ranks)
 
 
 def _rows(found: dict[str, Any]) -> list[dict[str, Any]]:
     seconds = found["seconds"]
     rows = []
     for name, taken in seconds.items():
-        raw = seconds[_baseline(name)]
-        of_new = taken / seconds["raw read into new memory"] if name in READS else None
+        raw = seconds.get(_baseline(name), math.nan)
+        of_new = taken / seconds.get("raw read into new memory", math.nan) if name in READS else math.nan
+        of_bound = math.nan if name in READS or UNCACHED in name else taken / seconds.get(BOUND, math.nan)
         rows.append(
             {
                 "contender": name,
                 "ms": taken * 1e3,
                 "mb_per_s": found["bytes"] / taken / 1e6,
-                "of_raw": taken / raw,
-                "of_raw_new": of_new,
+                "of_raw": _number(taken / raw),
+                "of_raw_new": _number(of_new),
+                "of_bound": _number(of_bound),
             }
         )
     return rows
+
+
+def _number(value: float) -> float | None:
+    """As JSON has it: None for what was not measured."""
+    return None if math.isnan(value) else value
 
 
 def _baseline(name: str) -> str:
@@ -228,11 +283,18 @@ def _baseline(name: str) -> str:
     return "raw read" if name in READS else "raw write + fsync"
 
 
-def run(elements: Sequence[int], ranks: Sequence[int], repeats: int, folder: Path | None, as_json: bool) -> None:
+def run(
+    elements: Sequence[int],
+    ranks: Sequence[int],
+    repeats: int,
+    only: Sequence[str],
+    folder: Path | None,
+    as_json: bool,
+) -> None:
     """Measures, everyone in turn in each round, and prints medians."""
     runs = []
     for size, number in itertools.product(elements, ranks):
-        found = _run(size, number, repeats, folder)
+        found = _run(size, number, repeats, only, folder)
         found["rows"] = _rows(found)
         runs.append(found)
         if not as_json:
@@ -245,7 +307,7 @@ def _print(found: dict[str, Any], repeats: int) -> None:
     size, ranks, load = found["bytes"] / 1e6, found["ranks"], found["load_average"]
     print(f"{size:.0f} MB, {ranks} rank(s), medians of {repeats} rounds, load average before {load:.1f}")
     print_table(
-        ["contender", "ms", "MB/s", "x raw", "x raw into new memory"],
+        ["contender", "ms", "MB/s", "x raw", "x raw into new memory", "x bound"],
         [
             [
                 row["contender"],
@@ -253,6 +315,7 @@ def _print(found: dict[str, Any], repeats: int) -> None:
                 cell(row["mb_per_s"], ".0f"),
                 cell(row["of_raw"], ".2f"),
                 cell(row["of_raw_new"], ".2f"),
+                cell(row["of_bound"], ".2f"),
             ]
             for row in found["rows"]
         ],
