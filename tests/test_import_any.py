@@ -330,6 +330,16 @@ def test_an_old_file_of_another_protocol_is_read_after_the_advice(
     check(read_checkpoint(tmp_path / "out"), EMA)
 
 
+@pytest.mark.parametrize("inside", [True, False])
+def test_merging_takes_the_average_of_an_ema_pytorch_file_alone(tmp_path: Path, inside: bool) -> None:
+    """Its module holds the live weights and counters as well, and all of them were merged as one model."""
+    counters = {"initted": torch.tensor([True]), "step": torch.tensor([5])}
+    module = counters | under("online_model.", LIVE) | under("ema_model.", EMA)
+    torch.save({"model": LIVE, "ema": module} if inside else module, tmp_path / "a.pt")
+    assert main(["merge", str(tmp_path / "a.pt"), "-o", str(tmp_path / "out"), "--checkpoint"]) == 0
+    check(read_checkpoint(tmp_path / "out"), EMA)
+
+
 def test_merging_takes_the_only_weights_without_being_told(tmp_path: Path) -> None:
     """The same chooser, for checkpoints of which none has to be an average."""
     torch.save({"state_dict": EMA, **TRAINER}, tmp_path / "a.pt")

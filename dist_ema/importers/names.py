@@ -1,9 +1,10 @@
 """Names of the tensors in one state dict: which belong to an average, and what they are called in the plain model.
 
-Works on names alone, so it serves torch files, safetensors files and directories alike. Four layouts keep an average in
+Works on names alone, so it serves torch files, safetensors files and directories alike. Five layouts keep an average in
 a dict with something else, or under other names than the model's:
 
 - ``AveragedModel`` (torch; mmengine's copy counts ``steps``): ``module.`` before each name, and ``n_averaged``;
+- ema-pytorch's ``EMA``: ``ema_model.`` before each name, beside ``online_model.``, ``initted`` and ``step``;
 - ``LitEma`` (latent diffusion): ``model_ema.`` and the model's name without its dots, beside the live weights;
 - mmcv: ``ema_`` and the model's name with underscores for dots, beside the model's own names. Either may be the
   average, depending on the order in which the trainer's hooks ran;
@@ -86,7 +87,9 @@ def arrange(names: Collection[str], where: str, prefix: str | None = None) -> Na
     mmcv = _mmcv(names, where, prefix)
     if mmcv is not None:
         return mmcv
-    found = _averaged_model(names, where) or _lit_ema(names, where, prefix) or Names(_plain(names, where))
+    found = _averaged_model(names, where) or _ema_pytorch(names, where) or _lit_ema(names, where, prefix)
+    if found is None:
+        found = Names(_plain(names, where))
     return found if prefix is None else found.cut(prefix, where)
 
 
@@ -96,6 +99,17 @@ def _averaged_model(names: Collection[str], where: str) -> Names | None:
     if counter is None or not rest or not all(name.startswith(_MODULE) for name in rest):
         return None
     return Names(_plain(rest, where), counter=counter, says_average=True)
+
+
+def _ema_pytorch(names: Collection[str], where: str) -> Names | None:
+    """Names of ema-pytorch's module ``EMA``, which holds the live weights under ``online_model.``, too."""
+    start = "ema_model."
+    inside = [name for name in names if name.startswith(start)]
+    if not inside or not {"initted", "step"} <= set(names):
+        return None
+    average = {plain.removeprefix(start): held for plain, held in _plain(inside, where).items()}
+    note = f"the average is under {start!r}"
+    return Names(average, counter="step", says_average=True, note=note)
 
 
 def _lit_ema(names: Collection[str], where: str, prefix: str | None) -> Names | None:
