@@ -87,6 +87,7 @@ class Recorder(TrainerCallback):
         self.last: dict[str, Tensor] = {}
         self.dense: DenseAverage | None = None
         self.at: dict[int, dict[str, Tensor]] = {}
+        self.weights: dict[int, dict[str, Tensor]] = {}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         weights = full_weights(self.trainer)
@@ -94,7 +95,7 @@ class Recorder(TrainerCallback):
             self.dense = DenseAverage(set(weights), DECAY)
         if not self.at or not same(weights, self.last):  # a step that was skipped leaves all weights as they were
             self.dense.update(weights)
-        self.last = weights
+        self.last = self.weights[state.global_step] = weights
         self.at[state.global_step] = dict(self.dense.average)
 
 
@@ -570,6 +571,62 @@ def test_an_optimizer_that_moves_the_weights_for_an_evaluation(tmp_path: Path) -
     assert all(torch.equal(one, other) for one, other in zip(trained, plain.generated, strict=True))
     name = next(iter(recorder.at[2]))
     torch.testing.assert_close(trainer.generated[2], recorder.at[2][name].float())
+
+
+def test_layers_that_a_callback_freezes_and_unfreezes(tmp_path: Path) -> None:
+    """Gradual unfreezing, and freezing: the next update stopped training."""
+
+    class Freezing(TrainerCallback):
+        """Trains the second layer alone, then both, then the first alone."""
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+            first, second = model.model.layers
+            first.requires_grad_(state.global_step >= 2)
+            second.requires_grad_(state.global_step < 4)
+
+    model = tiny()
+    model.model.layers[0].requires_grad_(False)
+    callback = EMACallback(decay=DECAY)
+    arguments = {"use_cpu": True, "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    trainer = make(tmp_path, Freezing(), callback, model=model, **arguments)
+    recorder = follow(trainer)
+    trainer.train()
+    assert callback.ema is not None and callback.ema.num_updates == 6
+    # What joins at the third step was constant until the step before, but the dense average knows its first value.
+    expected = DenseAverage(set(recorder.last), DECAY)
+    before: dict[str, Tensor] = {}
+    for step, weights in sorted(recorder.weights.items()):
+        joins = {name for name in weights if name.startswith("model.layers.0.")} if step == 3 else set()
+        for name in joins:
+            assert torch.equal(before[name], recorder.weights[1][name])
+            del expected.average[name]
+        expected.update(weights)
+        before = weights
+    check_average(callback.ema, expected.average)
+    resumed = EMACallback(decay=DECAY)
+    model = tiny()
+    model.model.layers[0].requires_grad_(False)
+    other = make(tmp_path, Freezing(), resumed, model=model, **arguments)
+    other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert resumed.ema is not None
+    assert resumed.ema.fingerprint() == callback.ema.fingerprint()
+
+
+@pytest.mark.parametrize("options", [{"ema_start": "7ba"}, {"ema_start": "3ep"}], ids=str)
+def test_an_average_that_never_begins_is_said_when_training_begins(
+    options: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Six steps in two epochs. Its users evaluated the live model and did not know it."""
+    found: list[int] = []
+
+    class Look(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            found.append(len([record for record in caplog.records if "no average" in record.getMessage()]))
+
+    trainer = make(tmp_path, EMACallback(decay=DECAY, **options), Look(), use_cpu=True)
+    trainer.train()
+    assert set(found) == {1}
+    assert len([record for record in caplog.records if "no average" in record.getMessage()]) == 1, "once"
 
 
 @pytest.mark.parametrize(
