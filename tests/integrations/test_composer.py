@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -393,6 +393,27 @@ def test_layers_that_are_frozen_and_unfrozen() -> None:
 @pytest.mark.parametrize("fsdp", [None, "sharded"], ids=["ddp", "fsdp2-sharded"])
 def test_layers_that_are_frozen_on_two_processes(fsdp: str | None, on_ranks: Callable[..., None]) -> None:
     on_ranks(_freezing, 2, fsdp=fsdp)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({"ema_start": "7ba"}, 1), ({"ema_start": "3ep"}, 1), ({"ema_start": "1ep"}, 0)],
+    ids=str,
+)
+@pytest.mark.world_size(1)
+def test_an_average_that_never_begins_is_said_when_training_begins(options: dict[str, str], said: int) -> None:
+    """Six batches in two epochs. Its users evaluated the live model and did not know it."""
+    import composer_runs as runs
+
+    from dist_ema.integrations import composer
+
+    logger = Mock()
+    with patch.object(composer, "_log", logger):
+        run = runs.trainer(composer.EMA(half_life="2ba", **options), duration="2ep")
+        run.fit()
+        run.close()
+    found = [call.args[0] % call.args[1:] for call in logger.warning.call_args_list]
+    assert len(found) == said and all("no average will be made" in text for text in found), found
 
 
 # Checkpoints: of Composer's own EMA, without an average, found by autoresume.
