@@ -118,6 +118,9 @@ def merge(
 ) -> Merged:
     """Writes a weighted sum of checkpoints. One process, or collective where torch.distributed is initialised.
 
+    Where it is initialised, every rank must call it: rank 0 alone would wait for the others. To merge in one process,
+    run ``dist-ema merge``, or call it before ``init_process_group()`` or after ``destroy_process_group()``.
+
     Every rank does its share of the bytes, and all of them must see the output's disk; the bits are those of one
     process. Sums are in float64 (:mod:`dist_ema.offline.merging.combine`).
 
