@@ -545,6 +545,47 @@ def test_without_evaluation_a_checkpoint_replaces_the_average_too(tmp_path: Path
     assert averaging.ema.num_updates == 3
 
 
+class _ScheduleFree(torch.optim.SGD):
+    """Laid out as schedule-free optimizers: in eval mode the weights are a mean with other values beside them."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.beside = [tensor.detach() + 1.0 for tensor in self.param_groups[0]["params"]]
+
+    @torch.no_grad()
+    def eval(self) -> None:
+        for tensor, other in zip(self.param_groups[0]["params"], self.beside, strict=True):
+            if tensor.requires_grad:  # only what was stepped has another value beside it
+                tensor.lerp_(other, 0.5)
+
+
+def test_a_schedule_free_optimizer_that_is_switched_inside_a_validation_is_said(tmp_path: Path) -> None:
+    """Its ``eval()`` writes the weights, which are the average there: that would have become the average."""
+    module, averaging = Module(), callback()
+    before: list[dict[str, torch.Tensor]] = []
+    module.configure_optimizers = lambda: _ScheduleFree(module.net.parameters(), lr=0.01)  # type: ignore[method-assign]
+
+    def switch() -> None:
+        if not module.trainer.sanity_checking:
+            module.optimizers().optimizer.eval()
+
+    module.on_validation_epoch_start = switch  # type: ignore[method-assign]
+    step = module.on_train_batch_end
+
+    def follow(*args: Any) -> None:
+        step(*args)
+        before[:] = [full(module)]
+
+    module.on_train_batch_end = follow  # type: ignore[method-assign]
+    run = trainer(tmp_path, callbacks=[averaging])
+    with pytest.raises(EMAStateError, match=r"written inside average_parameters\(\).*eval\(\)"):
+        run.fit(module, loader(), loader(1))
+    live = full(module)
+    assert [name for name, value in before[0].items() if not torch.equal(live[name], value)] == []
+    with pytest.raises(EMAStateError):
+        averaging.ema.save(tmp_path / "refused")
+
+
 class _Endless(torch.utils.data.IterableDataset):
     def __iter__(self) -> Any:
         return iter(batch(step) for step in range(1000))
