@@ -177,7 +177,8 @@ def test_checkpoints_are_compared_on_several_ranks() -> None:
     (found,) = json.loads(done.stdout)
     assert found["ranks"] == 2
     assert found["bytes"] == 4 * 1024 * 8 * (100000 // 8 // 1024)
-    assert len(found["rows"]) == 18
+    bounded = any("direct write" in row["contender"] for row in found["rows"])  # where the file system takes them
+    assert len(found["rows"]) == 17 + bounded
     ms = {row["contender"]: row["ms"] for row in found["rows"]}
     for row in found["rows"]:
         assert row["mb_per_s"] * row["ms"] * 1e3 == pytest.approx(found["bytes"])

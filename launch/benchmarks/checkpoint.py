@@ -98,8 +98,19 @@ def _aligned(size: int) -> np.ndarray:
     return values[skipped : skipped + size]
 
 
+def _takes_direct_writes(folder: Path) -> bool:
+    """Whether the file system of a folder opens files with O_DIRECT; some network and memory file systems do not."""
+    path = folder / f"probe-{dist.get_rank()}"
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_DIRECT))
+    except OSError:
+        return False
+    finally:
+        path.unlink(missing_ok=True)
+    return True
+
+
 def _write_bound(tensors: list[Tensor], path: Path) -> None:
-    """Raises OSError where the file system takes no direct writes."""
     path.unlink(missing_ok=True)  # blocks of a new file have to be found, as those of a save
     room = _aligned(DIRECT)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_DIRECT)
@@ -146,13 +157,15 @@ class Contenders:
         self.ema = ShardedEMA(self.model, decay=0.9)
         self.ema.update()
         self.out = torch.zeros(sum(tensor.numel() for tensor in self.own))
+        self.direct = _takes_direct_writes(folder)
 
     def all(self) -> dict[str, Callable[[], object]]:
         """By name, in the order in which they take turns."""
         raw = self.folder / f"raw-{self.rank}"
+        bound = {BOUND: lambda: _write_bound(self.own, self.folder / f"bound-{self.rank}")}
         return {
             "raw write + fsync": lambda: _write_raw(self.own, raw),
-            BOUND: lambda: _write_bound(self.own, self.folder / f"bound-{self.rank}"),
+            **(bound if self.direct else {}),
             "safetensors save_file + fsync, a file a rank": self._safetensors,
             "dcp.save": lambda: dcp.save(dict(self.model.state_dict()), checkpoint_id=self.folder / "dcp"),
             "FSDP full state dict + torch.save + fsync": self._full,
