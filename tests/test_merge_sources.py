@@ -392,6 +392,14 @@ def test_one_source_is_copied_bit_for_bit(tmp_path: Path) -> None:
         assert merge([tmp_path / "x.pt"], tmp_path / scheme, scheme=scheme).weights == (1.0,)
 
 
+def test_a_file_without_tensors_is_no_model(tmp_path: Path) -> None:
+    """A folder without weights came out, and nothing was said."""
+    save_file({}, tmp_path / f"empty{SUFFIX}")
+    with pytest.raises(CheckpointError, match="has no tensors"):
+        merge([tmp_path / f"empty{SUFFIX}"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_weights_are_normalized_if_that_is_wanted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paths = [folder(tmp_path / name, {f"model{SUFFIX}": {"w": full(value)}}) for name, value in (("a", 1), ("b", 5))]
     with pytest.raises(EMAConfigError, match=r"normalize=True to divide them by their sum, or any_sum=True"):

@@ -169,9 +169,12 @@ def _says_untied(source: Source) -> bool:
 def check_alike(sources: Sequence[Source]) -> None:
     """Raises CheckpointMismatchError, listing all, unless every source has the tensors of the last one, in its shapes.
 
-    Floating-point dtypes may differ.
+    Floating-point dtypes may differ. Raises CheckpointError for a source without tensors.
     """
     newest = sources[-1]
+    for source in sources:
+        if not source.tensors:
+            raise CheckpointError(f"{source} has no tensors")
     problems = []
     for source in sources[:-1]:
         for name, tensor in newest.tensors.items():
