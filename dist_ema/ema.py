@@ -203,7 +203,9 @@ class ShardedEMA:
         """
         return updating.update(self._average, batches, samples, tokens, epochs, due)
 
-    def attach(self, optimizer: object, *, call: Callable[[], object] | None = None) -> RemovableHandle:
+    def attach(
+        self, optimizer: object, *, call: Callable[[], object] | None = None, overlap: bool = False
+    ) -> RemovableHandle:
         """Calls ``update()`` after every real step of ``optimizer`` (for DeepSpeed: of the engine). Local.
 
         It may be wrapped, as Accelerate, Lightning and Fabric do: the torch optimizer is found that really steps. A
@@ -223,8 +225,15 @@ class ShardedEMA:
             call: called in place of ``update()``, for who counts himself and then calls it, at once or later: several
                 optimizers may be attached so. Under DeepSpeed it is called after micro-steps too, on which ``update()``
                 does nothing.
+            overlap: run updates of weights on a CUDA device on a stream of their own, beside the next forward pass. The
+                next step of any torch optimizer waits for them, on the device; so does every call here. Between two
+                steps nothing else may write the averaged parameters without ``wait()`` before. If it does, and torch
+                counts the write, the average cannot be used: the next call raises EMAStateError until ``reset()`` or
+                ``load()``. Not for optimizer steps that are replayed from a CUDA graph, whose hooks do not run. Where
+                weights are in host memory it changes nothing, which is logged once. Not with ``into=``,
+                ``offload="cpu"`` or ``call=`` (EMAConfigError).
         """
-        return updating.attach(self._average, optimizer, self.update, call)
+        return updating.attach(self._average, optimizer, self.update, call, overlap)
 
     def expect(
         self,

@@ -75,9 +75,12 @@ class Stream:
         self.device = DEVICE if device is None else torch.device(device)
         self.name = name
         self.queue: list[Callable[[], object]] = []
+        if name == "ours":
+            FakeCuda.now.ours.append(self)
 
     def wait_event(self, event: Event) -> None:
-        self.queue.append(event.synchronize)
+        """As CUDA does, for what the event marks now: it may be recorded anew before the wait is done."""
+        self.queue.append(event.as_it_is().synchronize)
 
     def wait_stream(self, other: Stream) -> None:
         self.wait_event(other.record_event())
@@ -108,6 +111,13 @@ class Event:
         self._stream = stream or current_stream()
         self._mark: Callable[[], None] = lambda: None  # an object of its own each time
         self._stream.queue.append(self._mark)
+
+    def as_it_is(self) -> Event:
+        """The same mark, whatever is recorded later."""
+        same = Event()
+        if self._stream is not None:
+            same._stream, same._mark = self._stream, self._mark
+        return same
 
     def synchronize(self) -> None:
         FakeCuda.now.pass_by()
@@ -155,7 +165,8 @@ def ask(function: Any, arguments: Sequence[Any], options: Mapping[str, Any]) -> 
             return None
         if name.endswith("_") and name not in VIEWS and not name.startswith("_"):  # changes its first argument
             FakeCuda.now.used()
-            current_stream().queue.append(lambda: _plainly(function, arguments, options))
+            target = _counted(arguments[0])
+            current_stream().queue.append(lambda: _plainly(function, (target, *arguments[1:]), options))
             return arguments[0]
         if name in LATE:
             FakeCuda.now.used()
@@ -166,6 +177,12 @@ def ask(function: Any, arguments: Sequence[Any], options: Mapping[str, Any]) -> 
             FakeCuda.now.used()
             current_stream().synchronize()
         return _on_gpu(function(*arguments, **options))
+
+
+def _counted(target: Tensor) -> Tensor:
+    """The same memory, to be written later: torch counts a write when it is asked for."""
+    torch.autograd.graph.increment_version(target)
+    return target.as_subclass(Tensor).data
 
 
 def _plainly(function: Any, arguments: Sequence[Any], options: Mapping[str, Any]) -> None:
@@ -186,8 +203,8 @@ def _on_gpu(value: Any) -> Any:
 
 def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     FakeCuda.now.used()
-    stream, plain = current_stream(), source.as_subclass(Tensor).detach()
-    stream.queue.append(lambda: target.as_subclass(Tensor).detach().copy_(plain))
+    stream, plain, written = current_stream(), source.as_subclass(Tensor).detach(), _counted(target)
+    stream.queue.append(lambda: written.copy_(plain))
     if not non_blocking and not (isinstance(target, OnGPU) and isinstance(source, OnGPU)):
         stream.synchronize()
     return target
@@ -218,6 +235,7 @@ class FakeCuda:
     def __init__(self) -> None:
         self.default = Stream(name="default")
         self.training = Stream(name="training")
+        self.ours: list[Stream] = []
         self.uses: list[tuple[bool, str, int | None]] = []
         self._thread = threading.get_ident()
         self._free = threading.Event()
@@ -256,6 +274,11 @@ class FakeCuda:
 
     def delay(self) -> None:
         """Makes what the training stream is asked next take long. Here it does so anyway."""
+
+    def rush(self) -> None:
+        """Does all that streams of ours have been asked for, as early as they may."""
+        for stream in self.ours:
+            stream.synchronize()
 
     def hold(self) -> None:
         """Makes threads of ours late, until ``hurry()``."""

@@ -53,6 +53,42 @@ def check_an_offloaded_update_takes_the_weights_of_its_moment(gpu: Any, tmp_path
     assert torch.equal(ema.full_state_dict()["weight"], _whole(3.0))
 
 
+class _Filling(torch.optim.Optimizer):
+    """An optimizer whose step puts the next value into all weights, queued."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model.parameters(), {})
+        self._value = 0.0
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        self._value += 2.0
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.fill_(self._value)
+
+
+def check_an_update_beside_training_takes_the_weights_of_its_moment(gpu: Any, tmp_path: Path) -> None:
+    """After the step that is still queued, before the next one, and before the next forward pass writes buffers."""
+    model = _model(gpu, 0.0)
+    model.register_buffer("seen", gpu.values(torch.zeros(1)))
+    optimizer = _Filling(model)
+    ema = ShardedEMA(model, decay=0.5, skip_nonfinite=False)
+    ema.attach(optimizer, overlap=True)
+    for number, expected in enumerate((2.0, 3.0, 4.5, 6.25)):
+        gpu.delay()
+        model.seen.fill_(number)
+        optimizer.step()
+        if number == 1:
+            gpu.rush()
+        model.seen.fill_(-7.0)  # as the next forward pass may
+        if number != 2:
+            averaged = ema.full_state_dict()
+            assert torch.equal(averaged["weight"], _whole(expected)), number
+            assert averaged["seen"].item() == number
+        model.seen.fill_(number)
+
+
 def check_a_background_save_reads_what_was_queued_before_it(gpu: Any, tmp_path: Path) -> None:
     """And the next update does not change what it still has to read."""
     model = _model(gpu, 0.0)

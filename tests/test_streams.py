@@ -17,7 +17,9 @@ from torch.distributed.fsdp import fully_shard
 
 from dist_ema import ShardedEMA, kernels
 from dist_ema.comm import collectives
+from dist_ema.errors import EMAConfigError, EMAStateError
 from dist_ema.runtime.streams import Handover, OwnStream, Relay
+from dist_ema.shadow.beside import Beside
 
 
 @pytest.fixture
@@ -35,6 +37,10 @@ def test_in_order(check: str, gpu: FakeCuda, tmp_path: Path) -> None:
 WAITS: list[tuple[str, type, str, Callable[..., object]]] = [
     ("check_an_offloaded_update_takes_the_weights_of_its_moment", OwnStream, "follow", lambda _: None),
     ("check_an_offloaded_update_takes_the_weights_of_its_moment", OwnStream, "hold_back", lambda _: None),
+    ("check_an_update_beside_training_takes_the_weights_of_its_moment", OwnStream, "follow", lambda _: None),
+    ("check_an_update_beside_training_takes_the_weights_of_its_moment", OwnStream, "hold_back", lambda _: None),
+    ("check_an_update_beside_training_takes_the_weights_of_its_moment", Beside, "join", lambda _: None),
+    ("check_an_update_beside_training_takes_the_weights_of_its_moment", Beside, "wait_for_reads", lambda _: None),
     ("check_a_background_save_reads_what_was_queued_before_it", OwnStream, "follow", lambda _: None),
     ("check_a_load_is_not_overwritten_by_what_was_queued_before_it", OwnStream, "follow", lambda _: None),
     ("check_a_load_is_not_overwritten_by_what_was_queued_before_it", Handover, "join", lambda _: None),
@@ -51,7 +57,8 @@ WAITS: list[tuple[str, type, str, Callable[..., object]]] = [
 def test_each_wait_is_needed(
     check: str, kind: type, wait: str, none: Callable[..., object], gpu: FakeCuda, tmp_path: Path
 ) -> None:
-    with mock.patch.object(kind, wait, none), pytest.raises(AssertionError):
+    # Either the values are wrong, or the library notices that the order was.
+    with mock.patch.object(kind, wait, none), pytest.raises((AssertionError, EMAStateError)):
         stream_checks.CHECKS[check](gpu, tmp_path)
 
 
@@ -70,6 +77,51 @@ def test_threads_of_ours_use_no_default_stream_and_no_other_device(gpu: FakeCuda
     assert ours == {("ours", 1)}
     assert not [use for use in gpu.uses if use[1] == "default"]
     assert torch.equal(ema.full_state_dict()["weight"], offloaded.full_state_dict()["weight"])
+
+
+@torch.no_grad()
+def test_weights_written_beside_an_update_are_an_error_until_the_average_is_made_anew(gpu: FakeCuda) -> None:
+    """Some elements would be from before the write and some from after it, and no figure would show it."""
+    model = gpu.put(nn.Linear(4, 4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ema = ShardedEMA(model, decay=0.5)
+    handle = ema.attach(optimizer, overlap=True)
+    optimizer.step()  # the first copy is made in order
+    model.weight.fill_(1.0)
+    optimizer.step()
+    ema.wait()
+    model.weight.fill_(2.0)
+    optimizer.step()
+    model.bias.fill_(3.0)
+    for call in (optimizer.step, ema.update, ema.full_state_dict, ema.wait, handle.remove, ema.update):
+        if call == handle.remove:
+            call()
+        else:
+            with pytest.raises(EMAStateError, match=r"'bias' and 0 more parameters were written.*wait\(\)"):
+                call()
+    ema.reset()
+    ema.update()
+    ema.update()
+    assert torch.equal(ema.full_state_dict()["bias"], torch.full((4,), 3.0))
+
+
+def test_what_cannot_run_beside_training_is_refused_or_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    """A script for GPUs is tried out on the CPU; there are weights that have to be right at once."""
+    model, teacher = nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for options, why in (({"into": teacher}, "teacher"), ({"offload": "cpu"}, "anyway")):
+        with pytest.raises(EMAConfigError, match=f"overlap=True.*{why}"):
+            ShardedEMA(model, decay=0.5, **options).attach(optimizer, overlap=True)
+    ema = ShardedEMA(model, decay=0.5)
+    with pytest.raises(EMAConfigError, match=r"overlap=True.*call="):
+        ema.attach(optimizer, overlap=True, call=ema.update)
+    ema.attach(optimizer, overlap=True)
+    for _ in range(4):
+        optimizer.step()
+        with torch.no_grad():
+            model.weight.add_(1.0)  # nothing reads it any more
+    assert ema.num_updates == 4
+    assert caplog.text.count("changes nothing: the weights are on cpu") == 1
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,7 @@ class Average:
         snapshots: the series that ``snapshot()`` has begun.
         teacher: the model that holds the average; None without ``into=``.
         attached: the handle of the optimizer that calls ``update()``; None without one.
+        overlap: whether updates run beside training, as ``attach(overlap=True)`` asks for.
         may_be_resized: whether the next due update has to look for buffers that changed their shape.
         changes: counts how often another shadow took the place of the one before.
         skipped_before: NaN and Inf elements that the run before a restart left out; counted on rank 0.
@@ -110,6 +111,7 @@ class Average:
         self.snapshots: list[Snapshots] = []
         self.teacher: Teacher | None = None
         self.attached: Attached | None = None
+        self.overlap = False
         self.may_be_resized = False
         self.changes = 0
         self._warned: set[str] = set()
@@ -240,7 +242,9 @@ class Average:
             return self.teacher.shadow(options.schedules, shares, options.skip_nonfinite, seed, group, target)
         if options.offload:
             return HostShadow(options.schedules, shares, options.skip_nonfinite, options.offload_threads, seed)
-        return Shadow(options.schedules, shares, options.skip_nonfinite, seed)
+        shadow = Shadow(options.schedules, shares, options.skip_nonfinite, seed)
+        shadow.run_beside(self.overlap)
+        return shadow
 
     def seed(self, saved: int | None) -> int | None:
         """Returns the seed of stochastic rounding, or None where values are rounded to nearest. A saved seed wins."""

@@ -23,7 +23,7 @@ from dist_ema.errors import CheckpointMismatchError
 from dist_ema.geometry.shares import in_shapes_of, shares_to_load
 from dist_ema.runtime.interrupts import Uninterrupted
 from dist_ema.schedules.state import EMAState
-from dist_ema.shadow.host import wait_for_reads
+from dist_ema.shadow.reading import wait_for_reads
 
 
 @collective("state_dict()")

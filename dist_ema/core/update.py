@@ -177,11 +177,17 @@ def _join(average: Average, sources: Sequence[Tensor]) -> None:
 
 
 def attach(
-    average: Average, optimizer: object, update: Callable[[], object], call: Callable[[], object] | None
+    average: Average,
+    optimizer: object,
+    update: Callable[[], object],
+    call: Callable[[], object] | None,
+    overlap: bool = False,
 ) -> RemovableHandle:
     """See :meth:`ShardedEMA.attach`; ``update`` is its ``update()``."""
     if average.teacher is not None:
         average.teacher.check_optimizer(optimizer)
+    if overlap:
+        _check_overlap(average, call)
     if call is not None:
         return average.engine.attach(optimizer, call)
     others = average.options.units() - {"ba"}
@@ -207,9 +213,30 @@ def attach(
 
     def detach() -> None:
         average.attached = None
+        if average.overlap:
+            average.overlap = False
+            average.shadow.run_beside(False)
 
+    if overlap:
+        average.overlap = True
+        average.shadow.run_beside()
     average.attached = Attached(inner, detach)
     return average.attached
+
+
+def _check_overlap(average: Average, call: object) -> None:
+    """Raises EMAConfigError for what ``attach(overlap=True)`` does not go with."""
+    if average.teacher is not None:
+        raise EMAConfigError(
+            "overlap=True: the teacher of into= may compute at any time, so its weights cannot change beside the next "
+            "forward pass. Attach without it"
+        )
+    if average.options.offload:
+        raise EMAConfigError("overlap=True: with offload='cpu' updates run beside training anyway. Attach without it")
+    if call is not None:
+        raise EMAConfigError(
+            "overlap=True: with call= it is not known that update() is called right after the step. Give one of the two"
+        )
 
 
 def warn_of_length(average: Average, length: Mapping[str, float]) -> None:

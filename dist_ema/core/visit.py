@@ -16,7 +16,7 @@ from dist_ema.core.broadcast import swaps_together
 from dist_ema.core.swap import Swap, Visit
 from dist_ema.options import check_fraction
 from dist_ema.runtime.interrupts import Uninterrupted
-from dist_ema.shadow.host import wait_for_reads
+from dist_ema.shadow.reading import wait_for_reads
 from dist_ema.teacher.teacher import counterpart
 
 logger = logging.getLogger(__name__)

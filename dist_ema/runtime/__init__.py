@@ -7,6 +7,10 @@ use a default stream, but an ``OwnStream`` (:mod:`dist_ema.runtime.streams`), wh
 work                runs on                     waits for
 ==================  ==========================  =======================================================================
 update, on device   current                     nothing: it is queued behind the optimizer's step
+beside training     own stream                  all that *current* had queued at ``update()`` (``follow``); buffers are
+                                                copied on *current* before
+next optimizer      current                     that update (``hold_back``, a step pre-hook): on the device, not the
+step                                            host; all calls of the library do as well
 into a teacher      current                     nothing; the teacher's next forward is queued behind it, and its full
                                                 weights of the last one were dropped before
 offload: buffers    current                     nothing; copied before the next forward pass can write them

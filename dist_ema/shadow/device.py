@@ -16,6 +16,7 @@ from dist_ema.kernels.copies import Copies
 from dist_ema.kernels.rounding import ElementPositions, Rounding, average_key
 from dist_ema.runtime import memory
 from dist_ema.shadow import lent
+from dist_ema.shadow.beside import Beside
 
 if TYPE_CHECKING:
     from dist_ema.engines.counterpart import Counterpart
@@ -54,6 +55,7 @@ class Shadow:
         # NaN and Inf elements of the first copy, counted on each device, until they have been logged.
         self._unreported: dict[torch.device, Tensor] = {}
         self._tainted: set[int] = set()  # the tensors that had some, on the CPU
+        self._beside: Beside | None = None  # runs updates beside training
         # Shares that follow() gave new memory, which fill_new() fills.
         self._new: list[int] = []
 
@@ -61,6 +63,14 @@ class Shadow:
     def started(self) -> bool:
         """Whether there is an average yet."""
         return bool(self._averages)
+
+    def run_beside(self, wanted: bool = True) -> None:
+        """Runs updates from now on beside the next forward pass, or not. Local. See :mod:`dist_ema.shadow.beside`."""
+        self.drain()
+        if wanted and self._beside is None:
+            self._beside = Beside()
+        elif not wanted and not self.failed:
+            self._beside = None
 
     def allocate(self, sources: Sequence[Tensor]) -> None:
         """Takes memory, uninitialised, beside the sources. Local."""
@@ -93,6 +103,7 @@ class Shadow:
         Counts on an accelerator are looked at only with ``wait``, which waits for the device: where a call reads a
         number from it anyway.
         """
+        self._join()
         ready = [device for device in self._unreported if wait or device.type == "cpu"]
         found = sum(int(self._unreported.pop(device)) for device in ready)
         if found:
@@ -108,6 +119,7 @@ class Shadow:
 
     def loaded(self) -> None:
         """After the shadows were filled from a checkpoint: forgets what the first copy noticed; an update looks."""
+        self._join()
         self._unreported = {}
         if self.guard is not None:
             self.guard = kernels.Guard()
@@ -134,6 +146,7 @@ class Shadow:
             counterpart: the teacher's tensors in the order of the new shares, where there is a teacher.
         """
         averaged, copied = self._numbers_after(shares, places, new)
+        self._join()
         if self.started:
             fresh = {mode: [index for index in new if shares[index].mode == mode] for mode in ("average", "copy")}
             before, self._shares = self._shares, shares
@@ -157,7 +170,8 @@ class Shadow:
         """The numbers of what is averaged, and of what is copied, after ``follow()``: what joins comes last."""
         averaged = [places[index] for index in self._averaged]
         copied = [places[index] for index in self._copied]
-        averaged += [index for index in new if shares[index].mode == "average" and index not in averaged]
+        known = set(averaged)
+        averaged += [index for index in new if shares[index].mode == "average" and index not in known]
         return averaged, copied
 
     @property
@@ -170,11 +184,13 @@ class Shadow:
 
         ``number`` is that of the update that comes with it: rounding depends on it.
         """
+        self._join()
         self._fill_new(sources, number)
 
     def _fill_new(self, sources: Sequence[Tensor], number: int) -> None:
         averaged = [index for index in self._new if self._shares[index].mode == "average"]
-        places = [self._averaged.index(index) for index in averaged]
+        place_of = {index: place for place, index in enumerate(self._averaged)}
+        places = [place_of[index] for index in averaged]
         rounding = self._rounding(number)
         if rounding is not None:
             shares = [self._shares[index] for index in averaged]
@@ -186,7 +202,8 @@ class Shadow:
         if self.guard is not None:  # the next update looks at every element of these, and counts
             self.guard.tainted.update(places)
         copied = [index for index in self._new if self._shares[index].mode == "copy"]
-        buffers = [self._buffers[self._copied.index(index)] for index in copied]
+        buffer_of = dict(zip(self._copied, self._buffers, strict=True))
+        buffers = [buffer_of[index] for index in copied]
         kernels.copy([buffers], [sources[index] for index in copied], self._ranges(copied), None)
         self._new = []
 
@@ -198,6 +215,12 @@ class Shadow:
             weights: of each average.
             number: of this update; the first copy was number 1. Rounding depends on it.
         """
+        if self._beside is None:
+            self._update(sources, weights, number)
+        else:
+            self._beside.run(self._shares, sources, lambda taken: self._update(taken, weights, number))
+
+    def _update(self, sources: Sequence[Tensor], weights: Sequence[float], number: int) -> None:
         if self._new:
             self._fill_new(sources, number)
         if self._spans is None:
@@ -244,7 +267,9 @@ class Shadow:
         return Rounding(self._positions, [average_key(self.seed, update, name) for name in self._names])
 
     def tensors(self, name: str) -> list[Tensor | None]:
-        """The flat shadow of every share, None where it is live."""
+        """The flat shadow of every share, None where it is live. Raises EMAStateError if an update has failed."""
+        self._join()
+        self._raise_failure()
         tensors: list[Tensor | None] = [None] * len(self._shares)
         for index, tensor in zip(self._averaged, self._averages[name], strict=True):
             tensors[index] = tensor
@@ -257,6 +282,7 @@ class Shadow:
         they have, and those shadows move to memory of their own. Local. See ``lent.py``."""
         if not lent.outstanding():
             return
+        self._join()
         lent.wait(self._all())
         self._averages = {name: lent.separate(tensors, self._copy_of) for name, tensors in self._averages.items()}
         self._buffers = lent.separate(self._buffers, self._copy_of)
@@ -293,22 +319,34 @@ class Shadow:
         """After others than ``update`` have written into it. Local."""
         return
 
-    # Hooks for shadows that a background thread updates (host.py); nothing to do here.
+    # Of updates that run beside training, on the device (beside.py) or in a thread (host.py).
 
-    #: Whether a failed update has left the averages unusable.
-    failed = False
+    def _join(self) -> None:
+        """What the device is asked after this waits for an update beside training. Local; the host does not wait."""
+        if self._beside is not None:
+            self._beside.join()
+
+    def _raise_failure(self) -> None:
+        if self._beside is not None and self._beside.failure is not None:
+            raise self._beside.failure
+
+    @property
+    def failed(self) -> bool:
+        """Whether a failed update has left the averages unusable."""
+        return self._beside is not None and self._beside.failure is not None
 
     def check(self, sources: Sequence[Tensor]) -> None:
-        """Raises EMAStateError if the next update cannot take these sources. Local."""
-        return
+        """Raises EMAStateError if the next update cannot take these sources, or the one before failed. Local."""
+        self._join()
+        self._raise_failure()
 
     def drain(self) -> None:
-        """Waits until nothing works on the averages. Local; raises nothing."""
-        return
+        """Waits until nothing works on the averages, on the device in its order. Local; raises nothing."""
+        self._join()
 
     def raise_failure(self) -> None:
         """Raises EMAStateError if work on the averages has failed. Local; does not wait."""
-        return
+        self._raise_failure()
 
     def wait(self) -> None:
         """``drain()``, then ``raise_failure()``."""
@@ -317,11 +355,11 @@ class Shadow:
 
     def close(self) -> None:
         """Gives back what only updates need. Local. Raises what nobody has seen yet."""
-        return
+        self.wait()
 
     def discard(self) -> None:
         """Ends work on averages that nobody wants any more. Local; raises nothing."""
-        return
+        self._join()
 
     def notes(self) -> list[str]:
         """Lines for a report on memory."""

@@ -4,9 +4,9 @@ An update asks for copies of the weights and returns; the thread waits for them 
 memory already are not copied: the thread reads them in place.
 
 The weights have to stay as they are until they have been read. Whoever writes them waits for that, by
-``wait_for_reads()``: every optimizer step (a hook for all of torch's optimizers, from which DeepSpeed's inherit), and
-every average that goes into the model. A write by other hands is noticed where torch counts it, and logged. What a
-forward pass writes (buffers) is copied before ``update`` returns, or in the order of the device's work.
+:func:`dist_ema.shadow.reading.wait_for_reads`: every optimizer step, and every average that goes into the model. A
+write by other hands is noticed where torch counts it, and logged. What a forward pass writes (buffers) is copied before
+``update`` returns, or in the order of the device's work.
 """
 
 from __future__ import annotations
@@ -14,18 +14,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
-from weakref import WeakSet
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from dist_ema.engines.base import write_count
 from dist_ema.errors import EMAStateError
 from dist_ema.geometry.shares import Share
 from dist_ema.runtime import memory
-from dist_ema.runtime.untraced import untraced
 from dist_ema.runtime.worker import Worker
 from dist_ema.shadow.device import Shadow
+from dist_ema.shadow.reading import announce
 from dist_ema.shadow.staging import LINKS, HostLink, Link, Take, carve, pageable
 
 if TYPE_CHECKING:
@@ -140,8 +139,7 @@ class HostShadow(Shadow):
                 )
 
     def _submit(self, sources: Sequence[Tensor], work: Callable[[Sequence[Tensor]], None]) -> None:
-        _guard_optimizers()
-        _reading.add(self)
+        announce(self)
         self._worker.wait()
         taken = list(sources)
         for link, indices in self._routes():
@@ -153,7 +151,7 @@ class HostShadow(Shadow):
                 taken[index] = self._staging[index]
             link.copy(takes)
         self._read = {
-            index: (sources[index], _version(sources[index]))
+            index: (sources[index], write_count(sources[index]))
             for index in self._kept
             if self._shares[index].spec.kind != "buffer"
         }
@@ -189,7 +187,7 @@ class HostShadow(Shadow):
     def _look_for_writes(self, indices: Iterable[int]) -> None:
         """Logs, once, a write to weights that were still being read."""
         read = self._read
-        written = [index for index in indices if index in read and _version(read[index][0]) != read[index][1]]
+        written = [index for index in indices if index in read and write_count(read[index][0]) != read[index][1]]
         # In this order: an optimizer writes after it has released the weights, which may be just now.
         if written and not self._released and not self._warned:
             self._warned = True
@@ -218,7 +216,7 @@ class HostShadow(Shadow):
         self._worker.discard()
 
     @property
-    def failed(self) -> bool:  # type: ignore[override]
+    def failed(self) -> bool:
         """Whether every call raises what failed."""
         return self._worker.failed
 
@@ -265,25 +263,3 @@ class HostShadow(Shadow):
                 raise EMAStateError(f"{name!r} is on the meta device: materialise the model before update()")
         sizes = [(self._shares[index].numel, self._shares[index].dtype) for index in indices]
         return carve(sizes, memory.pinned if self._pins else pageable)
-
-
-# Before anything writes weights.
-
-_reading: WeakSet[HostShadow] = WeakSet()
-_hooks: list[object] = []
-
-
-def wait_for_reads(*_: object) -> None:
-    """Every offloaded average of this process has read its weights afterwards, as far as the device's order goes."""
-    for shadow in list(_reading):
-        shadow.wait_for_reads()
-
-
-def _guard_optimizers() -> None:
-    if not _hooks:
-        _hooks.append(register_optimizer_step_pre_hook(untraced(wait_for_reads)))
-
-
-def _version(tensor: Tensor) -> int:
-    """How often torch has seen it written."""
-    return 0 if tensor.is_inference() else tensor._version

@@ -34,10 +34,11 @@ UPDATES: dict[str, tuple[torch.dtype, int, dict[str, Any]]] = {
     "fp32 weights, bf16 shadow": (torch.float32, 0, {"dtype": torch.bfloat16}),
     "bf16 weights, bf16 shadow": (torch.bfloat16, 0, {"dtype": torch.bfloat16}),
 }
-#: Beside training: ShardedEMA's options, None for none.
+#: Beside training: ShardedEMA's options, None for none; ``overlap`` is attach()'s.
 TRAINED: dict[str, dict[str, Any] | None] = {
     "no average": None,
     "fp32 shadow on the device": {},
+    "fp32 shadow on the device, overlap": {"overlap": True},
     "bf16 shadow on the device": {"dtype": torch.bfloat16},
     "offload": {"offload": "cpu"},
     "offload, every 4 steps": {"offload": "cpu", "update_interval": "4ba"},
@@ -146,14 +147,17 @@ def training(parameters: int, steps: int, repeats: int, device: str) -> list[dic
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=device != "cpu")
         batch = torch.randn(8, 1024 if device != "cpu" else 8, model.width, dtype=torch.bfloat16, device=device)
         before = resident()
-        ema = None if options is None else ShardedEMA(model, decay=DECAY, **options)
+        ema = None
+        if options is not None:
+            chosen = dict(options)
+            overlap = chosen.pop("overlap", False)
+            ema = ShardedEMA(model, decay=DECAY, **chosen)
+            ema.attach(optimizer, overlap=overlap)
 
-        def step(model: nn.Module = model, optimizer: Any = optimizer, batch: Tensor = batch, ema: Any = ema) -> None:
+        def step(model: nn.Module = model, optimizer: Any = optimizer, batch: Tensor = batch) -> None:
             model(batch).float().square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
-            if ema is not None:
-                ema.update()
 
         for _ in range(3):
             step()

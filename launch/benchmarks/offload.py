@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from benchmarks.show import cell, print_json, print_table
 from dist_ema import ShardedEMA
 from dist_ema.shadow import staging
-from dist_ema.shadow.host import wait_for_reads
+from dist_ema.shadow.reading import wait_for_reads
 
 WIDTH = 1024
 BATCH = 64

@@ -26,6 +26,9 @@ class RealGPU:
     def delay(self) -> None:
         torch.cuda._sleep(CYCLES)
 
+    def rush(self) -> None:
+        return
+
     def hold(self) -> None:
         """Threads cannot be made late here: ``test_offload_cuda.py`` makes copies late."""
 
