@@ -705,7 +705,8 @@ class ShardedEMA:
         average = vars(self).get("_average")
         if average is None:  # of a construction that failed
             return object.__repr__(self)
-        return summary(type(self).__name__, type(average.engine).__name__, average.shares, average.track)
+        kind, engine = type(self).__name__, type(average.engine).__name__
+        return summary(kind, engine, average.shares, average.track, average.skipped())
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         """For ``copy`` and ``pickle``, which would take it for one that goes on by itself."""

@@ -132,6 +132,11 @@ def test_repr_of_an_average_says_what_it_is() -> None:
     ema.update(tokens=5, epochs=0.5)
     for part in (*parts, "2 updates", "progress 1ba 5tok 0.5ep"):
         assert part in repr(ema), repr(ema)
+    with torch.no_grad():
+        model.weight[0, 0] = float("nan")
+    assert "NaN" not in repr(ema)
+    ema.update()
+    assert "2 NaN or Inf elements left out on this rank" in repr(ema), repr(ema)
     assert "ShardedEMA" in repr(ShardedEMA.__new__(ShardedEMA))  # in the traceback of a construction that failed
 
 

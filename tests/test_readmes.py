@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
@@ -130,6 +131,7 @@ def teach(folder: Path) -> None:
 
 def export(folder: Path) -> None:
     from diffusers import UNet2DModel
+    from diffusers.utils import logging as diffusers_logging
     from peft import LoraConfig, PeftModel, get_peft_model
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -149,7 +151,15 @@ def export(folder: Path) -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0}, unk_token="a")))
     names = {"model": model, "tokenizer": tokenizer, "torch": torch, "ema": averaged(model)}
     names |= {"ema_of_unet": averaged(unet), "ema_of_adapter": averaged(adapter)}
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    diffusers_logging.set_verbosity_info()
+    logging.getLogger("diffusers").addHandler(handler)
     run(CHECKPOINTS, 2, names, folder)
+    logging.getLogger("diffusers").removeHandler(handler)
+    diffusers_logging.set_verbosity_warning()
+    assert not messages, "they name a temporary folder"
     loaded = AutoModelForCausalLM.from_pretrained(folder / "average")
     with names["ema"].average_parameters():
         pairs = zip(loaded.parameters(), model.parameters(), strict=True)
@@ -285,3 +295,37 @@ def test_the_picture_of_the_speed_is_of_the_recorded_figures() -> None:
     from benchmarks.chart import picture
 
     assert (GUIDE / "speed.svg").read_text() == picture(ROOT / "launch" / "benchmarks" / "README.md")
+
+
+def headings(text: str) -> list[str]:
+    """Names, calls and options of the reference, without its sentences."""
+    return re.findall(r"^#+ .*$|^```text\n.*?^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def test_the_reference_has_every_public_call_and_option() -> None:
+    """It fails, too, for a public name without a docstring. The sentences are compared by the site's own test."""
+    sys.path.insert(0, str(ROOT / ".github" / "site"))
+    import reference
+
+    assert headings(reference.PAGE.read_text()) == headings(reference.page()), "run python .github/site/reference.py"
+
+
+@pytest.mark.long
+def test_the_site_has_no_dead_link(tmp_path: Path) -> None:
+    """Needs ``.[docs]``. It also asks that the reference says what the docstrings say."""
+    pytest.importorskip("zensical")
+    sys.path.insert(0, str(ROOT / ".github" / "site"))
+    import make_site
+    import reference
+
+    make_site.build(tmp_path / "site")
+    assert {path.stem for path in (tmp_path / "site").glob("*.html")} >= {file.stem for file in GUIDE.glob("[a-z]*.md")}
+    assert reference.PAGE.read_text() == reference.page(), "run python .github/site/reference.py"
+
+
+def test_ci_runs_the_command_that_the_readme_gives() -> None:
+    """A developer who follows the README has to see what the check of a change sees."""
+    (command,) = re.findall(r"^(python3 -m venv .*pytest.*)$", README.read_text(), re.MULTILINE)
+    steps = [line.strip() for line in (ROOT / ".ci" / "run").read_text().splitlines()]
+    missing = [step for step in command.split(" && ") if step not in steps]
+    assert not missing

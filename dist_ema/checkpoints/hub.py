@@ -7,8 +7,10 @@ model is theirs, the library is in memory. Read in transformers 5.23, diffusers 
 from __future__ import annotations
 
 import copy
+import logging
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -174,11 +176,27 @@ def write_config(model: nn.Module, directory: Path, dtype: torch.dtype | None) -
     registered with ``register_for_auto_class``. The model stays as it is.
     """
     if _is_configured(model):
-        _empty(model).save_config(str(directory))  # type: ignore[operator]
+        with _without_messages("diffusers.configuration_utils"):  # which name this folder, and it is a temporary one
+            _empty(model).save_config(str(directory))  # type: ignore[operator]
     elif _is_pretrained(model):
         _write_pretrained(model, directory, dtype)
     else:
         model.config.save_pretrained(str(directory))  # type: ignore[union-attr,operator]
+
+
+@contextmanager
+def _without_messages(name: str) -> Iterator[None]:
+    """Silences a logger's messages, but not its warnings."""
+
+    def is_shown(record: logging.LogRecord) -> bool:
+        return record.levelno > logging.INFO
+
+    logger = logging.getLogger(name)
+    logger.addFilter(is_shown)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_shown)
 
 
 def _is_configured(model: nn.Module) -> bool:

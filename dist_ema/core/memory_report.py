@@ -29,15 +29,16 @@ def memory_report(shares: Sequence[Share], names: Collection[str], shadow: Shado
     return "\n".join(lines)
 
 
-def summary(kind: str, engine: str, shares: Sequence[Share], track: Track) -> str:
-    """One line for ``repr()``: engine, averages with their schedules, size, updates and progress. Local."""
+def summary(kind: str, engine: str, shares: Sequence[Share], track: Track, skipped: int) -> str:
+    """One line for ``repr()``: engine, averages with their schedules, size, updates, progress and NaN. Local."""
     averaged = [share.spec for share in shares if share.mode == "average"]
     averages = ", ".join(f"{name!r}: {schedule!r}" for name, schedule in track.schedules.items())
     elements = sum(spec.numel for spec in averaged)
     updates = track.averaged.updates
+    left_out = f", {_counted(skipped, 'NaN or Inf element')} left out on this rank" if skipped else ""
     return (
         f"<{kind} on {engine}: {{{averages}}} of {_counted(len(averaged), 'tensor')}, {elements:,} elements; "
-        f"{_counted(updates, 'update')}, progress {track.progress}>"
+        f"{_counted(updates, 'update')}, progress {track.progress}{left_out}>"
     )
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from statistics import median
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
+from demo.full_copy import measure
 from demo.options import EXPORT, Options
 from demo.ranks import first
 from demo.report import Report, Summary, output_folder, say
@@ -69,6 +71,7 @@ def _run(
     resume.load(wrapped, ema)
     part, parts = wrapped.data_rank, wrapped.data_size
     each = options.batch // parts
+    updates: list[float] = []
     seconds, mark, stop, step = 0.0, time.perf_counter(), Stop.NO, resume.step
     for step in range(resume.step + 1, options.steps + 1):
         batch = text.batch(step, options.batch, options.context, options.seed, part, parts)
@@ -76,7 +79,9 @@ def _run(
         wrapped.backward(loss)
         wrapped.step()
         # Where progress is counted in batches alone, ``ema.attach(optimizer)`` before the loop does the same.
+        before = time.perf_counter()
         ema.update(samples=options.batch, tokens=options.batch * options.context)
+        updates.append(time.perf_counter() - before)
 
         stop = agreement.stop()
         due = step % options.eval_every == 0 or step == options.steps
@@ -103,6 +108,7 @@ def _run(
     exported = _evaluate_export(export, options, windows, each, device)
     if abs(exported - averaged) > TOLERANCE[options.precision]:
         raise RuntimeError(f"{export}: its validation loss is {exported}, but that of the sharded average {averaged}")
+    copied = first(lambda: measure(options, device), "measuring a full copy")
     summary = Summary(
         options.engine,
         dist.get_world_size(),
@@ -113,6 +119,9 @@ def _run(
         ema.memory_report(),
         seconds / max(1, step - resume.step),
         export,
+        median(updates) if updates else 0.0,
+        copied.seconds,
+        copied.size,
     )
     if not stop:
         first(lambda: summary.write(out), "writing the summary")

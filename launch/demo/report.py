@@ -15,6 +15,10 @@ from tqdm import tqdm
 from demo.options import Options
 
 FINISHED = "summary.json"  # in the output folder of a run that has made all of its steps
+NEXT = (
+    "Next, for a model of yours: dist-ema plan --parameters 7B --engine fsdp2 --world-size 8 says what its average "
+    "costs, and dist_ema/guide/start.md has a program to copy."
+)
 AVERAGED, LIVE = "#0b6e99", "#c2792d"
 
 
@@ -32,6 +36,9 @@ class Summary:
         shadow: what the average cost in memory on this rank.
         step_time: seconds per step, evaluations not counted.
         export: folder of the exported weights.
+        update_time: seconds that an update of the average keeps this rank, the median.
+        copy_time: seconds of an update of a full copy, without gathering the weights.
+        copy_size: bytes of a full copy, which each rank would keep.
     """
 
     engine: str
@@ -43,6 +50,9 @@ class Summary:
     shadow: str
     step_time: float
     export: Path
+    update_time: float = 0.0
+    copy_time: float = 0.0
+    copy_size: int = 0
 
     def table(self) -> str:
         """Two columns, to be read by people."""
@@ -54,7 +64,10 @@ class Summary:
             "validation loss, averaged": f"{self.averaged:.4f}",
             "validation loss, exported": f"{self.exported:.4f}",
             "shadow on rank 0": "\n".join(line for part in self.shadow.splitlines() for line in wrap(part, 80)),
+            "a full copy would be": f"{self.copy_size / 2**20:.1f} MiB on each rank",
             "time per step": f"{self.step_time * 1000:.0f} ms",
+            "an update of it": f"{self.update_time * 1000:.2f} ms; of a full copy {self.copy_time * 1000:.2f} ms and a "
+            "gather of the weights",
             "export": f"{self.export}",
         }
         return "\n".join(f"{name:<26}  {indent(value, ' ' * 28).lstrip()}" for name, value in rows.items())
@@ -125,6 +138,7 @@ class Report:
         if stopped:
             tqdm.write(f"stopped by a signal after step {summary.steps}")
         tqdm.write("\n" + summary.table())
+        tqdm.write(f"\n{self._out / 'curves.png'} shows live against averaged weights. {NEXT}")
 
     def left(self, step: int, saved: bool) -> None:
         """Says where a run was left that ends without evaluation and export."""
@@ -146,8 +160,24 @@ class Report:
 
         steps, live, averaged = zip(*self.curves, strict=True)
         figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
-        axes.plot(steps, live, color=LIVE, marker="o", markersize=3, linewidth=1.4, label="live weights")
-        axes.plot(steps, averaged, color=AVERAGED, marker="o", markersize=3, linewidth=1.8, label="averaged weights")
+        axes.plot(
+            steps,
+            live,
+            color=LIVE,
+            marker="o",
+            markersize=3,
+            linewidth=1.4,
+            label=f"live weights, {live[-1]:.3f} at the end",
+        )
+        axes.plot(
+            steps,
+            averaged,
+            color=AVERAGED,
+            marker="o",
+            markersize=3,
+            linewidth=1.8,
+            label=f"averaged weights, {averaged[-1]:.3f}",
+        )
         axes.set(title=f"Validation loss, {self._title}", xlabel="optimizer step", ylabel="loss (nats per byte)")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", alpha=0.25)
