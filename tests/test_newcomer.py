@@ -136,7 +136,7 @@ def test_repr_of_an_average_says_what_it_is() -> None:
         model.weight[0, 0] = float("nan")
     assert "NaN" not in repr(ema)
     ema.update()
-    assert "2 NaN or Inf elements left out on this rank" in repr(ema), repr(ema)
+    assert "1 NaN or Inf element left out on this rank" in repr(ema), repr(ema)
     assert "ShardedEMA" in repr(ShardedEMA.__new__(ShardedEMA))  # in the traceback of a construction that failed
 
 

@@ -66,7 +66,7 @@ class Summary:
             "shadow on rank 0": "\n".join(line for part in self.shadow.splitlines() for line in wrap(part, 80)),
             "a full copy would be": f"{self.copy_size / 2**20:.1f} MiB on each rank",
             "time per step": f"{self.step_time * 1000:.0f} ms",
-            "an update of it": f"{self.update_time * 1000:.2f} ms; of a full copy {self.copy_time * 1000:.2f} ms and a "
+            "update of the average": f"{self.update_time * 1000:.2f} ms; of a full copy {self.copy_time * 1000:.2f} ms and a "
             "gather of the weights",
             "export": f"{self.export}",
         }
