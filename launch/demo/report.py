@@ -66,8 +66,8 @@ class Summary:
             "shadow on rank 0": "\n".join(line for part in self.shadow.splitlines() for line in wrap(part, 80)),
             "a full copy would be": f"{self.copy_size / 2**20:.1f} MiB on each rank",
             "time per step": f"{self.step_time * 1000:.0f} ms",
-            "update of the average": f"{self.update_time * 1000:.2f} ms; of a full copy {self.copy_time * 1000:.2f} ms and a "
-            "gather of the weights",
+            "update of the average": f"{self.update_time * 1000:.2f} ms; of a full copy {self.copy_time * 1000:.2f} ms "
+            "and a gather of the weights",
             "export": f"{self.export}",
         }
         return "\n".join(f"{name:<26}  {indent(value, ' ' * 28).lstrip()}" for name, value in rows.items())
