@@ -12,9 +12,10 @@ import torch.distributed as dist
 from models import CASES, build
 from safetensors.torch import load_file
 from torch import nn
+from zero_models import make_engine
 
 from dist_ema import ShardedEMA, compute_ema, merge, read_checkpoint, verify_checkpoint
-from dist_ema.errors import CheckpointMismatchError
+from dist_ema.errors import CheckpointMismatchError, EMAEngineError
 
 DECAYS = {"fast": 0.5, "slow": 0.9}
 
@@ -194,3 +195,14 @@ def test_real_models_take_no_notice() -> None:
     ema = ShardedEMA(build(), decay=0.5)
     ema.update()
     assert not ema._average.shadow._complex
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.world_size(2)
+def test_zero_is_refused_since_it_drops_imaginary_parts(stage: int) -> None:
+    """The update failed inside of torch. FSDP1 and ZeRO-3 refuse complex parameters themselves."""
+    model = nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 5))
+    model.phase = nn.Parameter(torch.ones(6, 5, dtype=torch.complex64))
+    engine = make_engine(stage, model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(EMAEngineError, match=r"'phase' is torch[.]complex64: DeepSpeed keeps real numbers"):
+        ShardedEMA(engine, decay=0.5)

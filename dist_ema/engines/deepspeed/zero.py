@@ -157,6 +157,11 @@ class ZeroEngine(Engine):
     def _spec(self, slot: Slot, piece: MasterSlice | None) -> TensorSpec:
         tensor: Any = slot.get()
         refuse_declared(slot.name, tensor, _full_shape(tensor), "DeepSpeed")
+        if piece is not None and tensor.is_complex() and not self._masters.replicated:
+            raise EMAEngineError(
+                f"parameter {slot.name!r} is {tensor.dtype}: DeepSpeed keeps real numbers of it only, so its training "
+                "loses the imaginary parts. Keep the two parts as a real parameter, or use FSDP2 or DDP"
+            )
         if slot.is_buffer:
             return TensorSpec.unsharded(slot.name, tensor, kind="buffer", partitioned=False, aliases=slot.aliases)
         shape, team = _full_shape(tensor), self._groups.of(slot.name, tensor)
