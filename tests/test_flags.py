@@ -398,6 +398,42 @@ def test_a_checkpoint_says_what_was_frozen_and_a_later_run_may_train_it(tmp_path
     assert later.update()
 
 
+@pytest.mark.parametrize("case", ["plain", "ddp", "fsdp1-full-orig", "fsdp2", "hsdp", "fsdp2-tp"])
+@pytest.mark.parametrize("updates", [0, 1])
+@pytest.mark.world_size(2)
+def test_what_is_unfrozen_before_a_load_starts_from_its_stored_value(
+    case: str, updates: int, rank: int, tmp_path: Path
+) -> None:
+    """It was left out of the load, and joined later with the value that it had by then."""
+    model = CASES[case].model()
+    name, parameter = next((n, p) for n, p in model.named_parameters() if p.requires_grad)
+    ShardedEMA(model, decay=0.5).save(tmp_path / "trained")
+    parameter.requires_grad_(False)
+    ema = ShardedEMA(model, averages={"fast": 0.5, "slow": 0.9})
+    ema.update()
+    ema.save(tmp_path / "ema")
+    stored = ema.full_state_dict("fast")
+    (frozen,) = set(verify_checkpoint(tmp_path / "ema").frozen) - set(verify_checkpoint(tmp_path / "trained").frozen)
+    other = CASES[case].model()
+    parameter = dict(other.named_parameters())[name]
+    parameter.requires_grad_(False)
+    later = ShardedEMA(other, averages={"fast": 0.5, "slow": 0.9})
+    for _ in range(updates):
+        later.update()
+    parameter.requires_grad_(True)
+    with torch.no_grad():
+        parameter.add_(1)
+    later.load(tmp_path / "ema")
+    for average in later.names:
+        found = later.full_state_dict(average)
+        if rank == 0:
+            assert torch.equal(found[frozen], stored[frozen])
+    later.update()
+    found = later.full_state_dict("fast")
+    if rank == 0:
+        assert torch.allclose(found[frozen], stored[frozen] + 0.5)  # the models are alike
+
+
 def test_what_a_checkpoint_does_not_know_is_a_mismatch(tmp_path: Path) -> None:
     """An excluded weight was trained all the time: its stored value is no average."""
     model = _two(None)

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 
 import torch
 import torch.distributed as dist
@@ -70,10 +71,12 @@ class Load:
         group: the ranks.
         selects: whether ``include`` and ``exclude`` let a name into the average.
         dtype: of averages; None means each tensor's own.
+        trained: names of this rank's parameters that are trained now and not averaged yet.
 
     Attributes:
         manifest: of the checkpoint.
-        joining: names of parameters that are frozen in the model and have an average in the checkpoint.
+        joining: names of parameters that join the average with this load. They are frozen in the model and have an
+            average in the checkpoint, or they are trained now and were frozen in the checkpoint.
         shapes: of buffers that have another shape in the checkpoint, by their names.
     """
 
@@ -85,6 +88,7 @@ class Load:
         group: dist.ProcessGroup | None,
         selects: Callable[[str], bool],
         dtype: torch.dtype | None,
+        trained: Collection[str] = (),
     ) -> None:
         self._path = path
         self._group = group
@@ -97,14 +101,16 @@ class Load:
             except EMAError:  # other ranks may not see the disk, or lack the package that opens such a URL
                 if self._first:
                     raise
-            round_.send(checksum(self._text))
+            round_.send((checksum(self._text), sorted(trained)))
+        sums, names_trained = zip(*round_.received, strict=True)
         # Equal checksums mean equal manifests, whose data folder has a name that no other save uses. So where they are
         # equal all ranks see the same files.
-        self._shared = len(set(round_.received)) == 1
+        self._shared = len(set(sums)) == 1
         if not self._shared:
             self._text = broadcast_object(self._text, group)
         self.manifest = Manifest.from_bytes(self._text)
         self._names = names
+        self._trained = set(chain.from_iterable(names_trained))  # stages of a pipeline have different names
         self.joining: set[str] = set()
         self.shapes: dict[str, tuple[int, ...]] = {}
         fitted = [self._fitted(entry, selects, dtype) for entry in entries]
@@ -115,6 +121,11 @@ class Load:
         stored = next(
             (tensor for tensors in self.manifest.averages.values() if (tensor := _find(tensors, entry))), None
         )
+        constant = any(name in self.manifest.frozen for name in entry.names)
+        unfrozen = constant and any(name in self._trained for name in entry.names)
+        if unfrozen and stored is None and selects(entry.name):  # the value that was frozen is the average of it
+            self.joining.update(entry.names)
+            return replace(entry, mode="average", dtype=shadow_dtype(entry.live_dtype, dtype), frozen=False)
         if stored is None:
             return entry
         if entry.frozen and selects(entry.name):

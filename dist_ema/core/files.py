@@ -196,11 +196,13 @@ def load(average: Average, path: str | os.PathLike[str], strict: bool, verify: b
     with average.begin(call, replaces=True):
         average.wait_for_save()
         sources = average.live("load()")
+        unfrozen = average.engine.trained(average.frozen)
     options = average.options
     group = average.groups.files("load()", PATIENCE, average.nbytes())
+    names = [average.shares[number].spec.name for number in unfrozen]
     manifest, shadow, shares = read_anew_if_replaced(
-        lambda: Load(path, average.full_tensors, average.names, group, options.selects, options.dtype),
-        lambda reading: (reading.manifest, *_filled(average, reading, sources, strict, verify)),
+        lambda: Load(path, average.full_tensors, average.names, group, options.selects, options.dtype, names),
+        lambda reading: (reading.manifest, *_filled(average, reading, sources, unfrozen, strict, verify)),
     )
     with Uninterrupted():
         average.replace(shadow, shares, manifest.state, "load()")
@@ -208,11 +210,18 @@ def load(average: Average, path: str | os.PathLike[str], strict: bool, verify: b
 
 
 def _filled(
-    average: Average, reading: Load, sources: Sequence[Tensor], strict: bool, verify: bool
+    average: Average, reading: Load, sources: Sequence[Tensor], unfrozen: Sequence[int], strict: bool, verify: bool
 ) -> tuple[Shadow, list[Share]]:
     """Returns a new shadow with what a checkpoint holds, and its shares. Collective; raises on every rank."""
     found = reading.match(strict)
-    shares = shares_to_load(average.shares, reading.joining, reading.shapes, average.options)
+    own = average.shares
+    joining = [number for number in unfrozen if own[number].spec.name in reading.joining]
+    if joining:
+        own = list(own)
+    for number in joining:
+        # Replicas share a frozen tensor. They do not once it is trained, where DDP has not been told of it.
+        own[number] = replace(own[number], spec=average.engine.describe(number))
+    shares = shares_to_load(own, reading.joining, reading.shapes, average.options)
     shadow = average.new_shadow(reading.manifest.seed, shares)
     if reading.manifest.started:
         # What a checkpoint lacks starts from the live weights; where it may lack nothing, none are copied.
