@@ -268,7 +268,7 @@ class ShardedEMA:
     def average_parameters(
         self, name: str | None = None, *, held_by: str | None = None
     ) -> AbstractContextManager[None]:
-        """Inside, the live model computes with the average; afterwards the live weights are back bit for bit.
+        """Lets the live model compute with the average in the block; afterwards the live weights are back bit for bit.
 
         Also when the body raises. No second copy of the model is made: live weights and shadow change places.
         Collective for DDP, HSDP and DeepSpeed, and where a model that is spread over ranks has buffers in its average:
@@ -599,7 +599,7 @@ class ShardedEMA:
     # torch.distributed.checkpoint: collective.
 
     def state_dict(self, *, full: bool = False, live: bool = False) -> dict[str, Any]:
-        """What ``torch.distributed.checkpoint`` saves, and loads into: ``dcp.save({"ema": ema}, ...)``. Collective.
+        """Returns what ``torch.distributed.checkpoint`` saves and loads into: ``dcp.save({"ema": ema})``. Collective.
 
         Tensors only: this rank's parts of the averages, which have the full tensors' names and shapes and can be saved
         and copied but not computed with (``dist_ema.dcp.boxed``), and clocks and schedules as text. Parts are views of
@@ -656,12 +656,12 @@ class ShardedEMA:
 
     @property
     def num_updates(self) -> int:
-        """How often weights were taken into the average, the first copy included."""
+        """Counts how often weights were taken into the average, the first copy included."""
         return self._average.num_updates
 
     @property
     def decays(self) -> dict[str, float]:
-        """What the last update kept of each average, by its name; 0 where there was none, and for the first copy.
+        """Returns what the last update kept of each average, by name; 0 before the first one and for the first copy.
 
         After ``load()`` it is 0 until the next update. Local, so for logs of every step, where ``metrics()`` is
         collective.
@@ -670,7 +670,7 @@ class ShardedEMA:
 
     @property
     def decay(self) -> float:
-        """What the last update kept of the only average, as ``decays`` says. EMAConfigError if there are several."""
+        """Returns ``decays`` of the only average. Raises EMAConfigError if there are several."""
         if len(self.names) > 1:
             names = ", ".join(map(repr, self.names))
             raise EMAConfigError(f"decay: there are several averages ({names}): use decays")
@@ -693,11 +693,11 @@ class ShardedEMA:
 
     @property
     def held_by(self) -> str | None:
-        """Who holds an average in the model now, as ``average_parameters`` was told; None if nobody does."""
+        """Returns who holds an average in the model now, as ``average_parameters`` was told; None if nobody does."""
         return self._average.condition.held_by
 
     def memory_report(self) -> str:
-        """What the shadow costs on this rank, by device, as a short text. Local."""
+        """Returns what the shadow costs on this rank, by device, as a short text. Local."""
         average = self._average
         return memory_report(average.shares, average.options.schedules, average.shadow)
 
@@ -709,7 +709,7 @@ class ShardedEMA:
         return summary(kind, engine, average.shares, average.track, average.skipped())
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
-        """For ``copy`` and ``pickle``, which would take it for one that goes on by itself."""
+        """Refuses ``copy`` and ``pickle``: a copy would not follow the model."""
         raise EMAStateError(
             "a ShardedEMA belongs to its model, its process groups and the other ranks, so it cannot be copied or "
             "pickled (nor can a model that holds one as an attribute): save() writes it to disk, state_dict() is for "

@@ -1,4 +1,4 @@
-"""What users call beside ``ShardedEMA``: ``compute_ema()``, Composer's functional form, and ``update_bn()``."""
+"""Provides functions beside ``ShardedEMA``: ``compute_ema()``, Composer's functional form, and ``update_bn()``."""
 
 from __future__ import annotations
 

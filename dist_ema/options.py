@@ -26,7 +26,7 @@ _BUFFER_MODES = ("copy", "average", "ignore")
 
 @dataclass(frozen=True)
 class Options:
-    """What the user asked for.
+    """Holds what the user asked for.
 
     Attributes:
         schedules: the schedule of each average, by its name; none counts in ``dur``.
@@ -131,7 +131,7 @@ class Options:
 
     @classmethod
     def check(cls, group: object = None, **options: object) -> Options:
-        """Those that a trainer's user gave for a :class:`ShardedEMA` that cannot be made yet. Raises what it would."""
+        """Validates options before a :class:`ShardedEMA` can be made. Raises what its constructor would."""
         return cls.parse(**options)
 
     def selects(self, name: str) -> bool:
@@ -140,11 +140,11 @@ class Options:
         return included and not any(pattern.search(name) for pattern in self.exclude)
 
     def buffer_mode(self, name: str) -> str:
-        """What becomes of the buffer ``name``: ``"copy"``, ``"average"`` or ``"ignore"``."""
+        """Returns how the buffer ``name`` is treated: ``"copy"``, ``"average"`` or ``"ignore"``."""
         return next((mode for pattern, mode in self.buffers if pattern.search(name)), "copy")
 
     def renamed(self, name: str) -> str:
-        """What a teacher calls the tensor ``name``."""
+        """Returns the teacher's name of the tensor ``name``."""
         for pattern, replacement in self.rename:
             name = pattern.sub(replacement, name)
         return name
@@ -164,7 +164,7 @@ class Options:
             _check_matches("buffers", pattern, of_buffers, "buffer")
 
     def facts(self) -> dict[str, str]:
-        """What has to be the same on every rank, in words. Where a shadow lies, and its threads, may differ."""
+        """Returns the options that have to be the same on every rank; a shadow's place and threads may differ."""
         return {
             "averages": repr({name: schedule.to_dict() for name, schedule in self.schedules.items()}),
             "update_interval": repr(str(self.interval)),
@@ -306,7 +306,7 @@ def check_cast(dtype: object) -> None:
 
 
 def patterns(option: str, value: object) -> tuple[re.Pattern[str], ...]:
-    """Those of an option, for which None or one of them is enough. Raises EMAConfigError."""
+    """Compiles the patterns of an option: None, one or several. Raises EMAConfigError."""
     if value is None:
         return ()
     values = [value] if isinstance(value, (str, bytes, re.Pattern)) else value

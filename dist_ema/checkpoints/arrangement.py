@@ -29,7 +29,7 @@ Indices = npt.NDArray[np.int64]
 
 
 class UnknownOperationError(CheckpointError):
-    """What happens to the elements cannot be expressed by links, or an arrangement cannot be cut as is asked."""
+    """Raised if the links cannot express an operation on elements, or an arrangement cannot be cut as asked."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Link:
         return reduce(gcd, (stride for dim in outer for stride in dim[1:]), gcd(run, self.start, self.goal_start))
 
     def follow(self, blocks: Indices, grain: int) -> tuple[npt.NDArray[np.bool_], Indices]:
-        """Which of the blocks of ``grain`` elements the link takes along, and where it puts those.
+        """Selects the blocks of ``grain`` elements that the link copies, and says where it puts them.
 
         Args:
             blocks: numbers of blocks in the first memory.

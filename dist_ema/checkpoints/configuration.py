@@ -26,7 +26,7 @@ CONFIG_SUFFIXES = {".json", ".txt", ".model", ".jinja"}
 
 @dataclass(frozen=True)
 class Configuration:
-    """What an export has beside the weights. One rank.
+    """Holds the files that an export has beside the weights. One rank.
 
     Attributes:
         model: whose weights they are, without wrappers; None if that is not known.

@@ -1,4 +1,4 @@
-"""What a checkpoint will consist of: its folders, its files and its manifest. Computed alike by every rank.
+"""Computes the folders, files and manifest of a checkpoint, alike on every rank.
 
 Shapes and dtypes of all full tensors are known, so the place of every byte is known before anyone writes. Each rank
 writes the elements that it is the writer of (:mod:`dist_ema.comm.catalogue`), in place, into the same files::

@@ -150,7 +150,7 @@ def _arrange(
     dtypes: Mapping[str, torch.dtype],
     left_out: Collection[str],
 ) -> Arrangement | None:
-    """How the tensors of the files are made of the module's own; None where they are the module's own. Local."""
+    """Says how the files' tensors are made of the module's own; None where they are the same. Local."""
     convert = None if model is None else conversion(model, layout)
     if convert is None:
         return None

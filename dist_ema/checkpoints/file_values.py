@@ -57,6 +57,6 @@ class FileValues(LocalValues):
         return cls(share, torch.empty(0, dtype=source.dtype), 0, source, advance)
 
     def read(self, start: int, stop: int, out: Tensor, non_blocking: bool = False) -> None:
-        """As :meth:`LocalValues.read`; in ascending order, without gaps."""
+        """Implements :meth:`LocalValues.read`; in ascending order, without gaps."""
         self.source.read(start, stop, out)
         self.advance((stop - start) * self.share.dtype.itemsize)

@@ -117,7 +117,7 @@ class Load:
         self._entries = [entry for entry in fitted if entry.mode != "live"]  # load() writes into no live weights
 
     def _fitted(self, entry: FullTensor, selects: Callable[[str], bool], dtype: torch.dtype | None) -> FullTensor:
-        """What the model's tensor is, once the average is the stored one: averaged though frozen, or resized. Pure."""
+        """Describes the model's tensor as the load makes it: averaged though frozen, or resized. Pure."""
         stored = next(
             (tensor for tensors in self.manifest.averages.values() if (tensor := _find(tensors, entry))), None
         )
@@ -221,7 +221,7 @@ class Load:
             self._compare(parts, sums)
 
     def _parts(self, shadow: Shadow, shares: Sequence[Share], found: Mapping[str, Mapping[str, Key]]) -> list[Part]:
-        """What to read, in an order that all ranks share. Averages have their buffers in common: the first one's."""
+        """Lists what to read, in the same order on all ranks. Averages share the buffers, which the first one reads."""
         own = {share.spec.name: share for share in shares}
         stored = self.manifest.tensors()
         parts = []

@@ -1,4 +1,4 @@
-"""What one rank reads of a checkpoint: its own elements by ranges, or what rank 0 reads and sends."""
+"""Reads one rank's part of a checkpoint: its own elements by ranges, or what rank 0 reads and sends."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ IO_CHUNK = 1 << 19
 
 @dataclass(frozen=True)
 class Part:
-    """What this rank reads of one stored tensor.
+    """Describes what this rank reads of one stored tensor.
 
     Attributes:
         key: the tensor's folder and name in the checkpoint.
@@ -49,7 +49,7 @@ class Part:
 
     @property
     def runs(self) -> Runs:
-        """Where the elements lie in the full tensor."""
+        """Returns where the elements lie in the full tensor."""
         return self.share.runs if self.share is not None else ()
 
     def __str__(self) -> str:

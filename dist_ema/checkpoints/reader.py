@@ -114,7 +114,7 @@ class RunReader(Closing):
                 position += numel
 
     def _read_part(self, file: OpenFile, offset: int, runs: Runs, out: Tensor) -> bool:
-        """As :meth:`OpenFile.read`, of runs of a tensor that begins at ``offset``."""
+        """Implements :meth:`OpenFile.read`, of runs of a tensor that begins at ``offset``."""
         item = out.element_size()
         if isinstance(runs, Rows) and (runs.step - runs.length) * item <= self._gap and runs.step * item <= self._block:
             return _read_blocks(file, offset, runs, out, self._block)

@@ -25,7 +25,7 @@ Convert = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
 
 
 def trace(convert: Convert, tensors: Iterable[tuple[Sequence[str], TensorPlan]]) -> Arrangement:
-    """What ``convert`` makes of a state dict of these tensors. Local; no memory.
+    """Traces what ``convert`` makes of a state dict of these tensors. Local; takes no memory.
 
     Args:
         convert: the function. It may change the dict that it gets, but no tensor.

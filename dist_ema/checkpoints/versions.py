@@ -55,7 +55,7 @@ def read_manifest_bytes(path: StrPath) -> bytes:
 
 
 def _nothing_at(path: StrPath) -> str:
-    """Why there is no checkpoint at a path, and where there is one."""
+    """Says why there is no checkpoint at a path, and where there is one."""
     if is_remote(path):
         return f"{path} is no checkpoint: it has no {NAME}"
     place = local_path(path)
@@ -131,7 +131,7 @@ class _LocalVersion:
         self.text = read_manifest_bytes(path)
 
     def was_replaced(self) -> bool:
-        """As :meth:`Version.was_replaced`. Raises CheckpointError if there is no checkpoint any more."""
+        """Implements :meth:`Version.was_replaced`. Raises CheckpointError if there is no checkpoint any more."""
         return read_manifest_bytes(self._path) != self.text
 
 

@@ -18,7 +18,7 @@ app = typer.Typer(
 
 
 class Dtype(str, Enum):
-    """What ``export`` may write."""
+    """Lists the dtypes that ``export`` may write."""
 
     bf16 = "bf16"
     fp16 = "fp16"

@@ -1,4 +1,4 @@
-"""What a manifest says, as JSON and as tables."""
+"""Shows a manifest as JSON and as tables."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def show_manifest(path: str, manifest: Manifest) -> None:
 
 
 def lacks(manifest: Manifest) -> str:
-    """What was left out of a checkpoint, for a sentence."""
+    """Says in words what was left out of a checkpoint."""
     shown = ", ".join(manifest.lacking[:3]) + (", ..." if len(manifest.lacking) > 3 else "")
     return f"{many(len(manifest.lacking), 'tensor')} of what is not averaged ({shown})"
 

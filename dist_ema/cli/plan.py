@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class AverageDtype(str, Enum):
-    """What averages may be kept in."""
+    """Lists the dtypes that averages may be kept in."""
 
     bf16 = "bf16"
     fp32 = "fp32"
@@ -110,7 +110,7 @@ def _architecture(model: Path | None, parameters: str | None, dtype: Dtype | Non
 
 
 def _describe_plan(model: Architecture, layout: Layout, plan: Prediction, speeds: Speeds) -> dict[str, Any]:
-    """What `plan` prints in JSON: bytes and seconds, of rank 0, of the rank that pays most, and on average."""
+    """Returns what `plan` prints as JSON: bytes and seconds of rank 0, of the most expensive rank, and on average."""
 
     def over_ranks(cost: Callable[[RankCost], float]) -> dict[str, float]:
         worst = plan.worst(cost)

@@ -1,4 +1,4 @@
-"""How results are shown: tables, progress, sizes and times, JSON. rich is imported where it is needed."""
+"""Shows results: tables, progress, sizes, times and JSON. rich is imported where it is needed."""
 
 from __future__ import annotations
 

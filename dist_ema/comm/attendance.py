@@ -1,4 +1,4 @@
-"""Which ranks have come to a round that others wait in.
+"""Records which ranks have come to a round that others wait in.
 
 A rank that waits writes into the store of the job where it is, and a rank that is not there has written nothing or an
 older place. Nothing is written by a round that ends within half a second, so that a normal call costs nothing.
@@ -79,7 +79,7 @@ class Attendance:
         return found
 
     def missed(self, call: str, place: Place, seconds: float) -> str:
-        """What to say of the ranks that have not come when a call is given up after ``seconds``."""
+        """Returns the error text that names the missing ranks of a call that is given up after ``seconds``."""
         if len(self._ranks) > 2:
             sleep(ARRIVAL)  # others that wait, too, may have come just now
         return self._sentence(call, self.missing(place), seconds)

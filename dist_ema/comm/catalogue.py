@@ -107,7 +107,7 @@ def is_writer(entry: FullTensor, share: Share, rank: int) -> bool:
 
 
 def writes(share: Share, rank: int, lowest_mesh_rank: int) -> bool:
-    """As :func:`is_writer`, for who knows the lowest rank of the mesh that writes the tensor. Pure."""
+    """Says the same as :func:`is_writer`, given the lowest rank of the mesh that writes the tensor. Pure."""
     # Rule 1 is in first_replica; rules 2 and 3 are one comparison, since a tensor that is not partitioned is a mesh of
     # its rank alone.
     own = share.spec.lowest_mesh_rank if share.spec.partitioned else rank
@@ -190,7 +190,7 @@ def _merged(lists: Iterable[tuple[int, Sequence[FullTensor]]]) -> list[FullTenso
 
 
 def _full_tensor(share: Share) -> FullTensor:
-    """What this rank knows of a tensor; of one that is not partitioned, 0 stands for the rank that will write it."""
+    """Describes a tensor as this rank knows it. Rank 0 stands for the writer of a tensor that is not partitioned."""
     spec = share.spec
     return FullTensor(
         spec.name,

@@ -39,7 +39,7 @@ own_groups: WeakSet[dist.ProcessGroup] = WeakSet()
 
 
 class Tag(NamedTuple):
-    """What each message between ranks carries, so that the answers of two calls are never mixed up.
+    """Identifies the call of a message between ranks, so that the answers of two calls are never mixed up.
 
     Attributes:
         call: the call that sends it, such as ``"save()"``.
@@ -206,7 +206,7 @@ def broadcast_object(value: T, group: dist.ProcessGroup | None, owner: int = 0) 
 
 
 class Round:
-    """What ranks tell each other at the end of one :func:`agreed` or :func:`same_call` block.
+    """Holds what ranks send each other at the end of one :func:`agreed` or :func:`same_call` block.
 
     Attributes:
         received: after the block, what each rank sent, in the order of the ranks; None for one that sent nothing.
@@ -223,7 +223,7 @@ class Round:
 
 @contextmanager
 def agreed(group: dist.ProcessGroup | None, operation: str) -> Iterator[Round]:
-    """Inside the block each rank works alone; at its end all ranks go on, or all of them raise what failed on any.
+    """Lets each rank work alone inside the block. At its end all ranks go on, or all raise what failed on any.
 
     Collective at the end of the block, in one round where what is sent is short. The block must make no collective call
     that another rank would miss when it fails. What is no ``Exception``, such as KeyboardInterrupt, leaves at once: the
@@ -314,7 +314,7 @@ class Call:
 
 @contextmanager
 def same_call(call: Call, gather: Gather) -> Iterator[Round]:
-    """As :func:`agreed`, and raises EMAStateError on every rank unless all make the same ``call``. Collective.
+    """Agrees as :func:`agreed`, and raises EMAStateError on every rank unless all make the same ``call``. Collective.
 
     Every collective call of the library begins with this, among all ranks of the model, so that also a ``metrics()``
     and a ``save()`` meet here. In one round where what is sent is short; only ranks that differ tell each other how.

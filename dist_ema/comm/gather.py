@@ -37,7 +37,7 @@ class LocalValues:
 
     @property
     def runs(self) -> Runs:
-        """Where they lie in the full tensor."""
+        """Returns where the elements lie in the full tensor."""
         return self.share.runs
 
     def read(self, start: int, stop: int, out: Tensor, non_blocking: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""What one ``ShardedEMA`` needs to talk to the other ranks beside the group in which the model trains.
+"""Makes the process groups that a ``ShardedEMA`` needs beside the group in which the model trains.
 
 All objects of the same ranks share two process groups: one for calls of the threads that call us, one for our own
 threads, which save in the background. In each only one call at a time talks::
@@ -31,7 +31,7 @@ _PATIENCE = 1800.0
 
 
 class _Team:
-    """What all objects on the same ranks share.
+    """Holds what all objects on the same ranks share.
 
     Attributes:
         front: for calls of the user's threads.
@@ -190,7 +190,7 @@ class OwnGroups:
             )
 
     def team(self) -> _Team | None:
-        """What the ranks share; None for one process."""
+        """Returns what the ranks share; None for one process."""
         return self._team
 
     @contextmanager

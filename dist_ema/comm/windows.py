@@ -187,7 +187,7 @@ def all_gather_flat(
 def _windows_of(
     ranges: Sequence[tuple[int, int, int]], dtypes: Sequence[torch.dtype], limit: int
 ) -> list[tuple[list[Placed], int]]:
-    """As :func:`packed` for ranges of tensors: parts ``(index, start, stop, byte offset)`` of these tensors."""
+    """Packs ranges of tensors as :func:`packed` does: parts ``(index, start, stop, byte offset)`` of these tensors."""
     sizes = [stop - start for _, start, stop in ranges]
     windows = []
     for parts, used in packed(sizes, [dtypes[index] for index, _, _ in ranges], limit):

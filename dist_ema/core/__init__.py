@@ -1,4 +1,4 @@
-"""What ``ShardedEMA`` does, one subject a file. ``dist_ema/ema.py`` has the signatures and their documentation.
+"""Implements ``ShardedEMA``, one subject a file. ``dist_ema/ema.py`` has the signatures and their documentation.
 
 ==================  ================================================================================
 file                subject

@@ -61,7 +61,7 @@ def update_bn(
 
 
 def _slots(engine: Engine, shares: dict[str, Share]) -> list[Slot]:
-    """Where the statistics lie. Raises EMAConfigError if they are not in the average. Local."""
+    """Finds the statistics in the average. Raises EMAConfigError if they are not there. Local."""
     slots = [
         slot
         for module in engine.modules()

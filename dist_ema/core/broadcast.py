@@ -1,4 +1,4 @@
-"""What ranks send each other when an average goes into a model that several of them hold, and when it comes out."""
+"""Exchanges parts between replicas when an average is swapped into their model, and when it is swapped out."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ _visits: WeakKeyDictionary[nn.Module, Visit] = WeakKeyDictionary()
 
 
 class Condition:
-    """What every call asks before it reads or writes weights or average. Local.
+    """Knows whether a call may read or write the weights and the average. Local.
 
     Args:
         engine: of the model.
@@ -38,7 +38,7 @@ class Condition:
 
     @property
     def held_by(self) -> str | None:
-        """Who holds an average in the model; None if nobody does."""
+        """Returns who holds an average in the model; None if nobody does."""
         return next((visit.held_by for visit in self._visits() if visit.open), None)
 
     def refuse(self, operation: str, mends: bool = False, inside: bool = False, reads: bool = True) -> None:
@@ -69,7 +69,7 @@ class Condition:
             raise self.written.error(operation)
 
     def refuse_torn(self, operation: str) -> None:
-        """As ``refuse`` where live weights are torn: before a collective call that other ranks cannot answer."""
+        """Refuses torn live weights, before a collective call that other ranks cannot answer."""
         if any(visit.torn is not None for visit in self._visits()):
             self.refuse(operation)
 
@@ -91,7 +91,7 @@ class Condition:
             _visits.pop(module, None)
 
     def _visits(self) -> list[Visit]:
-        """Those of any average to these modules; almost always there are none at all."""
+        """Returns the visits of any average to these modules; almost always there are none."""
         if not _visits:
             return []
         return list(dict.fromkeys(_visits[module] for module in self._holders() if module in _visits))

@@ -1,4 +1,4 @@
-"""What an average is, and what it costs on this rank, in words."""
+"""Describes an average, and what it costs on this rank, in words."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 class Snapshots:
-    """What :meth:`ShardedEMA.snapshot` returns: where snapshots go, when, and which there are. Local but for ``save``.
+    """Says where snapshots go, when, and which there are, for :meth:`ShardedEMA.snapshot`. Local but for ``save``.
 
     Args:
         folder: of the snapshots; each is a directory in it, or under it where ``folder`` is a URL.
@@ -75,7 +75,7 @@ class Snapshots:
         return not self._removed and crossed(before, now, self.every)
 
     def path(self, now: Progress) -> str:
-        """Of the snapshot of that moment: ``"FOLDER/20000ba"``."""
+        """Returns the path of the snapshot of a moment: ``"FOLDER/20000ba"``."""
         value = now.value(self.every.unit)
         name = f"{int(value)}" if value == int(value) else f"{value:g}"
         if float(name) != value:  # two moments of a long run may have the same six digits
@@ -83,7 +83,7 @@ class Snapshots:
         return f"{self.folder.rstrip('/')}/{name}{self.every.unit}"
 
     def paths(self) -> list[Path]:
-        """Those that there are, the oldest first, by their names alone; of a folder of this machine."""
+        """Lists the snapshots in a folder of this machine, the oldest first, by their names alone."""
         folder = local_path(self.folder)
         found = {path: self._moment(path.name) for path in (folder.iterdir() if folder.is_dir() else ())}
         return sorted((path for path, moment in found.items() if moment is not None), key=lambda path: found[path] or 0)

@@ -68,7 +68,7 @@ class Track:
         return EMAState(started, self.training, self.first_copy, self.averaged, skipped, seed)
 
     def forget(self) -> None:
-        """There is no average; the training clock goes on."""
+        """Forgets the average; the training clock goes on."""
         self.decays = dict.fromkeys(self.decays, 0.0)
         self.first_copy = self.averaged = Progress()
 
@@ -79,7 +79,7 @@ class Track:
 
     @property
     def schedules(self) -> Mapping[str, Schedule]:
-        """Of each average."""
+        """Returns the schedule of each average."""
         return self._options.schedules
 
     @property

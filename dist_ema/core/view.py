@@ -1,4 +1,4 @@
-"""What this rank holds of averages and live weights, wherever they are at the moment."""
+"""Finds this rank's elements of averages and live weights, wherever they are at the moment."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class View:
         return flat
 
     def whole_average(self, name: str) -> list[Tensor | None]:
-        """As ``flat``, and before the first update the live elements of what will be averaged or copied."""
+        """Returns ``flat``, or before the first update the live elements of what will be averaged or copied."""
         if self._shadow.started:
             return self.flat(name)
         return [None if values is None else values.flat() for values in self.live()]

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Written:
-    """What was written inside ``average_parameters()``.
+    """Records what was written inside ``average_parameters()``.
 
     Attributes:
         names: of the parameters, in the model's order.
@@ -77,7 +77,7 @@ class Watch:
         self._before = self._engine.write_counts()
 
     def accept_buffers(self) -> None:
-        """What was written into buffers so far was written by us, and has been put back."""
+        """Notes that the writes into buffers so far were our own, and have been put back."""
         if self._before is not None:
             self._engine.reshard()  # a forward pass may have left full weights in the place of the shards
             now = self._engine.write_counts()

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class Unlike(NamedTuple):
-    """What one rank's state dict has otherwise than the model.
+    """Describes how one rank's state dict differs from the model.
 
     Attributes:
         joining: names of averaged parameters that are frozen in the model.
@@ -36,7 +36,7 @@ class Unlike(NamedTuple):
 
 
 def unlike(state: Mapping[str, Any], entries: Sequence[FullTensor], selects: Callable[[str], bool]) -> Unlike:
-    """What a state dict has otherwise than the model, and an average can have. Local; the dict may be anything.
+    """Finds how a state dict differs from the model, where an average may. Local; the dict may be anything.
 
     Args:
         state: the state dict, with this rank's parts or full tensors.

@@ -98,7 +98,7 @@ def wanted_parts(shares: Sequence[Share], names: Sequence[str]) -> Iterator[tupl
 def parts_with_averages(
     averaged: Callable[[str], Sequence[Tensor | None]], shares: Sequence[Share], names: Sequence[str]
 ) -> Iterator[tuple[tuple[str, ...], Share, Tensor]]:
-    """As :func:`wanted_parts`, with the flat tensor of the average; without parts that are live.
+    """Returns :func:`wanted_parts` with the flat tensors of the average, without parts that are live.
 
     Args:
         averaged: gives an average's flat tensor for each share, None where it is live.

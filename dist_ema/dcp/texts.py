@@ -37,7 +37,7 @@ def write_state(state: EMAState, averaged: int | None = None) -> Tensor:
 
 
 def read_averaged(text: object) -> int | None:
-    """How many tensors each average had when the text was written; None if the text does not say. As `read_state`."""
+    """Reads how many tensors each average had; None if the text does not say. Raises as `read_state`."""
     count = _read(text, "progress").get("averaged")
     if count is not None and not is_count(count):
         raise CheckpointCorruptError(f"'progress' of the state dict is damaged: averaged={shown(count)}")

@@ -1,4 +1,4 @@
-"""Which engine serves a target. Nothing outside of this package knows a wrapper."""
+"""Chooses the engine of a target. Only this package knows wrappers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the rest of the library asks of an engine: the order of the calls, who makes them, and what they may cost.
+"""Defines what the library asks of an engine: the order of the calls, who makes them, and what they may cost.
 
 Kinds of tensor, named once:
 
@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 
 class RemovableHandle(Protocol):
-    """What :meth:`ShardedEMA.attach` returns."""
+    """Removes a hook; :meth:`ShardedEMA.attach` returns one."""
 
     def remove(self) -> None: ...
 
@@ -65,7 +65,7 @@ class Attached:
 
 
 def write_count(tensor: Tensor) -> int:
-    """How often torch has seen a tensor written, or a view of it; 0 for one of inference mode, which has no counter."""
+    """Counts how often torch has seen a tensor or a view of it written; 0 for inference tensors, without a counter."""
     return 0 if tensor.is_inference() else tensor._version
 
 
@@ -110,7 +110,7 @@ class Engine(ABC):
         return found
 
     def trained(self, numbers: Sequence[int]) -> list[int]:
-        """Which of these parameters, given by their numbers in ``specs()``, are trained now. Local.
+        """Selects those of these parameters, given by their numbers in ``specs()``, that are trained now. Local.
 
         Call it after ``sources()``. A flag (``requires_grad``) says it; under DeepSpeed, the optimizer's groups.
         """
@@ -161,7 +161,7 @@ class Engine(ABC):
         return sources
 
     def write_counts(self) -> list[int]:
-        """How often torch has seen each source written, in the order of ``sources()``. Local; no host sync.
+        """Counts how often torch has seen each source written, in the order of ``sources()``. Local; no host sync.
 
         Only a difference between two calls says something. Writes through ``.data`` are not counted.
         """
@@ -213,7 +213,7 @@ class Engine(ABC):
         return
 
     def _misfit(self, sources: Sequence[Tensor]) -> EMAStateError:
-        """What is wrong with the first source that has not as many elements as its spec."""
+        """Describes the first source whose number of elements differs from its spec."""
         for spec, size, source in zip(self._announced, self._sizes, sources, strict=False):
             if source.numel() != size:
                 return EMAStateError(
@@ -270,7 +270,7 @@ class Engine(ABC):
 
     @contextmanager
     def own_buffers(self) -> Iterator[None]:
-        """Inside, no forward pass overwrites this rank's buffers with those of another. Local."""
+        """Keeps forward passes in the block from overwriting this rank's buffers with another rank's. Local."""
         yield
 
     def attach(self, optimizer: object, callback: Callable[[], object]) -> RemovableHandle:

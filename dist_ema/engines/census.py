@@ -1,4 +1,4 @@
-"""Which tensors a model holds, and where, to notice one that came, went or took another's place.
+"""Records which tensors a model holds, and where, to notice one that came, went or took another's place.
 
 At every update, for thousands of tensors, a loop in Python would take longer than the update itself. So whole lists are
 compared, and nobody looks closer unless they differ.
@@ -37,7 +37,7 @@ class Census:
         self._missing_buffers = [buffer is None for buffer in _values(self._buffers)]
 
     def places(self) -> dict[tuple[int, str], int]:
-        """Where in ``read()`` each tensor is: by ``id()`` of the dict that holds it, and its key."""
+        """Maps each place, ``id()`` of the dict that holds a tensor and its key, to its number in ``read()``."""
         places = [(id(held), key) for held in self._parameters + self._buffers for key in dict.keys(held)]
         return {place: index for index, place in enumerate(places)}
 

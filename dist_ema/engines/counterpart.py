@@ -103,7 +103,7 @@ class Counterpart(Engine):
     def _match(
         self, specs: Sequence[TensorSpec], shares: Sequence[Share], renamed: Callable[[str], str]
     ) -> list[int | None]:
-        """For each share, the number of its partner among the second model's specs."""
+        """Returns for each share the number of its partner among the second model's specs."""
         found = {name: number for number, spec in enumerate(specs) for name in (spec.name, *spec.aliases)}
         places: list[int | None] = []
         taken: dict[int, str] = {}

@@ -39,7 +39,7 @@ FIELDS = ("global_shape", "global_offsets", "local_offsets", "local_sizes")
 
 @dataclass(frozen=True)
 class Declaration:
-    """What a tensor declares.
+    """Holds what a tensor declares.
 
     Attributes:
         shape: shape of the full tensor.

@@ -1,4 +1,4 @@
-"""What a model keeps that was computed from its weights, and has to go when an average replaces these.
+"""Drops what a model has computed from its weights when an average replaces them.
 
 * Caches that modules build in eval mode and drop in ``train()``: LeViT's attention biases, DoRA's weight norms, merged
   low-rank weights. Modules in eval mode whose class overrides ``train()`` or ``eval()`` are switched to training mode
@@ -29,7 +29,7 @@ _told: set[str] = set()
 
 
 class DerivedState:
-    """What the modules of one model have computed from its weights. Local.
+    """Finds and drops what the modules of one model have computed from its weights. Local.
 
     Args:
         roots: of the model. Which of their modules override ``train()`` is found out here.
@@ -45,7 +45,7 @@ class DerivedState:
 
     @contextmanager
     def renewed(self) -> Iterator[None]:
-        """Inside, the weights change; afterwards the model computes with nothing that is left of the old ones."""
+        """Surrounds a change of the weights; afterwards the model computes with nothing left of the old ones."""
         modes = {module: module.training for module in self._modules} if self._switches else {}
         switched = self._to_training()
         try:
@@ -140,7 +140,7 @@ def _switch(module: nn.Module, mode: bool) -> None:
 
 
 def _configurations(module: nn.Module) -> list[Callable[[], Any]]:
-    """What gives the options that a module was compiled with, by ``torch.compile(module)`` or ``module.compile()``."""
+    """Returns the functions that give the options of ``torch.compile(module)`` or ``module.compile()``."""
     own = vars(module)
     found = [own.get("get_compiler_config"), getattr(own.get("_compiled_call_impl"), "get_compiler_config", None)]
     return [read for read in found if read is not None]

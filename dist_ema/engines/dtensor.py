@@ -174,7 +174,7 @@ def units_of(model: nn.Module) -> list[FSDPParamGroup]:
 
 
 def _states_and_units(model: nn.Module) -> Iterator[tuple[FSDPState, FSDPParamGroup]]:
-    """Those units, each with the state that has it."""
+    """Yields the units, each with the state that has it."""
     modules = set(model.modules())
     # Neither a parameter nor its module leads to the unit; this registry, from modules to weak references of what may
     # be the same state, knows all that are alive.

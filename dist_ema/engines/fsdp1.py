@@ -53,7 +53,7 @@ class _Flat:
         return shard[info.offset_in_shard : info.offset_in_shard + info.numel_in_shard]
 
     def runs(self) -> Runs:
-        """Where they lie in the full parameter."""
+        """Returns where the elements lie in the full parameter."""
         info = self.flat_param._shard_param_infos[self.index]
         if info.intra_param_start_idx is None or not info.numel_in_shard:
             return ()
@@ -126,7 +126,7 @@ class FlatParamEngine(Engine):
         return places
 
     def _walk(self) -> dict[_Flat | Slot, list[str]]:
-        """What the model holds, each with its names, in ``state_dict()`` order."""
+        """Lists what the model holds, each tensor with its names, in ``state_dict()`` order."""
         flats: dict[tuple[int, str], _Flat] = {}
         for unit in self._units:
             handle = unit._handle
@@ -205,7 +205,7 @@ class FlatParamEngine(Engine):
         return [self._views[held] if isinstance(held, _Flat) else self._unmanaged(held) for held in self._held]
 
     def _unmanaged(self, slot: Slot) -> Tensor:
-        """What a slot holds; an empty tensor for an ignored one that was removed. Local."""
+        """Returns what a slot holds; an empty tensor for an ignored one that was removed. Local."""
         tensor = slot.get()
         is_removed = tensor is None and self._ignored(slot.name, slot.is_buffer)
         return torch.empty(0) if is_removed else _local(slot)

@@ -56,7 +56,7 @@ class Slot:
         return "_buffers" if self.is_buffer else "_parameters"
 
     def get(self) -> Tensor | None:
-        """What the place holds now."""
+        """Returns what the place holds now."""
         held: Tensor | None = getattr(self.owner, self.field).get(self.key)
         return held
 
@@ -206,7 +206,7 @@ class Binding:
         self._indices = [places.get((id(getattr(slot.owner, slot.field)), slot.key), -1) for slot in self._all]
 
     def check(self) -> list[Tensor]:
-        """What every slot holds; an empty tensor for an ignored one that was removed. Local; no host sync.
+        """Returns what every slot holds; an empty tensor for an ignored one that was removed. Local; no host sync.
 
         Raises EMAStateError, naming the parameter, if one no longer holds what it held, or the model has others too.
         """
@@ -273,7 +273,7 @@ class Binding:
         self._count()
 
     def _complaint(self, held: Sequence[Tensor | None]) -> EMAStateError:
-        """What is wrong with the first slot that changed."""
+        """Describes the first slot that changed."""
         found = list(zip(self._all, held, self._shapes, self._watched, strict=True))
         for slot, tensor, shape, is_watched in found:
             now = None if tensor is None else self._shape_of(tensor)

@@ -68,7 +68,7 @@ class CompositeEngine(Engine):
         return found
 
     def _engine_of(self, number: int) -> tuple[Engine, int]:
-        """Which engine has a tensor, and the number of that engine's first one."""
+        """Returns the engine that has a tensor, and the number of that engine's first one."""
         first = 0
         for engine in self._engines:
             size = len(engine.announced())

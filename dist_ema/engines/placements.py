@@ -1,4 +1,4 @@
-"""Which elements a rank holds of a DTensor: the arithmetic of mesh and placements. Pure: no process group, no wrapper.
+"""Computes which elements of a DTensor a rank holds, from mesh and placements. Pure: no process group, no wrapper.
 
 A DTensor names one placement for each dimension of its mesh. Three classes are known::
 
@@ -46,7 +46,7 @@ from dist_ema.geometry.runs import Runs, box_runs, chunk, strided_chunk, whole
 
 
 class Cut(NamedTuple):
-    """How one mesh dimension cuts one tensor dimension.
+    """Describes how one mesh dimension cuts one tensor dimension.
 
     Attributes:
         parts: ranks along the mesh dimension.

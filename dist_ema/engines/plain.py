@@ -52,7 +52,7 @@ class PlainEngine(Engine):
         return [self.spec(slot, tensor) for slot, tensor in held]
 
     def spec(self, slot: Slot, tensor: Tensor) -> TensorSpec:
-        """How this rank holds the tensor of one slot. Local."""
+        """Describes how this rank holds the tensor of one slot. Local."""
         declared = self._declared.get(slot.name)
         if declared is not None:
             return self._declared_spec(slot, tensor, declared)
@@ -110,7 +110,7 @@ class PlainEngine(Engine):
         return counts
 
     def _held(self) -> list[Tensor]:
-        """What every slot holds. Local. Raises EMAStateError if that is not what it held."""
+        """Returns what every slot holds. Local. Raises EMAStateError if a slot holds another tensor than before."""
         self._unwrapped.check()  # first, since DeepSpeed also changes what the binding looks at
         held = self._binding.check()
         self._follow(self._binding)

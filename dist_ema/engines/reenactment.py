@@ -1,4 +1,4 @@
-"""How torch cuts a DTensor, done again with element numbers, to check the arithmetic of ``engines/placements.py``.
+"""Repeats with element numbers how torch cuts a DTensor, to check the arithmetic of ``engines/placements.py``.
 
 One dimension of a tensor is cut at a time: cuts of different dimensions do not depend on each other. So the indices
 along one dimension stand for the whole, and even the largest tensor takes some MiB at most. They are cut by torch's own

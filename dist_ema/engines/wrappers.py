@@ -22,7 +22,7 @@ _FABRIC = ("lightning.fabric.wrappers", "lightning_fabric.wrappers")
 
 
 def loaded(module: str, name: str) -> Any:
-    """For ``isinstance``: the class, or () as long as nobody has imported its module. Local.
+    """Returns the class for ``isinstance``, or () as long as nobody has imported its module. Local.
 
     Whoever has an object of the class has imported it, and importing it for the others would cost them seconds
     (DeepSpeed, torch.distributed.fsdp), or a package that they may not have (Lightning).
@@ -40,14 +40,14 @@ def is_fabric(module: object) -> bool:
 
 
 def unwrap_module(target: Any) -> Any:
-    """What computes inside of Fabric's wrapper, wrappers of the strategy included; anything else as it is. Local."""
+    """Returns the model inside Fabric's wrapper, wrappers of the strategy included; anything else as it is. Local."""
     while is_fabric(target):
         target = target._forward_module
     return target
 
 
 def stage_module(target: object) -> nn.Module | None:
-    """What a ``torch.distributed.pipelining.PipelineStage`` computes with, or one that ``build_stage()`` made. Local.
+    """Returns the module of a ``torch.distributed.pipelining.PipelineStage``, also of ``build_stage()``. Local.
 
     Their common base is private; the module is their public ``submod``.
     """

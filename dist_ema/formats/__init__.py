@@ -1,1 +1,1 @@
-"""What lies in files: safetensors, manifests, files of torch, directories of torch.distributed.checkpoint."""
+"""Reads and writes file formats: safetensors, manifests, torch files, torch.distributed.checkpoint directories."""

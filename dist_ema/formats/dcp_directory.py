@@ -56,7 +56,7 @@ class _Unpickler(InertUnpickler):
     """Accepts the names that DCP's metadata have."""
 
     def named(self, name: str) -> None:
-        """As :meth:`InertUnpickler.named`."""
+        """Implements :meth:`InertUnpickler.named`."""
         if name not in _RECORDS:
             raise RefusedError(f"{name} is not a class of torch.distributed.checkpoint's metadata")
 
@@ -261,13 +261,13 @@ class _Parted(LazyTensor):
 
     @cached_property
     def _runs(self) -> list[Runs]:
-        """Where the elements of each part lie in the tensor."""
+        """Returns where the elements of each part lie in the tensor."""
         boxes = [zip(part.offsets, part.sizes, strict=True) for part in self._parts]
         return [box_runs(self.shape, [((begin, size),) if size else () for begin, size in box]) for box in boxes]
 
     @cached_property
     def _begins(self) -> list[int] | None:
-        """Where the elements of each part begin in its file; None if those of one do not lie one after the other."""
+        """Returns where the elements of each part begin in its file; None if they are not contiguous."""
         begins = []
         for part in self._parts:
             view, begin = locate(part.file, part.begin, part.length, f"{part.file} at {part.begin}")
@@ -278,7 +278,7 @@ class _Parted(LazyTensor):
         return begins
 
     def read_range(self, start: int, stop: int, out: Tensor) -> None:
-        """As :meth:`LazyTensor.read_range`, and loads nothing."""
+        """Implements :meth:`LazyTensor.read_range`, and loads nothing."""
         if self._begins is None:
             super().read_range(start, stop, out)
             return

@@ -189,7 +189,7 @@ class Manifest:
 
     @property
     def seed(self) -> int | None:
-        """Of the stochastic rounding of bf16 averages; None where they are rounded to nearest."""
+        """Returns the seed of stochastic rounding; None where averages are rounded to nearest."""
         return self.state.seed
 
     def tensors(self, average: str | None = None) -> dict[Key, StoredTensor]:

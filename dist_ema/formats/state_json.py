@@ -27,7 +27,7 @@ def state_to_json(state: EMAState) -> dict[str, Any]:
 
 
 def state_from_json(body: Mapping[str, Any]) -> EMAState:
-    """What :func:`state_to_json` wrote, with or without a seed. Raises ValueError or KeyError for anything else."""
+    """Reads what :func:`state_to_json` wrote, with or without a seed. Raises ValueError or KeyError otherwise."""
     if not isinstance(body["started"], bool):
         raise ValueError(f"invalid started={shown(body['started'])}; expected true or false")
     if not is_count(body["skipped"]):

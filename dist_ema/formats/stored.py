@@ -70,7 +70,7 @@ def tensors_to_json(tensors: Mapping[str, StoredTensor]) -> dict[str, dict[str, 
 def tensors_from_json(
     found: Mapping[str, Any], folder: str, files: Mapping[str, StoredFile]
 ) -> dict[str, StoredTensor]:
-    """What :func:`tensors_to_json` wrote. Raises ValueError, KeyError, TypeError, AttributeError for anything else.
+    """Reads what :func:`tensors_to_json` wrote. Raises ValueError, KeyError, TypeError, AttributeError otherwise.
 
     Args:
         found: by the name of the tensor.

@@ -1,4 +1,4 @@
-"""Where the members of a zip file lie. torch.save writes one, and torch.load maps its members where they lie.
+"""Finds the members of a zip file. torch.save writes one, and torch.load maps its members where they lie.
 
 torch.save does not compress them. If a file was packed again with compression, mapping it would give the compressed
 bytes, which look like weights and are garbage. torch does not notice. Nor does it notice members that overlap.
@@ -26,7 +26,7 @@ class CompressedError(ValueError):
 
 @dataclass(frozen=True)
 class Member:
-    """Where the bytes of a member lie."""
+    """Says where the bytes of a member lie."""
 
     begin: int
     size: int

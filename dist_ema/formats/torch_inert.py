@@ -111,11 +111,11 @@ class InertUnpickler(pickle._Unpickler):  # the one in C allocates as many memo 
         return found
 
     def named(self, name: str) -> object:
-        """What a dotted name in the pickle becomes, if not a :class:`Record`. May raise RefusedError."""
+        """Returns what a dotted name in the pickle becomes, if not a :class:`Record`. May raise RefusedError."""
         return None
 
     def find_class(self, module: str, name: str) -> Any:
-        """As Python's, and looks nothing up."""
+        """Replaces Python's method, and looks nothing up."""
         written = f"{module}.{name}"
         module, name = _compat_pickle.NAME_MAPPING.get((module, name), (module, name))
         module = _compat_pickle.IMPORT_MAPPING.get(module, module)

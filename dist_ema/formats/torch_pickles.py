@@ -1,4 +1,4 @@
-"""What the pickle of a torch.save file says about its tensors, read without torch.
+"""Reads what the pickle of a torch.save file says about its tensors, without torch.
 
 A pickle describes each tensor as a view of a storage: which elements of which bytes. torch.load believes what the
 pickle says: it maps what lies behind a storage, or makes room for a tensor of any size. So the descriptions are read

@@ -44,7 +44,7 @@ _SHARDED = "torch.distributed.tensor.DTensor"
 
 @dataclass(frozen=True)
 class _Checked:
-    """What the first reading has found.
+    """Holds what the first reading has found.
 
     Attributes:
         value: the value; tensors in it are views, and other objects records.

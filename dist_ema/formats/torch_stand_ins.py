@@ -1,4 +1,4 @@
-"""What takes the place of objects in a file that are neither tensors nor plain values.
+"""Stands in for objects in a file that are neither tensors nor plain values.
 
 Training files also hold arguments, configurations and states of random generators. Their classes are not imported, so
 the package that wrote the file need not be installed, and none of its code runs.

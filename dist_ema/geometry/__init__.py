@@ -1,4 +1,4 @@
-"""Where the elements of a model lie: which of them a rank holds, averages and writes. No call of a process group.
+"""Computes which elements of a model a rank holds, averages and writes. Calls no process group.
 
 Words that mean the same thing everywhere in the library:
 

@@ -1,4 +1,4 @@
-"""Which elements a list of runs stands for, in a number that can be added up over ranks. Knows no process group.
+"""Digests the elements of a list of runs into a number that can be summed over ranks. No torch.distributed.
 
 Ranks prove with it that together they hold every element of a tensor once. Each position ``i`` has a pseudo-random
 64-bit number ``h(i)``, and a rank adds up the numbers of the positions that it holds, modulo 2**64. The total over the
@@ -75,7 +75,7 @@ def _blocks(held: Iterable[tuple[int, Runs]]) -> Iterator[tuple[NDArray[np.int64
 
 
 def _blocks_of_rows(owner: int, rows: Rows) -> Iterator[tuple[NDArray[np.int64], Integers, Integers]]:
-    """As :func:`_blocks`, of runs that are all of one length."""
+    """Does what :func:`_blocks` does, for runs that are all of one length."""
     for first in range(0, rows.number, BLOCK):
         numbers = np.arange(first, min(first + BLOCK, rows.number), dtype=np.uint64)
         starts = numbers * np.uint64(rows.step) + np.uint64(rows.start)

@@ -1,4 +1,4 @@
-"""Where the elements of a local shard lie in the full tensor. Pure Python: knows no torch, no process group.
+"""Describes where the elements of a local shard lie in the full tensor. Pure Python, without torch.
 
 One idea serves every engine: a local shard is a sorted tuple of *runs* ``(start, length)``, in elements, in the
 row-major flattening of the full tensor. FSDP1, ZeRO and ``Shard(0)`` hold one run, tensor-parallel columns one run per
@@ -166,7 +166,7 @@ def cut(runs: Runs, start: int, stop: int) -> Runs:
 
 
 def _cut_rows(rows: Rows, start: int, stop: int) -> Runs:
-    """As :func:`cut`, without a look at each run: a shard may have millions of them."""
+    """Does what :func:`cut` does, without a look at each run: a shard may have millions of them."""
     if start >= stop:
         return ()
     # Places among the elements of complete runs, of which there are `length` in each.
@@ -202,7 +202,7 @@ def chunks(runs: Runs, limit: int) -> Iterator[Runs]:
 
 
 def overlap(runs: Runs, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-    """Where ``runs`` meet the window ``[start, stop)`` of the full tensor.
+    """Intersects ``runs`` with the window ``[start, stop)`` of the full tensor.
 
     Yields ``(local, inside, length)``: ``length`` elements that begin at element ``local`` of the local shard and at
     element ``inside`` of the window.

@@ -1,4 +1,4 @@
-"""Which elements of each tensor this rank averages, and which it writes. Local; does not depend on wrappers.
+"""Decides which elements of each tensor this rank averages, and which it writes. Local; does not depend on wrappers.
 
 An engine says which elements of a tensor a rank holds (``spec.runs``). A share says which of those it averages. They
 are the same, except where several ranks hold the same elements: such *replicas* (DDP, HSDP, ZeRO-0) split the work,
@@ -78,7 +78,7 @@ class Share:
 
     @property
     def runs(self) -> Runs:
-        """Where the kept elements lie in the full tensor."""
+        """Returns where the kept elements lie in the full tensor."""
         return cut(self.spec.runs, self.start, self.stop)
 
     @cached_property
@@ -137,7 +137,7 @@ def assign_shares(
 def assign_joined(
     specs: Sequence[TensorSpec], options: Options, averaged: Container[str], joined: Sequence[int]
 ) -> list[Share]:
-    """As :func:`assign_shares`, for tensors that became averaged at different updates: ``joined`` has the numbers."""
+    """Assigns shares as :func:`assign_shares`, to tensors that became averaged at different updates (``joined``)."""
     shares: dict[int, Share] = {}
     for number in sorted(set(joined)):
         members = [index for index, own in enumerate(joined) if own == number]

@@ -1,4 +1,4 @@
-"""How one rank holds one tensor of the model, as an engine says it."""
+"""Describes how one rank holds one tensor of the model."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ _CACHED_SCALE = "_precomputed_scale"
 
 @dataclass(frozen=True, eq=False)
 class CachedScale:
-    """What a tensor has computed from its elements ahead of the next forward pass.
+    """Holds what a tensor has computed from its elements ahead of the next forward pass.
 
     Attributes:
         holder: the tensor that keeps it.
@@ -106,7 +106,7 @@ def hidden_type(tensor: Tensor) -> str:
 
 
 class Described(Protocol):
-    """What is asked of a spec here."""
+    """Declares the attributes of a spec that are used here."""
 
     @property
     def name(self) -> str: ...

@@ -31,7 +31,7 @@ from dist_ema.storage.paths import check_path
 
 @dataclass(frozen=True)
 class Imported:
-    """What was imported.
+    """Describes what was imported.
 
     Attributes:
         format: of the file.
@@ -120,7 +120,7 @@ def _pattern(frozen: str | None) -> re.Pattern[str] | None:
 
 
 def _cut(foreign: Foreign, model: Model | None, prefix: str) -> tuple[Foreign, Model | None]:
-    """What has names with this prefix, which they lose."""
+    """Selects the tensors whose names have this prefix, and removes it."""
 
     def inside(tensors: Tensors) -> dict[str, LazyTensor]:
         return {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}

@@ -1,4 +1,4 @@
-"""Which safetensors files of a folder are the model.
+"""Finds the safetensors files of a folder that are the model.
 
 A folder may hold more than one thing: the same weights under other names (``consolidated.safetensors``), variants
 (``*.fp16.*``, ``*.non_ema.*``), an average beside the live weights, an optimizer's state, a file that corrects another.
@@ -51,7 +51,7 @@ class Weights:
 
     @property
     def note(self) -> str | None:
-        """What was taken, in one sentence; None where there was nothing to decide."""
+        """Says what was taken, in one sentence; None where there was nothing to decide."""
         if not self.others:
             return None
         return f"taken is {self.taken}; not taken: {_listed(self.others)} (--key takes another)"
@@ -101,7 +101,7 @@ def _named(folder: Path, key: str, indexes: list[str], files: list[str]) -> Weig
 
 
 def _plain(names: Collection[str]) -> list[str]:
-    """Those that a reader of such folders looks for: single files first, then sets of shards."""
+    """Lists the files that a reader of such folders looks for: single files first, then sets of shards."""
     single = [f"{stem}{_SUFFIX}" for stem in _STEMS if f"{stem}{_SUFFIX}" in names]
     return single or [name for name in names if "*" in name and name.partition("-")[0] in _STEMS]
 
@@ -172,7 +172,7 @@ def _weight_map(path: Path) -> dict[str, str]:
 
 
 def _instead(folder: Path, names: list[str]) -> str:
-    """What could be meant in a folder without safetensors files."""
+    """Says what could be meant in a folder without safetensors files."""
     inside = [name for name in names if (folder / name).is_dir() and any((folder / name).glob(f"*{_SUFFIX}"))]
     pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
     if inside:

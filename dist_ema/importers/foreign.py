@@ -1,4 +1,4 @@
-"""What every importer makes of its file: named tensors, which are read when they are needed, and a clock."""
+"""Defines what every importer returns: named tensors, which are read when they are needed, and a clock."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which dicts of tensors a file has, which of them is the average, and what its tensors are called.
+"""Finds the dicts of tensors in a file, chooses the average among them, and names its tensors.
 
 Import and merge choose with the same :func:`choose`, so that both take the same tensors of a file, say the same about
 it, and know the same options: ``--key a.b`` names a dict inside the file, ``--prefix net`` a module inside that dict.
@@ -65,7 +65,7 @@ class StateDict:
 
     @property
     def count(self) -> int:
-        """How many tensors it has."""
+        """Counts the tensors."""
         values = self.values.values() if isinstance(self.values, Mapping) else self.values
         return sum(isinstance(value, (Tensor, LazyTensor)) for value in values)
 
@@ -183,7 +183,7 @@ def _find(
 
 
 def _meaning(key: str, value: Any, beside: Mapping[Any, Any], above: Holds) -> Holds:
-    """What the key of an entry says about the tensors in it."""
+    """Says what the key of an entry means for the tensors in it."""
     # Three layouts in which the average has taken the model's place in the file, and the live weights are elsewhere.
     if {"state_dict", "current_model_state"} <= beside.keys():  # Lightning's WeightAveraging
         return {"state_dict": "average", "current_model_state": "live"}.get(key, above)  # type: ignore[return-value]
@@ -208,7 +208,7 @@ def _is_mmengine(values: Any) -> bool:
 
 
 def _objects(values: Mapping[Any, Any]) -> str:
-    """Which objects of other classes a file has at its top; their tensors cannot be had without code of the file."""
+    """Lists objects of other classes at the top of a file; their tensors cannot be read without the file's code."""
     found = [f"{key!r}, a {value.name}" for key, value in values.items() if isinstance(value, StandIn)]
     return (
         found
@@ -275,7 +275,7 @@ def _unknown(where: str, has: str) -> CheckpointError:
 
 
 def _at(values: Mapping[Any, Any], key: str, where: str, found: Sequence[StateDict]) -> StateDict:
-    """What lies at a key; a key of the file may have dots itself."""
+    """Returns what lies at a key; a key of the file may have dots itself."""
     there = list(_reach(values, key))
     taken = [(value, beside) for value, beside in there if _is_list(value) or _has_tensors(value)]
     if not taken:

@@ -151,7 +151,7 @@ class _Average:
 
 
 class _Averages:
-    """Those of one accelerator, by name, and what keeps its checkpoints and them together.
+    """Holds the averages of one accelerator by name, and keeps them beside its checkpoints.
 
     Hooks run before Accelerate has loaded a schedule, a sampler and, without a sharded strategy, the model and the
     optimizer; an optimizer may be stepped to be loaded. So averages are loaded when ``load_state()`` is over, and the
@@ -237,7 +237,7 @@ class _Averages:
             raise
 
     def _look(self, _models: object, folder: str) -> None:
-        """Where each average is, as rank 0 sees it; raises CheckpointError on every rank if one is nowhere."""
+        """Finds each average, as rank 0 sees it; raises CheckpointError on every rank if one is missing."""
         paths = {name: Path(folder) / name for name in self.known}
         seen = broadcast_object_list([[path.is_dir() for path in paths.values()]])[0]
         self._found = {name: paths[name] if there else None for name, there in zip(paths, seen, strict=True)}

@@ -151,7 +151,7 @@ class EMA(Algorithm):
         return event in _EVENTS or not self._stays(event)
 
     def apply(self, event: Event, state: State, logger: object) -> None:
-        """What Composer calls at an event. Collective."""
+        """Runs at an event; Composer calls it. Collective."""
         if event is not Event.INIT and state is not self._state:
             raise EMAConfigError("this EMA is another trainer's since that one was made: make one for each")
         if not self._stays(event):
@@ -179,7 +179,7 @@ class EMA(Algorithm):
             _log.warning("%s.", missed)
 
     def _average(self) -> ShardedEMA:
-        """Of the model as it is wrapped now: Composer wraps DDP after a load. Collective."""
+        """Returns the average of the model as it is wrapped now: Composer wraps DDP after a load. Collective."""
         if self._state is None:
             raise EMAConfigError("this EMA has no trainer: give it to one, in algorithms=[...]")
         if self.ema is None:

@@ -21,7 +21,7 @@ HALF_LIFE = "1000ba"
 
 @dataclass(frozen=True)
 class Pace:
-    """When an update is due, for ``ShardedEMA.update(due=...)``, and the options that make it decay as above.
+    """Decides when an update is due, for ``ShardedEMA.update(due=...)``, with the options that make it decay as above.
 
     Attributes:
         options: of :class:`ShardedEMA`.

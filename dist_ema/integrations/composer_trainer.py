@@ -119,7 +119,7 @@ def allow_missing(callback: type[Callback]) -> None:
 
 
 def change_over(saved: Mapping[str, Any], parts: Mapping[str, Any], clock: Progress) -> Mapping[str, Any]:
-    """What :meth:`ShardedEMA.load_state_dict` takes in order to go on where Composer's own EMA stopped. Local.
+    """Builds what :meth:`ShardedEMA.load_state_dict` takes in order to go on where Composer's own EMA stopped. Local.
 
     Args:
         saved: the state dict of that algorithm.

@@ -1,4 +1,4 @@
-"""What the callbacks of all trainers have in common: which weights they evaluate, and which steps they average."""
+"""Shares the options of all trainers' callbacks: which weights they evaluate, and which steps they average."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def check_should_update(value: object, update_interval: object, ema_start: objec
 
 
 def is_due(should_update: ShouldUpdate | None, now: Progress) -> bool | None:
-    """What ``ShardedEMA.update(due=)`` takes: None where the interval says it."""
+    """Returns what ``ShardedEMA.update(due=)`` takes: None where the interval decides."""
     return None if should_update is None else bool(should_update(now))
 
 

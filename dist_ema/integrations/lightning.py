@@ -171,7 +171,7 @@ class EMACallback(pl.Callback):
             self._load(trainer, ema, str(path))
 
     def _duration(self, trainer: pl.Trainer) -> str | None:
-        """How long the trainer trains. Raises EMAConfigError if the options do not go with it."""
+        """Returns how long the trainer trains. Raises EMAConfigError if the options do not fit to it."""
         duration = f"{trainer.max_epochs}ep" if (trainer.max_epochs or -1) > 0 else None
         duration = f"{trainer.estimated_stepping_batches}ba" if trainer.max_steps > 0 else duration
         given = self._options.get("max_duration")
@@ -237,7 +237,7 @@ class EMACallback(pl.Callback):
         self._leave()
 
     def _evaluate_both(self, trainer: pl.Trainer, loop: Any, run: Callable[[], Any]) -> Any:
-        """In place of an evaluation: one on the average that nobody else sees, and then one on the live weights."""
+        """Replaces an evaluation by one on the average that nobody else sees, and one on the live weights."""
         self._averaged = {}
         try:
             if not trainer.sanity_checking:

@@ -1,4 +1,4 @@
-"""Where the average of a Lightning checkpoint lies, and in which order the two are written.
+"""Places the average of a Lightning checkpoint, and orders the two writes.
 
 The average of ``run.ckpt`` is ``run.ckpt.ema``. The average of a checkpoint that is a directory is ``ema`` in it.
 A save takes three steps:
@@ -41,12 +41,12 @@ def describe(clock: Progress, updates: int) -> str:
 
 
 def first_place(checkpoint: str) -> str | None:
-    """Where an average is written before its checkpoint; None where it has to be written afterwards, at a URL."""
+    """Returns where an average is written before its checkpoint; None at a URL, where it is written afterwards."""
     return None if is_remote(checkpoint) else os.fspath(_next_of(checkpoint))
 
 
 def place(checkpoint: str) -> str:
-    """Where the average of a checkpoint lies. The checkpoint is there already."""
+    """Returns where the average of an existing checkpoint lies."""
     return f"{checkpoint}/ema" if _is_directory(checkpoint) else f"{checkpoint}.ema"
 
 
@@ -109,7 +109,7 @@ def _next_of(checkpoint: str) -> Path:
 
 
 def _moment(path: str) -> str | None:
-    """What the average at ``path`` says of itself; None if it cannot be read, which loading it will explain."""
+    """Reads the clock of the average at ``path``; None if it cannot be read, which loading it will explain."""
     try:
         state = read_manifest(path).state
     except CheckpointError:

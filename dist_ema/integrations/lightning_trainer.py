@@ -13,7 +13,7 @@ _METRICS = ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics")
 
 @contextmanager
 def unseen_evaluation(trainer: Any, loop: Any, callbacks: Sequence[Any]) -> Iterator[dict[str, Tensor]]:
-    """Inside, an evaluation is logged nowhere and seen by these callbacks only.
+    """Keeps an evaluation in the block out of the logs, and shows it to these callbacks only.
 
     Yields the dict into which the metrics come that callbacks would see: filled when the block ends.
 

@@ -16,7 +16,7 @@ from dist_ema.errors import EMAConfigError, EMAStateError
 
 
 def scale(trainer: Any) -> float:
-    """Of the loss in fp16; it falls when a step is skipped, which accelerate 1.15 does not see of fused optimizers."""
+    """Returns the fp16 loss scale. It falls when a step is skipped; accelerate 1.15 misses that of fused optimizers."""
     return 0.0 if trainer.accelerator.scaler is None else float(trainer.accelerator.scaler.get_scale())
 
 
@@ -79,7 +79,7 @@ def with_prefix(
 
 @contextmanager
 def without_callbacks(trainer: Any) -> Iterator[None]:
-    """Inside, no callback hears of an evaluation: early stopping would look for its metric there."""
+    """Hides an evaluation in the block from all callbacks: early stopping would look for its metric there."""
     handler = trainer.callback_handler
     for event in ("on_evaluate", "on_prediction_step"):
         setattr(handler, event, _unchanged)  # in front of the class's method

@@ -131,5 +131,5 @@ def check_numbers(averages: Averages, weights: Sequence[float], rounding: Roundi
 
 
 def address(source: Tensor, start: int) -> int:
-    """Of its element ``start``, in bytes."""
+    """Returns the address of element ``start``, in bytes."""
     return _pointer(source) + start * source.itemsize

@@ -228,7 +228,7 @@ def _machine_options() -> list[str]:
 
 
 def _processor() -> str:
-    """What ``-march=native`` depends on, since a home directory may be shared by different machines."""
+    """Returns what ``-march=native`` depends on, since a home directory may be shared by different machines."""
     facts = [platform.system(), platform.machine(), *platform.libc_ver()]
     try:
         lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Copies:
-    """Where an average is written besides, element by element.
+    """Lists further tensors that an average is written to, element by element.
 
     Args:
         tensors: one for each shadow, in any dtype and layout; None for a shadow that has none.

@@ -30,7 +30,7 @@ def table(positions: ElementPositions | None = None) -> Table:
 
 
 def _arrays(taken: list[int], averages: Averages, sources: Sequence[Tensor], ranges: Ranges) -> Arrays:
-    """What :meth:`dist_ema.kernels.native.Library.lerp` asks for."""
+    """Builds the arrays that :meth:`dist_ema.kernels.native.Library.lerp` takes."""
     counts = [ranges[index][1] - ranges[index][0] for index in taken]
     starts = [address(sources[index], ranges[index][0]) for index in taken]
     codes = [CODES[sources[index].dtype] for index in taken]

@@ -38,7 +38,7 @@ BLOCKS = {torch.float32: 1 << 10, torch.bfloat16: 1 << 11}
 
 @dataclass(frozen=True)
 class Launch:
-    """What one launch of a kernel is given: tensors of one dtype on one device.
+    """Holds the arguments of one kernel launch: tensors of one dtype on one device.
 
     Attributes:
         device: where all of it lies.

@@ -39,7 +39,7 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Part(NamedTuple):
-    """What a rank has of one full tensor.
+    """Describes what a rank has of one full tensor.
 
     Attributes:
         values: holds the elements of ``runs``, in their order when flattened row-major.
@@ -115,7 +115,7 @@ def device_digest(part: Part) -> Tensor:
 
 
 def _positions(runs: Runs, device: torch.device) -> Tensor:
-    """Of the elements of runs, one after the other: int64, 1D."""
+    """Returns the positions of the elements of runs, one after the other: int64, 1D."""
     if len(runs) == 1:
         ((start, length),) = runs
         return torch.arange(start, start + length, device=device)

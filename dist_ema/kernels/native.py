@@ -113,7 +113,7 @@ class Library:
 
 
 def _addresses(arrays: Sequence[array[int] | array[float]]) -> list[int]:
-    """Of what the caller holds on to."""
+    """Returns addresses of tensors that the caller keeps alive."""
     return [values.buffer_info()[0] for values in arrays]
 
 

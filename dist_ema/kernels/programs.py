@@ -39,7 +39,7 @@ def even(numels: Sequence[int]) -> Tensor:
 
 
 def placed(positions: ElementPositions, numels: Mapping[int, int]) -> Tensor:
-    """As :func:`even`, with the positions of the elements. int64, (programs, ``COLUMNS``).
+    """Does what :func:`even` does, with the positions of the elements. int64, (programs, ``COLUMNS``).
 
     Args:
         positions: of the elements of all tensors.

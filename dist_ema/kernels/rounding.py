@@ -29,7 +29,7 @@ _MASK = (1 << 64) - 1
 
 @dataclass(frozen=True)
 class Rounding:
-    """What one update of a list of tensors is rounded by.
+    """Holds the random bits by which one update of a list of tensors is rounded.
 
     Attributes:
         positions: of the tensors' elements.
@@ -46,7 +46,7 @@ class Rounding:
 
 
 class ElementPositions:
-    """Where the elements of shadows lie in their full tensors.
+    """Describes where the elements of shadows lie in their full tensors.
 
     Args:
         names: of the tensors.
@@ -71,7 +71,7 @@ class ElementPositions:
             self.first.append(len(self.local))
 
     def of_tensor(self, tensor: int) -> tuple[Sequence[int], Sequence[int]]:
-        """Where the runs of a tensor begin, in its shadow and in the full tensor."""
+        """Returns where the runs of a tensor begin, in its shadow and in the full tensor."""
         runs = slice(self.first[tensor], self.first[tensor + 1])
         return self.local[runs], self.full[runs]
 
@@ -97,12 +97,12 @@ class ElementPositions:
 
 
 def average_key(seed: int, update: int, average: str) -> int:
-    """Of one update of one average, 64 bits."""
+    """Returns the 64-bit key of one update of one average."""
     return _hash(f"{seed}/{update}/{average}")
 
 
 def element_key(tensor: int, average: int) -> int:
-    """Of one update of one tensor, from the hash of its name and the average's key: SplitMix64's finaliser."""
+    """Returns the key of one update of a tensor, from its name's hash and the average's key (SplitMix64)."""
     key = (tensor + average) & _MASK
     key = ((key ^ key >> 30) * 0xBF58476D1CE4E5B9) & _MASK
     key = ((key ^ key >> 27) * 0x94D049BB133111EB) & _MASK

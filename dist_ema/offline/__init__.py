@@ -1,1 +1,1 @@
-"""What one process does with checkpoints, without a model or a process group: read, verify, compare, export."""
+"""Reads, verifies, compares and exports checkpoints in one process, without a model or a process group."""

@@ -113,7 +113,7 @@ def is_checkpoint(path: StrPath) -> bool:
 def _compare_sources(
     a: StrPath, b: StrPath, name: str | None, begin: Callable[[int], Advance] | None
 ) -> list[Difference]:
-    """As :func:`compare`, where one of the two is no checkpoint of this library."""
+    """Does what :func:`compare` does, where one of the two is no checkpoint of this library."""
     with ExitStack() as stack:
         try:
             left, right = (open_source(path, Selection(name=name), stack) for path in (a, b))

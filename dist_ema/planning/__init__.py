@@ -1,1 +1,1 @@
-"""What averages will cost, before there is a run."""
+"""Predicts what averages will cost, before there is a run."""

@@ -169,7 +169,7 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def _styles(tensors: list[TensorSpec], plan: Mapping[str, str]) -> dict[str, int | None]:
-    """What a plan of transformers shards. It names layers, or parameters themselves, with ``*`` for a number.
+    """Reads what a plan of transformers shards. It names layers or parameters, with ``*`` for a number.
 
     Styles that leave a parameter whole (of norms, of routers) are no DTensors there either, and are left out.
     """

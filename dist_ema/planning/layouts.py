@@ -1,4 +1,4 @@
-"""What one rank of an imagined run would hold: an engine's specs without a process group, a wrapper or weights.
+"""Computes what one rank of an imagined run would hold: specs without a process group, a wrapper or weights.
 
 The model is given as the specs of its plain module (:class:`PlainEngine` on the meta device). Where the real engines
 compute a shard themselves (DTensors), the same functions do it here; where the wrapper has cut the tensors (FSDP1,
@@ -32,7 +32,7 @@ _ZERO_ALIGNMENT = 2
 
 @dataclass(frozen=True)
 class Layout:
-    """How a model is spread.
+    """Describes how a model is spread over ranks.
 
     Attributes:
         engine: one of ``ENGINES``.
@@ -69,7 +69,7 @@ class Layout:
         return self.world_size // (self.replicate * self.tensor_parallel)
 
     def source_dtype(self, spec: TensorSpec) -> torch.dtype:
-        """Of what is averaged: DeepSpeed keeps fp32 masters of trained bf16 and fp16 weights."""
+        """Returns the dtype of what is averaged: DeepSpeed keeps fp32 masters of trained bf16 and fp16 weights."""
         has_master = self.engine.startswith("zero") and spec.kind == "parameter" and spec.dtype.itemsize < 4
         return torch.float32 if has_master else spec.dtype
 
@@ -243,7 +243,7 @@ def _zero3(model: Sequence[TensorSpec], place: _Place, styles: Styles) -> list[T
 
 
 def _piece(begin: int, numel: int, size: int, index: int) -> Runs:
-    """Which elements of a tensor at ``begin`` of a flat buffer lie in piece ``index`` of ``size`` elements."""
+    """Returns which elements of a tensor at ``begin`` of a flat buffer lie in piece ``index`` of ``size`` elements."""
     start, stop = max(index * size - begin, 0), min((index + 1) * size - begin, numel)
     return ((start, stop - start),) if start < stop else ()
 

@@ -1,4 +1,4 @@
-"""What an average will cost in a run that has not begun: memory, bytes moved and time per rank, and the checkpoint.
+"""Predicts what an average will cost: memory, bytes moved and time per rank, and the checkpoint.
 
 Not a formula beside the library: the shares of each rank are computed by :mod:`dist_ema.geometry.shares` from the
 geometry that an engine would have, and the files by :class:`dist_ema.checkpoints.contents.Contents`.
@@ -47,7 +47,7 @@ class Speeds:
 
 @dataclass(frozen=True)
 class RankCost:
-    """What one rank pays, in bytes.
+    """Holds the cost of one rank, in bytes.
 
     Attributes:
         rank: which.
@@ -78,7 +78,7 @@ class RankCost:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a run would cost.
+    """Holds the cost of a run.
 
     Attributes:
         ranks: those that were looked at, in order; rank 0 is the first.
@@ -112,7 +112,7 @@ class Prediction:
 def make_options(
     *, averages: int = 1, dtype: torch.dtype | None = torch.float32, offload: str | None = None, shard: bool = True
 ) -> Options:
-    """Those options of :class:`ShardedEMA` that cost something, the others as they are by default.
+    """Makes options of :class:`ShardedEMA` from those that cost something; the others have their defaults.
 
     Args:
         averages: how many.
@@ -141,7 +141,7 @@ def sample(world_size: int) -> list[int]:
 
 
 def rank_shares(model: Architecture, layout: Layout, options: Options, rank: int) -> list[Share]:
-    """What one rank keeps of each tensor. Pure."""
+    """Returns what one rank keeps of each tensor. Pure."""
     return assign_shares(simulate(model.tensors, layout, rank, model.styles), options)
 
 

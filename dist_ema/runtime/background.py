@@ -40,7 +40,7 @@ class _Run:
         self._handover = handover
 
     def run(self, work: Work) -> None:
-        """In the thread."""
+        """Runs in the thread."""
         try:
             work(self._reading())
         except BaseException as error:
@@ -57,7 +57,7 @@ class _Run:
             self.read.set()
 
     def end(self) -> None:
-        """Nobody has to wait any more."""
+        """Notes that nobody has to wait any more."""
         self.read.set()
         self.done.set()
 

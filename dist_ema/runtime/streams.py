@@ -30,12 +30,12 @@ class OwnStream:
         self._event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
 
     def follow(self) -> None:
-        """What is asked in it from now on waits for all that the caller's stream was asked before. Local."""
+        """Makes later work in this stream wait for all earlier work of the caller's stream. Local."""
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
 
     @contextmanager
     def inside(self) -> Iterator[None]:
-        """What is asked in the block is asked in this stream, on its device. From any thread."""
+        """Queues the work of the block in this stream, on its device. From any thread."""
         with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
             yield
 
@@ -44,7 +44,7 @@ class OwnStream:
         self._event.record(self._stream)
 
     def hold_back(self) -> None:
-        """What the caller's stream is asked from now on waits for what was marked. The host does not. Local."""
+        """Makes later work of the caller's stream wait for what was marked. The host does not wait. Local."""
         torch.cuda.current_stream(self.device).wait_event(self._event)
 
     def join(self) -> None:
@@ -54,7 +54,7 @@ class OwnStream:
 
 
 class Handover:
-    """What a thread needs to use these tensors in order with the one that made it. Local; waits for nothing."""
+    """Orders a thread's use of tensors after the work of the thread that made it. Local; waits for nothing."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self._streams = [OwnStream(device) for device in {tensor.device for tensor in tensors if tensor.is_cuda}]
@@ -63,7 +63,7 @@ class Handover:
 
     @contextmanager
     def taken(self) -> Iterator[None]:
-        """In the thread: what is asked in the block goes on where the maker's streams were. Several threads may."""
+        """Queues the block's work, in the thread, after that of the maker's streams. Several threads may use it."""
         with ExitStack() as stack:
             for stream in self._streams:
                 stack.enter_context(stream.inside())

@@ -122,13 +122,13 @@ class Worker:
             self._error = EMAStateError("the process was forked while an update was under way; call wait() before")
 
     def unseen(self) -> BaseException | None:
-        """What failed and was never raised. Waits."""
+        """Returns what failed and was never raised. Waits."""
         self.drain()
         return self._error if self._unseen else None
 
 
 def _limit(threads: int) -> None:
-    """Of torch, in this thread. A thread takes the process's number when it first asks, so it asks before."""
+    """Limits torch's threads in this thread. A thread first takes the process's number, so it is asked before."""
     torch.get_num_threads()
     torch.set_num_threads(threads)
 

@@ -1,4 +1,4 @@
-"""How much of an average survives between two moments of training. Pure Python, double precision.
+"""Defines how much of an average survives between two moments of training. Pure Python, double precision.
 
 A schedule is a retained fraction: ``retain(before, after)``. Fractions compose, ``retain(a, c) == retain(a, b) *
 retain(b, c)``, so one update after k batches decays an average exactly as much as k updates after one batch each.

@@ -60,7 +60,7 @@ def what_is_missed(
 
 
 def _ratio(length: Mapping[str, float], unit: str, per: str) -> float | None:
-    """How much of one unit lies in one of the other, if the whole training is known in both."""
+    """Returns how much of one unit lies in one of the other, if the whole training is known in both."""
     return length[unit] / length[per] if unit in length and length.get(per) else None
 
 

@@ -50,11 +50,11 @@ class HalfLife(Along):
 
     @property
     def unit(self) -> str:
-        """That of the half life."""
+        """Returns the unit of the half life."""
         return self.time.unit
 
     def log_retain(self, before: Position, after: Position) -> float:
-        """As of every schedule."""
+        """Returns the logarithm of the retained fraction, see :class:`Schedule`."""
         if self.ramp is None:
             return Schedule.log_retain(self, before, after)
         return super().log_retain(before, after)

@@ -1,4 +1,4 @@
-"""How much each past step weighs in an average."""
+"""Computes how much each past step weighs in an average."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ SLACK = 1e-9
 
 
 class Logged(Protocol):
-    """What a profile needs of a schedule."""
+    """Declares what a profile needs of a schedule."""
 
     @property
     def position_unit(self) -> str:
-        """Of plain numbers."""
+        """Returns the unit of plain numbers."""
 
     def logs(self, every: float, count: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """:meth:`Schedule.logs`."""
@@ -49,7 +49,7 @@ class Profile:
 
     @property
     def unit(self) -> str:
-        """Of steps and ages: one of the clock, or ``updates`` for a schedule that counts these."""
+        """Returns the unit of steps and ages: one of the clock, or ``updates`` for a schedule that counts these."""
         return self.schedule.position_unit
 
     @overload
@@ -77,12 +77,12 @@ class Profile:
 
     @property
     def older(self) -> NDArray[np.float64]:
-        """What all steps up to each of ``steps`` weigh together."""
+        """Returns what all steps up to each of ``steps`` weigh together."""
         return self._parts[0]
 
     @property
     def weights(self) -> NDArray[np.float64]:
-        """Of each of ``steps``: what an update put in, and how much of that is left. They sum to 1."""
+        """Returns for each step what an update put in, times how much of that is left. The weights sum to 1."""
         return self._parts[1]
 
     @cached_property
@@ -95,7 +95,7 @@ class Profile:
 
     @property
     def mean_age(self) -> float:
-        """Of the weights in the average, at the last update."""
+        """Returns the mean age of the weights in the average, at the last update."""
         import numpy as np
 
         return float(np.sum(self.older[:-1])) * self.every

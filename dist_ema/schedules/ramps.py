@@ -29,7 +29,7 @@ class _Ramp(Along):
 
     @property
     def unit(self) -> str:
-        """That of ``over``."""
+        """Returns the unit of ``over``."""
         return self.time.unit
 
     def resolve(self, max_duration: Time | None) -> Schedule:
@@ -68,7 +68,7 @@ class _Ramp(Along):
 
     @abstractmethod
     def _left(self, part: float) -> float:
-        """How much of the way is left when ``part`` of the time has gone: from 1 to 0."""
+        """Returns how much of the way is left when ``part`` of the time has gone: from 1 to 0."""
 
 
 @dataclass(frozen=True)

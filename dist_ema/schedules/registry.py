@@ -1,4 +1,4 @@
-"""Which kinds of schedules there are, and how each is written to a file and read again.
+"""Registers the kinds of schedules, writes them to files and reads them again.
 
 A file names the kind of a schedule and its options. Only kinds that are registered here can be read. A file may still
 hold another kind, of a user or of a later version: its tensors are good, so it is read as an :class:`UnknownSchedule`.
@@ -178,7 +178,7 @@ class UnknownSchedule(Schedule):
     why: str
 
     def to_dict(self) -> dict[str, Any]:
-        """What the file says."""
+        """Returns what the file says."""
         return {"kind": self.kind, **self.options}
 
     def __repr__(self) -> str:
@@ -223,7 +223,7 @@ def _suggested(name: str) -> str:
 
 
 def _shown(schedule: Schedule) -> str:
-    """Its ``repr()``, which is the user's and may raise."""
+    """Returns the ``repr()`` of an object, which is the user's and may raise."""
     try:
         return repr(schedule)[:200]
     except Exception:

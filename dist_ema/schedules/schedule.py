@@ -1,4 +1,4 @@
-"""What every schedule is, and the kinds that are given as one factor for each batch."""
+"""Defines schedules, and the kinds that are given as one factor for each batch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ KIND_OF: dict[type, str] = {}
 
 
 class Schedule(ABC):
-    """What fraction of an average survives between two moments of training. Immutable, comparable, JSON-able."""
+    """Gives the fraction of an average that survives between two moments of training. Immutable, JSON-able."""
 
     #: Whether ``_log_retain`` takes arrays of positions as well.
     elementwise: ClassVar[bool] = False
@@ -83,7 +83,7 @@ class Schedule(ABC):
         return self
 
     def profile(self, progress: Position | str, *, every: float | None = None) -> Profile:
-        """How much the weights of each past step weigh in the average at ``progress``.
+        """Returns how much the weights of each past step weigh in the average at ``progress``.
 
         Args:
             progress: the moment of the average: a Progress, a plain number, or a time string in the schedule's unit.

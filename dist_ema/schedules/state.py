@@ -1,4 +1,4 @@
-"""Where an average stands on the training clock, as checkpoints carry it. Pure Python."""
+"""Holds the position of an average on the training clock, as checkpoints carry it. Pure Python."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ class Window(Schedule):
 
     @property
     def unit(self) -> str:
-        """That of ``length``."""
+        """Returns the unit of ``length``."""
         return self.time.unit if self.period.unit != "dur" else "dur"
 
     def resolve(self, max_duration: Time | None) -> Schedule:
@@ -132,7 +132,7 @@ class Window(Schedule):
         return math.log1p(-added / (kept + added)) if added < kept else math.log(kept / (kept + added))
 
     def _window(self, at: float) -> float | None:
-        """Where the window begins that ``at`` lies in, on the clock of the training."""
+        """Returns where the window that contains ``at`` begins, on the clock of the training."""
         slack = self._slack(at)
         end = -((slack - at) // self.period.value) * self.period.value
         begin = end - self.time.value

@@ -81,7 +81,7 @@ class Beside:
                     stream.record()
 
     def join(self) -> None:
-        """What the caller's stream is asked after this waits for the update. Raises nothing."""
+        """Makes later work of the caller's stream wait for the update. Raises nothing."""
         if not self._running:
             return
         written = [name for name, tensor, count in self._read if write_count(tensor) != count]

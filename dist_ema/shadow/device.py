@@ -1,4 +1,4 @@
-"""Where averaged values live: flat memory beside the weights, one allocation per average, dtype and device."""
+"""Holds averaged values: flat memory beside the weights, one allocation per average, dtype and device."""
 
 from __future__ import annotations
 
@@ -312,7 +312,7 @@ class Shadow:
         return frozenset()
 
     def install(self) -> None:
-        """It is the average from now on, and no longer a candidate. Local."""
+        """Makes this shadow the active one. Local."""
         return
 
     def hand_on(self) -> None:
@@ -322,7 +322,7 @@ class Shadow:
     # Of updates that run beside training, on the device (beside.py) or in a thread (host.py).
 
     def _join(self) -> None:
-        """What the device is asked after this waits for an update beside training. Local; the host does not wait."""
+        """Makes later work of the device wait for an update beside training. Local; the host does not wait."""
         if self._beside is not None:
             self._beside.join()
 

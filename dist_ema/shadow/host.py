@@ -160,7 +160,7 @@ class HostShadow(Shadow):
         self._worker.start(lambda: self._work(taken, work))
 
     def _work(self, taken: Sequence[Tensor], work: Callable[[Sequence[Tensor]], None]) -> None:
-        """In the thread."""
+        """Runs in the thread."""
         for link in self._links.values():
             link.join()
         self._look_for_writes(self._staging)
@@ -223,14 +223,14 @@ class HostShadow(Shadow):
     # Memory.
 
     def notes(self) -> list[str]:
-        """What it costs beside the averages, for a report."""
+        """Returns what the shadow costs beside the averages, for a report."""
         staged = sum(tensor.nbytes for tensor in self._staging.values()) / 2**20
         pins = any(tensor.is_pinned() for tensor in self._staging.values()) if self._pins else False
         kind = "pinned" if pins else "pageable"
         return [f"offloaded to the host, {kind} memory; copies of weights on their way: {staged:.1f} MiB"]
 
     def _routes(self) -> list[tuple[Link, list[int]]]:
-        """Which sources are copied, and by which link."""
+        """Returns which sources are copied, and by which link."""
         routes: dict[torch.device, list[int]] = {}
         for index, (_, device) in self._origins.items():
             in_place = device.type == "cpu" and "cpu" not in LINKS and self._shares[index].spec.kind != "buffer"

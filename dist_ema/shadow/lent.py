@@ -223,7 +223,7 @@ def _end(loans: Sequence[Loan]) -> None:
 
 
 def _by_tensor(tensors: Iterable[Tensor | None]) -> list[list[Loan]]:
-    """For each tensor, the parts that somebody holds of its memory."""
+    """Returns for each tensor the parts of its memory that somebody holds."""
     by_device: dict[torch.device, list[Loan]] = {}
     for loan in sorted(_loans.values(), key=lambda loan: loan.begin):
         if loan.held:

@@ -1,4 +1,4 @@
-"""Who still reads weights after ``update()`` has returned, so that whoever writes them can wait for that.
+"""Tracks reads of weights that go on after ``update()`` has returned, so that a writer can wait for them.
 
 An optimizer's step waits by a hook for all of torch's optimizers, from which DeepSpeed's inherit.
 """
@@ -17,7 +17,7 @@ class Reader(Protocol):
     """Something that reads weights while training goes on."""
 
     def wait_for_reads(self) -> None:
-        """What the device is asked after this waits for the reading. Raises nothing."""
+        """Makes later work of the device wait for the reading. Raises nothing."""
 
 
 _readers: WeakSet[Reader] = WeakSet()
@@ -31,7 +31,7 @@ def wait_for_reads(*_: object) -> None:
 
 
 def announce(reader: Reader) -> None:
-    """From now on whoever writes weights waits for this reader."""
+    """Makes writers of weights wait for this reader from now on."""
     if not _hooks:
         _hooks.append(register_optimizer_step_pre_hook(untraced(wait_for_reads)))
     _readers.add(reader)

@@ -57,7 +57,7 @@ class Link(ABC):
 
     @abstractmethod
     def wait_for_reads(self) -> None:
-        """What the device is asked after this waits for the copies."""
+        """Makes later work of the device wait for the copies."""
 
     @abstractmethod
     def join(self) -> None:

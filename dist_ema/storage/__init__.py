@@ -1,4 +1,4 @@
-"""Where the files of checkpoints and exports lie: one backend for this machine's file systems, one for fsspec's URLs.
+"""Stores the files of checkpoints and exports: one backend for local file systems, one for fsspec's URLs.
 
 =====================  =====================================================================
 ``base``               the protocols of a backend, and in which order which rank calls what

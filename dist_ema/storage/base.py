@@ -1,4 +1,4 @@
-"""What a storage backend has to do: two protocols for reading, two for writing."""
+"""Defines a storage backend: two protocols for reading, two for writing."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ class LocalFile:
             raise OSError(f"{path} is not a plain file")
 
     def read(self, parts: Sequence[tuple[int, memoryview]]) -> bool:
-        """As :meth:`OpenFile.read`."""
+        """Implements :meth:`OpenFile.read`."""
         for position, out in parts:
             while out:  # the system may give a part only
                 count = os.preadv(self._descriptor, [out], position)
@@ -102,7 +102,7 @@ class LocalFile:
         return True
 
     def close(self) -> None:
-        """As :meth:`OpenFile.close`."""
+        """Implements :meth:`OpenFile.close`."""
         os.close(self._descriptor)
 
 
@@ -221,7 +221,7 @@ class RunWriter(Closing):
         self._dirty: dict[str, int] = {}  # bytes written since the system was last asked to bring a file to disk
 
     def write(self, name: str, runs: Runs, values: Tensor) -> None:
-        """As :meth:`TensorWriter.write`; in any order. Raises CheckpointError for another dtype, OSError."""
+        """Implements :meth:`TensorWriter.write`; in any order. Raises CheckpointError for another dtype, OSError."""
         file, offset, tensor = self._places[name]
         if values.dtype != tensor.dtype:
             raise CheckpointError(f"{name!r} is planned as {tensor.dtype}, got {values.dtype}")

@@ -60,7 +60,7 @@ class LocalWriter:
         self._created = False
 
     def create(self, folders: Mapping[str, Sequence[FilePlan]], overwrite: bool = True) -> None:
-        """As :meth:`StorageWriter.create`."""
+        """Implements :meth:`StorageWriter.create`."""
         _check_target(self._target, overwrite)
         self._before = _digest(self._target)
         self._created = True
@@ -86,11 +86,11 @@ class LocalWriter:
             raise
 
     def is_visible(self) -> bool:
-        """As :meth:`StorageWriter.is_visible`."""
+        """Implements :meth:`StorageWriter.is_visible`."""
         return self._staging.is_visible()
 
     def writer(self, folder: str, plans: Sequence[FilePlan]) -> RunWriter:
-        """As :meth:`StorageWriter.writer`."""
+        """Implements :meth:`StorageWriter.writer`."""
         return self._staging.writer(f"{self.data}/{folder}", plans)
 
     def write_beside(self, name: str, text: str) -> None:
@@ -99,7 +99,7 @@ class LocalWriter:
         self._beside.append(name)
 
     def commit(self, manifest: bytes) -> None:
-        """As :meth:`StorageWriter.commit`."""
+        """Implements :meth:`StorageWriter.commit`."""
         self._staging.sync()
         write_synced(self._staging.content / NAME, manifest)  # another save may remove it from now on
         sync(self._staging.content)
@@ -160,7 +160,7 @@ class LocalWriter:
                 raise CheckpointError(f"{file}, which this save wrote, was removed or changed before it was done")
 
     def abandon(self) -> None:
-        """As :meth:`StorageWriter.abandon`."""
+        """Implements :meth:`StorageWriter.abandon`."""
         if self._created:
             with suppress(OSError):  # a manifest that cannot be read may name the data: they stay
                 if _data_of(self._target) != self.data:

@@ -1,4 +1,4 @@
-"""What a user's path means: a directory of this machine, or a URL that fsspec opens (``s3://``, ``gs://``)."""
+"""Interprets a user's path: a directory of this machine, or a URL that fsspec opens (``s3://``, ``gs://``)."""
 
 from __future__ import annotations
 

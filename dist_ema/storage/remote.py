@@ -64,7 +64,7 @@ class RemoteFile:
         self._path = path
 
     def read(self, parts: Sequence[tuple[int, memoryview]]) -> bool:
-        """As :meth:`OpenFile.read`."""
+        """Implements :meth:`OpenFile.read`."""
         for group in _neighbours(parts):
             start, stop = group[0][0], group[-1][0] + len(group[-1][1])
             with _os_errors(self._path):
@@ -76,7 +76,7 @@ class RemoteFile:
         return True
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Does nothing: nothing is open."""
 
 
 @contextmanager
@@ -125,7 +125,7 @@ class UploadWriter:
         self._position = 0  # bytes written to it
 
     def write(self, name: str, runs: Runs, values: Tensor) -> None:
-        """As :meth:`TensorWriter.write`; in the order of the files. Raises what the file system raises."""
+        """Implements :meth:`TensorWriter.write`; in the order of the files. Raises what the file system raises."""
         while self._plan is None or name not in self._plan.offsets:
             self._next()
         ((start, _),) = runs  # gathered windows are single runs

@@ -51,7 +51,7 @@ class RemoteWriter:
         self._before: _Object | None = None
 
     def create(self, folders: Mapping[str, Sequence[FilePlan]], overwrite: bool = True) -> None:
-        """As :meth:`StorageWriter.create`; makes no objects yet."""
+        """Implements :meth:`StorageWriter.create`; makes no objects yet."""
         if not self._root.strip("/"):
             raise CheckpointError("a checkpoint needs a path of its own: the URL names none")
         if self._system.isfile(self._root):
@@ -100,11 +100,11 @@ class RemoteWriter:
         return False
 
     def writer(self, folder: str, plans: Sequence[FilePlan]) -> UploadWriter:
-        """As :meth:`StorageWriter.writer`."""
+        """Implements :meth:`StorageWriter.writer`."""
         return UploadWriter(self._system, f"{self._root}/{self.data}/{folder}", plans)
 
     def commit(self, manifest: bytes) -> None:
-        """As :meth:`StorageWriter.commit`; removes the data of older saves."""
+        """Implements :meth:`StorageWriter.commit`; removes the data of older saves."""
         self._check_data()  # another save may have taken them for leftovers
         found = self._manifest()
         if found is not None and (self._before is None or found.text != self._before.text):
@@ -169,7 +169,7 @@ class RemoteWriter:
             logger.warning("%s: data of an older save could not be removed: %s", self._root, error)
 
     def abandon(self) -> None:
-        """As :meth:`StorageWriter.abandon`. Data stay that the manifest names, or may name where it cannot be read."""
+        """Implements :meth:`StorageWriter.abandon`. Keeps data that the manifest names, or may name if unreadable."""
         if self._begun:
             self._begun = False
             with suppress(Exception):  # the error that ended the save is raised, not this one

@@ -188,7 +188,7 @@ class Staging:
                 self._made.pop().rmdir()
 
     def rivals(self) -> Iterator[Path]:
-        """What other live processes are writing, and may still put in the same place: the content of each."""
+        """Returns the contents that other live processes are writing, and may still put in the same place."""
         pattern = re.compile(re.escape(_prefix(self.target)) + "[0-9a-f]{32}")
         for found in self.target.parent.iterdir():
             if pattern.fullmatch(found.name) and found != self.path and is_alive(found):
@@ -201,7 +201,7 @@ def staging_path(target: Path, token: str) -> Path:
 
 
 def _prefix(target: Path) -> str:
-    """What the names of a target's staging directories begin with; no other target in the same directory shares it."""
+    """Returns the prefix of a target's staging directories; no other target in the same directory shares it."""
     return f"{_PREFIX}{name_hash(target)}-"
 
 

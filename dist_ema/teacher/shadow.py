@@ -61,7 +61,7 @@ class TeacherShadow(Shadow):
         return kept - self._own if self._installed and self.started else frozenset()
 
     def install(self) -> None:
-        """From now on the average lies in the teacher; what it is already is copied there. Local."""
+        """Moves the average into the teacher, with the values that it has already. Local."""
         if self._installed:
             return
         self._installed = True

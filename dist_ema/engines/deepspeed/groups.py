@@ -1,4 +1,4 @@
-"""Which ranks of a DeepSpeed run hold a parameter between them: data, pipeline and expert parallelism.
+"""Finds the ranks of a DeepSpeed run that hold a parameter together: data, pipeline and expert parallelism.
 
 Read in deepspeed 0.19.8: runtime/engine.py, runtime/pipe/module.py, runtime/pipe/topology.py, utils/groups.py,
 moe/experts.py and moe/sharded_moe.py.
@@ -32,7 +32,7 @@ class Team:
 
     @classmethod
     def of(cls, group: dist.ProcessGroup) -> Team:
-        """Those of a process group. Local."""
+        """Returns the ranks of a process group. Local."""
         ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
         return cls(ranks, Replicas(group, dist.get_rank(group), len(ranks)) if len(ranks) > 1 else None)
 

@@ -1,4 +1,4 @@
-"""What DeepSpeed leaves on a module that it trains, for one that was given without its engine.
+"""Recognises modules that DeepSpeed trains and that were given without their engine.
 
 ``accelerator.unwrap_model()`` and ``engine.module`` give such modules. Their own weights are empty (ZeRO-3), bf16 or
 fp16 copies of fp32 masters, or overwritten by masters at the next step (ZeRO-1 and 2), and experts and tensor-parallel
@@ -76,7 +76,7 @@ class Unwrapped:
                 raise EMAStateError(f"{why}, to which the module was given after the average was made: {_ADVICE}")
 
     def _kept_elsewhere(self) -> str | None:
-        """Why the weights are not the module's own, if they are not. No loop in Python over parameters or modules."""
+        """Says why the weights are not the module's own, if so. No loop in Python over parameters or modules."""
         if not all(map(_PARTITIONED.isdisjoint, map(vars, self._parameters))):
             name = next(name for name, tensor in self._named if not _PARTITIONED.isdisjoint(vars(tensor)))
             return f"the weights of parameter {name!r} are kept by DeepSpeed's ZeRO"
@@ -109,7 +109,7 @@ class Unwrapped:
         return trained is not None and trained.dtype in (torch.bfloat16, torch.float16) and trained in names
 
     def _cut_by_rank(self) -> str | None:
-        """Why other ranks hold something else under the names of this one, if they do."""
+        """Says why other ranks hold other tensors under the names of this rank, if they do."""
         for name, tensor in self._named:
             if is_expert(tensor):
                 return f"parameter {name!r} is of an expert, and other ranks have other experts of that name"

@@ -1,4 +1,4 @@
-"""Where DeepSpeed's optimizers keep the fp32 master weights of this rank, and how they get from there into the model.
+"""Finds this rank's fp32 master weights in DeepSpeed's optimizers, and writes them into the model.
 
 Every private attribute of DeepSpeed's optimizers that the library touches is touched here. Read in deepspeed 0.19.8:
 runtime/zero/stage_1_and_2.py, runtime/zero/stage3.py, runtime/bf16_optimizer.py, runtime/fp16/fused_optimizer.py and
@@ -278,7 +278,7 @@ def find_masters(optimizer: Any, stage: int) -> Masters:
 
 
 def _offset(param: Tensor, buffer: Tensor) -> int:
-    """Where ``param`` begins in the flat ``buffer`` that it is a view of."""
+    """Returns where ``param`` begins in the flat ``buffer`` that it is a view of."""
     if param.untyped_storage().data_ptr() != buffer.untyped_storage().data_ptr():
         raise EMAStateError(
             f"a parameter of shape {tuple(param.shape)} no longer lies in DeepSpeed's flat buffer: its data was "

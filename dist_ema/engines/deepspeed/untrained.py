@@ -24,7 +24,7 @@ def is_untrained(engine: Any) -> bool:
 
 
 class _NoMasters(Masters):
-    """Of a model that nobody trains."""
+    """Stands for the masters of a model that nobody trains."""
 
     shards_frozen = True
 

@@ -182,7 +182,7 @@ class ZeroEngine(Engine):
         return TensorSpec.unsharded(slot.name, tensor, kind="frozen", partitioned=False, aliases=slot.aliases)
 
     def _live_source(self, slot: Slot) -> Tensor:
-        """Of what has no masters."""
+        """Returns the live source of a tensor without masters."""
         tensor: Any = slot.get()
         if tensor is None:  # an ignored one that was removed
             return torch.empty(0)

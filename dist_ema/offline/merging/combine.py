@@ -40,7 +40,7 @@ Range = tuple[FullTensor, int, int]
 
 @dataclass
 class Sums:
-    """What the pass has seen, as sums for fingerprints. Of this rank; :meth:`total` makes those of all.
+    """Sums fingerprints of what the pass has seen on this rank; :meth:`total` adds up those of all ranks.
 
     Attributes:
         sources: by number of the source and name of the tensor.
@@ -239,7 +239,7 @@ def _held(entry: FullTensor, sources: Sequence[Source]) -> list[ReadableTensor]:
 
 
 class _Hands:
-    """What one thread works with."""
+    """Holds what one thread works with."""
 
     def __init__(self, outputs: Sequence[Output]) -> None:
         self.writers = [output.writers() for output in outputs]

@@ -45,7 +45,7 @@ Begin = Callable[[int], Advance]
 
 @dataclass(frozen=True)
 class Merged:
-    """What a merge has made.
+    """Describes what a merge has written.
 
     Attributes:
         out: the output.
@@ -85,7 +85,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Form:
-    """Of what form outputs are: the options that :func:`merge` and :func:`synthesize` have in common."""
+    """Holds the options for outputs that :func:`merge` and :func:`synthesize` have in common."""
 
     dtype: torch.dtype | None = None
     max_shard_size: int | str = "5GB"
@@ -393,7 +393,7 @@ def _merged(number: int, target: Target, sources: Sequence[Source], combination:
 
 
 def _counted(number: int, target: Target, sources: Sequence[Source], combination: Combination) -> Iterator[str]:
-    """What is not finite in the sources of one output, and what its dtype could not hold."""
+    """Counts what is not finite in the sources of one output, and what its dtype could not hold."""
     for place, source in enumerate(sources):
         counts = combination.sums.nonfinite if target.weights[place] else {}
         if found := {name: count for (owner, name), count in counts.items() if owner == place}:
@@ -424,7 +424,7 @@ def _described(source: Source, number: int, combination: Combination) -> dict[st
 
 
 def _provenance(merged: Merged, target: Target) -> dict[str, Any]:
-    """What ``merge.json`` says."""
+    """Returns the content of ``merge.json``."""
     sources = [
         {**described, "weight": weight} for described, weight in zip(merged.sources, merged.weights, strict=True)
     ]

@@ -46,7 +46,7 @@ class Output(Protocol):
         """Whether this process can write into what rank 0 made."""
 
     def writers(self) -> Mapping[str, tuple[TensorWriter, tuple[str, ...]]]:
-        """For a thread: who writes a tensor, and under which names, by its own name."""
+        """Returns for one thread the writer of each tensor and its names in the output, by the tensor's own name."""
 
     def commit(self, digests: Mapping[str, int], provenance: Mapping[str, Any]) -> None:
         """Puts it in its place. Rank 0."""
@@ -79,7 +79,7 @@ class PretrainedOutput:
         self._staging = Staging(local_path(path), token)
 
     def create(self) -> None:
-        """As :meth:`Output.create`."""
+        """Implements :meth:`Output.create`."""
         _refuse_existing(self._staging.target, self._force)
         self._staging.create()
         self._staging.create_files("", self._plans)
@@ -89,16 +89,16 @@ class PretrainedOutput:
         Configuration(None, None, dtype, self._staging.content, self._cast).write(self._config_from)
 
     def is_visible(self) -> bool:
-        """As :meth:`Output.is_visible`."""
+        """Implements :meth:`Output.is_visible`."""
         return self._staging.is_visible()
 
     def writers(self) -> Mapping[str, tuple[TensorWriter, tuple[str, ...]]]:
-        """As :meth:`Output.writers`."""
+        """Implements :meth:`Output.writers`."""
         writer = self._staging.writer("", self._plans)
         return {entry.name: (writer, entry.names) for entry in self._entries}
 
     def commit(self, digests: Mapping[str, int], provenance: Mapping[str, Any]) -> None:
-        """As :meth:`Output.commit`."""
+        """Implements :meth:`Output.commit`."""
         write_text(self._staging.content / PROVENANCE, json.dumps(provenance, indent=1))
         self._staging.sync()
         _refuse_existing(self._staging.target, self._force)  # again: a rename would replace an empty directory
@@ -108,7 +108,7 @@ class PretrainedOutput:
             self._staging.put_in_place()
 
     def abandon(self) -> None:
-        """As :meth:`Output.abandon`."""
+        """Implements :meth:`Output.abandon`."""
         self._staging.discard()
 
 
@@ -133,17 +133,17 @@ class CheckpointOutput:
         self._storage = LocalWriter(self._target, token)
 
     def create(self) -> None:
-        """As :meth:`Output.create`."""
+        """Implements :meth:`Output.create`."""
         if not self._force:
             _refuse_existing(self._target, force=False)
         self._storage.create(self._contents.plans, overwrite=self._force)  # which replaces nothing but a checkpoint
 
     def is_visible(self) -> bool:
-        """As :meth:`Output.is_visible`."""
+        """Implements :meth:`Output.is_visible`."""
         return self._storage.is_visible()
 
     def writers(self) -> Mapping[str, tuple[TensorWriter, tuple[str, ...]]]:
-        """As :meth:`Output.writers`."""
+        """Implements :meth:`Output.writers`."""
         found: dict[str, tuple[TensorWriter, tuple[str, ...]]] = {}
         for folder, plans in self._contents.plans.items():
             writer = self._storage.writer(folder, plans)
@@ -151,14 +151,14 @@ class CheckpointOutput:
         return found
 
     def commit(self, digests: Mapping[str, int], provenance: Mapping[str, Any]) -> None:
-        """As :meth:`Output.commit`."""
+        """Implements :meth:`Output.commit`."""
         keys = {(folder, entry.name) for folder, held in self._contents.folders.items() for entry in held.entries}
         sums = {key: digests[key[1]] for key in keys}
         self._storage.write_beside(PROVENANCE, json.dumps(provenance, indent=1))
         self._storage.commit(self._contents.manifest(self._storage.data, 0, sums).to_bytes())
 
     def abandon(self) -> None:
-        """As :meth:`Output.abandon`."""
+        """Implements :meth:`Output.abandon`."""
         self._storage.abandon()
 
 

@@ -121,7 +121,7 @@ def _snapshot(source: Source) -> Snapshot:
 
 
 def profiles(snapshots: Sequence[Snapshot]) -> tuple[list[Profile], float]:
-    """Of each, how much each step weighs in it; and the interval that they count in, in their unit.
+    """Returns how much each step weighs in each snapshot, and the interval that the steps count in.
 
     Raises:
         EMAConfigError: they count in different units, were updated at different intervals or began at different

@@ -81,7 +81,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which tensors of each source are meant.
+    """Selects the tensors of each source.
 
     Attributes:
         name: the average of a checkpoint; None means the only one.

@@ -90,7 +90,7 @@ def synthesize(
 
 
 def _places(out: StrPath, target: Wanted | Mapping[str, Wanted] | Sequence[Wanted]) -> dict[str, Wanted]:
-    """Where each target goes."""
+    """Returns where each target is written."""
     if isinstance(target, Mapping):
         named = dict(target)
     elif isinstance(target, (list, tuple)):
