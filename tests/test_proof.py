@@ -160,6 +160,19 @@ def test_elements_that_are_not_held_once(kind: str) -> None:
     ema.full_state_dict()
 
 
+@pytest.mark.parametrize("kind", ["misplaced", "doubled"])
+@pytest.mark.world_size(2)
+def test_an_update_that_is_sent_to_a_teacher_is_the_first_collective_call(kind: str) -> None:
+    """With ``sync="gather"`` the update would have put elements in wrong places into the teacher."""
+    case, change, message = KINDS[kind]
+    wanted = "module.0.down.weight"
+    teacher = CASES[case].plain().requires_grad_(False)
+    with reading(lambda spec: change(spec) if spec.name == wanted else spec):
+        ema = ShardedEMA(CASES[case].model(), into=teacher, sync="gather", decay=0.5)
+        with pytest.raises(EMAEngineError, match=rf"'{wanted}'.*{message}"):
+            ema.update()
+
+
 class _Model(nn.Module):
     def __init__(self, placements: Sequence[Any], shape: tuple[int, ...] = (8, 4)) -> None:
         super().__init__()

@@ -239,7 +239,8 @@ class Average:
         shares = self.shares if shares is None else shares
         if self.teacher is not None:
             group = self.engine.group
-            return self.teacher.shadow(options.schedules, shares, options.skip_nonfinite, seed, group, target)
+            given = options.schedules, shares, options.skip_nonfinite, seed, group
+            return self.teacher.shadow(*given, self._prove_present, target)
         if options.offload:
             return HostShadow(options.schedules, shares, options.skip_nonfinite, options.offload_threads, seed)
         shadow = Shadow(options.schedules, shares, options.skip_nonfinite, seed)
@@ -340,6 +341,10 @@ class Average:
     def proven(self, engine: Engine, shares: Sequence[Share], group: dist.ProcessGroup | None) -> list[FullTensor]:
         """Lists every full tensor of a model, once ranks have proven that they hold each element once. Collective."""
         return proven_catalogue(shares, group, engine.check_layout, engine.layout)
+
+    def _prove_present(self, shares: Sequence[Share]) -> list[FullTensor]:
+        """Proves the layout of the present engine. Collective."""
+        return self.proven(self.engine, shares, self.engine.group)
 
     def view(self, operation: str, inside: bool = True) -> View:
         """Returns what this rank holds of averages and live weights. Local; waits for an offloaded update.

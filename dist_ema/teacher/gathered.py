@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_ema import kernels
-from dist_ema.comm.catalogue import FullTensor, catalogue
+from dist_ema.comm.catalogue import FullTensor
 from dist_ema.comm.gather import LocalValues, gather_each
 from dist_ema.engines.counterpart import Counterpart
 from dist_ema.engines.derived import DerivedState
@@ -32,6 +32,8 @@ class GatheredTeacherShadow(Shadow):
         counterpart: the teacher's tensors, in the order of the shares.
         claim, release: as those of :class:`~dist_ema.teacher.shadow.TeacherShadow`.
         group: the ranks of both.
+        prove: lists every full tensor of these shares, once ranks have proven that they hold each element once.
+            Collective.
     """
 
     def __init__(
@@ -44,12 +46,14 @@ class GatheredTeacherShadow(Shadow):
         claim: Callable[[], None],
         release: Callable[[], None],
         group: dist.ProcessGroup | None,
+        prove: Callable[[Sequence[Share]], list[FullTensor]],
     ) -> None:
         super().__init__(names, shares, skip_nonfinite, seed)
         self._counterpart = counterpart
         self._derived = DerivedState(counterpart.modules(), drops_compiled=False)
         self._claim, self._release = claim, release
         self._group = group
+        self._prove = prove
         self._installed = False
         self._entries: list[FullTensor] | None = None
 
@@ -91,7 +95,7 @@ class GatheredTeacherShadow(Shadow):
         if not (self._installed and self.started):
             return
         if self._entries is None:
-            self._entries = [entry for entry in catalogue(self._shares, self._group) if entry.mode != "live"]
+            self._entries = [entry for entry in self._prove(self._shares) if entry.mode != "live"]
         (name,) = self._names
         held = {
             share.spec.name: LocalValues(share, tensor, 0)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from dist_ema.comm.catalogue import FullTensor
 from dist_ema.engines import detect_in
 from dist_ema.engines.base import Engine
 from dist_ema.engines.counterpart import Counterpart
@@ -88,15 +89,19 @@ class Teacher:
         skip_nonfinite: bool,
         seed: int | None,
         group: dist.ProcessGroup | None,
+        prove: Callable[[Sequence[Share]], list[FullTensor]],
         target: object = None,
     ) -> Shadow:
         """A new average, which lies in memory of its own until it is installed. Local. Raises as :meth:`match`.
 
-        ``target`` is whose shares they are; None means the averaged model.
+        ``prove`` lists full tensors after the proof of the layout, see :class:`GatheredTeacherShadow`. ``target`` is
+        whose shares they are; None means the averaged model.
         """
         found = self.match(shares, self.target if target is None else target)
         given = names, shares, skip_nonfinite, seed, found, self.claim, self.release
-        return TeacherShadow(*given) if self._options.sync is None else GatheredTeacherShadow(*given, group)
+        if self._options.sync is None:
+            return TeacherShadow(*given)
+        return GatheredTeacherShadow(*given, group, prove)
 
     def check_optimizer(self, optimizer: object) -> None:
         """Raises EMAConfigError if an optimizer steps a parameter that the average fills. Local."""
