@@ -314,6 +314,16 @@ def test_a_training_file_s_step_counts_before_its_name(tmp_path: Path) -> None:
     assert torch.equal(merged(paths, tmp_path / "out", scheme="lawa:1")["w"], full(500.0))
 
 
+def test_names_that_contradict_the_steps_of_some_sources_are_no_order(tmp_path: Path) -> None:
+    """Two of three files state their step, and their names count the other way round."""
+    for name, step in (("run1.pt", 500), ("run2.pt", None), ("run3.pt", 100)):
+        state = {"model": {"w": full(1.0)}}
+        torch.save(state if step is None else {**state, "global_step": step}, tmp_path / name)
+    paths = [tmp_path / name for name in ("run1.pt", "run2.pt", "run3.pt")]
+    with pytest.raises(EMAConfigError, match=r"nothing states the order.*step 500.*step 100"):
+        merge(paths, tmp_path / "out", scheme="lawa:1")
+
+
 # Sums that mean nothing, and values that are lost.
 
 
