@@ -27,7 +27,7 @@ from dist_ema.comm.collectives import PeerLost, Tag, answered, exchange, own_gro
 
 T = TypeVar("T")
 _READY = "ready"
-#: Seconds that each rank has to connect once all ranks are there.
+#: Seconds that each rank has to connect once all ranks are there; less if the call may not wait that long.
 _CONNECT = 60.0
 #: Seconds that gloo may take longer than its timeout to report it.
 _MARGIN = 5.0
@@ -139,9 +139,11 @@ class Channel:
         store = dist.PrefixStore(str(self._generation), self._store())
         with answered():
             self._assemble(store, call, timeout)
+        # A rank may die now. gloo notices that only by this time, and may wait several times as long.
+        connect = timedelta(seconds=min(timeout, _CONNECT))
         try:
             with answered():
-                backend = dist.ProcessGroupGloo(store, self._rank, len(self._ranks), timedelta(seconds=_CONNECT))
+                backend = dist.ProcessGroupGloo(store, self._rank, len(self._ranks), connect)
         except PeerLost:
             self._generation += 1
             raise
