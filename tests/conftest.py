@@ -5,17 +5,35 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Callable, Iterator
 
-import pool
 import pytest
-from pool import Pool
+
+from support import pool
+from support.pool import Pool
 
 _pool: Pool | None = None
 
-#: The files that take longest, the longest first, so that none of them is what one of two workers is still at when the
-#: other has nothing left to do.
+#: The files that take longest, the longest first. A worker that began one of them last would run alone at the end.
 LONGEST = [
     f"test_{name}.py"
-    for name in ("kill", "launch", "resume", "zero", "engines", "zero_parts", "benchmark", "unsharded", "import", "dcp")
+    for name in (
+        "kill",
+        "transformers",
+        "benchmark",
+        "resume",
+        "engines",
+        "launch",
+        "zero",
+        "interrupts",
+        "both",
+        "newcomer",
+        "offload",
+        "kernels",
+        "random_calls",
+        "zero_parts",
+        "gathered_weights",
+        "import",
+        "dcp",
+    )
 ]
 
 
@@ -60,7 +78,7 @@ def server() -> multiprocessing.context.BaseContext:
 @pytest.fixture(scope="session")
 def references() -> dict[int, list[dict[str, int]]]:
     """What every average is after so many updates: that of one process, which is this one."""
-    from any_engine import reference_digests  # imports torch
+    from support.any_engine import reference_digests  # imports torch
 
     return {steps: reference_digests(steps) for steps in (3, 5)}
 

@@ -28,7 +28,7 @@ load                reader threads, own stream  all that *current* had queued wh
 ==================  ==========================  =======================================================================
 
 Saving and loading copy through two pinned buffers a thread (``Relay``): one is filled again when the event behind its
-last copy is there. ``tests/stream_checks.py`` holds these rules on a fake GPU that does everything as late as it may,
-and on a real one. A CUDA graph that is captured while a thread of ours works is invalidated by its calls: ``wait()``
-before.
+last copy is there. ``tests/support/stream_checks.py`` checks these rules on a fake GPU that does everything as late as
+it may, and on a real one. A CUDA graph that is captured while a thread of ours works is invalidated by its calls: call
+``wait()`` before the capture.
 """

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from models import batch, build
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -25,6 +24,7 @@ from dist_ema.geometry.runs import Rows, whole
 from dist_ema.kernels import cuda
 from dist_ema.kernels.fingerprint import Part, device_digest, partial_digest
 from dist_ema.kernels.rounding import ElementPositions, Rounding, average_key
+from support.models import batch, build
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

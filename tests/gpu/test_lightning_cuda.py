@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import DenseAverage
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.utils.data import DataLoader
+
+from support.oracle import DenseAverage
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 pl = pytest.importorskip("lightning.pytorch", reason="is in the extra 'lightning'")

@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from models import batch, build
-from oracle import DenseAverage
 from torch import Tensor, nn
 
 from dist_ema import ShardedEMA, verify_checkpoint
 from dist_ema.errors import CheckpointError, EMAConfigError, EMAEngineError, EMAStateError
+from support.models import batch, build
+from support.oracle import DenseAverage
 
 pytest.importorskip("accelerate", reason="is in the extra 'accelerate'")
 
@@ -62,7 +62,7 @@ def accelerator_of(strategy: str, **options: Any) -> Iterator[Any]:
                 cpu_ram_efficient_loading=False,
             )
         elif strategy.startswith("zero"):
-            from zero_models import reset_deepspeed
+            from support.zero_models import reset_deepspeed
 
             reset_deepspeed()
             os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"

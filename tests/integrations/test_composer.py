@@ -14,9 +14,11 @@ from unittest.mock import Mock, patch
 
 import pytest
 import torch
-from oracle import DenseAverage
 
-IMPORTS = Path(__file__).parents[1] / "data" / "imports"
+from support import DATA
+from support.oracle import DenseAverage
+
+IMPORTS = DATA / "imports"
 AT_BATCH = "ba{batch}.pt"
 
 
@@ -469,12 +471,12 @@ def test_a_run_changes_over_from_composers_own_ema(
 @pytest.mark.parametrize("version", ["0_12_1", "0_32_1"])
 def test_files_of_composers_releases(version: str) -> None:
     """The state of the algorithm in each of its forms, on the model that the file holds."""
-    from composer_stubs import import_composer
     from safetensors.torch import load_file
     from torch import nn
 
     from dist_ema import ShardedEMA
     from dist_ema.schedules.clock import Progress
+    from support.composer_stubs import import_composer
 
     import_composer()
     from dist_ema.integrations.composer_trainer import change_over

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from models import batch, build
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from dist_ema import ShardedEMA
+from support.models import batch, build
 
 pytest.importorskip("lightning", reason="is in the extra 'lightning'")
 

@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from models import batch, build
-from oracle import DenseAverage
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 
 from dist_ema.errors import CheckpointError, EMAConfigError, EMAStateError
+from support.models import batch, build
+from support.oracle import DenseAverage
 
 pl = pytest.importorskip("lightning.pytorch", reason="is in the extra 'lightning'")
 DECAY = 0.5
@@ -143,7 +143,7 @@ def trainer(folder: Path, strategy: str = "auto", size: int = 1, **options: Any)
 
 def deepspeed_on_cpu(stage: int) -> Any:
     """DeepSpeedStrategy refuses CPUs, DeepSpeed does not: all but that and the device's number is Lightning's own."""
-    from zero_models import reset_deepspeed
+    from support.zero_models import reset_deepspeed
 
     reset_deepspeed()
 

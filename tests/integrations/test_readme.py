@@ -16,8 +16,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from dist_ema import ShardedEMA, read_checkpoint
+from support import ROOT
 
-GUIDE = Path(__file__).parent.parent.parent / "dist_ema" / "guide"
+GUIDE = ROOT / "dist_ema" / "guide"
 LINES, COMING = GUIDE / "trainers.md", GUIDE / "coming-from.md"
 #: What a reader of COMING has: the library that each section is about, without "-" lines.
 SECTIONS = re.findall(r"^## (.*)$", COMING.read_text(), re.MULTILINE)
@@ -41,7 +42,7 @@ def run(section: str, folder: Path, /, **names: Any) -> dict[str, Any]:
 
 @pytest.mark.world_size(1)
 def test_composers_lines(tmp_path: Path) -> None:
-    import composer_runs
+    from support import composer_runs
 
     names = run(
         "Composer", tmp_path, model=composer_runs.Net(), train=composer_runs.loader(0), evaluate=composer_runs.loader(1)
@@ -148,10 +149,9 @@ def test_lines_of_those_who_come_from_another_library(
     section: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An option that is named otherwise fails at the first line that they have changed."""
-    import composer_stubs
-
     from dist_ema import HalfLifeFraction, Warmup, update_bn
     from dist_ema.integrations.lightning import EMACallback
+    from support import composer_stubs
 
     composer_stubs.import_composer()
     monkeypatch.chdir(tmp_path)

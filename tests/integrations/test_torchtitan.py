@@ -15,8 +15,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from models import batch, build
-from oracle import DenseAverage
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.checkpoint.stateful import Stateful
@@ -27,6 +25,8 @@ from dist_ema import ShardedEMA
 from dist_ema.errors import EMAConfigError
 from dist_ema.importers.torchtitan import options_of
 from dist_ema.schedules import HalfLifeFraction
+from support.models import batch, build
+from support.oracle import DenseAverage
 
 FRACTION = 0.5
 OnRanks = Callable[..., None]

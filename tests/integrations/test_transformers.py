@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from oracle import DenseAverage
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+
+from support.oracle import DenseAverage
 
 pytest.importorskip("transformers", reason="is in the extra 'test'")
 from transformers import (
@@ -108,7 +109,7 @@ def strategy(name: str) -> Iterator[dict[str, Any]]:
     arguments: dict[str, Any] = {"use_cpu": name in ("plain", "ddp")}
     environment, threads, prepare = dict(os.environ), torch.get_num_threads(), PartialState._prepare_backend
     if name.startswith("zero"):
-        from zero_models import reset_deepspeed
+        from support.zero_models import reset_deepspeed
 
         reset_deepspeed()
         zero = {"stage": int(name[-1]), "stage3_param_persistence_threshold": 20}

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import written
-import written_trainers
+
+from support import written, written_trainers
 
 
 def resume(kind: str, file: str, folder: Path) -> None:

@@ -17,15 +17,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parents[1]), str(HERE.parents[1] / "integrations")]
+sys.path.insert(0, str(HERE.parents[1]))
 os.environ["DS_ACCELERATOR"] = "cpu"
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import torch.distributed.checkpoint as dcp  # noqa: E402
-import written  # noqa: E402
 
 import dist_ema  # noqa: E402
+from support import written  # noqa: E402
 
 
 def averages(size: int) -> None:
@@ -88,7 +88,7 @@ def trainer(name: str) -> Callable[[int], None]:
     """A kind of one of the trainers."""
 
     def write(size: int) -> None:
-        import written_trainers
+        from support import written_trainers
 
         for file, (kind, ranks) in written_trainers.FILES.items():
             if kind == name and ranks == size:
