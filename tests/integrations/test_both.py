@@ -222,9 +222,8 @@ def test_transformers_averages_the_steps_that_it_is_told(tmp_path: Path) -> None
 
 @pytest.mark.world_size(1)
 def test_composer_logs_live_and_averaged_metrics_of_each_evaluation() -> None:
-    import composer_runs as runs
-
     from dist_ema.integrations.composer import EMA
+    from support import composer_runs as runs
 
     found: dict[Any, tuple[dict[str, list[float]], dict[str, Tensor]]] = {}
     for evaluate in (False, True, "both"):
@@ -246,10 +245,10 @@ def test_composer_logs_live_and_averaged_metrics_of_each_evaluation() -> None:
 
 @pytest.mark.world_size(1)
 def test_composer_averages_the_batches_that_it_is_told() -> None:
-    import composer_runs as runs
     from composer.core import Event
 
     from dist_ema.integrations.composer import EMA
+    from support import composer_runs as runs
 
     watch = runs.Watch(Event.BATCH_END)
     algorithm = EMA(half_life="1ba", should_update=some_steps, average_at_end=True)

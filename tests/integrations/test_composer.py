@@ -48,10 +48,10 @@ def read(file: str | Path) -> dict[str, Any]:
     ids=str,
 )
 def test_two_seeded_runs_agree_in_averages_and_metrics(options: dict[str, Any], tmp_path: Path) -> None:
-    import composer_runs as runs
     from composer.algorithms import EMA as Composers
 
     from dist_ema.integrations.composer import EMA
+    from support import composer_runs as runs
 
     logged, files = [], []
     for kind in (Composers, EMA):
@@ -75,11 +75,11 @@ def test_two_seeded_runs_agree_in_averages_and_metrics(options: dict[str, Any], 
 @pytest.mark.world_size(1)
 def test_what_composer_does_wrong(tmp_path: Path) -> None:
     """Each fault that the docstring names is there in Composer's, and not in ours."""
-    import composer_runs as runs
     from composer.algorithms import EMA as Composers
     from composer.core import Event
 
     from dist_ema.integrations.composer import EMA
+    from support import composer_runs as runs
 
     for wrong in ({"smoothing": 0.9}, {"half_life": None, "smoothing": 0.9}):
         with pytest.raises((ValueError, AttributeError)):
@@ -127,10 +127,10 @@ def test_what_composer_does_wrong(tmp_path: Path) -> None:
 @pytest.mark.world_size(1)
 def test_a_bf16_average_moves(tmp_path: Path) -> None:
     """Composer keeps the parameters' dtype: at a slow decay each step of a bf16 average is less than its last bit."""
-    import composer_runs as runs
     from composer.algorithms import EMA as Composers
 
     from dist_ema.integrations.composer import EMA
+    from support import composer_runs as runs
 
     def average(kind: Any) -> list[torch.Tensor]:
         model = runs.Net().to(torch.bfloat16)
@@ -157,9 +157,8 @@ def test_a_bf16_average_moves(tmp_path: Path) -> None:
 @pytest.mark.world_size(1)
 @pytest.mark.parametrize("smoothing", [0, 0.5, 0.99, 1])
 def test_compute_ema_blends_parameters_and_buffers(smoothing: float) -> None:
-    import composer_runs as runs
-
     from dist_ema.integrations.composer import compute_ema
+    from support import composer_runs as runs
 
     model, average = runs.Net(), runs.Net()
     with torch.no_grad():
@@ -185,10 +184,10 @@ def test_compute_ema_blends_parameters_and_buffers(smoothing: float) -> None:
 )
 def test_events_called_by_hand(options: dict[str, Any]) -> None:
     """The update event averages, evaluation swaps the average in, and its end swaps it out."""
-    import composer_runs as runs
     from composer.core import Event, Timestamp
 
     from dist_ema.integrations.composer import EMA
+    from support import composer_runs as runs
 
     algorithm = EMA(**options)
     life = algorithm.half_life
@@ -229,8 +228,9 @@ def test_events_called_by_hand(options: dict[str, Any]) -> None:
 
 def _without_ema(fsdp: str | None) -> list[dict[str, torch.Tensor]]:
     """The weights after each step."""
-    import composer_runs as runs
     from composer.core import Event
+
+    from support import composer_runs as runs
 
     watch = runs.Watch(Event.BATCH_END)
     run = runs.trainer(callbacks=[watch], fsdp=fsdp, eval_interval="1ep")
@@ -240,10 +240,10 @@ def _without_ema(fsdp: str | None) -> list[dict[str, torch.Tensor]]:
 
 
 def _one_run(folder: str, fsdp: str | None) -> None:
-    import composer_runs as runs
     from composer.core import Event
 
     from dist_ema.integrations.composer import EMA
+    from support import composer_runs as runs
 
     steps = _without_ema(fsdp)
     dense, averages = DenseAverage(runs.AVERAGED, 0.5**0.5), []
@@ -313,9 +313,8 @@ def _one_run(folder: str, fsdp: str | None) -> None:
 
 def _other_size(folder: str, fsdp: str | None) -> None:
     """The average is bit for bit what was saved, and the live weights are live, on one process."""
-    import composer_runs as runs
-
     from dist_ema.integrations.composer import EMA
+    from support import composer_runs as runs
 
     algorithm = EMA(half_life="2ba")
     run = runs.trainer(algorithm, fsdp=fsdp, load_path=saved(f"{folder}/first", 4, fsdp))
@@ -342,11 +341,11 @@ def test_two_processes(fsdp: str | None, tmp_path: Path, on_ranks: Callable[...,
 
 def _freezing(fsdp: str | None) -> None:
     """Composer's LayerFreezing from the first layer on, and an algorithm that unfreezes the layer frozen at first."""
-    import composer_runs as runs
     from composer.algorithms import LayerFreezing
     from composer.core import Algorithm, Event
 
     from dist_ema.integrations.composer import EMA
+    from support import composer_runs as runs
 
     class Unfreezing(Algorithm):  # type: ignore[misc]
         def match(self, event: Event, state: Any) -> bool:
@@ -405,9 +404,8 @@ def test_layers_that_are_frozen_on_two_processes(fsdp: str | None, on_ranks: Cal
 @pytest.mark.world_size(1)
 def test_an_average_that_never_begins_is_said_when_training_begins(options: dict[str, str], said: int) -> None:
     """Six batches in two epochs. Its users evaluated the live model and did not know it."""
-    import composer_runs as runs
-
     from dist_ema.integrations import composer
+    from support import composer_runs as runs
 
     logger = Mock()
     with patch.object(composer, "_log", logger):
@@ -423,8 +421,9 @@ def test_an_average_that_never_begins_is_said_when_training_begins(options: dict
 
 def _composers(folder: str) -> None:
     """A run of Composer's own EMA, with checkpoints."""
-    import composer_runs as runs
     from composer.algorithms import EMA as Composers
+
+    from support import composer_runs as runs
 
     run = runs.trainer(
         Composers(half_life="2ba"), save_folder=folder, save_filename=AT_BATCH, save_interval="4ba", eval_interval="1ep"
@@ -435,9 +434,8 @@ def _composers(folder: str) -> None:
 
 
 def _change_over(folder: str) -> None:
-    import composer_runs as runs
-
     from dist_ema.integrations.composer import EMA
+    from support import composer_runs as runs
 
     file = saved(folder, 4)
     state = read(file)
@@ -511,10 +509,9 @@ def test_files_of_composers_releases(version: str) -> None:
 
 
 def _without_average(folder: str, fsdp: str | None) -> None:
-    import composer_runs as runs
-
     from dist_ema.errors import CheckpointError
     from dist_ema.integrations.composer import EMA
+    from support import composer_runs as runs
 
     run = runs.trainer(fsdp=fsdp, save_folder=folder, save_filename=AT_BATCH, save_interval="4ba")
     run.fit()
@@ -538,9 +535,8 @@ def test_a_checkpoint_without_an_average(
 
 @pytest.mark.world_size(1)
 def test_autoresume_and_evaluation_before_training(tmp_path: Path) -> None:
-    import composer_runs as runs
-
     from dist_ema.integrations.composer import EMA
+    from support import composer_runs as runs
 
     options = {"save_folder": str(tmp_path), "save_filename": AT_BATCH, "save_interval": "4ba", "run_name": "run"}
     options |= {"autoresume": True, "save_latest_filename": "latest.pt", "save_overwrite": False}
@@ -560,9 +556,8 @@ def test_autoresume_and_evaluation_before_training(tmp_path: Path) -> None:
 @pytest.mark.world_size(1)
 def test_a_checkpoint_at_the_end_of_an_iteration(tmp_path: Path) -> None:
     """Composer swaps at two of its three checkpoint events."""
-    import composer_runs as runs
-
     from dist_ema.integrations.composer import EMA
+    from support import composer_runs as runs
 
     algorithm = EMA(half_life="2ba")
     run = runs.trainer(
@@ -597,10 +592,9 @@ def test_a_checkpoint_at_the_end_of_an_iteration(tmp_path: Path) -> None:
     ids=str,
 )
 def test_wrong_options(options: dict[str, Any], message: str) -> None:
-    import composer_runs  # noqa: F401
-
     from dist_ema.errors import EMAConfigError
     from dist_ema.integrations.composer import EMA
+    from support import composer_runs  # noqa: F401
 
     with pytest.raises(EMAConfigError, match=message):
         EMA(**options)
@@ -608,11 +602,11 @@ def test_wrong_options(options: dict[str, Any], message: str) -> None:
 
 @pytest.mark.world_size(2)
 def test_options_that_contradict_the_trainer() -> None:
-    import composer_runs as runs
     from composer.algorithms import EMA as Composers
 
     from dist_ema.errors import EMAConfigError
     from dist_ema.integrations.composer import EMA
+    from support import composer_runs as runs
 
     with pytest.raises(TypeError, match="unexpected keyword argument 'half_live'"):
         EMA(half_live="10ba")
@@ -642,11 +636,11 @@ def test_options_that_contradict_the_trainer() -> None:
 @pytest.mark.world_size(1)
 def test_samples_and_several_averages() -> None:
     """A half life in samples decays by the samples of each update; the first of several averages is evaluated."""
-    import composer_runs as runs
     from composer.core import Event
 
     from dist_ema import HalfLife
     from dist_ema.integrations.composer import EMA
+    from support import composer_runs as runs
 
     watch, algorithm = runs.Watch(Event.BATCH_END, Event.EVAL_START), EMA(half_life="16sp", ema_start="16sp")
     several = EMA(averages={"slow": HalfLife("16sp"), "fast": 0.1}, ema_start="2ba")

@@ -165,9 +165,8 @@ def lightning(folder: Path, resume: bool) -> dict[str, Any]:
 
 def composer(folder: Path, resume: bool) -> dict[str, Any]:
     """``ba2.pt``, or a folder of shards: in the middle of an epoch, whose end moves the clock."""
-    import composer_runs as runs
-
     from dist_ema.integrations.composer import EMA
+    from support import composer_runs as runs
 
     fsdp = "sharded" if runs.dist.get_world_size() > 1 else None
     saved = folder / ("ep0-ba2" if fsdp else "ba2.pt")
