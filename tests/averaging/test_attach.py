@@ -20,13 +20,14 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim.optimizer import Optimizer
 
-from dist_ema import ShardedEMA
-from dist_ema.engines.wrappers import is_training_step
-from dist_ema.errors import EMAConfigError, EMAStateError
 from support.models import CASES, batch
 from support.oracle import DenseAverage
 from support.zero_models import make_engine
 from support.zero_models import train as train_engine
+
+from dist_ema import ShardedEMA
+from dist_ema.engines.wrappers import is_training_step
+from dist_ema.errors import EMAConfigError, EMAStateError
 
 DECAY = 0.5
 

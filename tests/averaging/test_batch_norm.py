@@ -16,11 +16,12 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.optim.swa_utils import update_bn as torch_update_bn
 
+from support.models import CASES
+from support.zero_models import make_engine
+
 import dist_ema
 from dist_ema import ShardedEMA
 from dist_ema.errors import EMAConfigError, EMAStateError
-from support.models import CASES
-from support.zero_models import make_engine
 
 # Inside average_parameters().
 

@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from support.models import CASES
+
 from dist_ema import ShardedEMA, kernels
 from dist_ema.errors import CheckpointCorruptError
 from dist_ema.formats import manifest as format_
@@ -18,7 +20,6 @@ from dist_ema.formats.manifest import NAME, Manifest
 from dist_ema.geometry.runs import Rows, Runs
 from dist_ema.kernels import native
 from dist_ema.kernels.rounding import ElementPositions, Rounding, average_key, draws, element_key, rounded
-from support.models import CASES
 
 pytestmark = pytest.mark.core
 

@@ -12,10 +12,11 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
 
-from dist_ema import ShardedEMA, compute_ema, merge, read_checkpoint, verify_checkpoint
-from dist_ema.errors import CheckpointMismatchError, EMAEngineError
 from support.models import CASES, build
 from support.zero_models import make_engine
+
+from dist_ema import ShardedEMA, compute_ema, merge, read_checkpoint, verify_checkpoint
+from dist_ema.errors import CheckpointMismatchError, EMAEngineError
 
 DECAYS = {"fast": 0.5, "slow": 0.9}
 

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from support.models import CASES, batch, build
+
 from dist_ema import ShardedEMA
 from dist_ema.engines import derived
-from support.models import CASES, batch, build
 
 
 @contextmanager

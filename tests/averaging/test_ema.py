@@ -16,9 +16,10 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel as DDP
 
+from support.models import CASES, build
+
 from dist_ema import ShardedEMA, compute_ema, schedules
 from dist_ema.errors import EMAConfigError, EMAStateError
-from support.models import CASES, build
 
 pytestmark = pytest.mark.core
 

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from dist_ema import ShardedEMA, schedules, verify_checkpoint
-from dist_ema.errors import CheckpointMismatchError, EMAEngineError, EMAStateError
 from support.models import CASES, batch, build
 from support.oracle import DenseAverage
 from support.zero_models import make_engine
+
+from dist_ema import ShardedEMA, schedules, verify_checkpoint
+from dist_ema.errors import CheckpointMismatchError, EMAEngineError, EMAStateError
 
 DECAY = 0.7
 #: Parts of the model that every engine can freeze on their own: FSDP1 without ``use_orig_params`` wraps each of them.

@@ -12,13 +12,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from support.exports import DECAY, average, everywhere, perturb
+from support.models import CASES
+from support.oracle import DenseAverage
+
 from dist_ema import ShardedEMA, read_checkpoint, verify_checkpoint
 from dist_ema.cli import main
 from dist_ema.errors import CheckpointCorruptError, CheckpointMismatchError, EMAStateError
 from dist_ema.formats.manifest import Manifest
-from support.exports import DECAY, average, everywhere, perturb
-from support.models import CASES
-from support.oracle import DenseAverage
 
 
 class Int8(Tensor):

@@ -12,10 +12,11 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
-from dist_ema import ShardedEMA
-from dist_ema.errors import CheckpointMismatchError, EMAConfigError, EMAStateError
 from support.models import CASES, batch
 from support.zero_models import make_engine, train
+
+from dist_ema import ShardedEMA
+from dist_ema.errors import CheckpointMismatchError, EMAConfigError, EMAStateError
 
 AVERAGES = {"fast": 0.5, "slow": 0.9}
 

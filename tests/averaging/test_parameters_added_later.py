@@ -14,10 +14,11 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.nn.utils import parametrize
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dist_ema import ShardedEMA
-from dist_ema.errors import EMAEngineError, EMAStateError
 from support.models import CASES, Uneven, batch, build
 from support.zero_models import make_engine
+
+from dist_ema import ShardedEMA
+from dist_ema.errors import EMAEngineError, EMAStateError
 
 DECAY = 0.5
 

@@ -19,11 +19,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dist_ema import ShardedEMA
-from dist_ema.errors import EMAStateError
 from support.exports import read
 from support.models import CASES, build
 from support.zero_models import make_engine
+
+from dist_ema import ShardedEMA
+from dist_ema.errors import EMAStateError
 
 DECAYS = {"fast": 0.5, "slow": 0.9}
 #: Calls of one sequence.

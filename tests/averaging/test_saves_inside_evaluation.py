@@ -13,11 +13,12 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
+from support.models import CASES, batch
+from support.zero_models import make_engine, train
+
 import dist_ema
 from dist_ema import ShardedEMA
 from dist_ema.errors import EMAStateError
-from support.models import CASES, batch
-from support.zero_models import make_engine, train
 
 AVERAGES = {"fast": 0.5, "slow": 0.9}
 

@@ -20,13 +20,14 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_ema import Cosine, ShardedEMA
-from dist_ema.errors import CheckpointCorruptError, EMAEngineError, EMAError, EMAStateError
 from support.models import CASES, batch, build, live_weights
 from support.oracle import DenseAverage
 from support.zero_models import DTYPES, THRESHOLD, Net, make_engine, plain_fused_adam
 from support.zero_models import batch as zero_batch
 from support.zero_models import train as zero_train
+
+from dist_ema import Cosine, ShardedEMA
+from dist_ema.errors import CheckpointCorruptError, EMAEngineError, EMAError, EMAStateError
 
 DECAY = 0.7
 MATRIX = [

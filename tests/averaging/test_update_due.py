@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from dist_ema import ShardedEMA
 from support.oracle import DenseAverage
+
+from dist_ema import ShardedEMA
 
 
 def _step(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -16,10 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from support.models import CASES, build
+
 from dist_ema import ShardedEMA, verify_checkpoint
 from dist_ema.errors import EMAConfigError
 from dist_ema.schedules import Cosine, HalfLife, Linear, Schedule, Window
-from support.models import CASES, build
 
 settings.register_profile("fixed", derandomize=True, deadline=None)
 settings.load_profile("fixed")

@@ -16,11 +16,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dist_ema import ShardedEMA, update_bn
-from dist_ema.errors import EMAError, EMAStateError
 from support.models import CASES, batch
 from support.zero_models import batch as zero_batch
 from support.zero_models import make_engine, reset_deepspeed, train
+
+from dist_ema import ShardedEMA, update_bn
+from dist_ema.errors import EMAError, EMAStateError
 
 TWO = [name for name, case in CASES.items() if 2 in case.group_sizes]
 

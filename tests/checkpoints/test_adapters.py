@@ -13,12 +13,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from dist_ema import ShardedEMA
-from dist_ema.cli import main
-from dist_ema.errors import EMAConfigError, EMAStateError
 from support.exports import DECAY, average, everywhere, shard_layers
 from support.oracle import DenseAverage
 from support.zero_models import make_engine
+
+from dist_ema import ShardedEMA
+from dist_ema.cli import main
+from dist_ema.errors import EMAConfigError, EMAStateError
 
 UNET = "diffusion_pytorch_model.safetensors"
 

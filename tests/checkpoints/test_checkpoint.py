@@ -18,6 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from support.any_engine import AVERAGES, average_ema, digests_of, make_ema, perturb_ema
+from support.models import build
+
 from dist_ema import ShardedEMA, read_checkpoint, schedules, verify_checkpoint
 from dist_ema.checkpoints.reader import RunReader
 from dist_ema.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError, EMAConfigError
@@ -25,8 +28,6 @@ from dist_ema.formats.manifest import NAME, Manifest
 from dist_ema.offline.compare import compare
 from dist_ema.offline.export import export_checkpoint
 from dist_ema.storage.local import RunWriter
-from support.any_engine import AVERAGES, average_ema, digests_of, make_ema, perturb_ema
-from support.models import build
 
 pytestmark = pytest.mark.core
 

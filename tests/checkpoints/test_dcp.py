@@ -19,11 +19,12 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
+from support.any_engine import AVERAGES, average_ema, make_ema, perturb_ema
+from support.models import CASES, WIDTH, Block, build
+
 from dist_ema import ShardedEMA, schedules
 from dist_ema.dcp.boxed import BoxedTensor
 from dist_ema.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError, EMAStateError
-from support.any_engine import AVERAGES, average_ema, make_ema, perturb_ema
-from support.models import CASES, WIDTH, Block, build
 
 pytestmark = pytest.mark.core
 

@@ -18,13 +18,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from support import ROOT
+from support.exports import DECAY, FAMILIES, INDEX, average, everywhere, perturb, read, shard_layers
+from support.models import CASES, build
+
 from dist_ema import ShardedEMA
 from dist_ema.errors import CheckpointError, EMAConfigError, EMAError, EMAStateError
 from dist_ema.formats.layout import TensorPlan, parse_size, plan_files
 from dist_ema.storage.local import RunWriter
-from support import ROOT
-from support.exports import DECAY, FAMILIES, INDEX, average, everywhere, perturb, read, shard_layers
-from support.models import CASES, build
 
 pytestmark = pytest.mark.core
 

@@ -17,14 +17,15 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.parallel import DistributedDataParallel
 
+from support.exports import DECAY, FAMILIES, average, everywhere, read, shard_layers
+from support.zero_models import make_engine
+
 from dist_ema import ShardedEMA
 from dist_ema.checkpoints.arrangement import UnknownOperationError
 from dist_ema.checkpoints.trace import trace
 from dist_ema.errors import CheckpointError, EMAConfigError
 from dist_ema.formats.layout import TensorPlan
 from dist_ema.geometry.runs import Rows, chunks, count
-from support.exports import DECAY, FAMILIES, average, everywhere, read, shard_layers
-from support.zero_models import make_engine
 
 # What a function on state dicts does to elements.
 

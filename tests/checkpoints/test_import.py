@@ -31,13 +31,14 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from support import DATA
+
 from dist_ema import ShardedEMA, read_checkpoint, schedules, verify_checkpoint
 from dist_ema.cli import main
 from dist_ema.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError, EMAConfigError
 from dist_ema.formats import dcp_directory as dcp_import
 from dist_ema.importers import FORMATS
 from dist_ema.importers.convert import import_checkpoint
-from support import DATA
 
 IMPORTS = DATA / "imports"
 _spec = importlib.util.spec_from_file_location("make_imports", IMPORTS / "make.py")

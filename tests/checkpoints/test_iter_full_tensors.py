@@ -11,10 +11,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
+from support.models import CASES, build
+
 from dist_ema import ShardedEMA
 from dist_ema.comm import gather as stream
 from dist_ema.errors import EMAConfigError, EMAStateError
-from support.models import CASES, build
 
 
 @torch.no_grad()

@@ -11,11 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from support.any_engine import small_ema
+
 from dist_ema import ShardedEMA, merge, read_checkpoint, synthesize, verify_checkpoint
 from dist_ema.cli import main
 from dist_ema.errors import CheckpointError
 from dist_ema.importers.convert import import_checkpoint
-from support.any_engine import small_ema
 
 
 def _content(path: Path) -> str:

@@ -15,6 +15,8 @@ import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
+from support.any_engine import AVERAGES, average_ema, digests_of, make_ema, reference_digests, small_ema
+
 from dist_ema import read_checkpoint, verify_checkpoint
 from dist_ema.checkpoints import versions
 from dist_ema.cli import main
@@ -22,7 +24,6 @@ from dist_ema.errors import CheckpointCorruptError, CheckpointError, EMAConfigEr
 from dist_ema.formats.manifest import BEGIN, NAME
 from dist_ema.storage import paths, remote, remote_commit, storage_reader
 from dist_ema.storage.remote_commit import RemoteWriter
-from support.any_engine import AVERAGES, average_ema, digests_of, make_ema, reference_digests, small_ema
 
 
 @pytest.fixture

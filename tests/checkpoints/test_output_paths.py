@@ -20,15 +20,16 @@ import torch
 from fsspec.implementations.memory import MemoryFileSystem
 from torch import nn
 
+from support import DATA
+from support.any_engine import average_ema, make_ema
+from support.mounts import UNSHARE, can_mount
+
 from dist_ema import ShardedEMA, read_checkpoint, verify_checkpoint
 from dist_ema.cli import main
 from dist_ema.errors import CheckpointError, EMAConfigError
 from dist_ema.formats.manifest import NAME
 from dist_ema.offline.export import export_checkpoint
 from dist_ema.storage.staging import Staging
-from support import DATA
-from support.any_engine import average_ema, make_ema
-from support.mounts import UNSHARE, can_mount
 
 WRITERS = ["save", "export"]
 FOREIGN = DATA / "imports" / "timm.pth.tar"

@@ -20,10 +20,11 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from dist_ema import ShardedEMA, update_bn
-from dist_ema.shadow import lent
 from support.any_engine import AVERAGES, average_ema, make_ema
 from support.models import CASES, build
+
+from dist_ema import ShardedEMA, update_bn
+from dist_ema.shadow import lent
 
 SECTIONS = [("averages", "fast"), ("averages", "slow"), ("buffers",), ("live",)]
 

@@ -16,10 +16,11 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from support import written
+
 import dist_ema
 from dist_ema import ShardedEMA
 from dist_ema.dcp.boxed import BoxedTensor
-from support import written
 
 #: Engines and world sizes that read what all engines have written: shards by rows, flat slices, replicas, none.
 READERS = [("plain", 1), ("fsdp2", 3), ("zero2", 2), ("hsdp", 4)]

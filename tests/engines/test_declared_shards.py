@@ -26,11 +26,12 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn.parallel import DistributedDataParallel
 
+from support.scaled import STEPS, check_average, check_same
+from support.zero_models import make_engine
+
 from dist_ema import ShardedEMA, read_checkpoint
 from dist_ema.engines.declared import declaration
 from dist_ema.errors import EMAEngineError
-from support.scaled import STEPS, check_average, check_same
-from support.zero_models import make_engine
 
 Chunk = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # offsets in the full tensor, in the local one, sizes
 

@@ -10,9 +10,10 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dist_ema import ShardedEMA
 from support.models import CASES, batch, build, live_weights
 from support.oracle import DenseAverage
+
+from dist_ema import ShardedEMA
 
 pytestmark = pytest.mark.core
 

@@ -17,11 +17,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from dist_ema import ShardedEMA
-from dist_ema.engines.deepspeed.zero import ZeroEngine
 from support.oracle import DenseAverage
 from support.scaled import check_average
 from support.zero_models import Net, backward, make_engine, reset_deepspeed
+
+from dist_ema import ShardedEMA
+from dist_ema.engines.deepspeed.zero import ZeroEngine
 
 
 class _Experts(nn.Module):

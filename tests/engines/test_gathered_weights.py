@@ -17,11 +17,12 @@ from torch.distributed.fsdp import FSDPModule, ShardingStrategy, fully_shard
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+from support.models import CASES, batch, build
+from support.oracle import DenseAverage
+
 from dist_ema import ShardedEMA
 from dist_ema.engines import detect
 from dist_ema.errors import EMAEngineError, EMAStateError
-from support.models import CASES, batch, build
-from support.oracle import DenseAverage
 
 DECAY = 0.5
 CPU = torch.device("cpu")

@@ -17,6 +17,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard as StridedShard
 
+from support.models import CASES
+
 from dist_ema import ShardedEMA
 from dist_ema.engines import dtensor as dtensor_engine
 from dist_ema.engines.base import Engine
@@ -25,7 +27,6 @@ from dist_ema.errors import EMAEngineError
 from dist_ema.geometry.positions import holds, position_sums
 from dist_ema.geometry.runs import Rows, Runs, box_runs, cut, merge, whole
 from dist_ema.geometry.spec import TensorSpec
-from support.models import CASES
 
 MASK = (1 << 64) - 1
 

@@ -8,9 +8,10 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel as DDP
 
+from support.models import CASES, batch, build
+
 from dist_ema import ShardedEMA
 from dist_ema.errors import EMAEngineError, EMAStateError
-from support.models import CASES, batch, build
 
 KINDS = ["plain", "ddp", "fsdp1-full", "fsdp1-full-orig", "fsdp2", "hsdp", "fsdp2-tp"]
 

@@ -22,12 +22,13 @@ from torch.distributed.tensor import distribute_tensor
 from torch.distributed.tensor.placement_types import Partial, Placement, Replicate, Shard, _MaskPartial
 from torch.distributed.tensor.placement_types import _StridedShard as StridedShard
 
+from support.scaled import check_average
+
 from dist_ema import ShardedEMA
 from dist_ema.engines import placements as rules
 from dist_ema.engines.placements import placed_runs
 from dist_ema.errors import EMAEngineError
 from dist_ema.geometry.runs import Rows, Runs
-from support.scaled import check_average
 
 
 def places(runs: Runs) -> list[int]:

@@ -13,10 +13,11 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel as DDP
 
+from support.models import build
+
 import dist_ema
 from dist_ema import ShardedEMA
 from dist_ema.errors import EMAConfigError, EMAEngineError
-from support.models import build
 
 
 def role_model(kind: str, role: int, mesh: object) -> nn.Module:

@@ -12,10 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dist_ema import ShardedEMA
-from dist_ema.engines.base import Engine
-from dist_ema.engines.deepspeed.zero import ZeroEngine
-from dist_ema.errors import EMAConfigError, EMAEngineError, EMAStateError
 from support.oracle import DenseAverage
 from support.zero_models import (
     DTYPES,
@@ -28,6 +24,11 @@ from support.zero_models import (
     plain_fused_adam,
     train,
 )
+
+from dist_ema import ShardedEMA
+from dist_ema.engines.base import Engine
+from dist_ema.engines.deepspeed.zero import ZeroEngine
+from dist_ema.errors import EMAConfigError, EMAEngineError, EMAStateError
 
 pytestmark = pytest.mark.core
 

@@ -16,11 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from support.oracle import DenseAverage
+from support.zero_models import DTYPES, make_engine, reset_deepspeed
+
 import dist_ema
 from dist_ema import ShardedEMA
 from dist_ema.errors import EMAEngineError
-from support.oracle import DenseAverage
-from support.zero_models import DTYPES, make_engine, reset_deepspeed
 
 
 def masters(engine: Any, rename: dict[str, str]) -> dict[str, Tensor]:

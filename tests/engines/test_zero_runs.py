@@ -11,10 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_ema import ShardedEMA
-from dist_ema.errors import EMAEngineError
 from support.oracle import DenseAverage
 from support.zero_models import Net, make_engine, reset_deepspeed, train
+
+from dist_ema import ShardedEMA
+from dist_ema.errors import EMAEngineError
 
 
 def masters(engine: Any) -> dict[str, Tensor]:

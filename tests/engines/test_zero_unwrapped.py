@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import nn
 
+from support.zero_models import Net, make_engine, plain_fused_adam, train
+
 from dist_ema import ShardedEMA
 from dist_ema.engines.deepspeed.zero import ZeroEngine
 from dist_ema.errors import EMAEngineError, EMAStateError
-from support.zero_models import Net, make_engine, plain_fused_adam, train
 
 #: Where the weights that the module shows are empty, or bf16 copies, or would be overwritten by masters.
 MANAGED: dict[str, tuple[int, dict[str, Any]]] = {

@@ -18,13 +18,14 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel as DDP
 
+from support.models import batch, build
+
 from dist_ema import ShardedEMA, kernels
 from dist_ema.errors import EMAStateError
 from dist_ema.geometry.runs import Rows, whole
 from dist_ema.kernels import cuda
 from dist_ema.kernels.fingerprint import Part, device_digest, partial_digest
 from dist_ema.kernels.rounding import ElementPositions, Rounding, average_key
-from support.models import batch, build
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

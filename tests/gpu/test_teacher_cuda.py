@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from dist_ema import ShardedEMA
 from support.models import batch, build
+
+from dist_ema import ShardedEMA
 
 DEVICE = "cuda"  # the program is the same for any
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

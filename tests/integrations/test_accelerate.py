@@ -18,10 +18,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dist_ema import ShardedEMA, verify_checkpoint
-from dist_ema.errors import CheckpointError, EMAConfigError, EMAEngineError, EMAStateError
 from support.models import batch, build
 from support.oracle import DenseAverage
+
+from dist_ema import ShardedEMA, verify_checkpoint
+from dist_ema.errors import CheckpointError, EMAConfigError, EMAEngineError, EMAStateError
 
 pytest.importorskip("accelerate", reason="is in the extra 'accelerate'")
 

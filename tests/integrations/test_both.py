@@ -222,8 +222,9 @@ def test_transformers_averages_the_steps_that_it_is_told(tmp_path: Path) -> None
 
 @pytest.mark.world_size(1)
 def test_composer_logs_live_and_averaged_metrics_of_each_evaluation() -> None:
-    from dist_ema.integrations.composer import EMA
     from support import composer_runs as runs
+
+    from dist_ema.integrations.composer import EMA
 
     found: dict[Any, tuple[dict[str, list[float]], dict[str, Tensor]]] = {}
     for evaluate in (False, True, "both"):
@@ -247,8 +248,9 @@ def test_composer_logs_live_and_averaged_metrics_of_each_evaluation() -> None:
 def test_composer_averages_the_batches_that_it_is_told() -> None:
     from composer.core import Event
 
-    from dist_ema.integrations.composer import EMA
     from support import composer_runs as runs
+
+    from dist_ema.integrations.composer import EMA
 
     watch = runs.Watch(Event.BATCH_END)
     algorithm = EMA(half_life="1ba", should_update=some_steps, average_at_end=True)

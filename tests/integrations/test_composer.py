@@ -50,8 +50,9 @@ def read(file: str | Path) -> dict[str, Any]:
 def test_two_seeded_runs_agree_in_averages_and_metrics(options: dict[str, Any], tmp_path: Path) -> None:
     from composer.algorithms import EMA as Composers
 
-    from dist_ema.integrations.composer import EMA
     from support import composer_runs as runs
+
+    from dist_ema.integrations.composer import EMA
 
     logged, files = [], []
     for kind in (Composers, EMA):
@@ -78,8 +79,9 @@ def test_what_composer_does_wrong(tmp_path: Path) -> None:
     from composer.algorithms import EMA as Composers
     from composer.core import Event
 
-    from dist_ema.integrations.composer import EMA
     from support import composer_runs as runs
+
+    from dist_ema.integrations.composer import EMA
 
     for wrong in ({"smoothing": 0.9}, {"half_life": None, "smoothing": 0.9}):
         with pytest.raises((ValueError, AttributeError)):
@@ -129,8 +131,9 @@ def test_a_bf16_average_moves(tmp_path: Path) -> None:
     """Composer keeps the parameters' dtype: at a slow decay each step of a bf16 average is less than its last bit."""
     from composer.algorithms import EMA as Composers
 
-    from dist_ema.integrations.composer import EMA
     from support import composer_runs as runs
+
+    from dist_ema.integrations.composer import EMA
 
     def average(kind: Any) -> list[torch.Tensor]:
         model = runs.Net().to(torch.bfloat16)
@@ -157,8 +160,9 @@ def test_a_bf16_average_moves(tmp_path: Path) -> None:
 @pytest.mark.world_size(1)
 @pytest.mark.parametrize("smoothing", [0, 0.5, 0.99, 1])
 def test_compute_ema_blends_parameters_and_buffers(smoothing: float) -> None:
-    from dist_ema.integrations.composer import compute_ema
     from support import composer_runs as runs
+
+    from dist_ema.integrations.composer import compute_ema
 
     model, average = runs.Net(), runs.Net()
     with torch.no_grad():
@@ -186,8 +190,9 @@ def test_events_called_by_hand(options: dict[str, Any]) -> None:
     """The update event averages, evaluation swaps the average in, and its end swaps it out."""
     from composer.core import Event, Timestamp
 
-    from dist_ema.integrations.composer import EMA
     from support import composer_runs as runs
+
+    from dist_ema.integrations.composer import EMA
 
     algorithm = EMA(**options)
     life = algorithm.half_life
@@ -242,8 +247,9 @@ def _without_ema(fsdp: str | None) -> list[dict[str, torch.Tensor]]:
 def _one_run(folder: str, fsdp: str | None) -> None:
     from composer.core import Event
 
-    from dist_ema.integrations.composer import EMA
     from support import composer_runs as runs
+
+    from dist_ema.integrations.composer import EMA
 
     steps = _without_ema(fsdp)
     dense, averages = DenseAverage(runs.AVERAGED, 0.5**0.5), []
@@ -313,8 +319,9 @@ def _one_run(folder: str, fsdp: str | None) -> None:
 
 def _other_size(folder: str, fsdp: str | None) -> None:
     """The average is bit for bit what was saved, and the live weights are live, on one process."""
-    from dist_ema.integrations.composer import EMA
     from support import composer_runs as runs
+
+    from dist_ema.integrations.composer import EMA
 
     algorithm = EMA(half_life="2ba")
     run = runs.trainer(algorithm, fsdp=fsdp, load_path=saved(f"{folder}/first", 4, fsdp))
@@ -344,8 +351,9 @@ def _freezing(fsdp: str | None) -> None:
     from composer.algorithms import LayerFreezing
     from composer.core import Algorithm, Event
 
-    from dist_ema.integrations.composer import EMA
     from support import composer_runs as runs
+
+    from dist_ema.integrations.composer import EMA
 
     class Unfreezing(Algorithm):  # type: ignore[misc]
         def match(self, event: Event, state: Any) -> bool:
@@ -404,8 +412,9 @@ def test_layers_that_are_frozen_on_two_processes(fsdp: str | None, on_ranks: Cal
 @pytest.mark.world_size(1)
 def test_an_average_that_never_begins_is_said_when_training_begins(options: dict[str, str], said: int) -> None:
     """Six batches in two epochs. Its users evaluated the live model and did not know it."""
-    from dist_ema.integrations import composer
     from support import composer_runs as runs
+
+    from dist_ema.integrations import composer
 
     logger = Mock()
     with patch.object(composer, "_log", logger):
@@ -434,8 +443,9 @@ def _composers(folder: str) -> None:
 
 
 def _change_over(folder: str) -> None:
-    from dist_ema.integrations.composer import EMA
     from support import composer_runs as runs
+
+    from dist_ema.integrations.composer import EMA
 
     file = saved(folder, 4)
     state = read(file)
@@ -472,9 +482,10 @@ def test_files_of_composers_releases(version: str) -> None:
     from safetensors.torch import load_file
     from torch import nn
 
+    from support.composer_stubs import import_composer
+
     from dist_ema import ShardedEMA
     from dist_ema.schedules.clock import Progress
-    from support.composer_stubs import import_composer
 
     import_composer()
     from dist_ema.integrations.composer_trainer import change_over
@@ -509,9 +520,10 @@ def test_files_of_composers_releases(version: str) -> None:
 
 
 def _without_average(folder: str, fsdp: str | None) -> None:
+    from support import composer_runs as runs
+
     from dist_ema.errors import CheckpointError
     from dist_ema.integrations.composer import EMA
-    from support import composer_runs as runs
 
     run = runs.trainer(fsdp=fsdp, save_folder=folder, save_filename=AT_BATCH, save_interval="4ba")
     run.fit()
@@ -535,8 +547,9 @@ def test_a_checkpoint_without_an_average(
 
 @pytest.mark.world_size(1)
 def test_autoresume_and_evaluation_before_training(tmp_path: Path) -> None:
-    from dist_ema.integrations.composer import EMA
     from support import composer_runs as runs
+
+    from dist_ema.integrations.composer import EMA
 
     options = {"save_folder": str(tmp_path), "save_filename": AT_BATCH, "save_interval": "4ba", "run_name": "run"}
     options |= {"autoresume": True, "save_latest_filename": "latest.pt", "save_overwrite": False}
@@ -556,8 +569,9 @@ def test_autoresume_and_evaluation_before_training(tmp_path: Path) -> None:
 @pytest.mark.world_size(1)
 def test_a_checkpoint_at_the_end_of_an_iteration(tmp_path: Path) -> None:
     """Composer swaps at two of its three checkpoint events."""
-    from dist_ema.integrations.composer import EMA
     from support import composer_runs as runs
+
+    from dist_ema.integrations.composer import EMA
 
     algorithm = EMA(half_life="2ba")
     run = runs.trainer(
@@ -592,9 +606,10 @@ def test_a_checkpoint_at_the_end_of_an_iteration(tmp_path: Path) -> None:
     ids=str,
 )
 def test_wrong_options(options: dict[str, Any], message: str) -> None:
+    from support import composer_runs  # noqa: F401
+
     from dist_ema.errors import EMAConfigError
     from dist_ema.integrations.composer import EMA
-    from support import composer_runs  # noqa: F401
 
     with pytest.raises(EMAConfigError, match=message):
         EMA(**options)
@@ -604,9 +619,10 @@ def test_wrong_options(options: dict[str, Any], message: str) -> None:
 def test_options_that_contradict_the_trainer() -> None:
     from composer.algorithms import EMA as Composers
 
+    from support import composer_runs as runs
+
     from dist_ema.errors import EMAConfigError
     from dist_ema.integrations.composer import EMA
-    from support import composer_runs as runs
 
     with pytest.raises(TypeError, match="unexpected keyword argument 'half_live'"):
         EMA(half_live="10ba")
@@ -638,9 +654,10 @@ def test_samples_and_several_averages() -> None:
     """A half life in samples decays by the samples of each update; the first of several averages is evaluated."""
     from composer.core import Event
 
+    from support import composer_runs as runs
+
     from dist_ema import HalfLife
     from dist_ema.integrations.composer import EMA
-    from support import composer_runs as runs
 
     watch, algorithm = runs.Watch(Event.BATCH_END, Event.EVAL_START), EMA(half_life="16sp", ema_start="16sp")
     several = EMA(averages={"slow": HalfLife("16sp"), "fast": 0.1}, ema_start="2ba")

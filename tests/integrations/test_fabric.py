@@ -11,8 +11,9 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from dist_ema import ShardedEMA
 from support.models import batch, build
+
+from dist_ema import ShardedEMA
 
 pytest.importorskip("lightning", reason="is in the extra 'lightning'")
 

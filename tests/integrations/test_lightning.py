@@ -18,9 +18,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 
-from dist_ema.errors import CheckpointError, EMAConfigError, EMAStateError
 from support.models import batch, build
 from support.oracle import DenseAverage
+
+from dist_ema.errors import CheckpointError, EMAConfigError, EMAStateError
 
 pl = pytest.importorskip("lightning.pytorch", reason="is in the extra 'lightning'")
 DECAY = 0.5

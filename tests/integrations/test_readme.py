@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader
 
-from dist_ema import ShardedEMA, read_checkpoint
 from support import ROOT
+
+from dist_ema import ShardedEMA, read_checkpoint
 
 GUIDE = ROOT / "dist_ema" / "guide"
 LINES, COMING = GUIDE / "trainers.md", GUIDE / "coming-from.md"
@@ -149,9 +150,10 @@ def test_lines_of_those_who_come_from_another_library(
     section: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An option that is named otherwise fails at the first line that they have changed."""
+    from support import composer_stubs
+
     from dist_ema import HalfLifeFraction, Warmup, update_bn
     from dist_ema.integrations.lightning import EMACallback
-    from support import composer_stubs
 
     composer_stubs.import_composer()
     monkeypatch.chdir(tmp_path)

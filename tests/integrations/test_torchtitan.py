@@ -21,12 +21,13 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from support.models import batch, build
+from support.oracle import DenseAverage
+
 from dist_ema import ShardedEMA
 from dist_ema.errors import EMAConfigError
 from dist_ema.importers.torchtitan import options_of
 from dist_ema.schedules import HalfLifeFraction
-from support.models import batch, build
-from support.oracle import DenseAverage
 
 FRACTION = 0.5
 OnRanks = Callable[..., None]

@@ -14,9 +14,10 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from dist_ema import ShardedEMA
 from support.models import batch, build
 from support.oracle import DenseAverage
+
+from dist_ema import ShardedEMA
 
 pytest.importorskip("accelerate", reason="is in the extra 'test'")
 pytest.importorskip("lightning", reason="is in the extra 'test'")

@@ -13,13 +13,14 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from support import stream_checks
+from support.fake_cuda import FakeCuda
+
 from dist_ema import ShardedEMA, kernels
 from dist_ema.comm import collectives
 from dist_ema.errors import EMAConfigError, EMAStateError
 from dist_ema.runtime.streams import Handover, OwnStream, Relay
 from dist_ema.shadow.beside import Beside
-from support import stream_checks
-from support.fake_cuda import FakeCuda
 
 
 @pytest.fixture

@@ -25,13 +25,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from support.models import CASES, Uneven, batch, build
+from support.zero_models import make_engine, train
+
 from dist_ema import ShardedEMA, kernels
 from dist_ema.errors import EMAStateError
 from dist_ema.runtime import memory
 from dist_ema.shadow import staging
 from dist_ema.shadow.staging import HostLink, Take, carve
-from support.models import CASES, Uneven, batch, build
-from support.zero_models import make_engine, train
 
 pytestmark = pytest.mark.core
 

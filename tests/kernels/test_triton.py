@@ -21,12 +21,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from support import interpreted
+
 from dist_ema import kernels
 from dist_ema.errors import EMAConfigError, EMAStateError
 from dist_ema.kernels import cuda, programs
 from dist_ema.kernels.compiler import BuildError
 from dist_ema.kernels.rounding import ElementPositions, Rounding
-from support import interpreted
 
 pytestmark = pytest.mark.core
 

@@ -21,6 +21,9 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from support.any_engine import make_ema, perturb_ema
+from support.models import CASES, build
+
 from benchmarks.memory import peak_growth
 from dist_ema import PowerFunction, ShardedEMA, merge, read_checkpoint, verify_checkpoint
 from dist_ema.cli import main
@@ -33,8 +36,6 @@ from dist_ema.errors import (
 )
 from dist_ema.offline.merging.schemes import scheme_weights
 from dist_ema.storage.local import RunWriter
-from support.any_engine import make_ema, perturb_ema
-from support.models import CASES, build
 
 
 class Net(nn.Module):

@@ -20,6 +20,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from support import ROOT
+from support.models import CASES
+from support.zero_models import Net, make_engine
+
 from dist_ema import ShardedEMA
 from dist_ema.cli import main
 from dist_ema.engines import detect
@@ -29,9 +33,6 @@ from dist_ema.geometry.spec import TensorSpec
 from dist_ema.planning.architecture import Architecture, of_config, of_module, parse_count
 from dist_ema.planning.layouts import Layout, simulate
 from dist_ema.planning.plan import make_options, predict, rank_cost
-from support import ROOT
-from support.models import CASES
-from support.zero_models import Net, make_engine
 
 pytestmark = pytest.mark.core
 

@@ -15,11 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from support.models import CASES, build
+
 from dist_ema import PowerFunction, ShardedEMA, merge, read_checkpoint, synthesize, verify_checkpoint
 from dist_ema.errors import CheckpointError, EMAConfigError
 from dist_ema.shadow.reading import wait_for_reads
 from dist_ema.storage.local import RunWriter
-from support.models import CASES, build
 
 NAMES = ("all_gather", "all_reduce", "broadcast", "reduce", "barrier", "all_gather_object", "new_group")
 

@@ -15,10 +15,11 @@ import pytest
 import torch
 from torch import nn
 
+from support import ROOT
+
 import dist_ema
 from dist_ema import ShardedEMA, schedules, verify_checkpoint
 from dist_ema.errors import EMAStateError
-from support import ROOT
 
 README, START = ROOT / "README.md", ROOT / "dist_ema" / "guide" / "start.md"
 #: Of torch, and costly: what plain and DDP users have no need of.

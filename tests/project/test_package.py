@@ -14,8 +14,9 @@ from pathlib import Path
 import hatchling.build
 import pytest
 
-import dist_ema
 from support import ROOT
+
+import dist_ema
 
 IGNORED = {".pyc", ".so"}
 

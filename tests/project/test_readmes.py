@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
+from support import ROOT
+
 import dist_ema
 from dist_ema import ShardedEMA
-from support import ROOT
 
 FILES = sorted(
     [*ROOT.glob("*.md"), *(file for top in ("dist_ema", "launch", ".github") for file in ROOT.glob(f"{top}/**/*.md"))]

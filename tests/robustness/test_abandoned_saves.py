@@ -15,10 +15,11 @@ import pytest
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
+from support.models import build
+
 from dist_ema import ShardedEMA, verify_checkpoint
 from dist_ema.errors import CheckpointError, EMAStateError
 from dist_ema.storage.local import RunWriter
-from support.models import build
 
 SCRIPT = """
 import os, sys, threading, time, torch

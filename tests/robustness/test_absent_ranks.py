@@ -17,10 +17,11 @@ import pytest
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
+from support.models import build
+
 from dist_ema import ShardedEMA, verify_checkpoint
 from dist_ema.comm import attendance
 from dist_ema.errors import CheckpointError, EMAError, EMAStateError
-from support.models import build
 
 
 @contextmanager

@@ -17,12 +17,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
+from support.models import CASES, build
+
 from dist_ema import ShardedEMA, compute_ema
 from dist_ema.comm.collectives import gather_objects
 from dist_ema.errors import EMAConfigError, EMAEngineError, EMAError, EMAStateError
 from dist_ema.options import Options
 from dist_ema.schedules import HalfLife, Uniform
-from support.models import CASES, build
 
 
 def says(error: BaseException, *parts: str) -> None:

@@ -13,10 +13,11 @@ import pytest
 import torch
 from torch import nn
 
+from support.models import CASES, Case
+
 from dist_ema import ShardedEMA
 from dist_ema.errors import EMAStateError
 from dist_ema.schedules import HalfLife
-from support.models import CASES, Case
 
 AVERAGES = {"fast": 0.5, "slow": 0.9}
 

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from support.any_engine import small_ema
+from support.faults import Faults
+
 from dist_ema import merge, synthesize, verify_checkpoint
 from dist_ema.errors import CheckpointError
 from dist_ema.offline.export import export_checkpoint
 from dist_ema.storage import staging
-from support.any_engine import small_ema
-from support.faults import Faults
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,13 @@ from unittest import mock
 import pytest
 from torch import nn
 
+from support.mounts import UNSHARE, can_mount
+
 from dist_ema import ShardedEMA, verify_checkpoint
 from dist_ema.errors import CheckpointError
 from dist_ema.storage import local_commit
 from dist_ema.storage.local_commit import LocalWriter
 from dist_ema.storage.staging import remove_leftovers
-from support.mounts import UNSHARE, can_mount
 
 #: Fills the disk so far that the save fails at another place each time.
 FULL = """

@@ -21,12 +21,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from support.models import CASES
+from support.zero_models import make_engine
+
 import dist_ema
 from dist_ema import ShardedEMA, verify_checkpoint
 from dist_ema.checkpoints.save import Save
 from dist_ema.errors import EMAStateError
-from support.models import CASES
-from support.zero_models import make_engine
 
 SOURCE = str(Path(dist_ema.__file__).parent)
 

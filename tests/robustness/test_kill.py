@@ -24,10 +24,11 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from support.killing import CHANGES, forked, make_trainer, train_once, whole
+
 from dist_ema import ShardedEMA, verify_checkpoint
 from dist_ema.errors import CheckpointError
 from dist_ema.formats.manifest import NAME, Manifest
-from support.killing import CHANGES, forked, make_trainer, train_once, whole
 
 KILLS = 200
 KILLS_OF_A_RANK = 12

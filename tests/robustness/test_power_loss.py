@@ -16,10 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_ema import merge, read_checkpoint, verify_checkpoint
-from dist_ema.offline.merging.snapshots import paths_of
 from support.killing import forked, make_trainer, train_once, whole
 from support.power_loss import Tree, lay_out, record
+
+from dist_ema import merge, read_checkpoint, verify_checkpoint
+from dist_ema.offline.merging.snapshots import paths_of
 
 Mark = Callable[[], None]
 Files = dict[str, bytes]

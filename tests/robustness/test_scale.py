@@ -10,6 +10,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from support import ROOT
+
 from benchmarks import scale
 from dist_ema.comm import catalogue as writers
 from dist_ema.comm.catalogue import FullTensor, catalogue, writes
@@ -19,7 +21,6 @@ from dist_ema.geometry.spec import TensorSpec
 from dist_ema.planning.architecture import Architecture, of_config
 from dist_ema.planning.layouts import ENGINES, Layout
 from dist_ema.planning.plan import make_options, rank_shares, sample
-from support import ROOT
 
 OPTIONS = make_options()
 

@@ -20,11 +20,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
+from support.models import CASES, build
+
 from dist_ema import ShardedEMA, read_checkpoint
 from dist_ema.comm import groups
 from dist_ema.errors import CheckpointError, EMAError, EMAStateError
 from dist_ema.storage.local import RunWriter
-from support.models import CASES, build
 
 
 @contextmanager

@@ -23,14 +23,15 @@ from typing import Any
 import pytest
 import torch
 
+from support.any_engine import average_ema, make_ema, small_ema
+from support.killing import CHANGES, forked, make_trainer, train_once, whole
+
 from dist_ema import verify_checkpoint
 from dist_ema.errors import CheckpointError
 from dist_ema.formats.manifest import NAME
 from dist_ema.storage import local_commit
 from dist_ema.storage.local import RunWriter
 from dist_ema.storage.local_commit import LocalWriter
-from support.any_engine import average_ema, make_ema, small_ema
-from support.killing import CHANGES, forked, make_trainer, train_once, whole
 
 LANES = 3
 ROUNDS = 12

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from dist_ema import ShardedEMA, schedules
-from dist_ema.formats.manifest import Manifest
 from support.models import CASES, build
 from support.zero_models import make_engine
+
+from dist_ema import ShardedEMA, schedules
+from dist_ema.formats.manifest import Manifest
 
 AVERAGES = {"fast": 0.5, "slow": schedules.PowerFunction(sigma_rel=0.1)}
 

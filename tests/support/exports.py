@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
-from dist_ema import ShardedEMA
 from support.oracle import DenseAverage
+
+from dist_ema import ShardedEMA
 
 INDEX = "model.safetensors.index.json"
 

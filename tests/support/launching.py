@@ -10,11 +10,12 @@ from pathlib import Path
 
 import torch
 
+from support import ROOT
+
 from demo import loop
 from demo.options import Options
 from demo.text import Text
 from demo.wrap import adamw, plain
-from support import ROOT
 
 ENGINES = ("ddp", "fsdp1", "fsdp2", "hsdp", "tp", "zero1", "zero2", "zero3")
 SIZES = {"layers": 1, "width": 16, "heads": 2, "context": 16, "batch": 4, "eval_windows": 5}

@@ -27,8 +27,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-from dist_ema.storage import staging
 from support.killing import CHANGES
+
+from dist_ema.storage import staging
 
 #: The names in a directory, each with the number of what it leads to; or the bytes of a file.
 Node: TypeAlias = "dict[str, int] | bytes"

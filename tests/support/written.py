@@ -18,10 +18,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dist_ema import ShardedEMA, schedules
 from support import DATA
 from support.models import CASES, build
 from support.zero_models import make_engine
+
+from dist_ema import ShardedEMA, schedules
 
 FOLDER = DATA / "written_by_0.1.0"
 #: Updates before a file was written.

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dist_ema import ShardedEMA
 from support import written
+
+from dist_ema import ShardedEMA
 
 STEPS = 3
 AVERAGES = {"fast": 0.5, "slow": 0.875}
@@ -165,8 +166,9 @@ def lightning(folder: Path, resume: bool) -> dict[str, Any]:
 
 def composer(folder: Path, resume: bool) -> dict[str, Any]:
     """``ba2.pt``, or a folder of shards: in the middle of an epoch, whose end moves the clock."""
-    from dist_ema.integrations.composer import EMA
     from support import composer_runs as runs
+
+    from dist_ema.integrations.composer import EMA
 
     fsdp = "sharded" if runs.dist.get_world_size() > 1 else None
     saved = folder / ("ep0-ba2" if fsdp else "ba2.pt")

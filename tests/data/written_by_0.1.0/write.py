@@ -24,8 +24,9 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import torch.distributed.checkpoint as dcp  # noqa: E402
 
-import dist_ema  # noqa: E402
 from support import written  # noqa: E402
+
+import dist_ema  # noqa: E402
 
 
 def averages(size: int) -> None:
