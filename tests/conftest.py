@@ -5,10 +5,10 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Callable, Iterator
 
-import pytest
-
 from support import pool
 from support.pool import Pool
+
+import pytest
 
 _pool: Pool | None = None
 

@@ -8,6 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from support.models import CASES, batch
+from support.oracle import DenseAverage
+from support.zero_models import make_engine
+from support.zero_models import train as train_engine
+
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -19,11 +24,6 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.optim.optimizer import Optimizer
-
-from support.models import CASES, batch
-from support.oracle import DenseAverage
-from support.zero_models import make_engine
-from support.zero_models import train as train_engine
 
 from dist_ema import ShardedEMA
 from dist_ema.engines.wrappers import is_training_step

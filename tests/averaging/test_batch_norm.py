@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
+from support.models import CASES
+from support.zero_models import make_engine
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,9 +18,6 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.optim.swa_utils import update_bn as torch_update_bn
-
-from support.models import CASES
-from support.zero_models import make_engine
 
 import dist_ema
 from dist_ema import ShardedEMA

@@ -6,12 +6,12 @@ import itertools
 import logging
 from pathlib import Path
 
+from support.models import CASES
+
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-
-from support.models import CASES
 
 from dist_ema import ShardedEMA, kernels
 from dist_ema.errors import CheckpointCorruptError

@@ -6,14 +6,14 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from support.models import CASES, build
+from support.zero_models import make_engine
+
 import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
-
-from support.models import CASES, build
-from support.zero_models import make_engine
 
 from dist_ema import ShardedEMA, compute_ema, merge, read_checkpoint, verify_checkpoint
 from dist_ema.errors import CheckpointMismatchError, EMAEngineError

@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from support.models import CASES, batch, build
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-
-from support.models import CASES, batch, build
 
 from dist_ema import ShardedEMA
 from dist_ema.engines import derived

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
+from support.models import CASES, build
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,8 +17,6 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel as DDP
-
-from support.models import CASES, build
 
 from dist_ema import ShardedEMA, compute_ema, schedules
 from dist_ema.errors import EMAConfigError, EMAStateError

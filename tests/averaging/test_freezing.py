@@ -6,15 +6,15 @@ import random
 from pathlib import Path
 from typing import Any
 
+from support.models import CASES, batch, build
+from support.oracle import DenseAverage
+from support.zero_models import make_engine
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel as DDP
-
-from support.models import CASES, batch, build
-from support.oracle import DenseAverage
-from support.zero_models import make_engine
 
 from dist_ema import ShardedEMA, schedules, verify_checkpoint
 from dist_ema.errors import CheckpointMismatchError, EMAEngineError, EMAStateError

@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from support.exports import DECAY, average, everywhere, perturb
+from support.models import CASES
+from support.oracle import DenseAverage
+
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-
-from support.exports import DECAY, average, everywhere, perturb
-from support.models import CASES
-from support.oracle import DenseAverage
 
 from dist_ema import ShardedEMA, read_checkpoint, verify_checkpoint
 from dist_ema.cli import main

@@ -6,14 +6,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from support.models import CASES, batch
+from support.zero_models import make_engine, train
+
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-
-from support.models import CASES, batch
-from support.zero_models import make_engine, train
 
 from dist_ema import ShardedEMA
 from dist_ema.errors import CheckpointMismatchError, EMAConfigError, EMAStateError

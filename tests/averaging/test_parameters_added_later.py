@@ -7,15 +7,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from support.models import CASES, Uneven, batch, build
+from support.zero_models import make_engine
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.nn.utils import parametrize
 from transformers import LlamaConfig, LlamaForCausalLM
-
-from support.models import CASES, Uneven, batch, build
-from support.zero_models import make_engine
 
 from dist_ema import ShardedEMA
 from dist_ema.errors import EMAEngineError, EMAStateError

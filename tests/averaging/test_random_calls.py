@@ -14,14 +14,14 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+from support.exports import read
+from support.models import CASES, build
+from support.zero_models import make_engine
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-
-from support.exports import read
-from support.models import CASES, build
-from support.zero_models import make_engine
 
 from dist_ema import ShardedEMA
 from dist_ema.errors import EMAStateError

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from support.models import CASES, batch
+from support.zero_models import make_engine, train
+
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-
-from support.models import CASES, batch
-from support.zero_models import make_engine, train
 
 import dist_ema
 from dist_ema import ShardedEMA

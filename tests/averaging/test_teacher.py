@@ -8,6 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from support.models import CASES, batch, build, live_weights
+from support.oracle import DenseAverage
+from support.zero_models import DTYPES, THRESHOLD, Net, make_engine, plain_fused_adam
+from support.zero_models import batch as zero_batch
+from support.zero_models import train as zero_train
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -19,12 +25,6 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
-
-from support.models import CASES, batch, build, live_weights
-from support.oracle import DenseAverage
-from support.zero_models import DTYPES, THRESHOLD, Net, make_engine, plain_fused_adam
-from support.zero_models import batch as zero_batch
-from support.zero_models import train as zero_train
 
 from dist_ema import Cosine, ShardedEMA
 from dist_ema.errors import CheckpointCorruptError, EMAEngineError, EMAError, EMAStateError

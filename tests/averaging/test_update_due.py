@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from support.oracle import DenseAverage
+
 import torch
 from torch import nn
-
-from support.oracle import DenseAverage
 
 from dist_ema import ShardedEMA
 

@@ -9,14 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from support.models import CASES, build
+
 import pytest
 import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-
-from support.models import CASES, build
 
 from dist_ema import ShardedEMA, verify_checkpoint
 from dist_ema.errors import EMAConfigError

@@ -12,13 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
-import torch
-from torch import Tensor, nn
-
 from support.models import CASES, batch
 from support.zero_models import batch as zero_batch
 from support.zero_models import make_engine, reset_deepspeed, train
+
+import pytest
+import torch
+from torch import Tensor, nn
 
 from dist_ema import ShardedEMA, update_bn
 from dist_ema.errors import EMAError, EMAStateError

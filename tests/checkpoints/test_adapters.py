@@ -7,15 +7,15 @@ import random
 from collections.abc import Mapping
 from pathlib import Path
 
+from support.exports import DECAY, average, everywhere, shard_layers
+from support.oracle import DenseAverage
+from support.zero_models import make_engine
+
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
-
-from support.exports import DECAY, average, everywhere, shard_layers
-from support.oracle import DenseAverage
-from support.zero_models import make_engine
 
 from dist_ema import ShardedEMA
 from dist_ema.cli import main

@@ -13,13 +13,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from support.any_engine import AVERAGES, average_ema, digests_of, make_ema, perturb_ema
+from support.models import build
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-
-from support.any_engine import AVERAGES, average_ema, digests_of, make_ema, perturb_ema
-from support.models import build
 
 from dist_ema import ShardedEMA, read_checkpoint, schedules, verify_checkpoint
 from dist_ema.checkpoints.reader import RunReader

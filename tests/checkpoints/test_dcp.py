@@ -9,6 +9,9 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+from support.any_engine import AVERAGES, average_ema, make_ema, perturb_ema
+from support.models import CASES, WIDTH, Block, build
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -18,9 +21,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
-
-from support.any_engine import AVERAGES, average_ema, make_ema, perturb_ema
-from support.models import CASES, WIDTH, Block, build
 
 from dist_ema import ShardedEMA, schedules
 from dist_ema.dcp.boxed import BoxedTensor

@@ -11,16 +11,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from support import ROOT
+from support.exports import DECAY, FAMILIES, INDEX, average, everywhere, perturb, read, shard_layers
+from support.models import CASES, build
+
 import pytest
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
-
-from support import ROOT
-from support.exports import DECAY, FAMILIES, INDEX, average, everywhere, perturb, read, shard_layers
-from support.models import CASES, build
 
 from dist_ema import ShardedEMA
 from dist_ema.errors import CheckpointError, EMAConfigError, EMAError, EMAStateError

@@ -8,6 +8,9 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
+from support.exports import DECAY, FAMILIES, average, everywhere, read, shard_layers
+from support.zero_models import make_engine
+
 import numpy as np
 import pytest
 import torch
@@ -16,9 +19,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.parallel import DistributedDataParallel
-
-from support.exports import DECAY, FAMILIES, average, everywhere, read, shard_layers
-from support.zero_models import make_engine
 
 from dist_ema import ShardedEMA
 from dist_ema.checkpoints.arrangement import UnknownOperationError

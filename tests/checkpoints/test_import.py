@@ -21,6 +21,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from support import DATA
+
 import numpy
 import pytest
 import torch
@@ -30,8 +32,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-
-from support import DATA
 
 from dist_ema import ShardedEMA, read_checkpoint, schedules, verify_checkpoint
 from dist_ema.cli import main

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from unittest import mock
 
+from support.models import CASES, build
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
-
-from support.models import CASES, build
 
 from dist_ema import ShardedEMA
 from dist_ema.comm import gather as stream

@@ -7,11 +7,11 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from support.any_engine import small_ema
+
 import pytest
 import torch
 from safetensors.torch import load_file
-
-from support.any_engine import small_ema
 
 from dist_ema import ShardedEMA, merge, read_checkpoint, synthesize, verify_checkpoint
 from dist_ema.cli import main

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from support.any_engine import AVERAGES, average_ema, digests_of, make_ema, reference_digests, small_ema
+
 import fsspec
 import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
-
-from support.any_engine import AVERAGES, average_ema, digests_of, make_ema, reference_digests, small_ema
 
 from dist_ema import read_checkpoint, verify_checkpoint
 from dist_ema.checkpoints import versions

@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from support import DATA
+from support.any_engine import average_ema, make_ema
+from support.mounts import UNSHARE, can_mount
+
 import fsspec
 import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
 from torch import nn
-
-from support import DATA
-from support.any_engine import average_ema, make_ema
-from support.mounts import UNSHARE, can_mount
 
 from dist_ema import ShardedEMA, read_checkpoint, verify_checkpoint
 from dist_ema.cli import main

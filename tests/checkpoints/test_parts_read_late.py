@@ -12,6 +12,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from support.any_engine import AVERAGES, average_ema, make_ema
+from support.models import CASES, build
+
 import numpy as np
 import pytest
 import torch
@@ -19,9 +22,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-
-from support.any_engine import AVERAGES, average_ema, make_ema
-from support.models import CASES, build
 
 from dist_ema import ShardedEMA, update_bn
 from dist_ema.shadow import lent

@@ -10,13 +10,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from support import written
+
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-
-from support import written
 
 import dist_ema
 from dist_ema import ShardedEMA

@@ -14,6 +14,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from support.scaled import STEPS, check_average, check_same
+from support.zero_models import make_engine
+
 import numpy as np
 import pytest
 import torch
@@ -25,9 +28,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn.parallel import DistributedDataParallel
-
-from support.scaled import STEPS, check_average, check_same
-from support.zero_models import make_engine
 
 from dist_ema import ShardedEMA, read_checkpoint
 from dist_ema.engines.declared import declaration

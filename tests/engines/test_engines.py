@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from support.models import CASES, batch, build, live_weights
+from support.oracle import DenseAverage
+
 import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor, nn
-
-from support.models import CASES, batch, build, live_weights
-from support.oracle import DenseAverage
 
 from dist_ema import ShardedEMA
 

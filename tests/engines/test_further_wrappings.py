@@ -9,6 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from support.oracle import DenseAverage
+from support.scaled import check_average
+from support.zero_models import Net, backward, make_engine, reset_deepspeed
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -16,10 +20,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
-
-from support.oracle import DenseAverage
-from support.scaled import check_average
-from support.zero_models import Net, backward, make_engine, reset_deepspeed
 
 from dist_ema import ShardedEMA
 from dist_ema.engines.deepspeed.zero import ZeroEngine

@@ -6,6 +6,9 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from support.models import CASES, batch, build
+from support.oracle import DenseAverage
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -16,9 +19,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, ShardingStrategy, fully_shard
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-
-from support.models import CASES, batch, build
-from support.oracle import DenseAverage
 
 from dist_ema import ShardedEMA
 from dist_ema.engines import detect

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+from support.models import CASES
+
 import numpy as np
 import pytest
 import torch
@@ -16,8 +18,6 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard as StridedShard
-
-from support.models import CASES
 
 from dist_ema import ShardedEMA
 from dist_ema.engines import dtensor as dtensor_engine

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from support.models import CASES, batch, build
+
 import pytest
 import torch
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel as DDP
-
-from support.models import CASES, batch, build
 
 from dist_ema import ShardedEMA
 from dist_ema.errors import EMAEngineError, EMAStateError

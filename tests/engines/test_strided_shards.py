@@ -12,6 +12,8 @@ from itertools import product
 from math import prod
 from pathlib import Path
 
+from support.scaled import check_average
+
 import numpy as np
 import pytest
 import torch
@@ -21,8 +23,6 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import distribute_tensor
 from torch.distributed.tensor.placement_types import Partial, Placement, Replicate, Shard, _MaskPartial
 from torch.distributed.tensor.placement_types import _StridedShard as StridedShard
-
-from support.scaled import check_average
 
 from dist_ema import ShardedEMA
 from dist_ema.engines import placements as rules

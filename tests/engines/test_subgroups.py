@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from support.models import build
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,8 +14,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel as DDP
-
-from support.models import build
 
 import dist_ema
 from dist_ema import ShardedEMA

@@ -7,11 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pytest
-import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-
 from support.oracle import DenseAverage
 from support.zero_models import (
     DTYPES,
@@ -24,6 +19,11 @@ from support.zero_models import (
     plain_fused_adam,
     train,
 )
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from dist_ema import ShardedEMA
 from dist_ema.engines.base import Engine

@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from support.oracle import DenseAverage
+from support.zero_models import DTYPES, make_engine, reset_deepspeed
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-
-from support.oracle import DenseAverage
-from support.zero_models import DTYPES, make_engine, reset_deepspeed
 
 import dist_ema
 from dist_ema import ShardedEMA

@@ -6,13 +6,13 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+from support.oracle import DenseAverage
+from support.zero_models import Net, make_engine, reset_deepspeed, train
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-from support.oracle import DenseAverage
-from support.zero_models import Net, make_engine, reset_deepspeed, train
 
 from dist_ema import ShardedEMA
 from dist_ema.errors import EMAEngineError

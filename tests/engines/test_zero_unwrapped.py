@@ -6,11 +6,11 @@ import copy
 import logging
 from typing import Any
 
+from support.zero_models import Net, make_engine, plain_fused_adam, train
+
 import pytest
 import torch
 from torch import nn
-
-from support.zero_models import Net, make_engine, plain_fused_adam, train
 
 from dist_ema import ShardedEMA
 from dist_ema.engines.deepspeed.zero import ZeroEngine
@@ -76,9 +76,9 @@ def test_a_module_that_deepspeed_takes_later_is_noticed(case: str, started: bool
 @pytest.mark.world_size(2)
 def test_zero_init_makes_a_module_that_only_its_engine_shows() -> None:
     """transformers builds models so under ZeRO-3: every parameter is empty before there is an engine."""
-    import deepspeed
-
     from support.zero_models import reset_deepspeed
+
+    import deepspeed
 
     reset_deepspeed()
     with deepspeed.zero.Init(config_dict_or_path={"train_batch_size": 8, "zero_optimization": {"stage": 3}}):

@@ -7,6 +7,8 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+from support.models import batch, build
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,8 +19,6 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel as DDP
-
-from support.models import batch, build
 
 from dist_ema import ShardedEMA, kernels
 from dist_ema.errors import EMAStateError

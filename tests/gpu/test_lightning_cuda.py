@@ -6,13 +6,13 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from support.oracle import DenseAverage
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.utils.data import DataLoader
-
-from support.oracle import DenseAverage
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 pl = pytest.importorskip("lightning.pytorch", reason="is in the extra 'lightning'")

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from support import stream_checks
+
 import pytest
 import torch
 from torch import Tensor, nn
-
-from support import stream_checks
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 CYCLES = 50_000_000  # some hundredths of a second of a GPU

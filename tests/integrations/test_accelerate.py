@@ -13,13 +13,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from support.models import batch, build
+from support.oracle import DenseAverage
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-
-from support.models import batch, build
-from support.oracle import DenseAverage
 
 from dist_ema import ShardedEMA, verify_checkpoint
 from dist_ema.errors import CheckpointError, EMAConfigError, EMAEngineError, EMAStateError

@@ -246,9 +246,9 @@ def test_composer_logs_live_and_averaged_metrics_of_each_evaluation() -> None:
 
 @pytest.mark.world_size(1)
 def test_composer_averages_the_batches_that_it_is_told() -> None:
-    from composer.core import Event
-
     from support import composer_runs as runs
+
+    from composer.core import Event
 
     from dist_ema.integrations.composer import EMA
 

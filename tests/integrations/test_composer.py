@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock, patch
 
-import pytest
-import torch
-
 from support import DATA
 from support.oracle import DenseAverage
+
+import pytest
+import torch
 
 IMPORTS = DATA / "imports"
 AT_BATCH = "ba{batch}.pt"
@@ -48,9 +48,9 @@ def read(file: str | Path) -> dict[str, Any]:
     ids=str,
 )
 def test_two_seeded_runs_agree_in_averages_and_metrics(options: dict[str, Any], tmp_path: Path) -> None:
-    from composer.algorithms import EMA as Composers
-
     from support import composer_runs as runs
+
+    from composer.algorithms import EMA as Composers
 
     from dist_ema.integrations.composer import EMA
 
@@ -76,10 +76,10 @@ def test_two_seeded_runs_agree_in_averages_and_metrics(options: dict[str, Any], 
 @pytest.mark.world_size(1)
 def test_what_composer_does_wrong(tmp_path: Path) -> None:
     """Each fault that the docstring names is there in Composer's, and not in ours."""
+    from support import composer_runs as runs
+
     from composer.algorithms import EMA as Composers
     from composer.core import Event
-
-    from support import composer_runs as runs
 
     from dist_ema.integrations.composer import EMA
 
@@ -129,9 +129,9 @@ def test_what_composer_does_wrong(tmp_path: Path) -> None:
 @pytest.mark.world_size(1)
 def test_a_bf16_average_moves(tmp_path: Path) -> None:
     """Composer keeps the parameters' dtype: at a slow decay each step of a bf16 average is less than its last bit."""
-    from composer.algorithms import EMA as Composers
-
     from support import composer_runs as runs
+
+    from composer.algorithms import EMA as Composers
 
     from dist_ema.integrations.composer import EMA
 
@@ -188,9 +188,9 @@ def test_compute_ema_blends_parameters_and_buffers(smoothing: float) -> None:
 )
 def test_events_called_by_hand(options: dict[str, Any]) -> None:
     """The update event averages, evaluation swaps the average in, and its end swaps it out."""
-    from composer.core import Event, Timestamp
-
     from support import composer_runs as runs
+
+    from composer.core import Event, Timestamp
 
     from dist_ema.integrations.composer import EMA
 
@@ -233,9 +233,9 @@ def test_events_called_by_hand(options: dict[str, Any]) -> None:
 
 def _without_ema(fsdp: str | None) -> list[dict[str, torch.Tensor]]:
     """The weights after each step."""
-    from composer.core import Event
-
     from support import composer_runs as runs
+
+    from composer.core import Event
 
     watch = runs.Watch(Event.BATCH_END)
     run = runs.trainer(callbacks=[watch], fsdp=fsdp, eval_interval="1ep")
@@ -245,9 +245,9 @@ def _without_ema(fsdp: str | None) -> list[dict[str, torch.Tensor]]:
 
 
 def _one_run(folder: str, fsdp: str | None) -> None:
-    from composer.core import Event
-
     from support import composer_runs as runs
+
+    from composer.core import Event
 
     from dist_ema.integrations.composer import EMA
 
@@ -348,10 +348,10 @@ def test_two_processes(fsdp: str | None, tmp_path: Path, on_ranks: Callable[...,
 
 def _freezing(fsdp: str | None) -> None:
     """Composer's LayerFreezing from the first layer on, and an algorithm that unfreezes the layer frozen at first."""
+    from support import composer_runs as runs
+
     from composer.algorithms import LayerFreezing
     from composer.core import Algorithm, Event
-
-    from support import composer_runs as runs
 
     from dist_ema.integrations.composer import EMA
 
@@ -430,9 +430,9 @@ def test_an_average_that_never_begins_is_said_when_training_begins(options: dict
 
 def _composers(folder: str) -> None:
     """A run of Composer's own EMA, with checkpoints."""
-    from composer.algorithms import EMA as Composers
-
     from support import composer_runs as runs
+
+    from composer.algorithms import EMA as Composers
 
     run = runs.trainer(
         Composers(half_life="2ba"), save_folder=folder, save_filename=AT_BATCH, save_interval="4ba", eval_interval="1ep"
@@ -479,10 +479,10 @@ def test_a_run_changes_over_from_composers_own_ema(
 @pytest.mark.parametrize("version", ["0_12_1", "0_32_1"])
 def test_files_of_composers_releases(version: str) -> None:
     """The state of the algorithm in each of its forms, on the model that the file holds."""
+    from support.composer_stubs import import_composer
+
     from safetensors.torch import load_file
     from torch import nn
-
-    from support.composer_stubs import import_composer
 
     from dist_ema import ShardedEMA
     from dist_ema.schedules.clock import Progress
@@ -617,9 +617,9 @@ def test_wrong_options(options: dict[str, Any], message: str) -> None:
 
 @pytest.mark.world_size(2)
 def test_options_that_contradict_the_trainer() -> None:
-    from composer.algorithms import EMA as Composers
-
     from support import composer_runs as runs
+
+    from composer.algorithms import EMA as Composers
 
     from dist_ema.errors import EMAConfigError
     from dist_ema.integrations.composer import EMA
@@ -652,9 +652,9 @@ def test_options_that_contradict_the_trainer() -> None:
 @pytest.mark.world_size(1)
 def test_samples_and_several_averages() -> None:
     """A half life in samples decays by the samples of each update; the first of several averages is evaluated."""
-    from composer.core import Event
-
     from support import composer_runs as runs
+
+    from composer.core import Event
 
     from dist_ema import HalfLife
     from dist_ema.integrations.composer import EMA

@@ -6,12 +6,12 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from support.models import batch, build
+
 import pytest
 import torch
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-
-from support.models import batch, build
 
 from dist_ema import ShardedEMA
 

@@ -10,6 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from support.models import batch, build
+from support.oracle import DenseAverage
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,9 +20,6 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
-
-from support.models import batch, build
-from support.oracle import DenseAverage
 
 from dist_ema.errors import CheckpointError, EMAConfigError, EMAStateError
 

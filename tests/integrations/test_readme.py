@@ -9,13 +9,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from support import ROOT
+
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader
-
-from support import ROOT
 
 from dist_ema import ShardedEMA, read_checkpoint
 

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from support.models import batch, build
+from support.oracle import DenseAverage
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -20,9 +23,6 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-
-from support.models import batch, build
-from support.oracle import DenseAverage
 
 from dist_ema import ShardedEMA
 from dist_ema.errors import EMAConfigError

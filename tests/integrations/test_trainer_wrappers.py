@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from support.models import batch, build
+from support.oracle import DenseAverage
+
 import pytest
 import torch
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-
-from support.models import batch, build
-from support.oracle import DenseAverage
 
 from dist_ema import ShardedEMA
 
@@ -116,10 +116,10 @@ def test_accelerate_skips_a_step_that_overflows() -> None:
 @pytest.mark.world_size(2)
 def test_accelerate_under_deepspeed() -> None:
     """Its optimizer's ``step()`` does nothing: the engine steps in ``accelerator.backward()``."""
+    from support.zero_models import reset_deepspeed
+
     from accelerate import DeepSpeedPlugin
     from accelerate.optimizer import AcceleratedOptimizer
-
-    from support.zero_models import reset_deepspeed
 
     reset_deepspeed()
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"

@@ -11,13 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from support.oracle import DenseAverage
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-
-from support.oracle import DenseAverage
 
 pytest.importorskip("transformers", reason="is in the extra 'test'")
 from transformers import (

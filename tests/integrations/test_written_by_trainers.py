@@ -7,9 +7,9 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
 from support import written, written_trainers
+
+import pytest
 
 
 def resume(kind: str, file: str, folder: Path) -> None:

@@ -7,14 +7,14 @@ from pathlib import Path
 from unittest import mock
 from unittest.mock import Mock
 
+from support import stream_checks
+from support.fake_cuda import FakeCuda
+
 import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-
-from support import stream_checks
-from support.fake_cuda import FakeCuda
 
 from dist_ema import ShardedEMA, kernels
 from dist_ema.comm import collectives

@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from support.models import CASES, Uneven, batch, build
+from support.zero_models import make_engine, train
+
 import pytest
 import torch
 from torch import Tensor, nn
-
-from support.models import CASES, Uneven, batch, build
-from support.zero_models import make_engine, train
 
 from dist_ema import ShardedEMA, kernels
 from dist_ema.errors import EMAStateError

@@ -14,14 +14,14 @@ from pathlib import Path
 from unittest import mock
 from unittest.mock import Mock
 
+from support import interpreted
+
 import pytest
 import torch
 import triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-
-from support import interpreted
 
 from dist_ema import kernels
 from dist_ema.errors import EMAConfigError, EMAStateError

@@ -9,10 +9,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from support import ROOT
+
 import pytest
 import torch
-
-from support import ROOT
 
 SCRIPT = ROOT / "launch" / "benchmark.py"
 

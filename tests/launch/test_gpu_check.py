@@ -9,10 +9,10 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from support import ROOT
+
 import pytest
 import torch
-
-from support import ROOT
 
 SCRIPT = ROOT / "launch" / "gpu_check.sh"
 

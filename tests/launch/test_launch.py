@@ -11,13 +11,13 @@ from contextlib import suppress
 from pathlib import Path
 from unittest import mock
 
-import psutil
-import pytest
-import torch
-
 from support import ROOT
 from support.launching import arguments, environment, free_port
 from support.zero_models import reset_deepspeed
+
+import psutil
+import pytest
+import torch
 
 from demo import loop  # isort: skip
 from demo.options import EXPORT, Options, parse  # isort: skip

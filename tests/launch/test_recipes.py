@@ -7,10 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from support import ROOT
+
 import pytest
 import torch
-
-from support import ROOT
 
 from demo import distill, sweep  # isort: skip
 

@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from support.any_engine import make_ema, perturb_ema
+from support.models import CASES, build
+
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-
-from support.any_engine import make_ema, perturb_ema
-from support.models import CASES, build
 
 from benchmarks.memory import peak_growth
 from dist_ema import PowerFunction, ShardedEMA, merge, read_checkpoint, verify_checkpoint

@@ -12,6 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from support import ROOT
+from support.models import CASES
+from support.zero_models import Net, make_engine
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -19,10 +23,6 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
-
-from support import ROOT
-from support.models import CASES
-from support.zero_models import Net, make_engine
 
 from dist_ema import ShardedEMA
 from dist_ema.cli import main

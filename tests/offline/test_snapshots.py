@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from support.models import CASES, build
+
 import fsspec
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-
-from support.models import CASES, build
 
 from dist_ema import PowerFunction, ShardedEMA, merge, read_checkpoint, synthesize, verify_checkpoint
 from dist_ema.errors import CheckpointError, EMAConfigError

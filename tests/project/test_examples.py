@@ -6,9 +6,9 @@ import doctest
 import importlib
 from pathlib import Path
 
-import pytest
-
 from support import ROOT
+
+import pytest
 
 MODULES = {
     file.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")

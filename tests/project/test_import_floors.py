@@ -6,9 +6,9 @@ import ast
 import subprocess
 import sys
 
-import pytest
-
 from support import ROOT
+
+import pytest
 
 pytestmark = pytest.mark.core
 

@@ -11,11 +11,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from support import ROOT
+
 import pytest
 import torch
 from torch import nn
-
-from support import ROOT
 
 import dist_ema
 from dist_ema import ShardedEMA, schedules, verify_checkpoint

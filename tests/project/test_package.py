@@ -11,10 +11,10 @@ import zipfile
 from email import message_from_string
 from pathlib import Path
 
+from support import ROOT
+
 import hatchling.build
 import pytest
-
-from support import ROOT
 
 import dist_ema
 

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from support import ROOT
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,8 +19,6 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
-
-from support import ROOT
 
 import dist_ema
 from dist_ema import ShardedEMA

@@ -11,11 +11,11 @@ from datetime import timedelta
 from pathlib import Path
 from threading import Event
 
+from support.models import build
+
 import pytest
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
-
-from support.models import build
 
 from dist_ema import ShardedEMA, verify_checkpoint
 from dist_ema.errors import CheckpointError, EMAStateError

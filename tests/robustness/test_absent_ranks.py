@@ -13,11 +13,11 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from support.models import build
+
 import pytest
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
-
-from support.models import build
 
 from dist_ema import ShardedEMA, verify_checkpoint
 from dist_ema.comm import attendance

@@ -11,13 +11,13 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from support.models import CASES, build
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
-
-from support.models import CASES, build
 
 from dist_ema import ShardedEMA, compute_ema
 from dist_ema.comm.collectives import gather_objects

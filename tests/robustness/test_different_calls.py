@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from support.models import CASES, Case
+
 import pytest
 import torch
 from torch import nn
-
-from support.models import CASES, Case
 
 from dist_ema import ShardedEMA
 from dist_ema.errors import EMAStateError

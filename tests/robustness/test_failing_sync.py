@@ -8,10 +8,10 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
 from support.any_engine import small_ema
 from support.faults import Faults
+
+import pytest
 
 from dist_ema import merge, synthesize, verify_checkpoint
 from dist_ema.errors import CheckpointError

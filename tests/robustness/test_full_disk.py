@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from support.mounts import UNSHARE, can_mount
+
 import pytest
 from torch import nn
-
-from support.mounts import UNSHARE, can_mount
 
 from dist_ema import ShardedEMA, verify_checkpoint
 from dist_ema.errors import CheckpointError

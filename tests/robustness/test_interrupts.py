@@ -14,15 +14,15 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from support.models import CASES
+from support.zero_models import make_engine
+
 import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-
-from support.models import CASES
-from support.zero_models import make_engine
 
 import dist_ema
 from dist_ema import ShardedEMA, verify_checkpoint

@@ -21,10 +21,10 @@ from itertools import count
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from support.killing import CHANGES, forked, make_trainer, train_once, whole
+
 import pytest
 import torch.distributed as dist
-
-from support.killing import CHANGES, forked, make_trainer, train_once, whole
 
 from dist_ema import ShardedEMA, verify_checkpoint
 from dist_ema.errors import CheckpointError

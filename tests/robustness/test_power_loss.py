@@ -13,11 +13,11 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-import pytest
-import torch
-
 from support.killing import forked, make_trainer, train_once, whole
 from support.power_loss import Tree, lay_out, record
+
+import pytest
+import torch
 
 from dist_ema import merge, read_checkpoint, verify_checkpoint
 from dist_ema.offline.merging.snapshots import paths_of

@@ -14,15 +14,15 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from support import ROOT
+from support.launching import ENGINES, arguments, environment, reference
+from support.zero_models import reset_deepspeed
+
 import psutil
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-
-from support import ROOT
-from support.launching import ENGINES, arguments, environment, reference
-from support.zero_models import reset_deepspeed
 
 from demo import loop  # isort: skip
 from demo.checkpoints import SAME, Record, begin, commit, latest  # isort: skip

@@ -7,10 +7,10 @@ import pickle
 import tracemalloc
 from collections.abc import Iterator
 
+from support import ROOT
+
 import pytest
 import torch
-
-from support import ROOT
 
 from benchmarks import scale
 from dist_ema.comm import catalogue as writers

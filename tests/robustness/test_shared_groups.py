@@ -13,14 +13,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
 
+from support.models import CASES, build
+
 import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
-
-from support.models import CASES, build
 
 from dist_ema import ShardedEMA, read_checkpoint
 from dist_ema.comm import groups

@@ -20,11 +20,11 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-import pytest
-import torch
-
 from support.any_engine import average_ema, make_ema, small_ema
 from support.killing import CHANGES, forked, make_trainer, train_once, whole
+
+import pytest
+import torch
 
 from dist_ema import verify_checkpoint
 from dist_ema.errors import CheckpointError

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
-from torch import nn
-
 from support.models import CASES, build
 from support.zero_models import make_engine
+
+import torch
+from torch import nn
 
 from dist_ema import ShardedEMA, schedules
 from dist_ema.formats.manifest import Manifest

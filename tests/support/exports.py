@@ -6,14 +6,14 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from support.oracle import DenseAverage
+
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-
-from support.oracle import DenseAverage
 
 from dist_ema import ShardedEMA
 

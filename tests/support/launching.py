@@ -8,9 +8,9 @@ import socket
 import sys
 from pathlib import Path
 
-import torch
-
 from support import ROOT
+
+import torch
 
 from demo import loop
 from demo.options import Options

@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file
-from torch import Tensor
-
 from support import DATA
 from support.models import CASES, build
 from support.zero_models import make_engine
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
 from dist_ema import ShardedEMA, schedules
 

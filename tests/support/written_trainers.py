@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from support import written
+
 import torch
 from torch import Tensor, nn
-
-from support import written
 
 from dist_ema import ShardedEMA
 

@@ -20,11 +20,11 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
 os.environ["DS_ACCELERATOR"] = "cpu"
 
+from support import written  # noqa: E402
+
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import torch.distributed.checkpoint as dcp  # noqa: E402
-
-from support import written  # noqa: E402
 
 import dist_ema  # noqa: E402
 
