@@ -184,7 +184,8 @@ class ShardedEMA:
 
         Returns:
             Whether it averaged. Under DeepSpeed a call on a micro-step, or on a step that was skipped for overflow,
-            does nothing and returns False.
+            does nothing and returns False. ``update(batches=0, due=True)`` claims no step, and always averages: before
+            the first step it copies the initial weights.
 
         Raises:
             EMAStateError: inside ``average_parameters()``, or a parameter or buffer was added or removed, or a

@@ -3,8 +3,8 @@
 An update goes through these steps; only step 4 changes the average::
 
     1  advance the clock                        a wrong count is refused here
-    2  ask whether the optimizer stepped,       DeepSpeed: not on a micro-step or after an overflow
-       and whether an update is due
+    2  ask whether the optimizer stepped,       DeepSpeed: not on a micro-step or after an overflow;
+       and whether an update is due             not asked by update(batches=0, due=True), which claims no step
     3  follow the model                         parameters that are trained now join; resized buffers get new memory
     4  copy the weights, or shadow.lerp_(live)
     5  advance the track                        counts, and how much was kept
@@ -40,7 +40,10 @@ def update(average: Average, batches: int, samples: int, tokens: int, epochs: fl
     average.shadow.raise_failure()
     track = average.track
     now = track.training.advance(batches=batches, samples=samples, tokens=tokens, epochs=epochs)
-    if not average.engine.stepped():
+    # update(batches=0, due=True) takes the weights as they are, and claims no step: a DeepSpeed engine that has not
+    # stepped yet must not turn it down.
+    as_they_are = due is True and batches == 0
+    if not as_they_are and not average.engine.stepped():
         return False
     if due is None:
         due = track.is_due(now)

@@ -193,6 +193,29 @@ def test_micro_steps_and_overflows_are_no_steps(stage: int) -> None:
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.world_size(2)
+def test_an_average_begins_from_the_initial_weights_before_any_step(stage: int) -> None:
+    """The engine has not stepped yet, so the call was turned down, and the first step's weights were copied later."""
+    engine = make_engine(stage, "bf16")
+    zero = ZeroEngine(engine)
+    zero.specs()
+    ema = ShardedEMA(engine, decay=0.5)
+    initial = assembled(zero)
+    assert ema.update(batches=0, due=True)
+    assert not ema.update(due=True), "a step that never was is counted"
+    train(engine, range(1))
+    assert ema.update()
+    assert (ema.num_updates, ema.progress.batches) == (2, 1)
+    stepped = assembled(zero)
+    found = ema.full_state_dict()
+    if dist.get_rank() == 0:
+        for name, value in initial.items():
+            if name in dict(Net().named_parameters()) and dict(Net().named_parameters())[name].requires_grad:
+                expected = 0.5 * value + 0.5 * stepped[name]
+                torch.testing.assert_close(found[name].double(), expected, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.world_size(2)
 def test_loading_a_checkpoint_is_no_step(stage: int, tmp_path: Path) -> None:
     """load_checkpoint() moves the engine's counters, so the micro-step that follows looks like a step to them."""
     engine = make_engine(stage, "fp32", gas=2)
