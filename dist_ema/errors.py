@@ -26,7 +26,7 @@ class CheckpointError(EMAError):
 
 
 class CheckpointMismatchError(CheckpointError):
-    """A checkpoint does not fit the model: lists missing, unexpected and misshapen names."""
+    """A checkpoint does not fit the model: lists missing, unexpected and mismatched tensors."""
 
 
 class CheckpointCorruptError(CheckpointError):

@@ -156,7 +156,7 @@ class Load:
             Its key, by the name of the average and the canonical name.
 
         Raises:
-            CheckpointMismatchError: lists all that is missing, unexpected or misshapen. With ``strict=False`` that is
+            CheckpointMismatchError: lists all missing, unexpected and mismatched tensors. With ``strict=False`` that is
                 logged, and left out of the result.
         """
         found: dict[str, dict[str, Key]] = {}
@@ -191,7 +191,9 @@ class Load:
             used.add(name)
             shape, dtype = tensor.shape, DTYPES[tensor.dtype]
             if shape != entry.shape or not is_convertible(dtype, entry.dtype):
-                problems.append(f"misshapen {entry.name!r}: {shape} {dtype} instead of {entry.shape} {entry.dtype}")
+                problems.append(
+                    f"shape mismatch for {entry.name!r}: checkpoint {shape} {dtype}, model {entry.shape} {entry.dtype}"
+                )
             else:
                 found[entry.name] = key
         problems += [f"unexpected {name!r}" for name in stored if name not in used]

@@ -17,15 +17,16 @@ if TYPE_CHECKING:
 
 Out = Annotated[str, typer.Option("--out", "-o", help="Directory to make.", show_default=False)]
 OfFloats = Annotated[
-    Dtype | None, typer.Option(help="Of floating-point tensors; else the newest source's.", show_default=False)
+    Dtype | None,
+    typer.Option(help="Dtype of floating-point tensors [that of the newest source].", show_default=False),
 ]
-ShardSize = Annotated[str, typer.Option(help="Bytes of one file at most, such as 5GB or 512MiB.")]
+ShardSize = Annotated[str, typer.Option(help="Maximum size of a file, such as 5GB or 512MiB.")]
 ConfigFrom = Annotated[
     str | None, typer.Option(help="File, or directory whose configuration files are copied.", show_default=False)
 ]
 AsCheckpoint = Annotated[bool, typer.Option("--checkpoint", help="Make a checkpoint that load() reads.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace a model that is at OUT.")]
-NoVerify = Annotated[bool, typer.Option("--no-verify", help="Do not hold sources against their fingerprints.")]
+NoVerify = Annotated[bool, typer.Option("--no-verify", help="Skip checksum verification of the sources.")]
 
 
 @app.command()

@@ -408,7 +408,7 @@ def check_same_updates(found: Sequence[int]) -> None:
     """Raises EMAStateError unless all ranks have averaged equally often. Local; ``found`` is what each rank says."""
     if len(set(found)) > 1:
         raise EMAStateError(
-            f"ranks have averaged different numbers of times: {', '.join(map(str, found))}. Call update() on every "
+            f"the number of updates differs between ranks: {', '.join(map(str, found))}. Call update() on every "
             "rank with the same counts (samples, tokens and epochs are those of all ranks together). Ranks with fewer "
             "batches make fewer steps under DDP.join(): stop all of them together, with "
             "throw_on_early_termination=True. To go on now, load() a checkpoint or reset() the average"
@@ -422,7 +422,7 @@ def check_same_clocks(found: Sequence[Mapping[str, float]]) -> None:
         readings = [f"{reading.get(unit)}{unit}" for reading in found]
         if len(set(readings)) > 1:
             raise EMAStateError(
-                f"ranks have counted different training: {by_rank(readings)}. Call update() on every rank with the "
+                f"training progress differs between ranks: {by_rank(readings)}. Call update() on every rank with the "
                 "same counts (samples, tokens and epochs are those of all ranks together)"
             )
 

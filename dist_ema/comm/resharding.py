@@ -29,7 +29,7 @@ def check_same_model(old: Sequence[FullTensor], new: Sequence[FullTensor], opera
         known = before.get(entry.name)
         is_resized = known is not None and known.shape != entry.shape
         if is_resized and known is not None and not entry.buffer:
-            problems.append(f"misshapen {entry.name!r}: {entry.shape} instead of {known.shape}")
+            problems.append(f"shape mismatch for {entry.name!r}: {entry.shape}, before {known.shape}")
         elif _kept(entry) and (is_resized or not _kept(known)):
             joining.update(entry.names)
     if problems:

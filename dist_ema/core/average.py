@@ -319,7 +319,7 @@ class Average:
             groups: the process groups to meet in; None means the object's own.
 
         Raises:
-            EMAStateError: on every rank, if ranks make different calls, or have counted different training.
+            EMAStateError: on every rank, if ranks make different calls, or their training progress differs.
             EMAError: on every rank, what any of them raised in the block.
         """
         groups = self.groups if groups is None else groups

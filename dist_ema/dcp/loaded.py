@@ -114,7 +114,7 @@ class LoadedStateDict:
         schedules: of each average, as they were saved.
 
     Raises:
-        CheckpointMismatchError: lists all that is missing, unexpected or misshapen, or another rank's part.
+        CheckpointMismatchError: lists all that is missing, unexpected or of another shape, or another rank's part.
         CheckpointCorruptError, CheckpointError: it is damaged, or of a later version.
     """
 
@@ -226,7 +226,8 @@ def _misfits(value: object, share: Share, where: str) -> list[str]:
     if not isinstance(value, Tensor):
         return [f"missing {name!r} in {where}"]
     if value.size() != shape or not is_convertible(value.dtype, share.dtype):
-        return [f"misshapen {name!r}: {tuple(value.size())} {value.dtype} instead of {tuple(shape)} {share.dtype}"]
+        stored, wanted = f"{tuple(value.size())} {value.dtype}", f"{tuple(shape)} {share.dtype}"
+        return [f"shape mismatch for {name!r}: checkpoint {stored}, model {wanted}"]
     if isinstance(value, BoxedTensor) and value.boxes != share.boxes:
         return [
             f"{name!r} is the part of another rank, or of another engine or world size: {value.boxes} instead of "

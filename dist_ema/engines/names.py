@@ -287,10 +287,7 @@ class Binding:
         bound: Sequence[Tensor | None] = self._bound or [tensor for _, tensor in places]
         for (name, tensor), old in zip(places, bound, strict=True):
             if tensor is not old or tensor is None:
-                return EMAStateError(
-                    f"parameter {name!r} is another tensor than the one that is averaged: it was replaced since. "
-                    f"{_ADVICE}"
-                )
+                return EMAStateError(f"parameter {name!r} was replaced after the average was created. {_ADVICE}")
         return EMAStateError(f"the model changed while it was read. {_ADVICE}")
 
 
@@ -307,7 +304,7 @@ def _changed(before: Sequence[frozenset[str]], now: Sequence[frozenset[str]]) ->
             found.append(f"{_some(names)} {'was' if len(names) == 1 else 'were'} {what}")
     if not found:
         tied = set().union(*(set(before) ^ set(now)))
-        found.append(f"{_some(tied)} are tied otherwise (tie them again after to_empty())")
+        found.append(f"weight tying of {_some(tied)} changed (re-tie after to_empty())")
     return EMAStateError(f"the model has other tensors than when the average was made: {'; '.join(found)}. {_ADVICE}")
 
 

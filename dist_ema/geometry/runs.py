@@ -357,7 +357,7 @@ def _boxes_of_part(runs: Runs, shape: tuple[int, ...]) -> Iterator[Box]:
 
 
 def _boxes_of_rows(rows: Rows, shape: tuple[int, ...]) -> list[Box]:
-    """The same without a look at each run, where one is one box of what lies between two; else none."""
+    """Returns the boxes of regular rows in closed form; ``[]`` where that does not apply."""
     # The dimension whose rows are as long as the distance of the runs: each of its rows then holds one run.
     dim = next((dim for dim in range(1, len(shape)) if prod(shape[dim:]) == rows.step), len(shape))
     first, start = divmod(rows.start, rows.step)

@@ -46,8 +46,8 @@ class Share:
         start, stop: the local elements, of those that ``spec.runs`` lists, that this rank keeps a shadow of.
         dtype: of the shadow; of a live tensor, its own.
         split: the other replicas keep the other elements.
-        first_replica: of the ranks that keep these same elements this one writes them. Of a tensor that is not
-            partitioned every holder says so, and the lowest rank writes it.
+        first_replica: this rank writes the elements, of all ranks that keep the same ones. For unpartitioned tensors
+            every holder is marked, and the lowest rank writes.
         joined: the number of the update at which it became averaged; 0 for those averaged from the first copy on.
             Replicas split the tensors of one update between them, so that shares that exist never move.
 

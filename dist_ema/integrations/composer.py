@@ -13,7 +13,7 @@ from torch import nn
 from dist_ema import functional
 from dist_ema.ema import ShardedEMA
 from dist_ema.errors import CheckpointError, EMAConfigError
-from dist_ema.integrations.composer_pace import HALF_LIFE, Pace
+from dist_ema.integrations.composer_timing import HALF_LIFE, ComposerTiming
 from dist_ema.integrations.evaluation import BOTH, ShouldUpdate, check_choice, check_should_update
 from dist_ema.options import Options
 
@@ -102,15 +102,17 @@ class EMA(Algorithm):
         check_should_update(should_update, update_interval, start)
         if missing not in ("error", "start"):
             raise EMAConfigError(f"missing={missing!r}: allowed are 'error' and 'start'")
-        self._pace = Pace.parse(half_life, smoothing, ema_start, update_interval, {"buffers": "average", **options})
-        self.half_life, self.smoothing = self._pace.half_life, self._pace.options["smoothing"]
-        self.ema_start, self.update_interval = self._pace.start, self._pace.interval
+        self._timing = ComposerTiming.parse(
+            half_life, smoothing, ema_start, update_interval, {"buffers": "average", **options}
+        )
+        self.half_life, self.smoothing = self._timing.half_life, self._timing.options["smoothing"]
+        self.ema_start, self.update_interval = self._timing.start, self._timing.interval
         self.update_event = Event.EPOCH_END if self.update_interval.unit == "ep" else Event.BATCH_END
         self._missing, self._visit, self._inside = missing, ExitStack(), ""  # the average in the model, and what for
         if should_update is not None and self.half_life is not None:  # not by a full interval, of which there is none
-            options = {**self._pace.options, "half_life": str(self.half_life), "smoothing": None}
-            self._pace = replace(self._pace, options=options)
-        names = list(Options.check(**self._pace.options).schedules)
+            options = {**self._timing.options, "half_life": str(self.half_life), "smoothing": None}
+            self._timing = replace(self._timing, options=options)
+        names = list(Options.check(**self._timing.options).schedules)
         check_choice("evaluate", names[0] if evaluate is True else evaluate, names, both=True)
         check_choice("average_at_end", average_at_end, names)
         self.evaluates_both = evaluate == BOTH and BOTH not in names
@@ -125,7 +127,7 @@ class EMA(Algorithm):
         self._state, self._model = state, nn.Module()  # as the trainer wraps it
         self._foreign: Mapping[str, Any] = {}  # what Composer's own EMA saved
         self._found = False  # an average in the checkpoint
-        self._options = dict(self._pace.options)
+        self._options = dict(self._timing.options)
         if state is None:
             return
         twins = [type(other).__module__ for other in state.algorithms if isinstance(other, (EMA, ComposersEMA))]
@@ -161,7 +163,7 @@ class EMA(Algorithm):
         elif event is Event.AFTER_LOAD:
             self._after_load(state)
         elif event is Event.FIT_START:
-            self._pace.check_duration(str(state.max_duration))
+            self._timing.check_duration(str(state.max_duration))
             self._warn_of_length(state)
             self._average()
         elif event in (Event.BATCH_END, Event.EPOCH_END):
@@ -174,7 +176,7 @@ class EMA(Algorithm):
     def _warn_of_length(self, state: State) -> None:
         """Logs, on the first rank, that the training is too short for the options."""
         per_epoch = None if state.dataloader_len is None else int(state.dataloader_len)
-        missed = self._pace.what_is_missed(str(state.max_duration), per_epoch)
+        missed = self._timing.what_is_missed(str(state.max_duration), per_epoch)
         if missed is not None and dist.get_global_rank() == 0:
             _log.warning("%s.", missed)
 
@@ -195,7 +197,7 @@ class EMA(Algorithm):
         if self._should_update is not None:
             due = event is Event.BATCH_END and bool(self._should_update(now))
         else:
-            due = self._pace.due(before, now, self.ema_started, elapsed) and event is self.update_event
+            due = self._timing.due(before, now, self.ema_started, elapsed) and event is self.update_event
         ema.update(batches=new.batches, samples=new.samples, tokens=new.tokens, epochs=new.epochs, due=due)
 
     # The average in the model: collective where ShardedEMA.average_parameters() is.

@@ -1,4 +1,4 @@
-"""A digest of a full tensor that does not see how it is sharded. Knows no process group.
+"""A digest of a full tensor that does not depend on its sharding. Does not use torch.distributed.
 
 The digest is ``sum(bits(x[i]) * key(i)) mod 2**64`` over the elements of the full tensor, flattened row-major, where
 ``bits`` are the element's own bits as an integer (signed where it has two bytes or more; the 16 bytes of a complex128

@@ -53,8 +53,8 @@ class Scratch:
 class Exchange:
     """A shadow and elements ``[start, stop)`` of a source, of one dtype, that change places, a chunk at a time.
 
-    It may be interrupted anywhere, also by an exception between any two lines here: the next call goes on where it was.
-    Every copy may be made twice, and how far it has come is told by one attribute, which changes after each copy.
+    An exception may be raised between any two lines here: the next call continues where this one stopped. Every copy
+    may be made twice. One attribute says how far the exchange has come, and changes after each copy.
 
     Args:
         shadow: flat, ``stop - start`` elements.

@@ -76,7 +76,7 @@ def compare(
         One entry a tensor, in descending order of the distance in proportion to the norm.
 
     Raises:
-        CheckpointMismatchError: the two do not hold the same names and shapes; lists all that is missing or misshapen.
+        CheckpointMismatchError: the two differ in names or shapes; lists all missing and mismatched tensors.
         CheckpointError, CheckpointCorruptError: one of them is no checkpoint, or is damaged.
         EMAConfigError: one of them has no average ``name``.
 

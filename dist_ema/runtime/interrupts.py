@@ -59,7 +59,7 @@ class Uninterrupted:
     def _hold(self, number: int, frame: FrameType | None) -> None:
         if self._active and self._is_in_block(frame):
             self._came.append((number, frame))
-        else:  # an exception, of another origin, at the first line of __exit__ kept this handler in its place
+        else:  # something else raised at the first line of __exit__, so this handler was never removed
             self._give_back(number)
             self._handlers[number](number, frame)
 

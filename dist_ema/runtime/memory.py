@@ -1,4 +1,4 @@
-"""Memory of the model's size. Knows no process group."""
+"""Allocates and fills memory as large as a model. Does not use torch.distributed."""
 
 from __future__ import annotations
 

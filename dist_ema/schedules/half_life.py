@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 
 from dist_ema.schedules.checks import positive, set_fields
 from dist_ema.schedules.clock import CLOCK_UNITS, Time
-from dist_ema.schedules.schedule import LOG_2, Along, PerBatch, Position, Schedule, harmonic
+from dist_ema.schedules.schedule import LOG_2, PerBatch, Position, ProgressFactors, Schedule, harmonic
 
 
 @dataclass(frozen=True, repr=False)
-class HalfLife(Along):
+class HalfLife(ProgressFactors):
     """Half of the average is left after ``half_life`` more of training: retain = 2 ** -(passed / half_life).
 
     Composer's definition, in any unit of the clock. Plain numbers are in that unit.

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field, replace
 from dist_ema.errors import EMAConfigError
 from dist_ema.schedules.checks import set_fields, share
 from dist_ema.schedules.clock import Progress, Time
-from dist_ema.schedules.schedule import Along, Position, Schedule
+from dist_ema.schedules.schedule import Position, ProgressFactors, Schedule
 
 
 @dataclass(frozen=True)
-class _Ramp(Along):
+class _Ramp(ProgressFactors):
     start: float
     end: float
     over: str

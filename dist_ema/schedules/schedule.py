@@ -163,7 +163,7 @@ class PerBatch(Schedule):
         """Sum of the logarithms of the factors of batches ``first`` to ``last``, both included; 1 <= first <= last."""
 
 
-class Along(PerBatch):
+class ProgressFactors(PerBatch):
     """A factor for each batch that depends on how much has been trained, in any unit.
 
     Batches between two readings of the clock are taken to be of one size. Between plain numbers in another unit than

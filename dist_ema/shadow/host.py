@@ -25,7 +25,7 @@ from dist_ema.runtime import memory
 from dist_ema.runtime.worker import Worker
 from dist_ema.shadow.device import Shadow
 from dist_ema.shadow.reading import announce
-from dist_ema.shadow.staging import LINKS, HostLink, Link, Take, carve, pageable
+from dist_ema.shadow.staging import LINKS, CopyRequest, HostLink, Link, carve, pageable
 
 if TYPE_CHECKING:
     from dist_ema.engines.counterpart import Counterpart
@@ -147,7 +147,7 @@ class HostShadow(Shadow):
             for index in indices:
                 share = self._shares[index]
                 is_soon = share.spec.kind == "buffer"
-                takes.append(Take(sources[index], share.start, share.stop, self._staging[index], is_soon))
+                takes.append(CopyRequest(sources[index], share.start, share.stop, self._staging[index], is_soon))
                 taken[index] = self._staging[index]
             link.copy(takes)
         self._read = {

@@ -28,7 +28,7 @@ Allocate = Callable[[int, torch.dtype], Tensor]
 
 
 @dataclass
-class Take:
+class CopyRequest:
     """Elements ``[start, stop)`` of ``source``, flattened, and the flat host memory ``out`` that they go to.
 
     ``soon``: a forward pass may write the source (buffers), not only an optimizer step.
@@ -52,7 +52,7 @@ class Link(ABC):
         """Host memory to copy to, uninitialised."""
 
     @abstractmethod
-    def copy(self, takes: Sequence[Take]) -> None:
+    def copy(self, takes: Sequence[CopyRequest]) -> None:
         """Asks for copies of what the sources are now. May return before they are made."""
 
     @abstractmethod
@@ -74,7 +74,7 @@ class Copies:
         self._to: list[Tensor] = []
         self._others: list[int] = []
 
-    def ask(self, takes: Sequence[Take], non_blocking: bool) -> None:
+    def ask(self, takes: Sequence[CopyRequest], non_blocking: bool) -> None:
         """Asks the current stream for all of them; waits for them unless ``non_blocking``."""
         seen = [
             (take.source.data_ptr(), take.source.is_contiguous(), take.start, take.stop, take.out.data_ptr())
@@ -103,7 +103,7 @@ class HostLink(Link):
     def empty(self, numel: int, dtype: torch.dtype) -> Tensor:
         return pageable(numel, dtype)
 
-    def copy(self, takes: Sequence[Take]) -> None:
+    def copy(self, takes: Sequence[CopyRequest]) -> None:
         self._copies.ask(takes, non_blocking=False)
 
     def wait_for_reads(self) -> None:
@@ -124,7 +124,7 @@ class CudaLink(Link):
     def empty(self, numel: int, dtype: torch.dtype) -> Tensor:
         return memory.pinned(numel, dtype)
 
-    def copy(self, takes: Sequence[Take]) -> None:
+    def copy(self, takes: Sequence[CopyRequest]) -> None:
         self._soon.ask([take for take in takes if take.soon], non_blocking=True)
         self._stream.follow()
         with self._stream.inside():

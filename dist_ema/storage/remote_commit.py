@@ -4,11 +4,11 @@ Objects appear when they are complete, and cannot be renamed. So the data folder
 name that no other save has, and the one object that is replaced is the manifest: until then the old one stands, with
 the data that it names. All object stores replace one object in one step, and with it the checkpoint is replaced.
 
-Only one run may save to a URL at a time, since stores have no locks. Of two that do, the one that comes last to the
-manifest finds another than when it began, and fails. A save may also sleep between looking and writing. So a first
-manifest is written on condition that there is none, and on S3 a later one on condition that the old one is still there.
-Other stores take no such condition: there the save looks once more afterwards, and says if another one's data, or its
-own, are gone.
+Only one run may save to a URL at a time, since stores have no locks. If two do, the later one finds a manifest that
+changed since it began, and fails. A save may also be delayed between this check and its write. So the first manifest is
+written on condition that there is none, and on S3 a later one on condition that the old one is unchanged. Other stores
+have no conditional writes. There the save checks again afterwards, and raises if its own data or the other run's data
+are gone.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def ours(paths: list[Path], out: Path) -> None:
 
 def three(paths: list[Path], out: Path) -> None:
     """Three targets in one pass, as synthesize makes them."""
-    from dist_ema.offline.merging.merge import Form, Target, combine
+    from dist_ema.offline.merging.merge import OutputOptions, Target, combine
     from dist_ema.offline.merging.schemes import scheme_weights
     from dist_ema.offline.merging.sources import Selection, open_sources
 
@@ -68,7 +68,7 @@ def three(paths: list[Path], out: Path) -> None:
         targets = [
             Target(out / str(index), scheme_weights(scheme, len(paths)), scheme) for index, scheme in enumerate(SCHEMES)
         ]
-        combine(sources, targets, Form(), None, None, "benchmark")
+        combine(sources, targets, OutputOptions(), None, None, "benchmark")
 
 
 def whole_states(paths: list[Path], out: Path) -> None:

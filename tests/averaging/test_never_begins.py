@@ -13,7 +13,7 @@ from torch import nn
 
 from dist_ema import ShardedEMA
 from dist_ema.core.track import Track
-from dist_ema.integrations.composer_pace import Pace
+from dist_ema.integrations.composer_timing import ComposerTiming
 from dist_ema.options import Options
 from dist_ema.schedules.clock import Progress, Time
 from dist_ema.schedules.duration import what_is_missed
@@ -65,7 +65,7 @@ def test_what_is_said_is_what_the_clock_does(start: str, interval: str) -> None:
     ],
 )
 def test_composers_way_of_timing_copies_at_the_start(start: str, interval: str, said: str | None) -> None:
-    pace = Pace.parse(None, 0.5, start, interval, {})
+    pace = ComposerTiming.parse(None, 0.5, start, interval, {})
     found = pace.what_is_missed("6ba", 3)
     assert (found is None) if said is None else said in str(found)
 

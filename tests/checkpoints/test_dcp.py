@@ -466,7 +466,7 @@ def test_a_damaged_or_foreign_state_dict_is_refused_and_changes_nothing() -> Non
         (
             state | {"averages": {"ema": {**state["averages"]["ema"], "one.weight": torch.ones(2)}}},
             CheckpointMismatchError,
-            r"misshapen 'one.weight': \(2,\)",
+            r"shape mismatch for 'one.weight': checkpoint \(2,\)",
         ),
     ]
     for bad, kind, text in refused:

@@ -81,7 +81,11 @@ def test_another_model_is_refused_and_the_average_stays(rank: int) -> None:
     del other.one
     with pytest.raises(EMAEngineError) as caught:
         ema.rebind(fully_shard(other))
-    for word in ("missing 'one.weight'", "unexpected 'more.weight'", "misshapen 'module.0.up.weight': (9, 15)"):
+    for word in (
+        "missing 'one.weight'",
+        "unexpected 'more.weight'",
+        "mismatch for 'module.0.up.weight': (9, 15)",
+    ):
         assert word in str(caught.value)
     unlike = build(scalar=False)
     unlike.frozen.weight.requires_grad_(rank == 1)  # it would join the average on one rank alone

@@ -32,7 +32,7 @@ from dist_ema import ShardedEMA, kernels
 from dist_ema.errors import EMAStateError
 from dist_ema.runtime import memory
 from dist_ema.shadow import staging
-from dist_ema.shadow.staging import HostLink, Take, carve
+from dist_ema.shadow.staging import CopyRequest, HostLink, carve
 
 pytestmark = pytest.mark.core
 
@@ -43,13 +43,13 @@ DELAY = 0.02
 class SlowLink(HostLink):
     """What an accelerator does, in a thread: copies lie behind, ``wait_for_reads`` and ``join`` wait for them."""
 
-    def copy(self, takes: Sequence[Take]) -> None:
+    def copy(self, takes: Sequence[CopyRequest]) -> None:
         super().copy([take for take in takes if take.soon])
         self._done = threading.Event()
         later = [take for take in takes if not take.soon]
         threading.Thread(target=self._copy_later, args=(later, self._done)).start()
 
-    def _copy_later(self, takes: list[Take], done: threading.Event) -> None:
+    def _copy_later(self, takes: list[CopyRequest], done: threading.Event) -> None:
         time.sleep(DELAY)
         super().copy(takes)
         done.set()

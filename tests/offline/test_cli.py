@@ -473,7 +473,7 @@ def test_diff_sees_bits_and_what_is_not_a_number(capsys: pytest.CaptureFixture[s
     assert [found["tensors"][0]["name"], rows["number"]["distance"], rows["zero"]["distance"]] == ["number", "nan", 0]
 
 
-def test_diff_lists_what_is_missing_and_misshapen(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_diff_lists_what_is_missing_and_mismatched(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     for name, model in (
         ("a", nn.ModuleDict({"same": nn.Linear(2, 3), "other": nn.Linear(4, 4, bias=False)})),
         ("b", nn.ModuleDict({"same": nn.Linear(2, 4), "another": nn.Linear(4, 4, bias=False)})),

@@ -327,7 +327,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "too many of lawa": ({"scheme": "lawa:3"}, EMAConfigError, "there are 2 sources"),
     "too few of wsm": ({"scheme": "wsm:.5,.2"}, EMAConfigError, "2 sources have 1 steps"),
     "weights and scheme": ({"weights": [0, 1], "scheme": "uniform"}, EMAConfigError, "give one of them"),
-    "weights of none": ({"weights": [0, 0]}, EMAConfigError, "nothing is left"),
+    "weights of none": ({"weights": [0, 0]}, EMAConfigError, "all weights are zero"),
     "too few weights": ({"weights": [1]}, EMAConfigError, "a finite number for each of the 2 sources"),
     "no numbers": ({"weights": [math.nan, 1]}, EMAConfigError, "a finite number for each"),
     "no such average": ({"name": "slow"}, EMAConfigError, "name='slow'"),

@@ -16,7 +16,7 @@ MODULES = {
     if ">>>" in file.read_text()
 }
 #: What users meet: each has an example.
-PUBLIC = {"ema", "functional", "options", "integrations.composer_pace", "kernels.rounding"}
+PUBLIC = {"ema", "functional", "options", "integrations.composer_timing", "kernels.rounding"}
 PUBLIC |= {f"comm.{name}" for name in ("catalogue", "collectives", "windows")}
 PUBLIC |= {f"geometry.{name}" for name in ("runs", "shares", "spec")}
 PUBLIC |= {f"schedules.{name}" for name in ("clock", "constant", "half_life", "power", "profile", "ramps", "state")}

@@ -372,8 +372,8 @@ def _remove(model: nn.Module) -> None:
 
 
 CHANGES = [
-    (_replace, "'one.weight'", "it was replaced since"),
-    (_remove, "'one.weight'", "replaced since"),
+    (_replace, "'one.weight'", "was replaced after the average was created"),
+    (_remove, "'one.weight'", "was replaced after"),
 ]
 
 
@@ -510,7 +510,11 @@ def test_ranks_that_averaged_at_different_times_are_told(case: str, rank: int, t
     for call in calls.values():
         with pytest.raises(EMAStateError) as caught:
             call(ema, tmp_path / "export")
-        says(caught.value, "different numbers of times: 1, 0", "Call update() on every rank with the same counts")
+        says(
+            caught.value,
+            "the number of updates differs between ranks: 1, 0",
+            "Call update() on every rank with the same counts",
+        )
     ema.update(samples=0 if rank == 0 else 1)
     assert ema.fingerprint() and not list(tmp_path.iterdir())
 
@@ -614,7 +618,7 @@ def test_a_load_ends_what_an_update_that_failed_on_one_rank_began(
                 patch.setattr("dist_ema.kernels.lerp", full)
             with pytest.raises(MemoryError) if rank == 1 else nullcontext():
                 ema.update()
-        with pytest.raises(EMAStateError, match="different numbers of times: 2, 1"):
+        with pytest.raises(EMAStateError, match="number of updates differs between ranks: 2, 1"):
             ema.save(tmp_path / "d")
         restore()
         assert (ema.num_updates, ema.fingerprint()) == (1, digest)

@@ -20,11 +20,11 @@ from dist_ema.geometry.spec import Replicas
 
 @dataclass(frozen=True)
 class Team:
-    """Ranks that hold a parameter between them, or each of them whole.
+    """The ranks that hold a parameter, divided among them or whole on each.
 
     Attributes:
         ranks: in the order of their group.
-        replicas: they, where each holds it whole; None if there is but one.
+        replicas: the same ranks as a Replicas; None for a single rank.
     """
 
     ranks: list[int]

@@ -134,11 +134,11 @@ class Combination:
     def run(self, group: dist.ProcessGroup | None, advance: Advance, threads: int) -> None:
         """Does this rank's share, and has it on disk. Local. Raises what failed in any thread."""
         own = threading.local()
-        made: list[_Hands] = []
+        made: list[_WorkerState] = []
 
         def work(one: Range) -> None:
             if not hasattr(own, "hands"):
-                own.hands = _Hands(self._outputs)
+                own.hands = _WorkerState(self._outputs)
                 made.append(own.hands)
             self._combine(one, own.hands, advance)
 
@@ -161,7 +161,7 @@ class Combination:
                 yield entry, start, min(start + self._range, entry.numel)
             number += count
 
-    def _combine(self, one: Range, hands: _Hands, advance: Advance) -> None:
+    def _combine(self, one: Range, hands: _WorkerState, advance: Advance) -> None:
         """One range of one tensor."""
         entry, start, stop = one
         if start == stop:
@@ -194,7 +194,7 @@ class Combination:
         raw: Mapping[int, Tensor],
         weights: Sequence[float],
         result: Tensor,
-        hands: _Hands,
+        hands: _WorkerState,
     ) -> None:
         """Puts the weighted sum for one output into ``result``, and counts what is not finite in it."""
         used = [number for number in self._used if weights[number]]
@@ -238,7 +238,7 @@ def _held(entry: FullTensor, sources: Sequence[Source]) -> list[ReadableTensor]:
     return [tensor for tensor in found if tensor is not None]
 
 
-class _Hands:
+class _WorkerState:
     """Holds what one thread works with."""
 
     def __init__(self, outputs: Sequence[Output]) -> None:

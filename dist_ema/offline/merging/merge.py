@@ -84,7 +84,7 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Form:
+class OutputOptions:
     """Holds the options for outputs that :func:`merge` and :func:`synthesize` have in common."""
 
     dtype: torch.dtype | None = None
@@ -174,7 +174,7 @@ def merge(
     ...     read_checkpoint(f"{folder}/both")["weight"].item(), merged.weights
     (1.25, (0.75, 0.25))
     """
-    form = Form(dtype, max_shard_size, config_from, checkpoint, verify, force, newest)
+    form = OutputOptions(dtype, max_shard_size, config_from, checkpoint, verify, force, newest)
     group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
     operation = f"merge into {os.fspath(out)}"
 
@@ -248,7 +248,7 @@ def _manifest_at(path: StrPath) -> str | None:
 def combine(
     sources: Sequence[Source],
     targets: Sequence[Target],
-    form: Form,
+    form: OutputOptions,
     group: dist.ProcessGroup | None,
     begin: Begin | None,
     operation: str,
@@ -340,7 +340,9 @@ def _entries(newest: Source, dtype: torch.dtype | None, pattern: re.Pattern[str]
     return entries
 
 
-def _output(target: Target, token: str, entries: Sequence[FullTensor], sources: Sequence[Source], form: Form) -> Output:
+def _output(
+    target: Target, token: str, entries: Sequence[FullTensor], sources: Sequence[Source], form: OutputOptions
+) -> Output:
     if not form.checkpoint:
         config = form.config_from if form.config_from is not None else _configuration(sources)
         return PretrainedOutput(target.out, entries, form.max_shard_size, config, token, form.force, form.dtype)

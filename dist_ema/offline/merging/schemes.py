@@ -93,7 +93,7 @@ def check_weights(weights: Sequence[float], count: int, any_sum: bool, normalize
     if len(found) != count or not all(map(math.isfinite, found)):
         raise EMAConfigError(f"weights={weights!r}: allowed is a finite number for each of the {count} sources")
     if not any(found):
-        raise EMAConfigError(f"weights={weights!r}: nothing is left of any source")
+        raise EMAConfigError(f"weights={weights!r}: all weights are zero")
     total = math.fsum(found)
     if normalize:
         if abs(total) <= _SLACK * math.fsum(map(abs, found)):

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from dist_ema.checkpoints.versions import read_anew_if_replaced
 from dist_ema.comm.collectives import agreed
 from dist_ema.errors import EMAConfigError
-from dist_ema.offline.merging.merge import Begin, Form, Merged, Target, Versions, combine
+from dist_ema.offline.merging.merge import Begin, Merged, OutputOptions, Target, Versions, combine
 from dist_ema.offline.merging.snapshots import Wanted, open_snapshots, paths_of, profiles, wanted_profile
 from dist_ema.offline.synthesis import fit
 from dist_ema.schedules import ConstantDecay
@@ -66,7 +66,7 @@ def synthesize(
         EMAConfigError: an option has a value that is not allowed, or the snapshots are not of one run and unit.
         CheckpointError, CheckpointMismatchError, CheckpointCorruptError: as :func:`merge`.
     """
-    form = Form(dtype, max_shard_size, config_from, checkpoint, verify, force)
+    form = OutputOptions(dtype, max_shard_size, config_from, checkpoint, verify, force)
     group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
     operation = f"synthesize into {os.fspath(out)}"
     given = [snapshots] if isinstance(snapshots, (str, os.PathLike)) else list(snapshots)

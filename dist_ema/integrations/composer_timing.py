@@ -20,7 +20,7 @@ HALF_LIFE = "1000ba"
 
 
 @dataclass(frozen=True)
-class Pace:
+class ComposerTiming:
     """Decides when an update is due, for ``ShardedEMA.update(due=...)``, with the options that make it decay as above.
 
     Attributes:
@@ -45,13 +45,13 @@ class Pace:
         ema_start: str,
         update_interval: str | None,
         options: Mapping[str, Any],
-    ) -> Pace:
+    ) -> ComposerTiming:
         """Composer's four, and further options of ShardedEMA. Raises EMAConfigError for what is wrong or contradicts.
 
         ``half_life`` in samples or tokens decays by what was trained since the last update: such events do not fall on
         multiples.
 
-        >>> pace = Pace.parse("1000ba", None, "0ba", "10ba", {})
+        >>> pace = ComposerTiming.parse("1000ba", None, "0ba", "10ba", {})
         >>> round(pace.options["smoothing"], 5), pace.due(Progress(batches=19), Progress(batches=20), True, None)
         (0.99309, True)
         """
