@@ -204,6 +204,44 @@ def gathered(engine: Any) -> dict[str, Tensor]:
 
 
 @pytest.mark.world_size(2)
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+def test_reference_policy_follows_the_policy_and_nothing_is_gathered(engine: str, rank: int, world_size: int) -> None:
+    """trl's own synchronization gathers both models on every rank under ZeRO-3."""
+    policy: Any
+    if engine == "zero3":
+        policy, reference = make_engine(3, "fp32"), zero_teacher("fp32")
+        weights: Callable[[Any], dict[str, Tensor]] = gathered
+        names = {name for name, parameter in policy.module.named_parameters() if parameter.requires_grad}
+    else:
+        policy, reference = CASES["fsdp2"].model(), make_teacher("fsdp2")
+        optimizer, weights, names = sgd(policy), live, trained()
+    kept = 0.4
+    ema = ShardedEMA(policy, into=reference, smoothing=kept, update_interval="2ba")
+    ema.update(batches=0, due=True)
+    expected = {name: value.double() for name, value in weights(policy).items() if name in names}
+    first = dict(expected)
+    for step in range(1, 6):
+        with torch.no_grad():  # for the KL penalty; it leaves full weights behind
+            reference(zero_batch(step, rank) if engine == "zero3" else batch(step))
+        if engine == "zero3":
+            zero_train(policy, range(step, step + 1))
+        else:
+            train(policy, optimizer, step)
+        with CommDebugMode() as calls:
+            assert ema.update() == (step % 2 == 0)
+        assert calls.get_total_counts() == 0
+        if step % 2 == 0:
+            source = weights(policy)
+            expected = {name: kept * value + (1 - kept) * source[name].double() for name, value in expected.items()}
+        found = weights(reference)
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name].double(), value, rtol=4e-6, atol=1e-7, msg=name)
+    if rank == 0:  # FSDP2's full weights are gathered there alone
+        assert all(not torch.equal(expected[name], first[name]) for name in expected)
+        assert expected
+
+
+@pytest.mark.world_size(2)
 @pytest.mark.parametrize("case", ["plain", "fsdp2"])
 def test_memory_is_the_teachers_and_does_not_grow(case: str, rank: int, world_size: int) -> None:
     """No second shadow where dtypes agree; an fp32 one beside a bf16 teacher, which every update writes whole."""

@@ -95,7 +95,7 @@ def run(folder: Path, resume: bool, **arguments: Any) -> tuple[Any, Recorder]:
         "prompts": Dataset.from_dict({"prompt": [f"w{index} w{index + 1}" for index in range(16)]}),
         "tokenizer": PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", pad_token="</s>"),
     }
-    (lines,) = re.findall(r"^```python\n(.*?)^```", GUIDE.read_text(), re.M | re.S)
+    lines = re.findall(r"^```python\n(.*?)^```", GUIDE.read_text(), re.M | re.S)[0]
     before, train = lines.replace("512ba", f"{EVERY}ba").split("trainer.train()")
     assert not train.strip()
     exec(compile(before, str(GUIDE), "exec"), names)

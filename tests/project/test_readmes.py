@@ -29,9 +29,9 @@ FILES = sorted(
 README, GUIDE = ROOT / "README.md", ROOT / "dist_ema" / "guide"
 CHECKPOINTS, MERGING, SCHEDULES = GUIDE / "checkpoints.md", GUIDE / "merging.md", GUIDE / "schedules.md"
 TEACHERS, SERVING, EVERY_RANK = GUIDE / "teachers.md", GUIDE / "serving.md", GUIDE / "on-every-rank.md"
-WHICH = GUIDE / "which-weights.md"
+WHICH, REINFORCEMENT = GUIDE / "which-weights.md", GUIDE / "reinforcement-learning.md"
 #: Whose blocks other tests run: test_newcomer, and integrations/test_readme, test_torchtitan and test_grpo.
-ELSEWHERE = {README: 2, GUIDE / "start.md": 1, GUIDE / "trainers.md": 6, GUIDE / "reinforcement-learning.md": 1}
+ELSEWHERE = {README: 2, GUIDE / "start.md": 1, GUIDE / "trainers.md": 6, REINFORCEMENT: 1}
 
 
 def blocks(file: Path) -> list[str]:
@@ -128,6 +128,23 @@ def teach(folder: Path) -> None:
     assert found["ema"].num_updates == 4
 
 
+def anchor(folder: Path) -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Linear(5, 3)
+
+    policy = fully_shard(build())
+    optimizer = torch.optim.SGD(policy.parameters())
+    names = {"build": build, "fully_shard": fully_shard, "ShardedEMA": ShardedEMA}
+    ema = run(REINFORCEMENT, 1, names | {"policy": policy, "optimizer": optimizer}, folder)["ema"]
+    policy(torch.ones(1, 5)).sum().backward()
+    for _ in range(511):
+        optimizer.step()
+    assert (ema.num_updates, ema.progress.batches) == (1, 511)
+    optimizer.step()
+    assert ema.num_updates == 2
+
+
 def export(folder: Path) -> None:
     from diffusers import UNet2DModel
     from diffusers.utils import logging as diffusers_logging
@@ -210,6 +227,7 @@ def register(folder: Path) -> None:
 
 RUNS: dict[tuple[Path, int], Callable[[Path], None]] = {
     (TEACHERS, 0): teach,
+    (REINFORCEMENT, 1): anchor,
     (SERVING, 0): serve,
     (EVERY_RANK, 0): one_file,
     (WHICH, 0): evaluate_both,
