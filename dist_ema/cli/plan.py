@@ -38,7 +38,11 @@ _OF_AVERAGES = {choice: None if choice == AverageDtype.own else Dtype(choice.val
 def plan(
     model: Annotated[
         Path | None,
-        typer.Argument(help="A config.json of Hugging Face, or its directory; needs transformers.", show_default=False),
+        typer.Argument(
+            help="A config.json of Hugging Face, or its directory. Llama, Mistral, Mixtral, Qwen 2 and 3, Gemma, GPT-2 "
+            "and DeepSeek-V3 need nothing else; other models need transformers (pip install transformers).",
+            show_default=False,
+        ),
     ] = None,
     engine: Annotated[
         str, typer.Option(help="plain, ddp, fsdp1, fsdp2, hsdp, tp, fsdp2+tp or zero0 to zero3.")

@@ -1,7 +1,8 @@
 """The tensors of a model that nobody has built: from a Hugging Face config.json, or from a number of parameters.
 
 transformers builds the model on the meta device, where it has shapes and no memory: 671 billion parameters take less
-than a second. It is imported by the one function that needs it; nothing else here knows it.
+than a second. It is imported by the one function that needs it; nothing else here knows it. Where it is not installed,
+:mod:`dist_ema.planning.families` knows the sizes of common families.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from dist_ema.engines.plain import PlainEngine
 from dist_ema.errors import EMAConfigError
 from dist_ema.formats.strict_json import parse
 from dist_ema.geometry.spec import TensorSpec
+from dist_ema.planning.families import FAMILIES, Config
 from dist_ema.storage.local import open_plain
 
 _CONFIG_BYTES, _CONFIG_DEPTH = 1 << 24, 32
@@ -89,7 +92,8 @@ def of_config(path: Path, dtype: torch.dtype | None) -> Architecture:
         dtype: of the parameters; None for what the file says, else fp32.
 
     Raises:
-        EMAConfigError: it cannot be read, is not such a file, or transformers is missing or does not know the model.
+        EMAConfigError: it cannot be read, is not such a file, or its model is unknown to transformers, or without
+            transformers to :mod:`dist_ema.planning.families`.
     """
     file = path / "config.json" if path.is_dir() else path
     try:
@@ -118,26 +122,33 @@ def of_config(path: Path, dtype: torch.dtype | None) -> Architecture:
     except EMAConfigError:
         raise
     except Exception as error:  # whatever a model's own code raises for numbers that do not fit
-        raise EMAConfigError(f"{file}: transformers cannot build this model: {error}") from error
+        raise EMAConfigError(f"{file}: this model cannot be built: {error}") from error
 
 
 def _build(values: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
     """The model on the meta device."""
+    build = _builder(values)
+    with torch.device("meta"), _default_dtype(dtype), _counted_modules():
+        return build()
+
+
+def _builder(values: Mapping[str, Any]) -> Callable[[], nn.Module]:
+    """What builds the model: transformers, or without it what knows the family."""
+    kind, names = values["model_type"], values.get("architectures") or [None]
     try:
         import transformers
     except ImportError as error:
+        if kind in FAMILIES and names[0] in (None, FAMILIES[kind][0]):
+            return partial(FAMILIES[kind][1], Config(values))
         raise EMAConfigError(
-            "a config.json needs transformers, which is not installed: pip install transformers, or give --parameters"
+            f"a model {names[0] or kind} needs transformers, which is not installed: pip install transformers, or give "
+            f"--parameters. Without it the sizes of these are known: {', '.join(FAMILIES[one][0] for one in FAMILIES)}"
         ) from error
     # How the published weights were quantized, and code from elsewhere, say nothing of a model in training.
     rest = {key: value for key, value in values.items() if key not in ("model_type", "quantization_config", "auto_map")}
-    config = transformers.AutoConfig.for_model(values["model_type"], **rest)
-    names = values.get("architectures") or [None]
-    build: Callable[[Any], nn.Module] = getattr(
-        transformers, str(names[0]), transformers.AutoModelForCausalLM.from_config
-    )
-    with torch.device("meta"), _default_dtype(dtype), _counted_modules():
-        return build(config)
+    config = transformers.AutoConfig.for_model(kind, **rest)
+    from_config = transformers.AutoModelForCausalLM.from_config
+    return partial(getattr(transformers, str(names[0]), from_config), config)
 
 
 @contextmanager

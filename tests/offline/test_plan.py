@@ -31,6 +31,7 @@ from dist_ema.errors import EMAConfigError
 from dist_ema.formats.manifest import NAME
 from dist_ema.geometry.spec import TensorSpec
 from dist_ema.planning.architecture import Architecture, of_config, of_module, parse_count
+from dist_ema.planning.families import FAMILIES
 from dist_ema.planning.layouts import Layout, simulate
 from dist_ema.planning.plan import make_options, predict, rank_cost
 
@@ -158,8 +159,12 @@ def test_a_rank_of_thousands_is_planned_as_the_engine_has_it(engine: str, mesh: 
 # Models.
 
 
-def test_published_models_have_their_published_sizes() -> None:
-    pytest.importorskip("transformers")
+@pytest.mark.parametrize("by", ["transformers", "config.json"])
+def test_published_models_have_their_published_sizes(by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if by == "transformers":
+        pytest.importorskip("transformers")
+    else:
+        monkeypatch.setitem(sys.modules, "transformers", None)
     for name, count in (("llama-3-70b", 70_553_706_496), ("deepseek-v3", 671_026_404_352)):
         model = of_config(MODELS / f"{name}.json", None)
         assert model.parameters == count
@@ -183,6 +188,89 @@ def test_tied_weights_of_a_config_are_one_tensor(tmp_path: Path) -> None:
         name: value.shape for name, value in real.named_parameters()
     }
     assert [spec.aliases for spec in model.tensors if spec.aliases] == [("lm_head.weight",)]
+
+
+SIZES = {
+    "vocab_size": 70,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+LATENT = {
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 20,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 3,
+    "n_shared_experts": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "num_experts_per_tok": 2,
+    "q_lora_rank": 12,
+    "kv_lora_rank": 10,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 6,
+    "v_head_dim": 8,
+}
+#: Each with what changes its tensors.
+CONFIGS: list[tuple[str, dict[str, Any]]] = [
+    ("llama", SIZES),
+    ("llama", SIZES | {"attention_bias": True, "mlp_bias": True, "head_dim": 16, "tie_word_embeddings": True}),
+    ("llama", SIZES | {"num_key_value_heads": None, "head_dim": None}),
+    ("llama", {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}),
+    ("mistral", SIZES),
+    ("qwen2", SIZES | {"num_key_value_heads": None}),
+    ("mixtral", SIZES | {"num_local_experts": 3}),
+    ("qwen2", SIZES | {"tie_word_embeddings": True}),
+    ("qwen3", SIZES),
+    ("qwen3", SIZES | {"head_dim": 12, "attention_bias": True}),
+    ("gemma", SIZES),
+    ("gemma", SIZES | {"head_dim": 12, "tie_word_embeddings": False}),
+    ("deepseek_v3", SIZES | LATENT),
+    ("deepseek_v3", SIZES | LATENT | {"q_lora_rank": None, "attention_bias": True, "first_k_dense_replace": 0}),
+    ("gpt2", {"vocab_size": 70, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 16}),
+    ("gpt2", {"vocab_size": 70, "n_embd": 32, "n_layer": 1, "n_head": 4, "n_inner": 40, "tie_word_embeddings": False}),
+]
+
+
+@pytest.mark.parametrize(("family", "values"), CONFIGS, ids=lambda one: one if isinstance(one, str) else "")
+@pytest.mark.parametrize("named", [True, False])
+def test_a_family_is_the_same_without_transformers(
+    family: str, values: dict[str, Any], named: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A size that is a guess makes a plan that is wrong, and looks right."""
+    pytest.importorskip("transformers")
+    about = {"model_type": family, "torch_dtype": "bfloat16"}
+    if named:
+        about["architectures"] = [FAMILIES[family][0]]
+    (tmp_path / "config.json").write_text(json.dumps(about | values))
+    real = of_config(tmp_path, None)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    found = of_config(tmp_path, None)
+    assert [described(spec) for spec in found.tensors] == [described(spec) for spec in real.tensors]
+    assert found.styles == real.styles
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"hidden_size": None}, "it has no hidden_size"),
+        ({"hidden_size": "32"}, "hidden_size='32'"),
+        ({"num_hidden_layers": 10**9}, "more than 500000 modules"),
+        ({"vocab_size": -1}, "vocab_size=-1"),
+        ({"attention_bias": 1}, "attention_bias=1"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "pip install transformers"),
+        ({"model_type": "bert"}, "pip install transformers"),
+    ],
+)
+def test_without_transformers_nothing_is_guessed(
+    changes: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"} | SIZES | changes))
+    with pytest.raises(EMAConfigError, match=said):
+        of_config(tmp_path, None)
 
 
 @pytest.mark.parametrize(
@@ -269,7 +357,7 @@ def test_bad_usage_is_one_line_and_status_2(
     assert said in err
 
 
-@pytest.mark.parametrize(("text", "said"), [("{}", "no model_type"), ('{"model_type": "new"}', "cannot build")])
+@pytest.mark.parametrize(("text", "said"), [("{}", "no model_type"), ('{"model_type": "new"}', "cannot be built")])
 def test_a_config_that_describes_nothing(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str, said: str
 ) -> None:
@@ -279,13 +367,17 @@ def test_a_config_that_describes_nothing(
     assert said in err
 
 
-def test_without_transformers_the_error_names_it(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_help_and_error_say_what_needs_transformers(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    """The demo does not install it."""
     monkeypatch.setitem(sys.modules, "transformers", None)
-    status, _, err = run(capsys, str(MODELS / "llama-3-70b.json"))
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    status, _, err = run(capsys, str(tmp_path))
     assert status == 2
-    assert "pip install transformers" in err
+    assert "pip install transformers" in err and "LlamaForCausalLM" in err
+    _, out, _ = run(capsys, "--help")
+    assert "pip install transformers" in " ".join(out.replace("│", " ").split())
 
 
 def test_help_does_not_import_torch() -> None:
