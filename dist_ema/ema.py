@@ -533,7 +533,8 @@ class ShardedEMA:
         """Writes the average as a Hugging Face directory that ``from_pretrained`` reads. Collective.
 
         Every rank writes its own elements in place into the same files. Nothing is gathered, and no rank holds a full
-        tensor. The directory appears under its name when it is complete and on disk.
+        tensor. The directory appears under its name when it is complete and on disk. ``README.md`` is a model card with
+        the schedule, the half life and the training behind the average, unless ``config_from`` brings one.
 
         Args:
             path: the directory, which must not exist. Missing parents are created.

@@ -16,6 +16,7 @@ from dist_ema.checkpoints.arrangement import Arrangement, UnknownOperationError
 from dist_ema.checkpoints.configuration import Configuration
 from dist_ema.checkpoints.folder import Folder
 from dist_ema.checkpoints.hub import STEMS, check_layout, conversion
+from dist_ema.checkpoints.model_card import ModelCard
 from dist_ema.checkpoints.trace import trace
 from dist_ema.comm.catalogue import FullTensor
 from dist_ema.comm.collectives import agreed, broadcast_object, gather_objects, rank_in
@@ -42,6 +43,7 @@ def export(
     layout: str | None = None,
     model: nn.Module | None = None,
     include_untracked: bool = True,
+    card: ModelCard | None = None,
 ) -> None:
     """Writes full tensors to ``path``. Collective.
 
@@ -51,6 +53,7 @@ def export(
         held: what this rank holds of a tensor, by its name.
         group: the ranks.
         model: the target without wrappers, for its names and its configuration; None if there is none.
+        card: what the average is, for ``README.md`` and the files' metadata; that of rank 0 is used. None writes none.
 
     Raises:
         CheckpointError, EMAConfigError, EMAStateError: on every rank; nothing is left behind.
@@ -61,8 +64,9 @@ def export(
     left_out = set() if include_untracked else {entry.name for entry in entries if entry.mode == "live"}
     with agreed(group, operation) as round_:
         _check(path, gather, layout, model)
-        round_.send((gather, Staging.new_token()))
-    gather, token = round_.received[0]
+        round_.send((gather, Staging.new_token(), None if card is None else card.metadata()))
+    # Headers must have the same bytes on every rank, so all take rank 0's metadata.
+    gather, token, metadata = round_.received[0]
     arrangement = arranged(model, layout, entries, dtypes, group, operation, left_out)
     # All that can be wrong with the tensors is found out before a file is made.
     with agreed(group, operation):
@@ -70,7 +74,7 @@ def export(
         if layout == "peft":  # which reads one file
             limit = sys.maxsize
         wanted = [entry for entry in entries if entry.name not in left_out]
-        folder = Folder(wanted, held, dtypes, limit, tied=True, stem=STEMS[layout], arrangement=arrangement)
+        folder = Folder(wanted, held, dtypes, limit, True, STEMS[layout], metadata, arrangement)
         check_readable(mine for entry in folder.written if (mine := held(entry.name)) is not None)
         plans = folder.plans
     staging = Staging(local_path(path), token)
@@ -80,6 +84,8 @@ def export(
                 _prepare(staging, folder)
                 written = next((dtypes[entry.name] for entry in entries if dtypes[entry.name].is_floating_point), None)
                 Configuration(model, layout, dtype or written, staging.content, dtype).write(config_from)
+                if card is not None:
+                    card.write(staging.content)
         # As in save(): the directory has rank 0's token in its name, so whoever finds it shares rank 0's disk.
         in_place = all(gather_objects(staging.is_visible(), group)) and not gather
         if gather is False and not in_place:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -34,6 +34,7 @@ class Folder:
         limit: bytes of one file at most.
         tied: write a tied tensor under all of its names; else under the first one.
         stem: how the files' names begin.
+        metadata: what the files' headers carry besides.
         arrangement: the tensors of the files, made of the elements of these; None means that they are the same.
         with_digests: take fingerprints.
         digests: sums of the fingerprints of what this rank has written, by name.
@@ -45,6 +46,7 @@ class Folder:
     limit: int
     tied: bool
     stem: str = "model"
+    metadata: Mapping[str, str] | None = None
     arrangement: Arrangement | None = None
     with_digests: bool = False
     digests: dict[str, int] = field(default_factory=dict)
@@ -53,13 +55,13 @@ class Folder:
     def plans(self) -> list[FilePlan]:
         """The files; every rank computes the same. Raises CheckpointError for what safetensors cannot store."""
         if self.arrangement is not None:
-            return plan_files(self.arrangement.targets, self.limit, self.stem)
+            return plan_files(self.arrangement.targets, self.limit, self.stem, self.metadata)
         tensors = [
             TensorPlan(name, self.dtypes[entry.name], entry.shape)
             for entry in self.entries
             for name in self._names(entry)
         ]
-        return plan_files(tensors, self.limit, self.stem)
+        return plan_files(tensors, self.limit, self.stem, self.metadata)
 
     @property
     def written(self) -> list[FullTensor]:

@@ -22,6 +22,7 @@ from torch import Tensor
 from dist_ema.checkpoints.contents import Contents
 from dist_ema.checkpoints.export import export as write_export
 from dist_ema.checkpoints.load import Load, report_schedules
+from dist_ema.checkpoints.model_card import ModelCard
 from dist_ema.checkpoints.save import Save
 from dist_ema.checkpoints.versions import read_anew_if_replaced
 from dist_ema.comm.collectives import agreed, answering
@@ -67,6 +68,7 @@ def export(
     with average.begin(call):
         check_cast(dtype)
         held = average.view(call.name).average(average.name(name))
+    chosen = average.name(name)
     average.warn_if_not_started(call.name)
     modules = average.engine.modules()
     write_export(
@@ -81,6 +83,7 @@ def export(
         layout=layout,
         model=unwrapped(modules[0]) if len(modules) == 1 else None,
         include_untracked=include_untracked,
+        card=ModelCard(chosen, average.options.schedules[chosen], average.state(skipped=0)),
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import NamedTuple
@@ -75,11 +75,14 @@ def parse_size(size: int | str) -> int:
     return number
 
 
-def plan_files(tensors: Sequence[TensorPlan], limit: int, stem: str = "model") -> list[FilePlan]:
+def plan_files(
+    tensors: Sequence[TensorPlan], limit: int, stem: str = "model", metadata: Mapping[str, str] | None = None
+) -> list[FilePlan]:
     """Distributes tensors, in order, over files of at most ``limit`` bytes, headers included.
 
     A larger tensor has a file of its own. One file is called ``{stem}.safetensors``, several are called
-    ``{stem}-00001-of-0000n.safetensors``. Raises CheckpointError for a dtype or a name that safetensors does not have.
+    ``{stem}-00001-of-0000n.safetensors``. ``metadata`` is put into the header of each file. Raises CheckpointError for
+    a dtype or a name that safetensors does not have.
 
     >>> (file,) = plan_files([TensorPlan("weight", torch.float32, (2, 3))], limit=10**9)
     >>> file.name, file.size - len(file.header), file.offsets["weight"] == len(file.header)
@@ -92,7 +95,8 @@ def plan_files(tensors: Sequence[TensorPlan], limit: int, stem: str = "model") -
             raise CheckpointError(f"{tensor.name!r} is {tensor.dtype}, which safetensors cannot store")
     # First the tensors are distributed: file names, and with them headers, depend on how many files there are.
     groups: list[list[TensorPlan]] = [[]]
-    used = empty = len(_plan_file("", ()).header)
+    metadata = metadata or {}
+    used = empty = len(_plan_file("", (), metadata).header)
     for tensor in tensors:
         # An upper bound: the tensor, and its entry in the header if its offsets had as many digits as the limit.
         size = tensor.nbytes + len(json.dumps({tensor.name: _header_entry(tensor, limit)})) + 8
@@ -105,13 +109,13 @@ def plan_files(tensors: Sequence[TensorPlan], limit: int, stem: str = "model") -
     names = [f"{stem}-{index:05d}-of-{count:05d}.safetensors" for index in range(1, count + 1)]
     if count == 1:
         names = [f"{stem}.safetensors"]
-    return [_plan_file(name, group) for name, group in zip(names, groups, strict=True)]
+    return [_plan_file(name, group, metadata) for name, group in zip(names, groups, strict=True)]
 
 
-def _plan_file(name: str, tensors: Sequence[TensorPlan]) -> FilePlan:
+def _plan_file(name: str, tensors: Sequence[TensorPlan], metadata: Mapping[str, str]) -> FilePlan:
     # Wide elements first, so that every tensor starts at a multiple of its element size.
     ordered = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     position = 0
     begins: dict[str, int] = {}
     for tensor in ordered:

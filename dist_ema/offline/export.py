@@ -10,6 +10,7 @@ import torch
 from dist_ema.checkpoints.configuration import is_transformers_config
 from dist_ema.checkpoints.export import export
 from dist_ema.checkpoints.file_values import Advance, FileValues, no_advance
+from dist_ema.checkpoints.model_card import ModelCard
 from dist_ema.checkpoints.reader import RunReader
 from dist_ema.checkpoints.versions import reread
 from dist_ema.comm.catalogue import FullTensor
@@ -81,7 +82,9 @@ def _export(
     layout: str | None,
     begin: Callable[[Manifest, int], Advance] | None,
 ) -> None:
-    tensors = manifest.tensors(manifest.choose(name))
+    chosen = manifest.choose(name)
+    tensors = manifest.tensors(chosen)
+    card = ModelCard(chosen, manifest.schedules[chosen], manifest.state, os.fspath(path))
     with RunReader.of(path, manifest, tensors) as reader:
         advance = begin(manifest, sum(tensor.nbytes for tensor in tensors.values())) if begin else no_advance
         once = layout == "transformers" or (layout is None and is_transformers_config(config_from))
@@ -100,6 +103,7 @@ def _export(
             config_from=config_from,
             gather=False,
             layout=layout,
+            card=card,
         )
 
 

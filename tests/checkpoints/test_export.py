@@ -216,10 +216,10 @@ def test_configurations_come_along_and_weights_do_not(tmp_path: Path) -> None:
         (source / name).write_text(name)
     (source / "deeper.json").mkdir()
     ema.export(tmp_path / "one", config_from=str(source / "config.json"))
-    assert {file.name for file in (tmp_path / "one").iterdir()} == {"model.safetensors", "config.json"}
+    assert {file.name for file in (tmp_path / "one").iterdir()} == {"model.safetensors", "config.json", "README.md"}
     ema.export(tmp_path / "all", config_from=source)
     copied = {"config.json", "tokenizer.model", "merges.txt", "chat_template.jinja"}
-    assert {file.name for file in (tmp_path / "all").iterdir()} == {"model.safetensors", *copied}
+    assert {file.name for file in (tmp_path / "all").iterdir()} == {"model.safetensors", "README.md", *copied}
     assert (tmp_path / "all" / "config.json").read_text() == "config.json"
     assert read(tmp_path / "all").keys() == build().state_dict().keys(), "its own weights, not the copied ones"
 
@@ -515,6 +515,6 @@ def test_export_says_what_safetensors_expects(tmp_path: Path) -> None:
     """transformers refuses a file without the format; data must begin at a multiple of eight bytes."""
     ShardedEMA(build(), decay=DECAY).export(tmp_path / "export")
     with safe_open(tmp_path / "export" / "model.safetensors", framework="pt") as file:
-        assert file.metadata() == {"format": "pt"}
+        assert file.metadata()["format"] == "pt"
     data = (tmp_path / "export" / "model.safetensors").read_bytes()
     assert int.from_bytes(data[:8], "little") % 8 == 0

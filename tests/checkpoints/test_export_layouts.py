@@ -181,7 +181,8 @@ def _json(path: Path) -> dict:
 
 def _same_directory(found: Path, expected: Path) -> None:
     """Files, names, shapes, dtypes, bits and configurations."""
-    assert {file.name for file in found.iterdir()} == {file.name for file in expected.iterdir()}
+    names = {file.name for file in expected.iterdir()}
+    assert {file.name for file in found.iterdir()} == names | {"README.md"}
     ours, theirs = load_file(found / "model.safetensors"), load_file(expected / "model.safetensors")
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
@@ -341,9 +342,13 @@ def test_a_tokenizer_comes_along_with_the_models_own_config(tmp_path: Path) -> N
     ema.export(tmp_path / "model", config_from=model)
     assert _json(tmp_path / "model" / "config.json") == _json(tmp_path / "both" / "config.json")
     ema.export(tmp_path / "alone", config_from=Tokenizer())
-    assert {file.name for file in (tmp_path / "alone").iterdir()} == {"model.safetensors", "tokenizer.json"}
+    assert {file.name for file in (tmp_path / "alone").iterdir()} == {
+        "model.safetensors",
+        "tokenizer.json",
+        "README.md",
+    }
     ema.export(tmp_path / "none", config_from=[])
-    assert [file.name for file in (tmp_path / "none").iterdir()] == ["model.safetensors"]
+    assert {file.name for file in (tmp_path / "none").iterdir()} == {"model.safetensors", "README.md"}
 
 
 @pytest.mark.world_size(2)

@@ -224,12 +224,16 @@ def test_export_is_the_full_state_dict_and_loads_into_the_plain_model(
     path, ema = saved
     status, out, err = run(capsys, "export", path, tmp_path / "one", "--name", name)
     size = (tmp_path / "one" / "model.safetensors").stat().st_size / 1000
-    assert (status, out, err) == (0, f"{tmp_path / 'one'}: {size:.1f} kB in 1 file, model.safetensors\n", "")
+    assert (status, out, err) == (
+        0,
+        f"{tmp_path / 'one'}: {size:.1f} kB in 1 file, model.safetensors; and README.md\n",
+        "",
+    )
     state, expected = load_file(tmp_path / "one" / "model.safetensors"), ema.full_state_dict(name)
     assert {"embed.weight", "head.weight", "frozen.weight", "norm.num_batches_tracked"} <= state.keys()
     torch.testing.assert_close(state, expected, rtol=0, atol=0)
     Small().load_state_dict(state)
-    assert [file.name for file in (tmp_path / "one").iterdir()] == ["model.safetensors"]
+    assert {file.name for file in (tmp_path / "one").iterdir()} == {"model.safetensors", "README.md"}
     # In pieces, in another precision.
     arguments = ("--name", name, "--dtype", "bf16", "--max-shard-size", "2KB")
     status, found = run_json(capsys, "export", path, tmp_path / "many", *arguments)
@@ -266,7 +270,11 @@ def test_export_copies_a_configuration(
     (tmp_path / "hub" / "model.safetensors").write_text("not this")
     arguments = ("--name", "fast", "--config-from", tmp_path / "hub")
     assert run(capsys, "export", saved[0], tmp_path / "out", *arguments)[0] == 0
-    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    ]
 
 
 def test_export_of_damaged_data_leaves_nothing_and_other_averages_do_not_matter(

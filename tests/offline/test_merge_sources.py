@@ -165,7 +165,7 @@ def test_the_configuration_comes_along(tmp_path: Path) -> None:
     merge([tmp_path / "2", tmp_path / "1"], tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == {"step": 2}
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"config.json", "tokenizer.json", f"model{SUFFIX}", "merge.json"}
+    assert names == {"config.json", "tokenizer.json", f"model{SUFFIX}", "merge.json", "README.md"}
     merge([tmp_path / "out", tmp_path / "out"], tmp_path / "again")  # of what a merge has made, too
 
 

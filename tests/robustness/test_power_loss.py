@@ -99,7 +99,11 @@ def test_a_save_lasts_and_the_old_checkpoint_stands_until_then(
 
 
 def _files(path: Path) -> Files:
-    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    """The bytes of all files, without the versions on a model card: those of the libraries that a process imported."""
+    found = {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    if "README.md" in found:
+        found["README.md"] = found["README.md"].partition(b"| versions | dist_ema")[0]
+    return found
 
 
 def _export(root: Path, mark: Mark) -> None:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from dist_ema import __version__
 from dist_ema.checkpoints.configuration import CONFIG_SUFFIXES
 from dist_ema.checkpoints.file_values import Advance, no_advance
+from dist_ema.checkpoints.model_card import PROVENANCE
 from dist_ema.checkpoints.reader import damaged_error
 from dist_ema.checkpoints.versions import read_anew_if_replaced, read_manifest_bytes
 from dist_ema.comm.catalogue import FullTensor
@@ -27,7 +28,7 @@ from dist_ema.offline.merging.alike import check_alike, under_common_names, with
 from dist_ema.offline.merging.combine import Combination, digests_of
 from dist_ema.offline.merging.meaning import check_integers, check_scales, pattern_of
 from dist_ema.offline.merging.order import check_order_matters, in_order_of_training
-from dist_ema.offline.merging.outputs import PROVENANCE, CheckpointOutput, Output, PretrainedOutput, check_output
+from dist_ema.offline.merging.outputs import CheckpointOutput, Output, PretrainedOutput, check_output
 from dist_ema.offline.merging.schemes import check_weights, scheme_weights
 from dist_ema.offline.merging.sources import Selection, Source, open_sources
 from dist_ema.options import check_cast

@@ -12,6 +12,8 @@ import torch
 
 from dist_ema.checkpoints.configuration import Configuration
 from dist_ema.checkpoints.contents import Contents
+from dist_ema.checkpoints.model_card import NAME as README
+from dist_ema.checkpoints.model_card import PROVENANCE, merged_card
 from dist_ema.comm.catalogue import FullTensor
 from dist_ema.errors import CheckpointError, EMAConfigError
 from dist_ema.formats.layout import TensorPlan, index_json, parse_size, plan_files
@@ -23,9 +25,6 @@ from dist_ema.storage.local import write_text
 from dist_ema.storage.local_commit import LocalWriter
 from dist_ema.storage.paths import StrPath, check_path, is_remote, local_path
 from dist_ema.storage.staging import Staging
-
-#: What says how an output was made.
-PROVENANCE = "merge.json"
 
 
 class Output(Protocol):
@@ -100,6 +99,8 @@ class PretrainedOutput:
     def commit(self, digests: Mapping[str, int], provenance: Mapping[str, Any]) -> None:
         """Implements :meth:`Output.commit`."""
         write_text(self._staging.content / PROVENANCE, json.dumps(provenance, indent=1))
+        if not (self._staging.content / README).exists():  # one that config_from named stays
+            write_text(self._staging.content / README, merged_card(provenance))
         self._staging.sync()
         _refuse_existing(self._staging.target, self._force)  # again: a rename would replace an empty directory
         if self._force and self._staging.target.exists():
@@ -182,7 +183,7 @@ def _refuse_existing(target: Path, force: bool) -> None:
 
 
 def _is_of_model(name: str) -> bool:
-    return name in (PROVENANCE, NAME) or name.endswith((".safetensors", ".safetensors.index.json"))
+    return name in (PROVENANCE, NAME, README) or name.endswith((".safetensors", ".safetensors.index.json"))
 
 
 def check_output(path: StrPath, force: bool, sources: Sequence[str]) -> None:

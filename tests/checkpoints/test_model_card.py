@@ -1,0 +1,117 @@
+"""The model card of an export: a file without one does not say which average it is, or whether it is one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from support.models import CASES, batch, build
+
+import pytest
+import torch.distributed as dist
+from safetensors import safe_open
+from torch import nn
+
+import dist_ema
+from dist_ema import ShardedEMA
+from dist_ema.offline.export import export_checkpoint
+from dist_ema.schedules import HalfLife, PowerFunction, Smoothing, Window
+
+
+def facts(directory: Path) -> dict[str, object]:
+    """What the header of each file says, which is the same in all of them."""
+    found = set()
+    for file in directory.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as opened:
+            found.add(opened.metadata()["dist_ema"])
+    (text,) = found
+    facts: dict[str, object] = json.loads(text)
+    return facts
+
+
+def row(directory: Path, name: str) -> str | None:
+    """The cell beside a name in the card's table."""
+    for line in (directory / "README.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if cells[0] == name:
+            return cells[1]
+    return None
+
+
+def averaged(updates: int, **options: object) -> ShardedEMA:
+    ema = ShardedEMA(nn.Linear(3, 2), **options)
+    for _ in range(updates):
+        ema.update(samples=8)
+    return ema
+
+
+@pytest.mark.parametrize(
+    ("options", "updates", "expected"),
+    [
+        ({"half_life": "20ba"}, 101, "20ba"),
+        ({"half_life": "80sp"}, 101, "80sp"),
+        ({"schedule": Smoothing(0.5)}, 101, "1 updates"),
+        ({"half_life": "2000ba"}, 101, "longer than the 100ba since the first copy"),
+        ({"schedule": Window("5ba", "10ba")}, 101, None),
+        ({}, 0, None),
+    ],
+)
+def test_the_card_states_the_half_life(
+    options: dict[str, object], updates: int, expected: str | None, tmp_path: Path
+) -> None:
+    averaged(updates, **options).export(tmp_path / "out")
+    assert row(tmp_path / "out", "half life") == expected
+    assert str(row(tmp_path / "out", "updates")).startswith(str(updates))
+    assert row(tmp_path / "out", "training") == f"{updates}ba" + (f" {8 * updates}sp" if updates else "")
+
+
+def test_the_half_life_is_that_of_the_profile(tmp_path: Path) -> None:
+    """A wrong number on a card is copied into papers."""
+    schedule = PowerFunction(sigma_rel=0.1)
+    averaged(1001, schedule=schedule).export(tmp_path / "out")
+    assert float(str(row(tmp_path / "out", "half life"))[:-2]) == pytest.approx(
+        schedule.profile(1000).half_life, rel=0.01
+    )
+
+
+@pytest.mark.world_size(2)
+def test_all_ranks_write_one_header(tmp_path: Path) -> None:
+    """A header of another length on another rank would shift that rank's elements."""
+    model = CASES["fsdp2"].wrap(build(scalar=False))
+    ema = ShardedEMA(model, averages={"fast": 0.5, "slow": HalfLife("3ba")})
+    for step in range(4):
+        model(batch(step)).sum().backward()
+        ema.update()
+    ema.export(tmp_path / "out", name="slow", max_shard_size="1KB")
+    dist.barrier()
+    found = facts(tmp_path / "out")
+    assert (found["average"], found["updates"], found["training"]) == ("slow", 4, "4ba")
+    assert found["schedule"] == {"kind": "HalfLife", "half_life": "3ba"}
+    assert found["library"] == f"dist_ema {dist_ema.__version__}"
+
+
+def test_an_export_of_a_checkpoint_names_it_and_has_the_same_facts(tmp_path: Path) -> None:
+    ema = averaged(5, decay=0.5)
+    ema.save(tmp_path / "saved|run")
+    ema.export(tmp_path / "live")
+    export_checkpoint(tmp_path / "saved|run", tmp_path / "offline")
+    assert facts(tmp_path / "live") == facts(tmp_path / "offline")
+    text = (tmp_path / "offline" / "README.md").read_text()
+    assert f"| exported from | `{tmp_path}/saved\\|run` |" in text
+    assert row(tmp_path / "live", "exported from") is None
+
+
+def test_a_card_of_the_users_own_stays(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("# My model\n")
+    averaged(2).export(tmp_path / "out", config_from=tmp_path / "README.md")
+    assert (tmp_path / "out" / "README.md").read_text() == "# My model\n"
+
+
+def test_a_merge_lists_its_sources(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        averaged(3).save(tmp_path / name)
+    dist_ema.merge([tmp_path / "a", tmp_path / "b"], tmp_path / "out", weights=[0.25, 0.75])
+    assert row(tmp_path / "out", f"`{tmp_path}/a`") == "weight 0.25"
+    assert row(tmp_path / "out", f"`{tmp_path}/b`") == "weight 0.75"
+    dist_ema.merge([tmp_path / "a"], tmp_path / "out", force=True)
+    assert row(tmp_path / "out", f"`{tmp_path}/b`") is None
