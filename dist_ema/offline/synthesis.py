@@ -1,9 +1,16 @@
 """Finds the weighted sum of saved averages that is closest to an average that was never kept. float64; reads no file.
 
 An average is a weighted sum of the weights of past steps, and a weighted sum of averages is one, too. Its profile says
-how much each step weighs. Minimised is the distance between the profile of that sum and the wanted profile, in the L2
-norm over steps (EDM2, Karras et al. 2024, arXiv:2312.02696, section 3.3 and algorithm 3, for power functions). Where
-the weights of different steps differ by independent noise, that distance is the error of the result.
+how much each step weighs. The fit makes the error e, the profile of the sum minus the wanted profile, small in a norm
+over steps. Which norm is right depends on how the weights of different steps differ:
+
+- by independent noise: the error of the result is the L2 norm of e, as in EDM2 (Karras et al. 2024, arXiv:2312.02696,
+  section 3.3 and algorithm 3, for power functions);
+- by a random walk: summed by parts, the error is the L2 norm of the tail sums of e, (T e)[i] = e[i] + e[i+1] + ...
+
+Weights in training do both, so the fit minimises |T e|^2 + NOISE^2 |e|^2, which is right for a walk with noise of NOISE
+times its step. Only where the snapshots can give the profile exactly, any norm has the same solution, and L2, whose
+matrix is conditioned best, finds it.
 
 EDM2 solves the normal equations, and divides by the sum of the weights afterwards. Here the profiles are decomposed
 (QR, by blocks of steps), which does not square the condition number: of hundreds of snapshots, neighbours are alike to
@@ -32,6 +39,10 @@ if TYPE_CHECKING:
 BLOCK = 1 << 13
 #: Directions of at most this relative size count as rounding errors: fitting them would make weights large in vain.
 CUTOFF = 1e-12
+#: The noise of one step, relative to a step of the random walk.
+NOISE = 10.0
+#: A fit in the L2 norm with at most this residual is exact.
+EXACT = 1e-9
 
 
 @dataclass(frozen=True)
@@ -51,9 +62,9 @@ class Fit:
 
 
 def fit(snapshots: Sequence[Profile], target: Profile | Curve, *, cutoff: float = CUTOFF) -> Fit:
-    """The weights that sum to 1 and bring the sum of ``snapshots`` closest to ``target``.
+    """Returns the weights that sum to 1 and bring the sum of ``snapshots`` closest to ``target``.
 
-    Takes 8 bytes per snapshot and step. For long trainings make all profiles with a larger ``every``.
+    Takes 16 bytes per snapshot and step. For long trainings make all profiles with a larger ``every``.
 
     Args:
         snapshots: the profiles of the saved averages, of one unit and interval (``schedule.profile(moment, every=)``),
@@ -72,21 +83,59 @@ def fit(snapshots: Sequence[Profile], target: Profile | Curve, *, cutoff: float 
     # Copies, so that what they have computed does not stay with the caller's.
     columns = [replace(snapshot).weights for snapshot in snapshots]
     columns.append(replace(target).weights if isinstance(target, Profile) else _curve(target, count, every, unit))
-    # Columns of norm 1, so that the cutoff, which is relative, treats snapshots of few and of many steps alike.
-    scale = np.array([float(np.linalg.norm(column)) for column in columns])
-    triangle = np.zeros((0, len(columns)))
-    # Each block of rows is decomposed together with the triangle of those before it: memory does not grow with steps.
-    for low in range(0, count, BLOCK):
-        block = np.zeros((min(BLOCK, count - low), len(columns)))
-        for index, column in enumerate(columns):
-            part = column[low : low + BLOCK] / scale[index]
-            block[: len(part), index] = part
-        triangle = np.asarray(np.linalg.qr(np.concatenate([triangle, block]), mode="r"))
-    scaled = _solve(triangle[:, :-1], triangle[:, -1], scale[:-1] / scale[-1], cutoff)
-    residual = float(np.linalg.norm(triangle[:, :-1] @ scaled - triangle[:, -1]))
-    weights = scaled * scale[-1] / scale[:-1]
-    weights += (1 - weights.sum()) / len(weights)  # rounding
-    return Fit(tuple(weights.tolist()), residual, float(np.abs(weights).sum()))
+    independent = _Rows(columns, count)
+    weights = independent.fit(cutoff)
+    if independent.distance(weights) > EXACT:
+        tails = [np.cumsum(column[::-1])[::-1] for column in columns]
+        weights = _Rows(columns, count, tails, NOISE).fit(cutoff)
+    return Fit(tuple(weights.tolist()), independent.distance(weights), float(np.abs(weights).sum()))
+
+
+class _Rows:
+    """A least-squares problem: one column for each snapshot and one for the target, decomposed by blocks of rows.
+
+    Args:
+        columns: the profiles, each of at most ``count`` steps; the target's is the last one.
+        count: steps.
+        tails: further rows: the profiles' tail sums.
+        factor: of the rows of ``columns``.
+    """
+
+    def __init__(
+        self, columns: Sequence[Vector], count: int, tails: Sequence[Vector] = (), factor: float = 1.0
+    ) -> None:
+        import numpy as np
+
+        # Columns of norm 1, so that the cutoff, which is relative, treats snapshots of few and of many steps alike.
+        norms = [factor * float(np.linalg.norm(column)) for column in columns]
+        for index, tail in enumerate(tails):
+            norms[index] = float(np.hypot(norms[index], np.linalg.norm(tail)))
+        self._scale = np.array(norms)
+        triangle = np.zeros((0, len(columns)))
+        # Each block of rows is decomposed together with the triangle of those before it: memory does not grow with
+        # the number of steps.
+        for part, times in ((columns, factor), (tails, 1.0)):
+            for low in range(0, count if part else 0, BLOCK):
+                block = np.zeros((min(BLOCK, count - low), len(columns)))
+                for index, column in enumerate(part):
+                    rows = column[low : low + BLOCK] * (times / self._scale[index])
+                    block[: len(rows), index] = rows
+                triangle = np.asarray(np.linalg.qr(np.concatenate([triangle, block]), mode="r"))
+        self._matrix, self._wanted = triangle[:, :-1], triangle[:, -1]
+
+    def fit(self, cutoff: float) -> Vector:
+        """Returns the weights that sum to 1 and have the smallest distance."""
+        scaled = _solve(self._matrix, self._wanted, self._scale[:-1] / self._scale[-1], cutoff)
+        weights: Vector = scaled * self._scale[-1] / self._scale[:-1]
+        weights += (1 - weights.sum()) / len(weights)  # rounding
+        return weights
+
+    def distance(self, weights: Vector) -> float:
+        """Returns the norm of the error of a sum, divided by the norm of the target."""
+        import numpy as np
+
+        scaled = weights * self._scale[:-1] / self._scale[-1]
+        return float(np.linalg.norm(self._matrix @ scaled - self._wanted))
 
 
 def trailing(length: float, at: float, *, every: float = 1, shape: str = "uniform") -> Curve:
