@@ -15,10 +15,9 @@ from tqdm import tqdm
 from demo.options import Options
 
 FINISHED = "summary.json"  # in the output folder of a run that has made all of its steps
-NEXT = (
-    "Next, for a model of yours: dist-ema plan --parameters 7B --engine fsdp2 --world-size 8 says what its average "
-    "costs, and dist_ema/guide/start.md has a program to copy."
-)
+NEXT = """Next, for a model of yours:
+  what an average costs    dist-ema plan --parameters 7B --engine fsdp2 --world-size 8
+  a program to copy        dist_ema/guide/start.md"""
 AVERAGED, LIVE = "#0b6e99", "#c2792d"
 
 
@@ -138,7 +137,7 @@ class Report:
         if stopped:
             tqdm.write(f"stopped by a signal after step {summary.steps}")
         tqdm.write("\n" + summary.table())
-        tqdm.write(f"\n{self._out / 'curves.png'} shows live against averaged weights. {NEXT}")
+        tqdm.write(f"\n{self._out / 'curves.png'} shows live against averaged weights.\n{NEXT}")
 
     def left(self, step: int, saved: bool) -> None:
         """Says where a run was left that ends without evaluation and export."""
