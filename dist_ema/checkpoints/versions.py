@@ -65,7 +65,16 @@ def _nothing_at(path: StrPath) -> str:
     # A trainer's folder holds the average beside its own files.
     some = ", ".join(inside[:4]) + (f" and {len(inside) - 4} older ones" if inside[4:] else "")
     found = f"; there {'is one' if len(inside) == 1 else 'are some'} in it: {some}" if inside else ""
-    return f"{path} is no checkpoint: it has no {NAME}{found}"
+    return f"{path} is no checkpoint: it has no {NAME}{found or _other_kind(place)}"
+
+
+def _other_kind(place: Path) -> str:
+    """Says what reads a folder that holds weights in another form."""
+    if (place / ".metadata").is_file():
+        return ". It looks like a directory of torch.distributed.checkpoint: dcp.load reads it"
+    if place.is_dir() and any(place.glob("*.safetensors")):
+        return ". It looks like an export: from_pretrained reads it, and `dist-ema diff` compares it with a checkpoint"
+    return ""
 
 
 def checkpoints_in(place: Path, levels: int = 2) -> list[str]:

@@ -15,11 +15,12 @@ from support import ROOT
 
 import pytest
 import torch
+import torch.distributed.checkpoint
 from torch import nn
 
 import dist_ema
 from dist_ema import ShardedEMA, schedules, verify_checkpoint
-from dist_ema.errors import EMAStateError
+from dist_ema.errors import CheckpointError, EMAStateError
 
 README, START = ROOT / "README.md", ROOT / "dist_ema" / "guide" / "start.md"
 #: Of torch, and costly: what plain and DDP users have no need of.
@@ -169,3 +170,15 @@ def test_copies_and_pickles_are_refused(copying: Callable[[object], object], ins
         target = model if copying is not copy.copy else ema
     with pytest.raises(EMAStateError, match=r"cannot be copied or pickled.*save\(\).*state_dict\(\)"):
         copying(target)
+
+
+def test_a_folder_of_another_form_is_named_with_what_reads_it(tmp_path: Path) -> None:
+    """The README writes an export and a directory of DCP, and a reader looks into them next."""
+    ema = ShardedEMA(nn.Linear(3, 2), decay=0.5)
+    ema.update()
+    ema.export(tmp_path / "average")
+    torch.distributed.checkpoint.save({"ema": ema}, checkpoint_id=tmp_path / "checkpoint")
+    with pytest.raises(CheckpointError, match=r"no checkpoint.*looks like an export.*dist-ema diff"):
+        verify_checkpoint(tmp_path / "average")
+    with pytest.raises(CheckpointError, match=r"no checkpoint.*torch.distributed.checkpoint: dcp.load reads it"):
+        ema.load(tmp_path / "checkpoint")
