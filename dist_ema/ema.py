@@ -92,6 +92,11 @@ class ShardedEMA:
         sync: ``"gather"`` allows a teacher that is sharded differently from the model, as every teacher is under ZeRO-1
             and 2. ``update()`` then sends the whole average to all ranks, and is collective. The shadow is divided over
             the ranks as without a teacher.
+        masters: the optimizer, if it keeps fp32 master weights of bf16 parameters (``FusedAdam`` of TransformerEngine
+            or apex with master weights), or a function from a parameter to its master, or to None where it has none.
+            The masters are averaged. An average of the bf16 parameters would miss what their rounding drops. For
+            plain modules, DDP, FSDP2 and tensor parallelism. Not with ``into``. Until the first step there are no
+            masters, and the parameters are taken.
 
     Raises:
         EMAConfigError: an option is wrong.
@@ -138,6 +143,7 @@ class ShardedEMA:
         into: object = None,
         rename: Mapping[str, str] | None = None,
         sync: str | None = None,
+        masters: object = None,
     ) -> None:
         options = Options.parse(
             decay=decay,
@@ -161,7 +167,9 @@ class ShardedEMA:
             rename=rename,
             sync=sync,
         )
-        self._average = Average(target, options, group, into)
+        if into is not None and masters is not None:
+            raise EMAConfigError("masters= and into=: the masters of a model with a teacher cannot be averaged")
+        self._average = Average(target, options, group, into, masters)
         if options.duration is not None:
             updating.warn_of_length(self._average, {options.duration.unit: options.duration.value})
 

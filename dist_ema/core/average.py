@@ -28,6 +28,7 @@ from dist_ema.core.snapshots import Snapshots
 from dist_ema.core.track import Track
 from dist_ema.core.view import View
 from dist_ema.engines import Attached, Engine, detect_in
+from dist_ema.engines.masters import with_masters
 from dist_ema.errors import CheckpointError, EMAConfigError
 from dist_ema.geometry.shares import (
     Share,
@@ -83,6 +84,7 @@ class Average:
         group: as given.
         engine: reads and writes the live model.
         shares: for each tensor of the model, which elements this rank averages, copies or leaves alone.
+        masters: the optimizer that keeps master weights, or a function that finds them; None for neither.
         frozen: the numbers of the parameters that join the average when they are trained.
         shadow: the averaged values.
         track: the clocks, and how much of the average the last update kept.
@@ -99,8 +101,16 @@ class Average:
         skipped_before: NaN and Inf elements that the run before a restart left out; counted on rank 0.
     """
 
-    def __init__(self, target: object, options: Options, group: dist.ProcessGroup | None, into: object) -> None:
+    def __init__(
+        self,
+        target: object,
+        options: Options,
+        group: dist.ProcessGroup | None,
+        into: object = None,
+        masters: object = None,
+    ) -> None:
         self.options = options
+        self.masters = masters
         self.group = group
         self.engine = self.detect(target)
         self.shares: list[Share] = []
@@ -125,7 +135,7 @@ class Average:
 
     def detect(self, target: object) -> Engine:
         """Returns the engine of a model. It checks only tensors that are averaged or copied. Local."""
-        engine = detect_in(target, self.group)
+        engine = with_masters(detect_in(target, self.group), self.masters)
         engine.ignore(partial(is_ignored, self.options))
         return engine
 

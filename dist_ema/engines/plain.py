@@ -109,6 +109,10 @@ class PlainEngine(Engine):
             counts.append(sum(map(write_count, tensors.values())))
         return counts
 
+    def held(self) -> list[Tensor]:
+        """Returns the parameters and buffers themselves, in the order of the last ``sources()``. Local."""
+        return self._binding.held
+
     def _held(self) -> list[Tensor]:
         """Returns what every slot holds. Local. Raises EMAStateError if a slot holds another tensor than before."""
         self._unwrapped.check()  # first, since DeepSpeed also changes what the binding looks at

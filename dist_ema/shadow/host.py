@@ -128,15 +128,25 @@ class HostShadow(Shadow):
         return super().tensors(name)
 
     def check(self, sources: Sequence[Tensor]) -> None:
-        """Waits for the update before; raises EMAStateError if it failed, or a source moved or was converted since."""
+        """Waits for the update before; raises EMAStateError if it failed, or a source moved or was converted since.
+
+        A source that has more bits now gets new memory for its copies: where an optimizer keeps fp32 masters, these
+        take the place of bf16 parameters at its first step.
+        """
         self._worker.wait()
+        widened = []
         for index, origin in self._origins.items():
-            found = (sources[index].dtype, sources[index].device)
-            if found != origin:
+            dtype, device = sources[index].dtype, sources[index].device
+            if (dtype, device) == origin:
+                continue
+            if device != origin[1] or dtype.itemsize <= origin[0].itemsize:
                 raise EMAStateError(
                     f"{self._shares[index].spec.name!r} was {origin[0]} on {origin[1]} when the average started and is "
-                    f"{found[0]} on {found[1]} now. Call reset() to start a new average of the model as it is now"
+                    f"{dtype} on {device} now. Call reset() to start a new average of the model as it is now"
                 )
+            widened.append(index)
+        if widened:
+            self._stage(sources, widened)
 
     def _submit(self, sources: Sequence[Tensor], work: Callable[[Sequence[Tensor]], None]) -> None:
         announce(self)

@@ -1,0 +1,169 @@
+"""Master weights that an optimizer keeps for parameters of fewer bits: ``ShardedEMA(model, masters=optimizer)``.
+
+The optimizer steps an fp32 master of each bf16 parameter, and casts it into the parameter. The source of the average is
+then the master, as under DeepSpeed. :meth:`MastersEngine.publish` casts masters into the parameters, as the optimizer's
+own step does::
+
+    step()                 gradient -> master (fp32) -> parameter (bf16)
+    update()               shadow <- master
+    average_parameters()   master <-> shadow, then parameter <- master; the same on the way back
+
+Read in TransformerEngine 2.9, optimizers/fused_adam.py: ``state[parameter]["master_param"]``, made at the first step as
+a copy of the parameter, for parameters that are not fp32; and in apex, optimizers/fused_adam.py:
+``param_groups_master``, lists that are parallel to ``param_groups``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from dist_ema.engines.base import Engine, write_count
+from dist_ema.engines.pipeline import CompositeEngine
+from dist_ema.engines.plain import PlainEngine
+from dist_ema.engines.wrappers import loaded, unwrap_optimizer
+from dist_ema.errors import EMAConfigError, EMAEngineError
+
+#: Returns the master of a parameter; None for one that has none.
+Find: TypeAlias = Callable[[nn.Parameter], Tensor | None]
+
+_MASTER_DTYPES = (torch.float32, torch.float64)
+_ALLOWED = "allowed are an optimizer that keeps masters, and a function from a parameter to its master or None"
+
+
+class MastersEngine(CompositeEngine):
+    """A plain, DDP, FSDP2 or tensor-parallel model whose optimizer keeps master weights.
+
+    Masters have the shape and the device of this rank's part of their parameter. Before the first step of the optimizer
+    there are none. Until then the parameters are the sources; masters will be copies of them.
+    """
+
+    def __init__(self, inner: PlainEngine, masters: object) -> None:
+        super().__init__([inner])
+        self._inner = inner
+        self._optimizer, self._find = finder(masters)
+        self._live: list[Tensor] = []  # the parameters' own parts, in the order of the specs
+        self._sources: list[Tensor] = []  # the same, with masters in the places of their parameters
+
+    @property
+    def is_part(self) -> bool:
+        return self._inner.is_part
+
+    def _read_sources(self) -> list[Tensor]:
+        """Returns masters where there are some, and the parameters' own parts elsewhere. Local; no copy, no host sync.
+
+        Raises EMAEngineError, naming the parameter, if a master is missing or does not fit.
+        """
+        self._live = super()._read_sources()
+        self._sources = list(self._live)
+        missing: list[str] = []
+        has_masters = False
+        for number, parameter in enumerate(self._inner.held()):
+            if self._announced[number].kind != "parameter" or not isinstance(parameter, nn.Parameter):
+                continue  # frozen ones and buffers are copied from the model, if at all
+            master = self._find(parameter)
+            if master is not None:
+                self._sources[number] = self._fitting(number, master)
+                has_masters = True
+            elif parameter.dtype not in _MASTER_DTYPES:
+                missing.append(self._announced[number].name)
+        if missing and (has_masters or self._has_stepped()):
+            raise EMAEngineError(
+                f"masters=: the parameter {missing[0]!r} and {len(missing) - 1} more of fewer bits than fp32 have no "
+                "master in the optimizer. Create the optimizer with master weights for all averaged parameters, or "
+                "leave masters= out, to average the parameters themselves"
+            )
+        return list(self._sources)
+
+    def _fitting(self, number: int, master: object) -> Tensor:
+        """Returns this rank's part of a master. Raises EMAEngineError if it cannot be the parameter's."""
+        live, name = self._live[number], self._announced[number].name
+        if not isinstance(master, Tensor):
+            raise EMAEngineError(f"masters=: the master of {name!r} is a {type(master).__name__}, not a tensor")
+        if isinstance(master, loaded("torch.distributed.tensor", "DTensor")):
+            local: Tensor = master.to_local()
+        else:
+            local = master.detach()
+        if local.dtype not in _MASTER_DTYPES:
+            raise EMAEngineError(
+                f"masters=: the master of {name!r} is {local.dtype}, and allowed are fp32 and fp64. An optimizer that "
+                "keeps remainders or scaled masters (TransformerEngine's store_param_remainders, master_weight_dtype) "
+                "cannot be read: create it without this option"
+            )
+        if local.shape != live.shape:
+            raise EMAEngineError(
+                f"masters=: the master of {name!r} has the shape {tuple(local.shape)} on this rank, and its parameter "
+                f"has {tuple(live.shape)}"
+            )
+        if local.device != live.device:
+            raise EMAEngineError(
+                f"masters=: the master of {name!r} is on {local.device}, and its parameter on {live.device}: masters "
+                "that an optimizer offloads cannot be averaged"
+            )
+        return local
+
+    def _has_stepped(self) -> bool:
+        """Whether the optimizer has made a step, after which it has masters, if it keeps any. Local."""
+        return isinstance(self._optimizer, torch.optim.Optimizer) and bool(self._optimizer.state)
+
+    def publish(self) -> None:
+        """Casts the masters into the parameters, rounding to nearest as the optimizer's step does. Local.
+
+        A write to a parameter that never reached its master is lost here, as it would be in the optimizer's next step.
+        """
+        super().publish()
+        with torch.no_grad():
+            for live, source in zip(self._live, self._sources, strict=True):
+                if source is not live:
+                    live.copy_(source)
+
+    def write_counts(self) -> list[int]:
+        """Counts the writes to masters and parameters together. Local; no host sync."""
+        counts = super().write_counts()
+        self.sources()
+        for number, (live, source) in enumerate(zip(self._live, self._sources, strict=True)):
+            if source is not live:
+                counts[number] += write_count(source)
+        return counts
+
+
+def with_masters(engine: Engine, masters: object) -> Engine:
+    """Returns an engine that averages the masters of an optimizer; the same one for ``masters=None``. Local.
+
+    Raises EMAEngineError for a model whose wrapper keeps parameters elsewhere (FSDP1, DeepSpeed, lists of modules).
+    """
+    if masters is None:
+        return engine
+    if not isinstance(engine, PlainEngine):
+        raise EMAEngineError(
+            f"masters= is for plain modules, DDP, FSDP2 and tensor parallelism, and not for {type(engine).__name__}. "
+            "Under DeepSpeed the masters are found without it; FSDP1 keeps fp32 parameters itself"
+        )
+    return MastersEngine(engine, masters)
+
+
+def finder(masters: object) -> tuple[torch.optim.Optimizer | None, Find]:
+    """Returns the optimizer, if there is one, and how masters are found. Raises EMAConfigError for anything else."""
+    optimizer = unwrap_optimizer(masters)
+    if optimizer is not None:
+        return optimizer, partial(_master_in, optimizer)
+    if callable(masters):
+        return None, masters
+    raise EMAConfigError(f"masters={type(masters).__name__}: {_ALLOWED}")
+
+
+def _master_in(optimizer: Any, parameter: nn.Parameter) -> Tensor | None:
+    """Returns the master that TransformerEngine's or apex's FusedAdam keeps for a parameter, or None."""
+    state = optimizer.state.get(parameter)
+    if state and "master_param" in state:
+        master: Tensor = state["master_param"]
+        return master
+    for own, kept in zip(optimizer.param_groups, getattr(optimizer, "param_groups_master", None) or (), strict=False):
+        for mine, master in zip(own["params"], kept["params"], strict=True):
+            if mine is parameter and master is not mine:
+                return master
+    return None
