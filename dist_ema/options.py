@@ -135,7 +135,7 @@ class Options:
         return cls.parse(**options)
 
     def selects(self, name: str) -> bool:
-        """Whether ``include`` and ``exclude`` let ``name`` into the average."""
+        """Returns whether ``include`` and ``exclude`` let ``name`` into the average."""
         included = not self.include or any(pattern.search(name) for pattern in self.include)
         return included and not any(pattern.search(name) for pattern in self.exclude)
 

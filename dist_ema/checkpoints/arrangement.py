@@ -67,7 +67,7 @@ class Link:
 
     @classmethod
     def between(cls, source: View, target: View, goal: int) -> Link | None:
-        """The link of two views of one shape, element for element; None if they are empty."""
+        """Returns the link of two views of one shape, element for element; None if they are empty."""
         if 0 in source.sizes:
             return None
         pairs = zip(source.sizes, source.strides, target.strides, strict=True)
@@ -86,7 +86,7 @@ class Link:
 
     @property
     def grain(self) -> int:
-        """Elements that stay together, as a block: all places and lengths of the link are multiples of it."""
+        """Returns the elements that stay together, as a block: all places and lengths of the link are multiples of it."""
         *outer, (run, _, _) = self.dims
         return reduce(gcd, (stride for dim in outer for stride in dim[1:]), gcd(run, self.start, self.goal_start))
 
@@ -115,7 +115,7 @@ class Link:
 
     @property
     def stop(self) -> int:
-        """The place after the last element, in the first memory."""
+        """Returns the place after the last element, in the first memory."""
         return self.start + 1 + sum((size - 1) * stride for size, stride, _ in self.dims)
 
 
@@ -137,7 +137,7 @@ class Arrangement:
     _grains: dict[int, int] = field(default_factory=dict)
 
     def without(self, names: Collection[str]) -> Arrangement:
-        """The arrangement without these sources, and without the targets that are made of them.
+        """Returns the arrangement without these sources, and without the targets that are made of them.
 
         Raises UnknownOperationError if a target is made of such a source and of others.
         """

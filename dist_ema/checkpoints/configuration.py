@@ -122,7 +122,9 @@ def _restated(config: object, dtype: str) -> bool:
 
 
 def is_transformers_config(config_from: object) -> bool:
-    """Whether it names the configuration of a transformers model, which gives tied tensors back when it is loaded."""
+    """Returns whether it names the configuration of a transformers model, which gives tied tensors back when it is
+    loaded.
+    """
     for source in config_from if isinstance(config_from, (list, tuple)) else [config_from]:
         if type(source).__module__.startswith("transformers.") and hasattr(source, "model_type"):
             return True

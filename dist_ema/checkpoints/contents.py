@@ -63,13 +63,13 @@ class Contents:
 
     @cached_property
     def plans(self) -> dict[str, list[FilePlan]]:
-        """The files of each folder. Raises CheckpointError for what safetensors cannot store."""
+        """Returns the files of each folder. Raises CheckpointError for what safetensors cannot store."""
         return {name: folder.plans for name, folder in self.folders.items()}
 
     def manifest(
         self, data: str = _SOME_DATA, skipped: int = 0, digests: Mapping[tuple[str, str], int] | None = None
     ) -> Manifest:
-        """The manifest; without arguments one of the same size.
+        """Returns the manifest; without arguments one of the same size.
 
         Args:
             data: name of the data folder.
@@ -99,7 +99,7 @@ class Contents:
         )
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of every file of the checkpoint, by its path there, the manifest included."""
+        """Returns the bytes of every file of the checkpoint, by its path there, the manifest included."""
         manifest = self.manifest()
         files = {f"{manifest.data}/{name}": file.size for name, file in manifest.files.items()}
         return files | {NAME: len(manifest.to_bytes())}

@@ -50,7 +50,7 @@ class FileValues(LocalValues):
 
     @classmethod
     def of(cls, entry: FullTensor, source: Source, advance: Advance) -> FileValues:
-        """The values of ``entry``, as this one process holds all of it."""
+        """Returns the values of ``entry``, as this one process holds all of it."""
         shape = torch.Size(entry.shape)
         spec = TensorSpec(entry.name, shape, source.dtype, whole(entry.numel), partitioned=False, aliases=entry.aliases)
         share = Share(spec, entry.mode, 0, entry.numel, entry.dtype, split=False, first_replica=True)

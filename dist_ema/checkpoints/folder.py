@@ -53,7 +53,7 @@ class Folder:
 
     @cached_property
     def plans(self) -> list[FilePlan]:
-        """The files; every rank computes the same. Raises CheckpointError for what safetensors cannot store."""
+        """Returns the files; every rank computes the same. Raises CheckpointError for what safetensors cannot store."""
         if self.arrangement is not None:
             return plan_files(self.arrangement.targets, self.limit, self.stem, self.metadata)
         tensors = [
@@ -65,7 +65,7 @@ class Folder:
 
     @property
     def written(self) -> list[FullTensor]:
-        """The tensors that have an element in the files."""
+        """Returns the tensors that have an element in the files."""
         known = None if self.arrangement is None else self.arrangement.sources
         return [entry for entry in self.entries if known is None or entry.name in known]
 

@@ -50,7 +50,8 @@ def check_layout(layout: object, model: nn.Module | None) -> None:
 
 
 def conversion(model: nn.Module, layout: str | None) -> Convert | None:
-    """The function from the model's state dict to the one that its library saves; None where they are the same. Local.
+    """Returns the function from the model's state dict to the one that its library saves; None where they are the same.
+    Local.
 
     Args:
         model: without wrappers.
@@ -105,7 +106,7 @@ def _stand_in(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
 
 
 def _empty(model: nn.Module) -> nn.Module:
-    """A module of the same class without wrappers, which has the configuration and nothing else."""
+    """Returns a module of the same class without wrappers, which has the configuration and nothing else."""
     kind = plain_type(model)
     empty: nn.Module = object.__new__(kind)  # its own __init__ would make all weights
     nn.Module.__init__(empty)
@@ -129,7 +130,7 @@ class _Canonical:
 
 
 def _adapters(model: nn.Module) -> Mapping[str, Any]:
-    """The configurations of a model's adapters, by the adapters' names; empty where there are none."""
+    """Returns the configurations of a model's adapters, by the adapters' names; empty where there are none."""
     found = getattr(model, "peft_config", None)
     return found if isinstance(found, Mapping) else {}
 
@@ -163,7 +164,7 @@ def _adapter_state(model: nn.Module, state: dict[str, Tensor]) -> Mapping[str, T
 
 
 def has_config(model: nn.Module) -> bool:
-    """Whether ``write_config`` writes something for a model without wrappers. Local."""
+    """Returns whether ``write_config`` writes something for a model without wrappers. Local."""
     return not _adapters(model) and (
         _is_configured(model) or hasattr(getattr(model, "config", None), "save_pretrained")
     )
@@ -200,7 +201,7 @@ def _without_messages(name: str) -> Iterator[None]:
 
 
 def _is_configured(model: nn.Module) -> bool:
-    """Whether it is a diffusers model."""
+    """Returns whether it is a diffusers model."""
     kind = getattr(sys.modules.get("diffusers.configuration_utils"), "ConfigMixin", None)
     return kind is not None and isinstance(model, kind)
 

@@ -54,7 +54,7 @@ def report_schedules(saved: Mapping[str, Schedule], schedules: Mapping[str, Sche
 
 
 def _find(tensors: Mapping[str, StoredTensor], entry: FullTensor) -> StoredTensor | None:
-    """The stored tensor that has one of the names of an entry."""
+    """Returns the stored tensor that has one of the names of an entry."""
     return next((tensors[name] for name in entry.names if name in tensors), None)
 
 
@@ -139,7 +139,9 @@ class Load:
         return entry
 
     def was_replaced(self) -> bool:
-        """Whether a save has put another checkpoint there since; all ranks are told what rank 0 sees. Collective."""
+        """Returns whether a save has put another checkpoint there since; all ranks are told what rank 0 sees.
+        Collective.
+        """
         replaced = False
         if self._first:
             try:

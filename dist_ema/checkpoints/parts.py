@@ -106,7 +106,7 @@ _Piece = tuple[int, Part, Runs, int]
 
 
 def _pieces(parts: Sequence[Part]) -> Iterator[_Piece]:
-    """The parts in pieces of at most :data:`IO_CHUNK` elements, made one by one."""
+    """Yields the parts in pieces of at most :data:`IO_CHUNK` elements, made one by one."""
     for number, part in enumerate(parts):
         low = 0
         for runs in chunks(part.runs, IO_CHUNK):

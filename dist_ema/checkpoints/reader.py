@@ -86,7 +86,7 @@ class RunReader(Closing):
         return cls(path, manifest.data, files, tensors)
 
     def dtype(self, key: Key) -> torch.dtype:
-        """The dtype in the file."""
+        """Returns the dtype in the file."""
         return DTYPES[self._tensors[key].dtype]
 
     def tensor(self, key: Key) -> ReadableTensor:
@@ -205,5 +205,5 @@ def _read_blocks(file: OpenFile, offset: int, rows: Rows, out: Tensor, limit: in
 
 
 def damaged_error(path: StrPath, found: Sequence[str]) -> CheckpointCorruptError:
-    """The error for a checkpoint, which lists the damaged files and tensors ``found`` in it."""
+    """Returns the error for a checkpoint, which lists the damaged files and tensors ``found`` in it."""
     return CheckpointCorruptError(f"{path} is damaged, or not the checkpoint that was saved: {'; '.join(found)}")

@@ -163,7 +163,7 @@ class Save:
 
 
 def _readable(manifest: Manifest) -> bytes:
-    """The text of a manifest. Raises CheckpointError for one that ``load()`` would refuse."""
+    """Returns the text of a manifest. Raises CheckpointError for one that ``load()`` would refuse."""
     text = manifest.to_bytes()
     try:
         Manifest.from_bytes(text)

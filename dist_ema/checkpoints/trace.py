@@ -75,7 +75,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         del self._made_by[number]
 
     def _number(self, tensor: Tensor) -> int:
-        """The number of a tensor's memory. All views of one memory have one storage object."""
+        """Returns the number of a tensor's memory. All views of one memory have one storage object."""
         storage = tensor.untyped_storage()
         if id(storage) not in self._numbers:
             number = self._numbers[id(storage)] = len(self._storages)
@@ -128,7 +128,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._links[number].append(link)
 
     def arrangement(self, converted: Mapping[str, Tensor], is_trivial: bool) -> Arrangement:
-        """The arrangement of all that was recorded. Raises UnknownOperationError."""
+        """Returns the arrangement of all that was recorded. Raises UnknownOperationError."""
         targets = []
         for place, (name, tensor) in enumerate(converted.items()):
             if (maker := self._made_by.get(self._number(tensor))) is not None:

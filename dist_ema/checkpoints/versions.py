@@ -18,7 +18,7 @@ REREADS = 2
 
 
 def read_manifest(path: StrPath) -> Manifest:
-    """The manifest of the checkpoint at ``path``, a directory or a URL. Local.
+    """Returns the manifest of the checkpoint at ``path``, a directory or a URL. Local.
 
     Raises:
         CheckpointError: there is none, or it cannot be read, or it has another format version.
@@ -28,7 +28,7 @@ def read_manifest(path: StrPath) -> Manifest:
 
 
 def read_manifest_bytes(path: StrPath) -> bytes:
-    """The text of a manifest, as it is. Local. Raises as :func:`read_manifest`."""
+    """Returns the text of a manifest, as it is. Local. Raises as :func:`read_manifest`."""
     try:
         file = storage_reader(path).file(NAME)
     except FileNotFoundError as error:
@@ -100,7 +100,7 @@ class Version(Protocol):
     """A checkpoint as it was at one moment."""
 
     def was_replaced(self) -> bool:
-        """Whether a save has put another checkpoint in its place since."""
+        """Returns whether a save has put another checkpoint in its place since."""
 
 
 V = TypeVar("V", bound=Version)

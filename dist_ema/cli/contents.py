@@ -101,7 +101,7 @@ def totals(manifest: Manifest) -> dict[str, int]:
 
 
 def tensor_rows(manifest: Manifest) -> list[dict[str, Any]]:
-    """Every tensor as it is described in JSON."""
+    """Returns every tensor as it is described in JSON."""
     return [
         {
             "average": folder.removeprefix("averages/") if folder.startswith("averages/") else None,
@@ -119,10 +119,10 @@ def tensor_rows(manifest: Manifest) -> list[dict[str, Any]]:
 
 
 def bytes_of(manifest: Manifest) -> dict[str, int]:
-    """Bytes of the tensors of each folder."""
+    """Returns the bytes of the tensors of each folder."""
     return {folder: sum(tensor.nbytes for tensor in tensors.values()) for folder, tensors in manifest.folders().items()}
 
 
 def clocks(manifest: Manifest) -> dict[str, Any]:
-    """The clock of the training, at the first copy, and between the first copy and the last update."""
+    """Returns the clock of the training, at the first copy, and between the first copy and the last update."""
     return {"training": manifest.clock, "first_copy": manifest.start, "averaged": manifest.seen}

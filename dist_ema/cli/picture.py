@@ -44,7 +44,7 @@ def parse(
 
 
 def profile_at(schedule: Schedule, label: str, *, at: str, update_interval: str | None) -> Profile:
-    """The profile after ``at`` of training, averaged since the first update.
+    """Returns the profile after ``at`` of training, averaged since the first update.
 
     Raises:
         EMAConfigError: times are wrong, in another unit than the schedule's, or there are too many updates.

@@ -74,7 +74,7 @@ def print_json(value: object) -> None:
 
 
 def finite(value: object) -> object:
-    """The value, or what JSON can say of it: it has no numbers that are not finite."""
+    """Returns the value, or what JSON can say of it: it has no numbers that are not finite."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -83,7 +83,9 @@ def complain(what: object) -> None:
 
 
 def line(text: str) -> str:
-    """The text on one line; what a terminal would obey is escaped, since paths and names may come from anywhere."""
+    """Returns the text on one line; what a terminal would obey is escaped, since paths and names may come from
+    anywhere.
+    """
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 

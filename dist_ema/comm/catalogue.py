@@ -83,17 +83,17 @@ class FullTensor:
 
     @property
     def numel(self) -> int:
-        """Elements of the full tensor."""
+        """Returns the elements of the full tensor."""
         return torch.Size(self.shape).numel()
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All names."""
+        """Returns all names."""
         return (self.name, *self.aliases)
 
     @property
     def only_rank_0_writes(self) -> bool:
-        """Whether rank 0 has it whole and writes it, so that nothing has to be sent to rank 0."""
+        """Returns whether rank 0 has it whole and writes it, so that nothing has to be sent to rank 0."""
         return not self.partitioned and self.lowest_mesh_rank == 0
 
     def cast(self, dtype: torch.dtype | None) -> torch.dtype:
@@ -102,7 +102,7 @@ class FullTensor:
 
 
 def is_writer(entry: FullTensor, share: Share, rank: int) -> bool:
-    """Whether ``rank``, which has this share of the tensor, writes the elements of its share. Local."""
+    """Returns whether ``rank``, which has this share of the tensor, writes the elements of its share. Local."""
     return rank not in entry.repeated and writes(share, rank, entry.lowest_mesh_rank)
 
 
@@ -115,7 +115,7 @@ def writes(share: Share, rank: int, lowest_mesh_rank: int) -> bool:
 
 
 def catalogue(shares: Sequence[Share], group: dist.ProcessGroup | None) -> list[FullTensor]:
-    """Every full tensor of the model, in an order that all ranks share: rank 0's, then what the next ranks add.
+    """Returns every full tensor of the model, in an order that all ranks share: rank 0's, then what the next ranks add.
 
     Collective. Ranks first exchange 16 bytes, a digest of what they hold. Only where digests differ (pipeline stages,
     experts) are lists sent, each distinct list once, by the lowest rank that has it: what a rank receives beside the
@@ -172,7 +172,9 @@ def _without_repetitions(entries: Sequence[FullTensor], held: Sequence[Mapping[s
 
 
 def _merged(lists: Iterable[tuple[int, Sequence[FullTensor]]]) -> list[FullTensor]:
-    """The tensors of all lists, which come with the lowest rank that has them, in rising order of those ranks. Pure."""
+    """Returns the tensors of all lists, which come with the lowest rank that has them, in rising order of those ranks.
+    Pure.
+    """
     known: dict[str, FullTensor] = {}
     for rank, entries in lists:
         for entry in entries:

@@ -79,7 +79,9 @@ class Channel:
                 raise
 
     def group(self, call: str, timeout: float) -> dist.ProcessGroup:
-        """The process group, whose operations wait for ``timeout`` seconds from now on. Collective if there is none."""
+        """Returns the process group, whose operations wait for ``timeout`` seconds from now on. Collective if there is
+        none.
+        """
         if self._group is None:
             self._group = self._make(call, timeout)
         self._backend._set_default_timeout(timedelta(seconds=timeout))

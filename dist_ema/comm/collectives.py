@@ -77,18 +77,19 @@ def answered() -> Iterator[None]:
 
 
 def rank_in(group: dist.ProcessGroup | None) -> int:
-    """This rank's place in ``group``."""
+    """Returns this rank's place in ``group``."""
     return 0 if group is None else group.rank()
 
 
 def size_of(group: dist.ProcessGroup | None) -> int:
-    """Ranks in ``group``."""
+    """Returns the ranks in ``group``."""
     return 1 if group is None else group.size()
 
 
 def device_for(group: dist.ProcessGroup | None) -> torch.device:
-    """Where a tensor must lie to be sent through ``group``: on the accelerator under NCCL, XCCL and their like, else on
-    the CPU."""
+    """Returns where a tensor must lie to be sent through ``group``: on the accelerator under NCCL, XCCL and their like,
+    else on the CPU.
+    """
     pairs = [] if group is None else [pair.split(":") for pair in _backends(group).split(",")]
     # Under gloo and MPI alone torch lists accelerators as well, which they reach through the CPU.
     kinds = [device for device, backend in pairs if device != "cpu" and backend not in _OF_THE_CPU]
@@ -99,7 +100,7 @@ def device_for(group: dist.ProcessGroup | None) -> torch.device:
 
 
 def _note_device(group: dist.ProcessGroup) -> torch.device:
-    """The CPU where the group can, so that a rank may tell that its accelerator has no memory left."""
+    """Returns the CPU where the group can, so that a rank may tell that its accelerator has no memory left."""
     return torch.device("cpu") if "cpu:" in _backends(group) else device_for(group)
 
 
@@ -196,7 +197,7 @@ _ALIKE = "Make the same calls on every rank, in the same order, and one at a tim
 
 
 def broadcast_object(value: T, group: dist.ProcessGroup | None, owner: int = 0) -> T:
-    """The ``value`` of rank ``owner``. Collective. For small things only: it is pickled."""
+    """Returns the ``value`` of rank ``owner``. Collective. For small things only: it is pickled."""
     if group is None:
         return value
     values = [value]
@@ -268,7 +269,7 @@ class FirstFailure:
 
     @property
     def found(self) -> bool:
-        """Whether there was an error."""
+        """Returns whether there was an error."""
         return self._error is not None
 
     @contextmanager
@@ -308,7 +309,7 @@ class Call:
 
     @property
     def digest(self) -> bytes:
-        """The same for the same call. 8 bytes."""
+        """Returns 8 bytes that are equal for equal calls."""
         return hashlib.blake2b(repr((self.name, list(self.facts.items()))).encode(), digest_size=8).digest()
 
 
@@ -428,7 +429,7 @@ def check_same_clocks(found: Sequence[Mapping[str, float]]) -> None:
 
 
 def sum_integers(values: Sequence[int], group: dist.ProcessGroup | None) -> list[int]:
-    """Element-wise sum over the ranks, modulo 2**64, as unsigned integers. Collective."""
+    """Returns the element-wise sum over the ranks, modulo 2**64, as unsigned integers. Collective."""
     if group is None:
         return [value % (1 << 64) for value in values]
     signed = [value - (1 << 64) if value >> 63 else value for value in (value % (1 << 64) for value in values)]
@@ -439,7 +440,7 @@ def sum_integers(values: Sequence[int], group: dist.ProcessGroup | None) -> list
 
 
 def sum_floats(values: Sequence[float], group: dist.ProcessGroup | None) -> list[float]:
-    """Element-wise sum over the ranks in float64. Collective."""
+    """Returns the element-wise sum over the ranks in float64. Collective."""
     tensor = torch.tensor(values, dtype=torch.float64, device=device_for(group))
     if group is not None:
         with answered():
@@ -448,7 +449,7 @@ def sum_floats(values: Sequence[float], group: dist.ProcessGroup | None) -> list
 
 
 def sum_tensor(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Element-wise sum over the ranks, on the CPU, in the dtype of ``values``. Collective."""
+    """Returns the element-wise sum over the ranks, on the CPU, in the dtype of ``values``. Collective."""
     tensor = values.to(device_for(group))
     if group is not None:
         with answered():

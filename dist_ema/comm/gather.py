@@ -45,11 +45,12 @@ class LocalValues:
         kernels.read(self.values, self.start + start, self.start + stop, out, non_blocking)
 
     def flat(self) -> Tensor:
-        """All of them, flat; a view where they lie together. Local."""
+        """Returns all of them, flat; a view where they lie together. Local."""
         return self.values.detach().reshape(-1)[self.start : self.start + self.share.numel]
 
     def chunks(self, dtype: torch.dtype, limit: int) -> Iterator[tuple[Runs, Tensor]]:
-        """All of them in order, at most ``limit`` at a time, with where they lie: flat, on the CPU, in this dtype.
+        """Yields all of them in order, at most ``limit`` at a time, with where they lie: flat, on the CPU, in this
+        dtype.
 
         They are views where that is how they lie, and else in a buffer, where they are until the next ones are asked
         for: so they stay in the processor's cache, or come from the device while others are worked on.
@@ -172,7 +173,7 @@ def full_tensors(
     group: dist.ProcessGroup | None,
     operation: str,
 ) -> dict[str, Tensor]:
-    """Full CPU tensors by name on rank 0, ``{}`` elsewhere; tied names share one tensor. Collective."""
+    """Returns full CPU tensors by name on rank 0, ``{}`` elsewhere; tied names share one tensor. Collective."""
     dtypes = {entry.name: entry.cast(dtype) for entry in entries}
     state: dict[str, Tensor] = {}
 
@@ -188,7 +189,7 @@ def full_tensors(
 
 
 def in_windows(entries: Sequence[FullTensor], dtypes: Mapping[str, torch.dtype]) -> Iterator[list[FullTensor]]:
-    """The tensors in order, as many at a time as one window holds, or a larger one by itself. Pure."""
+    """Yields the tensors in order, as many at a time as one window holds, or a larger one by itself. Pure."""
     batch: list[FullTensor] = []
     used = 0
     for entry in entries:

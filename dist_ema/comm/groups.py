@@ -53,7 +53,7 @@ class _Team:
 
     @property
     def is_gone(self) -> bool:
-        """Whether the program has destroyed the process groups in which this was made."""
+        """Returns whether the program has destroyed the process groups in which this was made."""
         return not dist.is_initialized() or dist.group.WORLD is not self._world()
 
     def _store(self) -> dist.Store:
@@ -167,7 +167,7 @@ class OwnGroups:
 
     @property
     def is_gone(self) -> bool:
-        """Whether the program has destroyed the process group in which the average was made. Local."""
+        """Returns whether the program has destroyed the process group in which the average was made. Local."""
         return self._team is not None and self._team.is_gone
 
     def check(self, call: str) -> None:
@@ -213,7 +213,7 @@ class OwnGroups:
         return self._team.front.gather(*message, _PATIENCE if timeout is None else timeout)
 
     def files(self, call: str, timeout: float, nbytes: int) -> dist.ProcessGroup | None:
-        """A group on the CPU, in which each rank writes or reads ``nbytes``, for the call whose turn it is.
+        """Returns a group on the CPU, in which each rank writes or reads ``nbytes``, for the call whose turn it is.
 
         Its timeout is ``timeout`` seconds beside what the disk takes, so a rank that hangs is noticed. In the group
         that trains, NCCL's watchdog would end the job after 10 minutes of a slow disk.
@@ -221,5 +221,5 @@ class OwnGroups:
         return None if self._team is None else self._team.front.group(call, timeout + nbytes / _SLOW_DISK)
 
     def line_up(self, call: str, timeout: float, nbytes: int) -> Turn:
-        """A turn for a thread of ours, after all that were asked for before. Local."""
+        """Returns a turn for a thread of ours, after all that were asked for before. Local."""
         return Turn(self, call, timeout + nbytes / _SLOW_DISK)

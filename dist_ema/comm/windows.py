@@ -93,7 +93,7 @@ class Window:
                 self._take(message, places)
 
     def _message(self, filled: Sequence[Range]) -> Tensor:
-        """The places, as pairs of int64, and the bytes there. 1D, uint8."""
+        """Returns the places, as pairs of int64, and the bytes there. 1D, uint8."""
         places = torch.tensor(filled).view(torch.uint8).view(-1)
         return torch.cat([places, *(self._bytes[offset : offset + length] for offset, length in filled)])
 

@@ -391,12 +391,12 @@ class Average:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of the averages."""
+        """Returns the names of the averages."""
         return tuple(self.options.schedules)
 
     @property
     def num_updates(self) -> int:
-        """The number of updates, the first copy included."""
+        """Returns the number of updates, the first copy included."""
         return self.track.averaged.updates
 
     def name(self, name: str | None) -> str:
@@ -410,7 +410,7 @@ class Average:
 
     @property
     def full_tensors(self) -> list[FullTensor]:
-        """Every full tensor of the model, the same on every rank, after ``begin()``."""
+        """Returns every full tensor of the model, the same on every rank, after ``begin()``."""
         return self.catalogue or []
 
     def wanted(self, include_untracked: bool) -> list[FullTensor]:

@@ -84,7 +84,7 @@ def _run(
     forward: Callable[[object], object],
     group: dist.ProcessGroup | None,
 ) -> dict[str, Tensor]:
-    """The statistics of all ranks' batches by the names of their buffers, in float64. Collective."""
+    """Returns the statistics of all ranks' batches by the names of their buffers, in float64. Collective."""
     failure: BaseException | None = None
     means: dict[str, Tensor] = {}
     counts: dict[str, Tensor] = {}

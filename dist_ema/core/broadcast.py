@@ -20,8 +20,9 @@ from dist_ema.kernels.fingerprint import Part, partial_digests
 
 
 def swaps_together(engine: Engine, shares: Sequence[Share], buffers: bool = True) -> bool:
-    """Whether a swap is collective, in the engine's group: replicas send each other their parts, it publishes, or ranks
-    have buffers of their own, unless each keeps its own (``buffers=False``)."""
+    """Returns whether a swap is collective, in the engine's group: replicas send each other their parts, it publishes,
+    or ranks have buffers of their own, unless each keeps its own (``buffers=False``).
+    """
     if engine.group is None:
         return False
     several = buffers and spreads(engine)
@@ -29,12 +30,12 @@ def swaps_together(engine: Engine, shares: Sequence[Share], buffers: bool = True
 
 
 def spreads(engine: Engine) -> bool:
-    """Whether other ranks hold the same model. Those that hold a plain module may: each is asked for itself."""
+    """Returns whether other ranks hold the same model. Those that hold a plain module may: each is asked for itself."""
     return len(engine.ranks()) > 1
 
 
 def is_own(share: Share) -> bool:
-    """Whether it is a buffer that each rank has for itself, and that belongs to the average."""
+    """Returns whether it is a buffer that each rank has for itself, and that belongs to the average."""
     return share.spec.kind == "buffer" and share.mode != "live" and not share.spec.partitioned
 
 
@@ -57,7 +58,7 @@ class Broadcast:
         self.sets = replica_sets(shares)
 
     def replicas_agree(self, members: Sequence[int], sources: Sequence[Tensor]) -> bool:
-        """Whether all replicas hold the same bits, by a 64-bit digest of each tensor. Collective among them.
+        """Returns whether all replicas hold the same bits, by a 64-bit digest of each tensor. Collective among them.
 
         A plain sum of the bits would not do: weights that rounding has moved by one bit up here and one bit down there,
         or two that changed places, leave it as it was. The digest weighs each element by its place.

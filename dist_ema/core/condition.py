@@ -97,6 +97,6 @@ class Condition:
         return list(dict.fromkeys(_visits[module] for module in self._holders() if module in _visits))
 
     def _holders(self) -> list[nn.Module]:
-        """The modules that hold tensors themselves: overlapping targets have some of them in common."""
+        """Returns the modules that hold tensors themselves: overlapping targets have some of them in common."""
         roots = self._engine.modules()
         return [module for root in roots for module in root.modules() if module._parameters or module._buffers]

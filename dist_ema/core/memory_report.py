@@ -10,7 +10,7 @@ from dist_ema.shadow.device import Shadow
 
 
 def memory_report(shares: Sequence[Share], names: Collection[str], shadow: Shadow) -> str:
-    """One line for what is averaged and one for each device. Local."""
+    """Returns one line for what is averaged and one for each device. Local."""
     averaged = [share for share in shares if share.mode == "average"]
     local = sum(share.numel for share in averaged)
     full = sum(share.spec.numel for share in averaged)
@@ -30,7 +30,7 @@ def memory_report(shares: Sequence[Share], names: Collection[str], shadow: Shado
 
 
 def summary(kind: str, engine: str, shares: Sequence[Share], track: Track, skipped: int) -> str:
-    """One line for ``repr()``: engine, averages with their schedules, size, updates, progress and NaN. Local."""
+    """Returns one line for ``repr()``: engine, averages with their schedules, size, updates, progress and NaN. Local."""
     averaged = [share.spec for share in shares if share.mode == "average"]
     averages = ", ".join(f"{name!r}: {schedule!r}" for name, schedule in track.schedules.items())
     elements = sum(spec.numel for spec in averaged)

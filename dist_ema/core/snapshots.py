@@ -71,7 +71,7 @@ class Snapshots:
         self._begin = now.value(self.every.unit)
 
     def is_due(self, before: Progress, now: Progress) -> bool:
-        """Whether the clock passes a multiple of ``every`` on its way from ``before`` to ``now``."""
+        """Returns whether the clock passes a multiple of ``every`` on its way from ``before`` to ``now``."""
         return not self._removed and crossed(before, now, self.every)
 
     def path(self, now: Progress) -> str:
@@ -89,7 +89,7 @@ class Snapshots:
         return sorted((path for path, moment in found.items() if moment is not None), key=lambda path: found[path] or 0)
 
     def _moment(self, name: str) -> float | None:
-        """The moment that the name of a snapshot states; None for any other name."""
+        """Returns the moment that the name of a snapshot states; None for any other name."""
         match = re.fullmatch(rf"(\d+(?:\.\d+)?(?:e[+-]?\d+)?){self.every.unit}", name)
         return float(match[1]) if match else None
 
@@ -141,7 +141,7 @@ class Snapshots:
             move_into(folder / name, folder / f"abandoned-{number}")
 
     def _beyond(self, begin: float, names: Iterable[str]) -> list[str]:
-        """The names of snapshots beyond a moment, the oldest first."""
+        """Returns the names of snapshots beyond a moment, the oldest first."""
         moments = {name: moment for name in names if (moment := self._moment(name)) is not None and moment > begin}
         return sorted(moments, key=lambda name: moments[name])
 

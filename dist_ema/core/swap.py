@@ -137,12 +137,15 @@ class Swap:
             raise EMAStateError(f"{type(error).__name__}: {error}") from error
 
     def in_model(self, index: int) -> bool:
-        """Whether share ``index`` of the average is in the model, and its shadow holds the live elements. Local."""
+        """Returns whether share ``index`` of the average is in the model, and its shadow holds the live elements.
+        Local.
+        """
         return index in self._exchanges
 
     def live(self, index: int) -> Tensor | None:
-        """This rank's live elements of share ``index``, flat, while the average is in the model; None if they are in
-        the model. Local."""
+        """Returns this rank's live elements of share ``index``, flat, while the average is in the model; None if they
+        are in the model. Local.
+        """
         return self._shadows[index] if index in self._exchanges else self._kept.get(index)
 
     def wait_for_readers(self) -> None:
@@ -325,7 +328,9 @@ class Swap:
             kernels.write(self._sources[index], 0, shadow.numel(), shadow)
 
     def _shape_inside(self, index: int) -> torch.Size:
-        """The shape of a buffer of the average: that of the rank that writes it, where ranks send it to each other."""
+        """Returns the shape of a buffer of the average: that of the rank that writes it, where ranks send it to each
+        other.
+        """
         share = self._shares[index]
         if not self._broadcast.several:
             return share.spec.shape
@@ -388,7 +393,7 @@ class Swap:
         return spare
 
     def _plan(self, sources: Sequence[Tensor]) -> dict[int, kernels.Exchange]:
-        """The others change places; a chunk of memory is taken for that."""
+        """Plans which shares change places with their sources. Takes memory for one chunk."""
         exchanges = {}
         for index, (share, shadow) in enumerate(zip(self._shares, self._shadows, strict=True)):
             if shadow is not None and index not in self._kept:

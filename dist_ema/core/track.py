@@ -33,7 +33,7 @@ class Track:
         self.decays: Mapping[str, float] = dict.fromkeys(options.schedules, 0.0)
 
     def is_due(self, now: Progress) -> bool:
-        """Whether the clock passes a multiple of the interval on its way to ``now``, at or after the start."""
+        """Returns whether the clock passes a multiple of the interval on its way to ``now``, at or after the start."""
         return crossed(self.training, now, self._options.interval) and reached(now, self._options.start)
 
     def begin(self, now: Progress) -> None:
@@ -64,7 +64,7 @@ class Track:
         return {name: schedule.begun(self.first_copy, interval) for name, schedule in self.schedules.items()}
 
     def state(self, started: bool, skipped: int, seed: int | None) -> EMAState:
-        """The clocks with what others count, for a checkpoint."""
+        """Returns the clocks with what others count, for a checkpoint."""
         return EMAState(started, self.training, self.first_copy, self.averaged, skipped, seed)
 
     def forget(self) -> None:

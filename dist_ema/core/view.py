@@ -37,7 +37,7 @@ class View:
         self._condition = condition
 
     def average(self, name: str, include_untracked: bool = True) -> dict[str, LocalValues]:
-        """This rank's values of each tensor of an average, by canonical name.
+        """Returns this rank's values of each tensor of an average, by canonical name.
 
         Raises EMAStateError if one is on the meta device.
         """
@@ -54,7 +54,7 @@ class View:
         return found
 
     def live(self) -> list[LocalValues | None]:
-        """This rank's live values of what is averaged or copied, for each share; None for what is not.
+        """Returns this rank's live values of what is averaged or copied, for each share; None for what is not.
 
         Also None for a buffer that was resized since the last update: its live values do not fit its share.
         """
@@ -68,7 +68,7 @@ class View:
         return found
 
     def flat(self, name: str) -> list[Tensor | None]:
-        """An average's elements of each share, flat; None where it is live. Views where they lie together."""
+        """Returns an average's elements of each share, flat; None where it is live. Views where they lie together."""
         flat = list(self._shadow.tensors(name))
         for index, (share, source) in enumerate(zip(self._shares, self.sources, strict=True)):
             if flat[index] is not None and self._in_model(name, index):
@@ -82,7 +82,9 @@ class View:
         return [None if values is None else values.flat() for values in self.live()]
 
     def squared_distance(self, name: str, writes: Sequence[bool]) -> float:
-        """Sum of (shadow - live)^2 over the averaged elements that this rank ``writes``, by share, in float64."""
+        """Returns the sum of (shadow - live)^2 over the averaged elements that this rank ``writes``, by share, in
+        float64.
+        """
         if not self._shadow.started:
             return 0.0
         totals: dict[torch.device, Tensor] = {}  # so that each device is waited for once
@@ -100,13 +102,13 @@ class View:
         return [self._shares[index].spec.name for index in tracked if self._was_resized(index)]
 
     def _was_resized(self, index: int) -> bool:
-        """Whether a buffer has another shape than at the last update."""
+        """Returns whether a buffer has another shape than at the last update."""
         share = self._shares[index]
         is_whole = share.spec.kind == "buffer" and not share.spec.partitioned
         return is_whole and self.sources[index].shape != share.spec.shape
 
     def _in_model(self, name: str, index: int) -> bool:
-        """Whether an average's elements of a share have changed places with the live ones."""
+        """Returns whether an average's elements of a share have changed places with the live ones."""
         visit, swap = self._condition.visit, self._condition.swap
         if visit is None or swap is None or not visit.open:
             return False

@@ -49,7 +49,7 @@ class Written:
         )
 
     def error(self, operation: str) -> EMAStateError:
-        """The error to raise from ``operation``."""
+        """Returns the error to raise from ``operation``."""
         return EMAStateError(f"{operation}: {self}")
 
 
@@ -87,7 +87,7 @@ class Watch:
             ]
 
     def parameters(self, in_average: Callable[[int], bool]) -> Written | None:
-        """The parameters that were written since ``begin()``; None if none was.
+        """Returns the parameters that were written since ``begin()``; None if none was.
 
         Args:
             in_average: whether what was written into a share becomes a part of the average.

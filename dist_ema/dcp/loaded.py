@@ -156,7 +156,7 @@ class LoadedStateDict:
 
     @torch.no_grad()
     def live(self, sources: Sequence[Tensor]) -> list[Tensor | None] | None:
-        """This rank's live elements of each share, flat, in the dtype and on the device of its source. Local.
+        """Returns this rank's live elements of each share, flat, in the dtype and on the device of its source. Local.
 
         None in place of all where the dict has no live weights, and in place of a share that is not averaged or copied.
         """
@@ -183,7 +183,7 @@ class LoadedStateDict:
 
 
 def _may_lack(share: Share) -> bool:
-    """Whether a state dict may lack the live values: of a buffer that was resized after its last update."""
+    """Returns whether a state dict may lack the live values: of a buffer that was resized after its last update."""
     return share.spec.kind == "buffer" and not share.spec.partitioned
 
 
@@ -209,14 +209,14 @@ def _not_dicts(state: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
 
 
 def _at(state: Mapping[str, Any], path: Sequence[str]) -> Mapping[str, Any]:
-    """The dict at a path of keys; an empty one where there is none."""
+    """Returns the dict at a path of keys; an empty one where there is none."""
     for key in path:
         state = state.get(key, {})
     return state
 
 
 def _has_parts(tensors: Mapping[str, Any]) -> bool:
-    """Whether there are parts of tensors, not only whole ones."""
+    """Returns whether there are parts of tensors, not only whole ones."""
     return any(isinstance(value, BoxedTensor) for value in tensors.values())
 
 

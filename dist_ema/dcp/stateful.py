@@ -35,7 +35,7 @@ def make_state_dict(
     spare: bool,
     count: int,
 ) -> dict[str, Any]:
-    """The state dict of one rank; its tensors share the average's memory. Local.
+    """Returns the state dict of one rank; its tensors share the average's memory. Local.
 
     Args:
         ema_state: where the average stands.
@@ -61,7 +61,7 @@ def make_state_dict(
 
 
 def make_head(ema_state: EMAState, schedules: Mapping[str, Schedule], count: int) -> dict[str, Any]:
-    """A state dict without tensors of the model, which is the same on every rank. Local.
+    """Returns a state dict without tensors of the model, which is the same on every rank. Local.
 
     Args:
         ema_state: where the average stands.
@@ -84,7 +84,7 @@ def add_live(
 
 
 def wanted_parts(shares: Sequence[Share], names: Sequence[str]) -> Iterator[tuple[tuple[str, ...], Share]]:
-    """The parts that this rank has in a state dict: the keys that lead to the dict of each, and its share.
+    """Yields the parts that this rank has in a state dict: the keys that lead to the dict of each, and its share.
 
     Tensors without an element on this rank are left out.
     """

@@ -26,7 +26,7 @@ _DEPTH = 4
 
 
 def write_state(state: EMAState, averaged: int | None = None) -> Tensor:
-    """The text of the clocks: what a state dict has under ``"progress"``.
+    """Returns the text of the clocks: what a state dict has under ``"progress"``.
 
     Args:
         state: the clocks.
@@ -45,7 +45,7 @@ def read_averaged(text: object) -> int | None:
 
 
 def read_state(text: object) -> EMAState:
-    """The clocks of a text.
+    """Returns the clocks of a text.
 
     Raises CheckpointCorruptError if :func:`write_state` did not make it, CheckpointError if a later version did.
     """
@@ -62,12 +62,12 @@ def read_state(text: object) -> EMAState:
 
 
 def write_schedule(schedule: Schedule) -> Tensor:
-    """The text of a schedule."""
+    """Returns the text of a schedule."""
     return _write(schedule.to_dict())
 
 
 def read_schedule(text: object, name: str) -> Schedule:
-    """The schedule of the average ``name``, of a text. Raises CheckpointCorruptError."""
+    """Returns the schedule of the average ``name``, of a text. Raises CheckpointCorruptError."""
     try:
         return from_file(_read(text, f"schedules/{name}"))
     except CheckpointError:

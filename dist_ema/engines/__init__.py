@@ -26,7 +26,7 @@ _KNOWN = (
 
 
 def detect(target: object) -> Engine:
-    """The engine for what the user trains. Local. Raises EMAEngineError for anything that cannot be averaged."""
+    """Returns the engine for what the user trains. Local. Raises EMAEngineError for anything that cannot be averaged."""
     if isinstance(target, Sequence) and not isinstance(target, (str, bytes)):
         if len(target) == 0:
             raise EMAEngineError(f"the list of modules is empty; pass {_KNOWN}")
@@ -46,7 +46,7 @@ def detect(target: object) -> Engine:
 
 
 def detect_in(target: object, group: object, *, trains: bool = True) -> Engine:
-    """The engine for a model that the ranks of ``group`` hold; None means all ranks. Local.
+    """Returns the engine for a model that the ranks of ``group`` hold; None means all ranks. Local.
 
     One that is not to be trained (``trains=False``) may be a DeepSpeed engine of ZeRO-3 without an optimizer.
 
@@ -122,7 +122,7 @@ def _detect_module(model: nn.Module) -> Engine:
 
 
 def _outer(model: nn.Module) -> list[nn.Module]:
-    """The model and what it wraps, as long as each holds nothing but the next (torch.compile around DDP)."""
+    """Returns the model and what it wraps, as long as each holds nothing but the next (torch.compile around DDP)."""
     chain = [model]
     while len(children := list(unwrap_module(chain[-1]).children())) == 1:
         chain.append(unwrap_module(children[0]))

@@ -94,18 +94,22 @@ class Engine(ABC):
         self._ignored = ignored
 
     def specs(self) -> list[TensorSpec]:
-        """Every parameter and persistent buffer once, in the order of the plain model's ``state_dict()``. Local."""
+        """Returns every parameter and persistent buffer once, in the order of the plain model's ``state_dict()``.
+        Local.
+        """
         specs = list(self._read_specs())
         self._announced, self._sizes, self._used = specs, [spec.local_numel for spec in specs], False
         self._resized, self.outdated = frozenset(), False
         return specs
 
     def announced(self) -> list[TensorSpec]:
-        """The specs of the last ``specs()`` call, with the present shapes of what was resized. Local."""
+        """Returns the specs of the last ``specs()`` call, with the present shapes of what was resized. Local."""
         return list(self._announced)
 
     def resized(self) -> bool:
-        """Whether a tensor has changed its shape since this was last asked: a buffer, or an ignored tensor. Local."""
+        """Returns whether a tensor has changed its shape since this was last asked: a buffer, or an ignored tensor.
+        Local.
+        """
         found, self._resized = bool(self._resized), frozenset()
         return found
 
@@ -118,7 +122,7 @@ class Engine(ABC):
             return self._trained_of(numbers)
 
     def describe(self, number: int) -> TensorSpec:
-        """The spec of one tensor as it is now; it is announced from now on. Local."""
+        """Returns the spec of one tensor as it is now; it is announced from now on. Local."""
         spec = self._read_spec(number)
         self._announced[number], self._sizes[number] = spec, spec.local_numel
         return spec
@@ -144,7 +148,8 @@ class Engine(ABC):
             )
 
     def sources(self) -> list[Tensor]:
-        """This rank's elements of every spec of the last ``specs()`` call, in its order. Local; no copy, no host sync.
+        """Returns this rank's elements of every spec of the last ``specs()`` call, in its order. Local; no copy, no
+        host sync.
 
         Each has as many elements as the spec's runs, in their order when flattened row-major. Writing into them, then
         calling :meth:`publish`, changes the live model. Raises EMAStateError, naming the parameter, if one was
@@ -184,7 +189,7 @@ class Engine(ABC):
         """See :meth:`describe`."""
 
     def _removed(self, number: int) -> TensorSpec:
-        """The spec of an ignored tensor that was removed, until ``specs()`` is called again. Local."""
+        """Returns the spec of an ignored tensor that was removed, until ``specs()`` is called again. Local."""
         return replace(self._announced[number], shape=torch.Size([0]), runs=())
 
     @abstractmethod
@@ -225,11 +230,11 @@ class Engine(ABC):
 
     @abstractmethod
     def modules(self) -> list[nn.Module]:
-        """The modules whose forward pass computes with the weights. Local."""
+        """Returns the modules whose forward pass computes with the weights. Local."""
 
     @property
     def is_part(self) -> bool:
-        """Whether other ranks may have tensors of other names: pipeline stages, experts. Local."""
+        """Returns whether other ranks may have tensors of other names: pipeline stages, experts. Local."""
         return False
 
     def ranks(self) -> frozenset[int]:
@@ -260,8 +265,9 @@ class Engine(ABC):
         return
 
     def caches(self) -> list[CachedScale]:
-        """What live tensors compute from their elements ahead of a forward pass, to be dropped where others write
-        these. Local; no host sync."""
+        """Returns what live tensors compute from their elements ahead of a forward pass, to be dropped where others
+        write these. Local; no host sync.
+        """
         return []
 
     def publish(self) -> None:

@@ -42,7 +42,7 @@ class Census:
         return {place: index for index, place in enumerate(places)}
 
     def read(self) -> list[Tensor | None] | None:
-        """All parameters and buffers, or None if there are others than there were. No host sync."""
+        """Returns all parameters and buffers, or None if there are others than there were. No host sync."""
         # In order of cost: the dicts are the same objects, then as long as they were, then with the same keys in the
         # same order (so that values can be compared place by place), then with the same values.
         if not all(all(map(operator.is_, map(read, self._modules), dicts)) for read, dicts in self._dicts):

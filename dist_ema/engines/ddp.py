@@ -59,7 +59,7 @@ class DataParallelEngine(PlainEngine):
         )
 
     def _is_reduced(self, tensor: Tensor) -> bool:
-        """Whether DDP adds up the gradients of a parameter. Local."""
+        """Returns whether DDP adds up the gradients of a parameter. Local."""
         return self._reduced is None or id(tensor) in self._reduced
 
     def rewritten_by_forward(self) -> frozenset[int]:
@@ -81,7 +81,7 @@ class DataParallelEngine(PlainEngine):
 
 
 def _reduced_by(wrapper: DistributedDataParallel) -> frozenset[int] | None:
-    """The ids of the parameters whose gradients DDP adds up; None if these are all that are trained. Local.
+    """Returns the ids of the parameters whose gradients DDP adds up; None if these are all that are trained. Local.
 
     They are those that were trained when it was made. Only its reducer knows them, and tells them with memory for a
     gradient of each. So it is asked once, and only where a parameter is frozen now or was then.

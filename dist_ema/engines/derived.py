@@ -106,7 +106,7 @@ class DerivedState:
             )
 
     def _is_frozen(self) -> bool:
-        """Whether compiled code may have weights as constants. Imports nothing that was not imported."""
+        """Returns whether compiled code may have weights as constants. Imports nothing that was not imported."""
         if "torch._dynamo" not in sys.modules:
             return False
         config: Any = sys.modules.get("torch._inductor.config")

@@ -166,7 +166,7 @@ class DTensorEngine(PlainEngine):
 
 
 def units_of(model: nn.Module) -> list[FSDPParamGroup]:
-    """Every FSDP2 unit that holds a weight of the model. Local.
+    """Returns every FSDP2 unit that holds a weight of the model. Local.
 
     Also the units of modules around it: their forward gathers those weights, and only they can reshard them.
     """
@@ -203,7 +203,7 @@ def _keep_flags(unit: FSDPParamGroup) -> None:
 
 
 def _holders(unit: FSDPParamGroup) -> Iterator[nn.Module]:
-    """The modules whose parameters an FSDP2 unit manages."""
+    """Yields the modules whose parameters an FSDP2 unit manages."""
     for parameter in unit.fsdp_params:
         yield parameter._module_info.module
         yield from parameter._module_info.shared_modules
@@ -254,7 +254,7 @@ def refuse_shard_order(name: str, tensor: DTensor) -> None:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """This rank's part of a parameter or buffer, as a plain tensor. Local, no copy."""
+    """Returns this rank's part of a parameter or buffer, as a plain tensor. Local, no copy."""
     # to_local() outside of no_grad would record a graph; the attribute is what it returns (torch 2.13).
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
@@ -272,7 +272,7 @@ def shard_runs(
 
 
 def replicas_of(mesh: DeviceMesh, placements: Sequence[Placement]) -> tuple[Replicas | None, bool]:
-    """The ranks that share a DTensor's shadow with this one, and whether this rank writes its elements."""
+    """Returns the ranks that share a DTensor's shadow with this one, and whether this rank writes its elements."""
     coordinate = mesh.get_coordinate()
     if coordinate is None:
         return None, False

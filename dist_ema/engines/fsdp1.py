@@ -45,7 +45,7 @@ class _Flat:
         return bool((self.flat_param if params is None else params[self.index]).requires_grad)
 
     def local(self) -> Tensor:
-        """This rank's elements, a view of the full-precision shard that the optimizer steps."""
+        """Returns this rank's elements, a view of the full-precision shard that the optimizer steps."""
         info = self.flat_param._shard_param_infos[self.index]
         shard = _shard(self.handle)
         if info.offset_in_shard is None or info.numel_in_shard is None:
@@ -61,7 +61,7 @@ class _Flat:
 
 
 def _shard(handle: FlatParamHandle) -> Tensor:
-    """This rank's part of a unit's flat parameter, in full precision. 1D."""
+    """Returns this rank's part of a unit's flat parameter, in full precision. 1D."""
     # _local_shard exists from the first forward on; .data may be the unsharded or the low-precision tensor then.
     shard: Tensor = getattr(handle.flat_param, "_local_shard", handle.flat_param.data)
     return shard
@@ -115,7 +115,7 @@ class FlatParamEngine(Engine):
         return found
 
     def _places(self, names: dict[_Flat | Slot, list[str]]) -> list[Named]:
-        """The names of each tensor, and its place in a module; without ``use_orig_params`` it has none."""
+        """Returns the names of each tensor, and its place in a module; without ``use_orig_params`` it has none."""
         places: list[Named] = []
         for held, aliases in names.items():
             slot = held if isinstance(held, Slot) else None
@@ -288,7 +288,7 @@ def _add(names: dict[_Flat | Slot, list[str]], held: _Flat | Slot, prefix: str, 
 
 
 def _team(unit: FullyShardedDataParallel) -> int:
-    """The lowest of the ranks over which a unit is sharded and replicated."""
+    """Returns the lowest of the ranks over which a unit is sharded and replicated."""
     lowest = min(dist.get_process_group_ranks(unit.process_group))
     replicas = getattr(unit, "_inter_node_pg", None)
     if replicas is None:

@@ -107,7 +107,7 @@ class MastersEngine(CompositeEngine):
         return local
 
     def _has_stepped(self) -> bool:
-        """Whether the optimizer has made a step, after which it has masters, if it keeps any. Local."""
+        """Returns whether the optimizer has made a step, after which it has masters, if it keeps any. Local."""
         return isinstance(self._optimizer, torch.optim.Optimizer) and bool(self._optimizer.state)
 
     def publish(self) -> None:

@@ -52,7 +52,7 @@ class Slot:
 
     @property
     def field(self) -> str:
-        """The owner's attribute that has the key."""
+        """Returns the owner's attribute that has the key."""
         return "_buffers" if self.is_buffer else "_parameters"
 
     def get(self) -> Tensor | None:
@@ -64,7 +64,8 @@ class Slot:
 def walk_modules(
     module: nn.Module, prefix: str = "", first_numbers: Mapping[nn.Module, int] | None = None
 ) -> Iterator[tuple[str, nn.Module]]:
-    """Every module with its canonical name, wrappers under the name of what they wrap, in ``state_dict()`` order.
+    """Yields every module with its canonical name, wrappers under the name of what they wrap, in ``state_dict()``
+    order.
 
     A module that is registered twice is visited twice, as ``state_dict()`` does. Raises EMAEngineError for a scripted
     one, which keeps its tensors elsewhere.
@@ -95,7 +96,8 @@ def walk_modules(
 
 
 def walk_slots(module: nn.Module, first_numbers: Mapping[nn.Module, int] | None = None) -> list[Slot]:
-    """Every parameter and persistent buffer once, first name first; the other names of tied tensors are its aliases.
+    """Returns every parameter and persistent buffer once, first name first; the other names of tied tensors are its
+    aliases.
 
     ``first_numbers`` as in :func:`walk_modules`.
     """
@@ -125,7 +127,7 @@ def walk_slots(module: nn.Module, first_numbers: Mapping[nn.Module, int] | None 
 
 
 def kind_of(slot: Slot, tensor: Tensor) -> Literal["parameter", "frozen", "buffer"]:
-    """The spec's kind of what a slot holds."""
+    """Returns the spec's kind of what a slot holds."""
     if slot.is_buffer:
         return "buffer"
     return "parameter" if tensor.requires_grad else "frozen"
@@ -138,7 +140,7 @@ Ignored: TypeAlias = Callable[[str, bool], bool]
 
 
 def ignore_nothing(name: str, is_buffer: bool) -> bool:
-    """The :data:`Ignored` of a model of which every tensor counts."""
+    """Returns the :data:`Ignored` of a model of which every tensor counts."""
     return False
 
 
@@ -190,7 +192,7 @@ class Binding:
         self._count()
 
     def _walk_all(self) -> tuple[dict[frozenset[str], Slot | None], dict[frozenset[str], Slot | None]]:
-        """The names of each tensor, with its slot: of those that count, and of those that are ignored."""
+        """Returns the names of each tensor, with its slot: of those that count, and of those that are ignored."""
         found: dict[frozenset[str], Slot | None] = {}
         ignored: dict[frozenset[str], Slot | None] = {}
         for names, slot in self._walk():
@@ -309,7 +311,7 @@ def _changed(before: Sequence[frozenset[str]], now: Sequence[frozenset[str]]) ->
 
 
 def _named_more(before: Sequence[frozenset[str]], now: Iterable[frozenset[str]]) -> bool:
-    """Whether the tensors are the same, and some have another name besides: ``self.cache = self.layer``."""
+    """Returns whether the tensors are the same, and some have another name besides: ``self.cache = self.layer``."""
     found = {name: names for names in now for name in names}
     matched = [found.get(next(iter(names)), frozenset()) for names in before]
     same = all(names <= more for names, more in zip(before, matched, strict=True))
@@ -322,7 +324,7 @@ def _some(names: set[str]) -> str:
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """The innermost module whose state dict has the canonical names: without FSDP1, DDP, torch.compile. Local."""
+    """Returns the innermost module whose state dict has the canonical names: without FSDP1, DDP, torch.compile. Local."""
     inner = module
     for name, found in walk_modules(module):
         if name:
@@ -332,6 +334,6 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 def plain_type(module: nn.Module) -> type:
-    """The class that the user wrote: ``fully_shard`` gives a module another, made of that and its own."""
+    """Returns the class that the user wrote: ``fully_shard`` gives a module another, made of that and its own."""
     fsdp = loaded("torch.distributed.fsdp", "FSDPModule")
     return next(kind for kind in type(module).__mro__ if not issubclass(kind, fsdp))

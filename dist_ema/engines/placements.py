@@ -126,12 +126,12 @@ def check_placements(placements: Sequence[Placement], ndim: int, name: str) -> N
 
 
 def _cuts(placement: Placement, dim: int, ndim: int) -> bool:
-    """Whether a placement cuts tensor dimension ``dim``; the placement may count from the end."""
+    """Returns whether a placement cuts tensor dimension ``dim``; the placement may count from the end."""
     return isinstance(placement, (Shard, StridedShard)) and placement.dim % ndim == dim
 
 
 def _kept(size: int, cuts: Sequence[Cut], coordinate: Sequence[int]) -> Runs:
-    """The indices of one tensor dimension that the rank keeps. Cuts stand in the order of the mesh dimensions."""
+    """Returns the indices of one tensor dimension that the rank keeps. Cuts stand in the order of the mesh dimensions."""
     kept = whole(size)
     for cut, index in zip(cuts, coordinate, strict=True):
         if cut.by_fsdp:
@@ -149,7 +149,7 @@ def _kept(size: int, cuts: Sequence[Cut], coordinate: Sequence[int]) -> Runs:
 
 @lru_cache(maxsize=4096)
 def _is_clear(size: int, cuts: tuple[Cut, ...]) -> bool:
-    """Whether the cuts that no FSDP2 unit made have one meaning.
+    """Returns whether the cuts that no FSDP2 unit made have one meaning.
 
     A strided shard may come from a library that cuts as FSDP2 does without being FSDP2 (then its factor is the number
     of pieces that the mesh dimensions further right make), or from ``distribute_tensor``. Where sizes divide evenly
@@ -168,7 +168,7 @@ def _is_clear(size: int, cuts: tuple[Cut, ...]) -> bool:
 
 @lru_cache(maxsize=1)
 def _cuts_in_one_step() -> bool:
-    """Whether this version of torch cuts a strided shard's dimension in one step (2.9) instead of two (2.13).
+    """Returns whether this version of torch cuts a strided shard's dimension in one step (2.9) instead of two (2.13).
 
     Both are the same where sizes divide evenly. torch is asked, as the change came between releases.
     """
@@ -179,7 +179,9 @@ def _cuts_in_one_step() -> bool:
 def shared_dimension(
     sizes: Sequence[int], coordinate: Sequence[int], placements: Sequence[Placement]
 ) -> tuple[int | None, bool]:
-    """The largest mesh dimension over which a DTensor is replicated, and whether this rank is first in the others."""
+    """Returns the largest mesh dimension over which a DTensor is replicated, and whether this rank is first in the
+    others.
+    """
     replicated = [
         dim for dim, placement in enumerate(placements) if isinstance(placement, Replicate) and sizes[dim] > 1
     ]

@@ -84,7 +84,7 @@ class PlainEngine(Engine):
         )
 
     def local(self, tensor: Tensor) -> Tensor:
-        """This rank's part of what a slot holds. Local, no copy."""
+        """Returns this rank's part of what a slot holds. Local, no copy."""
         return tensor
 
     def _read_sources(self) -> list[Tensor]:

@@ -31,7 +31,7 @@ def loaded(module: str, name: str) -> Any:
 
 
 def is_fabric(module: object) -> bool:
-    """Whether this is what ``Fabric.setup()`` gives for a model.
+    """Returns whether this is what ``Fabric.setup()`` gives for a model.
 
     It holds the model twice: ``_forward_module`` as the strategy has wrapped it (DDP, FSDP, a DeepSpeed engine), and
     ``_original_module`` as the user gave it.
@@ -57,7 +57,8 @@ def stage_module(target: object) -> nn.Module | None:
 
 
 def unwrap_optimizer(optimizer: object) -> torch.optim.Optimizer | None:
-    """The outermost optimizer whose step hooks fire, through any number of wrappers that hold it as ``.optimizer``.
+    """Returns the outermost optimizer whose step hooks fire, through any number of wrappers that hold it as
+    ``.optimizer``.
 
     Those of Accelerate, Fabric and Lightning count as a ``torch.optim.Optimizer`` for ``isinstance``, but their
     ``step()`` is their own: they step what they hold when gradients have been accumulated and did not overflow, or not
@@ -87,7 +88,8 @@ def _is_hooked(step: object) -> bool:
 
 
 def is_other_wrapper(optimizer: object, inner: torch.optim.Optimizer) -> bool:
-    """Whether something else than a trainer's wrapper steps ``inner``, and may change the weights afterwards. Local.
+    """Returns whether something else than a trainer's wrapper steps ``inner``, and may change the weights afterwards.
+    Local.
 
     Lookahead does, in its usual form. Accelerate's, Fabric's and Lightning's wrappers do not.
     """
@@ -169,7 +171,7 @@ def _has_learning_rate(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def _is_in_checkpointing() -> bool:
-    """Whether the code that runs was called by torch.distributed.checkpoint (its ``_init_optim_state``)."""
+    """Returns whether the code that runs was called by torch.distributed.checkpoint (its ``_init_optim_state``)."""
     frame = inspect.currentframe()
     while frame is not None:
         if str(frame.f_globals.get("__name__")).startswith("torch.distributed.checkpoint."):
@@ -183,7 +185,7 @@ def _may_be_nested(kind: type) -> bool:
 
 
 def _is_nested(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether more than one hooked ``step()`` of this optimizer is running.
+    """Returns whether more than one hooked ``step()`` of this optimizer is running.
 
     Each is a frame of torch's wrapper, which is the same for all classes. It is known by where it is written: where
     ``torch.compile`` has been, its code is another object.

@@ -62,7 +62,7 @@ class _Unpickler(InertUnpickler):
 
 
 def _get(record: Any, key: str) -> Any:
-    """An attribute of an object of DCP."""
+    """Returns an attribute of an object of DCP."""
     return record.state.get(key) if isinstance(record.state, dict) else None
 
 
@@ -114,7 +114,7 @@ class _Entry:
         self._stored = stored
 
     def read(self) -> Any:
-        """The value; None if it is large, damaged, or holds more than data."""
+        """Returns the value; None if it is large, damaged, or holds more than data."""
         for _, info in self._stored:
             part = _part(self._path, (), (), info)
             if part.length <= _ENTRY_BYTES:
@@ -126,7 +126,9 @@ class _Entry:
 
 
 def read_value(content: Content, name: str) -> Any:
-    """An entry of a DCP directory, or a tensor of one element; None if there is none, or as :meth:`_Entry.read`."""
+    """Returns an entry of a DCP directory, or a tensor of one element; None if there is none, or as
+    :meth:`_Entry.read`.
+    """
     if name in content.tensors and content.tensors[name].numel == 1:
         tensor = content.tensors[name]
         out = torch.empty(1, dtype=tensor.dtype)
@@ -219,7 +221,7 @@ def _check_parts(path: Path, name: str, shape: tuple[int, ...], dtype: torch.dty
 
 
 def _any_overlap(path: Path, name: str, parts: list[_Part]) -> bool:
-    """Whether two parts of a tensor overlap, in little time where thousands of ranks hold some rows each.
+    """Returns whether two parts of a tensor overlap, in little time where thousands of ranks hold some rows each.
 
     Parts are sorted along the dimension in which they begin at most places, and each is compared with those only that
     have not ended there. Raises CheckpointError where even that takes too many comparisons.

@@ -30,7 +30,7 @@ WIDEST = max(dtype.itemsize for dtype in DTYPES.values())
 
 
 def is_convertible(stored: torch.dtype, wanted: torch.dtype) -> bool:
-    """Whether elements of a file may be converted to another dtype: real to real, or complex to complex.
+    """Returns whether elements of a file may be converted to another dtype: real to real, or complex to complex.
 
     A step count is never made of weights, nor a real weight of a complex one.
 

@@ -33,7 +33,7 @@ class TensorPlan(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes in the file."""
+        """Returns the bytes in the file."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
@@ -57,7 +57,8 @@ class FilePlan:
 
 
 def parse_size(size: int | str) -> int:
-    """Bytes of ``"5GB"`` (decimal, as Hugging Face reads it), ``"512MiB"`` or an int. Raises EMAConfigError.
+    """Returns the bytes of ``"5GB"`` (decimal, as Hugging Face reads it), ``"512MiB"`` or an int. Raises
+    EMAConfigError.
 
     >>> parse_size("5GB"), parse_size("0.5 KiB"), parse_size(7)
     (5000000000, 512, 7)
@@ -135,7 +136,7 @@ def _header_entry(tensor: TensorPlan, begin: int) -> dict[str, object]:
 
 
 def index_json(files: Sequence[FilePlan]) -> str:
-    """The text of ``model.safetensors.index.json``, which says in which of several files each tensor is."""
+    """Returns the text of ``model.safetensors.index.json``, which says in which of several files each tensor is."""
     weight_map = {tensor.name: file.name for file in files for tensor in file.tensors}
     total = sum(tensor.nbytes for file in files for tensor in file.tensors)
     return json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}, indent=2)

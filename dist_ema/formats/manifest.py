@@ -85,7 +85,7 @@ class Manifest:
         )
 
     def to_bytes(self) -> bytes:
-        """The text of ``ema.json``. Raises CheckpointError if it is longer than ``from_bytes`` takes."""
+        """Returns the text of ``ema.json``. Raises CheckpointError if it is longer than ``from_bytes`` takes."""
         state = state_to_json(self.state)
         seed = state.pop("seed")
         body: dict[str, Any] = {
@@ -164,17 +164,17 @@ class Manifest:
 
     @property
     def started(self) -> bool:
-        """Whether there was an average yet; if not, its tensors are those of the live model."""
+        """Returns whether there was an average yet; if not, its tensors are those of the live model."""
         return self.state.started
 
     @property
     def clock(self) -> Progress:
-        """The training clock."""
+        """Returns the training clock."""
         return self.state.training
 
     @property
     def start(self) -> Progress:
-        """The training clock at the first copy."""
+        """Returns the training clock at the first copy."""
         return self.state.first_copy
 
     @property
@@ -193,7 +193,9 @@ class Manifest:
         return self.state.seed
 
     def tensors(self, average: str | None = None) -> dict[Key, StoredTensor]:
-        """Every tensor by folder and name; with an ``average``, those of this one and those that are not averaged."""
+        """Returns every tensor by folder and name; with an ``average``, those of this one and those that are not
+        averaged.
+        """
         return {
             (folder, name): tensor
             for folder, tensors in self.folders().items()
@@ -202,7 +204,7 @@ class Manifest:
         }
 
     def choose(self, name: str | None) -> str:
-        """The average that is meant; None means the only one. Raises EMAConfigError where there is none such."""
+        """Returns the average that is meant; None means the only one. Raises EMAConfigError where there is none such."""
         names = tuple(self.averages)
         if name is None and len(names) == 1:
             return names[0]
@@ -211,7 +213,7 @@ class Manifest:
         return name
 
     def folders(self) -> dict[str, Mapping[str, StoredTensor]]:
-        """The tensors of every folder, by its path in the data folder."""
+        """Returns the tensors of every folder, by its path in the data folder."""
         folders = {f"averages/{name}": tensors for name, tensors in self.averages.items()}
         return folders | ({LIVE: self.live} if self.live else {})
 

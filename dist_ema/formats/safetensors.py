@@ -42,12 +42,12 @@ class Entry:
 
     @property
     def nbytes(self) -> int:
-        """Bytes in the file."""
+        """Returns the bytes in the file."""
         return prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
 def read_header(file: OpenFile) -> bytes:
-    """The first bytes of a file up to its tensors. Raises ValueError if the file is shorter; OSError."""
+    """Returns the first bytes of a file up to its tensors. Raises ValueError if the file is shorter; OSError."""
     # The file says how long its header is; that is bounded before so much memory is allocated.
     length = int.from_bytes(_first(file, _LENGTH), "little")
     if length > min(_MAX_BYTES, file.size - _LENGTH):
@@ -56,7 +56,7 @@ def read_header(file: OpenFile) -> bytes:
 
 
 def parse_header(header: bytes, size: int) -> dict[str, Entry]:
-    """The tensors of a file by name, in the order of the file.
+    """Returns the tensors of a file by name, in the order of the file.
 
     Args:
         header: what :func:`read_header` gave.

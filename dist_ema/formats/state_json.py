@@ -15,7 +15,9 @@ _UNITS = tuple(field.name for field in fields(Progress))
 
 
 def state_to_json(state: EMAState) -> dict[str, Any]:
-    """The entries of a state, under their names on disk: ``clock``, ``start`` and ``seen`` are the three clocks."""
+    """Returns the entries of a state, under their names on disk: ``clock``, ``start`` and ``seen`` are the three
+    clocks.
+    """
     return {
         "started": state.started,
         "clock": asdict(state.training),

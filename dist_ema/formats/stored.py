@@ -35,7 +35,7 @@ class StoredTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes in the file."""
+        """Returns the bytes in the file."""
         return prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
@@ -48,7 +48,8 @@ class StoredFile:
 
 
 def is_tensor_name(name: str) -> bool:
-    """Whether a tensor can be stored under this name: any text of one line but ``__metadata__``, which is safetensors'.
+    """Returns whether a tensor can be stored under this name: any text of one line but ``__metadata__``, which is
+    safetensors'.
 
     It may hold control characters: escape them before a name is printed.
 
@@ -63,7 +64,7 @@ def is_tensor_name(name: str) -> bool:
 
 
 def tensors_to_json(tensors: Mapping[str, StoredTensor]) -> dict[str, dict[str, Any]]:
-    """The entries of tensors in the manifest, by the name of the tensor."""
+    """Returns the entries of tensors in the manifest, by the name of the tensor."""
     return {name: {**asdict(tensor), "digest": f"{tensor.digest:016x}"} for name, tensor in tensors.items()}
 
 

@@ -59,7 +59,7 @@ def parse(text: bytes, *, depth: int) -> Any:
 
 
 def is_count(value: object, bits: int = 62) -> bool:
-    """Whether it is a whole number from 0 to 2**bits - 1, and not a bool.
+    """Returns whether it is a whole number from 0 to 2**bits - 1, and not a bool.
 
     >>> is_count(3), is_count(-1), is_count(True), is_count(3.0)
     (True, False, False, False)
@@ -68,7 +68,7 @@ def is_count(value: object, bits: int = 62) -> bool:
 
 
 def is_shape(sizes: Sequence[Any], itemsize: int) -> bool:
-    """Whether torch could have a tensor of these sizes: at most 64 of them, and less than 2**62 bytes.
+    """Returns whether torch could have a tensor of these sizes: at most 64 of them, and less than 2**62 bytes.
 
     Sizes of 0 count as 1: torch computes the strides of an empty tensor from the other sizes, and they may overflow.
 
@@ -86,7 +86,7 @@ def is_shape(sizes: Sequence[Any], itemsize: int) -> bool:
 
 
 def shown(value: object) -> str:
-    """A value of a file as an error shows it: shortened, and of a container its type only.
+    """Returns a value of a file as an error shows it: shortened, and of a container its type only.
 
     >>> shown("weight"), shown([1, 2, 3])
     ("'weight'", 'a list')

@@ -40,12 +40,12 @@ class ReadableTensor:
 
     @property
     def numel(self) -> int:
-        """The number of elements."""
+        """Returns the number of elements."""
         return prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """The number of bytes in the file."""
+        """Returns the number of bytes in the file."""
         return self.numel * self.dtype.itemsize
 
 
@@ -68,7 +68,7 @@ class LazyTensor:
 
     @classmethod
     def of(cls, name: str, value: Any) -> LazyTensor:
-        """A tensor, mapped or in memory. Raises CheckpointCorruptError unless it is plain and all of it there."""
+        """Returns a tensor, mapped or in memory. Raises CheckpointCorruptError unless it is plain and all of it there."""
         if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_quantized or value.is_nested:
             raise CheckpointCorruptError(f"{name!r} is a {type(value).__name__} where a plain tensor is expected")
         value = value.detach()
@@ -80,7 +80,7 @@ class LazyTensor:
 
     @property
     def numel(self) -> int:
-        """Elements of the full tensor."""
+        """Returns the elements of the full tensor."""
         return torch.Size(self.shape).numel()
 
     def read(self, start: int, stop: int, out: Tensor) -> None:

@@ -33,7 +33,8 @@ class Member:
 
 
 def members(file: BinaryIO) -> dict[str, Member]:
-    """The members of an archive by name. Reads its directory and the members' own headers, and none of their data.
+    """Returns the members of an archive by name. Reads its directory and the members' own headers, and none of their
+    data.
 
     Raises:
         CompressedError: a member is compressed or encrypted.
@@ -64,7 +65,7 @@ def members(file: BinaryIO) -> dict[str, Member]:
 
 
 def _data_begin(file: BinaryIO, info: zipfile.ZipInfo) -> int:
-    """The first byte of a member's data. Checks that its own header agrees with the directory."""
+    """Returns the first byte of a member's data. Checks that its own header agrees with the directory."""
     file.seek(info.header_offset)
     fixed = file.read(_LOCAL.size)
     if len(fixed) < _LOCAL.size:

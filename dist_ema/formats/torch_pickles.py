@@ -68,7 +68,7 @@ class View:
 
     @property
     def is_contiguous(self) -> bool:
-        """Whether its elements lie one after the other, in the order of the tensor."""
+        """Returns whether its elements lie one after the other, in the order of the tensor."""
         step = 1
         for size, stride in zip(reversed(self.shape), reversed(self.stride), strict=True):
             if size != 1 and stride != step:
@@ -124,12 +124,12 @@ def _text(value: Any) -> Any:
 
 
 def _view(storage: Any, offset: Any, size: Any, stride: Any, *_: object) -> View:
-    """A tensor of the storage's dtype."""
+    """Returns a tensor of the storage's dtype."""
     return _checked_view(storage, getattr(storage, "dtype", None), offset, size, stride)
 
 
 def _view_of_dtype(storage: Any, offset: Any, size: Any, stride: Any, *rest: object) -> View:
-    """A tensor of another dtype than the storage's."""
+    """Returns a tensor of another dtype than the storage's."""
     _requires_grad, _hooks, dtype, *_ = rest
     return _checked_view(storage, dtype, offset, size, stride)
 
@@ -156,7 +156,7 @@ def _encoded(text: object, encoding: object = "latin1") -> bytes:
 
 
 def _empty_bytes(content: object = b"", *_: object) -> bytes:
-    """A bytearray, whose content nothing needs. ``bytearray(number)`` would allocate so many bytes."""
+    """Returns a bytearray, whose content nothing needs. ``bytearray(number)`` would allocate so many bytes."""
     if not isinstance(content, (bytes, str)):
         raise ValueError("it asks for an array of bytes and does not give them")
     return b""

@@ -97,7 +97,7 @@ def _mix(values: Integers) -> Integers:
 
 
 def holds(runs: Runs, shape: Sequence[int], kept: Sequence[NDArray[np.int64]]) -> bool:
-    """Whether ``runs`` are, in order, the elements whose index along dimension ``d`` is in ``kept[d]``. Exact.
+    """Returns whether ``runs`` are, in order, the elements whose index along dimension ``d`` is in ``kept[d]``. Exact.
 
     ``kept`` are the indices in the order in which the local tensor has them. Nothing of the tensor's size is made. If
     indices rise along every dimension, positions rise from one local element to the next. So it is enough to look at

@@ -108,11 +108,11 @@ class Rows(Sequence[Run]):
 
     @property
     def is_even(self) -> bool:
-        """Whether the first and the last run are as long as the others."""
+        """Returns whether the first and the last run are as long as the others."""
         return not self.skip and not self.drop
 
     def parts(self) -> Iterator[Runs]:
-        """The same runs, in at most three parts: an incomplete first run, the even ones, an incomplete last run."""
+        """Yields the same runs, in at most three parts: an incomplete first run, the even ones, an incomplete last run."""
         first, last = int(self.skip > 0), int(self.drop > 0)
         if first + last >= self.number:
             yield from ((run,) for run in self)
@@ -135,7 +135,7 @@ def whole(numel: int) -> Runs:
 
 
 def count(runs: Runs) -> int:
-    """Number of elements in ``runs``.
+    """Returns the number of elements in ``runs``.
 
     >>> count(((0, 2), (5, 3)))
     5
@@ -146,7 +146,8 @@ def count(runs: Runs) -> int:
 
 
 def cut(runs: Runs, start: int, stop: int) -> Runs:
-    """The runs of local elements ``start <= i < stop``, where local elements are numbered through ``runs`` in order.
+    """Returns the runs of local elements ``start <= i < stop``, where local elements are numbered through ``runs`` in
+    order.
 
     >>> cut(((0, 4), (10, 4)), 2, 6)  # local elements 2 to 5
     ((2, 2), (10, 2))
@@ -326,7 +327,8 @@ def _in_each_row(runs: Runs, stride: int, intervals: Runs) -> Runs:
 
 
 def boxes(runs: Runs, shape: Sequence[int]) -> list[Box]:
-    """The elements of ``runs``, in their order, as boxes of a tensor of shape ``shape``, each row-major in itself.
+    """Returns the elements of ``runs``, in their order, as boxes of a tensor of shape ``shape``, each row-major in
+    itself.
 
     So box after box the local elements are contiguous. One run of a tensor of k dimensions is 2k - 1 boxes at most;
     the rows of a tensor-parallel shard of columns come together in one.
@@ -369,7 +371,7 @@ def _boxes_of_rows(rows: Rows, shape: tuple[int, ...]) -> list[Box]:
 
 
 def _run_boxes(start: int, stop: int, shape: tuple[int, ...]) -> Iterator[Box]:
-    """The boxes of elements ``[start, stop)``, of which there is at least one."""
+    """Yields the boxes of elements ``[start, stop)``, of which there is at least one."""
     if not shape:
         yield (), ()
         return
@@ -387,7 +389,7 @@ def _run_boxes(start: int, stop: int, shape: tuple[int, ...]) -> Iterator[Box]:
 
 
 def _in_row(index: int, start: int, stop: int, shape: tuple[int, ...]) -> Iterator[Box]:
-    """The boxes of elements ``[start, stop)`` of row ``index``."""
+    """Yields the boxes of elements ``[start, stop)`` of row ``index``."""
     for offsets, sizes in _run_boxes(start, stop, shape[1:]):
         yield (index, *offsets), (1, *sizes)
 
@@ -447,7 +449,7 @@ def split_evenly(sizes: Sequence[int], itemsizes: Sequence[int], parts: int, ind
 
 
 def split_for_all(sizes: Sequence[int], itemsizes: Sequence[int], parts: int) -> list[list[tuple[int, int, int]]]:
-    """The cuts of :func:`split_evenly` for every part at once, in time that grows with ``len(sizes) + parts``.
+    """Returns the cuts of :func:`split_evenly` for every part at once, in time that grows with ``len(sizes) + parts``.
 
     Returns for each part its non-empty ranges ``(tensor, start, stop)``, in order.
 

@@ -68,12 +68,12 @@ class Share:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All names of the tensor."""
+        """Returns all names of the tensor."""
         return (self.spec.name, *self.spec.aliases)
 
     @property
     def numel(self) -> int:
-        """Elements kept."""
+        """Returns the elements kept."""
         return self.stop - self.start
 
     @property
@@ -83,14 +83,14 @@ class Share:
 
     @cached_property
     def boxes(self) -> tuple[Box, ...]:
-        """The same as boxes; there may be a thousand runs to one of them."""
+        """Returns the same as boxes; there may be a thousand runs to one of them."""
         return tuple(boxes(self.runs, self.spec.shape))
 
 
 def assign_shares(
     specs: Sequence[TensorSpec], options: Options, averaged: Container[str] = (), joined: int = 0
 ) -> list[Share]:
-    """One share for each spec, in order. Local.
+    """Returns one share for each spec, in order. Local.
 
     Args:
         specs: the tensors.
@@ -147,17 +147,17 @@ def assign_joined(
 
 
 def may_join(share: Share, options: Options) -> bool:
-    """Whether a tensor that is not averaged will be, as soon as it is trained. Local."""
+    """Returns whether a tensor that is not averaged will be, as soon as it is trained. Local."""
     return share.mode == "live" and share.spec.kind == "frozen" and options.selects(share.spec.name)
 
 
 def is_ignored(options: Options, name: str, is_buffer: bool) -> bool:
-    """Whether a tensor is in no average, whatever its flags: a :data:`~dist_ema.engines.names.Ignored`. Pure."""
+    """Returns whether a tensor is in no average, whatever its flags: a :data:`~dist_ema.engines.names.Ignored`. Pure."""
     return not options.selects(name) or (is_buffer and options.buffer_mode(name) == "ignore")
 
 
 def follow_specs(shares: Sequence[Share], specs: Sequence[TensorSpec], options: Options) -> list[Share]:
-    """The shares of a model of which ignored tensors have changed. Local.
+    """Returns the shares of a model of which ignored tensors have changed. Local.
 
     What is averaged or copied keeps its share. The others are described anew.
 
@@ -175,7 +175,8 @@ def follow_specs(shares: Sequence[Share], specs: Sequence[TensorSpec], options: 
 
 
 def follow_shapes(shares: Sequence[Share], specs: Sequence[TensorSpec], options: Options) -> list[Share]:
-    """The shares of a model in which tensors were resized: those of tensors that are not averaged follow. Local.
+    """Returns the shares of a model in which tensors were resized: those of tensors that are not averaged follow.
+    Local.
 
     Arguments are those of :func:`follow_specs`; the specs are in the order of the shares.
     """
@@ -186,19 +187,19 @@ def follow_shapes(shares: Sequence[Share], specs: Sequence[TensorSpec], options:
 
 
 def as_live(share: Share) -> Share:
-    """The share of the same tensor if it is not averaged. Local."""
+    """Returns the share of the same tensor if it is not averaged. Local."""
     spec = share.spec if share.spec.kind == "buffer" else replace(share.spec, kind="frozen")
     first = spec.primary and _first(spec.replicas)
     return Share(spec, "live", 0, spec.local_numel, spec.dtype, split=False, first_replica=first)
 
 
 def was_resized(share: Share, spec: TensorSpec) -> bool:
-    """Whether a buffer of the average has another shape in the model now, which ``spec`` says. Pure."""
+    """Returns whether a buffer of the average has another shape in the model now, which ``spec`` says. Pure."""
     return share.mode != "live" and spec.kind == "buffer" and share.spec.shape != spec.shape
 
 
 def resized(share: Share, shape: Sequence[int]) -> Share:
-    """The share of a whole buffer, if it had another shape. Pure."""
+    """Returns the share of a whole buffer, if it had another shape. Pure."""
     full = torch.Size(shape)
     spec = replace(share.spec, shape=full, runs=whole(full.numel()))
     return replace(share, spec=spec, start=0, stop=full.numel())
@@ -274,13 +275,16 @@ def _replica_groups(specs: Sequence[TensorSpec | None]) -> list[list[int]]:
 def split_over(
     specs: Sequence[TensorSpec], dtypes: Sequence[torch.dtype], replicas: Replicas, index: int
 ) -> list[tuple[int, int]]:
-    """The local elements of each tensor of one replica set that replica ``index`` keeps. The same on all of them."""
+    """Returns the local elements of each tensor of one replica set that replica ``index`` keeps. The same on all of
+    them.
+    """
     sizes = [spec.local_numel for spec in specs]
     return split_evenly(sizes, [dtype.itemsize for dtype in dtypes], replicas.size, index)
 
 
 def parts_of_replicas(shares: Sequence[Share], replicas: Replicas) -> list[list[tuple[int, int, int]]]:
-    """What each replica keeps of the tensors of one replica set: ``(place in shares, start, stop)`` of local elements.
+    """Returns what each replica keeps of the tensors of one replica set: ``(place in shares, start, stop)`` of local
+    elements.
 
     The same on all replicas. Ranges without elements are left out.
     """
@@ -318,7 +322,7 @@ def _dtype(spec: TensorSpec, mode: Mode, options: Options) -> torch.dtype:
 
 
 def shadow_dtype(live: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
-    """The dtype of the average of a live tensor. Pure.
+    """Returns the dtype of the average of a live tensor. Pure.
 
     Args:
         live: of the tensor. A complex tensor is averaged as pairs of real numbers.

@@ -72,16 +72,16 @@ class TensorSpec:
 
     @property
     def numel(self) -> int:
-        """Elements of the full tensor."""
+        """Returns the elements of the full tensor."""
         return self.shape.numel()
 
     @property
     def local_numel(self) -> int:
-        """Elements on this rank."""
+        """Returns the elements on this rank."""
         return count(self.runs)
 
     @classmethod
     def unsharded(cls, name: str, tensor: Tensor, **options: object) -> TensorSpec:
-        """The spec of a tensor that this rank holds whole."""
+        """Returns the spec of a tensor that this rank holds whole."""
         options.setdefault("hidden", hidden_type(tensor))
         return cls(name, tensor.shape, tensor.dtype, whole(tensor.numel()), **options)  # type: ignore[arg-type]

@@ -45,12 +45,13 @@ class CachedScale:
 
 
 def is_hidden(tensor: Tensor) -> bool:
-    """Whether the elements may lie elsewhere than at the tensor's address."""
+    """Returns whether the elements may lie elsewhere than at the tensor's address."""
     return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
 def plain(tensor: Tensor) -> Tensor | None:
-    """The tensor in whose memory the elements lie, one by one as they are; None if there is none. Local, no copy.
+    """Returns the tensor in whose memory the elements lie, one by one as they are; None if there is none. Local, no
+    copy.
 
     A subclass around nothing but one tensor of its shape and dtype is looked through, and so is one that caches a scale
     beside: the average of what is inside is the average of the whole.
@@ -65,7 +66,7 @@ def plain(tensor: Tensor) -> Tensor | None:
 
 
 def _inside(tensor: Tensor) -> Tensor | None:
-    """The one tensor that a subclass holds its elements in; None if there is none, or more."""
+    """Returns the one tensor that a subclass holds its elements in; None if there is none, or more."""
     if _caches_a_scale(tensor):
         # Not by __tensor_flatten__(), which asks whether the scale is zero, and so waits for the device.
         parts = [getattr(tensor, _ELEMENTS)]
@@ -85,7 +86,7 @@ def _caches_a_scale(tensor: Tensor) -> bool:
 
 
 def cached_scales(tensors: Sequence[Tensor]) -> list[CachedScale]:
-    """The scales that these tensors cache beside their elements, and the places for those that may come. Local."""
+    """Returns the scales that these tensors cache beside their elements, and the places for those that may come. Local."""
     found = []
     for tensor in tensors:
         inner: Tensor | None = tensor
@@ -116,7 +117,7 @@ class Described(Protocol):
 
 
 def look_through(tensors: Sequence[Tensor], specs: Sequence[Described]) -> list[Tensor]:
-    """The plain tensors inside; those that were known to have none as they are. Local, no copy.
+    """Returns the plain tensors inside; those that were known to have none as they are. Local, no copy.
 
     Raises EMAStateError if one has none any more.
     """

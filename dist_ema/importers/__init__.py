@@ -43,7 +43,7 @@ _PLAIN = {"timm"}
 
 
 def recognise(content: Content, name: str, where: str, key: str | None = None) -> str:
-    """The name of a file's format; ``state-dict`` for a file of no library that is known here.
+    """Returns the name of a file's format; ``state-dict`` for a file of no library that is known here.
 
     Args:
         content: of the file.

@@ -24,12 +24,12 @@ _CLOCK = {"batches": "batch", "samples": "sample", "tokens": "token", "epochs": 
 
 
 def matches(content: Content) -> bool:
-    """Whether this is such a file."""
+    """Returns whether this is such a file."""
     return content.kind == "file" and _algorithm(content.values) is not None
 
 
 def read(content: Content, model: Model | None) -> Foreign:
-    """The average. Raises CheckpointError if it is not in this file, CheckpointCorruptError if that is damaged."""
+    """Returns the average. Raises CheckpointError if it is not in this file, CheckpointCorruptError if that is damaged."""
     algorithm = _algorithm(content.values) or {}
     # A checkpoint of the trainer has the model, too: it gives buffers, frozen parameters and shapes to compare with.
     state = content.values.get("state")
@@ -58,7 +58,7 @@ def read(content: Content, model: Model | None) -> Foreign:
 
 
 def _algorithm(values: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The state of the algorithm: of the file itself, or in the list or dict of the trainer's algorithms."""
+    """Returns the state of the algorithm: of the file itself, or in the list or dict of the trainer's algorithms."""
     state = values.get("state")
     found = state.get("algorithms") if isinstance(state, Mapping) else None
     algorithms = list(found.items()) if isinstance(found, Mapping) else found if isinstance(found, list) else []

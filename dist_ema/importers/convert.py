@@ -203,7 +203,7 @@ def _entry(
 
 
 def _state(foreign: Foreign) -> EMAState:
-    """The clocks of a foreign average."""
+    """Returns the clocks of a foreign average."""
     averaged = foreign.clock.since(foreign.start).advance(batches=0, updates=foreign.updates)
     started = foreign.updates > 0
     return EMAState(started, foreign.clock, foreign.start, averaged if started else Progress())

@@ -17,13 +17,13 @@ _KEYS = {"decay", "optimization_step", "update_after_step", "use_ema_warmup"}
 
 
 def matches(content: Content) -> bool:
-    """Whether this is such a file or directory."""
+    """Returns whether this is such a file or directory."""
     keys = _KEYS | ({"shadow_params"} if content.kind == "file" else set())
     return content.kind != "dcp" and search(content.values, keys) is not None
 
 
 def read(content: Content, model: Model | None) -> Foreign:
-    """The average of the parameters. Raises CheckpointError, also where names are needed and missing."""
+    """Returns the average of the parameters. Raises CheckpointError, also where names are needed and missing."""
     values = search(content.values, _KEYS) or {}
     schedule, notes = _schedule(values)
     # save_pretrained builds a new model for the average, whose buffers are not those of the trained model.

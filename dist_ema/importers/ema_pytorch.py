@@ -13,13 +13,13 @@ _PREFIX = "ema_model."
 
 
 def matches(content: Content) -> bool:
-    """Whether this is such a file."""
+    """Returns whether this is such a file."""
     values = search(content.values, _KEYS) if content.kind == "file" else None
     return values is not None and any(str(name).startswith(_PREFIX) for name in values)
 
 
 def read(content: Content, model: Model | None) -> Foreign:
-    """The average; the file does not tell frozen parameters from others. Raises CheckpointCorruptError."""
+    """Returns the average; the file does not tell frozen parameters from others. Raises CheckpointCorruptError."""
     values = search(content.values, _KEYS) or {}
     found = {name.removeprefix(_PREFIX): value for name, value in values.items() if name.startswith(_PREFIX)}
     average = read_tensors(found, "'ema_model'")

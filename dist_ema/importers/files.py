@@ -73,7 +73,7 @@ def _check_plain(path: Path) -> None:
 
 
 def open_model(path: Path, frozen: re.Pattern[str] | None) -> Model:
-    """A model's state dict: a safetensors file, a directory of those, or a file of torch.save.
+    """Returns a model's state dict: a safetensors file, a directory of those, or a file of torch.save.
 
     Raises as :func:`open_foreign`.
     """
@@ -102,7 +102,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
 
 
 def _open_safetensors(files: Mapping[Path, Collection[str] | None]) -> dict[str, LazyTensor]:
-    """The tensors of some files, mapped: their bytes are read when they are looked at.
+    """Returns the tensors of some files, mapped: their bytes are read when they are looked at.
 
     Args:
         files: the names to take from each; None means all.

@@ -107,7 +107,9 @@ def _plain(names: Collection[str]) -> list[str]:
 
 
 def _grouped(files: list[str]) -> dict[str, list[str]]:
-    """The files by what stands for them: each its own name; of a set of shards ``model-*-of-00002.safetensors``."""
+    """Returns the files by what stands for them: each its own name; of a set of shards
+    ``model-*-of-00002.safetensors``.
+    """
     groups: dict[str, list[str]] = {}
     for name in files:
         match = _SHARD.fullmatch(name)
@@ -151,7 +153,7 @@ def _indexed(folder: Path, index: str, candidates: list[str]) -> Weights:
 
 
 def _weight_map(path: Path) -> dict[str, str]:
-    """The file of each tensor. Raises CheckpointCorruptError for one outside of the folder, too."""
+    """Returns the file of each tensor. Raises CheckpointCorruptError for one outside of the folder, too."""
     try:
         with open_plain(path) as opened:
             text = opened.read(_INDEX_BYTES + 1)

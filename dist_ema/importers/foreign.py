@@ -64,14 +64,14 @@ class Foreign:
 
 
 def search(values: Mapping[str, Any], keys: Iterable[str]) -> Mapping[str, Any] | None:
-    """The mapping that has all of the keys: ``values`` itself, or one of its values; None if there is none."""
+    """Returns the mapping that has all of the keys: ``values`` itself, or one of its values; None if there is none."""
     wanted = set(keys)
     inner = (value for value in values.values() if isinstance(value, Mapping))
     return next((found for found in (values, *inner) if wanted <= found.keys()), None)
 
 
 def read_tensors(values: Any, what: str) -> dict[str, LazyTensor]:
-    """The tensors of a state dict by canonical name; other values (``_extra_state``) are left out.
+    """Returns the tensors of a state dict by canonical name; other values (``_extra_state``) are left out.
 
     Raises CheckpointCorruptError if there are none, CheckpointError if two have one canonical name.
     """
@@ -152,7 +152,9 @@ def check_shapes(tensors: Tensors, model: Tensors, what: str) -> None:
 
 
 def integer(value: Any, what: str) -> int:
-    """A count from a file, as a number or a tensor of one element. Raises CheckpointCorruptError for anything else."""
+    """Returns a count from a file, as a number or a tensor of one element. Raises CheckpointCorruptError for anything
+    else.
+    """
     plain = value.item() if isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta else value
     if not is_count(plain):
         raise CheckpointCorruptError(f"{what} is {shown(plain)}; expected a count")

@@ -13,12 +13,12 @@ from dist_ema.schedules.clock import Progress
 
 
 def matches(content: Content) -> bool:
-    """Whether this is such a file."""
+    """Returns whether this is such a file."""
     return content.kind == "file" and {"averaging_state", "current_model_state", "state_dict"} <= content.values.keys()
 
 
 def read(content: Content, model: Model | None) -> Foreign:
-    """The average; the file does not tell frozen parameters from others. Raises CheckpointCorruptError."""
+    """Returns the average; the file does not tell frozen parameters from others. Raises CheckpointCorruptError."""
     average = read_tensors(content.values["state_dict"], "'state_dict'")
     averaging = content.values["averaging_state"]
     if not isinstance(averaging, Mapping):

@@ -50,7 +50,8 @@ class Names:
     note: str | None = None
 
     def cut(self, prefix: str, where: str) -> Names:
-        """The names that begin with ``prefix``, without it. Raises CheckpointError if no name of the average does.
+        """Returns the names that begin with ``prefix``, without it. Raises CheckpointError if no name of the average
+        does.
 
         >>> Names({"net.weight": "module.net.weight", "loss.scale": "module.loss.scale"}).cut("net", "x.pt").average
         {'weight': 'module.net.weight'}
@@ -139,7 +140,9 @@ def _lit_ema(names: Collection[str], where: str, prefix: str | None) -> Names | 
 def _live_names(
     names: Collection[str], owner: str, averaged: Sequence[str], where: str
 ) -> tuple[dict[str, list[str]], str]:
-    """The live names by what LitEma made of them, and what each of them begins with: the module that it averages."""
+    """Returns the live names by what LitEma made of them, and what each of them begins with: the module that it
+    averages.
+    """
     beside = [name for name in names if not name.startswith(owner)]
     first = averaged[0][len(owner) :]
     # Only what precedes a name that would become the first averaged one can be the beginning of all.
@@ -199,7 +202,7 @@ def _flattened(names: Iterable[str], start: str, dot: str) -> dict[str, list[str
 
 
 def _one(names: Mapping[str, list[str]], flat: str, where: str) -> str:
-    """The live name that became ``flat``. Raises CheckpointError if several did."""
+    """Returns the live name that became ``flat``. Raises CheckpointError if several did."""
     if len(names[flat]) > 1:
         raise CheckpointError(f"{where}: {flat!r} may be {' or '.join(map(repr, names[flat]))}, without its dots")
     return names[flat][0]

@@ -16,12 +16,12 @@ _KEYS = {"opt", "ema", "decay", "current_step"}
 
 
 def matches(content: Content) -> bool:
-    """Whether this is such a file."""
+    """Returns whether this is such a file."""
     return content.kind == "file" and bool(_optimizers(content.values))
 
 
 def read(content: Content, model: Model | None) -> Foreign:
-    """The average, with buffers and frozen parameters as they are in the model.
+    """Returns the average, with buffers and frozen parameters as they are in the model.
 
     Raises CheckpointError if the average is a list without names, as in files that NeMo's own checkpoint callback did
     not write, and CheckpointCorruptError.

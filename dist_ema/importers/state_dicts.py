@@ -149,7 +149,7 @@ def choose(
 
 
 def find(values: Mapping[Any, Any]) -> Iterator[StateDict]:
-    """All dicts and lists of tensors in a file, except those of optimizers and the like.
+    """Yields all dicts and lists of tensors in a file, except those of optimizers and the like.
 
     >>> import torch
     >>> weights = {"weight": torch.zeros(2, 2)}
@@ -220,7 +220,7 @@ def _objects(values: Mapping[Any, Any]) -> str:
 
 
 def _says_average(names: Sequence[str]) -> bool:
-    """Whether the names of a dict alone say that an average is in it."""
+    """Returns whether the names of a dict alone say that an average is in it."""
     try:
         return arrange(names, "").says_average
     except CheckpointError:  # it does, in a way that has to be refused; choose() says why
@@ -228,7 +228,7 @@ def _says_average(names: Sequence[str]) -> bool:
 
 
 def _is_state_dict(values: Mapping[Any, Any]) -> bool:
-    """Whether most entries are tensors, and one has dimensions: a dict of losses is none."""
+    """Returns whether most entries are tensors, and one has dimensions: a dict of losses is none."""
     counted = [value for key, value in values.items() if not str(key).endswith("_extra_state")]
     tensors = [value for value in counted if isinstance(value, Tensor)]
     return 2 * len(tensors) > len(counted) and any(tensor.dim() for tensor in tensors)
@@ -252,7 +252,7 @@ def _tensor_names(values: Mapping[Any, Any]) -> list[str]:
 
 
 def _only(found: Sequence[StateDict], where: str, average_only: bool) -> StateDict:
-    """The only average, or the only weights."""
+    """Returns the only average, or the only weights."""
     averages = [one for one in found if one.holds == "average"]
     if len(averages) == 1:
         return averages[0]

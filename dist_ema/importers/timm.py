@@ -12,12 +12,12 @@ _KEY = "state_dict_ema"
 
 
 def matches(content: Content) -> bool:
-    """Whether this is such a checkpoint. The state dict of a ModelEma cannot be told from any model's."""
+    """Returns whether this is such a checkpoint. The state dict of a ModelEma cannot be told from any model's."""
     return content.kind == "file" and _KEY in content.values
 
 
 def read(content: Content, model: Model | None) -> Foreign:
-    """The average; the file does not tell frozen parameters from others. Raises CheckpointCorruptError."""
+    """Returns the average; the file does not tell frozen parameters from others. Raises CheckpointCorruptError."""
     average = read_tensors(content.values.get(_KEY, content.values), _KEY)
     epoch = content.values.get("epoch")
     return Foreign(

@@ -20,12 +20,12 @@ _NAME = re.compile(r"(?:[^.]+\.)?state\.(?P<name>.+)\.ema_params(?:\.(?P<key>.+)
 
 
 def matches(content: Content) -> bool:
-    """Whether this is such a directory."""
+    """Returns whether this is such a directory."""
     return content.kind == "dcp" and any(_NAME.fullmatch(name) for name in content.tensors)
 
 
 def read(content: Content, model: Model | None) -> Foreign:
-    """The averages, which hold trained parameters only."""
+    """Returns the averages, which hold trained parameters only."""
     averages: dict[str, dict[str, LazyTensor]] = {}
     for name, tensor in content.tensors.items():
         if found := _NAME.fullmatch(name):

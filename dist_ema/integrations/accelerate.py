@@ -46,7 +46,7 @@ def prepare_ema(
     should_update: ShouldUpdate | None = None,
     **options: Any,
 ) -> ShardedEMA:
-    """An average of a model that ``accelerator.prepare()`` returned. Local; every rank calls it.
+    """Returns an average of a model that ``accelerator.prepare()`` returned. Local; every rank calls it.
 
     ``accelerator.save_state()`` then writes it to ``<output_dir>/<name>``, and ``load_state()`` reads it, at another
     number of processes too. All ranks have to call both, also under DDP, where Accelerate alone takes the main process
@@ -138,7 +138,7 @@ def _check_version() -> None:
 
 
 def _is_prepared(accelerator: accelerate.Accelerator, model: Any) -> bool:
-    """Whether ``prepare()`` of this accelerator returned it. The list has DDP's model without DDP. Local."""
+    """Returns whether ``prepare()`` of this accelerator returned it. The list has DDP's model without DDP. Local."""
     if not getattr(model, "_is_accelerate_prepared", False):
         return False
     return any(model is one or unwrapped(model) is unwrapped(one) for one in accelerator._models)
@@ -172,7 +172,7 @@ class _Averages:
 
     @classmethod
     def of(cls, accelerator: accelerate.Accelerator) -> _Averages:
-        """The ones of this accelerator, in an attribute of it: its life is theirs."""
+        """Returns the ones of this accelerator, in an attribute of it: its life is theirs."""
         averages = vars(accelerator).get(_ATTRIBUTE)
         if averages is None:
             averages = cls(accelerator)

@@ -140,16 +140,16 @@ class EMA(Algorithm):
 
     @property
     def ema_started(self) -> bool:
-        """Whether there is an average."""
+        """Returns whether there is an average."""
         return self.ema is not None and self.ema.num_updates > 0
 
     @property
     def ema_weights_active(self) -> bool:
-        """Whether it is in the model."""
+        """Returns whether it is in the model."""
         return self.ema_started and self._inside != ""
 
     def match(self, event: Event, state: State) -> bool:
-        """Whether Composer is to call ``apply``."""
+        """Returns whether Composer is to call ``apply``."""
         return event in _EVENTS or not self._stays(event)
 
     def apply(self, event: Event, state: State, logger: object) -> None:
@@ -215,7 +215,7 @@ class EMA(Algorithm):
             self._inside = inside
 
     def _stays(self, event: Event) -> bool:
-        """Whether what is there may stay at this event."""
+        """Returns whether what is there may stay at this event."""
         going_on = {"evaluation": event.is_eval, "prediction": event.is_predict}.get(self._inside, False)
         return not self._inside or (going_on and event not in _ENDS)
 
@@ -253,7 +253,7 @@ class EMA(Algorithm):
     # Checkpoints: collective.
 
     def state_dict(self) -> dict[str, Any]:
-        """The average, and the training weights while it is in the model: whole CPU tensors, on rank 0.
+        """Returns the average, and the training weights while it is in the model: whole CPU tensors, on rank 0.
 
         Of an algorithm Composer saves rank 0's state. Where it saves by shards, a callback carries the tensors.
         """
@@ -290,7 +290,7 @@ class ShardedEMAState(Callback):
         self._algorithm = algorithm
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's parts of the average, and of the weights in training. Collective."""
+        """Returns this rank's parts of the average, and of the weights in training. Collective."""
         return self._algorithm._average().state_dict(live=True)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -77,7 +77,8 @@ class ComposerTiming:
         return cls(options, life, interval, start, frozenset(units | {interval.unit, start.unit}))
 
     def due(self, before: Progress, now: Progress, started: bool, elapsed: float | None) -> bool:
-        """Whether the event at ``now`` updates, the last one being at ``before``; ``elapsed`` is that part of ``dur``.
+        """Returns whether the event at ``now`` updates, the last one being at ``before``; ``elapsed`` is that part of
+        ``dur``.
 
         Raises EMAConfigError if the options count samples or tokens, and the trainer has counted none.
         """

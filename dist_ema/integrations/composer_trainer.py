@@ -22,12 +22,12 @@ from dist_ema.schedules.state import EMAState
 
 
 def progress(time: Any) -> Progress:
-    """A timestamp of the trainer, as our clock."""
+    """Returns a timestamp of the trainer, as our clock."""
     return Progress(int(time.batch), int(time.sample), int(time.token), float(int(time.epoch)))
 
 
 def will_save(event: Event, state: State) -> bool:
-    """Whether a ``CheckpointSaver`` saves at this event: at its interval, and once a batch."""
+    """Returns whether a ``CheckpointSaver`` saves at this event: at its interval, and once a batch."""
     savers = [callback for callback in state.callbacks if isinstance(callback, CheckpointSaver)]
     due = [saver for saver in savers if saver.save_interval(state, event)]
     return any(saver.last_checkpoint_batch != state.timestamp.batch for saver in due)
@@ -145,5 +145,5 @@ def change_over(saved: Mapping[str, Any], parts: Mapping[str, Any], clock: Progr
 
 
 def _pick(kept: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
-    """Those of ``names``; Composer keeps DDP's ``module.`` before them."""
+    """Returns those of ``names``; Composer keeps DDP's ``module.`` before them."""
     return {name: kept[key] for name in names for key in (f"module.{name}", name) if key in kept}

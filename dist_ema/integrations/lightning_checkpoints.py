@@ -63,7 +63,7 @@ def settle(checkpoint: str) -> None:
 
 
 def find(checkpoint: str, moment: str | None) -> str | None:
-    """The average of a checkpoint, or None if it has none.
+    """Returns the average of a checkpoint, or None if it has none.
 
     Args:
         checkpoint: a file or a directory. A symbolic link, as ``save_last="link"`` makes it, leads to another one.

@@ -192,7 +192,7 @@ class EMACallback(TrainerCallback):
 
     @staticmethod
     def _name(ema: ShardedEMA, which: bool | str) -> str | None:
-        """The average of an option; None is the only one."""
+        """Returns the average of an option; None is the only one."""
         return which if isinstance(which, str) and which in ema.names else None
 
     def _evaluates_both(self) -> bool:
@@ -231,7 +231,9 @@ def _saving(own: EMACallback, of: Any, output_dir: str | None = None, _internal_
 
 
 def _evaluate_live(method: Callable[..., Any], trainer: Any, args: Any, kwargs: Any) -> dict[str, float]:
-    """The metrics of the live weights, logged with the prefix ``live_``; callbacks are not told of this evaluation."""
+    """Returns the metrics of the live weights, logged with the prefix ``live_``; callbacks are not told of this
+    evaluation.
+    """
     arguments = with_prefix(method, (trainer, *args), kwargs, "live_")
     with same_random(), without_callbacks(trainer):
         found: dict[str, float] = method(*arguments.args, **arguments.kwargs)

@@ -21,7 +21,7 @@ def scale(trainer: Any) -> float:
 
 
 def epochs_begun(trainer: Any) -> float:
-    """The epoch at which training begins, as the Trainer will count it.
+    """Returns the epoch at which training begins, as the Trainer will count it.
 
     ``state.epoch`` of a checkpoint may be another one: the run may have had other batches to an epoch, or its epoch is
     begun again (``ignore_data_skip``).
@@ -61,7 +61,7 @@ def evaluating_on(average: AbstractContextManager[None], trainer: Any) -> Iterat
 def with_prefix(
     evaluate: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], prefix: str
 ) -> inspect.BoundArguments:
-    """The arguments of a Trainer's ``evaluate()``, with ``prefix`` before the names of its metrics.
+    """Returns the arguments of a Trainer's ``evaluate()``, with ``prefix`` before the names of its metrics.
 
     Raises EMAConfigError if that method of a subclass takes no ``metric_key_prefix``.
     """
@@ -90,5 +90,5 @@ def without_callbacks(trainer: Any) -> Iterator[None]:
 
 
 def _unchanged(_args: object, _state: object, control: object, *_: object, **__: object) -> object:
-    """An event of which no callback is told."""
+    """Returns an event of which no callback is told."""
     return control

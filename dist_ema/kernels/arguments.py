@@ -52,7 +52,7 @@ class Table(Generic[Made]):
         self._rest: list[int] = []
 
     def read(self, averages: Averages, sources: Sequence[Tensor], ranges: Ranges) -> tuple[Made, list[int]]:
-        """The arguments, and the indices of the tensors that the kernel cannot take. Local."""
+        """Returns the arguments, and the indices of the tensors that the kernel cannot take. Local."""
         seen: list[object] = [
             [source.dtype for source in sources],
             *(list(map(read, sources)) for read in (_pointer, Tensor.numel, Tensor.stride)),
@@ -66,7 +66,7 @@ class Table(Generic[Made]):
         return self._made, self._rest
 
     def _same(self, averages: Averages) -> bool:
-        """Whether these are the shadows of the last call."""
+        """Returns whether these are the shadows of the last call."""
         if list(map(len, averages)) != list(map(len, self._averages)):
             return False
         pairs = zip(averages, self._averages, strict=True)
@@ -86,7 +86,7 @@ class Table(Generic[Made]):
         return beside and shadow.dtype == self._dtype and self._lies_flat(shadow, count)
 
     def _lies_flat(self, tensor: Tensor, count: int) -> bool:
-        """Whether its first ``count`` elements lie one after the other, aligned, in the memory of the device."""
+        """Returns whether its first ``count`` elements lie one after the other, aligned, in the memory of the device."""
         return self._is_here(tensor, count) and tensor.is_contiguous()
 
     def _lies_swapped(self, source: Tensor, count: int) -> bool:

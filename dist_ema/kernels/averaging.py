@@ -43,18 +43,18 @@ class Guard:
         self.counter(finite.device).add_(finite.numel()).sub_(finite.sum())
 
     def counter(self, device: torch.device) -> Tensor:
-        """The count on this device, int64."""
+        """Returns the count on this device, int64."""
         if device not in self._counts:
             with torch.inference_mode(False):
                 self._counts[device] = torch.zeros((), dtype=torch.int64, device=device)
         return self._counts[device]
 
     def snapshot(self) -> dict[torch.device, Tensor]:
-        """The counts as they are now, one element for each device. Does not wait for the device."""
+        """Returns the counts as they are now, one element for each device. Does not wait for the device."""
         return {device: count.clone() for device, count in self._counts.items()}
 
     def total(self) -> int:
-        """Elements skipped so far. Waits for the device."""
+        """Returns the elements skipped so far. Waits for the device."""
         return self.skipped + sum(int(count) for count in self._counts.values())
 
 
@@ -200,7 +200,7 @@ def looks_finite(values: Tensor) -> bool:
 
 
 def is_finite(shadow: Tensor) -> bool:
-    """Whether a shadow on the CPU has no NaN and no Inf; True elsewhere, where asking would wait. Local."""
+    """Returns whether a shadow on the CPU has no NaN and no Inf; True elsewhere, where asking would wait. Local."""
     if shadow.device.type != "cpu":
         return True
     parts = (piece for _, piece in pieces(shadow, 0, shadow.numel(), CACHE_CHUNK))

@@ -18,7 +18,7 @@ _lock = threading.Lock()
 def choose(
     decided: list[Kernels | None], device: str, build: Callable[[], Kernels], logger: logging.Logger
 ) -> Kernels | None:
-    """The kernels, or None for the eager route: decided, and logged, at the first call.
+    """Returns the kernels, or None for the eager route: decided, and logged, at the first call.
 
     Args:
         decided: empty before, then with the decision in it; kept by the caller.

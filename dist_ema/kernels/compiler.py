@@ -92,7 +92,7 @@ def _cache() -> Path:
 
 
 def _made_cache() -> Path:
-    """The folder of the cache, made for this user alone if it is not there. Raises UntrustedError, OSError."""
+    """Returns the folder of the cache, made for this user alone if it is not there. Raises UntrustedError, OSError."""
     folder = _cache()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     _check_private(folder, folder.stat())
@@ -239,7 +239,7 @@ def _processor() -> str:
 
 
 def _run(command: Sequence[str]) -> str:
-    """The end of what a compiler wrote. Raises BuildError: it fails, or takes too long."""
+    """Returns the end of what a compiler wrote. Raises BuildError: it fails, or takes too long."""
     # Into a file and in a session of its own: a compiler's children would otherwise survive a timeout, and hold a pipe.
     with tempfile.TemporaryFile() as output:
         try:

@@ -68,7 +68,7 @@ Table: TypeAlias = arguments.Table[list[Launch]]
 
 
 def table(positions: ElementPositions | None = None, device_type: str = "cuda") -> Table:
-    """An empty table, to be kept beside one list of tensors; for bf16 shadows, with the ``positions`` of these.
+    """Returns an empty table, to be kept beside one list of tensors; for bf16 shadows, with the ``positions`` of these.
 
     Another device's type is for Triton's interpreter.
     """
@@ -120,7 +120,7 @@ def _layout(source: Tensor) -> tuple[int, ...]:
 
 
 def _signed(bits: int) -> int:
-    """The int64 with the bits of an unsigned 64-bit integer: the kernel's are signed."""
+    """Returns the int64 with the bits of an unsigned 64-bit integer: the kernel's are signed."""
     return bits - ((bits >> 63) << 64)
 
 
@@ -194,7 +194,7 @@ class Kernel:
 
 
 def packed(keys: Sequence[int]) -> tuple[int, ...]:
-    """The halves of each key, the lower one first, in a form that is always odd and takes 62 bits.
+    """Returns the halves of each key, the lower one first, in a form that is always odd and takes 62 bits.
 
     Triton compiles a kernel anew where an integer fits into 32 bits, or is a multiple of 16, for the first time.
     """
@@ -283,7 +283,7 @@ _decided: list[Kernel | None] = []
 
 
 def choice() -> Kernel | None:
-    """The kernel, or None for the eager route: decided, and logged, at the first call. Raises EMAConfigError."""
+    """Returns the kernel, or None for the eager route: decided, and logged, at the first call. Raises EMAConfigError."""
     return choose(_decided, "CUDA", Kernel, logger)
 
 

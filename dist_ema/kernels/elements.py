@@ -18,7 +18,7 @@ _WITHOUT_FLOAT64 = {"mps"}
 
 
 def chunk_size(device: torch.device) -> int:
-    """Elements of one chunk on ``device``."""
+    """Returns the elements of one chunk on ``device``."""
     return CACHE_CHUNK if device.type == "cpu" else ACCELERATOR_CHUNK
 
 
@@ -68,7 +68,9 @@ def read(source: Tensor, start: int, stop: int, out: Tensor, non_blocking: bool 
 
 @torch.no_grad()
 def squared_distance(shadow: Tensor, source: Tensor, start: int, stop: int) -> Tensor:
-    """Sum of ``(shadow - source)**2`` in float64, as a scalar on the source's device, if that has float64. Local."""
+    """Returns the sum of ``(shadow - source)**2`` in float64, as a scalar on the source's device, if that has float64.
+    Local.
+    """
     if source.is_complex():  # |a - b|**2 is the sum over both parts
         shadow, source, (start, stop) = flat_reals(shadow), torch.view_as_real(source), (2 * start, 2 * stop)
     device = torch.device("cpu") if source.device.type in _WITHOUT_FLOAT64 else source.device

@@ -55,14 +55,14 @@ class Part(NamedTuple):
 
 
 def partial_digest(values: Tensor, runs: Runs, dtype: torch.dtype | None = None, start: int = 0) -> int:
-    """This rank's share of one digest, in ``[0, 2**64)``, of a :class:`Part`. Local; waits for the device."""
+    """Returns this rank's share of one digest, in ``[0, 2**64)``, of a :class:`Part`. Local; waits for the device."""
     (digest,) = partial_digests([Part(values, runs, dtype, start)])
     return digest
 
 
 @torch.no_grad()
 def partial_digests(parts: Sequence[Part]) -> list[int]:
-    """This rank's share of each digest, in ``[0, 2**64)``. Local; waits once for each device."""
+    """Returns this rank's share of each digest, in ``[0, 2**64)``. Local; waits once for each device."""
     totals: list[int] = []
     waiting: dict[torch.device, dict[int, Tensor]] = {}  # sums that are still on a device
     for index, part in enumerate(parts):
@@ -97,8 +97,9 @@ def _host_digest(part: Part) -> int:
 
 
 def device_digest(part: Part) -> Tensor:
-    """The sum, modulo 2**64, as a scalar int64 beside the values. A few launches for each 4 M elements, whatever the
-    number of runs; does not wait for them."""
+    """Returns the sum, modulo 2**64, as a scalar int64 beside the values. A few launches for each 4 M elements,
+    whatever the number of runs; does not wait for them.
+    """
     values, device = part.values, part.values.device
     total = torch.zeros((), dtype=torch.int64, device=device)
     table = _keys(device)  # int64, (BLOCK,)
@@ -138,7 +139,7 @@ def _mix_each(values: Tensor) -> Tensor:
 
 
 def _is_plain(values: Tensor, dtype: torch.dtype | None) -> bool:
-    """Whether the compiled kernel can take them: as they are, one after the other in the CPU's memory."""
+    """Returns whether the compiled kernel can take them: as they are, one after the other in the CPU's memory."""
     own = dtype is None or dtype == values.dtype
     return own and values.is_cpu and values.is_contiguous() and values.itemsize in _BITS and not values.is_conj()
 
@@ -156,7 +157,7 @@ def _block_sum(values: Tensor, start: int, stop: int, inside: int, dtype: torch.
 
 
 def _bits(flat: Tensor) -> Tensor:
-    """Each element's bits as an integer; int64 for the widest."""
+    """Returns each element's bits as an integer; int64 for the widest."""
     if flat.element_size() == 16:
         low, high = flat.resolve_conj().contiguous().view(torch.int64).view(-1, 2).unbind(1)
         return low + high * COMPLEX
@@ -180,5 +181,5 @@ def _mix(value: int) -> int:
 
 
 def _signed(value: int) -> int:
-    """The int64 with the bits of an unsigned 64-bit integer."""
+    """Returns the int64 with the bits of an unsigned 64-bit integer."""
     return value - (1 << 64) if value >> 63 else value

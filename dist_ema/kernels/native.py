@@ -99,7 +99,7 @@ class Library:
         return torch.get_num_threads() if os.getpid() == self._process else 1
 
     def digest(self, address: int, width: int, runs: Runs, keys: Tensor) -> int:
-        """The digest's sum over ``runs``, by one thread; other Python threads run meanwhile.
+        """Returns the digest's sum over ``runs``, by one thread; other Python threads run meanwhile.
 
         Args:
             address: of the elements of all runs, one after the other.
@@ -123,7 +123,7 @@ _decided: list[Library | None] = []
 
 
 def choice() -> Library | None:
-    """The kernels, or None for the eager route: decided, and logged, at the first call. Raises EMAConfigError."""
+    """Returns the kernels, or None for the eager route: decided, and logged, at the first call. Raises EMAConfigError."""
     return choose(_decided, "the CPU", _build_and_check, logger)
 
 
@@ -134,7 +134,7 @@ def _build_and_check() -> Library:
 
 
 def build() -> Library:
-    """The kernels, from the cache or newly compiled. Raises BuildError or OSError."""
+    """Returns the kernels, from the cache or newly compiled. Raises BuildError or OSError."""
     return Library(*compiler.build(_SOURCES))
 
 

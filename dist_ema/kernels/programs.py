@@ -29,7 +29,7 @@ _PAGE = 32  # bits
 
 
 def even(numels: Sequence[int]) -> Tensor:
-    """Each tensor, cut into equal parts: its row, and the first element of the part. int64, (programs, 2)."""
+    """Returns each tensor, cut into equal parts: its row, and the first element of the part. int64, (programs, 2)."""
     with torch.inference_mode(False):
         parts = (torch.tensor(numels, dtype=torch.int64, device="cpu") + CHUNK - 1) // CHUNK
         owners = torch.repeat_interleave(torch.arange(len(numels), device="cpu"), parts)
@@ -55,12 +55,14 @@ def placed(positions: ElementPositions, numels: Mapping[int, int]) -> Tensor:
 
 
 def has_rows(chunks: Tensor) -> bool:
-    """Whether a program has several runs."""
+    """Returns whether a program has several runs."""
     return bool(chunks[:, COLUMNS.index("multiplier")].any())
 
 
 def _chunks(local: Sequence[int], full: Sequence[int], numel: int) -> Iterator[tuple[int, ...]]:
-    """All columns but the row, for a tensor whose runs begin at these elements of the shadow and of the full tensor."""
+    """Yields all columns but the row, for a tensor whose runs begin at these elements of the shadow and of the full
+    tensor.
+    """
     grid = _grid(local, full, numel)
     for low in range(0, numel, CHUNK):
         high = min(low + CHUNK, numel)
@@ -87,7 +89,7 @@ def _grid(local: Sequence[int], full: Sequence[int], numel: int) -> tuple[int, i
 
 
 def _in_rows(low: int, high: int, start: int, before: int, length: int, step: int) -> tuple[int, ...] | None:
-    """The chunk of elements ``[low, high)``; None if it has one run only, or reaches over a multiple of 2**32."""
+    """Returns the chunk of elements ``[low, high)``; None if it has one run only, or reaches over a multiple of 2**32."""
     (first, skipped), (last, inside) = divmod(before + low, length), divmod(before + high - 1, length)
     position = start + first * step
     if first == last or position >> _PAGE != (start + last * step + inside) >> _PAGE:
@@ -103,7 +105,7 @@ def division(length: int) -> tuple[int, int]:
 
 
 def _by_run(low: int, high: int, local: Sequence[int], full: Sequence[int], numel: int) -> Iterator[tuple[int, ...]]:
-    """A chunk for each run of elements ``[low, high)``, cut at multiples of 2**32."""
+    """Yields a chunk for each run of elements ``[low, high)``, cut at multiples of 2**32."""
     run = int(np.searchsorted(np.asarray(local), low, "right")) - 1
     while low < high:
         end = min(local[run + 1] if run + 1 < len(local) else numel, high)

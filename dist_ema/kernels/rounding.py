@@ -140,7 +140,7 @@ def _mix(bits: Tensor) -> Tensor:
 
 
 def _signed(bits: int) -> int:
-    """The lower 32 bits as an int32."""
+    """Returns the lower 32 bits as an int32."""
     bits &= 0xFFFFFFFF
     return bits - (1 << 32) if bits >> 31 else bits
 

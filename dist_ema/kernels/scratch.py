@@ -46,7 +46,7 @@ class Scratch:
         return known[1:]
 
     def nbytes(self) -> int:
-        """Bytes held."""
+        """Returns the bytes held."""
         return sum(buffer.nbytes for buffer in self._buffers.values())
 
 

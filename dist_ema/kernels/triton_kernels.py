@@ -204,7 +204,7 @@ def _layout(columns: tl.tensor, low: tl.tensor) -> tl.tuple:
 
 @triton.jit
 def _swapped(inside: tl.tensor, layout: tl.tuple) -> tl.tensor:
-    """Where elements lie in memory whose row-major order is (outer, a, b), and their memory's (outer, b, a).
+    """Returns where elements lie in memory whose row-major order is (outer, a, b), and their memory's (outer, b, a).
 
     Element ``number = line * b + column``, of ``line = outer * a + row``, lies at ``(outer * b + column) * a + row``:
     summed up by what is known of it, modulo 2**32.
@@ -224,7 +224,7 @@ def _lerped(start: tl.tensor, end: tl.tensor, weight: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _pointer(place: tl.tensor, DTYPE: tl.constexpr, ALIGNED: tl.constexpr) -> tl.tensor:
-    """The address at ``place`` of the table, as a pointer."""
+    """Returns the address at ``place`` of the table, as a pointer."""
     pointer = tl.load(place).to(tl.pointer_type(DTYPE), bitcast=True)
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
@@ -236,8 +236,9 @@ def _pointer(place: tl.tensor, DTYPE: tl.constexpr, ALIGNED: tl.constexpr) -> tl
 
 @triton.jit
 def _grid(columns: tl.tensor, ROWS: tl.constexpr) -> tl.tuple:
-    """Where a chunk lies: the position of its first run in the full tensor, in two halves, of which the upper one is
-    that of all its elements; where it has several runs, also what ``programs.COLUMNS`` says of them."""
+    """Returns where a chunk lies: the position of its first run in the full tensor, in two halves, of which the upper
+    one is that of all its elements; where it has several runs, also what ``programs.COLUMNS`` says of them.
+    """
     first = tl.load(columns)
     grid = (first.to(tl.uint32), (first >> 32).to(tl.uint32))
     if ROWS:
@@ -248,7 +249,7 @@ def _grid(columns: tl.tensor, ROWS: tl.constexpr) -> tl.tuple:
 
 @triton.jit
 def _places(grid: tl.tuple, inside: tl.tensor, ROWS: tl.constexpr) -> tl.tensor:
-    """The lower 32 bits of the positions of elements ``inside`` a chunk, uint32."""
+    """Returns the lower 32 bits of the positions of elements ``inside`` a chunk, uint32."""
     place = inside.to(tl.uint32)
     if ROWS:
         place += grid[2]

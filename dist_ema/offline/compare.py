@@ -99,7 +99,7 @@ def compare(
 
 
 def is_checkpoint(path: StrPath) -> bool:
-    """Whether a path is a checkpoint of this library, or nothing that could be anything else."""
+    """Returns whether a path is a checkpoint of this library, or nothing that could be anything else."""
     check_path(path)
     if is_remote(path):
         return True
@@ -134,7 +134,9 @@ def _compare_sources(
 
 
 def _pairs(left: Source, right: Source) -> list[tuple[str, ReadableTensor, ReadableTensor]]:
-    """The tensors of two sources by the name in the first. Raises CheckpointMismatchError, which lists what differs."""
+    """Returns the tensors of two sources by the name in the first. Raises CheckpointMismatchError, which lists what
+    differs.
+    """
     lacking = {name for source in (left, right) if source.manifest for name in source.manifest.lacking}
     pairs, problems = [], []
     for one, other in ((left, right), (right, left)):
@@ -153,7 +155,7 @@ def _pairs(left: Source, right: Source) -> list[tuple[str, ReadableTensor, Reada
 
 
 def _verified(source: Source, name: str, tensor: ReadableTensor) -> VerifiedTensor:
-    """A tensor of a source, which is verified where the source has a fingerprint of it."""
+    """Returns a tensor of a source, which is verified where the source has a fingerprint of it."""
     return VerifiedTensor(tensor, damaged_error(source.path, [repr(name)]))
 
 
@@ -190,7 +192,7 @@ def _match(
     theirs: dict[Key, StoredTensor],
     lacking: set[str],
 ) -> dict[Key, Key]:
-    """The key in B of each tensor in A, but for live tensors that one of the two was saved without."""
+    """Returns the key in B of each tensor in A, but for live tensors that one of the two was saved without."""
     by_name = {(key[0], known): key for key, tensor in theirs.items() for known in (key[1], *tensor.aliases)}
     pairs: dict[Key, Key] = {}
     problems: list[str] = []
@@ -239,12 +241,12 @@ def _compare_chunks(
 
 
 def _real(values: Tensor) -> Tensor:
-    """A copy in float64; complex numbers as pairs."""
+    """Returns a copy in float64; complex numbers as pairs."""
     return (torch.view_as_real(values) if values.is_complex() else values).to(torch.float64, copy=True)
 
 
 def _larger(one: float, other: float) -> float:
-    """The larger of the two, and NaN if either is."""
+    """Returns the larger of the two, and NaN if either is."""
     return math.nan if math.isnan(one) or math.isnan(other) else max(one, other)
 
 

@@ -108,7 +108,9 @@ def _export(
 
 
 def _entry(key: Key, tensor: StoredTensor, once: bool) -> FullTensor:
-    """A stored tensor as something to write; ``live_dtype`` is that of the file, since the model's is not known."""
+    """Returns a stored tensor as something to write; ``live_dtype`` is that of the file, since the model's is not
+    known.
+    """
     aliases = () if once else tensor.aliases
     folder, name = key
     dtype = DTYPES[tensor.dtype]

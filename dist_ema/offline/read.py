@@ -14,7 +14,7 @@ from dist_ema.storage.paths import StrPath
 
 
 def read_checkpoint(path: StrPath, name: str | None = None) -> dict[str, Tensor]:
-    """Full tensors of one average, and of all that is not averaged, by canonical name. One process.
+    """Returns full tensors of one average, and of all that is not averaged, by canonical name. One process.
 
     Tied tensors stand under each of their names. A checkpoint that was saved with ``include_untracked=False`` has no
     more than the average and its buffers.

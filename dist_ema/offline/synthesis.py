@@ -139,7 +139,8 @@ class _Rows:
 
 
 def trailing(length: float, at: float, *, every: float = 1, shape: str = "uniform") -> Curve:
-    """The curve of the mean over the last ``length`` before ``at``, wherever periods of a :class:`Window` would end.
+    """Returns the curve of the mean over the last ``length`` before ``at``, wherever periods of a :class:`Window` would
+    end.
 
     With a shape it is what a learning rate that falls so from ``at - length`` to ``at`` would have given (WSM).
 
@@ -172,7 +173,7 @@ def trailing(length: float, at: float, *, every: float = 1, shape: str = "unifor
 
 
 def _solve(matrix: Vector, wanted: Vector, norms: Vector, cutoff: float) -> Vector:
-    """The least-squares solution x of ``matrix @ x = wanted`` among those for which ``x / norms`` sums to 1."""
+    """Returns the least-squares solution x of ``matrix @ x = wanted`` among those for which ``x / norms`` sums to 1."""
     import numpy as np
 
     total = 1 / norms

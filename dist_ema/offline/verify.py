@@ -207,7 +207,7 @@ class VerifiedTensor:
             raise self._damage
 
     def chunks(self) -> Iterator[Tensor]:
-        """The elements in order, :data:`PIECE` at a time; each is overwritten by the next."""
+        """Yields the elements in order, :data:`PIECE` at a time; each is overwritten by the next."""
         numel = self._tensor.numel
         scratch = torch.empty(min(PIECE, numel), dtype=self.dtype)
         for start in range(0, numel, PIECE):

@@ -56,7 +56,7 @@ class Architecture:
 
     @property
     def parameters(self) -> int:
-        """Elements of all parameters, tied ones counted once."""
+        """Returns the elements of all parameters, tied ones counted once."""
         return sum(spec.numel for spec in self.tensors if spec.kind != "buffer")
 
 
@@ -72,20 +72,23 @@ def parse_count(text: str) -> int:
 
 
 def of_count(count: int, dtype: torch.dtype) -> Architecture:
-    """One flat tensor of ``count`` elements, which every engine divides evenly up to rounding."""
+    """Returns one flat tensor of ``count`` elements, which every engine divides evenly up to rounding."""
     spec = TensorSpec.unsharded("parameters", torch.empty(count, dtype=dtype, device="meta"), partitioned=False)
     return Architecture([spec], {spec.name: 0})
 
 
 def of_module(model: nn.Module) -> Architecture:
-    """The tensors of a plain module, on any device, with transformers' plan of tensor parallelism if it has one."""
+    """Returns the tensors of a plain module, on any device, with transformers' plan of tensor parallelism if it has
+    one.
+    """
     tensors = PlainEngine(model).specs()
     plan: Mapping[str, str] = getattr(model, "tp_plan", None) or {}
     return Architecture(tensors, _styles(tensors, plan))
 
 
 def of_config(path: Path, dtype: torch.dtype | None) -> Architecture:
-    """The model that a config.json of Hugging Face describes. Reads nothing else, and never runs code from beside it.
+    """Returns the model that a config.json of Hugging Face describes. Reads nothing else, and never runs code from
+    beside it.
 
     Args:
         path: the file, or the directory that it lies in.
@@ -126,14 +129,14 @@ def of_config(path: Path, dtype: torch.dtype | None) -> Architecture:
 
 
 def _build(values: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
-    """The model on the meta device."""
+    """Returns the model on the meta device."""
     build = _builder(values)
     with torch.device("meta"), _default_dtype(dtype), _counted_modules():
         return build()
 
 
 def _builder(values: Mapping[str, Any]) -> Callable[[], nn.Module]:
-    """What builds the model: transformers, or without it what knows the family."""
+    """Returns what builds the model: transformers, or without it what knows the family."""
     kind, names = values["model_type"], values.get("architectures") or [None]
     try:
         import transformers

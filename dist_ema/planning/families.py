@@ -39,7 +39,9 @@ class Config:
         self._values = values
 
     def size(self, key: str, default: int | None = None, *, least: int = 1) -> int:
-        """A whole number. Raises ValueError if it is missing without a default, is below ``least``, or is no number."""
+        """Returns a whole number. Raises ValueError if it is missing without a default, is below ``least``, or is no
+        number.
+        """
         value = self._values.get(key)
         if value is None:
             value = default
@@ -57,7 +59,7 @@ class Config:
         return value
 
     def is_null(self, key: str) -> bool:
-        """Whether the file has it as null, which says something else than its absence."""
+        """Returns whether the file has it as null, which says something else than its absence."""
         return key in self._values and self._values[key] is None
 
 
@@ -88,7 +90,7 @@ def _linear(inputs: int, outputs: int, bias: bool = False) -> nn.Module:
 
 
 def _weight(*shape: int) -> nn.Module:
-    """An embedding, an RMSNorm or a router."""
+    """Returns an embedding, an RMSNorm or a router."""
     return _Tensors({"weight": shape})
 
 
@@ -117,7 +119,7 @@ def _mlp(hidden: int, inner: int, bias: bool = False) -> nn.Module:
 
 
 def _experts(count: int, hidden: int, inner: int) -> nn.Module:
-    """All experts of a layer, fused as transformers 5 has them."""
+    """Returns all experts of a layer, fused as transformers 5 has them."""
     return _Tensors({"gate_up_proj": (count, 2 * inner, hidden), "down_proj": (count, hidden, inner)})
 
 

@@ -65,7 +65,7 @@ class Layout:
 
     @property
     def shards(self) -> int:
-        """Ranks over which one copy of the model is sharded, tensor parallelism apart."""
+        """Returns the ranks over which one copy of the model is sharded, tensor parallelism apart."""
         return self.world_size // (self.replicate * self.tensor_parallel)
 
     def source_dtype(self, spec: TensorSpec) -> torch.dtype:
@@ -95,7 +95,7 @@ class _Place:
 
 
 def simulate(model: Sequence[TensorSpec], layout: Layout, rank: int, styles: Styles) -> list[TensorSpec]:
-    """The specs of one rank, in the order of ``model``. Pure.
+    """Returns the specs of one rank, in the order of ``model``. Pure.
 
     Args:
         model: the unsharded tensors.
@@ -185,7 +185,9 @@ def _dtensor(
 
 
 def _fsdp1(model: Sequence[TensorSpec], place: _Place, styles: Styles) -> list[TensorSpec]:
-    """One unit for each block and one for the rest, with ``use_orig_params``; frozen parameters are part of them."""
+    """Returns one unit for each block and one for the rest, with ``use_orig_params``; frozen parameters are part of
+    them.
+    """
     layout = place.layout
     units: dict[str, list[TensorSpec]] = {}
     for spec in model:
@@ -229,7 +231,7 @@ def _zero1(model: Sequence[TensorSpec], place: _Place, styles: Styles) -> list[T
 
 
 def _zero3(model: Sequence[TensorSpec], place: _Place, styles: Styles) -> list[TensorSpec]:
-    """Every parameter by itself, frozen ones too."""
+    """Returns every parameter by itself, frozen ones too."""
     return [
         spec
         if spec.kind == "buffer"
@@ -253,7 +255,7 @@ def _round_up(number: int, multiple: int) -> int:
 
 
 def _block(name: str) -> str:
-    """The block that a parameter belongs to (``model.layers.3``), or ``""`` for the rest of the model."""
+    """Returns the block that a parameter belongs to (``model.layers.3``), or ``""`` for the rest of the model."""
     parts = name.split(".")
     number = next((index for index, part in enumerate(parts) if part.isdigit()), None)
     return "" if number is None else ".".join(parts[: number + 1])

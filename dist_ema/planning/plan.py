@@ -92,16 +92,16 @@ class Prediction:
 
     @property
     def checkpoint(self) -> int:
-        """Bytes of the checkpoint."""
+        """Returns the bytes of the checkpoint."""
         return sum(self.files.values())
 
     @property
     def manifest(self) -> int:
-        """Bytes of its manifest. The clocks in it may take a few more as they grow."""
+        """Returns the bytes of its manifest. The clocks in it may take a few more as they grow."""
         return self.files[NAME]
 
     def worst(self, cost: Callable[[RankCost], float]) -> RankCost:
-        """The first of the ranks that pay most."""
+        """Returns the first of the ranks that pay most."""
         return max(self.ranks, key=cost)
 
     def mean(self, cost: Callable[[RankCost], float]) -> float:
@@ -135,7 +135,7 @@ def predict(model: Architecture, layout: Layout, options: Options) -> Prediction
 
 
 def sample(world_size: int) -> list[int]:
-    """All ranks up to ``SAMPLE`` of them; else that many, the first and the last among them."""
+    """Returns all ranks up to ``SAMPLE`` of them; else that many, the first and the last among them."""
     number = min(world_size, SAMPLE)
     return [index * (world_size - 1) // max(number - 1, 1) for index in range(number)]
 
@@ -146,7 +146,7 @@ def rank_shares(model: Architecture, layout: Layout, options: Options, rank: int
 
 
 def rank_cost(model: Architecture, layout: Layout, options: Options, rank: int) -> RankCost:
-    """The costs of one rank whose weights are on an accelerator. Pure."""
+    """Returns the costs of one rank whose weights are on an accelerator. Pure."""
     shares = rank_shares(model, layout, options, rank)
     number = len(options.schedules)
     lowest_mesh_rank = 0  # of the writing mesh: rank 0 has a part of every tensor
@@ -174,7 +174,7 @@ def rank_cost(model: Architecture, layout: Layout, options: Options, rank: int) 
 
 
 def checkpoint_files(shares: Sequence[Share], options: Options) -> dict[str, int]:
-    """Bytes of every file of a checkpoint, by its path. Pure: any rank's shares give the same."""
+    """Returns the bytes of every file of a checkpoint, by its path. Pure: any rank's shares give the same."""
     state = EMAState(True, Progress(batches=1), Progress(batches=1), Progress(updates=1))
     views = dict.fromkeys(options.schedules, lambda _: None)
     return Contents(state, options.schedules, catalogue(shares, None), views).sizes()

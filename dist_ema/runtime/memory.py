@@ -16,7 +16,7 @@ _HUGE = 2 << 20
 
 
 def empty(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A flat uninitialised tensor, outside of inference mode. Local.
+    """Returns a flat uninitialised tensor, outside of inference mode. Local.
 
     On the CPU in huge pages where the system has them (Linux): it is then there twice as fast when it is first written
     to, as by a load, and an update needs fewer address translations.

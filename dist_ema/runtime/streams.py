@@ -90,7 +90,7 @@ class Relay:
         self._next = 0
 
     def buffer(self, numel: int, dtype: torch.dtype) -> Tensor:
-        """The buffer that was used longest ago, when the device has let go of it: flat, uninitialised."""
+        """Returns the buffer that was used longest ago, when the device has let go of it: flat, uninitialised."""
         event = self._events[self._next]
         if event is not None:
             event.synchronize()

@@ -88,7 +88,7 @@ class Worker:
 
     @property
     def failed(self) -> bool:
-        """Whether ``raise_failure`` would raise."""
+        """Returns whether ``raise_failure`` would raise."""
         self._notice_fork()
         return self._error is not None
 

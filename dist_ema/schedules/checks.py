@@ -13,7 +13,7 @@ AVERAGE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
 def number(name: str, value: object, allowed: str) -> float:
-    """A finite number as a float, or EMAConfigError."""
+    """Returns a finite number as a float, or EMAConfigError."""
     try:
         if isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value):
             return float(value)
@@ -23,7 +23,7 @@ def number(name: str, value: object, allowed: str) -> float:
 
 
 def fraction(name: str, value: object) -> float:
-    """A decay that forgets something."""
+    """Returns a decay that forgets something."""
     allowed = "a number in [0, 1): the fraction of the average that is kept"
     checked = number(name, value, allowed)
     if not 0 <= checked < 1:
@@ -32,7 +32,7 @@ def fraction(name: str, value: object) -> float:
 
 
 def share(name: str, value: object) -> float:
-    """A decay that may forget nothing, as the last of DINO's teacher."""
+    """Returns a decay that may forget nothing, as the last of DINO's teacher."""
     allowed = "a number in [0, 1]: the fraction of the average that is kept"
     checked = number(name, value, allowed)
     if not 0 <= checked <= 1:
@@ -41,7 +41,7 @@ def share(name: str, value: object) -> float:
 
 
 def positive(name: str, value: object) -> float:
-    """A finite number above zero."""
+    """Returns a finite number above zero."""
     checked = number(name, value, "a finite number more than 0")
     if checked <= 0:
         raise EMAConfigError(f"{name}={value!r}: allowed is a finite number more than 0")

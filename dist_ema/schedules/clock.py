@@ -58,7 +58,7 @@ class Progress:
     def advance(
         self, *, batches: int = 1, samples: int = 0, tokens: int = 0, epochs: float = 0.0, updates: int = 0
     ) -> Progress:
-        """The reading after that much more training.
+        """Returns the reading after that much more training.
 
         Raises:
             EMAConfigError: a count is negative, not finite, or not a number (a tensor, say).
@@ -81,7 +81,7 @@ class Progress:
         )
 
     def since(self, start: Progress) -> Progress:
-        """This reading minus ``start``, in every field.
+        """Returns this reading minus ``start``, in every field.
 
         ``start`` is the clock at the first copy, read before that copy was counted in ``updates``.
         """
@@ -94,7 +94,7 @@ class Progress:
         )
 
     def value(self, unit: str) -> int | float:
-        """The reading in ``unit``, one of ``ba``, ``sp``, ``tok``, ``ep``. Raises EMAConfigError for any other."""
+        """Returns the reading in ``unit``, one of ``ba``, ``sp``, ``tok``, ``ep``. Raises EMAConfigError for any other."""
         if unit == "ba":
             return self.batches
         if unit == "sp":
@@ -170,7 +170,7 @@ class Time:
         return cls(abs(value), unit)
 
     def resolve(self, max_duration: Time | None, *, option: str = "time") -> Time:
-        """This time in a unit of the clock: ``dur`` becomes a part of ``max_duration``, anything else stays.
+        """Returns this time in a unit of the clock: ``dur`` becomes a part of ``max_duration``, anything else stays.
 
         In units that count whole things it is the first count at which that part of the training is done.
 
@@ -191,13 +191,14 @@ class Time:
         return Time(float(part) if max_duration.unit in _FRACTIONAL else math.ceil(part), max_duration.unit)
 
     def __str__(self) -> str:
-        """The time string, which :meth:`parse` reads back."""
+        """Returns the time string, which :meth:`parse` reads back."""
         value = int(self.value) if self.value == int(self.value) else self.value
         return f"{value}{self.unit}"
 
 
 def crossed(before: Progress, after: Progress, interval: Time) -> bool:
-    """Whether the clock passed or reached a multiple of ``interval`` after ``before``, up to and including ``after``.
+    """Returns whether the clock passed or reached a multiple of ``interval`` after ``before``, up to and including
+    ``after``.
 
     With one batch a call and an interval in batches that is Composer's ``batch % interval == 0``. Multiples count on
     the clock that the readings are of. Raises EMAConfigError for an unresolved ``dur``.
@@ -209,7 +210,7 @@ def crossed(before: Progress, after: Progress, interval: Time) -> bool:
 
 
 def reached(now: Progress, moment: Time) -> bool:
-    """Whether the clock stands at ``moment`` or past it. Raises EMAConfigError for an unresolved ``dur``.
+    """Returns whether the clock stands at ``moment`` or past it. Raises EMAConfigError for an unresolved ``dur``.
 
     >>> reached(Progress(epochs=1.5), Time(2.0, "ep"))
     False

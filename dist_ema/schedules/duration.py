@@ -65,7 +65,7 @@ def _ratio(length: Mapping[str, float], unit: str, per: str) -> float | None:
 
 
 def _converted(time: Time, unit: str, length: Mapping[str, float]) -> float | None:
-    """A time in another unit, by the part of the training that it is; None if that is not known."""
+    """Returns a time in another unit, by the part of the training that it is; None if that is not known."""
     if time.unit == unit or not time.value:
         return time.value
     ratio = _ratio(length, unit, time.unit)
@@ -77,5 +77,5 @@ def _is_after(time: Time, length: Mapping[str, float]) -> bool:
 
 
 def _end(time: Time, length: Mapping[str, float]) -> Time:
-    """The end of the training in the unit of ``time``."""
+    """Returns the end of the training in the unit of ``time``."""
     return Time(length[time.unit], time.unit)

@@ -53,7 +53,8 @@ class PowerFunction(Schedule):
 
 
 def sigma_rel_to_gamma(sigma_rel: float) -> float:
-    """The gamma >= 0 with sigma_rel = (gamma + 1)^1/2 (gamma + 2)^-1 (gamma + 3)^-1/2 (EDM2, equations 123 and 126).
+    """Returns the gamma >= 0 with sigma_rel = (gamma + 1)^1/2 (gamma + 2)^-1 (gamma + 3)^-1/2 (EDM2, equations 123 and
+    126).
 
     Raises:
         EMAConfigError: ``sigma_rel`` is not in (0, 12 ** -.5].

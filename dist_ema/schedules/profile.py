@@ -59,7 +59,7 @@ class Profile:
     def __call__(self, step: NDArray[np.float64]) -> NDArray[np.float64]: ...
 
     def __call__(self, step: ArrayLike) -> float | NDArray[np.float64]:
-        """The weight of the update at ``step``; 0 where there was none. An array of steps gives an array."""
+        """Returns the weight of the update at ``step``; 0 where there was none. An array of steps gives an array."""
         import numpy as np
 
         steps: NDArray[np.float64] = np.asarray(step, dtype=np.float64) / self.every
@@ -102,7 +102,7 @@ class Profile:
 
     @property
     def half_life(self) -> float:
-        """The age that half of the average has passed; that of the first copy, if this weighs more than half."""
+        """Returns the age that half of the average has passed; that of the first copy, if this weighs more than half."""
         import numpy as np
 
         younger = int(np.searchsorted(self.older, 0.5, side="right"))  # the first step with more than half up to it
@@ -115,7 +115,7 @@ class Profile:
 
     @property
     def effective_window(self) -> float:
-        """The plain mean over so much training would average out noise as well: 1 / the sum of squared weights."""
+        """Returns the length of the plain mean that averages out as much noise: 1 / the sum of squared weights."""
         import numpy as np
 
         return self.every / float(np.sum(self.weights**2))

@@ -37,7 +37,9 @@ class _Ramp(ProgressFactors):
         return replace(self, over=str(self.time.resolve(max_duration, option="over")))
 
     def begun(self, start: Progress, interval: Time) -> Schedule:
-        """This schedule with the first batch numbered 0 where the first copy was made before any training, else 1."""
+        """Returns this schedule with the first batch numbered 0 where the first copy was made before any training, else
+        1.
+        """
         begun = copy.copy(self)
         trained = any((start.batches, start.samples, start.tokens, start.epochs))
         set_fields(begun, first=int(trained))

@@ -89,7 +89,7 @@ def register(kind: str, cls: type[Schedule]) -> None:
 
 
 def from_dict(data: Mapping[str, Any]) -> Schedule:
-    """The schedule that :meth:`Schedule.to_dict` described.
+    """Returns the schedule that :meth:`Schedule.to_dict` described.
 
     Raises:
         EMAConfigError: not such a dict, an unknown kind, an unknown or missing option, or a value that is not allowed.
@@ -115,7 +115,7 @@ def from_dict(data: Mapping[str, Any]) -> Schedule:
 
 
 def from_file(data: Mapping[str, Any]) -> Schedule:
-    """The schedule of a file; an :class:`UnknownSchedule` where this program does not know its kind.
+    """Returns the schedule of a file; an :class:`UnknownSchedule` where this program does not know its kind.
 
     Raises:
         EMAConfigError: ``data`` is not a description of a schedule, or one of this library's kinds with options that
@@ -207,7 +207,7 @@ class UnknownSchedule(Schedule):
 
 
 def _is_too_much(value: object, in_list: bool = False) -> bool:
-    """Whether the readers of files refuse a value: they limit nesting, and the digits of whole numbers."""
+    """Returns whether the readers of files refuse a value: they limit nesting, and the digits of whole numbers."""
     if isinstance(value, (list, tuple)):
         return in_list or any(_is_too_much(item, in_list=True) for item in value)
     return isinstance(value, Mapping) or (isinstance(value, int) and abs(value) >= 1 << 63)
@@ -218,7 +218,7 @@ def _path(cls: type) -> str:
 
 
 def _suggested(name: str) -> str:
-    """A name that :func:`register` takes."""
+    """Returns a name that :func:`register` takes."""
     return f"My{name}" if name in KINDS else name
 
 

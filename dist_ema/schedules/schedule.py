@@ -40,7 +40,9 @@ class Schedule(ABC):
         return self._log_retain(start, stop) if start < stop else 0.0
 
     def retain(self, before: Position, after: Position) -> float:
-        """The fraction, in [0, 1], of the average at ``before`` that is left at ``after``. Raises as ``log_retain``."""
+        """Returns the fraction, in [0, 1], of the average at ``before`` that is left at ``after``. Raises as
+        ``log_retain``.
+        """
         return math.exp(self.log_retain(before, after))
 
     def weight(self, before: Position, after: Position) -> float:
@@ -48,23 +50,23 @@ class Schedule(ABC):
         return -math.expm1(self.log_retain(before, after))
 
     def to_dict(self) -> dict[str, Any]:
-        """The name of the kind and the options, for JSON; :func:`from_dict` reads it."""
+        """Returns the name of the kind and the options, for JSON; :func:`from_dict` reads it."""
         options = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.init}  # type: ignore[arg-type]
         kind = KIND_OF.get(type(self), type(self).__name__)
         return {"kind": kind} | {name: value for name, value in options.items() if value is not None}
 
     @property
     def unit(self) -> str:
-        """The unit of the clock that the schedule depends on."""
+        """Returns the unit of the clock that the schedule depends on."""
         return "ba"
 
     @property
     def position_unit(self) -> str:
-        """The unit of its plain numbers: that of the clock, or ``updates``."""
+        """Returns the unit of its plain numbers: that of the clock, or ``updates``."""
         return self.unit
 
     def resolve(self, max_duration: Time | None) -> Schedule:
-        """This schedule with every ``dur`` made a part of ``max_duration``.
+        """Returns this schedule with every ``dur`` made a part of ``max_duration``.
 
         Raises:
             EMAConfigError: it has one, and there is no ``max_duration``.
@@ -72,7 +74,7 @@ class Schedule(ABC):
         return self
 
     def begun(self, start: Progress, interval: Time) -> Schedule:
-        """This schedule for an average whose first copy was made at ``start`` on the clock of the training.
+        """Returns this schedule for an average whose first copy was made at ``start`` on the clock of the training.
 
         Only :class:`Window` looks at that clock; the others count from the first copy.
 
@@ -113,7 +115,7 @@ class Schedule(ABC):
         """``log_retain`` between two different positions in the schedule's own unit."""
 
     def _read(self, progress: Progress) -> float:
-        """The position of a clock reading in the schedule's own unit."""
+        """Returns the position of a clock reading in the schedule's own unit."""
         return progress.value(self.unit)
 
     def _position(self, moment: Position, name: str) -> float:
@@ -160,7 +162,9 @@ class PerBatch(Schedule):
 
     @abstractmethod
     def _log_factors(self, first: int, last: int) -> float:
-        """Sum of the logarithms of the factors of batches ``first`` to ``last``, both included; 1 <= first <= last."""
+        """Returns the sum of the logarithms of the factors of batches ``first`` to ``last``, both included; 1 <= first
+        <= last.
+        """
 
 
 class ProgressFactors(PerBatch):
@@ -184,7 +188,7 @@ class ProgressFactors(PerBatch):
 
     @abstractmethod
     def _log_batches(self, start: float, size: float, count: int) -> float:
-        """Sum of the logarithms of the factors of ``count`` batches of ``size`` after ``start``."""
+        """Returns the sum of the logarithms of the factors of ``count`` batches of ``size`` after ``start``."""
 
 
 class Capped(PerBatch):
@@ -194,7 +198,7 @@ class Capped(PerBatch):
 
     @abstractmethod
     def _ramp_end(self) -> float:
-        """The batch from which on the factor is ``decay``; infinite if there is none."""
+        """Returns the batch from which on the factor is ``decay``; infinite if there is none."""
 
     @abstractmethod
     def _log_ramp(self, first: int, last: int) -> float:

@@ -157,7 +157,7 @@ class Window(Schedule):
         return steps, kept
 
     def _last_inside(self, every: float, count: int) -> int | None:
-        """The last of the updates up to ``count`` that lies in a window."""
+        """Returns the last of the updates up to ``count`` that lies in a window."""
         at = count
         while at > 0:
             clock = at * every + self.first

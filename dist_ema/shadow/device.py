@@ -61,7 +61,7 @@ class Shadow:
 
     @property
     def started(self) -> bool:
-        """Whether there is an average yet."""
+        """Returns whether there is an average yet."""
         return bool(self._averages)
 
     def run_beside(self, wanted: bool = True) -> None:
@@ -167,7 +167,7 @@ class Shadow:
     def _numbers_after(
         self, shares: Sequence[Share], places: Sequence[int], new: Sequence[int]
     ) -> tuple[list[int], list[int]]:
-        """The numbers of what is averaged, and of what is copied, after ``follow()``: what joins comes last."""
+        """Returns the numbers of what is averaged, and of what is copied, after ``follow()``: what joins comes last."""
         averaged = [places[index] for index in self._averaged]
         copied = [places[index] for index in self._copied]
         known = set(averaged)
@@ -176,7 +176,7 @@ class Shadow:
 
     @property
     def has_new(self) -> bool:
-        """Whether ``fill_new()`` has anything to do."""
+        """Returns whether ``fill_new()`` has anything to do."""
         return bool(self._new)
 
     def fill_new(self, sources: Sequence[Tensor], number: int) -> None:
@@ -267,7 +267,7 @@ class Shadow:
         return Rounding(self._positions, [average_key(self.seed, update, name) for name in self._names])
 
     def tensors(self, name: str) -> list[Tensor | None]:
-        """The flat shadow of every share, None where it is live. Raises EMAStateError if an update has failed."""
+        """Returns the flat shadow of every share, None where it is live. Raises EMAStateError if an update has failed."""
         self._join()
         self._raise_failure()
         tensors: list[Tensor | None] = [None] * len(self._shares)
@@ -288,16 +288,16 @@ class Shadow:
         self._buffers = lent.separate(self._buffers, self._copy_of)
 
     def _all(self) -> list[Tensor]:
-        """Every shadow of every average."""
+        """Returns every shadow of every average."""
         averaged = [tensor for tensors in self._averages.values() for tensor in tensors]
         return averaged + self._buffers
 
     def _copy_of(self, tensor: Tensor) -> Tensor:
-        """A copy of one shadow, in memory of the same kind."""
+        """Returns a copy of one shadow, in memory of the same kind."""
         return memory.empty(tensor.numel(), tensor.dtype, tensor.device).copy_(tensor)
 
     def nbytes(self) -> dict[torch.device, int]:
-        """Bytes held, by device, scratch included."""
+        """Returns the bytes held, by device, scratch included."""
         sizes: dict[torch.device, int] = {}
         lists = [*self._averages.values(), self._buffers]
         for tensor in (tensor for tensors in lists for tensor in tensors):
@@ -332,7 +332,7 @@ class Shadow:
 
     @property
     def failed(self) -> bool:
-        """Whether a failed update has left the averages unusable."""
+        """Returns whether a failed update has left the averages unusable."""
         return self._beside is not None and self._beside.failure is not None
 
     def check(self, sources: Sequence[Tensor]) -> None:
@@ -375,7 +375,7 @@ class Shadow:
         kernels.copy([self._buffers], [sources[index] for index in self._copied], self._ranges(self._copied), None)
 
     def _allocate(self, sources: Sequence[Tensor], indices: Sequence[int]) -> list[Tensor]:
-        """One flat tensor per share, views of one allocation per dtype and device."""
+        """Returns one flat tensor per share, views of one allocation per dtype and device."""
         totals: dict[tuple[torch.dtype, torch.device], int] = {}
         for index in indices:
             share, device = self._shares[index], sources[index].device
@@ -410,5 +410,7 @@ def _put(tensors: list[Tensor], indices: Sequence[int], new: Mapping[int, Tensor
 
 
 def _room(numel: int) -> int:
-    """Elements to the next tensor, so that all begin where wide loads can: at a multiple of 16 bytes and more."""
+    """Returns the elements to the next tensor, so that all begin where wide loads can: at a multiple of 16 bytes and
+    more.
+    """
     return -(-numel // 16) * 16

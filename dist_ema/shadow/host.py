@@ -123,7 +123,7 @@ class HostShadow(Shadow):
         self._submit(sources, lambda taken: update(taken, weights, number))
 
     def tensors(self, name: str) -> list[Tensor | None]:
-        """The flat shadow of every share, None where it is live. Waits for the thread."""
+        """Returns the flat shadow of every share, None where it is live. Waits for the thread."""
         self._worker.wait()
         return super().tensors(name)
 
@@ -227,7 +227,7 @@ class HostShadow(Shadow):
 
     @property
     def failed(self) -> bool:
-        """Whether every call raises what failed."""
+        """Returns whether every call raises what failed."""
         return self._worker.failed
 
     # Memory.

@@ -66,7 +66,7 @@ class Loan:
 
     @property
     def held(self) -> bool:
-        """Whether anybody holds the part or a view of it."""
+        """Returns whether anybody holds the part or a view of it."""
         return not self.storage.expired()  # type: ignore[no-untyped-call]
 
     def move(self) -> None:
@@ -87,7 +87,7 @@ _told = False
 
 
 def lend(values: Tensor) -> Tensor:
-    """The same elements in the same memory, as a part whose holders can be noticed. Local; copies nothing.
+    """Returns the same elements in the same memory, as a part whose holders can be noticed. Local; copies nothing.
 
     Args:
         values: flat and contiguous.
@@ -105,7 +105,7 @@ def lend(values: Tensor) -> Tensor:
 
 
 def outstanding() -> bool:
-    """Whether anybody holds a part. Costs nothing where none was ever handed out."""
+    """Returns whether anybody holds a part. Costs nothing where none was ever handed out."""
     if not _loans:
         return False
     _forget(loan for loan in list(_loans.values()) if not loan.held)
@@ -244,7 +244,7 @@ def _by_tensor(tensors: Iterable[Tensor | None]) -> list[list[Loan]]:
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:
-    """The addresses between which a tensor's elements lie."""
+    """Returns the addresses between which a tensor's elements lie."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 

@@ -17,7 +17,8 @@ _LOOKS = 50_000
 
 
 def is_at_work(storages: Container[StorageWeakRef]) -> bool:
-    """Whether a tensor with one of these storages is among the variables of another thread, or in a dict or list there.
+    """Returns whether a tensor with one of these storages is among the variables of another thread, or in a dict or
+    list there.
 
     A thread that has it elsewhere, as an attribute, is noticed while it has the tensor itself in hand. Local.
     """
@@ -48,7 +49,7 @@ def _values(frame: FrameType) -> Iterator[object]:
 
 
 def _sees(value: object, storages: Container[StorageWeakRef]) -> bool:
-    """Whether this is one of the storages, or a tensor, or a part of an average, that lies there."""
+    """Returns whether this is one of the storages, or a tensor, or a part of an average, that lies there."""
     if isinstance(value, Tensor):
         value = vars(value).get("held", value)  # of a BoxedTensor, which has no storage
     if type(value) is Tensor and value.layout is torch.strided and not value.is_meta:

@@ -148,7 +148,8 @@ def pageable(numel: int, dtype: torch.dtype) -> Tensor:
 
 
 def carve(sizes: Sequence[tuple[int, torch.dtype]], empty: Allocate) -> list[Tensor]:
-    """A flat tensor of each size, in elements, from few allocations, of which most are nearly a power of two of bytes.
+    """Returns a flat tensor of each size, in elements, from few allocations, of which most are nearly a power of two of
+    bytes.
 
     A tensor larger than :data:`_BLOCK` has one of its own, whatever torch makes of it.
     """

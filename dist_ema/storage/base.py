@@ -113,7 +113,7 @@ class StorageWriter(Protocol):
         """
 
     def is_visible(self) -> bool:
-        """Whether this process can write into the files that rank 0 made."""
+        """Returns whether this process can write into the files that rank 0 made."""
 
     def writer(self, folder: str, plans: Sequence[FilePlan]) -> TensorWriter:
         """Fills the files of one folder."""

@@ -107,7 +107,9 @@ class LocalFile:
 
 
 def _first_link(directory: Path, name: Path) -> Path | None:
-    """The first symbolic link on the way from a directory to a file in it, the file included; None if there is none."""
+    """Returns the first symbolic link on the way from a directory to a file in it, the file included; None if there is
+    none.
+    """
     for part in [*reversed(name.parents), name]:
         if part != Path() and (directory / part).is_symlink():
             return directory / part
@@ -238,7 +240,9 @@ class RunWriter(Closing):
             self._dirty[file] = 0
 
     def _descriptor(self, file: str) -> int:
-        """The descriptor of a file. Few files are open at a time: tensors come file after file, and files are many."""
+        """Returns the descriptor of a file. Few files are open at a time: tensors come file after file, and files are
+        many.
+        """
         if file not in self._open:
             if len(self._open) >= _OPEN_FILES:
                 self._close(next(iter(self._open)))

@@ -184,7 +184,7 @@ def _check_target(target: Path, overwrite: bool) -> None:
 
 
 def _text(target: Path) -> bytes:
-    """The text of the manifest; empty where there is none."""
+    """Returns the text of the manifest; empty where there is none."""
     try:
         descriptor = os.open(target / NAME, os.O_RDONLY | os.O_NONBLOCK)  # also through a link
     except (FileNotFoundError, NotADirectoryError):
@@ -200,7 +200,7 @@ def _digest(target: Path) -> str | None:
 
 
 def _data_of(target: Path) -> str | None:
-    """The data folder that the manifest names, even if the manifest is damaged elsewhere."""
+    """Returns the data folder that the manifest names, even if the manifest is damaged elsewhere."""
     found = _NAMES_DATA.search(_text(target))
     return found[1].decode() if found else None
 

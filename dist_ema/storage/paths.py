@@ -15,7 +15,7 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.:-]*://")
 
 
 def is_url(path: object) -> bool:
-    """Whether ``path`` is a URL, one of ``file://`` among them.
+    """Returns whether ``path`` is a URL, one of ``file://`` among them.
 
     >>> is_url("s3://bucket/run/ema"), is_url("file:///scratch/ema"), is_url("runs/ema")
     (True, True, False)
@@ -24,7 +24,7 @@ def is_url(path: object) -> bool:
 
 
 def is_remote(path: object) -> bool:
-    """Whether ``path`` is a URL of anything but this machine's file system.
+    """Returns whether ``path`` is a URL of anything but this machine's file system.
 
     >>> is_remote("s3://bucket/run/ema"), is_remote("file:///scratch/ema"), is_remote("runs/ema")
     (True, False, False)
@@ -33,7 +33,7 @@ def is_remote(path: object) -> bool:
 
 
 def local_path(path: StrPath) -> Path:
-    """The absolute path of a directory that is given by its path or by a ``file://`` URL.
+    """Returns the absolute path of a directory that is given by its path or by a ``file://`` URL.
 
     It ends with the directory's name (``runs/..`` does not), since a new one is written under a name made of it.
 

@@ -74,7 +74,7 @@ class RemoteWriter:
             raise CheckpointError(f"{self._root} holds {min(names)!r} and is no checkpoint: give another path")
 
     def _list(self) -> list[str]:
-        """The paths of all that lies directly under the root."""
+        """Returns the paths of all that lies directly under the root."""
         try:
             self._system.invalidate_cache(self._root)
             found = [str(name).rstrip("/") for name in self._system.ls(self._root, detail=False)]
@@ -84,7 +84,7 @@ class RemoteWriter:
         return [name for name in found if name.strip("/") != self._root.strip("/")]
 
     def _manifest(self) -> _Object | None:
-        """The manifest that is there now, or the first bytes of what is too large to be one."""
+        """Returns the manifest that is there now, or the first bytes of what is too large to be one."""
         path = f"{self._root}/{NAME}"
         try:
             self._system.invalidate_cache(self._root)
@@ -179,7 +179,7 @@ class RemoteWriter:
 
 
 def checkpoints_at(system: Any, root: str) -> list[str]:
-    """The names of the checkpoints that lie directly under a path of a store. Raises what the store raises."""
+    """Returns the names of the checkpoints that lie directly under a path of a store. Raises what the store raises."""
     system.invalidate_cache(root)
     try:
         found = [str(name).rstrip("/") for name in system.ls(root, detail=False)]

@@ -67,7 +67,7 @@ class Staging:
 
     @staticmethod
     def new_token() -> str:
-        """A token of one's own."""
+        """Returns a token of one's own."""
         return uuid.uuid4().hex
 
     def create(self) -> None:
@@ -107,7 +107,9 @@ class Staging:
             create_file(directory, plan)
 
     def is_visible(self) -> bool:
-        """Whether this process sees the directory that rank 0 made, which tells whether the two share a file system."""
+        """Returns whether this process sees the directory that rank 0 made, which tells whether the two share a file
+        system.
+        """
         return os.path.exists(self.path / LOCK)  # noqa: PTH110 - Path's raises where access is denied
 
     def writer(self, folder: str, plans: Sequence[FilePlan]) -> RunWriter:
@@ -196,7 +198,7 @@ class Staging:
 
 
 def staging_path(target: Path, token: str) -> Path:
-    """The staging directory for ``target``."""
+    """Returns the staging directory for ``target``."""
     return target.parent / f"{_prefix(target)}{token}"
 
 
@@ -258,7 +260,7 @@ def remove_leftovers(parent: Path) -> None:
 
 
 def is_alive(staging: Path) -> bool:
-    """Whether a process may still write into this staging directory; True where that cannot be known."""
+    """Returns whether a process may still write into this staging directory; True where that cannot be known."""
     try:
         lock = os.open(staging / LOCK, os.O_RDWR | os.O_NOFOLLOW)
     except FileNotFoundError:  # it is being made or removed, or its process was killed then; or it is gone
@@ -281,7 +283,7 @@ def close_lock(descriptor: int) -> None:
 
 
 def try_lock(descriptor: int) -> bool:
-    """Whether this process has the lock of an open file now. False where the file system has no locks."""
+    """Returns whether this process has the lock of an open file now. False where the file system has no locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -117,7 +117,7 @@ class GatheredTeacherShadow(Shadow):
             gather_each(self._entries, held.get, dtypes, self._group, take, "update() of a teacher", everywhere=True)
 
     def _teachers(self) -> dict[str, tuple[Tensor, Runs]]:
-        """The teacher's tensors, and which elements they are, by the name in the averaged model. Local."""
+        """Returns the teacher's tensors, and which elements they are, by the name in the averaged model. Local."""
         self._claim()
         self._counterpart.reshard()
         for cache in self._counterpart.caches():  # its weights are about to change

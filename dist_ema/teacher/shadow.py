@@ -182,12 +182,12 @@ class TeacherShadow(Shadow):
         self._release()
 
     def _by_share(self) -> dict[int, Tensor]:
-        """The shadow of each share that has one."""
+        """Returns the shadow of each share that has one."""
         (average,) = self._averages.values()
         return dict(zip(self._averaged + self._copied, [*average, *self._buffers], strict=True))
 
     def _look(self) -> list[Tensor]:
-        """The teacher's tensors as they are now. Local.
+        """Returns the teacher's tensors as they are now. Local.
 
         A forward pass without a backward leaves full weights behind (FSDP's root, ZeRO-3's small parameters), which the
         next one would take as they are: they are dropped first, so that it sees what is written.

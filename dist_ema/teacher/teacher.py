@@ -54,7 +54,7 @@ class Teacher:
         self._claimed = False
 
     def match(self, shares: Sequence[Share], target: object) -> Counterpart:
-        """The teacher's tensors beside these shares, of ``target``. Local.
+        """Returns the teacher's tensors beside these shares, of ``target``. Local.
 
         Raises EMAEngineError for one that is sharded or named otherwise, trains, or has its weights where the averaged
         model has its own.
@@ -92,7 +92,7 @@ class Teacher:
         prove: Callable[[Sequence[Share]], list[FullTensor]],
         target: object = None,
     ) -> Shadow:
-        """A new average, which lies in memory of its own until it is installed. Local. Raises as :meth:`match`.
+        """Returns a new average, which lies in memory of its own until it is installed. Local. Raises as :meth:`match`.
 
         ``prove`` lists full tensors after the proof of the layout, see :class:`GatheredTeacherShadow`. ``target`` is
         whose shares they are; None means the averaged model.
@@ -139,12 +139,12 @@ class Teacher:
         self._claimed = False
 
     def _places(self) -> Iterator[tuple[nn.Module, str]]:
-        """The modules that hold the tensors which the average fills, and their keys there."""
+        """Yields the modules that hold the tensors which the average fills, and their keys there."""
         return iter(()) if self._counterpart is None else _places(self._counterpart)
 
 
 def _places(counterpart: Counterpart) -> Iterator[tuple[nn.Module, str]]:
-    """The modules that hold the tensors beside the averaged ones, and their keys there."""
+    """Yields the modules that hold the tensors beside the averaged ones, and their keys there."""
     filled = {name for spec in counterpart.specs_of if spec is not None for name in (spec.name, *spec.aliases)}
     for root in counterpart.modules():
         for prefix, module in walk_modules(root):
@@ -154,7 +154,7 @@ def _places(counterpart: Counterpart) -> Iterator[tuple[nn.Module, str]]:
 
 
 def _other_filler(places: Iterable[tuple[nn.Module, str]], own: Teacher | None) -> tuple[nn.Module, str] | None:
-    """The first place that another average fills; None if there is none."""
+    """Returns the first place that another average fills; None if there is none."""
     for module, key in places:
         known = _fillers.get(module, {}).get(key)
         other = None if known is None else known()
@@ -166,7 +166,7 @@ def _other_filler(places: Iterable[tuple[nn.Module, str]], own: Teacher | None) 
 def counterpart(
     engine: Engine, into: object, shares: Sequence[Share], options: Options, group: object, own: Teacher | None
 ) -> Counterpart:
-    """A third model beside the averaged one, of ``engine``, into which an average is copied once. Local.
+    """Returns a third model beside the averaged one, of ``engine``, into which an average is copied once. Local.
 
     Raises EMAEngineError for one that does not fit, or whose memory is that of the averaged model; EMAStateError for a
     teacher that another average than ``own`` fills.

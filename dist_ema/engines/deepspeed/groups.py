@@ -80,7 +80,8 @@ class Groups:
         self.is_part = is_pipeline or bool(layers)
 
     def slots(self) -> list[Slot]:
-        """The model's parameters and buffers, under names that mean the same on every rank that has them. Local.
+        """Returns the model's parameters and buffers, under names that mean the same on every rank that has them.
+        Local.
 
         They are those of DeepSpeed's checkpoints. There experts have numbers that count those of all ranks, while in
         the module every rank begins at 0. A layer that several pipeline stages share has one name in the module, and
@@ -100,13 +101,13 @@ class Groups:
         return slots
 
     def _layer_number(self, key: str) -> int:
-        """The first layer of this stage that is the shared one of that key. Local."""
+        """Returns the first layer of this stage that is the shared one of that key. Local."""
         specs = enumerate(self._model._layer_specs)
         numbers = [number for number, spec in specs if getattr(spec, "key", None) == key]
         return next(number for number in numbers if self._model.stage_owner(number) == self._model.stage_id)
 
     def of(self, name: str, parameter: Tensor) -> Team:
-        """The ranks that hold this parameter. Local."""
+        """Returns the ranks that hold this parameter. Local."""
         if not is_expert(parameter):
             return self._dense
         if id(parameter) not in self._numbered:

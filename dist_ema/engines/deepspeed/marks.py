@@ -88,7 +88,7 @@ class Unwrapped:
         return None
 
     def _engines(self) -> Iterator[Any]:
-        """The engines of which the module, or one inside of it, is the module."""
+        """Yields the engines of which the module, or one inside of it, is the module."""
         kind = getattr(sys.modules.get("deepspeed"), "DeepSpeedEngine", None)
         if kind is None:
             return
@@ -119,7 +119,7 @@ class Unwrapped:
 
 
 def is_expert(parameter: Tensor) -> bool:
-    """Whether a parameter belongs to an expert of DeepSpeed's MoE layers: ``deepspeed.moe.utils.is_moe_param``."""
+    """Returns whether a parameter belongs to an expert of DeepSpeed's MoE layers: ``deepspeed.moe.utils.is_moe_param``."""
     return not getattr(parameter, "allreduce", True) and hasattr(parameter, "group_name")
 
 

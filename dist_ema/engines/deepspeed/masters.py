@@ -66,7 +66,7 @@ class Masters(ABC):
 
     @abstractmethod
     def flats(self) -> Sequence[Tensor]:
-        """The tensors that hold this rank's master weights. Local."""
+        """Returns the tensors that hold this rank's master weights. Local."""
 
     @abstractmethod
     def slices(self) -> dict[int, MasterSlice]:
@@ -77,7 +77,7 @@ class Masters(ABC):
         """Makes the model compute with what the masters hold. Collective unless ``replicated``."""
 
     def partition_groups(self) -> Sequence[dist.ProcessGroup | None]:
-        """Every group over which parameters are partitioned; None is the world. Local."""
+        """Returns every group over which parameters are partitioned; None is the world. Local."""
         return ()
 
     def stepped(self) -> frozenset[int] | None:
@@ -227,7 +227,9 @@ class Stage3Masters(Masters):
 
 
 def stage3_runs(param: Any) -> Runs:
-    """The elements of a ZeRO-3 parameter whose piece this rank holds, without the padding of the last pieces. Local."""
+    """Returns the elements of a ZeRO-3 parameter whose piece this rank holds, without the padding of the last pieces.
+    Local.
+    """
     size = param.ds_tensor.ds_numel  # the same on every rank: ceil(elements / ranks)
     start = dist.get_rank(param.ds_process_group) * size
     length = min(size, param.ds_numel - start)  # less than nothing on a rank behind the end
@@ -235,7 +237,7 @@ def stage3_runs(param: Any) -> Runs:
 
 
 def stage3_shard(name: str, param: Any) -> Tensor:
-    """The live piece of a ZeRO-3 parameter, for one that has no master because it is frozen. Local; no copy."""
+    """Returns the live piece of a ZeRO-3 parameter, for one that has no master because it is frozen. Local; no copy."""
     if hasattr(param.ds_tensor, "ds_quant_scale"):
         raise EMAEngineError(
             f"frozen parameter {name!r} is kept quantized: set zero_quantized_nontrainable_weights to false"
@@ -254,7 +256,7 @@ _KINDS: dict[str, type[Masters]] = {
 
 
 def find_masters(optimizer: Any, stage: int) -> Masters:
-    """The master weights of ``engine.optimizer``. Local. Raises EMAEngineError for one that it does not know."""
+    """Returns the master weights of ``engine.optimizer``. Local. Raises EMAEngineError for one that it does not know."""
     kind = type(optimizer)
     ours = kind.__module__.startswith("deepspeed.runtime.")
     if stage == 0:

@@ -18,7 +18,7 @@ from dist_ema.geometry.spec import TensorSpec
 
 
 def is_untrained(engine: Any) -> bool:
-    """Whether this DeepSpeed engine is one of ZeRO-3 without an optimizer. Local."""
+    """Returns whether this DeepSpeed engine is one of ZeRO-3 without an optimizer. Local."""
     # What deepspeed 0.19.8 has as engine.optimizer then (runtime/engine.py, runtime/zero/parameter_offload.py).
     return type(engine.optimizer).__name__ == "DeepSpeedZeRoOffload"
 

@@ -95,7 +95,7 @@ class ZeroEngine(Engine):
         return [number for number in flagged if self._is_trained(self._entries[number][1], held[number])]
 
     def _is_trained(self, piece: MasterSlice | None, tensor: Tensor) -> bool:
-        """Whether an optimizer of DeepSpeed's changes a parameter. Local."""
+        """Returns whether an optimizer of DeepSpeed's changes a parameter. Local."""
         if not self._masters.replicated:
             return piece is not None
         in_group = piece is not None or self._stepped is None or id(tensor) in self._stepped
@@ -107,11 +107,11 @@ class ZeroEngine(Engine):
         return self._groups.is_part
 
     def ranks(self) -> frozenset[int]:
-        """All of them: DeepSpeed partitions over the world."""
+        """Returns all of them: DeepSpeed partitions over the world."""
         return frozenset(range(dist.get_world_size())) if dist.is_initialized() else frozenset()
 
     def modules(self) -> list[nn.Module]:
-        """The model that DeepSpeed wraps. Local."""
+        """Returns the model that DeepSpeed wraps. Local."""
         return [self._engine.module]
 
     def stepped(self) -> bool:
@@ -196,7 +196,7 @@ class ZeroEngine(Engine):
 
 
 def _view(piece: MasterSlice, flats: Sequence[Tensor]) -> Tensor:
-    """This rank's masters of one parameter. 1D."""
+    """Returns this rank's masters of one parameter. 1D."""
     flat, length = flats[piece.flat].detach(), sum(size for _, size in piece.runs)
     return flat if length == flat.numel() else flat.narrow(0, piece.start, length)
 

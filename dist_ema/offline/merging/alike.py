@@ -45,7 +45,9 @@ def _same_names(a: Source, b: Source) -> bool:
 
 
 def _is_alike(a: Source, b: Source) -> bool:
-    """Whether the names and the shapes are the same: a short list of names may be that of another module by chance."""
+    """Returns whether the names and the shapes are the same: a short list of names may be that of another module by
+    chance.
+    """
     return _same_names(a, b) and all(
         (other := b.get(name, tensor.aliases)) is not None and other.shape == tensor.shape
         for name, tensor in a.tensors.items()
@@ -53,12 +55,12 @@ def _is_alike(a: Source, b: Source) -> bool:
 
 
 def _lacking(source: Source, other: Source) -> list[str]:
-    """The names in the other that a source lacks, under any of their names."""
+    """Returns the names in the other that a source lacks, under any of their names."""
     return [name for name, tensor in other.tensors.items() if source.get(name, tensor.aliases) is None]
 
 
 def _cut_alike(source: Source, reference: Source) -> Source | None:
-    """The source without the prefix that makes its names those of the reference; None if none does."""
+    """Returns the source without the prefix that makes its names those of the reference; None if none does."""
     if not reference.tensors:
         return None
     longest = max(reference.tensors, key=len)
@@ -136,7 +138,7 @@ def _equal_names(
 
 
 def _digest(tensor: ReadableTensor) -> tuple[int, bool]:
-    """The fingerprint of a tensor, and whether its elements differ from each other."""
+    """Returns the fingerprint of a tensor, and whether its elements differ from each other."""
     total, varied = 0, False
     buffer = torch.empty(min(_PIECE, tensor.numel), dtype=tensor.dtype)
     bits = torch.empty(0, dtype=torch.uint8)
@@ -151,7 +153,7 @@ def _digest(tensor: ReadableTensor) -> tuple[int, bool]:
 
 
 def _says_untied(source: Source) -> bool:
-    """Whether the configuration beside a source says that nothing is tied."""
+    """Returns whether the configuration beside a source says that nothing is tied."""
     if source.kind != "pretrained" or is_remote(source.path):
         return False
     place = local_path(source.path)

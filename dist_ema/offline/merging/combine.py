@@ -112,23 +112,23 @@ class Combination:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are read, by all ranks."""
+        """Returns the bytes that are read, by all ranks."""
         tensors = [self._tensors[entry.name][number] for entry in self._entries for number in self._read(entry)]
         return sum(tensor.nbytes for tensor in tensors)
 
     def is_summed(self, entry: FullTensor) -> bool:
-        """Whether elements are added up; of all other tensors the newest source's are taken."""
+        """Returns whether elements are added up; of all other tensors the newest source's are taken."""
         return is_summed(entry.dtype) and (self._pattern is None or not self._pattern.search(entry.name))
 
     def _read(self, entry: FullTensor) -> list[int]:
-        """The numbers of the sources that are read for a tensor."""
+        """Returns the numbers of the sources that are read for a tensor."""
         if self.is_summed(entry):
             return self._used
         return sorted({self._newest(weights) for weights in self._weights})
 
     @staticmethod
     def _newest(weights: Sequence[float]) -> int:
-        """The number of the newest source that has a weight."""
+        """Returns the number of the newest source that has a weight."""
         return max(number for number, weight in enumerate(weights) if weight)
 
     def run(self, group: dist.ProcessGroup | None, advance: Advance, threads: int) -> None:
@@ -151,7 +151,7 @@ class Combination:
                 hands.close()
 
     def _share(self, rank: int, ranks: int) -> Iterator[Range]:
-        """The ranges of one rank: of all of them, one after the other, an equal part."""
+        """Yields the ranges of one rank: of all of them, one after the other, an equal part."""
         counts = [-(-max(entry.numel, 1) // self._range) for entry in self._entries]
         low, high = (sum(counts) * edge // ranks for edge in (rank, rank + 1))
         number = 0
@@ -221,19 +221,19 @@ class Combination:
 
 
 def _extremes(values: Tensor) -> tuple[float, float]:
-    """The least and the largest value, NaN if one is NaN; of complex numbers, of their parts."""
+    """Returns the least and the largest value, NaN if one is NaN; of complex numbers, of their parts."""
     real = torch.view_as_real(values) if values.is_complex() else values
     least, most = torch.aminmax(real)
     return float(least), float(most)
 
 
 def is_summed(dtype: torch.dtype) -> bool:
-    """Whether elements are added up; of all others the newest source's are taken."""
+    """Returns whether elements are added up; of all others the newest source's are taken."""
     return dtype.is_floating_point or dtype.is_complex
 
 
 def _held(entry: FullTensor, sources: Sequence[Source]) -> list[ReadableTensor]:
-    """The tensor in every source, which :func:`check_alike` has found there."""
+    """Returns the tensor in every source, which :func:`check_alike` has found there."""
     found = [source.get(entry.name, entry.aliases) for source in sources]
     return [tensor for tensor in found if tensor is not None]
 
@@ -246,7 +246,7 @@ class _WorkerState:
         self._buffers: dict[int, Tensor] = {}
 
     def sum(self, terms: Sequence[tuple[Tensor, float]]) -> Tensor:
-        """The weighted sum, in float64 or complex128, until the next one. 1D.
+        """Returns the weighted sum, in float64 or complex128, until the next one. 1D.
 
         Its memory is kept, since the system would have to clear new pages for every sum.
         """
@@ -281,5 +281,5 @@ class _WorkerState:
 
 
 def digests_of(sums: Mapping[tuple[int, str], int], number: int) -> dict[str, int]:
-    """The fingerprints of one source or output, by name."""
+    """Returns the fingerprints of one source or output, by name."""
     return {name: value % (1 << 64) for (owner, name), value in sums.items() if owner == number}

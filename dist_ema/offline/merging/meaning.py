@@ -22,12 +22,12 @@ IsSummed = Callable[[FullTensor], bool]
 
 
 def is_float8(dtype: torch.dtype) -> bool:
-    """Whether elements of this dtype may have their scale in another tensor."""
+    """Returns whether elements of this dtype may have their scale in another tensor."""
     return dtype.is_floating_point and dtype.itemsize == 1
 
 
 def pattern_of(newest: str | None) -> re.Pattern[str] | None:
-    """The option as a pattern. Raises EMAConfigError if it is none."""
+    """Returns the option as a pattern. Raises EMAConfigError if it is none."""
     try:
         return None if newest is None else re.compile(newest)
     except re.error as error:

@@ -203,7 +203,7 @@ def merge(
 def _in_order(
     sources: Sequence[Source], weights: Sequence[float], scheme: str | None
 ) -> tuple[list[Source], list[float]]:
-    """The sources in the order of training, if that is stated, and their weights."""
+    """Returns the sources in the order of training, if that is stated, and their weights."""
     order = in_order_of_training(sources)
     if order is None:
         if scheme is not None:
@@ -230,7 +230,7 @@ class Versions:
         self._before = [_manifest_at(path) for path in paths]
 
     def was_replaced(self) -> bool:
-        """Whether a save has put another checkpoint in the place of one of them. Collective."""
+        """Returns whether a save has put another checkpoint in the place of one of them. Collective."""
         changed = any(
             before is not None and _manifest_at(path) != before
             for path, before in zip(self._paths, self._before, strict=True)
@@ -254,7 +254,7 @@ def combine(
     begin: Begin | None,
     operation: str,
 ) -> list[Merged]:
-    """All targets of these sources in one pass. Collective; raises as :func:`merge`, on every rank."""
+    """Returns all targets of these sources in one pass. Collective; raises as :func:`merge`, on every rank."""
     first = rank_in(group) == 0
     with agreed(group, operation) as round_:
         check_cast(form.dtype)
@@ -328,7 +328,7 @@ def _check_meaning(
 
 
 def _entries(newest: Source, dtype: torch.dtype | None, pattern: re.Pattern[str] | None) -> list[FullTensor]:
-    """The tensors of the outputs, under the names of the newest source.
+    """Returns the tensors of the outputs, under the names of the newest source.
 
     Those that ``pattern`` matches are taken as they are, in their own dtype.
     """
@@ -356,7 +356,7 @@ def _output(
 
 
 def _configuration(sources: Sequence[Source]) -> list[str] | None:
-    """The configuration files of the newest source that is a Hugging Face folder."""
+    """Returns the configuration files of the newest source that is a Hugging Face folder."""
     folders = (local_path(source.path) for source in reversed(sources) if source.kind == "pretrained")
     folder = next((folder for folder in folders if (folder / "config.json").exists()), None)
     if folder is None:
@@ -415,7 +415,7 @@ def _names(found: Mapping[str, int]) -> str:
 
 
 def _described(source: Source, number: int, combination: Combination) -> dict[str, Any]:
-    """A source for ``merge.json``. Its fingerprint is of the names and fingerprints of all of its tensors."""
+    """Returns a source for ``merge.json``. Its fingerprint is of the names and fingerprints of all of its tensors."""
     found = digests_of(combination.sums.sources, number)
     text = "".join(f"{name} {digest:016x}\n" for name, digest in sorted(found.items()))
     described: dict[str, Any] = {"path": source.path, "kind": source.kind}

@@ -15,7 +15,7 @@ _TRAILING = re.compile(r"(?<![\d.])(\d+)((?:\.[A-Za-z]\w*)*)$")
 
 
 def in_order_of_training(sources: Sequence[Source]) -> list[int] | None:
-    """The numbers of the sources, the oldest first; None if nothing states their order.
+    """Returns the numbers of the sources, the oldest first; None if nothing states their order.
 
     Stated is a step: by the clock of a checkpoint of this library, by ``trainer_state.json``, or in a training file.
     Where not all have one, or several have the same, the trailing numbers of otherwise equal names count. The two must
@@ -34,7 +34,7 @@ def in_order_of_training(sources: Sequence[Source]) -> list[int] | None:
 
 
 def _is_strict(sources: Sequence[Source], steps: Sequence[int]) -> bool:
-    """Whether the steps tell any two different sources apart."""
+    """Returns whether the steps tell any two different sources apart."""
     paths: dict[int, set[str]] = {}
     for source, step in zip(sources, steps, strict=True):
         paths.setdefault(step, set()).add(str(source))
@@ -42,7 +42,7 @@ def _is_strict(sources: Sequence[Source], steps: Sequence[int]) -> bool:
 
 
 def _trailing_numbers(paths: Sequence[str]) -> list[int] | None:
-    """The number in each path by which it differs from the others; None if they differ by anything else."""
+    """Returns the number in each path by which it differs from the others; None if they differ by anything else."""
     parts = [PurePath(path).parts for path in paths]
     if len(set(map(len, parts))) > 1:
         return None

@@ -42,7 +42,7 @@ class Output(Protocol):
         """Makes the files. Rank 0. Raises CheckpointError if something is there, EMAConfigError, OSError."""
 
     def is_visible(self) -> bool:
-        """Whether this process can write into what rank 0 made."""
+        """Returns whether this process can write into what rank 0 made."""
 
     def writers(self) -> Mapping[str, tuple[TensorWriter, tuple[str, ...]]]:
         """Returns for one thread the writer of each tensor and its names in the output, by the tensor's own name."""

@@ -18,7 +18,7 @@ _SCHEMES = "uniform, lawa:K, ema:ALPHA, wsm:linear, wsm:sqrt, wsm:cosine and wsm
 
 
 def scheme_weights(scheme: str, count: int) -> list[float]:
-    """The weights of ``count`` sources by a scheme's name; they sum to 1.
+    """Returns the weights of ``count`` sources by a scheme's name; they sum to 1.
 
     ``uniform``
         c_j = 1 / (k + 1): the plain mean, as PMA takes it (arXiv:2505.12082).

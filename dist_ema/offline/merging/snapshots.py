@@ -88,7 +88,7 @@ def _opened(path: StrPath, manifest: Manifest, name: str | None, stack: ExitStac
 
 
 def paths_of(paths: Sequence[StrPath]) -> list[StrPath]:
-    """The checkpoints that the paths stand for; a path that cannot be looked at stands for itself."""
+    """Returns the checkpoints that the paths stand for; a path that cannot be looked at stands for itself."""
     found: list[StrPath] = []
     for path in paths:
         try:
@@ -156,7 +156,7 @@ def profiles(snapshots: Sequence[Snapshot]) -> tuple[list[Profile], float]:
 def wanted_profile(
     target: Wanted, newest: Snapshot, at: str | None, every: float
 ) -> tuple[Profile | Curve, Schedule | None]:
-    """The profile of a target, as of ``at`` on the training clock; None means the newest snapshot's moment.
+    """Returns the profile of a target, as of ``at`` on the training clock; None means the newest snapshot's moment.
 
     Returns:
         It, and the schedule whose profile it is, if it is one's.

@@ -65,12 +65,12 @@ class Source:
         return self.path if self.average is None else f"{self.path} ({self.average})"
 
     def get(self, name: str, others: Sequence[str] = ()) -> ReadableTensor | None:
-        """The tensor of a name, or of one of its aliases."""
+        """Returns the tensor of a name, or of one of its aliases."""
         found = next((self.names[known] for known in (name, *others) if known in self.names), None)
         return None if found is None else self.tensors[found]
 
     def cut(self, prefix: str) -> Source:
-        """The tensors whose names begin with ``prefix``, which they lose. There may be none."""
+        """Returns the tensors whose names begin with ``prefix``, which they lose. There may be none."""
         tensors = {}
         for name, tensor in self.tensors.items():
             kept = [known.removeprefix(prefix) for known in (name, *tensor.aliases) if known.startswith(prefix)]
@@ -132,7 +132,7 @@ def open_source(path: StrPath, wanted: Selection, stack: ExitStack) -> Source:
 
 
 def open_named(path: StrPath, place: Path, key: str | None, prefix: str | None) -> Source:
-    """A file of torch.save, or a directory of torch.distributed.checkpoint. Raises as :func:`open_sources`."""
+    """Returns a file of torch.save, or a directory of torch.distributed.checkpoint. Raises as :func:`open_sources`."""
     content = open_foreign(place)
     averaged = None if key is not None or prefix is not None else average_in_dcp(content)
     choice = choose(content, str(place), key=key or averaged, prefix=prefix)
@@ -155,7 +155,9 @@ def open_named(path: StrPath, place: Path, key: str | None, prefix: str | None) 
 
 
 def average_in_dcp(content: Content) -> str | None:
-    """The first part of the names of an average that lies beside the same names of live weights; None if none does."""
+    """Returns the first part of the names of an average that lies beside the same names of live weights; None if none
+    does.
+    """
     groups: dict[str, set[str]] = {}
     for name in content.tensors if content.kind == "dcp" else ():
         first, dot, rest = name.partition(".")
@@ -168,7 +170,7 @@ def average_in_dcp(content: Content) -> str | None:
 
 
 def trainer_step(place: Path) -> int | None:
-    """The step that transformers' trainer has written beside a checkpoint; None where there is none."""
+    """Returns the step that transformers' trainer has written beside a checkpoint; None where there is none."""
     try:
         with open_plain(place / "trainer_state.json") as file:
             found = parse(file.read(_STATE_BYTES), depth=_STATE_DEPTH)
@@ -179,7 +181,7 @@ def trainer_step(place: Path) -> int | None:
 
 
 def _within(source: Source, prefix: str | None) -> Source:
-    """The part of a source under a prefix. Raises CheckpointError if there is nothing."""
+    """Returns the part of a source under a prefix. Raises CheckpointError if there is nothing."""
     if prefix is None:
         return source
     found = source.cut(prefix.removesuffix(".") + ".")
@@ -209,7 +211,7 @@ def _open_files(path: StrPath, files: Mapping[Path, Collection[str] | None], sta
 
 
 def open_average(path: StrPath, manifest: Manifest, name: str | None, stack: ExitStack) -> Source:
-    """One average of a checkpoint, with what is not averaged. Raises as :func:`open_sources`."""
+    """Returns one average of a checkpoint, with what is not averaged. Raises as :func:`open_sources`."""
     average = manifest.choose(name)
     stored = manifest.tensors(average)
     reader = stack.enter_context(RunReader.of(path, manifest, stored))
