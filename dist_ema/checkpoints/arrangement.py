@@ -86,7 +86,9 @@ class Link:
 
     @property
     def grain(self) -> int:
-        """Returns the elements that stay together, as a block: all places and lengths of the link are multiples of it."""
+        """Returns the elements that stay together, as a block: all places and lengths of the link are multiples of
+        it.
+        """
         *outer, (run, _, _) = self.dims
         return reduce(gcd, (stride for dim in outer for stride in dim[1:]), gcd(run, self.start, self.goal_start))
 

@@ -30,7 +30,9 @@ def memory_report(shares: Sequence[Share], names: Collection[str], shadow: Shado
 
 
 def summary(kind: str, engine: str, shares: Sequence[Share], track: Track, skipped: int) -> str:
-    """Returns one line for ``repr()``: engine, averages with their schedules, size, updates, progress and NaN. Local."""
+    """Returns one line for ``repr()``: engine, averages with their schedules, size, updates, progress and NaN.
+    Local.
+    """
     averaged = [share.spec for share in shares if share.mode == "average"]
     averages = ", ".join(f"{name!r}: {schedule!r}" for name, schedule in track.schedules.items())
     elements = sum(spec.numel for spec in averaged)

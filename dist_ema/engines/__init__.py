@@ -26,7 +26,9 @@ _KNOWN = (
 
 
 def detect(target: object) -> Engine:
-    """Returns the engine for what the user trains. Local. Raises EMAEngineError for anything that cannot be averaged."""
+    """Returns the engine for what the user trains. Local. Raises EMAEngineError for anything that cannot be
+    averaged.
+    """
     if isinstance(target, Sequence) and not isinstance(target, (str, bytes)):
         if len(target) == 0:
             raise EMAEngineError(f"the list of modules is empty; pass {_KNOWN}")

@@ -324,7 +324,9 @@ def _some(names: set[str]) -> str:
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """Returns the innermost module whose state dict has the canonical names: without FSDP1, DDP, torch.compile. Local."""
+    """Returns the innermost module whose state dict has the canonical names: without FSDP1, DDP, torch.compile.
+    Local.
+    """
     inner = module
     for name, found in walk_modules(module):
         if name:

@@ -131,7 +131,9 @@ def _cuts(placement: Placement, dim: int, ndim: int) -> bool:
 
 
 def _kept(size: int, cuts: Sequence[Cut], coordinate: Sequence[int]) -> Runs:
-    """Returns the indices of one tensor dimension that the rank keeps. Cuts stand in the order of the mesh dimensions."""
+    """Returns the indices of one tensor dimension that the rank keeps. Cuts stand in the order of the mesh
+    dimensions.
+    """
     kept = whole(size)
     for cut, index in zip(cuts, coordinate, strict=True):
         if cut.by_fsdp:

@@ -204,7 +204,9 @@ class Manifest:
         }
 
     def choose(self, name: str | None) -> str:
-        """Returns the average that is meant; None means the only one. Raises EMAConfigError where there is none such."""
+        """Returns the average that is meant; None means the only one. Raises EMAConfigError where there is none
+        such.
+        """
         names = tuple(self.averages)
         if name is None and len(names) == 1:
             return names[0]

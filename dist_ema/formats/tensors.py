@@ -68,7 +68,9 @@ class LazyTensor:
 
     @classmethod
     def of(cls, name: str, value: Any) -> LazyTensor:
-        """Returns a tensor, mapped or in memory. Raises CheckpointCorruptError unless it is plain and all of it there."""
+        """Returns a tensor, mapped or in memory. Raises CheckpointCorruptError unless it is plain and all of it
+        there.
+        """
         if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_quantized or value.is_nested:
             raise CheckpointCorruptError(f"{name!r} is a {type(value).__name__} where a plain tensor is expected")
         value = value.detach()

@@ -112,7 +112,9 @@ class Rows(Sequence[Run]):
         return not self.skip and not self.drop
 
     def parts(self) -> Iterator[Runs]:
-        """Yields the same runs, in at most three parts: an incomplete first run, the even ones, an incomplete last run."""
+        """Yields the same runs, in at most three parts: an incomplete first run, the even ones, an incomplete last
+        run.
+        """
         first, last = int(self.skip > 0), int(self.drop > 0)
         if first + last >= self.number:
             yield from ((run,) for run in self)

@@ -86,7 +86,9 @@ def _caches_a_scale(tensor: Tensor) -> bool:
 
 
 def cached_scales(tensors: Sequence[Tensor]) -> list[CachedScale]:
-    """Returns the scales that these tensors cache beside their elements, and the places for those that may come. Local."""
+    """Returns the scales that these tensors cache beside their elements, and the places for those that may come.
+    Local.
+    """
     found = []
     for tensor in tensors:
         inner: Tensor | None = tensor

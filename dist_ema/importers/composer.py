@@ -29,7 +29,9 @@ def matches(content: Content) -> bool:
 
 
 def read(content: Content, model: Model | None) -> Foreign:
-    """Returns the average. Raises CheckpointError if it is not in this file, CheckpointCorruptError if that is damaged."""
+    """Returns the average. Raises CheckpointError if it is not in this file, CheckpointCorruptError if that is
+    damaged.
+    """
     algorithm = _algorithm(content.values) or {}
     # A checkpoint of the trainer has the model, too: it gives buffers, frozen parameters and shapes to compare with.
     state = content.values.get("state")

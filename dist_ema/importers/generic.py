@@ -21,7 +21,9 @@ _STEPS = ("global_step", "step")
 def read(
     content: Content, where: str, *, key: str | None, prefix: str | None, model: Model | None, average_only: bool
 ) -> Foreign:
-    """Returns the average, or the only weights. Arguments and errors as :func:`dist_ema.importers.state_dicts.choose`."""
+    """Returns the average, or the only weights. Arguments and errors as
+    :func:`dist_ema.importers.state_dicts.choose`.
+    """
     choice = choose(content, where, key=key, prefix=prefix, model=model, average_only=average_only)
     notes = choice.notes
     if not choice.is_average:

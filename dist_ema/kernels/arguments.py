@@ -86,7 +86,9 @@ class Table(Generic[Made]):
         return beside and shadow.dtype == self._dtype and self._lies_flat(shadow, count)
 
     def _lies_flat(self, tensor: Tensor, count: int) -> bool:
-        """Returns whether its first ``count`` elements lie one after the other, aligned, in the memory of the device."""
+        """Returns whether its first ``count`` elements lie one after the other, aligned, in the memory of the
+        device.
+        """
         return self._is_here(tensor, count) and tensor.is_contiguous()
 
     def _lies_swapped(self, source: Tensor, count: int) -> bool:

@@ -27,7 +27,9 @@ class Copies:
         self.addresses = array("q", [tensor.data_ptr() if _is_plain(tensor) else 0 for tensor in self.tensors])
 
     def left(self, by_kernel: bool, others: Sequence[int]) -> list[int]:
-        """Returns the numbers of those that the kernel has not written, where it was asked and did not take ``others``."""
+        """Returns the numbers of those that the kernel has not written, where it was asked and did not take
+        ``others``.
+        """
         skipped = set(others)
         return [
             number

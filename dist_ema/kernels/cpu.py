@@ -25,7 +25,9 @@ Table: TypeAlias = "arguments.Table[Arrays]"
 
 
 def table(positions: ElementPositions | None = None) -> Table:
-    """Returns an empty table, to be kept beside one list of tensors; for bf16 shadows, with the ``positions`` of these."""
+    """Returns an empty table, to be kept beside one list of tensors; for bf16 shadows, with the ``positions`` of
+    these.
+    """
     return arguments.Table("cpu", _arrays, torch.float32 if positions is None else torch.bfloat16)
 
 

@@ -283,7 +283,9 @@ _decided: list[Kernel | None] = []
 
 
 def choice() -> Kernel | None:
-    """Returns the kernel, or None for the eager route: decided, and logged, at the first call. Raises EMAConfigError."""
+    """Returns the kernel, or None for the eager route: decided, and logged, at the first call. Raises
+    EMAConfigError.
+    """
     return choose(_decided, "CUDA", Kernel, logger)
 
 

@@ -123,7 +123,9 @@ _decided: list[Library | None] = []
 
 
 def choice() -> Library | None:
-    """Returns the kernels, or None for the eager route: decided, and logged, at the first call. Raises EMAConfigError."""
+    """Returns the kernels, or None for the eager route: decided, and logged, at the first call. Raises
+    EMAConfigError.
+    """
     return choose(_decided, "the CPU", _build_and_check, logger)
 
 

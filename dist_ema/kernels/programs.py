@@ -89,7 +89,9 @@ def _grid(local: Sequence[int], full: Sequence[int], numel: int) -> tuple[int, i
 
 
 def _in_rows(low: int, high: int, start: int, before: int, length: int, step: int) -> tuple[int, ...] | None:
-    """Returns the chunk of elements ``[low, high)``; None if it has one run only, or reaches over a multiple of 2**32."""
+    """Returns the chunk of elements ``[low, high)``; None if it has one run only, or reaches over a multiple of
+    2**32.
+    """
     (first, skipped), (last, inside) = divmod(before + low, length), divmod(before + high - 1, length)
     position = start + first * step
     if first == last or position >> _PAGE != (start + last * step + inside) >> _PAGE:

@@ -94,7 +94,9 @@ class Progress:
         )
 
     def value(self, unit: str) -> int | float:
-        """Returns the reading in ``unit``, one of ``ba``, ``sp``, ``tok``, ``ep``. Raises EMAConfigError for any other."""
+        """Returns the reading in ``unit``, one of ``ba``, ``sp``, ``tok``, ``ep``. Raises EMAConfigError for any
+        other.
+        """
         if unit == "ba":
             return self.batches
         if unit == "sp":

@@ -102,7 +102,9 @@ class Profile:
 
     @property
     def half_life(self) -> float:
-        """Returns the age that half of the average has passed; that of the first copy, if this weighs more than half."""
+        """Returns the age that half of the average has passed; that of the first copy, if this weighs more than
+        half.
+        """
         import numpy as np
 
         younger = int(np.searchsorted(self.older, 0.5, side="right"))  # the first step with more than half up to it

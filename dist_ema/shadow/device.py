@@ -267,7 +267,9 @@ class Shadow:
         return Rounding(self._positions, [average_key(self.seed, update, name) for name in self._names])
 
     def tensors(self, name: str) -> list[Tensor | None]:
-        """Returns the flat shadow of every share, None where it is live. Raises EMAStateError if an update has failed."""
+        """Returns the flat shadow of every share, None where it is live. Raises EMAStateError if an update has
+        failed.
+        """
         self._join()
         self._raise_failure()
         tensors: list[Tensor | None] = [None] * len(self._shares)

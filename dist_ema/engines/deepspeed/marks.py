@@ -119,7 +119,9 @@ class Unwrapped:
 
 
 def is_expert(parameter: Tensor) -> bool:
-    """Returns whether a parameter belongs to an expert of DeepSpeed's MoE layers: ``deepspeed.moe.utils.is_moe_param``."""
+    """Returns whether a parameter belongs to an expert of DeepSpeed's MoE layers:
+    ``deepspeed.moe.utils.is_moe_param``.
+    """
     return not getattr(parameter, "allreduce", True) and hasattr(parameter, "group_name")
 
 

@@ -256,7 +256,9 @@ _KINDS: dict[str, type[Masters]] = {
 
 
 def find_masters(optimizer: Any, stage: int) -> Masters:
-    """Returns the master weights of ``engine.optimizer``. Local. Raises EMAEngineError for one that it does not know."""
+    """Returns the master weights of ``engine.optimizer``. Local. Raises EMAEngineError for one that it does not
+    know.
+    """
     kind = type(optimizer)
     ours = kind.__module__.startswith("deepspeed.runtime.")
     if stage == 0:
