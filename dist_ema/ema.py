@@ -747,7 +747,8 @@ class ShardedEMA:
         average = vars(self).get("_average")
         if average is None:  # of a construction that failed
             return object.__repr__(self)
-        kind, engine = type(self).__name__, type(average.engine).__name__
+        kind = type(self).__name__
+        engine = type(average.engine).__name__
         return summary(kind, engine, average.shares, average.track, average.skipped())
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:

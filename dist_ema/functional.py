@@ -37,7 +37,8 @@ def compute_ema(model: nn.Module, ema_model: nn.Module, smoothing: float = 0.99)
     0.25
     """
     weight = 1 - share("smoothing", smoothing)
-    live, average = detect(model), detect(ema_model)
+    live = detect(model)
+    average = detect(ema_model)
     sides = []
     for engine in (live, average):
         specs = engine.specs()

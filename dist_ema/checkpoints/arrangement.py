@@ -76,7 +76,8 @@ class Link:
         run = 1
         while dims and dims[0][1] == dims[0][2] == run:
             run *= dims.pop(0)[0]
-        whole, room = [(run, 1, 1)], run
+        whole = [(run, 1, 1)]
+        room = run
         for size, stride, goal_stride in dims:
             if stride < room:  # rows overlap: an expanded or unfolded tensor
                 raise UnknownOperationError("it reads a tensor whose elements overlap in memory")
@@ -188,7 +189,8 @@ class Arrangement:
             starts = goals * grain + within[chosen]
             # Files are written in runs, as long ones as possible: neighbours in the file have to stand side by side.
             order = np.argsort(starts, kind="stable")
-            chosen, starts = chosen[order], starts[order]
+            chosen = chosen[order]
+            starts = starts[order]
             yield self.targets[target].name, *_join(starts, lengths[chosen], places[chosen], values)
 
     def _grain(self, memory: int) -> int:
@@ -214,7 +216,8 @@ class Arrangement:
         """
         if not len(blocks):
             return
-        low, high = int(blocks.min()) * grain, int(blocks.max()) * grain
+        low = int(blocks.min()) * grain
+        high = int(blocks.max()) * grain
         for link in self.links.get(memory, ()):
             if link.start > high or link.stop <= low:  # most links, where one tensor is cut into many
                 continue
@@ -234,7 +237,8 @@ def _cut(runs: Runs, grain: int) -> tuple[Indices, Indices, Indices, Indices]:
         values.
     """
     pairs = np.array(list(runs), dtype=np.int64).reshape(-1, 2)
-    begins, sizes = pairs[:, 0], pairs[:, 1]
+    begins = pairs[:, 0]
+    sizes = pairs[:, 1]
     first = begins // grain
     numbers = (begins + sizes - 1) // grain - first + 1
     run = np.repeat(np.arange(len(pairs)), numbers)

@@ -17,7 +17,8 @@ from dist_ema.formats.strict_json import parse
 from dist_ema.storage.local import copy_file, open_plain, write_text
 
 #: Bytes of a configuration at most, and levels of its JSON.
-_CONFIG_BYTES, _CONFIG_DEPTH = 1 << 24, 32
+_CONFIG_BYTES = 1 << 24
+_CONFIG_DEPTH = 32
 #: Values of ``dtype`` in a configuration that stand for the dtype of the weights.
 _FLOATING = {"float64", "float32", "float16", "bfloat16"}
 #: Endings of the files that are copied from a directory: all but weights.

@@ -27,7 +27,8 @@ from dist_ema.schedules.state import EMAState
 #: Bytes of one file at most.
 FILE_LIMIT = 5 * 10**9
 #: Stands for the name of a data folder, and for a fingerprint, until these are known: they have as many characters.
-_SOME_DATA, _SOME_DIGEST = "data-" + "0" * 32, 0
+_SOME_DATA = "data-" + "0" * 32
+_SOME_DIGEST = 0
 
 
 class Contents:

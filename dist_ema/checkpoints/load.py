@@ -191,7 +191,8 @@ class Load:
             key = (LIVE, frozen) if frozen is not None else (f"averages/{average}", name or "")
             tensor = self.manifest.live[frozen] if frozen is not None else stored[key[1]]
             used.add(name)
-            shape, dtype = tensor.shape, DTYPES[tensor.dtype]
+            shape = tensor.shape
+            dtype = DTYPES[tensor.dtype]
             if shape != entry.shape or not is_convertible(dtype, entry.dtype):
                 problems.append(
                     f"shape mismatch for {entry.name!r}: checkpoint {shape} {dtype}, model {entry.shape} {entry.dtype}"

@@ -111,7 +111,8 @@ def half_life(schedule: Schedule, state: EMAState) -> list[str]:
     now = float(state.averaged.updates - 1) if unit == "updates" else float(state.averaged.value(unit))
     if now <= 0 or schedule.retain(0.0, now) > 0.5:
         return [f"longer than the {now:g}{_suffix(unit)} since the first copy"]
-    low, high = 0.0, now
+    low = 0.0
+    high = now
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         if schedule.retain(middle, now) > 0.5:

@@ -63,11 +63,13 @@ def read_own(path: StrPath, manifest: Manifest, parts: Sequence[Part], verify: b
         The sum of each part for its fingerprint, 0 unless ``verify``.
     """
     own = threading.local()  # a buffer a thread; through two, pinned, to a device
-    sums, lock = [0] * len(parts), threading.Lock()
+    sums = [0] * len(parts)
+    lock = threading.Lock()
 
     def take(piece: _Piece) -> None:
         number, part, runs, low = piece
-        numel, dtype = count(runs), reader.dtype(part.key)
+        numel = count(runs)
+        dtype = reader.dtype(part.key)
         out = part.out[low : low + numel] if part.out is not None else None
         if out is not None and out.is_cuda:
             with handover.taken():  # in order with what the caller's stream does to the shadow
@@ -131,7 +133,8 @@ def read_sent(
         buffer = torch.empty(WINDOW_BYTES, dtype=torch.uint8)  # here, as memory may be short on one rank
     failure = FirstFailure()
     dtypes = [DTYPES[part.stored.dtype] for part in parts]
-    sums, filled = [0] * len(parts), [0] * len(parts)
+    sums = [0] * len(parts)
+    filled = [0] * len(parts)
     with opened as reader:
         for pieces, used in packed([part.entry.numel for part in parts], dtypes):
             views = [
@@ -147,7 +150,8 @@ def read_sent(
                 for index, start, window in views:
                     part = parts[index]
                     for _, inside, length in overlap(part.runs, start, start + window.numel()):
-                        values, low = window[inside : inside + length], filled[index]
+                        values = window[inside : inside + length]
+                        low = filled[index]
                         sums[index] += partial_digest(values, ((start + inside, length),)) if verify else 0
                         if part.out is not None:
                             part.out[low : low + length].copy_(values)

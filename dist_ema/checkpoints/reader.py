@@ -26,8 +26,10 @@ from dist_ema.storage.paths import StrPath, is_remote
 _OPEN_FILES = 256
 #: Bytes between two rows up to which it takes less time to read them too than to read each row by itself (3 us on a
 #: local disk, far more from a store); and bytes that are read at a time where that is done.
-_GAP, _BLOCK = 1 << 14, 1 << 20
-_REMOTE_GAP, _REMOTE_BLOCK = 1 << 20, 1 << 24
+_GAP = 1 << 14
+_BLOCK = 1 << 20
+_REMOTE_GAP = 1 << 20
+_REMOTE_BLOCK = 1 << 24
 
 
 class RunReader(Closing):

@@ -90,7 +90,8 @@ def in_words_of(arguments: Sequence[str], text: str) -> str:
     flags = {} if command is None else {one.name: one.opts[0] for one in command.params if one.opts[0].startswith("--")}
 
     def replaced(found: re.Match[str]) -> str:
-        flag, value = flags.get(found["name"]), found["value"]
+        flag = flags.get(found["name"])
+        value = found["value"]
         if flag is None:
             return found[0]
         if value == "None":

@@ -41,7 +41,8 @@ def describe(path: str, manifest: Manifest) -> dict[str, Any]:
 
 
 def show_manifest(path: str, manifest: Manifest) -> None:
-    sizes, rows = bytes_of(manifest), tensor_rows(manifest)
+    sizes = bytes_of(manifest)
+    rows = tensor_rows(manifest)
     averages = [
         (name, repr(manifest.schedules[name]), manifest.seen.updates, len(tensors), size(sizes[f"averages/{name}"]))
         for name, tensors in manifest.averages.items()

@@ -84,7 +84,8 @@ def draw(profiles: Mapping[str, Profile], path: Path) -> None:
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     linear, logarithmic = figure.subplots(1, 2)
     for label, profile in profiles.items():
-        steps, weights = profile.steps, profile.weights / profile.every
+        steps = profile.steps
+        weights = profile.weights / profile.every
         # As many points as a picture can show, the last ones among them.
         shown = np.unique(np.linspace(0, profile.updates, 4000).astype(np.int64))
         linear.plot(steps[shown] + profile.every, weights[shown], label=label, linewidth=1.2)

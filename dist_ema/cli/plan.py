@@ -158,7 +158,8 @@ def _show_plan(found: dict[str, Any]) -> None:
             rows.append((label, place, *sizes, costs["max_rank"]))
     times = found["update_seconds"]
     rows.append(("time of an update", "", *(time(times[key]) for key in ("rank_0", "max", "mean")), times["max_rank"]))
-    layout, checkpoint = found["layout"], found["checkpoint"]
+    layout = found["layout"]
+    checkpoint = found["checkpoint"]
     title = f"{found['parameters']:,} parameters, {layout['engine']}, {many(layout['world_size'], 'rank')}"
     print_table(title, ("per rank", "in", "rank 0:", "most:", "mean:", "most on rank:"), rows)
     typer.echo(

@@ -95,11 +95,13 @@ def many(number: int, noun: str) -> str:
 
 def time(seconds: float) -> str:
     """``"1.5 ms"``."""
-    value, unit = seconds * 1e6, "us"
+    value = seconds * 1e6
+    unit = "us"
     for larger, factor in (("ms", 1000), ("s", 1000), ("min", 60)):
         if value < factor:
             break
-        value, unit = value / factor, larger
+        value = value / factor
+        unit = larger
     return f"{value:.3g} {unit}"
 
 

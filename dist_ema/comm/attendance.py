@@ -18,7 +18,8 @@ logger = logging.getLogger(__name__)
 #: Seconds after which a rank that waits says where it is.
 ARRIVAL = 0.5
 #: Seconds after which it is logged who is missing, and by what this grows for each further time.
-_REPORT, _GROWTH = 10.0, 6
+_REPORT = 10.0
+_GROWTH = 6
 #: Up to so many ranks, each that waits logs it.
 _EACH_TELLS = 64
 #: Seconds of one wait, so that signals are handled in between.

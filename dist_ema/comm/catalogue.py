@@ -236,7 +236,8 @@ def proven_catalogue(
     expected = torch.from_numpy(position_sums([whole(entry.numel) for entry in entries]).view("int64"))
     wrong = (found != expected).any(dim=1).nonzero().flatten().tolist()
     if wrong:  # the same on every rank
-        entry, held = entries[wrong[0]], int(found[wrong[0], 0])
+        entry = entries[wrong[0]]
+        held = int(found[wrong[0], 0])
         layouts = gather_objects(layout(entry.name), group)
         raise EMAEngineError(_complaint(entry, held, layouts, len(wrong) - 1))
     return entries

@@ -96,7 +96,9 @@ class Channel:
     def _wait(self, work: dist.Work, call: str, timeout: float) -> None:
         """Waits for the others in a round. Raises what failed in it; after ``timeout`` PeerLost, naming the missing."""
         self._pending = work
-        attendance, place, begin = self._attendance(), (self._generation, self._round), monotonic()
+        attendance = self._attendance()
+        place = (self._generation, self._round)
+        begin = monotonic()
         for seconds in attendance.waits(call, place, timeout + _MARGIN):
             try:
                 work.wait(timedelta(seconds=seconds))
@@ -160,7 +162,8 @@ class Channel:
         size = len(self._ranks)
         if size == 1:
             return
-        attendance, place = self._attendance(), (self._generation, 0)
+        attendance = self._attendance()
+        place = (self._generation, 0)
         attendance.arrive(place)  # at once: this happens only once, and some stores are slow to wait in
         if store.add("here", 1) == size:
             store.set(_READY, "")

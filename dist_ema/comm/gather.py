@@ -55,7 +55,8 @@ class LocalValues:
         They are views where that is how they lie, and else in a buffer, where they are until the next ones are asked
         for: so they stay in the processor's cache, or come from the device while others are worked on.
         """
-        parts, values = chunks(self.runs, limit), self.values.detach()
+        parts = chunks(self.runs, limit)
+        values = self.values.detach()
         sizes = [min(limit, self.share.numel - low) for low in range(0, self.share.numel, limit)]
         if values.is_cuda:
             yield from zip(parts, read_ahead(sizes, dtype, partial(self.read, non_blocking=True)), strict=True)
@@ -159,7 +160,8 @@ def _read_window(
     places there. Returns these in bytes, where ``out`` begins at byte ``offset``."""
     if held is None or not is_writer(entry, held.share, rank):
         return []
-    size, filled = out.element_size(), []
+    size = out.element_size()
+    filled = []
     for local, inside, length in overlap(held.runs, start, start + out.numel()):
         held.read(local, local + length, out[inside : inside + length])
         filled.append((offset + inside * size, length * size))
@@ -196,7 +198,8 @@ def in_windows(entries: Sequence[FullTensor], dtypes: Mapping[str, torch.dtype])
         nbytes = -(-entry.numel * dtypes[entry.name].itemsize // 8) * 8
         if batch and used + nbytes > WINDOW_BYTES:
             yield batch
-            batch, used = [], 0
+            batch = []
+            used = 0
         batch.append(entry)
         used += nbytes
     if batch:

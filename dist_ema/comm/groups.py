@@ -115,7 +115,9 @@ class Turn:
     """
 
     def __init__(self, groups: OwnGroups, call: str, timeout: float) -> None:
-        self._groups, self._call, self._timeout = groups, call, timeout
+        self._groups = groups
+        self._call = call
+        self._timeout = timeout
         self._team = groups.team()
         self._stack: Any = None
         if self._team is not None:

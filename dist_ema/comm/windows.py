@@ -17,7 +17,8 @@ from dist_ema.comm.collectives import answered, device_for, rank_in, size_of
 #: Bytes of one window, and of the memory that each rank holds for it.
 WINDOW_BYTES = 16 << 20
 #: Bytes and places from and up to which the ranks send rank 0 what they have, each for itself; else all is added up.
-_SENT_FROM, _SENT_PLACES = 1 << 20, 1 << 12
+_SENT_FROM = 1 << 20
+_SENT_PLACES = 1 << 12
 Range = tuple[int, int]
 #: A range of a tensor's elements and where it lies in a window: tensor, start, stop, byte offset.
 Placed: TypeAlias = tuple[int, int, int, int]
@@ -71,7 +72,8 @@ class Window:
 
     def _send(self, filled: Sequence[Range]) -> None:
         """Each rank sends rank 0 what it has, with where it belongs; or all is added up if that is too many places."""
-        rank, ranks = rank_in(self._group), size_of(self._group)
+        rank = rank_in(self._group)
+        ranks = size_of(self._group)
         mine = torch.tensor([len(filled), sum(length for _, length in filled)])
         told = torch.empty(ranks, 2, dtype=torch.int64)
         dist.all_gather(list(told.unbind()), mine, group=self._group)
@@ -166,7 +168,9 @@ def all_gather_flat(
         read: ``read(index, start, stop, out)`` puts elements of tensor ``index`` into ``out``; called for own ranges.
         write: ``write(index, start, stop, values)`` takes them; called for the ranges of the others.
     """
-    device, rank, ranks = device_for(group), rank_in(group), size_of(group)
+    device = device_for(group)
+    rank = rank_in(group)
+    ranks = size_of(group)
     slot_bytes = max(WINDOW_BYTES // ranks // _WIDEST * _WIDEST, _WIDEST)
     sent = torch.empty(slot_bytes, dtype=torch.uint8, device=device)
     received = torch.empty(slot_bytes * ranks, dtype=torch.uint8, device=device)
@@ -235,7 +239,8 @@ def packed(
                 start = stop
             if start < size or limit - used < 8:
                 windows.append((parts, used))
-                parts, used = [], 0
+                parts = []
+                used = 0
     if parts:
         windows.append((parts, used))
     return windows

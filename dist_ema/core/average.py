@@ -245,7 +245,8 @@ class Average:
             shares: what this rank averages; None means the present shares.
             target: the model whose shares they are; None means the averaged model.
         """
-        options, seed = self.options, self.seed(saved_seed)
+        options = self.options
+        seed = self.seed(saved_seed)
         shares = self.shares if shares is None else shares
         if self.teacher is not None:
             group = self.engine.group

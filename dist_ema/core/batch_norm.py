@@ -32,7 +32,8 @@ def update_bn(
     forward: Callable[[object], object] | None,
 ) -> None:
     """See :func:`dist_ema.update_bn`."""
-    engine, group = average.engine, average.engine.group
+    engine = average.engine
+    group = average.engine.group
     shares = {share.spec.name: share for share in average.shares}
     with average.begin(average.call("update_bn()", name=name)):
         average.condition.refuse("update_bn()")

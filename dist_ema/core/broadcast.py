@@ -87,7 +87,8 @@ class Broadcast:
             theirs = [entry for entry in own if entry.lowest_mesh_rank == owner]
             here = [places.get(entry.name) for entry in theirs]
             held = [None if place is None else sources[place] for place in here]
-            sizes, dtypes = [entry.numel for entry in theirs], [entry.live_dtype for entry in theirs]
+            sizes = [entry.numel for entry in theirs]
+            dtypes = [entry.live_dtype for entry in theirs]
             broadcast_flat(sizes, dtypes, owner, group, *_access(held))
 
     def _group_of(self, members: Sequence[int]) -> Replicas:

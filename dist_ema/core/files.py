@@ -167,8 +167,11 @@ def take_snapshot(average: Average, snapshots: Snapshots) -> None:
     average.shadow.wait()
     # Read here, since the average may have changed when the thread gets its turn.
     path = snapshots.path(average.track.training)
-    engine, shares, catalogue = average.engine, average.shares, average.catalogue
-    state, schedules = average.state(0), average.options.schedules
+    engine = average.engine
+    shares = average.shares
+    catalogue = average.catalogue
+    state = average.state(0)
+    schedules = average.options.schedules
     view = View(shares, average.shadow, engine.sources(), average.condition)
     held = {name: view.average(name, include_untracked=False).get for name in average.names}
     handover = _handover(average)

@@ -36,7 +36,8 @@ def _present_groups(average: Average) -> OwnGroups:
 
 def _rebind(average: Average, target: object, groups: OwnGroups) -> None:
     """Moves the average to where the new wrapping wants it, and then goes on with that. Collective."""
-    operation, group = "rebind()", groups.group
+    operation = "rebind()"
+    group = groups.group
     if average.groups.group is None and group is not None:
         average.catalogue = None  # only this process has agreed with itself so far
     with average.begin(average.call(operation), groups=groups):
@@ -51,7 +52,8 @@ def _rebind(average: Average, target: object, groups: OwnGroups) -> None:
         shadow = average.new_shadow(average.shadow.seed, shares, target)
         engine.reshard()
         sources = engine.sources()
-    old, new = average.full_tensors, average.proven(engine, shares, group)
+    old = average.full_tensors
+    new = average.proven(engine, shares, group)
     joining = check_same_model(old, new, operation)
     old = [entry for entry in old if entry.mode != "live" and entry.name not in joining]
     if average.shadow.started:

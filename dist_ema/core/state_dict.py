@@ -31,7 +31,8 @@ def state_dict(average: Average, full: bool, live: bool) -> dict[str, Any]:
     """See :meth:`ShardedEMA.state_dict`."""
     from dist_ema.dcp.stateful import make_head
 
-    operation, group = "state_dict()", average.engine.group
+    operation = "state_dict()"
+    group = average.engine.group
     with average.begin(average.call(operation, full=full, live=live)):
         view = average.view(operation)
     (skipped,) = sum_integers([average.skipped()], group)
@@ -47,7 +48,9 @@ def _parts(average: Average, view: View, state: EMAState, live: bool) -> dict[st
     """Returns this rank's part of the state dict. Local."""
     from dist_ema.dcp.stateful import add_live, make_state_dict
 
-    shares, writes, schedules = average.shares, average.writes(), average.options.schedules
+    shares = average.shares
+    writes = average.writes()
+    schedules = average.options.schedules
     count = _count(average)
     if average.shadow.started:
         parts = make_state_dict(state, schedules, view.flat, shares, writes, spare=False, count=count)
@@ -121,7 +124,9 @@ def load_state_dict(average: Average, state: Mapping[str, Any]) -> None:
     """
     from dist_ema.dcp.loaded import LoadedStateDict, check_complete, unlike
 
-    group, operation, options = average.engine.group, "load_state_dict()", average.options
+    group = average.engine.group
+    operation = "load_state_dict()"
+    options = average.options
     average.shadow.drain()  # what fails in it does not matter any more
     average.background.drain()
     with average.begin(average.call(operation), replaces=True):
@@ -152,7 +157,8 @@ def load_state_dict(average: Average, state: Mapping[str, Any]) -> None:
         raise CheckpointMismatchError(f"{operation}: some ranks' state dicts have 'live' and others' have not")
     check_same_updates(updates)
 
-    back, visit = None, Visit("", operation)
+    back = None
+    visit = Visit("", operation)
     if live is not None:
         wait = average.background.wait_until_read
         back = Swap(average.engine, shares, live, average.shadow.scratch, visit, wait)

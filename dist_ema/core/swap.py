@@ -283,7 +283,8 @@ class Swap:
     def _blend(self, blends: dict[int, kernels.Blend]) -> None:
         """This rank's part of its sources moves toward the average. Local; goes on where it broke off."""
         for index, blend in blends.items():
-            share, source = self._shares[index], self._sources[index]
+            share = self._shares[index]
+            source = self._sources[index]
             if not is_own(share) or source.shape == share.spec.shape:  # the average of a resized buffer starts anew
                 blend.go(source)
 
@@ -304,7 +305,8 @@ class Swap:
                 self._put_kept(index, kept, inside)
 
     def _put_kept(self, index: int, kept: Tensor, inside: bool) -> None:
-        share, shadow = self._shares[index], self._shadows[index]
+        share = self._shares[index]
+        shadow = self._shadows[index]
         if shadow is None:
             return
         if not is_own(share):
@@ -320,7 +322,8 @@ class Swap:
 
     def _put_buffer(self, index: int, shadow: Tensor) -> None:
         """The average of a buffer goes into the model; of another shape, as another tensor. Local."""
-        before, shape = self._sources[index], self._shape_inside(index)
+        before = self._sources[index]
+        shape = self._shape_inside(index)
         if before.shape != shape:
             self._outside[index] = before
         self._fit(index, shape)
@@ -404,7 +407,8 @@ class Swap:
     def _keep(self) -> None:
         """Copies what could not be brought back, before anything is changed."""
         for index, kept in self._kept.items():
-            share, source = self._shares[index], self._sources[index]
+            share = self._shares[index]
+            source = self._sources[index]
             if is_own(share):
                 self._shapes[index] = source.shape
                 kernels.read(source, 0, source.numel(), kept)

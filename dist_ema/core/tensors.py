@@ -78,7 +78,8 @@ def _one_by_one(
         device: of the tensors that are returned.
         arrangement: makes the Hub's tensors from the module's; None returns the module's own.
     """
-    moment, entries = (average.num_updates, average.changes), average.full_tensors
+    moment = (average.num_updates, average.changes)
+    entries = average.full_tensors
     group = average.engine.group
     hub = None if arrangement is None else HubTensors(arrangement, device)
     for batch in in_windows(entries, dtypes):

@@ -89,7 +89,8 @@ def _copy_first(average: Average, sources: Sequence[Tensor], now: Progress) -> N
 
 def _update_shadow(average: Average, sources: Sequence[Tensor], now: Progress) -> None:
     """Moves the average towards the live tensors. Local."""
-    track, shadow = average.track, average.shadow
+    track = average.track
+    shadow = average.shadow
     after = track.after(now)
     log_retained = track.log_retained(after)
     weights = [-math.expm1(logarithm) for logarithm in log_retained.values()]
@@ -126,7 +127,9 @@ def _choose(average: Average) -> list[Tensor]:
     Where nothing is trained now (in a GAN, between two steps), flags say nothing, and what was trained when the
     average was made is averaged.
     """
-    shares, engine, options = average.shares, average.engine, average.options
+    shares = average.shares
+    engine = average.engine
+    options = average.options
     before = averaged_names(shares)
     selected = [number for number, share in enumerate(shares) if may_join(as_live(share), options)]
     trained = {shares[number].spec.name for number in engine.trained(selected)}
@@ -147,8 +150,10 @@ def _join(average: Average, sources: Sequence[Tensor]) -> None:
 
     Ranks make no call for that: each sees the same flags and shapes at the same update.
     """
-    engine, options = average.engine, average.options
-    announced, shares = engine.announced(), list(average.shares)
+    engine = average.engine
+    options = average.options
+    announced = engine.announced()
+    shares = list(average.shares)
     update = average.num_updates + 1
     joining = engine.trained(average.frozen)
     names = [shares[number].spec.name for number in joining]

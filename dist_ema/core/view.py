@@ -109,7 +109,8 @@ class View:
 
     def _in_model(self, name: str, index: int) -> bool:
         """Returns whether an average's elements of a share have changed places with the live ones."""
-        visit, swap = self._condition.visit, self._condition.swap
+        visit = self._condition.visit
+        swap = self._condition.swap
         if visit is None or swap is None or not visit.open:
             return False
         shared = self._shares[index].mode == "copy"  # all averages have these in common

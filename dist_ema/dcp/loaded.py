@@ -48,7 +48,9 @@ def unlike(state: Mapping[str, Any], entries: Sequence[FullTensor], selects: Cal
     for place in places:
         if isinstance(place, Mapping):
             found |= {name: value for name, value in place.items() if isinstance(value, Tensor)}
-    joining, shapes, joined = [], [], []
+    joining = []
+    shapes = []
+    joined = []
     for entry in entries:
         value = found.get(entry.name)
         if value is None:
@@ -130,7 +132,8 @@ class LoadedStateDict:
         self.state = read_state(state["progress"])
         self.schedules = {name: read_schedule(text, name) for name, text in state["schedules"].items()}
         self._dict = state
-        self._shares, self._names = shares, names
+        self._shares = shares
+        self._names = names
         # All problems are collected first, so that a user sees all of them at once.
         problems = [f"unexpected average {name!r}" for name in state["averages"] if name not in names]
         for path, share in wanted_parts(shares, names):
@@ -193,7 +196,8 @@ def _copy(value: Tensor, share: Share, out: Tensor) -> None:
         out.copy_(value.held)
         return
     # A full tensor, as dcp_to_torch_save makes it: any engine's elements can be taken out of it.
-    low, flat = 0, value.reshape(-1)
+    low = 0
+    flat = value.reshape(-1)
     for start, length in share.runs:
         out[low : low + length].copy_(flat[start : start + length])
         low += length
@@ -222,11 +226,13 @@ def _has_parts(tensors: Mapping[str, Any]) -> bool:
 
 def _misfits(value: object, share: Share, where: str) -> list[str]:
     """Says why ``value`` is neither the part of this share nor the full tensor; empty if it is one of them."""
-    name, shape = share.spec.name, share.spec.shape
+    name = share.spec.name
+    shape = share.spec.shape
     if not isinstance(value, Tensor):
         return [f"missing {name!r} in {where}"]
     if value.size() != shape or not is_convertible(value.dtype, share.dtype):
-        stored, wanted = f"{tuple(value.size())} {value.dtype}", f"{tuple(shape)} {share.dtype}"
+        stored = f"{tuple(value.size())} {value.dtype}"
+        wanted = f"{tuple(shape)} {share.dtype}"
         return [f"shape mismatch for {name!r}: checkpoint {stored}, model {wanted}"]
     if isinstance(value, BoxedTensor) and value.boxes != share.boxes:
         return [

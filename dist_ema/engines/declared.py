@@ -185,15 +185,19 @@ def _joined(name: str, held: tuple[int, ...], shape: tuple[int, ...], pairs: Seq
 def _aligned(local: Runs, full: Runs) -> Iterator[tuple[int, int, int]]:
     """Yield ``(local start, full start, length)`` of elements that follow each other in both lists of runs."""
     outer = iter(full)
-    start, left = 0, 0  # what is left of the present run of the full tensor
+    # what is left of the present run of the full tensor
+    start = 0
+    left = 0
     for local_start, length in local:
         while length:
             if not left:
                 start, left = next(outer)
             step = min(length, left)
             yield local_start, start, step
-            local_start, start = local_start + step, start + step
-            length, left = length - step, left - step
+            local_start = local_start + step
+            start = start + step
+            length = length - step
+            left = left - step
 
 
 def _intervals(box: Box) -> list[tuple[Run, ...]]:

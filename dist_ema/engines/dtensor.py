@@ -43,7 +43,9 @@ class DTensorEngine(PlainEngine):
     def spec(self, slot: Slot, tensor: Tensor) -> TensorSpec:
         if not isinstance(tensor, DTensor):
             return super().spec(slot, tensor)
-        mesh, placements = tensor.device_mesh, tensor.placements  # ND mesh, one placement a dimension
+        # The mesh may have several dimensions. There is one placement for each.
+        mesh = tensor.device_mesh
+        placements = tensor.placements
         declared = self._declared.get(slot.name)
         if declared is not None:
             check_placements(placements, tensor.ndim, slot.name)  # they still say along which dimensions it is copied
@@ -90,7 +92,8 @@ class DTensorEngine(PlainEngine):
             parameter = None  # it describes another tensor
         # A declared part lies where it says, not as placed. Meta weights may be sharded again when they are made.
         divisions = divisions_of(tensor, parameter) if as_placed and not tensor.is_meta else None
-        mesh, placements = tensor.device_mesh, tuple(tensor.placements)
+        mesh = tensor.device_mesh
+        placements = tuple(tensor.placements)
         placed = Placed(slot.name, tensor.shape, _local(tensor).shape, runs, divisions, mesh, placements)
         self._placed.append(placed)
 
@@ -230,11 +233,13 @@ def fsdp_dims(parameter: FSDPParam, tensor: DTensor) -> frozenset[int]:
     FSDP2 sets its mesh in front of the one that tensor parallelism used. If it was given a mesh of all dimensions
     (``dp_mesh_dims``, since torch 2.12), its dimensions stand anywhere in that mesh and are found by name.
     """
-    spec, own = parameter._sharding_spec, parameter.mesh_info.mesh
+    spec = parameter._sharding_spec
+    own = parameter.mesh_info.mesh
     if tensor.device_mesh != spec.mesh or tuple(tensor.placements) != tuple(spec.placements):
         return frozenset()  # the user has put another DTensor in its place
     if getattr(parameter.mesh_info, "is_spmd_mesh", False):
-        names, own_names = spec.mesh.mesh_dim_names or (), own.mesh_dim_names or ()
+        names = spec.mesh.mesh_dim_names or ()
+        own_names = own.mesh_dim_names or ()
         return frozenset(dim for dim, name in enumerate(names) if name in own_names)
     return frozenset(range(own.ndim))
 

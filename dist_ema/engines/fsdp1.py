@@ -101,7 +101,8 @@ class FlatParamEngine(Engine):
         return [self._spec(held, aliases[0], tuple(aliases[1:])) for held, aliases in names.items()]
 
     def _read_spec(self, number: int) -> TensorSpec:
-        held, names = self._held[number], self._names[number]
+        held = self._held[number]
+        names = self._names[number]
         if isinstance(held, Slot) and held.get() is None:
             return self._removed(number)
         return self._spec(held, names[0], tuple(names[1:]))

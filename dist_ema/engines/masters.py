@@ -81,7 +81,8 @@ class MastersEngine(CompositeEngine):
 
     def _fitting(self, number: int, master: object) -> Tensor:
         """Returns this rank's part of a master. Raises EMAEngineError if it cannot be the parameter's."""
-        live, name = self._live[number], self._announced[number].name
+        live = self._live[number]
+        name = self._announced[number].name
         if not isinstance(master, Tensor):
             raise EMAEngineError(f"masters=: the master of {name!r} is a {type(master).__name__}, not a tensor")
         if isinstance(master, loaded("torch.distributed.tensor", "DTensor")):

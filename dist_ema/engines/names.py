@@ -299,7 +299,8 @@ def _named(slots: Iterable[Slot]) -> list[Named]:
 
 def _changed(before: Sequence[frozenset[str]], now: Sequence[frozenset[str]]) -> EMAStateError:
     """Other names than there were, or other ties between them."""
-    old, new = set().union(*before), set().union(*now)
+    old = set().union(*before)
+    new = set().union(*now)
     found = []
     for names, what in ((new - old, "added"), (old - new, "removed or renamed")):
         if names:

@@ -191,7 +191,8 @@ def _is_nested(optimizer: torch.optim.Optimizer) -> bool:
     ``torch.compile`` has been, its code is another object.
     """
     code: CodeType = type(optimizer).step.__code__
-    running, frame = 0, inspect.currentframe()
+    running = 0
+    frame = inspect.currentframe()
     while frame is not None and running < 2:
         at = frame.f_code.co_filename, frame.f_code.co_firstlineno
         if at == (code.co_filename, code.co_firstlineno):

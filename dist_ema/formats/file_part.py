@@ -16,7 +16,10 @@ class FilePart(io.RawIOBase):
     """
 
     def __init__(self, file: BinaryIO, begin: int, size: int) -> None:
-        self._file, self._begin, self._size, self._position = file, begin, size, 0
+        self._file = file
+        self._begin = begin
+        self._size = size
+        self._position = 0
 
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
         """Moves to a position in the part. A position outside of it becomes its nearest end."""

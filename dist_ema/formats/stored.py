@@ -81,7 +81,8 @@ def tensors_from_json(
     tensors: dict[str, StoredTensor] = {}
     names: set[str] = set()
     for name, entry in found.items():
-        shape, aliases = entry["shape"], entry["aliases"]
+        shape = entry["shape"]
+        aliases = entry["aliases"]
         if entry.keys() != _TENSOR_FIELDS or not isinstance(shape, list) or not isinstance(aliases, list):
             raise ValueError(
                 f"invalid description of tensor {shown(name)}; expected {', '.join(sorted(_TENSOR_FIELDS))}"

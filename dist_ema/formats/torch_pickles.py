@@ -138,7 +138,8 @@ def _checked_view(storage: Any, dtype: Any, offset: Any, size: Any, stride: Any)
     """Raises ValueError unless the storage has all elements of the view."""
     if not isinstance(storage, Storage) or not isinstance(dtype, torch.dtype):
         raise ValueError("a tensor in it has no storage")
-    shape, strides = tuple(size), tuple(stride)
+    shape = tuple(size)
+    strides = tuple(stride)
     is_valid = is_shape(shape, dtype.itemsize) and len(strides) == len(shape) and all(map(is_count, (offset, *strides)))
     if not is_valid:
         raise ValueError("a tensor in it has an invalid shape, strides or offset")

@@ -89,9 +89,11 @@ class Rows(Sequence[Run]):
         if isinstance(index, slice):
             return tuple(self[place] for place in range(self.number)[index])
         place = range(self.number)[index]
-        begin, size = self.start + place * self.step, self.length
+        begin = self.start + place * self.step
+        size = self.length
         if place == 0:
-            begin, size = begin + self.skip, size - self.skip
+            begin = begin + self.skip
+            size = size - self.skip
         if place == self.number - 1:
             size -= self.drop
         return begin, size
@@ -115,7 +117,8 @@ class Rows(Sequence[Run]):
         """Yields the same runs, in at most three parts: an incomplete first run, the even ones, an incomplete last
         run.
         """
-        first, last = int(self.skip > 0), int(self.drop > 0)
+        first = int(self.skip > 0)
+        last = int(self.drop > 0)
         if first + last >= self.number:
             yield from ((run,) for run in self)
             return
@@ -159,7 +162,9 @@ def cut(runs: Runs, start: int, stop: int) -> Runs:
     pieces: list[Run] = []
     position = 0  # local number of the first element of this run
     for begin, length in runs:
-        low, high = max(start - position, 0), min(stop - position, length)  # within the run
+        # The part of the wanted elements that lies within this run.
+        low = max(start - position, 0)
+        high = min(stop - position, length)
         if low < high:
             pieces.append((begin + low, high - low))
         position += length
@@ -173,9 +178,12 @@ def _cut_rows(rows: Rows, start: int, stop: int) -> Runs:
     if start >= stop:
         return ()
     # Places among the elements of complete runs, of which there are `length` in each.
-    low, high = start + rows.skip, stop + rows.skip
-    first, last = low // rows.length, (high - 1) // rows.length
-    skip, drop = low - first * rows.length, (last + 1) * rows.length - high
+    low = start + rows.skip
+    high = stop + rows.skip
+    first = low // rows.length
+    last = (high - 1) // rows.length
+    skip = low - first * rows.length
+    drop = (last + 1) * rows.length - high
     found = Rows(rows.start + first * rows.step, rows.length, rows.step, last + 1 - first, skip, drop)
     return found if found.number > 1 else (found[0],)
 
@@ -196,10 +204,13 @@ def chunks(runs: Runs, limit: int) -> Iterator[Runs]:
         while length:
             size = min(length, room)
             part.append((start, size))
-            start, length, room = start + size, length - size, room - size
+            start = start + size
+            length = length - size
+            room = room - size
             if not room:  # the rest of this run goes into the next list
                 yield tuple(part)
-                part, room = [], limit
+                part = []
+                room = limit
     if part:
         yield tuple(part)
 
@@ -222,7 +233,8 @@ def overlap(runs: Runs, start: int, stop: int) -> Iterator[tuple[int, int, int]]
         position = first * runs.length - runs.skip if first else 0
         touched = map(runs.__getitem__, range(first, last))
     for begin, length in touched:
-        low, high = max(begin, start), min(begin + length, stop)
+        low = max(begin, start)
+        high = min(begin + length, stop)
         if low < high:
             yield position + low - begin, low - start, high - low
         position += length
@@ -378,7 +390,9 @@ def _run_boxes(start: int, stop: int, shape: tuple[int, ...]) -> Iterator[Box]:
         yield (), ()
         return
     row = prod(shape[1:])
-    first, last = -(-start // row), stop // row  # the whole rows
+    # The first and the last whole row.
+    first = -(-start // row)
+    last = stop // row
     if first > last:  # within one row
         yield from _in_row(last, start - last * row, stop - last * row, shape)
         return
@@ -438,7 +452,8 @@ def split_evenly(sizes: Sequence[int], itemsizes: Sequence[int], parts: int, ind
     """
     # In bytes along all tensors laid end to end: this part is [low, high), this tensor begins at `position`.
     total = sum(size * item for size, item in zip(sizes, itemsizes, strict=True))
-    low, high = index * total // parts, (index + 1) * total // parts
+    low = index * total // parts
+    high = (index + 1) * total // parts
     ranges: list[tuple[int, int]] = []
     position = 0
     for size, item in zip(sizes, itemsizes, strict=True):

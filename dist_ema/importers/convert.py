@@ -87,7 +87,8 @@ def import_checkpoint(
         CheckpointMismatchError: the file is not of that model; lists the differences.
         CheckpointCorruptError: the file is damaged.
     """
-    pattern, given = _pattern(frozen), _schedule(decay, half_life)
+    pattern = _pattern(frozen)
+    given = _schedule(decay, half_life)
     check_cast(dtype)
     for path in (source, target, *([] if model is None else [model])):
         check_path(path)

@@ -31,7 +31,8 @@ _STEMS = ("model", "diffusion_pytorch_model")
 _INDEX = re.compile(r".*\.safetensors\.index(\.[^.]+)?\.json")
 _SHARD = re.compile(r"(.*)-(\d{2,})-of-(\d{2,})(.*)\.safetensors")
 #: Bytes of an index at most, and levels of its JSON: the index, its map, a name.
-_INDEX_BYTES, _INDEX_DEPTH = 1 << 27, 8
+_INDEX_BYTES = 1 << 27
+_INDEX_DEPTH = 8
 _LISTED = 12
 
 

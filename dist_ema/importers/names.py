@@ -24,7 +24,8 @@ TOKENS = re.compile(r"(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module
 #: Counters of an AveragedModel, torch's and mmengine's.
 COUNTERS = ("n_averaged", "steps")
 #: Before the second name of each weight in mmcv's files, and what selects the first name.
-EMA_PREFIX, OWN_NAMES = "ema_", "."
+EMA_PREFIX = "ema_"
+OWN_NAMES = "."
 _MODULE = "module."
 _LIT = ("decay", "num_updates")
 

@@ -31,7 +31,8 @@ from dist_ema.importers.names import Names, arrange
 
 #: Words of a key that say that an average is below it, and words that say so together with one of the second list.
 _AVERAGE = {"ema", "swa", "polyak", "shadow"}
-_AVERAGED, _WEIGHTS = {"average", "averaged", "avg"}, {"model", "net", "state", "params", "parameters", "weights"}
+_AVERAGED = {"average", "averaged", "avg"}
+_WEIGHTS = {"model", "net", "state", "params", "parameters", "weights"}
 #: Words of a key below an average that say that these are live weights all the same.
 _LIVE = {"online", "live", "current", "collected", "backup"}
 #: Words of a key below which there is nothing of a model.
@@ -40,7 +41,8 @@ _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 #: Entries that count updates beside the tensors of an average: torch_ema's, torch's, RT-DETR's.
 _COUNTERS = ("num_updates", "n_averaged", "updates")
 #: Levels of dicts, and dicts, that are looked into.
-_DEPTH, _LOOKED_INTO = 8, 10_000
+_DEPTH = 8
+_LOOKED_INTO = 10_000
 _LISTED = 12
 _WHOLE = "--format state-dict takes them"
 

@@ -105,28 +105,39 @@ class EMA(Algorithm):
         self._timing = ComposerTiming.parse(
             half_life, smoothing, ema_start, update_interval, {"buffers": "average", **options}
         )
-        self.half_life, self.smoothing = self._timing.half_life, self._timing.options["smoothing"]
-        self.ema_start, self.update_interval = self._timing.start, self._timing.interval
+        self.half_life = self._timing.half_life
+        self.smoothing = self._timing.options["smoothing"]
+        self.ema_start = self._timing.start
+        self.update_interval = self._timing.interval
         self.update_event = Event.EPOCH_END if self.update_interval.unit == "ep" else Event.BATCH_END
-        self._missing, self._visit, self._inside = missing, ExitStack(), ""  # the average in the model, and what for
-        if should_update is not None and self.half_life is not None:  # not by a full interval, of which there is none
+        self._missing = missing
+        # Holds the average in the model, and says for which purpose; "" while the model has its own weights.
+        self._visit = ExitStack()
+        self._inside = ""
+        if should_update is not None and self.half_life is not None:
+            # Composer's timing decays by a full interval for each update. An irregular rule has no interval, so that
+            # each update decays by what was trained since the last one.
             options = {**self._timing.options, "half_life": str(self.half_life), "smoothing": None}
             self._timing = replace(self._timing, options=options)
         names = list(Options.check(**self._timing.options).schedules)
         check_choice("evaluate", names[0] if evaluate is True else evaluate, names, both=True)
         check_choice("average_at_end", average_at_end, names)
         self.evaluates_both = evaluate == BOTH and BOTH not in names
-        self.on_live = False  # whether the evaluation under way is that of the live weights
-        self._evaluated = names[0] if evaluate is True or self.evaluates_both else evaluate  # the average, or False
-        self._should_update, self._average_at_end = should_update, average_at_end
+        # True while a second evaluation, of the live weights, is under way.
+        self.on_live = False
+        # The name of the average to evaluate on; False for the live weights.
+        self._evaluated = names[0] if evaluate is True or self.evaluates_both else evaluate
+        self._should_update = should_update
+        self._average_at_end = average_at_end
         self._begin(None)
 
     def _begin(self, state: State | None) -> None:
-        """Another trainer may have had it before."""
+        """Starts without an average, for a new trainer. Another trainer may have had this algorithm before."""
         self.ema: ShardedEMA | None = None
-        self._state, self._model = state, nn.Module()  # as the trainer wraps it
-        self._foreign: Mapping[str, Any] = {}  # what Composer's own EMA saved
-        self._found = False  # an average in the checkpoint
+        self._state = state
+        self._model = nn.Module()  # the model as the trainer had wrapped it when the average was made or rebound
+        self._foreign: Mapping[str, Any] = {}  # the state that Composer's own EMA has saved
+        self._found = False  # whether the loaded checkpoint had an average
         self._options = dict(self._timing.options)
         if state is None:
             return
@@ -145,7 +156,7 @@ class EMA(Algorithm):
 
     @property
     def ema_weights_active(self) -> bool:
-        """Returns whether it is in the model."""
+        """Returns whether the average is in the model."""
         return self.ema_started and self._inside != ""
 
     def match(self, event: Event, state: State) -> bool:
@@ -192,8 +203,12 @@ class EMA(Algorithm):
         return self.ema
 
     def _update(self, event: Event, state: State) -> None:
-        ema, now, before = self._average(), progress(state.timestamp), progress(state.previous_timestamp)
-        new, elapsed = now.since(before), state.get_elapsed_duration().value
+        """Counts what was trained since the trainer's last event, and averages if an update is due. Local."""
+        ema = self._average()
+        now = progress(state.timestamp)
+        before = progress(state.previous_timestamp)
+        new = now.since(before)
+        elapsed = state.get_elapsed_duration().value
         if self._should_update is not None:
             due = event is Event.BATCH_END and bool(self._should_update(now))
         else:
@@ -203,7 +218,8 @@ class EMA(Algorithm):
     # The average in the model: collective where ShardedEMA.average_parameters() is.
 
     def _turn(self, inside: str) -> None:
-        """Has it there for a purpose, or not where that is empty."""
+        """Puts the average into the model for a purpose, or takes it out if ``inside`` is empty."""
+        # Closing first: should it fail, nothing claims that the average is in the model.
         self._inside = ""
         self._visit.close()
         if inside:
@@ -215,7 +231,7 @@ class EMA(Algorithm):
             self._inside = inside
 
     def _stays(self, event: Event) -> bool:
-        """Returns whether what is there may stay at this event."""
+        """Returns whether the average may stay in the model at this event: the evaluation goes on."""
         going_on = {"evaluation": event.is_eval, "prediction": event.is_predict}.get(self._inside, False)
         return not self._inside or (going_on and event not in _ENDS)
 
@@ -232,11 +248,13 @@ class EMA(Algorithm):
         return self._put("", model)
 
     def _put(self, inside: str, model: nn.Module) -> nn.Module:
+        """Brings the wanted weights into the model in training, and copies them from there if ``model`` is another."""
         self._average()
         before = self._inside
         if bool(inside) != bool(before):
             self._turn(inside)
         if {*model.modules()}.isdisjoint(self._model.modules()):
+            # Another model: it gets a copy, and the model in training goes back to what it had.
             try:
                 functional.compute_ema(self._model, model, smoothing=0.0)
             finally:
@@ -245,7 +263,10 @@ class EMA(Algorithm):
         return model
 
     def end_fit(self) -> None:
-        """The trainer's ``fit()`` has ended, its last checkpoint and evaluation included. Collective."""
+        """Writes the average into the model if ``average_at_end`` asks for it. Collective.
+
+        Called when the trainer's ``fit()`` has ended, after its last checkpoint and evaluation.
+        """
         if self._average_at_end is not False and self.ema is not None:
             self._turn("")
             self.ema.copy_to(None if self._average_at_end is True else self._average_at_end)
@@ -274,6 +295,7 @@ class EMA(Algorithm):
         self._found = True
 
     def _after_load(self, state: State) -> None:
+        """Takes over an average that Composer's own EMA has saved; raises CheckpointError if there is none at all."""
         if self._foreign:
             self._load(change_over(self._foreign, self._average().state_dict(), progress(state.timestamp)))
             self._foreign = {}

@@ -106,7 +106,8 @@ def allow_missing(callback: type[Callback]) -> None:
 
     Replaces Composer's function, for all trainers.
     """
-    load, name = checkpoint.dist_cp_load, callback.__qualname__
+    load = checkpoint.dist_cp_load
+    name = callback.__qualname__
 
     @wraps(load)
     def load_what_there_is(state_dict: dict[str, Any], storage_reader: Any, *args: Any, **options: Any) -> None:
@@ -134,7 +135,8 @@ def change_over(saved: Mapping[str, Any], parts: Mapping[str, Any], clock: Progr
         raise CheckpointError("the averages of Composer before 0.9 have no names: use dist-ema import")
     if "named_parameters_dict" in kept:
         kept = {**kept["named_parameters_dict"], **kept["named_buffers_dict"]}
-    averages, buffers = parts["averages"], parts["buffers"]
+    averages = parts["averages"]
+    buffers = parts["buffers"]
     if active:  # the model holds the average
         changed = {"live": _pick(kept, {**next(iter(averages.values())), **buffers})}
     else:

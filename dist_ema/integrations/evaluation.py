@@ -62,7 +62,8 @@ def same_random() -> Iterator[None]:
     """
     import numpy as np
 
-    python, legacy = random.getstate(), np.random.get_state()
+    python = random.getstate()
+    legacy = np.random.get_state()
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     try:
         with torch.random.fork_rng(devices):

@@ -94,30 +94,43 @@ class EMACallback(pl.Callback):
     ) -> None:
         inspect.signature(ShardedEMA).bind(None, **options)  # TypeError for a name that it does not have
         self._options = options
-        names = list((parsed := self._parse("1ep")).schedules)
-        if others := sorted(parsed.units() - {"ba", "ep"}):
+        parsed = self._parse("1ep")
+        names = list(parsed.schedules)
+        others = sorted(parsed.units() - {"ba", "ep"})
+        if others:
             raise EMAConfigError(f"the options count in {', '.join(others)}, Lightning in ba and ep only: use those")
         check_choice("evaluate", evaluate, names, both=True)
         check_choice("average_at_end", average_at_end, names)
         check_should_update(should_update, options.get("update_interval"), options.get("ema_start"))
         if missing not in ("error", "start"):
             raise EMAConfigError(f"missing={missing!r}: allowed are 'error' and 'start'")
-        self._missing, self._log = missing, log
+        self._missing = missing
+        self._log = log
         self._both = evaluate == BOTH and BOTH not in names
         self._evaluate: bool | str = True if self._both else evaluate
-        self._should_update, self._average_at_end = should_update, average_at_end
+        self._should_update = should_update
+        self._average_at_end = average_at_end
         self._on_live = False  # whether the evaluation under way is that of the live weights
         self._averaged: dict[str, torch.Tensor] = {}  # the metrics of the average, for the evaluation under way
         self.ema: ShardedEMA | None = None
-        self._bound: list[Any] = []  # whose average it is, what the strategy made of that, its parameters
-        self._held: ExitStack | None = None  # while the average is in the model
+        # The module whose average it is, what the strategy has made of the module, and its parameters.
+        self._bound: list[Any] = []
+        # Holds the average in the model; None while the model has its own weights.
+        self._held: ExitStack | None = None
         self._handles: list[RemovableHandle] = []
-        self._ready = self._fitting = self._at_once = self._stepped = self._due = False  # due: not yet averaged
+        self._ready = False  # whether this run has made or taken over its average
+        self._fitting = False  # whether this run is fit()
+        self._at_once = False  # whether an update comes right after the step, and not at the end of the batch
+        self._stepped = False  # whether an optimizer stepped in this batch
+        self._due = False  # whether a step has not been averaged yet
         self._epochs = 0.0  # trained since the last update
-        self._saved: dict[str, Any] | None = None  # our state in the checkpoint; None where it has none of callbacks
-        self._builtin: Mapping[str, Any] | None = None  # the average of Lightning's own callback in the checkpoint
+        # This callback's state in the checkpoint; None where the checkpoint has no states of callbacks.
+        self._saved: dict[str, Any] | None = None
+        # A checkpoint with the average of Lightning's own WeightAveraging.
+        self._builtin: Mapping[str, Any] | None = None
 
     def _parse(self, duration: str | None) -> Options:
+        """Checks the options. Raises EMAConfigError."""
         return Options.check(**{"max_duration": duration} | self._options)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -125,13 +138,18 @@ class EMACallback(pl.Callback):
         return vars(self) | dict.fromkeys(("ema", "_held", "log", "log_dict")) | {"_bound": [], "_handles": []}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Checks the trainer, and wraps its methods that save, remove and evaluate. Local."""
         kinds = (EMACallback, pl.callbacks.WeightAveraging)
-        if len(names := [type(one).__name__ for one in trainer.callbacks if isinstance(one, kinds)]) > 1:
+        names = [type(one).__name__ for one in trainer.callbacks if isinstance(one, kinds)]
+        if len(names) > 1:
             raise EMAConfigError(f"{' and '.join(names)}: use one EMACallback, which has averages= for several")
         if "XLA" in type(trainer.strategy).__name__:
             raise EMAEngineError(f"{type(trainer.strategy).__name__} is not supported; use DDP, FSDP or DeepSpeed")
         self._stop()
-        self._ready, self._fitting, self._saved, self._builtin = False, stage == "fit", None, None
+        self._ready = False
+        self._fitting = stage == "fit"
+        self._saved = None
+        self._builtin = None
         if trainer.is_global_zero and stage == "fit":
             folders = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
             checkpoints.clean(str(folder) for folder in [trainer.default_root_dir, *folders] if folder)
@@ -143,18 +161,26 @@ class EMACallback(pl.Callback):
                 _wrap(loop, "run", partial(self._evaluate_both, trainer, loop))
 
     def _average_of(self, module: object) -> ShardedEMA | None:
-        """If it is of that one. None while finders of learning rates and the like train and restore before a fit."""
+        """Returns the average if it belongs to ``module``, else None.
+
+        Also None while finders of learning rates and batch sizes train and restore the module before a fit.
+        """
         begun = self._ready or not self._fitting
         return self.ema if begun and self._bound and self._bound[0] is module else None
 
     def _begin(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Once a run, when all is wrapped and restored, and nothing has been computed yet. Collective."""
+        """Makes or takes over the average, once in a run. Collective.
+
+        Called when the model is wrapped and restored, and nothing has been computed yet.
+        """
         # With evaluate=False too an average goes with its weights, where a checkpoint has replaced these.
         replaced = trainer.ckpt_path is not None and self._average_of(module) is not None
         if self._ready or not (self._fitting or self._evaluate or replaced):
             return
         self._ready = True
-        target, path, ema = trainer.strategy.model, trainer.ckpt_path, self._average_of(module)
+        target = trainer.strategy.model
+        path = trainer.ckpt_path
+        ema = self._average_of(module)
         objects = [module, target, *target.parameters()]
         if ema is None and path is None and not self._fitting:
             logger.warning("There is no average of this model yet: its own weights are evaluated.")
@@ -162,12 +188,16 @@ class EMACallback(pl.Callback):
         if ema is None:
             duration = self._duration(trainer) if self._fitting else "1ep"
             ema = self.ema = ShardedEMA(target, **{"max_duration": duration} | self._options)
-        else:  # to evaluate, DDP is left away: the one that there was does for the same weights
-            pairs = list(zip(self._bound, objects, strict=False))[1 if self._fitting else 2 :]
+        else:
+            # Skip the module. To evaluate, Lightning leaves DDP away: then skip the wrapped model too, since the
+            # average of the same parameters serves as it is.
+            skipped = 1 if self._fitting else 2
+            pairs = zip(self._bound[skipped:], objects[skipped:], strict=False)
             if not all(known is now for known, now in pairs):
                 ema.rebind(target)
         self._bound = objects
-        if path is not None and not (self._fitting and self._saved == {"average": None}):  # a finder's, before a fit
+        # A finder's checkpoint before a fit says that it has no average.
+        if path is not None and not (self._fitting and self._saved == {"average": None}):
             self._load(trainer, ema, str(path))
 
     def _duration(self, trainer: pl.Trainer) -> str | None:
@@ -180,58 +210,79 @@ class EMACallback(pl.Callback):
         return duration
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Makes the average, and counts the steps of every optimizer from now on. Collective."""
         self._begin(trainer, pl_module)
-        self._epochs, self._stepped, self._due, optimizers = 0.0, False, False, trainer.strategy.optimizers
+        optimizers = trainer.strategy.optimizers
+        self._epochs = 0.0
+        self._stepped = False
+        self._due = False
+        # With manual optimization a batch may step several times. Each step of a single optimizer is one update.
         self._at_once = not pl_module.automatic_optimization and len(optimizers) == 1
-        if (ema := self._average_of(pl_module)) is not None:
-            if "ep" in ema.units and trainer.num_training_batches == float("inf"):
-                raise EMAConfigError("the options count in ep, but the loader's length is unknown: use ba")
-            steps, epochs = trainer.estimated_stepping_batches, trainer.max_epochs or 0
-            is_known = pl_module.automatic_optimization and steps != float("inf")
-            ema.expect(batches=int(steps) if is_known else None, epochs=epochs if epochs > 0 else None)
-            self._handles = [ema.attach(one, call=partial(self._on_step, ema)) for one in optimizers]
+        ema = self._average_of(pl_module)
+        if ema is None:
+            return
+        if "ep" in ema.units and trainer.num_training_batches == float("inf"):
+            raise EMAConfigError("the options count in ep, but the loader's length is unknown: use ba")
+        steps = trainer.estimated_stepping_batches
+        epochs = trainer.max_epochs or 0
+        is_known = pl_module.automatic_optimization and steps != float("inf")
+        ema.expect(batches=int(steps) if is_known else None, epochs=epochs if epochs > 0 else None)
+        self._handles = [ema.attach(one, call=partial(self._on_step, ema)) for one in optimizers]
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Counts this batch's part of the epoch. Local."""
         self._epochs += 1 / trainer.num_training_batches
 
     def _on_step(self, ema: ShardedEMA) -> None:
+        """Notes a real step of an optimizer, and averages if that has to be done at once. Local."""
         self._stepped = self._due = True
         if self._at_once:
             self._update(ema)
 
     def _update(self, ema: ShardedEMA) -> None:
-        before, self._due = ema.clock, False
+        """Takes the weights into the average, if an update is due. Local."""
+        self._due = False
+        before = ema.clock
         due = is_due(self._should_update, before.advance(batches=1, epochs=self._epochs))
         ema.update(epochs=self._epochs, due=due)
-        if ema.clock is not before:  # else a micro-step of DeepSpeed, or one that it skipped
+        # The clock stands still on a micro-step of DeepSpeed, and on a step that DeepSpeed skipped.
+        if ema.clock is not before:
             self._epochs = 0.0
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        stepped, self._stepped = self._stepped, False
-        if not stepped or (ema := self._average_of(pl_module)) is None:
+        """Averages a step of this batch, and logs the metrics. Collective where it logs."""
+        stepped = self._stepped
+        self._stepped = False
+        ema = self._average_of(pl_module)
+        if not stepped or ema is None:
             return
-        if self._due:  # after whatever else the step did to the weights
+        # Here, and not in the step's own hook: callbacks and the module may change the weights after the step.
+        if self._due:
             self._update(ema)
         # Private, and asked by Lightning's own callbacks for monitoring: whether what is logged now is written.
         if self._log and trainer.loggers and trainer._logger_connector.should_update_logs:
             pl_module.log_dict(ema.metrics(), on_step=True, on_epoch=False)
 
     def _enter(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Puts the average into the model for an evaluation. Collective."""
         # Lightning evaluates in inference mode. Tensors made in it can never be averaged or trained.
         with torch.inference_mode(False), torch.no_grad():
             self._leave()
             self._begin(trainer, pl_module)
             ema = self._average_of(pl_module)
             if self._evaluate and not self._on_live and ema is not None:
-                self._held, name = ExitStack(), None if self._evaluate is True else self._evaluate
+                self._held = ExitStack()
+                name = None if self._evaluate is True else self._evaluate
                 self._held.enter_context(ema.average_parameters(name, held_by=f"Lightning's {trainer.state.stage}"))
 
     def _leave(self, *_: Any) -> None:
+        """Puts the live weights back, if the average is in the model. Collective."""
         held, self._held = self._held or ExitStack(), None
         with torch.inference_mode(False):
             held.close()
 
     def _stop(self, *_: Any) -> None:
+        """Stops counting steps, and puts the live weights back."""
         while self._handles:
             self._handles.pop().remove()
         self._leave()
@@ -251,9 +302,11 @@ class EMACallback(pl.Callback):
             self._on_live = False
 
     def _log_averaged(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Logs the metrics of the average beside those of the live weights. Every rank has them."""
         averaged, self._averaged = self._averaged, {}
-        if averaged:  # every rank has them; the trainer's callbacks and loggers find them beside the live ones
-            pl_module.log_dict(averaged, on_step=False, on_epoch=True, add_dataloader_idx=False)  # names have it
+        if averaged:
+            # The names have the number of the dataloader already.
+            pl_module.log_dict(averaged, on_step=False, on_epoch=True, add_dataloader_idx=False)
 
     on_validation_epoch_end = on_test_epoch_end = _log_averaged
     on_validation_start = on_test_start = on_predict_start = _enter
@@ -261,22 +314,26 @@ class EMACallback(pl.Callback):
     on_exception = _stop
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stops counting steps, and warns if there was no update: ``fit()`` may have ended early."""
         self._stop()
         ema = self._average_of(pl_module)
         if ema is not None and not ema.num_updates:
-            ema.expect(batches=ema.clock.batches, epochs=ema.clock.epochs)  # all there was: fit() ended early
+            ema.expect(batches=ema.clock.batches, epochs=ema.clock.epochs)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Writes the average into the module if ``average_at_end`` asks for it. Collective."""
         ema = self._average_of(pl_module)
         if self._average_at_end and ema is not None:
             ema.copy_to(None if self._average_at_end is True else self._average_at_end)
 
     def state_dict(self) -> dict[str, Any]:
+        """Returns what a checkpoint says of the average beside it: the moment that the two have in common."""
         ema = self._average_of(self._bound[0]) if self._bound else None
         return {"average": None if ema is None else checkpoints.describe(ema.clock, ema.num_updates)}
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Any) -> None:
-        self._saved = checkpoint["callbacks"].get(self.state_key, {})  # tells whether an average was saved with it
+        """Notes what the checkpoint says of its average, which is loaded when the model is wrapped."""
+        self._saved = checkpoint["callbacks"].get(self.state_key, {})
         if {"current_model_state", "averaging_state"} <= checkpoint.keys():
             # Lightning has loaded state_dict, which is the average. The run goes on from the live weights.
             self._builtin = checkpoint
@@ -284,13 +341,16 @@ class EMACallback(pl.Callback):
             trainer.strategy.load_model_state_dict(live, strict=pl_module.strict_loading)
 
     def _save_checkpoint(self, trainer: Any, save: Callable[..., None], filepath: Any, *args: Any, **how: Any) -> None:
-        inside, ema = self._held is not None, self._average_of(trainer.lightning_module)
+        """Saves a checkpoint with live weights, and the average beside it. Collective."""
+        inside = self._held is not None
+        ema = self._average_of(trainer.lightning_module)
         self._leave()  # the live weights are written
         if ema is None:
             save(filepath, *args, **how)
         else:
             if self._due and trainer.lightning_module.automatic_optimization:
-                self._update(ema)  # by a callback before this one: the weights have made the step, the average has not
+                # A callback before this one saves: the weights have made the step, and the average has not.
+                self._update(ema)
             path = str(trainer.strategy.broadcast(f"{filepath}"))
             self._save_with(trainer, ema, path, partial(save, filepath, *args, **how))
         if inside:
@@ -311,15 +371,18 @@ class EMACallback(pl.Callback):
                 checkpoints.settle(path)
             except CheckpointError as error:
                 failure = str(error)
-        if failure := trainer.strategy.broadcast(failure):
+        failure = trainer.strategy.broadcast(failure)
+        if failure:
             raise CheckpointError(failure)
 
     def _remove_checkpoint(self, trainer: pl.Trainer, remove: Callable[..., None], filepath: Any) -> None:
-        remove(filepath)  # a directory goes with what is in it
+        """Removes a checkpoint and the average beside it. An average inside of a directory goes with the directory."""
+        remove(filepath)
         if trainer.is_global_zero:
             checkpoints.remove(str(filepath))
 
     def _load(self, trainer: pl.Trainer, ema: ShardedEMA, path: str) -> None:
+        """Loads the average that lies beside a checkpoint. Collective. Raises CheckpointError."""
         if self._builtin is not None:
             self._take_builtin(trainer, ema, self._builtin, path)
             self._builtin = None
@@ -337,7 +400,8 @@ class EMACallback(pl.Callback):
             ema.reset()
             return
         ema.load(found)
-        if saved not in (None, (now := self.state_dict()["average"])):
+        now = self.state_dict()["average"]
+        if saved not in (None, now):
             raise CheckpointError(f"{found} is at {now}, {path} at {saved}: a save was killed, or runs are mixed")
 
     def _take_builtin(self, trainer: pl.Trainer, ema: ShardedEMA, checkpoint: Mapping[str, Any], path: str) -> None:
@@ -347,7 +411,8 @@ class EMACallback(pl.Callback):
                 f"{path} has one average, of Lightning's WeightAveraging, and the options name several "
                 f"({', '.join(ema.names)}): give one, with decay= or half_life="
             )
-        steps, updates = int(checkpoint["global_step"]), int(checkpoint["averaging_state"]["n_averaged"])
+        steps = int(checkpoint["global_step"])
+        updates = int(checkpoint["averaging_state"]["n_averaged"])
         batches = trainer.fit_loop.epoch_loop.batch_progress.total.completed
         epochs = batches / max(1, trainer.num_training_batches)
         # The file does not give the interval: every step since the first copy counts as an update.

@@ -52,7 +52,8 @@ def place(checkpoint: str) -> str:
 
 def settle(checkpoint: str) -> None:
     """Renames an average from its first place to its place. On one rank. Raises CheckpointError."""
-    first, last = _next_of(checkpoint), place(checkpoint)
+    first = _next_of(checkpoint)
+    last = place(checkpoint)
     try:
         replace_directory(first, local_path(last))
     except OSError as error:

@@ -22,9 +22,11 @@ def unseen_evaluation(trainer: Any, loop: Any, callbacks: Sequence[Any]) -> Iter
         loop: the trainer's loop that will be run.
         callbacks: those that take part.
     """
-    connector, found = trainer._logger_connector, dict[str, Tensor]()
+    connector = trainer._logger_connector
+    found = dict[str, Tensor]()
     kept = {name: getattr(connector, name) for name in _METRICS}
-    others, verbose = trainer.callbacks, loop.verbose
+    others = trainer.callbacks
+    verbose = loop.verbose
     for name in _METRICS:
         setattr(connector, name, {})
     connector.log_metrics = _log_nothing  # in front of the class's method

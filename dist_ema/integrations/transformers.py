@@ -99,43 +99,67 @@ class EMACallback(TrainerCallback):
         inspect.signature(ShardedEMA).bind(trainer, **options)  # TypeError for a misspelt one
         check_should_update(should_update, options.get("update_interval"), options.get("ema_start"))
         self.ema: ShardedEMA | None = None
-        self._should_update, self._average_at_end = should_update, average_at_end
+        self._should_update = should_update
+        self._average_at_end = average_at_end
         self._trainer: Any = trainer
-        self._options, self._missing, self._evaluate, self._save_averaged = options, missing, evaluate, save_averaged
-        self._resume: Path | None = None  # the checkpoint that training goes on from
-        self._running: set[object] = set()  # what is under way of the wrappers below
-        self._metrics: dict[str, float] = {}  # for the next log
-        self._steps, self._epochs, self._tokens, self._scale = 0, 0.0, 0, 0.0  # of the training, at the last update
+        self._options = options
+        self._missing = missing
+        self._evaluate = evaluate
+        self._save_averaged = save_averaged
+        self._resume: Path | None = None  # the checkpoint that training continues from
+        self._running: set[object] = set()  # the wrappers below that are running, so that inner calls stay plain
+        self._metrics: dict[str, float] = {}  # waiting for the next log
+        # The clock of the training and the fp16 loss scale at the last update.
+        self._steps = 0
+        self._epochs = 0.0
+        self._tokens = 0
+        self._scale = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """The model is wrapped by now, and loaded where a run is resumed. Collective."""
-        if (trainer := self._trainer) is None:
+        """Makes the average, or loads it if the run is resumed. Collective.
+
+        The Trainer has wrapped the model by now, and has loaded it if the run is resumed.
+        """
+        trainer = self._trainer
+        if trainer is None:
             raise EMAStateError("a Trainer with a train() of its own: trainer.add_callback(EMACallback(trainer, ...))")
         if trainer.is_fsdp_xla_enabled or is_sagemaker_mp_enabled():
             raise EMAEngineError("EMACallback averages under DDP, FSDP and DeepSpeed, not under XLA or SageMaker")
         refuse_unwrapped(trainer)
-        self.ema = None  # of an attempt that ran out of memory (auto_find_batch_size)
+        # With auto_find_batch_size an earlier attempt, which ran out of memory, may have left an average.
+        self.ema = None
         ema = ShardedEMA(trainer.model_wrapped, **self._options | {"max_duration": self._duration(args, state)})
         self._check(ema, trainer)
         ema.expect(batches=state.max_steps, epochs=args.num_train_epochs if args.max_steps <= 0 else None)
         if self._resume is not None:
             self._load(ema, self._resume)
-        self.ema, self._metrics = ema, {}
-        self._epochs, self._tokens = epochs_begun(trainer), state.num_input_tokens_seen
-        self._steps, self._scale = state.global_step, scale(trainer)
+        self.ema = ema
+        self._metrics = {}
+        self._epochs = epochs_begun(trainer)
+        self._tokens = state.num_input_tokens_seen
+        self._steps = state.global_step
+        self._scale = scale(trainer)
 
     def _duration(self, args: Any, state: Any) -> str:
-        own = [f"{state.max_steps}ba"] + [f"{args.num_train_epochs:g}ep"] * (args.max_steps <= 0)
-        if (given := str(Time.parse(self._options.get("max_duration", own[0]), option="max_duration"))) not in own:
+        """Returns how long the Trainer trains. Raises EMAConfigError if ``max_duration`` says something else."""
+        own = [f"{state.max_steps}ba"]
+        if args.max_steps <= 0:  # else the Trainer ends at a number of steps, wherever the epoch is
+            own.append(f"{args.num_train_epochs:g}ep")
+        given = str(Time.parse(self._options.get("max_duration", own[0]), option="max_duration"))
+        if given not in own:
             raise EMAConfigError(f"max_duration={given!r}, and the Trainer's is {' or '.join(own)}: leave it out")
         return given
 
     def _check(self, ema: ShardedEMA, trainer: Any) -> None:
+        """Raises EMAConfigError for options that need the Trainer or the averages to be checked."""
         check_choice("evaluate", self._evaluate, ema.names, both=True)
         check_choice("save_averaged", self._save_averaged, ema.names)
         check_choice("average_at_end", self._average_at_end, ema.names)
-        units = {"ba", "ep"} | ({"tok"} if trainer.args.include_num_input_tokens_seen != "no" else set())
-        if others := ", ".join(sorted(ema.units - units)):
+        units = {"ba", "ep"}
+        if trainer.args.include_num_input_tokens_seen != "no":
+            units.add("tok")
+        others = ", ".join(sorted(ema.units - units))
+        if others:
             tok = "with TrainingArguments(include_num_input_tokens_seen='all') tok"
             raise EMAConfigError(f"the Trainer does not count {others}: allowed are ba, ep, and {tok}")
         stage = trainer.deepspeed.zero_optimization_stage() if trainer.is_deepspeed_enabled else 0
@@ -160,32 +184,48 @@ class EMACallback(TrainerCallback):
         self.on_epoch_end(args, state, control)
 
     def _count(self, ema: ShardedEMA, state: Any) -> None:
-        """Once a step: a callback that comes before may save a checkpoint of it (``enable_jit_checkpoint``)."""
+        """Counts a step, once, and averages if an update is due. Local.
+
+        An earlier callback may save a checkpoint of this step (``enable_jit_checkpoint``), which counts it first.
+        """
         if state.global_step == self._steps:
             return
-        before, self._scale, self._steps = self._scale, scale(self._trainer), state.global_step
+        before = self._scale
+        self._scale = scale(self._trainer)
+        self._steps = state.global_step
+        # The loss scale falls when a step was skipped. Accelerate does not notice this for fused optimizers.
         if not self._trainer.accelerator.optimizer_step_was_skipped and self._scale >= before:
-            epochs, tokens = state.epoch or 0.0, state.num_input_tokens_seen
+            epochs = state.epoch or 0.0
+            tokens = state.num_input_tokens_seen
             trained = {"epochs": max(0.0, epochs - self._epochs), "tokens": tokens - self._tokens}
             due = is_due(self._should_update, ema.clock.advance(batches=1, **trained))
             ema.update(**trained, due=due)
-            self._epochs, self._tokens = epochs, tokens
+            self._epochs = epochs
+            self._tokens = tokens
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Measures what the next log says. Here, where all ranks are: log() may be called on one alone."""
-        if control.should_log and self.ema is not None:  # DefaultFlowCallback comes first, and has set the flag
+        """Measures the metrics for the next log. Collective.
+
+        They are measured here because ``log()`` may be called on one rank alone. The Trainer's DefaultFlowCallback
+        comes first, and has set ``should_log``.
+        """
+        if control.should_log and self.ema is not None:
             self._metrics = self.ema.metrics()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """The Trainer has loaded the best weights, if it was to. Collective."""
+        """Loads the best checkpoint's average, if the Trainer has loaded its weights. Does ``average_at_end``. Collective.
+
+        Warns if there was no update in the whole training.
+        """
         if self.ema is not None and not self.ema.num_updates:
-            self.ema.expect(batches=self.ema.clock.batches, epochs=self.ema.clock.epochs)  # all there was
+            self.ema.expect(batches=self.ema.clock.batches, epochs=self.ema.clock.epochs)
         if self.ema is not None and args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._load(self.ema, Path(state.best_model_checkpoint))
         if self.ema is not None and self._average_at_end is not False:
             self.ema.copy_to(self._name(self.ema, self._average_at_end))
 
     def _averaged(self, which: bool | str) -> _Around:
+        """Returns a context in which the model has the average, or which does nothing if ``which`` is False."""
         if self.ema is None or which is False:
             return nullcontext()
         return self.ema.average_parameters(self._name(self.ema, which), held_by="the Trainer")
@@ -199,33 +239,43 @@ class EMACallback(TrainerCallback):
         return self.ema is not None and self._evaluate == BOTH and BOTH not in self.ema.names
 
 
-# Around the methods of a Trainer that has an EMACallback, whose arguments follow.
+# Each of the following returns the context in which a method of a Trainer runs: its EMACallback and the Trainer come
+# first, then the arguments of the method.
+
+
 def _training(own: EMACallback, trainer: Any, resume_from_checkpoint: Any = None, *_: Any, **__: Any) -> _Around:
+    """Prepares for ``train()``: notes the Trainer and the checkpoint, and drops the average of an earlier training."""
     _wrap_methods(type(trainer))
     path = resume_from_checkpoint or None
-    if path is True:  # as the Trainer does, which raises where there is none
+    if path is True:  # the newest checkpoint; where there is none, the Trainer raises
         path = trainer_utils.get_last_checkpoint(trainer.args.output_dir)  # type: ignore[no-untyped-call]
-    own._trainer, own._resume = trainer, None if path is None else Path(path)
+    own._trainer = trainer
+    own._resume = None if path is None else Path(path)
     if own.ema is not None:
         own.ema.close()
-    own.ema = None  # else it, and its model, would be in memory beside the new one
+    # Kept, the old average and its model would stay in memory beside the new ones.
+    own.ema = None
     return nullcontext()
 
 
 def _evaluating(own: EMACallback, trainer: Any, *_: Any, **__: Any) -> _Around:
+    """Evaluates on the average. Collective."""
     inside = own.ema is not None and own._evaluate is not False
     return evaluating_on(own._averaged(own._evaluate), trainer) if inside else nullcontext()
 
 
 @contextmanager
 def _saving(own: EMACallback, of: Any, output_dir: str | None = None, _internal_call: bool = False) -> Iterator[None]:
+    """Saves a checkpoint with live weights and the average beside it; ``save_model()`` as ``save_averaged`` says."""
     inside = own.ema is not None and _evaluating in own._running and own._evaluate is not False
-    checkpoint = output_dir if _internal_call else None  # push_to_hub()'s call is internal, but names no folder
+    # The Trainer's own checkpoints are internal calls with a folder. That of push_to_hub() names no folder.
+    checkpoint = output_dir if _internal_call else None
     if checkpoint is not None and inside:
         raise EMAStateError("a checkpoint cannot be saved inside an evaluation: the model holds the average there")
     with own._averaged(False if inside or checkpoint is not None else own._save_averaged):
         yield
-    if checkpoint is not None and own.ema is not None:  # on_save() is after older ones were removed, and an upload
+    # Here, and not in on_save(): that comes after older checkpoints were removed and this one was uploaded.
+    if checkpoint is not None and own.ema is not None:
         own._count(own.ema, of.state)
         own.ema.save(Path(checkpoint) / "ema")
 
@@ -241,6 +291,7 @@ def _evaluate_live(method: Callable[..., Any], trainer: Any, args: Any, kwargs: 
 
 
 def _logging(own: EMACallback, trainer: Any, logs: dict[str, float], *_: Any, **__: Any) -> _Around:
+    """Adds the metrics that ``on_epoch_end`` has measured. Local."""
     logs.update(own._metrics)
     own._metrics = {}
     return nullcontext()
@@ -252,8 +303,11 @@ _TWICE = "a Trainer has one EMACallback, and here is a second one: averages={...
 
 
 def _callback_of(trainer: Trainer | None) -> EMACallback | None:
-    handler: Any = getattr(trainer, "callback_handler", None)  # not yet in its constructor
-    found = [each for each in handler.callbacks if isinstance(each, EMACallback)] if handler else []
+    """Returns the Trainer's EMACallback, or None. Raises EMAConfigError for a second one, or another Trainer's."""
+    handler: Any = getattr(trainer, "callback_handler", None)
+    found = []
+    if handler is not None:  # a Trainer has none inside its constructor
+        found = [each for each in handler.callbacks if isinstance(each, EMACallback)]
     if len(found) > 1:
         raise EMAConfigError(_TWICE)
     if found and found[0]._trainer not in (None, trainer):

@@ -26,7 +26,8 @@ def epochs_begun(trainer: Any) -> float:
     ``state.epoch`` of a checkpoint may be another one: the run may have had other batches to an epoch, or its epoch is
     begun again (``ignore_data_skip``).
     """
-    args, batches = trainer.args, trainer.callback_handler.train_dataloader
+    args = trainer.args
+    batches = trainer.callback_handler.train_dataloader
     _, steps_in_epoch, _, _, _, batches_in_epoch, _ = trainer.set_initial_training_values(args, batches)
     done, steps = divmod(trainer.state.global_step, steps_in_epoch)
     begun = 0.0 if args.ignore_data_skip else steps * args.gradient_accumulation_steps / batches_in_epoch

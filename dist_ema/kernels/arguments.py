@@ -110,12 +110,14 @@ def swapped(source: Tensor) -> tuple[int, int] | None:
     >>> swapped(torch.empty(8, 3, 5, 5).to(memory_format=torch.channels_last)), swapped(torch.empty(4, 6).t())
     ((3, 25), (6, 4))
     """
-    shape, strides = source.shape, source.stride()
+    shape = source.shape
+    strides = source.stride()
     for dim, size in enumerate(shape):
         if strides[dim] != 1 or size == 1:
             continue
         inner = list(range(dim + 1, len(shape)))
-        wanted, step = {dim: 1}, size
+        wanted = {dim: 1}
+        step = size
         for other in (*reversed(inner), *reversed(range(dim))):
             wanted[other], step = step, step * shape[other]
         if all(strides[other] == expected or shape[other] == 1 for other, expected in wanted.items()):

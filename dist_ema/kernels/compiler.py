@@ -134,7 +134,8 @@ class _Lock:
         )  # NFS locks only what may be written
         self._answered = threading.Event()
         self._ending = threading.Lock()
-        self._waiting, self._wanted = True, True
+        self._waiting = True
+        self._wanted = True
         threading.Thread(target=self._take, name="dist_ema lock", daemon=True).start()
 
     def _take(self) -> None:

@@ -87,7 +87,8 @@ def _launches(
     for index in taken:
         (start, stop), source = ranges[index], sources[index]
         flat = source.is_contiguous()
-        place, shadows = address(source, start if flat else 0), [average[index].data_ptr() for average in averages]
+        place = address(source, start if flat else 0)
+        shadows = [average[index].data_ptr() for average in averages]
         if start < stop:
             alike = all(shadow % _ALIGNMENT == 0 for shadow in shadows)
             key = source.device, source.dtype, flat and place % _ALIGNMENT == 0, alike, not flat
@@ -171,7 +172,8 @@ class Kernel:
             skipped: int64, on the device; source elements left out are added to it. None takes them as they are.
             keys: of each average, for this update of bf16 shadows; None for fp32 ones.
         """
-        device, given = launch.device, tuple(map(float, weights))
+        device = launch.device
+        given = tuple(map(float, weights))
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             self._lerp[(len(launch.chunks),)](
                 launch.chunks,
@@ -310,7 +312,8 @@ def check(kernel: Kernel, device: torch.device, dtype: torch.dtype, rounded: boo
     for weight in (1e-4, 0.7):
         before = torch.linspace(1, -2, 99, dtype=torch.float32, device=device)
         before = before.bfloat16() if rounded else before
-        start, end = before.float(), torch.where(source.isfinite(), source.float(), 0.0)
+        start = before.float()
+        end = torch.where(source.isfinite(), source.float(), 0.0)
         expected = torch.lerp(start, end, weight)
         unit = torch.maximum(start.abs(), end.abs()) * torch.finfo(torch.float32).eps
         if rounded:  # a blend that differs in its last bit may round to the next bf16 number

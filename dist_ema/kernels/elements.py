@@ -41,7 +41,8 @@ def pieces(tensor: Tensor, start: int, stop: int, limit: int) -> Iterator[tuple[
         row = tensor.numel() // tensor.shape[0]
         index = start // row
         while index * row < stop:
-            low, high = max(start - index * row, 0), min(stop - index * row, row)
+            low = max(start - index * row, 0)
+            high = min(stop - index * row, row)
             whole_rows = min(stop // row - index, limit // row) if low == 0 else 0
             if whole_rows > 1:
                 yield index * row - start, tensor[index : index + whole_rows]

@@ -100,7 +100,8 @@ def device_digest(part: Part) -> Tensor:
     """Returns the sum, modulo 2**64, as a scalar int64 beside the values. A few launches for each 4 M elements,
     whatever the number of runs; does not wait for them.
     """
-    values, device = part.values, part.values.device
+    values = part.values
+    device = part.values.device
     total = torch.zeros((), dtype=torch.int64, device=device)
     table = _keys(device)  # int64, (BLOCK,)
     local = part.start

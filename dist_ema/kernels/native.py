@@ -47,7 +47,8 @@ class Library:
     def __init__(self, path: Path, library: ctypes.CDLL) -> None:
         self.path = path
         try:
-            self._lerp, self._digest = library.dist_ema_lerp, library.dist_ema_digest
+            self._lerp = library.dist_ema_lerp
+            self._digest = library.dist_ema_digest
         except AttributeError as error:
             raise OSError(str(error)) from error
         self._lerp.argtypes = [c_int64] * 2 + [c_void_p] * 5 + [c_int64] * 2 + [c_void_p] * 3
@@ -85,7 +86,8 @@ class Library:
         given: list[array[int] | array[float]] = [*arrays[:4], array("d", weights)]
         tables = None
         if rounding is not None:
-            positions, keys = rounding.positions, array("Q", rounding.keys)
+            positions = rounding.positions
+            keys = array("Q", rounding.keys)
             pointers = _addresses([arrays[4], keys, positions.names, positions.first, positions.local, positions.full])
             tables = array("Q", pointers)  # the struct Rounding of fused.cpp
         at = None if tables is None else tables.buffer_info()[0]

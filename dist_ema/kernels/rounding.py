@@ -61,7 +61,9 @@ class ElementPositions:
 
     def __init__(self, names: Sequence[str], runs: Sequence[Runs]) -> None:
         self.names = array("Q", [_hash(name) for name in names])
-        self.first, self.local, self.full = array("q", [0]), array("q"), array("q")
+        self.first = array("q", [0])
+        self.local = array("q")
+        self.full = array("q")
         for found in runs:
             position = 0
             for start, length in found:
@@ -77,7 +79,8 @@ class ElementPositions:
 
     def of(self, tensor: int, low: int, count: int, device: torch.device) -> Tensor:
         """Of ``count`` elements of a shadow from ``low`` on, of which there is at least one: int64. No host sync."""
-        begin, end = self.first[tensor], self.first[tensor + 1]
+        begin = self.first[tensor]
+        end = self.first[tensor + 1]
         begin = bisect_right(self.local, low, begin, end) - 1
         end = bisect_right(self.local, low + count - 1, begin, end)
         elements = torch.arange(low, low + count, device=device)
@@ -126,7 +129,8 @@ def rounded(values: Tensor, draws: Tensor) -> Tensor:
     [1.0, 1.0, 1.0078125, 1.0078125]
     """
     bits = values.view(torch.int32)
-    up, down = (bits + draws) >> 16, bits >> 16
+    up = (bits + draws) >> 16
+    down = bits >> 16
     keeps = ~values.isfinite() | (up & 0x7F80 == 0x7F80)
     quiet = values.isnan().to(torch.int32) << 6  # a NaN whose upper bits are those of Inf
     return torch.where(keeps, down | quiet, up).to(torch.int16).view(torch.bfloat16)

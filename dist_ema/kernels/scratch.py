@@ -63,19 +63,24 @@ class Exchange:
     """
 
     def __init__(self, shadow: Tensor, start: int, stop: int, scratch: Scratch) -> None:
-        self._shadow, self._start, self._stop, self._scratch = shadow, start, stop, scratch
+        self._shadow = shadow
+        self._start = start
+        self._stop = stop
+        self._scratch = scratch
         # (a, copies, b): the first a elements have changed places; after three copies it will be the first b.
         self._at = (0, 0, 0)
 
     @torch.no_grad()
     def go(self, source: Tensor, inside: bool) -> None:
         """Afterwards the source holds what the shadow held before the first call (``inside``), or its own. Local."""
-        size, goal = chunk_size(source.device), self._stop - self._start if inside else 0
+        size = chunk_size(source.device)
+        goal = self._stop - self._start if inside else 0
         while self._at != (goal, 0, goal):
             here, copies, there = self._at
             if not copies:
                 there = min(here + size, goal) if inside else max(here - 1, 0) // size * size
-            low, high = min(here, there), max(here, there)
+            low = min(here, there)
+            high = max(here, there)
             target = self._shadow[low:high]
             held = self._scratch.like(target, source.dtype, source.device)
             if copies < 1:
@@ -103,7 +108,10 @@ class Blend:
     """
 
     def __init__(self, shadow: Tensor, start: int, stop: int, fraction: float, scratch: Scratch) -> None:
-        self._shadow, self._start, self._stop, self._scratch = shadow, start, stop, scratch
+        self._shadow = shadow
+        self._start = start
+        self._stop = stop
+        self._scratch = scratch
         self._fraction = fraction
         # (a, blended): the first a elements have been moved; whether the scratch holds what the next chunk becomes.
         self._at = (0, False)
@@ -111,7 +119,8 @@ class Blend:
     @torch.no_grad()
     def go(self, source: Tensor) -> None:
         """Moves the source. Local."""
-        size, count = chunk_size(source.device), self._stop - self._start
+        size = chunk_size(source.device)
+        count = self._stop - self._start
         dtype = torch.promote_types(torch.promote_types(self._shadow.dtype, source.dtype), torch.float32)
         while self._at != (count, False):
             low, is_blended = self._at

@@ -138,7 +138,8 @@ def _pairs(left: Source, right: Source) -> list[tuple[str, ReadableTensor, Reada
     differs.
     """
     lacking = {name for source in (left, right) if source.manifest for name in source.manifest.lacking}
-    pairs, problems = [], []
+    pairs = []
+    problems = []
     for one, other in ((left, right), (right, left)):
         for name, tensor in one.tensors.items():
             found = other.get(name, tensor.aliases)
@@ -225,7 +226,10 @@ def _shown(key: Key) -> str:
 def _compare_chunks(
     average: str | None, name: str, a: VerifiedTensor, b: VerifiedTensor, advance: Advance
 ) -> Difference:
-    equal, norm, distance, largest = a.dtype == b.dtype, 0.0, 0.0, 0.0
+    equal = a.dtype == b.dtype
+    norm = 0.0
+    distance = 0.0
+    largest = 0.0
     # Chunk by chunk in float64, where sums of squares of fp32 values lose nothing that matters.
     for x, y in zip(a.chunks(), b.chunks(), strict=True):
         left = _real(x)

@@ -121,7 +121,8 @@ class _Rows:
                     rows = column[low : low + BLOCK] * (times / self._scale[index])
                     block[: len(rows), index] = rows
                 triangle = np.asarray(np.linalg.qr(np.concatenate([triangle, block]), mode="r"))
-        self._matrix, self._wanted = triangle[:, :-1], triangle[:, -1]
+        self._matrix = triangle[:, :-1]
+        self._wanted = triangle[:, -1]
 
     def fit(self, cutoff: float) -> Vector:
         """Returns the weights that sum to 1 and have the smallest distance."""
@@ -152,7 +153,8 @@ def trailing(length: float, at: float, *, every: float = 1, shape: str = "unifor
     Raises:
         EMAConfigError: a number is not above 0, ``length`` goes beyond the first copy, or there is no such shape.
     """
-    length, every = positive("length", length), positive("every", every)
+    length = positive("length", length)
+    every = positive("every", every)
     if length > positive("at", at) + every:
         raise EMAConfigError(f"length={length:g}: allowed is at most {at + every:g}, from the first copy to at={at:g}")
     if shape not in SHAPES:

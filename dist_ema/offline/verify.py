@@ -146,7 +146,9 @@ def verify_checkpoint(path: StrPath, *, threads: int = 4) -> Manifest:
 
 def _audit_file(reader: RunReader, tensors: dict[Key, StoredTensor], threads: int, advance: Advance) -> list[Finding]:
     scratch = threading.local()
-    sums, problems, lock = dict.fromkeys(tensors, 0), dict[Key, str](), threading.Lock()
+    sums = dict.fromkeys(tensors, 0)
+    problems = dict[Key, str]()
+    lock = threading.Lock()
 
     def digest(stripe: tuple[Key, Runs]) -> None:
         key, runs = stripe

@@ -27,7 +27,8 @@ from dist_ema.geometry.spec import TensorSpec
 from dist_ema.planning.families import FAMILIES, Config
 from dist_ema.storage.local import open_plain
 
-_CONFIG_BYTES, _CONFIG_DEPTH = 1 << 24, 32
+_CONFIG_BYTES = 1 << 24
+_CONFIG_DEPTH = 32
 #: Modules of a model at most; those of 384 experts in 61 layers are 70,000.
 _MODULES = 500_000
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
@@ -39,7 +40,8 @@ _DTYPES = {
     "float64": torch.float64,
 }
 #: The dimension of a linear layer's weight, counted from the end, that a style of transformers' plans shards.
-_COLWISE, _ROWWISE = -2, -1
+_COLWISE = -2
+_ROWWISE = -1
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,8 @@ def _build(values: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
 
 def _builder(values: Mapping[str, Any]) -> Callable[[], nn.Module]:
     """Returns what builds the model: transformers, or without it what knows the family."""
-    kind, names = values["model_type"], values.get("architectures") or [None]
+    kind = values["model_type"]
+    names = values.get("architectures") or [None]
     try:
         import transformers
     except ImportError as error:

@@ -96,7 +96,8 @@ def _weight(*shape: int) -> nn.Module:
 
 def _attention(config: Config, *, head: int, groups: int, qkv_bias: bool, out_bias: bool, norms: bool) -> nn.Module:
     """Attention with ``groups`` heads of keys and values."""
-    hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
+    hidden = config.size("hidden_size")
+    heads = config.size("num_attention_heads")
     parts = {
         "q_proj": _linear(hidden, heads * head, qkv_bias),
         "k_proj": _linear(hidden, groups * head, qkv_bias),
@@ -125,8 +126,10 @@ def _experts(count: int, hidden: int, inner: int) -> nn.Module:
 
 def _decoder(config: Config, layers: Iterable[nn.Module], plan: dict[str, str], *, tied: bool) -> nn.Module:
     """Embedding, layers, norm and head."""
-    hidden, words = config.size("hidden_size"), config.size("vocab_size")
-    embedding, head = _weight(words, hidden), _weight(words, hidden)
+    hidden = config.size("hidden_size")
+    words = config.size("vocab_size")
+    embedding = _weight(words, hidden)
+    head = _weight(words, hidden)
     if config.flag("tie_word_embeddings", tied):
         head.weight = embedding.weight
     body = {"embed_tokens": embedding, "layers": nn.ModuleList(layers), "norm": _weight(hidden)}
@@ -161,7 +164,8 @@ def _llama_like(
         tied: whether embedding and head are one tensor if the file does not say.
         experts: whether the MLP is a mixture of experts.
     """
-    hidden, inner = config.size("hidden_size"), config.size("intermediate_size")
+    hidden = config.size("hidden_size")
+    inner = config.size("intermediate_size")
     heads = config.size("num_attention_heads")
     if config.is_null("num_key_value_heads"):
         groups = heads
@@ -212,7 +216,8 @@ def _gemma(config: Config) -> nn.Module:
 
 
 def _deepseek_v3(config: Config) -> nn.Module:
-    hidden, experts = config.size("hidden_size"), config.size("n_routed_experts")
+    hidden = config.size("hidden_size")
+    experts = config.size("n_routed_experts")
     inner = config.size("moe_intermediate_size")
     dense = config.size("first_k_dense_replace", least=0)
 
@@ -231,7 +236,8 @@ def _deepseek_v3(config: Config) -> nn.Module:
 
 def _latent_attention(config: Config) -> nn.Module:
     """DeepSeek's, in which queries, keys and values come from a narrow tensor."""
-    hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
+    hidden = config.size("hidden_size")
+    heads = config.size("num_attention_heads")
     bias = config.flag("attention_bias", False)
     plain, rotary, value = (config.size(key) for key in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
     narrow = config.size("kv_lora_rank")
@@ -253,7 +259,8 @@ def _latent_attention(config: Config) -> nn.Module:
 
 
 def _gpt2(config: Config) -> nn.Module:
-    width, words = config.size("n_embd", 768), config.size("vocab_size", 50257)
+    width = config.size("n_embd", 768)
+    words = config.size("vocab_size", 50257)
     inner = config.size("n_inner", 4 * width)
     if config.flag("add_cross_attention", False):
         raise ValueError("add_cross_attention=True")
@@ -272,7 +279,8 @@ def _gpt2(config: Config) -> nn.Module:
             {"ln_1": norm(), "attn": nn.ModuleDict(attention), "ln_2": norm(), "mlp": nn.ModuleDict(mlp)}
         )
 
-    embedding, head = _weight(words, width), _weight(words, width)
+    embedding = _weight(words, width)
+    head = _weight(words, width)
     if config.flag("tie_word_embeddings", True):
         head.weight = embedding.weight
     layers = nn.ModuleList(layer() for _ in range(config.size("n_layer", 12)))

@@ -133,7 +133,8 @@ def _hsdp(model: Sequence[TensorSpec], place: _Place, styles: Styles) -> list[Te
 
 def _tp(model: Sequence[TensorSpec], place: _Place, styles: Styles) -> list[TensorSpec]:
     """Groups of tensor-parallel ranks that know nothing of each other; what no style names is plain."""
-    layout, first = place.layout, place.rank - place.tensor
+    layout = place.layout
+    first = place.rank - place.tensor
     return [
         _dtensor(spec, [(layout.tensor_parallel, place.tensor, _placement(styles[spec.name]))], first)
         if spec.name in styles
@@ -195,7 +196,8 @@ def _fsdp1(model: Sequence[TensorSpec], place: _Place, styles: Styles) -> list[T
             units.setdefault(_block(spec.name), []).append(spec)
     runs: dict[str, Runs] = {}
     for unit in units.values():
-        begins, position = [], 0
+        begins = []
+        position = 0
         for spec in unit:
             position = _round_up(position, _FSDP1_ALIGNMENT // spec.dtype.itemsize)
             begins.append(position)
@@ -220,7 +222,8 @@ def _zero1(model: Sequence[TensorSpec], place: _Place, styles: Styles) -> list[T
     world = place.layout.world_size
     total = sum(spec.numel for spec in model if spec.kind == "parameter")
     size = _round_up(total, _ZERO_ALIGNMENT * world) // world
-    specs, position = [], 0
+    specs = []
+    position = 0
     for spec in model:
         if spec.kind == "parameter":
             specs.append(replace(spec, runs=_piece(position, spec.numel, size, place.rank), partitioned=True))
@@ -246,7 +249,8 @@ def _zero3(model: Sequence[TensorSpec], place: _Place, styles: Styles) -> list[T
 
 def _piece(begin: int, numel: int, size: int, index: int) -> Runs:
     """Returns which elements of a tensor at ``begin`` of a flat buffer lie in piece ``index`` of ``size`` elements."""
-    start, stop = max(index * size - begin, 0), min((index + 1) * size - begin, numel)
+    start = max(index * size - begin, 0)
+    stop = min((index + 1) * size - begin, numel)
     return ((start, stop - start),) if start < stop else ()
 
 

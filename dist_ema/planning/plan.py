@@ -155,7 +155,8 @@ def rank_cost(model: Architecture, layout: Layout, options: Options, rank: int) 
         if share.mode == "live":
             checkpoint += share.spec.local_numel * share.dtype.itemsize if writes(share, rank, lowest_mesh_rank) else 0
             continue
-        kept, source = share.numel * share.dtype.itemsize, layout.source_dtype(share.spec)
+        kept = share.numel * share.dtype.itemsize
+        source = layout.source_dtype(share.spec)
         read = share.numel * source.itemsize
         staging += read if options.offload else 0
         if share.mode == "average":

@@ -123,7 +123,8 @@ def read_ahead(sizes: Sequence[int], dtype: torch.dtype, read: Callable[[int, in
         if size is not None:
             out = relay.buffer(size, dtype)
             read(start, start + size, out)
-            coming, start = (out, relay.asked()), start + size
+            coming = (out, relay.asked())
+            start = start + size
         if asked is not None:
             asked[1].synchronize()
             yield asked[0]

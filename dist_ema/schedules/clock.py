@@ -147,12 +147,14 @@ class Time:
             return EMAConfigError(f"{option}={text!r}: {why}; allowed is {allowed}")
 
         if isinstance(text, Integral) and not isinstance(text, bool):
-            number, unit = Decimal(int(text)), "ba"
+            number = Decimal(int(text))
+            unit = "ba"
         elif isinstance(text, str):
             match = _TIME.fullmatch(text.strip())
             if match is None:
                 raise wrong("not a time string")
-            number, unit = Decimal(match[1].replace("_", "")), match[2].lower()
+            number = Decimal(match[1].replace("_", ""))
+            unit = match[2].lower()
         else:
             raise wrong(f"a {type(text).__name__} is not a time")
         if unit not in units:

@@ -43,7 +43,8 @@ def what_is_missed(
     begin = _converted(start, interval.unit, length)
     if batch is None or begin is None or interval.unit not in length:
         return None
-    end, every = length[interval.unit] * (1 + _SLACK), interval.value
+    end = length[interval.unit] * (1 + _SLACK)
+    every = interval.value
     start_batch = max(math.ceil(begin / batch * (1 - _SLACK)), 1)
     last = math.floor(end / every)  # which multiple is the last one in the training
     given = f"ema_start={str(start)!r}, " if start.value else ""

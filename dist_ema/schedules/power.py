@@ -67,7 +67,8 @@ def sigma_rel_to_gamma(sigma_rel: float) -> float:
     if not 0 < sigma <= 12**-0.5 or math.isinf(1 / sigma):
         raise EMAConfigError(f"sigma_rel={sigma_rel!r}: allowed is {allowed}")
     # The width falls as gamma grows and is less than 1 / (gamma + 2), so the root is bracketed; halve to the last bit.
-    low, high = 0.0, 1 / sigma
+    low = 0.0
+    high = 1 / sigma
     while low < (middle := low + (high - low) / 2) < high:
         if math.sqrt((middle + 1) / (middle + 3)) / (middle + 2) > sigma:
             low = middle

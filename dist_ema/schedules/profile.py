@@ -110,7 +110,8 @@ class Profile:
         younger = int(np.searchsorted(self.older, 0.5, side="right"))  # the first step with more than half up to it
         if younger == 0:
             return self.updates * self.every
-        low, high = self.older[younger - 1], self.older[younger]
+        low = self.older[younger - 1]
+        high = self.older[younger]
         # Between two updates as an exponential one would be, which makes it exact for those.
         part = math.log(0.5 / low) / math.log(high / low) if low > 0 else (0.5 - low) / (high - low)
         return (self.updates - younger + 1 - part) * self.every

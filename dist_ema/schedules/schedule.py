@@ -127,7 +127,8 @@ class Schedule(ABC):
         return position
 
     def _positions(self, before: Position, after: Position) -> tuple[float, float]:
-        start, stop = self._position(before, "before"), self._position(after, "after")
+        start = self._position(before, "before")
+        stop = self._position(after, "after")
         if stop < start:
             raise EMAConfigError(f"after={after!r}: allowed is a moment not earlier than before={before!r}")
         return start, stop
@@ -153,7 +154,8 @@ class PerBatch(Schedule):
     """A schedule given as one factor for each batch. Within a batch the average decays at a constant rate."""
 
     def _log_retain(self, start: float, stop: float) -> float:
-        first, last = math.floor(start) + 1, math.ceil(stop)
+        first = math.floor(start) + 1
+        last = math.ceil(stop)
         if first == last:
             return (stop - start) * self._log_factors(first, last)
         inner = self._log_factors(first + 1, last - 1) if first + 1 < last else 0.0
@@ -229,7 +231,8 @@ def harmonic(start: float, count: int) -> float:
     exact = min(count, max(0, 1000 - math.floor(start))) if count > 1000 else count
     terms = [1 / (start + n) for n in range(1, exact + 1)]
     if exact < count:  # both past 1000: the asymptotic series, whose next term is below 1e-20
-        low, high = start + exact, start + count
+        low = start + exact
+        high = start + count
         series = [1 / (2 * n) - 1 / (12 * n**2) + 1 / (120 * n**4) for n in (high, low)]
         terms += [math.log1p((count - exact) / low), series[0], -series[1]]
     return math.fsum(terms)

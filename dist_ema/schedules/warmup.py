@@ -61,7 +61,8 @@ class Warmup(Capped):
             return math.inf
 
     def _log_ramp(self, first: int, last: int) -> float:
-        lowest, highest = log(self.min_decay or 0.0), log(self.decay)
+        lowest = log(self.min_decay or 0.0)
+        highest = log(self.decay)
         return math.fsum(max(lowest, min(highest, self._log_factor(n))) for n in range(first, last + 1))
 
     def _log_factor(self, n: int) -> float:
@@ -159,6 +160,7 @@ class Debiased(Schedule):
 
     def _log_retain(self, start: float, stop: float) -> float:
         constant = (stop - start) * log(self.decay)
-        before, after = (start + 1) * log(self.decay), (stop + 1) * log(self.decay)
+        before = (start + 1) * log(self.decay)
+        after = (stop + 1) * log(self.decay)
         # (1 - e^before) / (1 - e^after), without the digits that it would lose close to 1.
         return constant + math.log1p(math.exp(before) * math.expm1(constant) / -math.expm1(after))

@@ -102,7 +102,8 @@ class Window(Schedule):
 
     def begun(self, start: Progress, interval: Time) -> Schedule:
         """With the clock at the first copy, and what that copy stands for: the interval, in this schedule's unit."""
-        first, passed = start.value(self.unit), start.value(interval.unit)
+        first = start.value(self.unit)
+        passed = start.value(interval.unit)
         span = interval.value if interval.unit == self.unit else first * interval.value / passed if passed else 0
         begun = copy.copy(self)
         set_fields(begun, first=first, origin=max(first - span, 0))
@@ -117,16 +118,19 @@ class Window(Schedule):
         return super()._position(moment, name)
 
     def _log_retain(self, start: float, stop: float) -> float:
-        old, new = start + self.first, stop + self.first
+        old = start + self.first
+        new = stop + self.first
         begin = self._window(new)
         if begin is None:
             return 0.0
         if old <= begin + self._slack(new):
             return -math.inf
-        size, origin = self.time.value, max(begin, self.origin)
+        size = self.time.value
+        origin = max(begin, self.origin)
         weigh = SHAPES[self.shape]
         low, middle, high = ((at - begin) / size for at in (origin, old, new))
-        kept, added = weigh(low, middle), weigh(middle, min(high, 1.0))
+        kept = weigh(low, middle)
+        added = weigh(middle, min(high, 1.0))
         if kept <= 0:
             return -math.inf
         return math.log1p(-added / (kept + added)) if added < kept else math.log(kept / (kept + added))
@@ -144,7 +148,8 @@ class Window(Schedule):
     def logs(self, every: float, count: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         import numpy as np
 
-        steps, kept = np.zeros(count), np.zeros(count + 1)
+        steps = np.zeros(count)
+        kept = np.zeros(count + 1)
         last = self._last_inside(every, count)
         if last is None:  # the first copy has not been replaced yet
             return steps, kept

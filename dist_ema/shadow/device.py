@@ -225,10 +225,13 @@ class Shadow:
             self._fill_new(sources, number)
         if self._spans is None:
             self._spans = self._ranges(self._averaged)
-        averages, rounding, copies = list(self._averages.values()), self._rounding(number), self._copies
+        averages = list(self._averages.values())
+        rounding = self._rounding(number)
+        copies = self._copies
         operands = averages, self._pick(sources), self._spans
         if self._complex:  # what else holds the average is complex too, and is written afterwards
-            operands, copies = self._in_reals(self._averaged, *operands), None
+            operands = self._in_reals(self._averaged, *operands)
+            copies = None
         kernels.lerp(*operands, weights, self.scratch, self.guard, rounding, copies)
         if copies is not self._copies and self._copies is not None:
             kernels.write_copies(averages[0], self._copies, range(len(averages[0])))
@@ -249,7 +252,9 @@ class Shadow:
             indices: of the shares, one for each source.
             averages, sources, spans: as :func:`kernels.lerp` takes them.
         """
-        targets, taken, doubled = [list(tensors) for tensors in averages], list(sources), list(spans)
+        targets = [list(tensors) for tensors in averages]
+        taken = list(sources)
+        doubled = list(spans)
         for place, index in enumerate(indices):
             if index in self._complex:
                 taken[place] = torch.view_as_real(sources[place])
@@ -380,7 +385,8 @@ class Shadow:
         """Returns one flat tensor per share, views of one allocation per dtype and device."""
         totals: dict[tuple[torch.dtype, torch.device], int] = {}
         for index in indices:
-            share, device = self._shares[index], sources[index].device
+            share = self._shares[index]
+            device = sources[index].device
             if device.type == "meta":
                 raise EMAStateError(f"{share.spec.name!r} is on the meta device: materialise the model before update()")
             key = (share.dtype, device)

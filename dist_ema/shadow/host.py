@@ -136,7 +136,8 @@ class HostShadow(Shadow):
         self._worker.wait()
         widened = []
         for index, origin in self._origins.items():
-            dtype, device = sources[index].dtype, sources[index].device
+            dtype = sources[index].dtype
+            device = sources[index].device
             if (dtype, device) == origin:
                 continue
             if device != origin[1] or dtype.itemsize <= origin[0].itemsize:

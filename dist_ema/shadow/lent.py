@@ -212,7 +212,8 @@ def _end(loans: Sequence[Loan]) -> None:
     if not loans:
         return
     _forget(loans)
-    level, _told = logging.INFO if _told else logging.WARNING, True
+    level = logging.INFO if _told else logging.WARNING
+    _told = True
     logger.log(
         level,
         "%d parts of a state_dict(), %.1f MiB, were still held when their memory was about to be written, so they were "

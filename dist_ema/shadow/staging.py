@@ -119,7 +119,8 @@ class CudaLink(Link):
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         self._stream = OwnStream(device)
-        self._soon, self._later = Copies(), Copies()
+        self._soon = Copies()
+        self._later = Copies()
 
     def empty(self, numel: int, dtype: torch.dtype) -> Tensor:
         return memory.pinned(numel, dtype)
@@ -163,7 +164,8 @@ def carve(sizes: Sequence[tuple[int, torch.dtype]], empty: Allocate) -> list[Ten
         if numel > room:
             # What is left as a sum of powers of two, the largest first.
             nbytes = min(left[dtype] * dtype.itemsize, _BLOCK)
-            members, room = [], max((1 << max(nbytes.bit_length() - 1, 0)) // dtype.itemsize, numel)
+            members = []
+            room = max((1 << max(nbytes.bit_length() - 1, 0)) // dtype.itemsize, numel)
             blocks.append((dtype, members))
         members.append(index)
         left[dtype] -= numel

@@ -25,7 +25,9 @@ _WRITE_BEHIND = 4 << 20
 #: Files that one writer keeps open.
 _OPEN_FILES = 8
 _SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
+# linux/fcntl.h, linux/fs.h
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
 #: What to do about links whose files are missing.
 _FETCH = (
     "Fetch the files that the links stand for (git annex get, dvc pull, a new download), or copy the folder with "
@@ -98,7 +100,8 @@ class LocalFile:
                 count = os.preadv(self._descriptor, [out], position)
                 if count == 0:
                     return False
-                out, position = out[count:], position + count
+                out = out[count:]
+                position = position + count
         return True
 
     def close(self) -> None:
@@ -285,4 +288,5 @@ def _sync_file_range() -> Callable[..., int] | None:
 def _pwrite(descriptor: int, data: memoryview, position: int) -> None:
     while data:  # the system may take a part only
         written = os.pwrite(descriptor, data, position)
-        data, position = data[written:], position + written
+        data = data[written:]
+        position = position + written

@@ -66,7 +66,8 @@ class RemoteFile:
     def read(self, parts: Sequence[tuple[int, memoryview]]) -> bool:
         """Implements :meth:`OpenFile.read`."""
         for group in _neighbours(parts):
-            start, stop = group[0][0], group[-1][0] + len(group[-1][1])
+            start = group[0][0]
+            stop = group[-1][0] + len(group[-1][1])
             with _os_errors(self._path):
                 data = memoryview(self._system.cat_file(self._path, start=start, end=stop))
             if len(data) < stop - start:

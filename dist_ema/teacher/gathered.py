@@ -51,7 +51,8 @@ class GatheredTeacherShadow(Shadow):
         super().__init__(names, shares, skip_nonfinite, seed)
         self._counterpart = counterpart
         self._derived = DerivedState(counterpart.modules(), drops_compiled=False)
-        self._claim, self._release = claim, release
+        self._claim = claim
+        self._release = release
         self._group = group
         self._prove = prove
         self._installed = False
@@ -123,7 +124,8 @@ class GatheredTeacherShadow(Shadow):
         for cache in self._counterpart.caches():  # its weights are about to change
             cache.drop()
         found = {}
-        specs, tensors = self._counterpart.specs_of, self._counterpart.sources()
+        specs = self._counterpart.specs_of
+        tensors = self._counterpart.sources()
         self._counterpart.refuse_trained()
         for share, spec, tensor in zip(self._shares, specs, tensors, strict=True):
             if spec is not None:

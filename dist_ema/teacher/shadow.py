@@ -45,7 +45,8 @@ class TeacherShadow(Shadow):
         release: Callable[[], None],
     ) -> None:
         super().__init__(names, shares, skip_nonfinite, seed)
-        self._claim, self._release = claim, release
+        self._claim = claim
+        self._release = release
         self._counterpart = counterpart
         self._derived = DerivedState(counterpart.modules(), drops_compiled=False)
         self._installed = False

@@ -47,8 +47,10 @@ class Teacher:
     def __init__(self, target: object, into: object, options: Options, group: object) -> None:
         if into is target and not options.rename:
             raise EMAConfigError("into= is the model that is averaged: pass a second one, such as a deep copy of it")
-        self.target, self._into = target, into
-        self._options, self._group = options, group
+        self.target = target
+        self._into = into
+        self._options = options
+        self._group = group
         self._shares: Sequence[Share] = ()
         self._counterpart: Counterpart | None = None
         self._claimed = False

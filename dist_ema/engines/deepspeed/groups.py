@@ -91,7 +91,8 @@ class Groups:
         for key, shared in (self._model.tied_comms if self._is_pipeline else {}).items():
             if dist.get_rank() == min(shared["ranks"]):
                 continue
-            old, new = f"tied_modules.{key}.", f"{self._layer_number(key)}."
+            old = f"tied_modules.{key}."
+            new = f"{self._layer_number(key)}."
             common = {f"{old}{attribute}" for attribute in shared["weight_attr"]}
             for slot in slots:
                 if slot.name.startswith(old) and not common.intersection((slot.name, *slot.aliases)):
@@ -129,7 +130,8 @@ class Groups:
             )
 
     def _require_world(self) -> None:
-        found, size = len(self._dense.ranks), dist.get_world_size()
+        found = len(self._dense.ranks)
+        size = dist.get_world_size()
         if found != size:
             raise EMAEngineError(
                 f"the data-parallel group has {found} of {size} ranks: the engine was given an mpu with tensor or "

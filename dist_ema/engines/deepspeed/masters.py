@@ -173,7 +173,8 @@ class FlatMasters(Masters):
                 # Not param._hp_mapping: DeepSpeed 0.19.8 computes it in the order of the param group, but with
                 # round_robin_gradients the buffer is laid out in another.
                 offset = _offset(param, buffer)
-                start, stop = max(offset, low), min(offset + param.numel(), low + size)
+                start = max(offset, low)
+                stop = min(offset + param.numel(), low + size)
                 runs: Runs = ((start - offset, stop - start),) if start < stop else ()  # counted within the parameter
                 slices[id(param)] = MasterSlice(index, start - low if runs else 0, runs, group or dist.group.WORLD)
         return slices

@@ -164,7 +164,8 @@ class ZeroEngine(Engine):
             )
         if slot.is_buffer:
             return TensorSpec.unsharded(slot.name, tensor, kind="buffer", partitioned=False, aliases=slot.aliases)
-        shape, team = _full_shape(tensor), self._groups.of(slot.name, tensor)
+        shape = _full_shape(tensor)
+        team = self._groups.of(slot.name, tensor)
         known: dict[str, Any] = {"lowest_mesh_rank": min(team.ranks), "aliases": slot.aliases}
         if piece is not None and piece.group is not None:
             if dist.get_process_group_ranks(piece.group) != team.ranks:
@@ -197,7 +198,8 @@ class ZeroEngine(Engine):
 
 def _view(piece: MasterSlice, flats: Sequence[Tensor]) -> Tensor:
     """Returns this rank's masters of one parameter. 1D."""
-    flat, length = flats[piece.flat].detach(), sum(size for _, size in piece.runs)
+    flat = flats[piece.flat].detach()
+    length = sum(size for _, size in piece.runs)
     return flat if length == flat.numel() else flat.narrow(0, piece.start, length)
 
 

@@ -19,7 +19,8 @@ from dist_ema.storage.paths import is_remote, local_path
 _PIECE = 1 << 18
 #: Tied tensors of one model at most: where more are missing, it is another model.
 _TIES = 64
-_CONFIG_BYTES, _CONFIG_DEPTH = 1 << 24, 32
+_CONFIG_BYTES = 1 << 24
+_CONFIG_DEPTH = 32
 
 
 # Prefixes.
@@ -139,7 +140,8 @@ def _equal_names(
 
 def _digest(tensor: ReadableTensor) -> tuple[int, bool]:
     """Returns the fingerprint of a tensor, and whether its elements differ from each other."""
-    total, varied = 0, False
+    total = 0
+    varied = False
     buffer = torch.empty(min(_PIECE, tensor.numel), dtype=tensor.dtype)
     bits = torch.empty(0, dtype=torch.uint8)
     for start in range(0, tensor.numel, _PIECE):

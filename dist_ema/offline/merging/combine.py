@@ -31,7 +31,9 @@ from dist_ema.runtime.threads import work_through
 from dist_ema.storage.base import TensorWriter
 
 #: Bytes that a thread holds of all sources, at most, and elements of one range.
-_HELD, _MOST, _LEAST = 1 << 23, 1 << 18, 1 << 14
+_HELD = 1 << 23
+_MOST = 1 << 18
+_LEAST = 1 << 14
 #: Elements that are added up at a time: they stay in the cache, and torch takes no further threads for so few.
 _ADDED = 1 << 15
 
@@ -166,7 +168,8 @@ class Combination:
         entry, start, stop = one
         if start == stop:
             return
-        tensors, runs = self._tensors[entry.name], ((start, stop - start),)
+        tensors = self._tensors[entry.name]
+        runs = ((start, stop - start),)
         raw: dict[int, Tensor] = {}
         for slot, number in enumerate(self._read(entry)):
             values = hands.buffer(slot, stop - start, tensors[number].dtype)
@@ -252,7 +255,8 @@ class _WorkerState:
         """
         numel = len(terms[0][0])
         dtype = torch.complex128 if terms[0][0].is_complex() else torch.float64
-        total, term = self.buffer(-2, numel, dtype).zero_(), self.buffer(-3, numel, dtype)
+        total = self.buffer(-2, numel, dtype).zero_()
+        term = self.buffer(-3, numel, dtype)
         for values, weight in terms:
             if weight:
                 # Not add_(alpha=): some elements would be multiplied and added in one rounding, and some in two.

@@ -111,8 +111,10 @@ def _snapshot(source: Source) -> Snapshot:
     manifest = source.manifest
     if manifest is None or source.average is None:
         raise CheckpointError(f"{source.path} is no checkpoint of an average")
-    state, schedule = manifest.state, manifest.schedules[source.average]
-    unit, updates = schedule.position_unit, state.averaged.updates
+    state = manifest.state
+    schedule = manifest.schedules[source.average]
+    unit = schedule.position_unit
+    updates = state.averaged.updates
     moment = float(updates - 1) if unit == "updates" else state.averaged.value(unit)
     first = 0.0 if unit == "updates" else state.first_copy.value(unit)
     every = moment / (updates - 1) if updates > 1 else 0.0
@@ -170,7 +172,8 @@ def wanted_profile(
             raise EMAConfigError(f"at={at!r}: the snapshots count in {newest.unit}")
         moment = time.value - newest.first
         if not 0 < moment <= newest.moment * (1 + _SLACK):
-            begin, end = newest.first, newest.first + newest.moment
+            begin = newest.first
+            end = newest.first + newest.moment
             raise EMAConfigError(f"at={at!r}: the snapshots reach from {begin:g} to {end:g}{newest.unit}")
     found = _parsed(target, newest, moment, every) if isinstance(target, str) else target
     if isinstance(found, Schedule):
@@ -186,7 +189,9 @@ def _parsed(target: str, newest: Snapshot, moment: float, every: float) -> Sched
         return ConstantDecay(_number(target, value))
     if equals and word == "half_life":
         return HalfLife(value)
-    length, shape, end = None, "uniform", moment
+    length = None
+    shape = "uniform"
+    end = moment
     if equals and word == "window":
         length = value
     elif target.startswith("wsm:"):

@@ -29,7 +29,8 @@ _STEPS = ("global_step", "step", "iteration")
 #: What the first part of an average's names in a directory of torch.distributed.checkpoint looks like.
 _AVERAGE = re.compile(r"(^|_)(ema|swa|averaged?)(_|$)", re.IGNORECASE)
 #: Bytes of ``trainer_state.json`` at most, and levels of its JSON. It has the whole history of the losses.
-_STATE_BYTES, _STATE_DEPTH = 1 << 28, 32
+_STATE_BYTES = 1 << 28
+_STATE_DEPTH = 32
 
 
 @dataclass(frozen=True)
