@@ -213,9 +213,9 @@ class EMACallback(TrainerCallback):
             self._metrics = self.ema.metrics()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Loads the best checkpoint's average, if the Trainer has loaded its weights. Does ``average_at_end``. Collective.
+        """Loads the best checkpoint's average if the Trainer has loaded its weights. Collective.
 
-        Warns if there was no update in the whole training.
+        Then does what ``average_at_end`` says. Warns if there was no update in the whole training.
         """
         if self.ema is not None and not self.ema.num_updates:
             self.ema.expect(batches=self.ema.clock.batches, epochs=self.ema.clock.epochs)
