@@ -198,13 +198,32 @@ def scale(
     ],
     ranks: Annotated[list[int], typer.Option(min=1, help="Of the runs.")] = [8, 64, 512, 8192],  # noqa: B006
     processes: Annotated[list[int], typer.Option(min=1, help="Real ranks, on this machine.")] = [2, 8, 24],  # noqa: B006
+    names: Annotated[list[int], typer.Option(min=2, help="Tensors of the models by name.")] = [5000, 40_000],  # noqa: B006
     repeats: Repeats = 5,
     as_json: AsJSON = False,
 ) -> None:
-    """Planning for 70 B and 671 B parameters on 8 to 8,192 ranks, and each call on real ones, as calls does."""
+    """Planning for 70 B and 671 B parameters on 8 to 8,192 ranks; calls on real ranks; 40,000 names on 4,096 ranks."""
     from benchmarks.scale import run
 
-    run(models, [engine.value for engine in engines], ranks, processes, repeats, as_json)
+    run(models, [engine.value for engine in engines], ranks, processes, names, repeats, as_json)
+
+
+@app.command()
+def names(
+    count: Annotated[list[int], typer.Option(min=2, help="Tensors of the models.")] = [5000, 40_000],  # noqa: B006
+    as_json: AsJSON = False,
+) -> None:
+    """How plans of 4,096 ranks and the calls of one process grow with the number of names."""
+    from dataclasses import asdict
+
+    from benchmarks.names import measure, show
+    from benchmarks.show import print_json
+
+    rows = measure(count)
+    if as_json:
+        print_json([asdict(row) for row in rows])
+    else:
+        show(rows)
 
 
 @app.command()

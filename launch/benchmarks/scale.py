@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from benchmarks import calls
+from benchmarks import calls, names
 from benchmarks.show import cell, print_json, print_table
 from dist_ema.formats.manifest import NAME
 from dist_ema.options import Options
@@ -120,6 +120,7 @@ def run(
     engines: Sequence[str],
     ranks: Sequence[int],
     processes: Sequence[int],
+    counts: Sequence[int],
     repeats: int,
     as_json: bool,
 ) -> None:
@@ -130,8 +131,10 @@ def run(
         for engine in engines:
             rows += [measure(file.stem, model, layout(engine, size), options, repeats) for size in ranks]
     real = calls.measure(processes, TENSORS, ELEMENTS, repeats)
+    named = names.measure(counts)
     if as_json:
-        print_json({"rows": [asdict(row) for row in rows], "load_average": load, "calls": real})
+        tables = {"rows": [asdict(row) for row in rows], "names": [asdict(row) for row in named]}
+        print_json({**tables, "load_average": load, "calls": real})
         return
     print(f"one rank's plan, fp32 averages; medians of {repeats} rounds, load average before {load:.1f}\n")
     print_table(
@@ -153,3 +156,5 @@ def run(
     )
     print()
     calls.show(real, TENSORS, ELEMENTS, repeats)
+    print()
+    names.show(named)

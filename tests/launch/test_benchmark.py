@@ -17,7 +17,7 @@ import torch
 SCRIPT = ROOT / "launch" / "benchmark.py"
 
 import benchmark  # noqa: E402
-from benchmarks import teacher  # noqa: E402
+from benchmarks import names, teacher  # noqa: E402
 from benchmarks.peers import Model, peers, weights  # noqa: E402
 from benchmarks.update import measure, off_by, train  # noqa: E402
 
@@ -198,6 +198,14 @@ def test_calls_wait_for_other_ranks_a_number_of_times_that_no_tensor_adds_to() -
     assert found["waits"].pop("update, FSDP2") == 0
     assert len(found["waits"]) == 10
     assert all(2 <= count <= 12 for count in found["waits"].values()), found["waits"]
+
+
+def test_calls_are_measured_by_number_of_names() -> None:
+    rows = names.measure([160, 20])
+    assert [row.names for row in rows] == [20] * (len(rows) // 2) + [160] * (len(rows) // 2)
+    steps = [row.step for row in rows if row.names == 20]
+    assert steps == [row.step for row in rows if row.names == 160] and len(steps) == len(set(steps)) == 16
+    assert all(row.seconds > 0 for row in rows)
 
 
 def test_the_benchmark_of_a_device_runs_on_the_cpu_as_well() -> None:
