@@ -166,9 +166,8 @@ class ShardedEMA:
             into=into,
             rename=rename,
             sync=sync,
+            masters=masters,
         )
-        if into is not None and masters is not None:
-            raise EMAConfigError("masters= and into=: the masters of a model with a teacher cannot be averaged")
         self._average = Average(target, options, group, into, masters)
         if options.duration is not None:
             updating.warn_of_length(self._average, {options.duration.unit: options.duration.value})

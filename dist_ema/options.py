@@ -45,6 +45,7 @@ class Options:
         into: whether a teacher holds the average; then no shadow is spread over replicas, unless it is gathered.
         rename: patterns and what replaces them, in this order, to get a teacher's names.
         sync: None, or ``"gather"`` for a teacher to which each update sends the average.
+        masters: whether the masters that an optimizer keeps are averaged, and not the parameters.
         duration: of the training, where ``max_duration`` says it.
 
     >>> options = Options.parse(decay=0.999, exclude="bias$", ema_start="0.1dur", max_duration="3ep")
@@ -67,6 +68,7 @@ class Options:
     into: bool = False
     rename: tuple[tuple[re.Pattern[str], str], ...] = ()
     sync: str | None = None
+    masters: bool = False
     duration: Time | None = None
 
     @classmethod
@@ -93,6 +95,7 @@ class Options:
         into: object = None,
         rename: object = None,
         sync: object = None,
+        masters: object = None,
     ) -> Options:
         """Checks every option; defaults are those of ShardedEMA.
 
@@ -110,6 +113,8 @@ class Options:
         for name, resolved in schedules.items():
             check_registered("schedule" if averages is None else f"averages[{name!r}]", resolved)
         _check_into(into, offload, schedules, sync)
+        if into is not None and masters is not None:
+            raise EMAConfigError("masters= and into=: the masters of a model with a teacher cannot be averaged")
         return cls(
             schedules,
             Time.parse(update_interval, option="update_interval").resolve(duration, option="update_interval"),
@@ -126,6 +131,7 @@ class Options:
             into is not None,
             renames(rename),
             None if sync is None else str(sync),
+            masters is not None,
             duration,
         )
 
@@ -179,6 +185,7 @@ class Options:
             "into": repr(self.into),
             "rename": repr({pattern.pattern: replacement for pattern, replacement in self.rename}),
             "sync": repr(self.sync),
+            "masters": repr(self.masters),
         }
 
     def units(self) -> set[str]:

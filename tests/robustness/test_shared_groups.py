@@ -260,7 +260,9 @@ def test_uneven_inputs_under_join_are_an_error_that_says_how_to_go_on(rank: int,
             model(torch.ones(2, 4)).sum().backward()
             optimizer.step()
     for call in (ema.metrics, ema.full_state_dict, ema.copy_to):
-        with pytest.raises(EMAStateError, match=r"numbers of times: 3, 4.*throw_on_early_termination=True.*reset\(\)"):
+        with pytest.raises(
+            EMAStateError, match=r"updates differs between ranks: 3, 4.*throw_on_early_termination=True.*reset\(\)"
+        ):
             call()
     ema.load(tmp_path / "ema")
     ema.update()
