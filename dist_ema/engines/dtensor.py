@@ -32,6 +32,9 @@ from dist_ema.geometry.runs import Runs, count
 from dist_ema.geometry.spec import Replicas, TensorSpec
 from dist_ema.geometry.subclasses import hidden_type, look_through
 
+#: The mark that Megatron-FSDP puts on its parameters. Read in megatron-fsdp 0.6.1, megatron_fsdp.py.
+_MEGATRON = "__fsdp_param__"
+
 
 class DTensorEngine(PlainEngine):
     """Each rank averages the local part of its DTensors. What is not a DTensor is held whole by each rank."""
@@ -51,6 +54,13 @@ class DTensorEngine(PlainEngine):
             check_placements(placements, tensor.ndim, slot.name)  # they still say along which dimensions it is copied
             runs = declared.runs
         else:
+            if hasattr(tensor, _MEGATRON):
+                raise EMAEngineError(
+                    f"parameter {slot.name!r} is one of Megatron-FSDP, which packs rows in another way than its "
+                    f"{placements} says. Call megatron_fsdp.uneven_dtensor.update_uneven_dtensor_chunk_metadata("
+                    "parameter) for every parameter, on every rank, before the average is made: each parameter then "
+                    "declares its rows"
+                )
             refuse_shard_order(slot.name, tensor)
             runs = shard_runs(tensor.shape, mesh, placements, slot.name, self._fsdp_dims(slot, tensor))
         # Compare the arithmetic with what is there: a custom sharding would be averaged under wrong indices.

@@ -97,10 +97,19 @@ def seconds(function: Callable[[], object]) -> float:
 
 def measure(counts: Sequence[int]) -> list[Named]:
     """Measures every step for each number of names, the smallest first."""
-    logging.getLogger("dist_ema").setLevel(logging.ERROR)  # each object would say again what it has compiled
-    with tempfile.TemporaryDirectory() as folder:
-        called(64, Path(folder) / "warm up")
-        return [row for count in sorted(counts) for row in (*planned(count), *called(count, Path(folder)))]
+    logger = logging.getLogger("dist_ema")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # warnings about so small a run would stand between the figures
+    found: list[Named] = []
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            called(64, Path(folder) / "warm up")
+            for count in sorted(counts):
+                found += planned(count)
+                found += called(count, Path(folder))
+    finally:
+        logger.setLevel(level)
+    return found
 
 
 def show(rows: Sequence[Named]) -> None:

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_ema import ShardedEMA, read_checkpoint
@@ -244,6 +244,16 @@ def test_rows_of_a_packed_buffer_are_not_what_their_placement_says(
         parameter._local_tensor.__create_chunk_list__ = local.__create_chunk_list__  # type: ignore[attr-defined]
         model.register_parameter(name, parameter)
     _check_average(model, full, tmp_path, rank)
+
+
+@pytest.mark.world_size(2)
+def test_a_parameter_of_megatron_fsdp_has_to_declare_its_rows() -> None:
+    """On some ranks the rows may be as many as ``Shard(0)`` leaves there, and on others not."""
+    model = nn.Linear(4, 4, bias=False)
+    model.weight = nn.Parameter(distribute_tensor(model.weight.detach(), init_device_mesh("cpu", (2,)), [Shard(0)]))
+    setattr(model.weight, "__fsdp_param__", True)  # noqa: B010 - Python would change this name in a class only
+    with pytest.raises(EMAEngineError, match=r"'weight' is one of Megatron-FSDP.*update_uneven_dtensor_chunk_metadata"):
+        ShardedEMA(model, decay=0.5)
 
 
 @pytest.mark.world_size(2)
