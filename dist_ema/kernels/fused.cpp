@@ -12,10 +12,9 @@ namespace {
 
 // Elements that a thread takes at a time: few enough that threads which lose their core do not keep the others waiting.
 constexpr int64_t kChunk = 1 << 16;
-// Elements that go through all averages before the next ones: the source, and what the guard keeps of the shadows, stay
-// in the first-level cache.
+// Elements that go through all averages before the next ones: the source stays in the first-level cache.
 constexpr int64_t kBlock = 1 << 9;
-// The same where they are rounded: nothing is kept, and what a block has to look up is more.
+// The same where they are rounded, since what a block has to look up is more.
 constexpr int64_t kRoundedBlock = 1 << 11;
 // Averages that share one loop at most.
 constexpr int64_t kTogether = 4;
@@ -45,16 +44,22 @@ inline float multiply_add(float a, float b, float c) {
 
 struct Float32 {
     using type = float;
+    using bits = uint32_t;
     static float load(float value) { return value; }
+    static bits is_special(float value) { return (to_bits(value) & 0x7f800000u) == 0x7f800000u; }
 };
 
 struct BFloat16 {
     using type = uint16_t;
+    using bits = uint16_t;
+    static bits is_special(uint16_t value) { return (value & 0x7f80u) == 0x7f80u; }
     static float load(uint16_t value) { return from_bits(static_cast<uint32_t>(value) << 16); }
 };
 
 struct Float16 {
     using type = uint16_t;
+    using bits = uint16_t;
+    static bits is_special(uint16_t value) { return (value & 0x7c00u) == 0x7c00u; }
     static float load(uint16_t value) {
         // Moves exponent and fraction into place, and corrects the exponent's bias. Subnormals become normal numbers by
         // a subtraction, so that it also holds where the processor flushes subnormal operands to zero.
@@ -71,9 +76,29 @@ struct Float16 {
 // Several averages share one loop: the source is loaded once, and all shadows stream from memory at the same time. One
 // after the other, block by block, they stay behind the memory's speed (measured: by a quarter for three).
 //
-// The loop has no branch, so it is vectorised. The guard costs it a store into the first-level cache and one operation:
-// a result times zero is zero unless the result is NaN or Inf, and no result is finite whose source or shadow is not.
-// (A finite blend may overflow too; then the second loop changes nothing.) Returns how many sources were not finite.
+// The guard has no branch either, so that the loops are vectorised. A source that is NaN or Inf leaves the shadow as it
+// was; a shadow that is NaN or Inf takes a finite source as it is. (A blend of finite values may overflow, and stays.)
+// Several averages test the block's source first, in lanes as narrow as its elements, so that the loop tests shadows
+// only. One average tests both in its loop. Returns how many sources were not finite.
+template <typename Source, bool guarded, bool near, int averages, bool tested>
+int64_t blend_all(float *const *shadow, const typename Source::type *__restrict source, int64_t count,
+                  const float *coefficient) {
+    int32_t skipped = 0;
+#pragma omp simd reduction(+ : skipped)
+    for (int64_t i = 0; i < count; i++) {
+        const float end = Source::load(source[i]);
+        const bool skips = guarded && !tested && !is_finite(end);
+        for (int k = 0; k < averages; k++) {
+            const float start = shadow[k][i];
+            const float value = multiply_add(coefficient[k], end - start, near ? start : end);
+            const float healed = guarded && !is_finite(start) ? end : value;
+            shadow[k][i] = skips ? start : healed;
+        }
+        skipped += skips;
+    }
+    return skipped;
+}
+
 template <typename Source, bool guarded, bool near, int averages>
 int64_t blend(float *const *shadows, const typename Source::type *__restrict source, int64_t count,
               const float *weights) {
@@ -83,35 +108,13 @@ int64_t blend(float *const *shadows, const typename Source::type *__restrict sou
         shadow[k] = shadows[k];
         coefficient[k] = near ? weights[k] : weights[k] - 1.0f;
     }
-    float before[averages][guarded ? kBlock : 1];
-    float check = 0.0f;
-#pragma omp simd reduction(+ : check)
-    for (int64_t i = 0; i < count; i++) {
-        const float end = Source::load(source[i]);
-        for (int k = 0; k < averages; k++) {
-            const float start = shadow[k][i];
-            const float value = multiply_add(coefficient[k], end - start, near ? start : end);
-            if (guarded) {
-                before[k][i] = start;
-                check = multiply_add(value, 0.0f, check);
-            }
-            shadow[k][i] = value;
-        }
-    }
-    if (!guarded || check == 0.0f) return 0;
-    int64_t skipped = 0;
-    for (int64_t i = 0; i < count; i++) {
-        const float end = Source::load(source[i]);
-        skipped += !is_finite(end);
-        for (int k = 0; k < averages; k++) {
-            if (!is_finite(end)) {
-                shadow[k][i] = before[k][i];
-            } else if (!is_finite(before[k][i])) {
-                shadow[k][i] = end;
-            }
-        }
-    }
-    return skipped;
+    if (!guarded || averages == 1)
+        return blend_all<Source, guarded, near, averages, false>(shadow, source, count, coefficient);
+    typename Source::bits special = 0;
+#pragma omp simd reduction(| : special)
+    for (int64_t i = 0; i < count; i++) special |= Source::is_special(source[i]);
+    if (special) return blend_all<Source, guarded, near, averages, false>(shadow, source, count, coefficient);
+    return blend_all<Source, guarded, near, averages, true>(shadow, source, count, coefficient);
 }
 
 // The averages from the first on that can share a loop: those of weights below one half, which torch blends from the
