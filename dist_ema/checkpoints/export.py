@@ -77,7 +77,8 @@ def export(
         folder = Folder(wanted, held, dtypes, limit, True, STEMS[layout], metadata, arrangement)
         check_readable(mine for entry in folder.written if (mine := held(entry.name)) is not None)
         plans = folder.plans
-    staging = Staging(local_path(path), token)
+        # Inside: a relative path cannot be resolved on a rank whose working directory was removed.
+        staging = Staging(local_path(path), token)
     try:
         with agreed(group, operation):
             if first:

@@ -176,3 +176,24 @@ def test_ctrl_c_ends_a_rank_that_waits(
         assert pipe.poll(20) and pipe.recv() == "interrupted"
         process.join(20)
         assert process.exitcode == 0
+
+
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize("call", ["export", "save"])
+def test_a_rank_whose_working_directory_was_removed_does_not_keep_the_other_waiting(
+    call: str, rank: int, tmp_path: Path
+) -> None:
+    """A relative path cannot be resolved there, and the other rank would wait for the rank that raised alone."""
+    ema = ShardedEMA(DDP(build()), decay=0.5)
+    ema.update()
+    before = Path.cwd()
+    folder = tmp_path / f"rank-{rank}"
+    folder.mkdir()
+    os.chdir(folder)
+    try:
+        if rank == 1:
+            folder.rmdir()
+        with pytest.raises(CheckpointError, match="rank 1: FileNotFoundError"):
+            getattr(ema, call)("out")
+    finally:
+        os.chdir(before)
