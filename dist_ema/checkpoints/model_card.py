@@ -71,7 +71,10 @@ class ModelCard:
         """Writes the card into a directory, unless it has one, from ``config_from`` say. Raises OSError."""
         if not (directory / NAME).exists():
             title = "Averaged weights"
-            text = "These weights are an exponential moving average of the weights of a training run."
+            text = "These weights are an average of the weights of a training run; the schedule says which."
+            if not self.state.started:
+                title = "Weights"
+                text = "These are the live weights of a training run. Averaging had not begun when they were exported."
             write_text(directory / NAME, card(title, text, [*self.rows(), ("versions", versions())]))
 
 

@@ -14,8 +14,9 @@ from torch import nn
 
 import dist_ema
 from dist_ema import ShardedEMA
+from dist_ema.errors import CheckpointError
 from dist_ema.offline.export import export_checkpoint
-from dist_ema.schedules import HalfLife, PowerFunction, Smoothing, Window
+from dist_ema.schedules import HalfLife, PowerFunction, Smoothing, Uniform, Window
 
 
 def facts(directory: Path) -> dict[str, object]:
@@ -115,3 +116,25 @@ def test_a_merge_lists_its_sources(tmp_path: Path) -> None:
     assert row(tmp_path / "out", f"`{tmp_path}/b`") == "weight 0.75"
     dist_ema.merge([tmp_path / "a"], tmp_path / "out", force=True)
     assert row(tmp_path / "out", f"`{tmp_path}/b`") is None
+
+
+def test_a_readme_does_not_make_a_folder_a_model(tmp_path: Path) -> None:
+    """``force=True`` replaces a model's folder. A folder of other files would be lost, because it has a README.md."""
+    averaged(3).save(tmp_path / "a")
+    folder = tmp_path / "thesis"
+    folder.mkdir()
+    (folder / "README.md").write_text("# My thesis\n")
+    (folder / "thesis.tex").write_text("text")
+    with pytest.raises(CheckpointError, match="and nothing else"):
+        dist_ema.merge([tmp_path / "a"], folder, force=True)
+    assert sorted(file.name for file in folder.iterdir()) == ["README.md", "thesis.tex"]
+    assert (folder / "README.md").read_text() == "# My thesis\n"
+
+
+@pytest.mark.parametrize(("updates", "expected"), [(0, "live weights"), (3, "an average of the weights")])
+def test_the_card_claims_no_kind_of_average_that_it_is_not(updates: int, expected: str, tmp_path: Path) -> None:
+    """A plain mean is not exponential, and weights before the first update are not an average."""
+    averaged(updates, schedule=Uniform()).export(tmp_path / "out")
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert expected in text
+    assert "exponential" not in text

@@ -183,7 +183,8 @@ def _refuse_existing(target: Path, force: bool) -> None:
 
 
 def _is_of_model(name: str) -> bool:
-    return name in (PROVENANCE, NAME, README) or name.endswith((".safetensors", ".safetensors.index.json"))
+    # README.md is none of these: most folders have one, whatever else they hold.
+    return name in (PROVENANCE, NAME) or name.endswith((".safetensors", ".safetensors.index.json"))
 
 
 def check_output(path: StrPath, force: bool, sources: Sequence[str]) -> None:
