@@ -18,8 +18,9 @@ from dist_ema.checkpoints.folder import Folder
 from dist_ema.checkpoints.hub import STEMS, check_layout, conversion
 from dist_ema.checkpoints.model_card import ModelCard
 from dist_ema.checkpoints.trace import trace
+from dist_ema.comm.agreement import agreed
 from dist_ema.comm.catalogue import FullTensor
-from dist_ema.comm.collectives import agreed, broadcast_object, gather_objects, rank_in
+from dist_ema.comm.collectives import broadcast_object, gather_objects, rank_in
 from dist_ema.comm.gather import LocalValues, check_readable
 from dist_ema.errors import CheckpointError, EMAConfigError
 from dist_ema.formats.layout import TensorPlan, index_json, parse_size

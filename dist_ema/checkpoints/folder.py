@@ -11,8 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_ema.checkpoints.arrangement import Arrangement
+from dist_ema.comm.agreement import agreed
 from dist_ema.comm.catalogue import FullTensor, is_writer
-from dist_ema.comm.collectives import agreed, rank_in
+from dist_ema.comm.collectives import rank_in
 from dist_ema.comm.gather import LocalValues, gather_each
 from dist_ema.formats.layout import FilePlan, TensorPlan, plan_files
 from dist_ema.geometry.runs import Runs, chunks, count

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from dist_ema.checkpoints.arrangement import Arrangement
 from dist_ema.checkpoints.folder import IO_CHUNK
+from dist_ema.comm.agreement import agreed
 from dist_ema.comm.catalogue import FullTensor
-from dist_ema.comm.collectives import agreed
 from dist_ema.comm.gather import LocalValues, gather_each
 from dist_ema.geometry.runs import chunks, count
 

@@ -24,14 +24,9 @@ import torch.distributed as dist
 from dist_ema.checkpoints.parts import Part, read_own, read_sent
 from dist_ema.checkpoints.reader import damaged_error
 from dist_ema.checkpoints.versions import read_manifest_bytes
+from dist_ema.comm.agreement import agreed
 from dist_ema.comm.catalogue import FullTensor, is_writer
-from dist_ema.comm.collectives import (
-    agreed,
-    broadcast_object,
-    gather_objects,
-    rank_in,
-    sum_integers,
-)
+from dist_ema.comm.collectives import broadcast_object, gather_objects, rank_in, sum_integers
 from dist_ema.errors import CheckpointMismatchError, EMAError
 from dist_ema.formats.dtypes import DTYPES, is_convertible
 from dist_ema.formats.manifest import LIVE, Key, Manifest, checksum

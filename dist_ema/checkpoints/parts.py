@@ -12,8 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_ema.checkpoints.reader import RunReader
+from dist_ema.comm.agreement import FirstFailure, agreed
 from dist_ema.comm.catalogue import FullTensor
-from dist_ema.comm.collectives import FirstFailure, agreed, answered, device_for, rank_in
+from dist_ema.comm.collectives import device_for, peer_errors, rank_in
 from dist_ema.comm.windows import WINDOW_BYTES, packed
 from dist_ema.formats.dtypes import DTYPES, WIDEST
 from dist_ema.formats.manifest import Key, Manifest
@@ -164,6 +165,6 @@ def read_sent(
 def _broadcast_bytes(values: Tensor, group: dist.ProcessGroup | None) -> None:
     """Rank 0's bytes, on every rank. Collective."""
     sent = values.to(device_for(group))  # NCCL sends from the accelerator only
-    with answered():
+    with peer_errors():
         dist.broadcast(sent, group=group, group_src=0)
     values.copy_(sent)

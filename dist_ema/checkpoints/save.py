@@ -9,7 +9,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 import torch.distributed as dist
 
 from dist_ema.checkpoints.contents import Contents
-from dist_ema.comm.collectives import FirstFailure, agreed, rank_in, sum_integers
+from dist_ema.comm.agreement import FirstFailure, agreed
+from dist_ema.comm.collectives import rank_in, sum_integers
 from dist_ema.errors import CheckpointError
 from dist_ema.formats.manifest import LIVE, Manifest
 from dist_ema.storage import storage_writer

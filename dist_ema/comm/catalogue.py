@@ -37,7 +37,8 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 
-from dist_ema.comm.collectives import agreed, broadcast_object, gather_objects, rank_in, sum_tensor
+from dist_ema.comm.agreement import agreed
+from dist_ema.comm.collectives import broadcast_object, gather_objects, rank_in, sum_tensor
 from dist_ema.errors import EMAEngineError
 from dist_ema.geometry.positions import position_sums
 from dist_ema.geometry.runs import Runs, whole

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from dist_ema.comm.attendance import ARRIVAL, Attendance
-from dist_ema.comm.collectives import PeerLost, Tag, answered, exchange, own_groups, speaking
+from dist_ema.comm.collectives import PeerLost, Tag, exchange, own_groups, peer_errors, tagged
 
 T = TypeVar("T")
 _READY = "ready"
@@ -70,7 +70,7 @@ class Channel:
         Where a rank is lost, or a signal breaks the block off, the group is given up, since others may still wait in
         it. Any other exception is one that all ranks know of, or comes where none of them talks.
         """
-        with self._lock, speaking(call, number):
+        with self._lock, tagged(call, number):
             try:
                 yield
             except BaseException as error:
@@ -141,12 +141,12 @@ class Channel:
     def _make(self, call: str, timeout: float) -> dist.ProcessGroup:
         """Waits until all ranks are there, then connects them. Collective."""
         store = dist.PrefixStore(str(self._generation), self._store())
-        with answered():
+        with peer_errors():
             self._assemble(store, call, timeout)
         # A rank may die now. gloo notices that only by this time, and may wait several times as long.
         connect = timedelta(seconds=min(timeout, _CONNECT))
         try:
-            with answered():
+            with peer_errors():
                 backend = dist.ProcessGroupGloo(store, self._rank, len(self._ranks), connect)
         except PeerLost:
             self._generation += 1

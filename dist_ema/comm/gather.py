@@ -12,8 +12,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_ema import kernels
+from dist_ema.comm.agreement import FirstFailure, agreed
 from dist_ema.comm.catalogue import FullTensor, is_writer
-from dist_ema.comm.collectives import FirstFailure, agreed, rank_in
+from dist_ema.comm.collectives import rank_in
 from dist_ema.comm.windows import WINDOW_BYTES, Range, Window, packed
 from dist_ema.errors import EMAStateError
 from dist_ema.geometry.runs import Runs, chunks, overlap

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import torch.distributed as dist
 from torch import Tensor
 
+from dist_ema.comm.agreement import agreed
 from dist_ema.comm.catalogue import FullTensor
-from dist_ema.comm.collectives import agreed
 from dist_ema.comm.gather import LocalValues, gather_each
 from dist_ema.errors import EMAEngineError
 from dist_ema.geometry.runs import count, overlap

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_ema.comm.collectives import answered, device_for, rank_in, size_of
+from dist_ema.comm.collectives import device_for, peer_errors, rank_in, size_of
 
 #: Bytes of one window, and of the memory that each rank holds for it.
 WINDOW_BYTES = 16 << 20
@@ -62,7 +62,7 @@ class Window:
         if self._group is None or size_of(self._group) == 1 or not self._used:
             return
         words = self._words[: self._used]
-        with answered():
+        with peer_errors():
             if everywhere:
                 dist.all_reduce(words, group=self._group)
             elif self._words.is_cpu and self._used * 8 >= _SENT_FROM:
@@ -143,7 +143,7 @@ def broadcast_flat(
         if mine:
             for index, start, stop, offset in parts:
                 read(index, start, stop, _view(buffer, offset, stop - start, dtypes[index]))
-        with answered():
+        with peer_errors():
             dist.broadcast(buffer[:used], group=group, group_src=owner)
         if not mine:
             for index, start, stop, offset in parts:
@@ -181,7 +181,7 @@ def all_gather_flat(
         used = -(-max(nbytes for _, nbytes in now) // _WIDEST) * _WIDEST
         for index, start, stop, offset in now[rank][0]:
             read(index, start, stop, _view(sent, offset, stop - start, dtypes[index]))
-        with answered():
+        with peer_errors():
             dist.all_gather(list(received[: used * ranks].view(ranks, used).unbind()), sent[:used], group=group)
         for sender, (ranges, _) in enumerate(now):
             for index, start, stop, offset in ranges if sender != rank else ():

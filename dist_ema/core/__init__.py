@@ -22,7 +22,7 @@ Which elements does a rank average under HSDP?                  ``geometry/share
 What makes a bf16 shadow move?                                  ``kernels/rounding.py``
 Who writes which bytes in ``save()``?                           ``checkpoints/contents.py``, ``comm/catalogue.py``
 What happens if a rank dies in ``average_parameters()``?        ``core/visit.py``, ``core/swap.py``
-How does ``update()`` know that a parameter was replaced?       ``core/average.py`` (present), ``engines/names.py``
+How does ``update()`` know that a parameter was replaced?       ``Average.live_tensors``, ``engines/binding.py``
 How are DeepSpeed's masters read under ZeRO-3?                  ``engines/deepspeed/masters.py``, ``zero.py``
 When does an offloaded update wait, and for what?               ``runtime/__init__.py``, ``shadow/host.py``
 How does ``load()`` move elements from another world size?      ``core/files.py``, ``checkpoints/load.py``

@@ -12,16 +12,9 @@ from typing import Concatenate, ParamSpec, TypeVar
 import torch.distributed as dist
 from torch import Tensor
 
+from dist_ema.comm.agreement import Call, agreed, check_same_clocks, check_same_updates, named_operation
 from dist_ema.comm.catalogue import FullTensor, is_writer, proven_catalogue
-from dist_ema.comm.collectives import (
-    Call,
-    agreed,
-    answering,
-    check_same_clocks,
-    check_same_updates,
-    rank_in,
-    same_call,
-)
+from dist_ema.comm.collectives import rank_in
 from dist_ema.comm.groups import OwnGroups
 from dist_ema.core.condition import Condition
 from dist_ema.core.snapshots import Snapshots
@@ -180,11 +173,14 @@ class Average:
             old.discard()
             self.condition.mended()
 
-    def present(self) -> list[Tensor]:
-        """Returns the live tensors, one for each share. Local.
+    def live_tensors(self) -> list[Tensor]:
+        """Returns the live tensors, one for each share, after a check that the model still has them. Local.
 
         Tensors that are not averaged may have been added, removed or resized; the shares are changed to match. Every
-        rank has the same model, so all decide alike.
+        rank has the same model, so all ranks make the same change.
+
+        Raises:
+            EMAStateError: if a parameter was replaced, added, removed or resized (see ``engines/binding.py``).
         """
         self.engine.reshard()
         sources = self.engine.sources()
@@ -251,7 +247,7 @@ class Average:
         if self.teacher is not None:
             group = self.engine.group
             given = options.schedules, shares, options.skip_nonfinite, seed, group
-            return self.teacher.shadow(*given, self._prove_present, target)
+            return self.teacher.shadow(*given, self._proven_catalogue, target)
         if options.offload:
             return HostShadow(options.schedules, shares, options.skip_nonfinite, options.offload_threads, seed)
         shadow = Shadow(options.schedules, shares, options.skip_nonfinite, seed)
@@ -312,7 +308,7 @@ class Average:
     @contextmanager
     def turn(self, operation: str) -> Iterator[None]:
         """Around one collective call: calls of other threads wait, and an error names the call. Local."""
-        with answering(operation), self.groups.turn(operation):
+        with named_operation(operation), self.groups.turn(operation):
             yield
 
     @contextmanager
@@ -338,7 +334,7 @@ class Average:
             self.condition.refuse_torn(call.name)
         units = sorted(self.options.units())
         call = replace(call, number=groups.number)
-        with same_call(call, lambda message: groups.gather(message, timeout)) as round_:
+        with agreed(groups.group, call, lambda message: groups.gather(message, timeout)) as round_:
             yield
             clocks = {unit: self.track.training.value(unit) for unit in units}
             round_.send((self.num_updates, clocks, self.catalogue is not None))
@@ -353,7 +349,7 @@ class Average:
         """Lists every full tensor of a model, once ranks have proven that they hold each element once. Collective."""
         return proven_catalogue(shares, group, engine.check_layout, engine.layout)
 
-    def _prove_present(self, shares: Sequence[Share]) -> list[FullTensor]:
+    def _proven_catalogue(self, shares: Sequence[Share]) -> list[FullTensor]:
         """Proves the layout of the present engine. Collective."""
         return self.proven(self.engine, shares, self.engine.group)
 
@@ -370,13 +366,13 @@ class Average:
         if self.condition.swap is not None:
             self.condition.swap.check_writes(operation)
         self.shadow.wait()
-        sources = self.present()  # may change the shares
+        sources = self.live_tensors()  # may change the shares
         return View(self.shares, self.shadow, sources, self.condition)
 
     def live(self, operation: str) -> list[Tensor]:
         """Returns the live tensors, for a call that replaces the average, even one that is not whole. Local."""
         self.condition.refuse(operation, mends=True)
-        return self.present()
+        return self.live_tensors()
 
     def wait_for_save(self) -> None:
         """Waits for a save in the background, and raises what failed in it as a CheckpointError.

@@ -25,7 +25,7 @@ from dist_ema.checkpoints.load import Load, report_schedules
 from dist_ema.checkpoints.model_card import ModelCard
 from dist_ema.checkpoints.save import Save
 from dist_ema.checkpoints.versions import read_anew_if_replaced
-from dist_ema.comm.collectives import agreed, answering
+from dist_ema.comm.agreement import agreed, named_operation
 from dist_ema.comm.gather import check_readable
 from dist_ema.comm.groups import Turn
 from dist_ema.core.average import PATIENCE, Average, collective
@@ -93,7 +93,7 @@ def save(
     """See :meth:`ShardedEMA.save`."""
     operation = f"save to {path}"
     average.background.drain()
-    with answering(operation, timeout), average.groups.turn("save()"):
+    with named_operation(operation, timeout), average.groups.turn("save()"):
         call = average.call("save()", operation, block=block, timeout=timeout, include_untracked=include_untracked)
         with average.begin(call, timeout=timeout):
             average.wait_for_save()
@@ -118,7 +118,7 @@ def save(
         turn = average.groups.line_up("save()", timeout, nbytes)  # all ranks are here, so in one order on all
 
     def finish(reading: AbstractContextManager[None]) -> None:
-        with answering(operation, timeout):
+        with named_operation(operation, timeout):
             writing.finish(reading, turn)
 
     _in_background(average, finish, _handover(average), turn)
@@ -185,7 +185,7 @@ def take_snapshot(average: Average, snapshots: Snapshots) -> None:
         return Contents(replace(state, skipped=skipped), schedules, entries, held, False, snapshots.dtype)
 
     def write(reading: AbstractContextManager[None]) -> None:
-        with answering(f"snapshot {path}", PATIENCE), turn as group:
+        with named_operation(f"snapshot {path}", PATIENCE), turn as group:
             snapshots.save(path, contents, reading, group)
 
     _in_background(average, write, handover, turn)

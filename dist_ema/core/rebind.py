@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch.distributed as dist
 
-from dist_ema.comm.collectives import agreed, answering
+from dist_ema.comm.agreement import agreed, named_operation
 from dist_ema.comm.gather import LocalValues
 from dist_ema.comm.groups import OwnGroups
 from dist_ema.comm.resharding import check_same_model, move
@@ -14,7 +14,7 @@ from dist_ema.geometry.shares import assign_shares
 from dist_ema.runtime.interrupts import Uninterrupted
 
 
-@answering("rebind()")
+@named_operation("rebind()")
 def rebind(average: Average, target: object) -> None:
     """See :meth:`ShardedEMA.rebind`."""
     average.background.drain()

@@ -21,7 +21,8 @@ import torch.distributed as dist
 
 from dist_ema.checkpoints.contents import Contents
 from dist_ema.checkpoints.save import Save
-from dist_ema.comm.collectives import agreed, rank_in
+from dist_ema.comm.agreement import agreed
+from dist_ema.comm.collectives import rank_in
 from dist_ema.errors import EMAConfigError
 from dist_ema.formats.manifest import NAME
 from dist_ema.options import check_cast

@@ -14,7 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from dist_ema.checkpoints.load import report_schedules
-from dist_ema.comm.collectives import agreed, check_same_updates, gather_objects, sum_integers
+from dist_ema.comm.agreement import agreed, check_same_updates
+from dist_ema.comm.collectives import gather_objects, sum_integers
 from dist_ema.comm.gather import LocalValues, full_tensors
 from dist_ema.core.average import Average, collective
 from dist_ema.core.swap import Swap, Visit

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from dist_ema import kernels
 from dist_ema.comm.catalogue import FullTensor
-from dist_ema.comm.collectives import answered
+from dist_ema.comm.collectives import peer_errors
 from dist_ema.core.broadcast import Broadcast, is_own
 from dist_ema.core.writes import Watch, Written
 from dist_ema.engines.base import Engine
@@ -364,7 +364,7 @@ class Swap:
         self._broadcast.spread(self._sources)
         if inside and self._blends is None:
             self._broadcast.send_buffers(self._sources, self.entries)
-        with answered() if self._engine.publish_is_collective else nullcontext():
+        with peer_errors() if self._engine.publish_is_collective else nullcontext():
             self._engine.publish()
         self._where = "inside" if inside else "outside"
 

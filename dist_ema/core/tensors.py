@@ -11,8 +11,9 @@ from dist_ema.checkpoints.arrangement import Arrangement
 from dist_ema.checkpoints.export import arranged
 from dist_ema.checkpoints.hub import check_layout
 from dist_ema.checkpoints.hub_tensors import HubTensors
+from dist_ema.comm.agreement import Call
 from dist_ema.comm.catalogue import is_writer
-from dist_ema.comm.collectives import Call, rank_in, sum_floats, sum_integers
+from dist_ema.comm.collectives import rank_in, sum_floats, sum_integers
 from dist_ema.comm.gather import check_readable, everywhere, full_tensors, in_windows
 from dist_ema.core.average import Average, collective
 from dist_ema.engines.names import unwrapped

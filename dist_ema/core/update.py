@@ -49,7 +49,7 @@ def update(average: Average, batches: int, samples: int, tokens: int, epochs: fl
         due = track.is_due(now)
     if due:
         average.background.wait_until_read()
-        sources = average.present()
+        sources = average.live_tensors()
         average.shadow.make_way()
         with Uninterrupted():
             sources = _follow(average, sources)

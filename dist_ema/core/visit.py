@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
-from dist_ema.comm.collectives import Call, answering
+from dist_ema.comm.agreement import Call, named_operation
 from dist_ema.core.average import Average
 from dist_ema.core.broadcast import swaps_together
 from dist_ema.core.swap import Swap, Visit
@@ -43,7 +43,7 @@ def average_parameters(average: Average, name: str | None, held_by: str) -> Iter
                     visit.open = True
                     condition.visit, condition.swap = visit, swap
                     if swap is not None:
-                        with answering(_OPERATION):
+                        with named_operation(_OPERATION):
                             swap.enter()
                 yield
             finally:
@@ -101,7 +101,7 @@ def _swap(
     # In a pipeline another rank's stage may have buffers, which ranks send each other.
     together = average.engine.is_part or swaps_together(average.engine, average.shares, buffers=fraction == 1)
     turn = average.groups.turn(call.name) if together else nullcontext()
-    with answering(call.name), turn, average.begin(call) if together else nullcontext():
+    with named_operation(call.name), turn, average.begin(call) if together else nullcontext():
         average.condition.refuse(call.name)
         visit.name = average.name(name)
         part = check_fraction(fraction)
@@ -141,7 +141,7 @@ def _copy_to_live(average: Average, name: str | None, fraction: float) -> None:
             call = average.call(operation, name=name, fraction=fraction)
             swap = _swap(average, call, name, visit, keep=False, fraction=fraction)
             if swap is not None:
-                with answering(operation):
+                with named_operation(operation):
                     swap.copy()
         finally:
             average.condition.end(visit)
@@ -151,7 +151,7 @@ def _copy_into(average: Average, name: str | None, into: object, fraction: float
     """Copies the average into a third model, or moves that a fraction toward it. Collective."""
     operation = "copy_to(into=...)"
     visit = Visit("", operation, weights="the weights of the model that was given as into=")
-    with answering(operation), Uninterrupted(), average.groups.turn(operation):
+    with named_operation(operation), Uninterrupted(), average.groups.turn(operation):
         with average.begin(average.call(operation, name=name, fraction=fraction)):
             view = average.view(operation, inside=False)
             visit.name = average.name(name)

@@ -17,7 +17,7 @@ MODULES = {
 }
 #: What users meet: each has an example.
 PUBLIC = {"ema", "functional", "options", "integrations.composer_timing", "kernels.rounding"}
-PUBLIC |= {f"comm.{name}" for name in ("catalogue", "collectives", "windows")}
+PUBLIC |= {f"comm.{name}" for name in ("agreement", "catalogue", "collectives", "windows")}
 PUBLIC |= {f"geometry.{name}" for name in ("runs", "shares", "spec")}
 PUBLIC |= {f"schedules.{name}" for name in ("clock", "constant", "half_life", "power", "profile", "ramps", "state")}
 PUBLIC |= {f"schedules.{name}" for name in ("warmup", "window")}

@@ -543,7 +543,7 @@ def test_ranks_with_different_models_are_told(rank: int) -> None:
 @pytest.mark.world_size(2)
 def test_an_unforeseen_error_of_one_rank_keeps_its_words(rank: int) -> None:
     """Errors that are not the library's own become one of its kinds, with the rank and the original text."""
-    from dist_ema.comm.collectives import agreed
+    from dist_ema.comm.agreement import agreed
 
     def fail() -> None:
         if rank == 1:

@@ -245,7 +245,15 @@ def _model(case: str) -> tuple[nn.Module, object]:
 
 
 #: Where ranks send each other; what comes before may end the call on one rank alone.
-SENDING = ("core/swap.py", "core/broadcast.py", "kernels", "engines", "comm/collectives.py", "comm/windows.py")
+SENDING = (
+    "core/swap.py",
+    "core/broadcast.py",
+    "kernels",
+    "engines",
+    "comm/agreement.py",
+    "comm/collectives.py",
+    "comm/windows.py",
+)
 FILES = tuple(f"{SOURCE}/{name}" for name in SENDING)
 assert all(Path(file).exists() for file in FILES), "moved, and with it the lines that are interrupted"
 ENGINES = ["ddp", "fsdp2", "hsdp", "zero1-bf16", "zero2-fp32", "zero3-bf16"]

@@ -20,8 +20,9 @@ from dist_ema.checkpoints.file_values import Advance, no_advance
 from dist_ema.checkpoints.model_card import PROVENANCE
 from dist_ema.checkpoints.reader import damaged_error
 from dist_ema.checkpoints.versions import read_anew_if_replaced, read_manifest_bytes
+from dist_ema.comm.agreement import agreed
 from dist_ema.comm.catalogue import FullTensor
-from dist_ema.comm.collectives import agreed, gather_objects, rank_in, size_of
+from dist_ema.comm.collectives import gather_objects, rank_in, size_of
 from dist_ema.errors import CheckpointCorruptError, CheckpointError, EMAConfigError, EMAError, EMAStateError
 from dist_ema.formats.manifest import checksum
 from dist_ema.offline.merging.alike import check_alike, under_common_names, with_ties

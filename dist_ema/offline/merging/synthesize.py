@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from dist_ema.checkpoints.versions import read_anew_if_replaced
-from dist_ema.comm.collectives import agreed
+from dist_ema.comm.agreement import agreed
 from dist_ema.errors import EMAConfigError
 from dist_ema.offline.merging.merge import Begin, Merged, OutputOptions, Target, Versions, combine
 from dist_ema.offline.merging.snapshots import Wanted, open_snapshots, paths_of, profiles, wanted_profile
