@@ -35,7 +35,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dist_ema.engines.names import Binding, Ignored, ignore_nothing, walk_modules
+from dist_ema.engines.binding import Binding, Ignored, ignore_nothing
+from dist_ema.engines.names import walk_modules
 from dist_ema.engines.wrappers import OuterStep, is_other_wrapper, is_training_step, unwrap_optimizer
 from dist_ema.errors import EMAConfigError, EMAStateError
 from dist_ema.geometry.spec import TensorSpec

@@ -18,8 +18,9 @@ from torch.distributed.fsdp._flat_param import FlatParameter, FlatParamHandle
 from torch.distributed.fsdp._runtime_utils import _reshard
 
 from dist_ema.engines.base import Engine, write_count
+from dist_ema.engines.binding import Binding, Named
 from dist_ema.engines.declared import refuse_declared
-from dist_ema.engines.names import Binding, Named, Slot, kind_of, walk_modules
+from dist_ema.engines.names import Slot, kind_of, walk_modules
 from dist_ema.errors import EMAEngineError, EMAStateError
 from dist_ema.geometry.runs import Runs
 from dist_ema.geometry.spec import Replicas, TensorSpec

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_ema.engines.base import Engine, RemovableHandle
-from dist_ema.engines.names import Ignored
+from dist_ema.engines.binding import Ignored
 from dist_ema.errors import EMAEngineError
 from dist_ema.geometry.spec import TensorSpec
 from dist_ema.geometry.subclasses import CachedScale

@@ -9,9 +9,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_ema.engines.base import Engine, write_count
+from dist_ema.engines.binding import Binding
 from dist_ema.engines.declared import Declaration, declaration
 from dist_ema.engines.deepspeed.marks import Unwrapped
-from dist_ema.engines.names import Binding, Slot, kind_of, walk_slots
+from dist_ema.engines.names import Slot, kind_of, walk_slots
 from dist_ema.errors import EMAEngineError
 from dist_ema.geometry.spec import TensorSpec
 from dist_ema.geometry.subclasses import CachedScale, cached_scales, hidden_type, is_hidden, look_through

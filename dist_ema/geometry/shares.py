@@ -152,7 +152,7 @@ def may_join(share: Share, options: Options) -> bool:
 
 
 def is_ignored(options: Options, name: str, is_buffer: bool) -> bool:
-    """Returns whether a tensor is in no average, whatever its flags: a :data:`~dist_ema.engines.names.Ignored`.
+    """Returns whether a tensor is in no average, whatever its flags: a :data:`~dist_ema.engines.binding.Ignored`.
     Pure.
     """
     return not options.selects(name) or (is_buffer and options.buffer_mode(name) == "ignore")

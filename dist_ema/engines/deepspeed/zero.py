@@ -15,10 +15,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_ema.engines.base import Engine, RemovableHandle
+from dist_ema.engines.binding import Binding
 from dist_ema.engines.declared import refuse_declared
 from dist_ema.engines.deepspeed.groups import Groups
 from dist_ema.engines.deepspeed.masters import Masters, MasterSlice, find_masters, stage3_runs, stage3_shard
-from dist_ema.engines.names import Binding, Slot
+from dist_ema.engines.names import Slot
 from dist_ema.engines.wrappers import is_training_step
 from dist_ema.errors import EMAConfigError, EMAEngineError
 from dist_ema.geometry.runs import whole
