@@ -25,6 +25,7 @@ from torch.nn.parameter import is_lazy
 from dist_ema.engines.wrappers import is_fabric, loaded, unwrap_module
 from dist_ema.errors import EMAEngineError
 
+#: What torch's wrappers call the attribute of what they wrap. No user writes these words.
 TOKENS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
 _MODULE_WRAPPERS = (DistributedDataParallel, DataParallel)
 

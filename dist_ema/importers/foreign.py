@@ -9,14 +9,15 @@ from typing import Any
 
 from torch import Tensor
 
+from dist_ema.engines.names import TOKENS
 from dist_ema.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError
 from dist_ema.formats.strict_json import is_count, shown
 from dist_ema.formats.tensors import LazyTensor, Tensors
 from dist_ema.schedules import Schedule
 from dist_ema.schedules.clock import Progress
 
-#: What wrappers put into names; see :mod:`dist_ema.engines.names`.
-_TOKENS = re.compile(r"(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+#: Matches what wrappers add to names, with the dot behind it; see :mod:`dist_ema.engines.names`.
+WRAPPER_TOKENS = re.compile(rf"({'|'.join(sorted(TOKENS))})\.")
 #: Buffers that a state dict does not tell from parameters of the same shape.
 BATCH_NORM = re.compile(r"(^|\.)(running_mean|running_var|num_batches_tracked)$")
 
@@ -83,7 +84,7 @@ def read_tensors(values: Any, what: str) -> dict[str, LazyTensor]:
     prefix = "module." if all(name.startswith("module.") for name in names) else ""  # of DistributedDataParallel
     tensors: dict[str, LazyTensor] = {}
     for name in names:
-        plain = _TOKENS.sub("", name.removeprefix(prefix))
+        plain = WRAPPER_TOKENS.sub("", name.removeprefix(prefix))
         if plain in tensors:
             raise CheckpointError(f"{what}: two names are {plain!r} without the parts that wrappers have added")
         tensors[plain] = LazyTensor.of(name, found[name])

@@ -13,14 +13,12 @@ a dict with something else, or under other names than the model's:
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from dist_ema.errors import CheckpointError
+from dist_ema.importers.foreign import WRAPPER_TOKENS
 
-#: What wrappers put into names; see :mod:`dist_ema.engines.names`.
-TOKENS = re.compile(r"(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 #: Counters of an AveragedModel, torch's and mmengine's.
 COUNTERS = ("n_averaged", "steps")
 #: Before the second name of each weight in mmcv's files, and what selects the first name.
@@ -212,7 +210,7 @@ def _one(names: Mapping[str, list[str]], flat: str, where: str) -> str:
 def _plain(names: Iterable[str], where: str) -> dict[str, str]:
     """Names without what wrappers have added. Raises CheckpointError if two become one."""
     names = list(names)
-    plain = [TOKENS.sub("", name) for name in names]
+    plain = [WRAPPER_TOKENS.sub("", name) for name in names]
     # Only where all names have it: a model may have an attribute called "module" itself.
     while plain and all(name.startswith(_MODULE) and name != _MODULE for name in plain):
         plain = [name.removeprefix(_MODULE) for name in plain]

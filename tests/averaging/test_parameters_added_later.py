@@ -227,13 +227,13 @@ def test_what_is_added_is_noticed_under_every_engine(case: str, rank: int) -> No
 
 def _count_closer_looks(ema: ShardedEMA) -> list[None]:
     binding, looks = ema._average.engine._binding, []  # type: ignore[attr-defined]
-    closer = binding._look_closer
+    closer = binding._find_slots_again
 
     def count() -> None:
         looks.append(None)
         closer()
 
-    binding._look_closer = count
+    binding._find_slots_again = count
     return looks
 
 
