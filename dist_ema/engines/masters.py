@@ -15,6 +15,7 @@ a copy of the parameter, for parameters that are not fp32; and in apex, optimize
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeAlias
@@ -27,6 +28,8 @@ from dist_ema.engines.pipeline import CompositeEngine
 from dist_ema.engines.plain import PlainEngine
 from dist_ema.engines.wrappers import loaded, unwrap_optimizer
 from dist_ema.errors import EMAConfigError, EMAEngineError
+
+logger = logging.getLogger(__name__)
 
 #: Returns the master of a parameter; None for one that has none.
 Find: TypeAlias = Callable[[nn.Parameter], Tensor | None]
@@ -48,6 +51,8 @@ class MastersEngine(CompositeEngine):
         self._optimizer, self._find = finder(masters)
         self._live: list[Tensor] = []  # the parameters' own parts, in the order of the specs
         self._sources: list[Tensor] = []  # the same, with masters in the places of their parameters
+        self._first_counts: list[int] | None = None  # of the writes to parameters, until masters are found
+        self._warned = False
 
     @property
     def is_part(self) -> bool:
@@ -77,7 +82,28 @@ class MastersEngine(CompositeEngine):
                 "master in the optimizer. Create the optimizer with master weights for all averaged parameters, or "
                 "leave masters= out, to average the parameters themselves"
             )
+        if missing and self._optimizer is None:
+            self._warn_without_masters(missing)
         return list(self._sources)
+
+    def _warn_without_masters(self, missing: list[str]) -> None:
+        """Warns once if a function has found no master although parameters were written since the first read. Local.
+
+        With an optimizer its state tells whether a step was made. With a function only the writes do, and loading
+        weights before the first step is a write as well. Hence a warning, not an error.
+        """
+        counts = list(map(write_count, self._live))
+        if self._first_counts is None:
+            self._first_counts = counts
+        elif counts != self._first_counts and not self._warned:
+            self._warned = True
+            logger.warning(
+                "masters=: the function has returned None for %r and for every other parameter of fewer bits than fp32 "
+                "(%d in all), so the parameters themselves are averaged, without what their rounding drops. If the "
+                "optimizer has made a step, let the function return its masters, or leave masters= out.",
+                missing[0],
+                len(missing),
+            )
 
     def _fitting(self, number: int, master: object) -> Tensor:
         """Returns this rank's part of a master. Raises EMAEngineError if it cannot be the parameter's."""

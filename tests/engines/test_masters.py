@@ -180,6 +180,21 @@ def test_a_function_finds_masters_that_no_optimizer_has() -> None:
     assert torch.equal(state["high.weight"], model["high"].weight)
 
 
+def test_a_function_that_finds_no_master_after_a_step_is_reported_once(caplog: pytest.LogCaptureFixture) -> None:
+    """The average of the parameters would pass for one of the masters."""
+    model = build("plain")
+    ema = ShardedEMA(model, decay=DECAY, masters=lambda parameter: None)
+    ema.update(batches=0, due=True)
+    assert not caplog.records  # before the first step there are no masters
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        model(torch.ones(4, 5, dtype=torch.bfloat16)).sum().backward()
+        optimizer.step()
+        ema.update()
+    (record,) = caplog.records
+    assert "returned None for '0.weight' and for every other parameter" in record.getMessage()
+
+
 def _remainders(model: nn.Module) -> object:
     optimizer = FusedAdam([value for value in model.parameters() if value.requires_grad])
     for parameter in optimizer.param_groups[0]["params"]:
