@@ -1,4 +1,7 @@
-"""Memory that an average keeps for conversions, and how live weights change places with it or move toward it."""
+"""Converts chunks of tensors in memory that is kept, exchanges live weights with an average, or blends them.
+
+Everything here works chunk by chunk, so it needs memory for one chunk, whatever the size of the tensor.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,11 @@ from dist_ema.kernels.rounding import ElementPositions
 
 
 class Scratch:
-    """One chunk of memory per dtype and device, made when it is first needed and then kept.
+    """Keeps one chunk of memory per dtype and device, allocated at first use.
 
     Attributes:
-        touched: set before the first shadow is written; whoever wants to know sets it back.
+        touched: set to True before the first shadow is written. The caller sets it to False before an update, to learn
+            afterwards whether a failed update has changed anything.
     """
 
     def __init__(self) -> None:
@@ -23,22 +27,30 @@ class Scratch:
         self._buffers: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
     def like(self, values: Tensor, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
-        """Uninitialised memory of the shape of ``values``, at most a chunk of elements; beside them, if not said."""
+        """Returns uninitialised memory of the shape of ``values``, which have at most one chunk of elements.
+
+        Args:
+            values: give the shape.
+            dtype: the dtype of the memory.
+            device: where it lies; None means on the device of ``values``.
+        """
         key = (dtype, values.device if device is None else device)
         if key not in self._buffers or self._buffers[key].numel() < values.numel():
             size = max(chunk_size(key[1]), values.numel())
-            with torch.inference_mode(False):  # what is kept must serve outside of it too
+            # Tensors made in inference mode cannot be used outside of it later.
+            with torch.inference_mode(False):
                 self._buffers[key] = torch.empty(size, dtype=dtype, device=key[1])
         return self._buffers[key][: values.numel()].view(values.shape)
 
     def cast(self, values: Tensor, dtype: torch.dtype) -> Tensor:
-        """``values`` themselves if they have this dtype, else a converted copy in the scratch."""
+        """Returns ``values`` if they have this dtype, else a converted copy in the scratch."""
         return values if values.dtype == dtype else self.like(values, dtype).copy_(values)
 
     def tables(self, positions: ElementPositions | None) -> tuple[cpu.Table, cuda.Table]:
-        """Cached kernel arguments, on the CPU and on GPUs: rebuilding them costs more than checking them.
+        """Returns cached kernel arguments for the CPU and for GPUs. Checking them is cheaper than building them.
 
-        ``positions`` are those of the rounding, always the same object for the same tensors; None without rounding.
+        Args:
+            positions: the positions for stochastic rounding, the same object for the same tensors; None without it.
         """
         known = self._tables.get(positions is None)
         if known is None or known[0] is not positions:
@@ -51,15 +63,18 @@ class Scratch:
 
 
 class Exchange:
-    """A shadow and elements ``[start, stop)`` of a source, of one dtype, that change places, a chunk at a time.
+    """Exchanges a shadow with elements ``[start, stop)`` of a source of the same dtype, one chunk at a time.
 
-    An exception may be raised between any two lines here: the next call continues where this one stopped. Every copy
-    may be made twice. One attribute says how far the exchange has come, and changes after each copy.
+    An exception, such as KeyboardInterrupt, may be raised between any two lines here: the next call continues where
+    this one stopped. ``_at`` says how far the exchange has come and changes after each copy, so a copy that was
+    interrupted is made once more, from memory that still holds its values. One chunk takes three copies::
+
+        1. source -> scratch     2. shadow -> source     3. scratch -> shadow
 
     Args:
-        shadow: flat, ``stop - start`` elements.
-        start, stop: of the source, flattened.
-        scratch: for one chunk; nothing else may use it until a call that was interrupted has been repeated.
+        shadow: 1D, ``stop - start`` elements.
+        start, stop: the range in the flattened source.
+        scratch: memory for one chunk. Nothing else may use it until an interrupted call was repeated.
     """
 
     def __init__(self, shadow: Tensor, start: int, stop: int, scratch: Scratch) -> None:
@@ -67,17 +82,18 @@ class Exchange:
         self._start = start
         self._stop = stop
         self._scratch = scratch
-        # (a, copies, b): the first a elements have changed places; after three copies it will be the first b.
+        # (a, copies, b): the first a elements are exchanged; after three copies the first b will be. b < a on the way
+        # back.
         self._at = (0, 0, 0)
 
     @torch.no_grad()
-    def go(self, source: Tensor, inside: bool) -> None:
-        """Afterwards the source holds what the shadow held before the first call (``inside``), or its own. Local."""
+    def move(self, source: Tensor, inside: bool) -> None:
+        """Moves the average into the source and the source's elements into the shadow (``inside``), or back. Local."""
         size = chunk_size(source.device)
         goal = self._stop - self._start if inside else 0
         while self._at != (goal, 0, goal):
             here, copies, there = self._at
-            if not copies:
+            if copies == 0:  # a new chunk; on the way back, the chunk that ends at ``here``
                 there = min(here + size, goal) if inside else max(here - 1, 0) // size * size
             low = min(here, there)
             high = max(here, there)
@@ -97,14 +113,14 @@ class Blend:
     """Moves elements ``[start, stop)`` of a source a fraction of the way toward a shadow, a chunk at a time.
 
     ``source += fraction * (shadow - source)`` is computed in fp32, or in float64 if either is, and rounded to nearest
-    in the source's dtype. Like :class:`Exchange` it may be interrupted anywhere: the next call goes on where it was,
-    and no element is moved twice.
+    in the source's dtype. As in :class:`Exchange`, an interrupted call may be repeated: it continues where it stopped,
+    and no element is moved twice. For this, a chunk is computed in the scratch first and then written.
 
     Args:
-        shadow: flat, ``stop - start`` elements.
-        start, stop: of the source, flattened.
-        fraction: 0 leaves the source, 1 would make it the shadow.
-        scratch: for one chunk; nothing else may use it until a call that was interrupted has been repeated.
+        shadow: 1D, ``stop - start`` elements.
+        start, stop: the range in the flattened source.
+        fraction: 0 leaves the source unchanged, 1 would copy the shadow.
+        scratch: memory for one chunk. Nothing else may use it until an interrupted call was repeated.
     """
 
     def __init__(self, shadow: Tensor, start: int, stop: int, fraction: float, scratch: Scratch) -> None:
@@ -113,11 +129,11 @@ class Blend:
         self._stop = stop
         self._scratch = scratch
         self._fraction = fraction
-        # (a, blended): the first a elements have been moved; whether the scratch holds what the next chunk becomes.
+        # (a, blended): the first a elements have been moved; blended says whether the scratch has the next chunk.
         self._at = (0, False)
 
     @torch.no_grad()
-    def go(self, source: Tensor) -> None:
+    def move(self, source: Tensor) -> None:
         """Moves the source. Local."""
         size = chunk_size(source.device)
         count = self._stop - self._start

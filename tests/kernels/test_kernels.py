@@ -641,7 +641,7 @@ def test_blend_is_rounded_once_whatever_the_dtypes(live: torch.dtype, shadow: to
     source = torch.randn(70, 33).to(live).t()  # not contiguous
     average = torch.randn(source.numel() - 40).to(shadow)
     before = source.clone()
-    kernels.Blend(average, 33, source.numel() - 7, 0.3, kernels.Scratch()).go(source)
+    kernels.Blend(average, 33, source.numel() - 7, 0.3, kernels.Scratch()).move(source)
     wide = torch.promote_types(torch.promote_types(live, shadow), torch.float32)
     flat, start = before.reshape(-1).to(wide), slice(33, source.numel() - 7)
     flat[start] = flat[start].lerp(average.to(wide), 0.3)

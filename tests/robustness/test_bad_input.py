@@ -570,7 +570,7 @@ def test_memory_that_one_rank_lacks_for_a_swap_is_an_error_on_every_rank(
 
     with monkeypatch.context() as patch:
         if rank == 1:
-            patch.setattr("dist_ema.core.swap.Swap._spare", full)
+            patch.setattr("dist_ema.core.swap.Swap._allocate_kept", full)
         with pytest.raises(EMAStateError, match=r"average_parameters\(\) failed: rank 1: .*MemoryError: no room"):
             ema.average_parameters().__enter__()
         ema.copy_to()  # needs none

@@ -145,7 +145,7 @@ def _torn(rank: int, folder: Path, case: str, function: str, call: int) -> None:
     whole = all(torch.equal(value, before[name]) for name, value in _bits(model).items())
     assert isinstance(raised, EMAStateError), raised
     assert "average_parameters() failed" in str(raised)
-    told = "do not save them" in str(raised)
+    told = "Do not save them" in str(raised)
     assert told or whole
     now = [tensor for tensor in ema._average.shadow.tensors("ema") if tensor is not None]
     assert all(torch.equal(a, b) for a, b in zip(shadow, now, strict=True))  # this rank's part
