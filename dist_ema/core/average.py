@@ -171,7 +171,7 @@ class Average:
         with Uninterrupted():
             self.plan(self.track.training)
             old.discard()
-            self.condition.mended()
+            self.condition.clear()
 
     def live_tensors(self) -> list[Tensor]:
         """Returns the live tensors, one for each share, after a check that the model still has them. Local.
@@ -289,7 +289,7 @@ class Average:
         for snapshots in self.snapshots:
             snapshots.begin(self.track.training)
         self.skipped_before = state.skipped if rank_in(self.engine.group) == 0 else 0
-        self.condition.mended()
+        self.condition.clear()
 
     # Beginning a call.
 

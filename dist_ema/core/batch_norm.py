@@ -49,7 +49,7 @@ def update_bn(
         finally:
             if average.condition.swap is not None:
                 average.condition.swap.accept_buffers()
-    average.shadow.make_way()
+    average.shadow.release_parts()
     shadows = dict(zip(shares, average.shadow.tensors(name), strict=True))
     with Uninterrupted():
         average.condition.broken = "update_bn()"

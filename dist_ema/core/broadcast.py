@@ -20,8 +20,10 @@ from dist_ema.kernels.fingerprint import Part, partial_digests
 
 
 def swaps_together(engine: Engine, shares: Sequence[Share], buffers: bool = True) -> bool:
-    """Returns whether a swap is collective, in the engine's group: replicas send each other their parts, it publishes,
-    or ranks have buffers of their own, unless each keeps its own (``buffers=False``).
+    """Returns whether a swap is collective in the engine's group.
+
+    It is if replicas send each other their parts, if the engine publishes by communication, or if ranks send each other
+    buffers. With ``buffers=False`` each rank keeps its own buffers.
     """
     if engine.group is None:
         return False
@@ -30,21 +32,21 @@ def swaps_together(engine: Engine, shares: Sequence[Share], buffers: bool = True
 
 
 def spreads(engine: Engine) -> bool:
-    """Returns whether other ranks hold the same model. Those that hold a plain module may: each is asked for itself."""
+    """Returns whether other ranks hold the same model. Under DDP all do; ranks with a plain module may."""
     return len(engine.ranks()) > 1
 
 
 def is_own(share: Share) -> bool:
-    """Returns whether it is a buffer that each rank has for itself, and that belongs to the average."""
+    """Returns whether a share is a buffer that each rank has for itself and that belongs to the average."""
     return share.spec.kind == "buffer" and share.mode != "live" and not share.spec.partitioned
 
 
 class Broadcast:
-    """The parts that replicas keep, and the buffers of the rank that writes them, from each to all others.
+    """Sends each replica's part to the other replicas, and buffers from the rank that writes them to all ranks.
 
     Args:
-        engine: of the model.
-        shares: what this rank keeps of each tensor.
+        engine: the engine of the model.
+        shares: what this rank averages of each tensor.
 
     Attributes:
         several: whether other ranks hold the same model.
@@ -60,15 +62,15 @@ class Broadcast:
     def replicas_agree(self, members: Sequence[int], sources: Sequence[Tensor]) -> bool:
         """Returns whether all replicas hold the same bits, by a 64-bit digest of each tensor. Collective among them.
 
-        A plain sum of the bits would not do: weights that rounding has moved by one bit up here and one bit down there,
-        or two that changed places, leave it as it was. The digest weighs each element by its place.
+        A plain sum of the bits is not enough: it does not change if two weights change places, or if one grows by one
+        bit and another shrinks by one. The digest weighs each element by its position.
         """
         parts = [Part(sources[index], whole(sources[index].numel())) for index in members]
         digest = hashlib.blake2b(repr(partial_digests(parts)).encode(), digest_size=16).digest()
         return len(set(gather_objects(digest, self._group_of(members).group))) == 1
 
     def spread(self, sources: Sequence[Tensor]) -> None:
-        """Replicas send each other the parts that they average. Collective among them."""
+        """Gathers into all replicas the parts that each of them averages. Collective among the replicas."""
         for members in self.sets:
             replicas = self._group_of(members)
             held = [sources[index] for index in members]
@@ -76,8 +78,10 @@ class Broadcast:
             all_gather_flat(parts, [source.dtype for source in held], replicas.group, *_access(held))
 
     def send_buffers(self, sources: Sequence[Tensor], entries: Sequence[FullTensor]) -> None:
-        """Buffers that each rank has for itself become, on all, those of the rank that writes them in an export: the
-        first that has them (``catalogue.is_writer``). Collective if there are any."""
+        """Broadcasts buffers that each rank has for itself from the rank that writes them in an export to all ranks.
+
+        That is the first rank that has them (``catalogue.is_writer``). Collective if there are such buffers.
+        """
         group = self._engine.group
         if group is None or not self.several:
             return
@@ -99,7 +103,7 @@ class Broadcast:
 
 
 def _access(tensors: Sequence[Tensor | None]) -> tuple[Access, Access]:
-    """Returns ``read`` and ``write`` for ranges of tensors, for :mod:`dist_ema.comm.windows`; None is passed over."""
+    """Returns functions that read and write ranges of tensors, for :mod:`dist_ema.comm.windows`; None is skipped."""
 
     def read(index: int, start: int, stop: int, out: Tensor) -> None:
         tensor = tensors[index]

@@ -167,7 +167,7 @@ def load_state_dict(average: Average, state: Mapping[str, Any]) -> None:
     shadow = average.shadow
     if shadow.failed or not (restore.state.started and shadow.started) or shares is not average.shares:
         shadow = average.new_shadow(shares=shares)
-    shadow.make_way()
+    shadow.release_parts()
     with Uninterrupted():
         average.condition.broken = operation
         if restore.state.started:

@@ -189,7 +189,7 @@ class Swap:
         self._engine.reshard()
         with self._derived.renewed():
             self._sources = self._engine.sources()
-            lent.make_way(self._sources)
+            lent.move_parts(self._sources)
             self._wait_for_device_copies()
             self._caches = self._engine.caches()
             self._done = False  # from here on leave() has something to undo
@@ -253,7 +253,7 @@ class Swap:
             replaced = error
         else:
             self._find_writes()
-        lent.make_way([*self._sources, *self._shadows])
+        lent.move_parts([*self._sources, *self._shadows])
         with self._derived.renewed():
             self._wait_for_device_copies()
             self._move_own(inside=False)
@@ -296,7 +296,7 @@ class Swap:
             self._done = False
             self._sources = sources
             self._caches = self._engine.caches()
-        lent.make_way(self._sources)
+        lent.move_parts(self._sources)
         with self._derived.renewed():
             self._wait_for_device_copies()
             if self._blends is None:

@@ -50,7 +50,7 @@ def update(average: Average, batches: int, samples: int, tokens: int, epochs: fl
     if due:
         average.background.wait_until_read()
         sources = average.live_tensors()
-        average.shadow.make_way()
+        average.shadow.release_parts()
         with Uninterrupted():
             sources = _follow(average, sources)
             average.shadow.check(sources)

@@ -25,19 +25,20 @@ _OPERATION = "average_parameters()"
 
 @contextmanager
 def average_parameters(average: Average, name: str | None, held_by: str) -> Iterator[None]:
-    """See :meth:`ShardedEMA.average_parameters`; ``held_by`` is what errors say of who opened it.
+    """Implements :meth:`ShardedEMA.average_parameters`; ``held_by`` names who opened it, for errors.
 
-    An exception may come between any two lines, from a signal or a debugger. The live weights are restored in any case:
-    the three levels of ``finally`` do the same, and each does only what the one inside has left.
+    A signal or a debugger may raise an exception between any two lines. The live weights are restored in any case: all
+    three levels of ``finally`` call ``_leave()``, and each call does only what the previous one has left undone.
     """
-    _quiesce(average)
+    _wait_for_threads(average)
     swap: Swap | None = None
     condition = average.condition
     visit = Visit("", _OPERATION, held_by)
     try:
         try:
             try:
-                # Signals wait. If this rank broke off here, the others would go on with half of its weights.
+                # Signals wait until the end of this block. If this rank stopped inside it, the others would go on with
+                # half of its weights.
                 with Uninterrupted():
                     swap = _swap(average, average.call(_OPERATION, name=name), name, visit, keep=True)
                     visit.open = True
@@ -48,20 +49,20 @@ def average_parameters(average: Average, name: str | None, held_by: str) -> Iter
                 yield
             finally:
                 _leave(average, swap, visit)
-        finally:  # an exception between two lines above ends here
+        finally:  # for an exception that came between the yield and the end of the first _leave()
             _leave(average, swap, visit)
-    finally:  # and a second one here: a launcher sends SIGINT, then SIGTERM
+    finally:  # for a second exception: launchers send SIGINT, and then SIGTERM
         _leave(average, swap, visit)
         condition.visit = condition.swap = None
         written = None if swap is None else swap.written
-        if written is not None and sys.exc_info()[0] is not None:  # what the block raised is not replaced
+        if written is not None and sys.exc_info()[0] is not None:  # the block's own exception is more important
             logger.warning("average_parameters(): %s.", written)
     if written is not None:
         raise written.error(_OPERATION)
 
 
 def _leave(average: Average, swap: Swap | None, visit: Visit) -> None:
-    """Puts the live weights back, unless that is done. Collective where the swap is."""
+    """Restores the live weights, unless that is done. Collective if the swap is."""
     try:
         if swap is not None:
             swap.wait_for_readers()
@@ -73,32 +74,32 @@ def _leave(average: Average, swap: Swap | None, visit: Visit) -> None:
             average.condition.written = swap.written
 
 
-def _quiesce(average: Average) -> None:
-    """Waits until no thread works on the averages or reads them. Local; signals interrupt it."""
+def _wait_for_threads(average: Average) -> None:
+    """Waits until no thread writes or reads the averages. Local; signals interrupt it."""
     average.background.wait_until_read()
     average.shadow.drain()
-    average.shadow.make_way()
+    average.shadow.release_parts()
 
 
 def _swap(
     average: Average, call: Call, name: str | None, visit: Visit, keep: bool, fraction: float = 1.0
 ) -> Swap | None:
-    """Prepares to put an average into the model. Collective where the swap is.
+    """Prepares a swap of an average and the live weights. Collective if the swap is.
 
     Args:
-        average: has the model and the average.
-        call: for errors, and what all ranks have to call.
-        name: which average, as the user gave it.
-        visit: is told the name, and that it has begun.
-        keep: whether the live weights are to be restored.
+        average: the object whose model it is.
+        call: the call that every rank has to make.
+        name: the name of the average, as the user gave it.
+        visit: gets the name, and is begun.
+        keep: whether the live weights will be restored.
         fraction: how far ``copy()`` moves the live weights, as the user gave it.
 
     Returns:
         None before the first update, when the average is the live model.
     """
     started = average.shadow.started
-    average.groups.check(call.name)  # the engine asks its process groups
-    # In a pipeline another rank's stage may have buffers, which ranks send each other.
+    average.groups.check(call.name)  # before the engine uses its process groups
+    # In a pipeline the stage of another rank may have buffers that ranks send each other, so all ranks take part.
     together = average.engine.is_part or swaps_together(average.engine, average.shares, buffers=fraction == 1)
     turn = average.groups.turn(call.name) if together else nullcontext()
     with named_operation(call.name), turn, average.begin(call) if together else nullcontext():
@@ -125,8 +126,8 @@ def _swap(
 
 
 def copy_to(average: Average, name: str | None, into: object, fraction: float) -> None:
-    """See :meth:`ShardedEMA.copy_to`."""
-    _quiesce(average)
+    """Implements :meth:`ShardedEMA.copy_to`."""
+    _wait_for_threads(average)
     if into is None:
         _copy_to_live(average, name, fraction)
     else:
@@ -148,7 +149,7 @@ def _copy_to_live(average: Average, name: str | None, fraction: float) -> None:
 
 
 def _copy_into(average: Average, name: str | None, into: object, fraction: float) -> None:
-    """Copies the average into a third model, or moves that a fraction toward it. Collective."""
+    """Copies the average into another model, or moves that model a fraction toward it. Collective."""
     operation = "copy_to(into=...)"
     visit = Visit("", operation, weights="the weights of the model that was given as into=")
     with named_operation(operation), Uninterrupted(), average.groups.turn(operation):

@@ -1,11 +1,11 @@
-"""Notices what others write into the weights while an average is in the model.
+"""Notices whether other code writes to the weights while an average is in the model.
 
-Average and live weights have changed places there, so what is written becomes a part of the average. torch counts the
-writes to every tensor, on the host. The counts are taken when the average has come in and compared before it leaves:
-nothing waits for a device.
+Average and live weights have exchanged places then, so such a write changes the average. torch counts the writes to
+every tensor on the host (``Tensor._version``). The counts are taken after the average has come in and compared before
+it goes out, without waiting for a device.
 
-Not counted are writes through ``.data``, and by kernels that get an address. A tensor made in inference mode has no
-counter. Of BatchNorm torch counts only ``num_batches_tracked``, and not the statistics beside it.
+torch does not count writes through ``.data``, and writes by kernels that get an address. Tensors made in inference mode
+have no counter. Of BatchNorm's buffers torch counts only writes to ``num_batches_tracked``.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Written:
     """Records what was written inside ``average_parameters()``.
 
     Attributes:
-        names: of the parameters, in the model's order.
-        changed: whether the average has changed by it. If not, what was written is gone with the block.
+        names: the parameters, in the order of the model.
+        changed: whether a write has changed the average. If not, the writes were undone at the end of the block.
     """
 
     names: tuple[str, ...]
@@ -38,13 +38,13 @@ class Written:
 
     def __str__(self) -> str:
         others = f" and {len(self.names) - 1} more parameters were" if len(self.names) > 1 else " was"
-        fate = "The average has not changed, but the model did not compute with it alone."
+        fate = "The average has not changed, but the model has computed with the written values."
         if self.changed:
-            fate = "The average has changed by it and cannot be used any more: call reset(), or load() a checkpoint."
+            fate = "This has changed the average, which cannot be used any more: call reset(), or load() a checkpoint."
         return (
             f"{self.names[0]!r}{others} written inside average_parameters(), where the model holds the average: "
             "by an optimizer's step(), eval() or train(), by a layer that changes its weights in forward, or by other "
-            f"code. The live weights are what they were before the block. {fate} Write weights before or after the "
+            f"code. The live weights have the values of before the block. {fate} Write weights before or after the "
             "block"
         )
 
@@ -69,17 +69,17 @@ class Watch:
 
     @property
     def excused(self) -> frozenset[int]:
-        """Shares that their own module may write in a forward pass, without a meaning for the average."""
+        """Returns the shares that their own module may write in a forward pass, as :func:`own_writers` finds them."""
         return self._excused
 
     def begin(self) -> None:
-        """The average is in the model: what is written from now on counts."""
+        """Starts to count writes. Call it when the average has come into the model."""
         self._before = self._engine.write_counts()
 
     def accept_buffers(self) -> None:
-        """Notes that the writes into buffers so far were our own, and have been put back."""
+        """Excuses the writes to buffers so far: this library made them and has undone them."""
         if self._before is not None:
-            self._engine.reshard()  # a forward pass may have left full weights in the place of the shards
+            self._engine.reshard()  # a forward pass may have left full weights in place of the shards
             now = self._engine.write_counts()
             is_buffer = [share.spec.kind == "buffer" for share in self._shares]
             self._before = [
@@ -90,7 +90,7 @@ class Watch:
         """Returns the parameters that were written since ``begin()``; None if none was.
 
         Args:
-            in_average: whether what was written into a share becomes a part of the average.
+            in_average: returns whether a write to the share of this index changes the average.
         """
         found = [index for index in self._changed() if self._shares[index].spec.kind != "buffer"]
         if not found:
@@ -103,7 +103,8 @@ class Watch:
         changed = [index for index in self._changed() if self._shares[index].spec.kind == "buffer"]
         found = [index for index in changed if index not in ignored]
         if found:
-            fate = "The average's buffers have changed by it." if any(map(in_average, found)) else "They are put back."
+            is_changed = any(map(in_average, found))
+            fate = "The buffers of the average have changed." if is_changed else "Their values are restored."
             others = f" and {len(found) - 1} more" if len(found) > 1 else ""
             logger.warning(
                 "The buffer %r%s was written inside average_parameters(), as BatchNorm does in training "
@@ -114,12 +115,12 @@ class Watch:
             )
 
     def _changed(self) -> list[int]:
-        """Shares of the average that were written and are not excused."""
+        """Returns the indices of shares that were written since ``begin()`` and are not excused."""
         if self._before is None:
             return []
         now = self._engine.write_counts()
-        # Counts only grow. One that has shrunk is of a tensor that was replaced inside of inference mode, as FSDP1
-        # replaces those without elements.
+        # A count only grows. If it has shrunk, the tensor was replaced in inference mode, as FSDP1 replaces tensors
+        # without elements.
         grown = [after > before for before, after in zip(self._before, now, strict=True)]
         return [
             index
@@ -129,10 +130,10 @@ class Watch:
 
 
 def own_writers(engine: Engine, shares: Sequence[Share]) -> frozenset[int]:
-    """Shares that a module writes in every forward pass, also in eval mode: embeddings with ``max_norm``.
+    """Returns the shares that a module writes in every forward pass, also in eval mode: embeddings with ``max_norm``.
 
-    They scale rows that are too long, and write even where none is. Such rows of an average are as the model needs
-    them, so that is no reason to stop; the average itself is kept out of it.
+    Such a module scales down rows whose norm is too large, and writes even if there are none. This is how the model
+    uses its weights, so it is no error. The average itself is not put into the model, but copied (``Swap.fixed``).
     """
     names = {
         f"{prefix}.weight" if prefix else "weight"

@@ -284,9 +284,11 @@ class Shadow:
             tensors[index] = tensor
         return tensors
 
-    def make_way(self) -> None:
-        """Before a write to the averages: parts of a ``state_dict()`` that somebody still holds keep the memory that
-        they have, and those shadows move to memory of their own. Local. See ``lent.py``."""
+    def release_parts(self) -> None:
+        """Separates the averages from parts of a ``state_dict()`` that are still referenced, before a write. Local.
+
+        The parts keep the memory, and these shadows move to new memory. See ``lent.py``.
+        """
         if not lent.outstanding():
             return
         self._join()

@@ -258,10 +258,10 @@ class HostShadow(Shadow):
             (0, share.numel) if index in self._staging else (share.start, share.stop) for index, share in shares.items()
         ]
 
-    def make_way(self) -> None:
-        """See :meth:`Shadow.make_way`. Waits for the thread, which writes the averages."""
+    def release_parts(self) -> None:
+        """See :meth:`Shadow.release_parts`. Waits for the thread, which writes the averages."""
         self._worker.drain()
-        super().make_way()
+        super().release_parts()
 
     def _copy_of(self, tensor: Tensor) -> Tensor:
         (copy,) = carve([(tensor.numel(), tensor.dtype)], memory.pinned if self._pins else pageable)

@@ -1,23 +1,23 @@
-"""Parts of averages and weights that ``state_dict()`` has handed out, and that somebody may still be reading.
+"""Protects the tensors that ``state_dict()`` has returned from later writes.
 
-A part has no memory of its own, since one more shadow would be needed for that: it looks at the shadow. A checkpoint
-writer that copies in the background (``dcp.async_save`` with an asynchronous stager) may therefore still be reading a
-part when the next update or swap is about to write there. So every write asks here first:
+Such a tensor, here called a part, is a view of the shadow: a copy would need as much memory as the shadow. A checkpoint
+writer that copies in the background (``dcp.async_save`` with an asynchronous stager) may still be reading a part when
+the next update or swap writes to the shadow. So every write calls this module first:
 
-* Nobody holds the part any more: nothing is to be done. That is the usual case.
-* Another thread is working with it: the write waits, 30 seconds at most.
-* Somebody still holds it, a variable of the user's program for one: the two are separated by a copy of that part. The
-  holder keeps the values that it was given.
+* If the part is no longer referenced, there is nothing to do. This is the usual case.
+* If another thread is working with the part, the write waits for at most 30 seconds.
+* If the part is still referenced, for example by a variable of the user's program, shadow and part are separated: one
+  of them is copied, and the holder of the part keeps the values that it was given.
 
-Every part gets a storage object of its own over the memory of the shadow. A weak reference to that storage tells
-whether anybody holds the part, or any view of it, in this thread or in another. ::
+Every part gets a storage object of its own over the memory of the shadow. A weak reference to that storage says whether
+the part, or any view of it, is still referenced by any thread::
 
     shadow   [ . . a a a a . . b b b . . . ]
                    ^ ^ ^ ^     ^ ^ ^
     parts          storage 1   storage 2       each is gone when its last view is gone
 
-What is separated moves: the shadow does where it can, because views and pointers that exist already stay valid then.
-The memory of a model or of a teacher cannot move, so there the part does.
+Separating copies the shadow where that is possible (``separate``), because views and pointers into the part then stay
+valid. The memory of a model or of a teacher must stay where it is, so there the part is copied (``move_parts``).
 """
 
 from __future__ import annotations
@@ -36,22 +36,23 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from dist_ema.shadow.readers import is_at_work
 
 logger = logging.getLogger(__name__)
-#: Seconds that a write waits for threads that work with a part.
+#: Seconds that a write waits for threads that are working with a part.
 PATIENCE = 30.0
-#: Seconds in which a thread that was given a part just now becomes visible. Short, because users keep dicts too.
+#: Seconds that a write waits for a thread that was just given a part and does not have it in a variable yet. Short,
+#: because users keep dicts as well.
 GRACE = 0.25
 _POLL = 0.01
 
 
 class Loan:
-    """One part that was handed out.
+    """Describes one part that was handed out.
 
     Args:
         part: a tensor whose storage covers the part and nothing else.
 
     Attributes:
         begin, end: the addresses of its memory.
-        device: where these are.
+        device: the device of that memory.
         storage: a weak reference to its storage.
         waited: whether a write has waited for it already.
     """
@@ -66,11 +67,11 @@ class Loan:
 
     @property
     def held(self) -> bool:
-        """Returns whether anybody holds the part or a view of it."""
+        """Returns whether the part or a view of it is still referenced."""
         return not self.storage.expired()  # type: ignore[no-untyped-call]
 
     def move(self) -> None:
-        """Gives the part memory of its own, with the same values. Views of it stay where they are."""
+        """Copies the part into memory of its own. Views of the part keep pointing to the shared memory."""
         part = self._part()
         if part is None:
             return
@@ -80,17 +81,18 @@ class Loan:
                 torch.accelerator.current_stream(part.device).synchronize()
 
 
-#: By id. No lock: a signal's handler may break off a thread that holds one, or call this library while it does. Each
-#: change is a single step of a dict, which other threads see done or not done.
+#: All loans by ``id()``. There is no lock, because a signal handler may raise in a thread that holds the lock, or may
+#: call this library. Each change is one atomic operation of a dict.
 _loans: dict[int, Loan] = {}
-_told = False
+#: Whether the warning about copies was logged; it is logged once.
+_has_warned = False
 
 
 def lend(values: Tensor) -> Tensor:
-    """Returns the same elements in the same memory, as a part whose holders can be noticed. Local; copies nothing.
+    """Returns a part: the same elements in the same memory, with a storage of its own. Local; copies nothing.
 
     Args:
-        values: flat and contiguous.
+        values: 1D and contiguous.
     """
     if not values.numel():
         return values
@@ -105,7 +107,7 @@ def lend(values: Tensor) -> Tensor:
 
 
 def outstanding() -> bool:
-    """Returns whether anybody holds a part. Costs nothing where none was ever handed out."""
+    """Returns whether any part is still referenced. Costs nothing if none was ever handed out."""
     if not _loans:
         return False
     _forget(loan for loan in list(_loans.values()) if not loan.held)
@@ -118,9 +120,10 @@ def _forget(loans: Iterable[Loan]) -> None:
 
 
 def wait(tensors: Iterable[Tensor | None]) -> None:
-    """Before these tensors are written: waits until no other thread works with parts of them. Local; raises nothing.
+    """Waits until no other thread works with parts of these tensors, before they are written. Local; raises nothing.
 
-    At most ``PATIENCE`` seconds, and once for each part. A part that is only kept is not waited for.
+    Waits at most ``PATIENCE`` seconds, and only once for each part. A part that is only kept in a variable is not
+    waited for.
     """
     if not outstanding():
         return
@@ -129,7 +132,7 @@ def wait(tensors: Iterable[Tensor | None]) -> None:
     begun = time.monotonic()
     while waiting:
         elapsed = time.monotonic() - begun
-        # A thread that was started just now does not have the parts among its variables yet.
+        # A thread that was just started does not have the parts in its variables yet.
         may_be_read = elapsed < GRACE and threading.active_count() > 1
         if elapsed > PATIENCE or not (may_be_read or is_at_work({loan.storage for loan in waiting})):
             break
@@ -140,16 +143,16 @@ def wait(tensors: Iterable[Tensor | None]) -> None:
 
 
 def separate(tensors: Sequence[Tensor], copy: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """Before these tensors are written, whose memory may move: those of which parts are held are replaced by copies.
+    """Copies those of these tensors that have referenced parts, before they are written. Local.
 
-    The holders keep the memory that there was. Local.
+    The holders of the parts keep the old memory.
 
     Args:
-        tensors: the tensors.
-        copy: makes a copy of one.
+        tensors: tensors whose memory may move.
+        copy: returns a copy of a tensor.
 
     Returns:
-        The tensors to write to.
+        The tensors to write to: copies, or the same ones.
     """
     if not outstanding():
         return list(tensors)
@@ -160,14 +163,14 @@ def separate(tensors: Sequence[Tensor], copy: Callable[[Tensor], Tensor]) -> lis
         if loans:
             try:
                 moved[number] = copy(tensor)
-            except RuntimeError as error:  # no memory
+            except RuntimeError as error:  # out of memory
                 _wait_without_memory(loans, error)
-    _end(_unique(held))
+    _log_copies(_unique(held))
     return moved
 
 
-def make_way(tensors: Iterable[Tensor | None]) -> None:
-    """Before these tensors are written, whose memory cannot move: parts that are held get copies of it. Local."""
+def move_parts(tensors: Iterable[Tensor | None]) -> None:
+    """Copies the referenced parts of these tensors, whose memory cannot move, before they are written. Local."""
     if not outstanding():
         return
     tensors = list(tensors)
@@ -176,27 +179,27 @@ def make_way(tensors: Iterable[Tensor | None]) -> None:
     for loan in loans:
         try:
             loan.move()
-        except RuntimeError as error:  # no memory
+        except RuntimeError as error:  # out of memory
             _wait_without_memory([loan], error)
     viewed = sum(loan.held for loan in loans)
-    _end(loans)
+    _log_copies(loans)
     if viewed:
         logger.warning(
-            "Views of %d parts of a state_dict() are still held, and the model's memory, in which they lie, is written "
-            "now: whoever holds these views will see other values. Wait for the checkpoint writer first.",
+            "Views of %d parts of a state_dict() are still referenced, and the memory of the model that they point to "
+            "is written now, so their values change. Wait for the checkpoint writer before this call.",
             viewed,
         )
 
 
 def _wait_without_memory(loans: Sequence[Loan], error: RuntimeError) -> None:
-    """There is no memory for a copy: waits until the parts are dropped. Raises nothing: other ranks would wait."""
+    """Waits until the parts are dropped, if there is no memory for a copy. Raises nothing: other ranks would wait."""
     begun = time.monotonic()
     while any(loan.held for loan in loans) and time.monotonic() - begun < PATIENCE:
         time.sleep(_POLL)
     if any(loan.held for loan in loans):
         logger.error(
-            "There is no memory to copy a part of a state_dict() that is still held, %.1f MiB: whoever holds it will "
-            "see newer values. Do not use that dict. %s",
+            "There is no memory to copy a part of a state_dict() that is still referenced, %.1f MiB. Its values change "
+            "now: do not use that dict. %s",
             _mebibytes(loans),
             error,
         )
@@ -206,25 +209,25 @@ def _mebibytes(loans: Iterable[Loan]) -> float:
     return sum(loan.end - loan.begin for loan in loans) / 2**20
 
 
-def _end(loans: Sequence[Loan]) -> None:
-    """These parts share no memory with us any more. The first time, that is a warning."""
-    global _told
+def _log_copies(loans: Sequence[Loan]) -> None:
+    """Removes parts that were separated from the list, and logs how much was copied; the first time as a warning."""
+    global _has_warned
     if not loans:
         return
     _forget(loans)
-    level = logging.INFO if _told else logging.WARNING
-    _told = True
+    level = logging.INFO if _has_warned else logging.WARNING
+    _has_warned = True
     logger.log(
         level,
-        "%d parts of a state_dict(), %.1f MiB, were still held when their memory was about to be written, so they were "
-        "copied. Drop the dict, or wait for the checkpoint writer, to save that memory.",
+        "%d parts of a state_dict(), %.1f MiB, were still referenced when their memory was written, so they were "
+        "copied. To save that memory, drop the dict earlier, or wait for the checkpoint writer.",
         len(loans),
         _mebibytes(loans),
     )
 
 
 def _by_tensor(tensors: Iterable[Tensor | None]) -> list[list[Loan]]:
-    """Returns for each tensor the parts of its memory that somebody holds."""
+    """Returns for each tensor the parts of its memory that are still referenced."""
     by_device: dict[torch.device, list[Loan]] = {}
     for loan in sorted(_loans.values(), key=lambda loan: loan.begin):
         if loan.held:
@@ -238,9 +241,10 @@ def _by_tensor(tensors: Iterable[Tensor | None]) -> list[list[Loan]]:
             found.append([])
             continue
         begin, end = _extent(tensor)
+        # A part that overlaps begins before ``end``, and at most the longest part's length before ``begin``.
         first = bisect_left(starts[tensor.device], begin - longest[tensor.device])
         last = bisect_left(starts[tensor.device], end)
-        found.append([loan for loan in loans[first:last] if loan.end > begin])
+        found.append([loan for loan in loans[first:last] if loan.end > begin])  # those that overlap the tensor
     return found
 
 

@@ -142,11 +142,11 @@ class TeacherShadow(Shadow):
         self._find()
         return super().tensors(name)
 
-    def make_way(self) -> None:
-        """See :meth:`Shadow.make_way`. What lies in the teacher cannot move, so there the parts do."""
+    def release_parts(self) -> None:
+        """See :meth:`Shadow.release_parts`. What lies in the teacher cannot move, so there the parts do."""
         if lent.outstanding() and self._installed and self.started:
-            lent.make_way(self._tensors[index] for index in self.fixed)
-        super().make_way()
+            lent.move_parts(self._tensors[index] for index in self.fixed)
+        super().release_parts()
 
     def hand_on(self) -> None:
         """Writes into the teacher what does not lie there. Local."""
@@ -219,7 +219,7 @@ class TeacherShadow(Shadow):
         """Finds where each shadow lies: in the teacher, or ``beside`` the tensors given. Copies ``values`` there."""
         kept = self._averaged + self._copied
         tensors = self._look()
-        lent.make_way(tensors[index] for index in kept)
+        lent.move_parts(tensors[index] for index in kept)
         for index in kept:
             if tensors[index].is_meta:
                 raise EMAStateError(
