@@ -142,7 +142,7 @@ def _show_plan(found: dict[str, Any]) -> None:
     labels = {
         "shadow": "averages",
         "buffers": "copies of buffers",
-        "staging": "copies of weights on their way",
+        "staging": "copies of weights",
         "scratch": "scratch of an update, at most",
         "in_use": "besides, while an average is in use",
         "update": "moved by an update",

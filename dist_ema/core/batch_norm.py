@@ -57,7 +57,7 @@ def update_bn(
             shadow = shadows[key]
             if shadow is not None:
                 shadow.copy_(value.reshape(-1))
-        average.shadow.hand_on()
+        average.shadow.write_teacher()
         average.condition.broken = None
 
 

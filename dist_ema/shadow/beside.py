@@ -1,14 +1,14 @@
-"""Updates on a GPU that run beside the next forward pass: ``attach(optimizer, overlap=True)``.
+"""Runs updates on a GPU beside the next forward pass: ``attach(optimizer, overlap=True)``.
 
 ::
 
-    the caller's stream   step 1 | copies of buffers | forward, backward ........ | wait | step 2
-    a stream of our own          | wait | update ................................^
+    caller's stream    step 1 | copies of buffers | forward, backward ........ | wait | step 2
+    second stream             | wait | update ................................^
 
-The weights have to stay as they are until the update has read them. The next optimizer step waits for that, on the
-device, by the hook of :mod:`dist_ema.shadow.reading`; every other call of the library waits as well. A forward pass may
-write buffers, so these are copied before. Weights that anything else has written meanwhile are noticed by torch's count
-of writes: the average may then have some of their elements from before and some from after, and cannot be used.
+Weights must not change until the update has read them. The next optimizer step waits for that on the device, by the
+hook of :mod:`dist_ema.shadow.reading`, and so does every other call of the library. A forward pass may write buffers,
+so buffers are copied first. If anything else writes weights in the meantime, torch's count of writes shows it. The
+average may then have elements from before and from after the write, so it cannot be used any more.
 """
 
 from __future__ import annotations
@@ -30,34 +30,35 @@ logger = logging.getLogger(__name__)
 
 
 class Beside:
-    """The streams on which one average is updated. Local; nothing here waits on the host.
+    """Runs the updates of one average on streams of its own. Local; nothing here waits on the host.
 
     Attributes:
-        failure: what every call raises from now on; None if nothing is wrong.
+        failure: the error that every call raises from now on; None if there is none.
     """
 
     def __init__(self) -> None:
         self.failure: EMAStateError | None = None
         self._streams: dict[torch.device, OwnStream] = {}
-        self._running: list[OwnStream] = []  # with work that the caller's stream has not waited for
-        self._read: list[tuple[str, Tensor, int]] = []  # name, tensor, and how often it had been written
-        self._taken: list[Tensor] = []  # stay alive until the work is done
-        self._told = False
+        self._running: list[OwnStream] = []  # streams whose work the caller's stream has not waited for
+        self._read: list[tuple[str, Tensor, int]] = []  # name, tensor and write count of what is being read
+        self._taken: list[Tensor] = []  # keeps what is being read alive until the work is done
+        self._has_warned = False
 
     def run(self, shares: Sequence[Share], sources: Sequence[Tensor], work: Callable[[Sequence[Tensor]], None]) -> None:
-        """Has ``work`` done with the sources as they are now. It is done at once where no stream of ours can do it.
+        """Runs ``work`` on the sources as they are now, on second streams; on the current ones if that is impossible.
 
         Args:
-            shares: what is kept of each source.
+            shares: what is averaged of each source.
             sources: the live tensors.
-            work: asks the current streams for an update from these tensors.
+            work: launches an update from the given tensors on the current streams.
         """
         self.join()
         kept = [index for index, share in enumerate(shares) if share.mode != "live"]
         devices = {sources[index].device for index in kept if sources[index].is_cuda}
         if not devices:
-            self._tell_once(sources[kept[0]].device)
-        if not devices or torch.cuda.is_current_stream_capturing():  # a graph has to end with all that began in it
+            self._warn_once(sources[kept[0]].device)
+        # A CUDA graph must contain the end of all work whose beginning it contains.
+        if not devices or torch.cuda.is_current_stream_capturing():
             work(sources)
             return
         taken = list(sources)
@@ -87,21 +88,23 @@ class Beside:
         written = [name for name, tensor, count in self._read if write_count(tensor) != count]
         for stream in self._running:
             stream.hold_back()
-        self._running, self._read, self._taken = [], [], []
+        self._running = []
+        self._read = []
+        self._taken = []
         if written:
             self.failure = EMAStateError(
-                f"{written[0]!r} and {len(written) - 1} more parameters were written, and not by a torch optimizer's "
-                "step(), while an update beside training (attach(overlap=True)) was still reading them, so the average "
-                "cannot be used. Call wait() before you write weights, or attach without overlap. To go on now, call "
-                "reset() to start anew from the live weights, or load() a checkpoint"
+                f"{written[0]!r} and {len(written) - 1} more parameters were written by something else than the step() "
+                "of a torch optimizer, while an update beside training (attach(overlap=True)) was still reading them, "
+                "so the average cannot be used. Call wait() before you write weights, or attach without overlap. To go "
+                "on now, call reset() to start again from the live weights, or load() a checkpoint"
             )
 
-    #: As :class:`~dist_ema.shadow.reading.Reader`.
+    #: Implements :class:`~dist_ema.shadow.reading.Reader`.
     wait_for_reads = join
 
-    def _tell_once(self, device: torch.device) -> None:
-        if not self._told:
-            self._told = True
+    def _warn_once(self, device: torch.device) -> None:
+        if not self._has_warned:
+            self._has_warned = True
             logger.warning(
                 "attach(overlap=True) changes nothing: the weights are on %s, and only updates on a CUDA device can "
                 "run beside training.",

@@ -1,4 +1,4 @@
-"""Holds averaged values: flat memory beside the weights, one allocation per average, dtype and device."""
+"""Holds averaged values in memory beside the weights: one allocation per average, dtype and device."""
 
 from __future__ import annotations
 
@@ -25,15 +25,20 @@ logger = logging.getLogger(__name__)
 
 
 class Shadow:
-    """The averages of one model on this rank, and the last copy of its buffers, which all averages have in common.
+    """Holds the averages of one model on this rank, and the last copy of its buffers, which all averages share.
 
-    Memory is taken at the first update, since a model may still be on the meta device before.
+    Memory is allocated at the first update, because a model may be on the meta device before. Lists of tensors follow
+    the order of ``_averaged`` (averages) and ``_copied`` (buffers), which hold indices into ``shares``::
+
+        shares       0 average   1 live   2 copy   3 average
+        _averaged   [0, 3]       _averages[name] = [shadow of 0, shadow of 3]
+        _copied     [2]          _buffers        = [copy of 2]
 
     Args:
-        names: of the averages.
-        shares: what this rank keeps of each tensor.
-        skip_nonfinite: leave out NaN and Inf.
-        seed: of stochastic rounding, for bf16 shadows; None rounds to nearest.
+        names: the names of the averages.
+        shares: what this rank averages of each tensor.
+        skip_nonfinite: leave a shadow element unchanged where its source is NaN or Inf.
+        seed: the seed for stochastic rounding of bf16 shadows; None rounds to nearest.
     """
 
     def __init__(
@@ -47,17 +52,16 @@ class Shadow:
         self._averaged = [index for index, share in enumerate(shares) if share.mode == "average"]
         self._copied = [index for index, share in enumerate(shares) if share.mode == "copy"]
         self._shares = shares
-        self._complex = _complex_shares(shares)  # numbers of shares whose average is complex
+        self._complex = _complex_shares(shares)  # indices of shares whose average is complex
         self._averages: dict[str, list[Tensor]] = {}
-        self._spans: list[tuple[int, int]] | None = None  # of what is averaged, once it is known where that lies
+        self._spans: list[tuple[int, int]] | None = None  # range of each averaged share in its source; None: to compute
         self._buffers: list[Tensor] = []
-        self._copies: Copies | None = None  # what else holds the average (teacher/shadow.py)
-        # NaN and Inf elements of the first copy, counted on each device, until they have been logged.
+        self._copies: Copies | None = None  # further tensors that an update writes (teacher/shadow.py)
+        # Counts of NaN and Inf elements in the first copy, on each device, until they are logged.
         self._unreported: dict[torch.device, Tensor] = {}
-        self._tainted: set[int] = set()  # the tensors that had some, on the CPU
-        self._beside: Beside | None = None  # runs updates beside training
-        # Shares that follow() gave new memory, which fill_new() fills.
-        self._new: list[int] = []
+        self._tainted: set[int] = set()  # places in _averaged of the CPU tensors that had such elements
+        self._beside: Beside | None = None  # runs updates on second streams; None on the current one
+        self._new: list[int] = []  # shares to which follow() gave memory that fill_new() has to fill
 
     @property
     def started(self) -> bool:
@@ -65,7 +69,7 @@ class Shadow:
         return bool(self._averages)
 
     def run_beside(self, wanted: bool = True) -> None:
-        """Runs updates from now on beside the next forward pass, or not. Local. See :mod:`dist_ema.shadow.beside`."""
+        """Sets whether updates run beside the next forward pass (:mod:`dist_ema.shadow.beside`). Local."""
         self.drain()
         if wanted and self._beside is None:
             self._beside = Beside()
@@ -73,35 +77,39 @@ class Shadow:
             self._beside = None
 
     def allocate(self, sources: Sequence[Tensor]) -> None:
-        """Takes memory, uninitialised, beside the sources. Local."""
+        """Allocates uninitialised memory on the devices of the sources. Local."""
         averages = {name: self._allocate(sources, self._averaged) for name in self._names}
         self._buffers = self._allocate(sources, self._copied)
-        self._averages, self._spans = averages, None
+        self._averages = averages
+        self._spans = None
 
     def start(self, sources: Sequence[Tensor]) -> None:
-        """Takes memory, and copies the sources into every average. Local."""
+        """Allocates memory, and copies the sources into every average. Local."""
         self.allocate(sources)
         self.fill(sources)
 
     def first_copy(self, sources: Sequence[Tensor]) -> None:
-        """``start()`` for the average itself: logs NaN and Inf weights on the CPU at once. Local, no host sync."""
+        """Does what ``start()`` does, and logs NaN and Inf weights that are on the CPU. Local, no host sync."""
         self.start(sources)
         self.report_nonfinite(wait=False)
 
     def fill(self, sources: Sequence[Tensor]) -> None:
         """Copies the sources into every average. Local."""
         rounding = self._rounding(1)
-        guard = kernels.Guard() if self.guard is None else self.guard  # counts; a copy takes what is not finite too
+        # The guard only counts here: the first copy has no earlier value to keep, so it takes NaN and Inf as well.
+        guard = kernels.Guard() if self.guard is None else self.guard
         operands = list(self._averages.values()), self._pick(sources), self._ranges(self._averaged)
         kernels.copy(*self._in_reals(self._averaged, *operands), guard, rounding)
-        self._unreported, self._tainted = guard.snapshot(), set(guard.tainted)
+        self._unreported = guard.snapshot()
+        self._tainted = set(guard.tainted)
         self._copy_buffers(sources)
 
     def report_nonfinite(self, wait: bool) -> None:
         """Logs once that weights were NaN or Inf at the first copy. Local.
 
-        Counts on an accelerator are looked at only with ``wait``, which waits for the device: where a call reads a
-        number from it anyway.
+        Args:
+            wait: also read counts that are on an accelerator, which waits for the device. Only calls that wait for the
+                device anyway set it.
         """
         self._join()
         ready = [device for device in self._unreported if wait or device.type == "cpu"]
@@ -112,13 +120,16 @@ class Shadow:
                 "%d elements of the weights were NaN or Inf when the average began%s. %s",
                 found,
                 f" ({names[0]!r}" + (f" and {len(names) - 1} more tensors)" if names[1:] else ")") if names else "",
-                "They stay so with skip_nonfinite=False."
+                "With skip_nonfinite=False they stay NaN or Inf."
                 if self.guard is None
-                else "Each takes the first finite value that training gives it.",
+                else "Each is replaced by the first finite value that training gives it.",
             )
 
     def loaded(self) -> None:
-        """After the shadows were filled from a checkpoint: forgets what the first copy noticed; an update looks."""
+        """Forgets what the first copy found, after the shadows were filled from a checkpoint.
+
+        A loaded average may have NaN, so the next update looks at every shadow element.
+        """
         self._join()
         self._unreported = {}
         if self.guard is not None:
@@ -133,23 +144,24 @@ class Shadow:
         sources: Sequence[Tensor],
         counterpart: Counterpart | None = None,
     ) -> None:
-        """Goes on with other shares: tensors that were not averaged join, buffers are resized. Local.
+        """Changes to other shares, when tensors join the average or buffers are resized. Local.
 
-        The memory of the other tensors stays where it is. What is new is uninitialised until ``update()``, or
-        ``fill_new()``, copies its source. If this raises, nothing has changed.
+        The memory of the other tensors stays where it is. The memory of new shares is uninitialised until ``update()``
+        or ``fill_new()`` copies their sources. If this raises, nothing has changed.
 
         Args:
-            shares: from now on.
-            places: for each share until now, its number among the new ones; -1 for one that was not kept and is gone.
-            new: numbers of the new shares that join or were resized.
-            sources: the live tensors, one for each new share.
-            counterpart: the teacher's tensors in the order of the new shares, where there is a teacher.
+            shares: the shares from now on.
+            places: for each previous share its index among ``shares``; -1 if it had no shadow and is gone.
+            new: indices in ``shares`` of those that join or were resized.
+            sources: the live tensors, one for each of ``shares``.
+            counterpart: the teacher's tensors in the order of ``shares``, if there is a teacher.
         """
         averaged, copied = self._numbers_after(shares, places, new)
         self._join()
         if self.started:
             fresh = {mode: [index for index in new if shares[index].mode == mode] for mode in ("average", "copy")}
-            before, self._shares = self._shares, shares
+            before = self._shares
+            self._shares = shares  # _allocate() reads it
             try:
                 memories = [self._allocate(sources, fresh["average"]) for _ in self._names]
                 buffers = self._allocate(sources, fresh["copy"])
@@ -160,14 +172,17 @@ class Shadow:
                 _put(average, averaged, dict(zip(fresh["average"], memory_, strict=True)))
             _put(self._buffers, copied, dict(zip(fresh["copy"], buffers, strict=True)))
             self._new = list(new)
-        self._shares, self._averaged, self._copied = shares, averaged, copied
+        self._shares = shares
+        self._averaged = averaged
+        self._copied = copied
         self._complex = _complex_shares(shares)
-        self._spans = self._positions = None
+        self._spans = None
+        self._positions = None
 
     def _numbers_after(
         self, shares: Sequence[Share], places: Sequence[int], new: Sequence[int]
     ) -> tuple[list[int], list[int]]:
-        """Returns the numbers of what is averaged, and of what is copied, after ``follow()``: what joins comes last."""
+        """Returns ``_averaged`` and ``_copied`` for the new shares. Shares that join come last."""
         averaged = [places[index] for index in self._averaged]
         copied = [places[index] for index in self._copied]
         known = set(averaged)
@@ -180,9 +195,11 @@ class Shadow:
         return bool(self._new)
 
     def fill_new(self, sources: Sequence[Tensor], number: int) -> None:
-        """Copies the sources of what is new into every average. Local.
+        """Copies the sources of new shares into every average. Local.
 
-        ``number`` is that of the update that comes with it: rounding depends on it.
+        Args:
+            sources: the live tensors.
+            number: the number of the update that this is part of, on which stochastic rounding depends.
         """
         self._join()
         self._fill_new(sources, number)
@@ -199,7 +216,8 @@ class Shadow:
         targets = [[average[place] for place in places] for average in self._averages.values()]
         taken = [sources[index] for index in averaged]
         kernels.copy(*self._in_reals(averaged, targets, taken, self._ranges(averaged)), None, rounding)
-        if self.guard is not None:  # the next update looks at every element of these, and counts
+        if self.guard is not None:
+            # These were copied without a guard, so the next update looks at every shadow element of them.
             self.guard.tainted.update(places)
         copied = [index for index in self._new if self._shares[index].mode == "copy"]
         buffer_of = dict(zip(self._copied, self._buffers, strict=True))
@@ -212,8 +230,8 @@ class Shadow:
 
         Args:
             sources: the live tensors.
-            weights: of each average.
-            number: of this update; the first copy was number 1. Rounding depends on it.
+            weights: the weight of the sources in each average.
+            number: the number of this update, on which stochastic rounding depends; the first copy is number 1.
         """
         if self._beside is None:
             self._update(sources, weights, number)
@@ -229,7 +247,8 @@ class Shadow:
         rounding = self._rounding(number)
         copies = self._copies
         operands = averages, self._pick(sources), self._spans
-        if self._complex:  # what else holds the average is complex too, and is written afterwards
+        if self._complex:
+            # The kernel sees pairs of reals. Further tensors to write are complex, and are written afterwards.
             operands = self._in_reals(self._averaged, *operands)
             copies = None
         kernels.lerp(*operands, weights, self.scratch, self.guard, rounding, copies)
@@ -244,13 +263,13 @@ class Shadow:
         sources: Sequence[Tensor],
         spans: Sequence[tuple[int, int]],
     ) -> tuple[list[list[Tensor]], list[Tensor], list[tuple[int, int]]]:
-        """Kernel arguments with pairs of real numbers in the place of complex ones: views, no copies. Local.
+        """Returns kernel arguments in which views as pairs of reals replace complex tensors. Local; copies nothing.
 
-        So NaN and Inf are left out, and counted, for the real and the imaginary part by itself.
+        NaN and Inf are therefore left out and counted separately in real and imaginary parts.
 
         Args:
-            indices: of the shares, one for each source.
-            averages, sources, spans: as :func:`kernels.lerp` takes them.
+            indices: the share of each source.
+            averages, sources, spans: as for :func:`kernels.lerp`.
         """
         targets = [list(tensors) for tensors in averages]
         taken = list(sources)
@@ -272,8 +291,10 @@ class Shadow:
         return Rounding(self._positions, [average_key(self.seed, update, name) for name in self._names])
 
     def tensors(self, name: str) -> list[Tensor | None]:
-        """Returns the flat shadow of every share, None where it is live. Raises EMAStateError if an update has
-        failed.
+        """Returns the shadow of every share, 1D; None for a live share.
+
+        Raises:
+            EMAStateError: an update has failed.
         """
         self._join()
         self._raise_failure()
@@ -324,7 +345,7 @@ class Shadow:
         """Makes this shadow the active one. Local."""
         return
 
-    def hand_on(self) -> None:
+    def write_teacher(self) -> None:
         """After others than ``update`` have written into it. Local."""
         return
 

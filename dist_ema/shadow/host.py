@@ -1,12 +1,16 @@
-"""A shadow in host memory, which a thread keeps up to date while training goes on.
+"""Keeps a shadow in host memory and updates it in a thread while training continues (``offload="cpu"``).
 
-An update asks for copies of the weights and returns; the thread waits for them and averages. Weights that are in host
-memory already are not copied: the thread reads them in place.
+An update starts copies of the weights to the host and returns. The thread waits for the copies and averages them.
+Weights that are in host memory already are not copied: the thread reads them in place::
 
-The weights have to stay as they are until they have been read. Whoever writes them waits for that, by
-:func:`dist_ema.shadow.reading.wait_for_reads`: every optimizer step, and every average that goes into the model. A
-write by other hands is noticed where torch counts it, and logged. What a forward pass writes (buffers) is copied before
-``update`` returns, or in the order of the device's work.
+    training thread   step 1 | update() | forward, backward ........ | step 2
+    device's stream          | copies of the weights ....|           ^ waits until the copies are made
+    worker thread                                        | average ................|
+                                                                                   ^ the next update() waits for this
+
+Weights must not change until they have been read. Every optimizer step, and every average that is put into the model,
+therefore calls :func:`dist_ema.shadow.reading.wait_for_reads` first. Any other write is logged if torch has counted it.
+Buffers, which a forward pass may write, are copied before ``update()`` returns, or in order with the device's work.
 """
 
 from __future__ import annotations
@@ -34,13 +38,13 @@ logger = logging.getLogger(__name__)
 
 
 class HostShadow(Shadow):
-    """A :class:`Shadow` in host memory, pinned where a device copies to it.
+    """Implements :class:`Shadow` in host memory, which is pinned if a device copies to it.
 
-    Everything that reads or changes the averages waits for the thread, and raises EMAStateError if it has failed.
+    Every method that reads or changes the averages waits for the thread, and raises EMAStateError if it has failed.
 
     Args:
-        threads: of the worker; see :class:`Worker`.
-        seed: see :class:`Shadow`.
+        names, shares, skip_nonfinite, seed: as for :class:`Shadow`.
+        threads: number of threads that average; see :class:`Worker`.
     """
 
     def __init__(
@@ -53,26 +57,26 @@ class HostShadow(Shadow):
     ) -> None:
         super().__init__(names, shares, skip_nonfinite, seed)
         self._worker = Worker(threads)
-        self._kept = [*self._averaged, *self._copied]
+        self._kept = [*self._averaged, *self._copied]  # indices of the shares that have a shadow
         self._links: dict[torch.device, Link] = {}
-        self._staging: dict[int, Tensor] = {}
-        self._origins: dict[int, tuple[torch.dtype, torch.device]] = {}
-        self._read: dict[int, tuple[Tensor, int]] = {}
-        self._released = True
+        self._staging: dict[int, Tensor] = {}  # host memory for the copies of each share's source
+        self._origins: dict[int, tuple[torch.dtype, torch.device]] = {}  # of the sources at the first update
+        self._read: dict[int, tuple[Tensor, int]] = {}  # weights that are being read, with their write counts
+        self._released = True  # whether a writer has waited for the reads of the last update
         self._warned = False
-        self._pins = False
+        self._pins = False  # whether host memory is pinned
 
-    # As of Shadow, with the arithmetic in the thread.
+    # The methods of Shadow. The arithmetic runs in the thread.
 
     def allocate(self, sources: Sequence[Tensor]) -> None:
-        """Takes memory for the averages and for copies of their sources. Local."""
+        """Allocates the averages, and the memory for copies of their sources. Local."""
         self._pins = any(sources[index].device.type == "cuda" for index in self._kept)
         super().allocate(sources)
         self._origins = {}
         self._stage(sources, self._kept)
 
     def _stage(self, sources: Sequence[Tensor], indices: Sequence[int]) -> None:
-        """Takes memory for copies of the sources of these shares, where they are copied. Local."""
+        """Allocates memory for copies of the sources of these shares, unless they are read in place. Local."""
         self._origins |= {index: (sources[index].dtype, sources[index].device) for index in indices}
         wanted = set(indices)
         for link, routed in self._routes():
@@ -88,7 +92,7 @@ class HostShadow(Shadow):
         sources: Sequence[Tensor],
         counterpart: Counterpart | None = None,
     ) -> None:
-        """See :meth:`Shadow.follow`. Waits for the thread."""
+        """Implements :meth:`Shadow.follow`. Waits for the thread."""
         self._worker.wait()
         super().follow(shares, places, new, sources, counterpart)
         self._kept = [*self._averaged, *self._copied]
@@ -99,16 +103,16 @@ class HostShadow(Shadow):
             self._stage(sources, new)
 
     def fill_new(self, sources: Sequence[Tensor], number: int) -> None:
-        """See :meth:`Shadow.fill_new`; in the thread. Local; does not wait."""
+        """Implements :meth:`Shadow.fill_new` in the thread. Local; does not wait."""
         self._submit(sources, lambda taken: self._fill_new(taken, number))
 
     def start(self, sources: Sequence[Tensor]) -> None:
-        """Takes memory, and has the sources copied into every average. Local; does not wait."""
+        """Allocates memory, and starts to copy the sources into every average. Local; does not wait."""
         self.allocate(sources)
         self._submit(sources, self.fill)
 
     def first_copy(self, sources: Sequence[Tensor]) -> None:
-        """``start()``; the thread logs NaN and Inf weights, since they are in host memory there. Local."""
+        """Does what ``start()`` does; the thread also logs NaN and Inf weights. Local; does not wait."""
 
         def work(taken: Sequence[Tensor]) -> None:
             self.fill(taken)
@@ -118,20 +122,20 @@ class HostShadow(Shadow):
         self._submit(sources, work)
 
     def update(self, sources: Sequence[Tensor], weights: Sequence[float], number: int) -> None:
-        """Has every average moved by its weight. Local; waits for the update before, not for this one."""
+        """Starts to move every average by its weight. Local; waits for the previous update, not for this one."""
         update = super().update
         self._submit(sources, lambda taken: update(taken, weights, number))
 
     def tensors(self, name: str) -> list[Tensor | None]:
-        """Returns the flat shadow of every share, None where it is live. Waits for the thread."""
+        """Returns the shadow of every share, 1D; None for a live share. Waits for the thread."""
         self._worker.wait()
         return super().tensors(name)
 
     def check(self, sources: Sequence[Tensor]) -> None:
-        """Waits for the update before; raises EMAStateError if it failed, or a source moved or was converted since.
+        """Waits for the previous update. Raises EMAStateError if it failed, or if a source was moved or converted.
 
-        A source that has more bits now gets new memory for its copies: where an optimizer keeps fp32 masters, these
-        take the place of bf16 parameters at its first step.
+        A source whose dtype has more bits than before gets new memory for its copies. This happens with ``masters=``:
+        at the first step of the optimizer its fp32 masters become the sources in place of bf16 parameters.
         """
         self._worker.wait()
         widened = []
@@ -150,8 +154,9 @@ class HostShadow(Shadow):
             self._stage(sources, widened)
 
     def _submit(self, sources: Sequence[Tensor], work: Callable[[Sequence[Tensor]], None]) -> None:
+        """Starts the copies of the sources, and then ``work`` on the copies in the thread."""
         announce(self)
-        self._worker.wait()
+        self._worker.wait()  # the staging memory is free again
         taken = list(sources)
         for link, indices in self._routes():
             takes = []
@@ -171,41 +176,42 @@ class HostShadow(Shadow):
         self._worker.start(lambda: self._work(taken, work))
 
     def _work(self, taken: Sequence[Tensor], work: Callable[[Sequence[Tensor]], None]) -> None:
-        """Runs in the thread."""
+        """Runs in the thread: waits for the copies, then averages."""
         for link in self._links.values():
             link.join()
-        self._look_for_writes(self._staging)
+        self._warn_of_writes(self._staging)  # what was copied has been read now
         work(taken)
-        self._look_for_writes(self._read.keys() - self._staging)
-        self._read = {}  # weights may be freed now
+        self._warn_of_writes(self._read.keys() - self._staging)  # what was read in place has been read now
+        self._read = {}  # drops the references, so that weights may be freed
 
-    # Order: see the table in dist_ema/runtime/__init__.py.
+    # Who waits for whom: see the table in dist_ema/runtime/__init__.py.
 
     def wait_for_reads(self) -> None:
-        """Before the weights are written: waits until they have been read, the device's copies in the device's order.
+        """Waits until the weights have been read, before they are written.
 
-        Raises nothing: a failure is for the next call to this library.
+        For copies by a device the device waits, not the host. Raises nothing: a failure of the thread is raised by the
+        next call of this library, not by an optimizer's step.
         """
         if not self._worker.busy:
             return
-        self._look_for_writes(self._read)
+        self._warn_of_writes(self._read)
         self._released = True
         for link in self._links.values():
             link.wait_for_reads()
         if self._read.keys() - self._staging:
             self._worker.drain()
 
-    def _look_for_writes(self, indices: Iterable[int]) -> None:
-        """Logs, once, a write to weights that were still being read."""
+    def _warn_of_writes(self, indices: Iterable[int]) -> None:
+        """Logs, once, that weights were written while they were being read."""
         read = self._read
         written = [index for index in indices if index in read and write_count(read[index][0]) != read[index][1]]
-        # In this order: an optimizer writes after it has released the weights, which may be just now.
+        # _released has to be read after the counts: an optimizer sets it (by wait_for_reads) before it writes.
         if written and not self._released and not self._warned:
             self._warned = True
             logger.warning(
-                "%r and %d more were written while an offloaded average was still reading them, and not by a torch "
-                "optimizer's step(): the average may have taken some elements from before and some from after. Call "
-                "wait() before writing weights by hand, or update() after it.",
+                "%r and %d more were written by something else than the step() of a torch optimizer, while an "
+                "offloaded update was still reading them. The average may have elements from before and from after the "
+                "write. Call wait() before you write weights, or call update() after it.",
                 self._shares[written[0]].spec.name,
                 len(written) - 1,
             )
@@ -219,29 +225,29 @@ class HostShadow(Shadow):
         self._worker.raise_failure()
 
     def close(self) -> None:
-        """Ends the thread, which starts again when it is needed. Raises what nobody has seen yet."""
+        """Ends the thread; it starts again when it is needed. Raises a failure that no call has raised yet."""
         self._worker.close()
 
     def discard(self) -> None:
-        """Ends the thread. What failed in it is not reported any more."""
+        """Ends the thread, and forgets its failure."""
         self._worker.discard()
 
     @property
     def failed(self) -> bool:
-        """Returns whether every call raises what failed."""
+        """Returns whether the thread has failed, so that every call raises."""
         return self._worker.failed
 
     # Memory.
 
     def notes(self) -> list[str]:
-        """Returns what the shadow costs beside the averages, for a report."""
+        """Returns what memory the shadow takes beside the averages, for ``memory_report()``."""
         staged = sum(tensor.nbytes for tensor in self._staging.values()) / 2**20
         pins = any(tensor.is_pinned() for tensor in self._staging.values()) if self._pins else False
         kind = "pinned" if pins else "pageable"
-        return [f"offloaded to the host, {kind} memory; copies of weights on their way: {staged:.1f} MiB"]
+        return [f"offloaded to the host, {kind} memory; copies of weights: {staged:.1f} MiB"]
 
     def _routes(self) -> list[tuple[Link, list[int]]]:
-        """Returns which sources are copied, and by which link."""
+        """Returns the links, each with the indices of the shares whose sources it copies."""
         routes: dict[torch.device, list[int]] = {}
         for index, (_, device) in self._origins.items():
             in_place = device.type == "cpu" and "cpu" not in LINKS and self._shares[index].spec.kind != "buffer"
@@ -252,14 +258,16 @@ class HostShadow(Shadow):
         return [(self._links[device], indices) for device, indices in routes.items()]
 
     def _ranges(self, indices: Iterable[int]) -> list[tuple[int, int]]:
-        """Of what the thread reads: a copy begins with the first element that is kept."""
-        shares = {index: self._shares[index] for index in indices}
-        return [
-            (0, share.numel) if index in self._staging else (share.start, share.stop) for index, share in shares.items()
-        ]
+        """Returns the range that each share has in what the thread reads: a copy has only the share's elements."""
+        ranges = []
+        for index in indices:
+            share = self._shares[index]
+            is_copy = index in self._staging
+            ranges.append((0, share.numel) if is_copy else (share.start, share.stop))
+        return ranges
 
     def release_parts(self) -> None:
-        """See :meth:`Shadow.release_parts`. Waits for the thread, which writes the averages."""
+        """Implements :meth:`Shadow.release_parts`. Waits for the thread, which writes the averages."""
         self._worker.drain()
         super().release_parts()
 
@@ -271,6 +279,6 @@ class HostShadow(Shadow):
         for index in indices:
             if sources[index].is_meta:
                 name = self._shares[index].spec.name
-                raise EMAStateError(f"{name!r} is on the meta device: materialise the model before update()")
+                raise EMAStateError(f"{name!r} is on the meta device: materialize the model before update()")
         sizes = [(self._shares[index].numel, self._shares[index].dtype) for index in indices]
         return carve(sizes, memory.pinned if self._pins else pageable)

@@ -1,4 +1,4 @@
-"""Whether another thread of this process works with a tensor, which its variables tell."""
+"""Finds out whether another thread of this process is working with a tensor, by looking at the thread's variables."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-#: Objects among one thread's variables that are looked at.
+#: Number of objects that are looked at in the variables of one thread.
 _LOOKS = 50_000
 
 
 def is_at_work(storages: Container[StorageWeakRef]) -> bool:
-    """Returns whether a tensor with one of these storages is among the variables of another thread, or in a dict or
-    list there.
+    """Returns whether a variable of another thread refers to one of these storages. Local.
 
-    A thread that has it elsewhere, as an attribute, is noticed while it has the tensor itself in hand. Local.
+    Looks at local variables of all functions on the thread's stack, and into dicts, lists and tuples. A tensor that the
+    thread reaches only through an attribute of an object is found while a variable refers to the tensor itself.
     """
     own = threading.get_ident()
     frames = [frame for thread, frame in sys._current_frames().items() if thread != own]
-    return any(_sees(value, storages) for frame in frames for value in _values(frame))
+    return any(_refers_to(value, storages) for frame in frames for value in _values(frame))
 
 
 def _values(frame: FrameType) -> Iterator[object]:
-    """Everything that the functions of one thread have in variables, and what these contain."""
+    """Yields the local variables of all functions on a stack, and the contents of dicts, lists and tuples in them."""
     seen: set[int] = set()
     values: deque[object] = deque()
     current: FrameType | None = frame
@@ -41,17 +41,17 @@ def _values(frame: FrameType) -> Iterator[object]:
             continue
         seen.add(id(value))
         yield value
-        # Copies, since the other thread may change them at any time.
+        # list() copies: the other thread may change the container at any time.
         if isinstance(value, dict):
             values.extend(list(value.values()))
         elif isinstance(value, (list, tuple, deque)):
             values.extend(list(value))
 
 
-def _sees(value: object, storages: Container[StorageWeakRef]) -> bool:
-    """Returns whether this is one of the storages, or a tensor, or a part of an average, that lies there."""
+def _refers_to(value: object, storages: Container[StorageWeakRef]) -> bool:
+    """Returns whether a value is one of these storages, or a tensor or a part of an average in one of them."""
     if isinstance(value, Tensor):
-        value = vars(value).get("held", value)  # of a BoxedTensor, which has no storage
+        value = vars(value).get("held", value)  # a BoxedTensor has no storage, but its ``held`` has
     if type(value) is Tensor and value.layout is torch.strided and not value.is_meta:
         value = value.untyped_storage()
     return isinstance(value, torch.UntypedStorage) and StorageWeakRef(value) in storages  # type: ignore[no-untyped-call]

@@ -1,6 +1,7 @@
-"""Tracks reads of weights that go on after ``update()`` has returned, so that a writer can wait for them.
+"""Tracks reads of weights that continue after ``update()`` has returned, so that writers can wait for them.
 
-An optimizer's step waits by a hook for all of torch's optimizers, from which DeepSpeed's inherit.
+Optimizer steps wait by a hook that torch calls before each step of every optimizer. DeepSpeed's optimizers run a torch
+optimizer inside, so the hook is called for them too.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from dist_ema.runtime.untraced import untraced
 
 
 class Reader(Protocol):
-    """Something that reads weights while training goes on."""
+    """Reads weights while training continues."""
 
     def wait_for_reads(self) -> None:
-        """Makes later work of the device wait for the reading. Raises nothing."""
+        """Makes later work on the device wait until the weights have been read. Raises nothing."""
 
 
 _readers: WeakSet[Reader] = WeakSet()
@@ -25,13 +26,13 @@ _hooks: list[object] = []
 
 
 def wait_for_reads(*_: object) -> None:
-    """Every average of this process has read its weights afterwards, as far as the device's order goes."""
+    """Waits until every average of this process has read its weights. For copies by a device only the device waits."""
     for reader in list(_readers):
         reader.wait_for_reads()
 
 
 def announce(reader: Reader) -> None:
-    """Makes writers of weights wait for this reader from now on."""
+    """Registers a reader, so that optimizers wait for it from now on. The reader is held by a weak reference."""
     if not _hooks:
         _hooks.append(register_optimizer_step_pre_hook(untraced(wait_for_reads)))
     _readers.add(reader)

@@ -1,10 +1,9 @@
-"""Device-to-host copies of weights for an offloaded average, and their order against training.
+"""Copies weights from a device to the host for an offloaded average, in order with training.
 
-A *link* takes copies of one device's tensors. Everything that was asked of the device before a copy is in it, and
-nothing that is asked after ``wait_for_reads()``. Copies go straight into host memory of the size and dtype of this
-rank's weights: a smaller staging area would have to be emptied by the worker before the last part can be copied, so
-that the next optimizer step would wait for the worker, and the host for both. Here only the device waits, and only for
-copies.
+A *link* copies tensors of one device. A copy contains all work that was launched before it, and none that is launched
+after ``wait_for_reads()``. Copies go into host memory of the size and dtype of this rank's weights. A smaller area
+would be filled several times: the worker would have to empty it before the last part could be copied, and the next
+optimizer step would have to wait for the worker. Here only the device waits, and only for copies.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from dist_ema import kernels
 from dist_ema.runtime import memory
 from dist_ema.runtime.streams import OwnStream
 
-#: Bytes of one allocation at most, unless one tensor is larger: torch rounds pinned memory up to a power of two.
+#: Maximum bytes of one allocation, unless one tensor is larger. torch rounds pinned memory up to a power of two.
 _BLOCK = 1 << 30
 
 Allocate = Callable[[int, torch.dtype], Tensor]
@@ -29,9 +28,9 @@ Allocate = Callable[[int, torch.dtype], Tensor]
 
 @dataclass
 class CopyRequest:
-    """Elements ``[start, stop)`` of ``source``, flattened, and the flat host memory ``out`` that they go to.
+    """Describes one copy: elements ``[start, stop)`` of the flattened ``source`` go into ``out``, 1D host memory.
 
-    ``soon``: a forward pass may write the source (buffers), not only an optimizer step.
+    ``soon`` says that a forward pass may write the source, as it may write buffers, and not only an optimizer step.
     """
 
     source: Tensor
@@ -42,40 +41,46 @@ class CopyRequest:
 
 
 class Link(ABC):
-    """Copies from one device; the calls come in this order, from the thread that trains but for ``join``."""
+    """Copies tensors of one device to the host.
+
+    The methods are called in this order, by the thread that trains; only ``join`` may be called by any thread.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
     @abstractmethod
     def empty(self, numel: int, dtype: torch.dtype) -> Tensor:
-        """Host memory to copy to, uninitialised."""
+        """Returns uninitialised host memory to copy to."""
 
     @abstractmethod
     def copy(self, takes: Sequence[CopyRequest]) -> None:
-        """Asks for copies of what the sources are now. May return before they are made."""
+        """Starts copies of the present values of the sources. May return before they are complete."""
 
     @abstractmethod
     def wait_for_reads(self) -> None:
-        """Makes later work of the device wait for the copies."""
+        """Makes later work on the device wait for the copies."""
 
     @abstractmethod
     def join(self) -> None:
-        """Waits until the copies are there. From any thread."""
+        """Waits until the copies are complete. Any thread may call it."""
 
 
 class Copies:
-    """The copies of one list of tensors, asked for again at every update: views are made once, for as long as weights
-    lie where they lay. A loop in Python over pieces of each takes 10 us a tensor."""
+    """Repeats the copies of one list of tensors at every update.
+
+    The views of sources and targets are kept as long as the weights have the same addresses, because making them takes
+    10 us per tensor.
+    """
 
     def __init__(self) -> None:
-        self._seen: list[tuple[int, bool, int, int, int]] = []
+        self._seen: list[tuple[int, bool, int, int, int]] = []  # what the views were made for
         self._from: list[Tensor] = []
         self._to: list[Tensor] = []
-        self._others: list[int] = []
+        self._others: list[int] = []  # indices of sources that are not contiguous
 
-    def ask(self, takes: Sequence[CopyRequest], non_blocking: bool) -> None:
-        """Asks the current stream for all of them; waits for them unless ``non_blocking``."""
+    def start(self, takes: Sequence[CopyRequest], non_blocking: bool) -> None:
+        """Launches all copies on the current stream; waits for them unless ``non_blocking``."""
         seen = [
             (take.source.data_ptr(), take.source.is_contiguous(), take.start, take.stop, take.out.data_ptr())
             for take in takes
@@ -94,7 +99,7 @@ class Copies:
 
 
 class HostLink(Link):
-    """Copies at once, on the calling thread, from any device."""
+    """Copies from any device, on the calling thread, before ``copy`` returns."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
@@ -104,7 +109,7 @@ class HostLink(Link):
         return pageable(numel, dtype)
 
     def copy(self, takes: Sequence[CopyRequest]) -> None:
-        self._copies.ask(takes, non_blocking=False)
+        self._copies.start(takes, non_blocking=False)
 
     def wait_for_reads(self) -> None:
         return
@@ -114,7 +119,7 @@ class HostLink(Link):
 
 
 class CudaLink(Link):
-    """Copies on a stream of its own, beside what the device computes. The host waits for nothing but in ``join``."""
+    """Copies on a second stream, beside what the device computes. The host waits only in ``join``."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
@@ -126,10 +131,10 @@ class CudaLink(Link):
         return memory.pinned(numel, dtype)
 
     def copy(self, takes: Sequence[CopyRequest]) -> None:
-        self._soon.ask([take for take in takes if take.soon], non_blocking=True)
+        self._soon.start([take for take in takes if take.soon], non_blocking=True)
         self._stream.follow()
         with self._stream.inside():
-            self._later.ask([take for take in takes if not take.soon], non_blocking=True)
+            self._later.start([take for take in takes if not take.soon], non_blocking=True)
         self._stream.record()
 
     def wait_for_reads(self) -> None:
@@ -139,30 +144,34 @@ class CudaLink(Link):
         self._stream.join()
 
 
-#: By the type of a device. Weights in host memory need none: the worker reads them where they are.
+#: The link for each type of device. Weights in host memory need none: the worker reads them in place.
 LINKS: dict[str, Callable[[torch.device], Link]] = {"cuda": CudaLink}
 
 
 def pageable(numel: int, dtype: torch.dtype) -> Tensor:
-    """Plain host memory, uninitialised."""
+    """Returns uninitialised host memory that is not pinned."""
     return memory.empty(numel, dtype, torch.device("cpu"))
 
 
 def carve(sizes: Sequence[tuple[int, torch.dtype]], empty: Allocate) -> list[Tensor]:
-    """Returns a flat tensor of each size, in elements, from few allocations, of which most are nearly a power of two of
-    bytes.
+    """Returns a 1D tensor of each size, cut from a few allocations whose sizes are close to powers of two.
 
-    A tensor larger than :data:`_BLOCK` has one of its own, whatever torch makes of it.
+    torch rounds pinned memory up to a power of two, so other sizes would waste up to half of it. A tensor larger than
+    :data:`_BLOCK` gets an allocation of its own.
+
+    Args:
+        sizes: the number of elements and the dtype of each tensor.
+        empty: allocates that many elements of a dtype.
     """
     left: Counter[torch.dtype] = Counter()  # elements that have no place yet
     for numel, dtype in sizes:
         left[dtype] += numel
     blocks: list[tuple[torch.dtype, list[int]]] = []
-    open_blocks: dict[torch.dtype, tuple[list[int], int]] = {}  # what is in it, and how much room there is
+    open_blocks: dict[torch.dtype, tuple[list[int], int]] = {}  # the tensors in the last block, and the room left in it
     for index, (numel, dtype) in enumerate(sizes):
         members, room = open_blocks.get(dtype, ([], -1))
         if numel > room:
-            # What is left as a sum of powers of two, the largest first.
+            # A new block of the largest power of two that is not larger than what is left.
             nbytes = min(left[dtype] * dtype.itemsize, _BLOCK)
             members = []
             room = max((1 << max(nbytes.bit_length() - 1, 0)) // dtype.itemsize, numel)

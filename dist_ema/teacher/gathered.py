@@ -61,7 +61,7 @@ class GatheredTeacherShadow(Shadow):
     def install(self) -> None:
         """The teacher gets what there is. Collective if there is an average: every rank then puts one in its place."""
         self._installed = True
-        self.hand_on()
+        self.write_teacher()
 
     def follow(
         self,
@@ -79,19 +79,19 @@ class GatheredTeacherShadow(Shadow):
     def fill_new(self, sources: Sequence[Tensor], number: int) -> None:
         """See :meth:`Shadow.fill_new`. Collective, once installed."""
         super().fill_new(sources, number)
-        self.hand_on()
+        self.write_teacher()
 
     def update(self, sources: Sequence[Tensor], weights: Sequence[float], number: int) -> None:
         """See :meth:`Shadow.update`. Collective."""
         super().update(sources, weights, number)
-        self.hand_on()
+        self.write_teacher()
 
     def fill(self, sources: Sequence[Tensor]) -> None:
         """See :meth:`Shadow.fill`. Collective, once installed."""
         super().fill(sources)
-        self.hand_on()
+        self.write_teacher()
 
-    def hand_on(self) -> None:
+    def write_teacher(self) -> None:
         """Writes the average into the teacher. Collective, once installed. Raises what a rank meets, on every rank."""
         if not (self._installed and self.started):
             return

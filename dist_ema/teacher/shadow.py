@@ -1,7 +1,10 @@
-"""An average that is a model: its memory is a teacher's weights, which compute at any time between two steps.
+"""Keeps the average in the weights of a teacher, a second model that may be run between any two steps.
 
-Where a teacher's tensor has the shadow's dtype, lies together and on the same device, it *is* the shadow. Else the
-shadow is kept as ever (fp32, for a bf16 teacher), and the teacher's tensor is written from it after each update.
+If a teacher's tensor has the dtype and the device of the shadow and is contiguous, it *is* the shadow. Otherwise the
+shadow has memory of its own, and the update also writes the teacher's tensor::
+
+    fp32 teacher   average in the teacher's tensor                     (4 bytes per parameter in all)
+    bf16 teacher   average in an fp32 shadow ---> teacher's tensor     (4 + 2 bytes)
 """
 
 from __future__ import annotations
@@ -22,16 +25,14 @@ from dist_ema.shadow.device import Shadow
 
 
 class TeacherShadow(Shadow):
-    """The average that a teacher computes with, once it is installed.
+    """Implements :class:`Shadow` for an average that a teacher computes with, once it is installed.
 
     Args:
-        names: of the average; there is one.
-        shares: what this rank keeps of each tensor.
-        skip_nonfinite: leave out NaN and Inf.
-        seed: of stochastic rounding.
+        names: the name of the average, of which there is one.
+        shares, skip_nonfinite, seed: as for :class:`Shadow`.
         counterpart: the teacher's tensors, in the order of the shares.
-        claim: called before the teacher is written; raises EMAStateError if that is another's.
-        release: called when nothing more will be written, as far as one knows.
+        claim: called before the teacher is written; raises EMAStateError if another average writes to it.
+        release: called on ``close()``, when another average may write to the teacher.
     """
 
     def __init__(
@@ -51,30 +52,30 @@ class TeacherShadow(Shadow):
         self._derived = DerivedState(counterpart.modules(), drops_compiled=False)
         self._installed = False
         self._own: frozenset[int] = frozenset()  # shares whose shadow is not the teacher's memory
-        self._tensors: list[Tensor] = []  # the teacher's
-        self._nothing = torch.empty(0)
-        self._addresses: list[int] = []
+        self._tensors: list[Tensor] = []  # the teacher's tensors at the last look
+        self._addresses: list[int] = []  # where these were, to notice that they have moved
+        self._nothing = torch.empty(0)  # stands for a share without a shadow
 
     @property
     def fixed(self) -> frozenset[int]:
-        """Shares whose shadow the teacher computes with, so that nothing may change places with it."""
+        """Returns the shares whose shadow is the teacher's tensor, so a swap must not exchange elements with it."""
         kept = frozenset(self._averaged + self._copied)
         return kept - self._own if self._installed and self.started else frozenset()
 
     def install(self) -> None:
-        """Moves the average into the teacher, with the values that it has already. Local."""
+        """Moves the average, with its present values, into the teacher. Local."""
         if self._installed:
             return
         self._installed = True
         if self.started:
             values = self._by_share()
-            self._lie_down([values.get(index, self._nothing) for index in range(len(self._shares))], values)
-            self.hand_on()
+            self._place([values.get(index, self._nothing) for index in range(len(self._shares))], values)
+            self.write_teacher()
 
     def allocate(self, sources: Sequence[Tensor]) -> None:
-        """See :meth:`Shadow.allocate`; once installed, only for what cannot lie in the teacher."""
+        """Implements :meth:`Shadow.allocate`; once installed, only for shadows that cannot be the teacher's tensors."""
         if self._installed:
-            self._lie_down(sources)
+            self._place(sources)
         else:
             super().allocate(sources)
 
@@ -86,28 +87,32 @@ class TeacherShadow(Shadow):
         sources: Sequence[Tensor],
         counterpart: Counterpart | None = None,
     ) -> None:
-        """See :meth:`Shadow.follow`; what joins lies in the teacher like the others, and overwrites what is there."""
+        """Implements :meth:`Shadow.follow`. Shares that join use the teacher's tensors too."""
         averaged, copied = self._numbers_after(shares, places, new)
         values = {places[index]: tensor for index, tensor in self._by_share().items()} if self.started else {}
         own = {places[index]: values[places[index]] for index in self._own} if self.started else {}
         before = self._shares, self._counterpart
-        self._shares, self._counterpart = shares, counterpart or self._counterpart
+        self._shares = shares
+        self._counterpart = counterpart or self._counterpart
         try:
             if self.started:
-                tensors = self._look()
+                tensors = self._teacher_tensors()
                 self._refuse_resized(tensors, new)
-                beside = [index for index in new if not self._lies_in(tensors[index], sources[index], index)]
+                beside = [index for index in new if not self._can_be_shadow(tensors[index], sources[index], index)]
                 own |= dict(zip(beside, self._allocate(sources, beside), strict=True))
         except BaseException:
             self._shares, self._counterpart = before
             raise
-        self._averaged, self._copied, self._positions = averaged, copied, None
+        self._averaged = averaged
+        self._copied = copied
+        self._positions = None
         if self.started:
-            self._own, self._new = frozenset(own), list(new)
+            self._own = frozenset(own)
+            self._new = list(new)
             self._take_views(tensors, own)
 
     def _refuse_resized(self, tensors: Sequence[Tensor], new: Sequence[int]) -> None:
-        """Raises EMAStateError if the teacher's tensor has not the shape of the average that shall lie in it."""
+        """Raises EMAStateError if the teacher's tensor has another size than the average that will use it."""
         for index in new:
             if tensors[index].numel() != self._shares[index].numel:
                 raise EMAStateError(
@@ -118,38 +123,38 @@ class TeacherShadow(Shadow):
 
     def _fill_new(self, sources: Sequence[Tensor], number: int) -> None:
         super()._fill_new(sources, number)
-        self.hand_on()
+        self.write_teacher()
 
     def update(self, sources: Sequence[Tensor], weights: Sequence[float], number: int) -> None:
-        """See :meth:`Shadow.update`; the same pass writes what does not lie in the teacher."""
-        self._find()
+        """Implements :meth:`Shadow.update`. The same kernel also writes teacher tensors that are not the shadow."""
+        self._follow_teacher()
         with self._derived.renewed():
             super().update(sources, weights, number)
             self._finish_write()
 
     def fill(self, sources: Sequence[Tensor]) -> None:
-        """See :meth:`Shadow.fill`."""
+        """Implements :meth:`Shadow.fill`."""
         super().fill(sources)
-        self.hand_on()
+        self.write_teacher()
 
     def loaded(self) -> None:
-        """See :meth:`Shadow.loaded`."""
+        """Implements :meth:`Shadow.loaded`."""
         super().loaded()
-        self.hand_on()
+        self.write_teacher()
 
     def tensors(self, name: str) -> list[Tensor | None]:
-        """See :meth:`Shadow.tensors`."""
-        self._find()
+        """Implements :meth:`Shadow.tensors`."""
+        self._follow_teacher()
         return super().tensors(name)
 
     def release_parts(self) -> None:
-        """See :meth:`Shadow.release_parts`. What lies in the teacher cannot move, so there the parts do."""
+        """Implements :meth:`Shadow.release_parts`. The teacher's memory cannot move, so there the parts are copied."""
         if lent.outstanding() and self._installed and self.started:
             lent.move_parts(self._tensors[index] for index in self.fixed)
         super().release_parts()
 
-    def hand_on(self) -> None:
-        """Writes into the teacher what does not lie there. Local."""
+    def write_teacher(self) -> None:
+        """Writes the teacher's tensors that are not the shadow itself. Local."""
         if not (self._installed and self.started):
             return
         with self._derived.renewed():
@@ -159,16 +164,16 @@ class TeacherShadow(Shadow):
             self._finish_write()
 
     def _finish_write(self) -> None:
-        """Writes the buffers, and drops what the teacher has computed from the weights that it had. Local."""
+        """Writes the teacher's buffers, and drops what the teacher has cached of its previous weights. Local."""
         if self._installed and self.started:
             for index, buffer in zip(self._copied, self._buffers, strict=True):
                 if index in self._own:
                     kernels.write(self._tensors[index], 0, self._shares[index].numel, buffer)
-            for cache in self._counterpart.caches():  # the teacher's weights are others now
+            for cache in self._counterpart.caches():
                 cache.drop()
 
     def nbytes(self) -> dict[torch.device, int]:
-        """See :meth:`Shadow.nbytes`; without the teacher's own memory."""
+        """Implements :meth:`Shadow.nbytes`, without the teacher's own memory."""
         sizes = super().nbytes()
         for index in self.fixed:
             sizes[self._tensors[index].device] -= self._tensors[index].nbytes
@@ -187,11 +192,11 @@ class TeacherShadow(Shadow):
         (average,) = self._averages.values()
         return dict(zip(self._averaged + self._copied, [*average, *self._buffers], strict=True))
 
-    def _look(self) -> list[Tensor]:
+    def _teacher_tensors(self) -> list[Tensor]:
         """Returns the teacher's tensors as they are now. Local.
 
-        A forward pass without a backward leaves full weights behind (FSDP's root, ZeRO-3's small parameters), which the
-        next one would take as they are: they are dropped first, so that it sees what is written.
+        A forward pass without a backward pass leaves full weights behind (FSDP's root, ZeRO-3's small parameters), and
+        the next forward pass would use them again. They are dropped here, so that it sees the new values.
         """
         self._claim()
         self._counterpart.reshard()
@@ -199,48 +204,55 @@ class TeacherShadow(Shadow):
         self._counterpart.refuse_trained()
         return tensors
 
-    def _find(self) -> None:
-        """Follows the teacher's memory, which may have moved. Local; no host sync."""
+    def _follow_teacher(self) -> None:
+        """Takes new views of the teacher's tensors if their memory has moved. Local; no host sync."""
         if not (self._installed and self.started):
             return
-        tensors = self._look()
+        tensors = self._teacher_tensors()
         if list(map(Tensor.data_ptr, tensors)) == self._addresses:
             return
         for index in self._averaged + self._copied:
-            if index not in self._own and not self._lies_in(tensors[index], self._tensors[index], index):
+            if index not in self._own and not self._can_be_shadow(tensors[index], self._tensors[index], index):
                 raise EMAStateError(
                     f"{self._shares[index].spec.name!r} of the teacher (into=) has another dtype, layout or device "
-                    "than it had when the average was begun. Call reset() to begin anew"
+                    "than when averaging began. Call reset() to start again"
                 )
         self._refuse_resized(tensors, self._averaged + self._copied)
         self._take_views(tensors, self._by_share())
 
-    def _lie_down(self, beside: Sequence[Tensor], values: dict[int, Tensor] | None = None) -> None:
-        """Finds where each shadow lies: in the teacher, or ``beside`` the tensors given. Copies ``values`` there."""
+    def _place(self, beside: Sequence[Tensor], values: dict[int, Tensor] | None = None) -> None:
+        """Decides for each shadow whether it is the teacher's tensor, and allocates the others. Local.
+
+        Args:
+            beside: for each share a tensor on the device that the shadow should have.
+            values: values to copy into the shadows, by index of the share; None leaves them as they are.
+        """
         kept = self._averaged + self._copied
-        tensors = self._look()
+        tensors = self._teacher_tensors()
         lent.move_parts(tensors[index] for index in kept)
         for index in kept:
             if tensors[index].is_meta:
                 raise EMAStateError(
-                    f"{self._shares[index].spec.name!r} of the teacher (into=) is on the meta device: materialise it "
+                    f"{self._shares[index].spec.name!r} of the teacher (into=) is on the meta device: materialize it "
                     "before update() or load()"
                 )
-        self._own = frozenset(index for index in kept if not self._lies_in(tensors[index], beside[index], index))
+        self._own = frozenset(index for index in kept if not self._can_be_shadow(tensors[index], beside[index], index))
         own = sorted(self._own)
         if values is not None and len(own) == len(kept):
-            self._take_views(tensors, values)  # in the memory that they have
+            self._take_views(tensors, values)  # no shadow moves
             return
         self._take_views(tensors, dict(zip(own, self._allocate(beside, own), strict=True)))
         found = self._by_share()
         for index, value in (values or {}).items():
             found[index].copy_(value)
 
-    def _lies_in(self, tensor: Tensor, beside: Tensor, index: int) -> bool:
+    def _can_be_shadow(self, tensor: Tensor, beside: Tensor, index: int) -> bool:
+        """Returns whether a teacher's tensor has the dtype, device and layout that the shadow of a share needs."""
         here = tensor.device == beside.device and tensor.dtype == self._shares[index].dtype
         return here and tensor.is_contiguous()
 
     def _take_views(self, tensors: list[Tensor], own: dict[int, Tensor]) -> None:
+        """Sets the averages and buffers to views of the teacher's ``tensors``, or to ``own`` memory. Local."""
         views = {
             index: own[index] if index in self._own else tensors[index].view(-1)
             for index in self._averaged + self._copied
@@ -249,4 +261,6 @@ class TeacherShadow(Shadow):
         self._buffers = [views[index] for index in self._copied]
         written = [tensors[index] if index in self._own else None for index in self._averaged]
         self._copies = Copies(written) if self._own.intersection(self._averaged) else None
-        self._tensors, self._addresses, self._spans = tensors, list(map(Tensor.data_ptr, tensors)), None
+        self._tensors = tensors
+        self._addresses = list(map(Tensor.data_ptr, tensors))
+        self._spans = None

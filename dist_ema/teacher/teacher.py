@@ -1,4 +1,4 @@
-"""A second model beside the averaged one: a teacher whose weights are the average, or one that a copy is made into."""
+"""Handles a second model: a teacher (``ShardedEMA(into=)``), or the target of ``copy_to(into=)``."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from dist_ema.shadow.device import Shadow
 from dist_ema.teacher.gathered import GatheredTeacherShadow
 from dist_ema.teacher.shadow import TeacherShadow
 
-#: Who fills which tensors of which module. Of the whole process.
+#: The teacher object that writes each tensor of each module, by key. There is one map for the process.
 _fillers: WeakKeyDictionary[nn.Module, dict[str, weakref.ref[Teacher]]] = WeakKeyDictionary()
 OPTION = "the teacher (into=)"
 
 
 class Teacher:
-    """The model into which one ``ShardedEMA`` averages.
+    """Describes the model into which one ``ShardedEMA`` averages.
 
     Args:
         target: the model that is averaged.
         into: the teacher.
-        options: names, and which tensors are averaged.
-        group: the ranks of both.
+        options: the options of the average, among them ``rename`` and ``sync``.
+        group: the process group of both models.
 
     Raises:
         EMAConfigError: the teacher is the averaged model.
@@ -56,33 +56,35 @@ class Teacher:
         self._claimed = False
 
     def match(self, shares: Sequence[Share], target: object) -> Counterpart:
-        """Returns the teacher's tensors beside these shares, of ``target``. Local.
+        """Returns the teacher's tensors in the order of these shares of ``target``. Local.
 
-        Raises EMAEngineError for one that is sharded or named otherwise, trains, or has its weights where the averaged
-        model has its own.
+        Raises:
+            EMAEngineError: the teacher has other names or another sharding, or is trained, or shares memory with the
+                averaged model.
         """
         if self._counterpart is None or self._shares is not shares:
-            self._refuse_shared_memory(shares, target)  # by engines of its own: weights may still be loaded or replaced
-            counterpart = self._see(shares)
+            # This makes new engines: weights may have been loaded or replaced since the existing ones were made.
+            self._refuse_shared_memory(shares, target)
+            counterpart = self._make_counterpart(shares)
             for share, spec in zip(shares, counterpart.specs_of, strict=True):
                 if spec is not None and spec.kind == "parameter":
                     raise EMAEngineError(
-                        f"{OPTION} trains: its parameter {spec.name!r} requires a gradient, and what an optimizer does "
-                        f"to it, the next average of {share.spec.name!r} would undo. Call requires_grad_(False) on it"
+                        f"{OPTION} is trained: its parameter {spec.name!r} requires a gradient, and the next average "
+                        f"of {share.spec.name!r} would undo what an optimizer writes. Call requires_grad_(False) on it"
                     )
             self.release()
             self._shares, self._counterpart = shares, counterpart
             self.claim()
         return self._counterpart
 
-    def _see(self, shares: Sequence[Share]) -> Counterpart:
+    def _make_counterpart(self, shares: Sequence[Share]) -> Counterpart:
         engine = detect_in(self._into, self._group, trains=False)
         return Counterpart(engine, shares, self._options.renamed, OPTION, alike=self._options.sync is None)
 
     def _refuse_shared_memory(self, shares: Sequence[Share], target: object) -> None:
         student = detect_in(target, self._group)
         student.specs()
-        refuse_shared_memory(student, self._see(shares), shares, OPTION)
+        refuse_shared_memory(student, self._make_counterpart(shares), shares, OPTION)
 
     def shadow(
         self,
@@ -94,10 +96,13 @@ class Teacher:
         prove: Callable[[Sequence[Share]], list[FullTensor]],
         target: object = None,
     ) -> Shadow:
-        """Returns a new average, which lies in memory of its own until it is installed. Local. Raises as :meth:`match`.
+        """Returns a new average, which has memory of its own until it is installed. Local. Raises as :meth:`match`.
 
-        ``prove`` lists full tensors after the proof of the layout, see :class:`GatheredTeacherShadow`. ``target`` is
-        whose shares they are; None means the averaged model.
+        Args:
+            names, shares, skip_nonfinite, seed: as for :class:`~dist_ema.shadow.device.Shadow`.
+            group: the ranks that hold the model.
+            prove: lists all full tensors after a proof of the layout; see :class:`GatheredTeacherShadow`.
+            target: the model of the shares; None means the averaged model.
         """
         found = self.match(shares, self.target if target is None else target)
         given = names, shares, skip_nonfinite, seed, found, self.claim, self.release
@@ -106,7 +111,7 @@ class Teacher:
         return GatheredTeacherShadow(*given, group, prove)
 
     def check_optimizer(self, optimizer: object) -> None:
-        """Raises EMAConfigError if an optimizer steps a parameter that the average fills. Local."""
+        """Raises EMAConfigError if an optimizer steps a parameter of the teacher. Local."""
         inner = unwrap_optimizer(optimizer) or getattr(optimizer, "optimizer", None) or optimizer
         groups = getattr(inner, "param_groups", ())
         stepped = {id(parameter) for group in groups for parameter in group["params"]}
@@ -118,22 +123,26 @@ class Teacher:
                 )
 
     def claim(self) -> None:
-        """Says that this average fills the teacher. Local. Raises EMAStateError if another does."""
+        """Registers this average as the one that writes the teacher. Local.
+
+        Raises:
+            EMAStateError: another average writes it.
+        """
         if self._claimed:
             return
         places = list(self._places())
         if (other := _other_filler(places, self)) is not None:
             module, key = other
             raise EMAStateError(
-                f"another ShardedEMA averages into {key!r} of {OPTION}, a {type(module).__name__}, already: a teacher "
-                "has one average. close() the other one before"
+                f"another ShardedEMA already averages into {key!r} of {OPTION}, a {type(module).__name__}, and a "
+                "teacher can have only one average. Call close() on the other one first"
             )
         for module, key in places:
             _fillers.setdefault(module, {})[key] = weakref.ref(self)
         self._claimed = True
 
     def release(self) -> None:
-        """Another average may fill the teacher; this one claims it again when it next writes there. Local."""
+        """Lets another average write the teacher. This one claims it again at its next write. Local."""
         for module, key in self._places():
             known = _fillers.get(module, {})
             if (found := known.get(key)) is not None and found() is self:
@@ -141,12 +150,12 @@ class Teacher:
         self._claimed = False
 
     def _places(self) -> Iterator[tuple[nn.Module, str]]:
-        """Yields the modules that hold the tensors which the average fills, and their keys there."""
+        """Yields each module with the key of a tensor in it that the average writes."""
         return iter(()) if self._counterpart is None else _places(self._counterpart)
 
 
 def _places(counterpart: Counterpart) -> Iterator[tuple[nn.Module, str]]:
-    """Yields the modules that hold the tensors beside the averaged ones, and their keys there."""
+    """Yields each module with the key of a tensor in it that corresponds to an averaged one."""
     filled = {name for spec in counterpart.specs_of if spec is not None for name in (spec.name, *spec.aliases)}
     for root in counterpart.modules():
         for prefix, module in walk_modules(root):
@@ -156,7 +165,7 @@ def _places(counterpart: Counterpart) -> Iterator[tuple[nn.Module, str]]:
 
 
 def _other_filler(places: Iterable[tuple[nn.Module, str]], own: Teacher | None) -> tuple[nn.Module, str] | None:
-    """Returns the first place that another average fills; None if there is none."""
+    """Returns the first module and key that another average writes; None if there is none."""
     for module, key in places:
         known = _fillers.get(module, {}).get(key)
         other = None if known is None else known()
@@ -168,10 +177,19 @@ def _other_filler(places: Iterable[tuple[nn.Module, str]], own: Teacher | None) 
 def counterpart(
     engine: Engine, into: object, shares: Sequence[Share], options: Options, group: object, own: Teacher | None
 ) -> Counterpart:
-    """Returns a third model beside the averaged one, of ``engine``, into which an average is copied once. Local.
+    """Returns the tensors of a model into which an average is copied once. Local.
 
-    Raises EMAEngineError for one that does not fit, or whose memory is that of the averaged model; EMAStateError for a
-    teacher that another average than ``own`` fills.
+    Args:
+        engine: the engine of the averaged model.
+        into: the model to copy into.
+        shares: what this rank averages of each tensor.
+        options: the options of the average, among them ``rename``.
+        group: the process group of both models.
+        own: the teacher of this average, if it has one.
+
+    Raises:
+        EMAEngineError: ``into`` does not fit, or shares memory with the averaged model.
+        EMAStateError: ``into`` is the teacher of another average.
     """
     option = "the model to copy into (into=)"
     other = Counterpart(detect_in(into, group, trains=False), shares, options.renamed, option)
@@ -180,7 +198,7 @@ def counterpart(
         module, key = place
         raise EMAStateError(
             f"copy_to(into=...): another ShardedEMA averages into {key!r} of this model, a {type(module).__name__}, "
-            "and would have this average for its own: close() the other one before, or copy into another model"
+            "so copying would overwrite that average. Call close() on it first, or copy into another model"
         )
     return other
 
@@ -197,6 +215,6 @@ def refuse_shared_memory(student: Engine, other: Counterpart, shares: Sequence[S
         name = taken.get((tensor.device, tensor.data_ptr())) if tensor.numel() and not tensor.is_meta else None
         if name is not None:
             raise EMAEngineError(
-                f"{option} shares the memory of {share.spec.name!r} with {name!r} of the averaged model, so that it "
-                "would change with every step: give it weights of its own, such as copy.deepcopy() makes"
+                f"{option} shares the memory of {share.spec.name!r} with {name!r} of the averaged model, so it would "
+                "change with every step. Give it weights of its own, for example by copy.deepcopy()"
             )

@@ -724,9 +724,7 @@ def test_memory_report_shows_staging() -> None:
         with slowly(route):
             ema = ShardedEMA(model, offload="cpu")
             ema.update()
-            assert f"offloaded to the host, pageable memory; copies of weights on their way: {staged}" in (
-                ema.memory_report()
-            )
+            assert f"offloaded to the host, pageable memory; copies of weights: {staged}" in (ema.memory_report())
     assert "offloaded" not in ShardedEMA(model).memory_report()
 
 
