@@ -398,7 +398,7 @@ def refused() -> dict[str, Callable[[], object]]:
         "is the model that is averaged": itself,
         "shares the memory of '1.weight'": same_memory,
         "has 'weight' of the teacher": in_optimizer,
-        "another ShardedEMA averages into 'weight'": twice,
+        "another ShardedEMA already averages into 'weight'": twice,
         "offload='cpu'": lambda: make(frozen(small()), offload="cpu"),
         "into= takes one average": lambda: make(frozen(small()), averages={"a": 0.5, "b": 0.9}),
         "it does not tie it to '1.weight'": lambda: make(frozen(squares(False)), squares(True)),

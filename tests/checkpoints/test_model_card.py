@@ -131,6 +131,21 @@ def test_a_readme_does_not_make_a_folder_a_model(tmp_path: Path) -> None:
     assert (folder / "README.md").read_text() == "# My thesis\n"
 
 
+@pytest.mark.parametrize("name", ["optimizer.pt", "thesis.tex", "run.log", "notes"])
+def test_force_does_not_remove_what_lies_beside_a_model(name: str, tmp_path: Path) -> None:
+    """A training run keeps its optimizer in the folder of its model."""
+    averaged(3).save(tmp_path / "a")
+    out = tmp_path / "out"
+    dist_ema.merge([tmp_path / "a"], out)
+    (out / name).write_text("precious")
+    with pytest.raises(CheckpointError, match=rf"holds '{name}', and force=True replaces .* nothing else"):
+        dist_ema.merge([tmp_path / "a"], out, force=True)
+    assert (out / name).read_text() == "precious"
+    (out / name).unlink()
+    (out / "tokenizer.model").write_text("of the model")
+    dist_ema.merge([tmp_path / "a"], out, force=True)
+
+
 @pytest.mark.parametrize(("updates", "expected"), [(0, "live weights"), (3, "an average of the weights")])
 def test_the_card_claims_no_kind_of_average_that_it_is_not(updates: int, expected: str, tmp_path: Path) -> None:
     """A plain mean is not exponential, and weights before the first update are not an average."""

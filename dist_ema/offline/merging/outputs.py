@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from dist_ema.checkpoints.configuration import Configuration
+from dist_ema.checkpoints.configuration import CONFIG_SUFFIXES, Configuration
 from dist_ema.checkpoints.contents import Contents
 from dist_ema.checkpoints.model_card import NAME as README
 from dist_ema.checkpoints.model_card import PROVENANCE, merged_card
@@ -25,6 +25,10 @@ from dist_ema.storage.local import write_text
 from dist_ema.storage.local_commit import LocalWriter
 from dist_ema.storage.paths import StrPath, check_path, is_remote, local_path
 from dist_ema.storage.staging import Staging
+
+#: Endings and names of files that a model's directory has: weights, configuration, tokenizer, code, model card.
+_MODEL_SUFFIXES = CONFIG_SUFFIXES | {".safetensors", ".md", ".py", ".tiktoken"}
+_MODEL_NAMES = {"LICENSE", "NOTICE", ".gitattributes"}
 
 
 class Output(Protocol):
@@ -164,27 +168,39 @@ class CheckpointOutput:
 
 
 def _refuse_existing(target: Path, force: bool) -> None:
-    """Raises CheckpointError if something is there which is not to be replaced."""
+    """Raises CheckpointError if ``target`` exists, unless ``force`` is set and it holds a model and nothing else."""
     if not os.path.lexists(target):
         return
     if not force:
         raise CheckpointError(f"{target} exists already: give a path that does not, or force=True, which replaces it")
     if target.is_symlink() or not target.is_dir():
         raise CheckpointError(f"{target} is not a directory: force=True replaces a model's directory, and nothing else")
-    # A folder in it may be anything, such as the checkpoints of a run whose last model is on top.
+    names = sorted(entry.name for entry in target.iterdir())
+    # A folder may hold anything, such as the checkpoints of a run whose last model lies beside them.
     folders = [entry.name for entry in target.iterdir() if entry.is_dir() and not DATA.fullmatch(entry.name)]
-    names = [entry.name for entry in target.iterdir()]
-    if folders or (names and not any(_is_of_model(name) for name in names)):
-        held = sorted(folders or names)[0]
+    foreign = [name for name in names if not DATA.fullmatch(name) and not _may_be_of_model(name)]
+    if not any(_is_weights(name) for name in names):
+        foreign += names
+    unknown = sorted(folders) or foreign
+    if unknown:
         raise CheckpointError(
-            f"{target} holds {held!r}, and force=True replaces a directory that holds a model and nothing else: give "
-            "another path, or remove it first"
+            f"{target} holds {unknown[0]!r}, and force=True replaces a directory that holds a model and nothing else: "
+            "give another path, or remove it first"
         )
 
 
-def _is_of_model(name: str) -> bool:
-    # README.md is none of these: most folders have one, whatever else they hold.
+def _is_weights(name: str) -> bool:
+    """Returns whether a file shows that its directory is a model or a checkpoint of this library."""
+    # README.md and *.json do not: most folders have one, whatever else they hold.
     return name in (PROVENANCE, NAME) or name.endswith((".safetensors", ".safetensors.index.json"))
+
+
+def _may_be_of_model(name: str) -> bool:
+    """Returns whether ``save_pretrained``, ``merge`` or the Hub put a file of this name beside weights.
+
+    An optimizer's state, a log or a text of the user is none of these, and ``force=True`` must not remove it.
+    """
+    return name in _MODEL_NAMES or Path(name).suffix in _MODEL_SUFFIXES
 
 
 def check_output(path: StrPath, force: bool, sources: Sequence[str]) -> None:
