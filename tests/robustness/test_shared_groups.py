@@ -293,7 +293,7 @@ def test_a_copy_into_another_averages_teacher_is_refused() -> None:
     other.update(batches=0, due=True)
     ema = ShardedEMA(build(), decay=0.9)
     ema.update()
-    with pytest.raises(EMAStateError, match=r"another ShardedEMA averages into .* close\(\) the other one"):
+    with pytest.raises(EMAStateError, match=r"another ShardedEMA averages into .* close\(\) on it first"):
         ema.copy_to(into=teacher)
     other.close()
     ema.copy_to(into=teacher)
