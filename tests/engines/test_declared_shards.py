@@ -252,7 +252,8 @@ def test_a_parameter_of_megatron_fsdp_has_to_declare_its_rows() -> None:
     model = nn.Linear(4, 4, bias=False)
     model.weight = nn.Parameter(distribute_tensor(model.weight.detach(), init_device_mesh("cpu", (2,)), [Shard(0)]))
     setattr(model.weight, "__fsdp_param__", True)  # noqa: B010 - Python would change this name in a class only
-    with pytest.raises(EMAEngineError, match=r"'weight' is sharded by Megatron-FSDP.*update_uneven_dtensor_chunk_metadata"):
+    advice = r"'weight' is sharded by Megatron-FSDP.*update_uneven_dtensor_chunk_metadata"
+    with pytest.raises(EMAEngineError, match=advice):
         ShardedEMA(model, decay=0.5)
 
 
