@@ -1,7 +1,7 @@
-"""Records which ranks have come to a round that others wait in.
+"""Records which ranks have arrived at a round that others wait in, to name the missing ones in logs and errors.
 
-A rank that waits writes into the store of the job where it is, and a rank that is not there has written nothing or an
-older place. Nothing is written by a round that ends within half a second, so that a normal call costs nothing.
+A rank that waits writes its place into the store of the job. A rank that has not arrived has written nothing, or an
+older place. A round that ends within half a second writes nothing, so a normal call costs nothing.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from time import monotonic, sleep
 import torch.distributed as dist
 
 logger = logging.getLogger(__name__)
-#: Seconds after which a rank that waits says where it is.
+#: Seconds after which a waiting rank records its place.
 ARRIVAL = 0.5
-#: Seconds after which it is logged who is missing, and by what this grows for each further time.
+#: Seconds after which the missing ranks are logged, and the factor by which this grows each time.
 _REPORT = 10.0
 _GROWTH = 6
-#: Up to so many ranks, each that waits logs it.
+#: With more ranks than this, only the first waiting rank logs.
 _EACH_TELLS = 64
 #: Seconds of one wait, so that signals are handled in between.
 _SLICE = 1.0
-#: A place: how often the group was made anew, and the number of the round in it.
+#: A place: how often the group was made, and the number of the round in it.
 Place = tuple[int, int]
 
 
 class Attendance:
-    """Says which ranks are missing. Local; talks to the store only.
+    """Finds out which ranks are missing in a round. Local; talks to the store only.
 
     Args:
-        store: of the job, with a prefix that no other group of ranks uses.
-        ranks: their global numbers, for the messages.
-        rank: this one's place among them.
+        store: the store of the job, with a prefix that no other group of ranks uses.
+        ranks: the global ranks of the group, for messages.
+        rank: the place of this rank among them.
     """
 
     def __init__(self, store: dist.Store, ranks: Sequence[int], rank: int) -> None:
@@ -43,14 +43,14 @@ class Attendance:
         self._rank = rank
 
     def waits(self, call: str, place: Place, timeout: float) -> Iterator[float]:
-        """Gives the seconds to wait next, over and over, until ``timeout`` seconds are over.
+        """Yields the seconds of the next wait, again and again, until ``timeout`` seconds have passed.
 
-        Says in between where this rank is, and logs who is missing.
+        Between two waits it records that this rank is here, and logs which ranks are missing.
         """
         begin = monotonic()
         arrived = False
         report = _REPORT
-        # A rank that comes within the first _REPORT seconds has said so ARRIVAL seconds later.
+        # A rank that arrives within the first _REPORT seconds has recorded it ARRIVAL seconds later.
         for length in chain([ARRIVAL], repeat(_SLICE)):
             left = begin + timeout - monotonic()
             if left <= 0:
@@ -65,29 +65,29 @@ class Attendance:
                 report *= _GROWTH
 
     def leave(self) -> None:
-        """Says that this rank waits no more."""
+        """Records that this rank no longer waits."""
         self.arrive((0, 0))
 
     def missing(self, place: Place) -> list[int]:
-        """Global numbers of the ranks that have not come; empty where the store does not say."""
+        """Returns the global ranks that have not arrived; an empty list if the store does not answer."""
         found = []
         try:
             for rank, number in enumerate(self._ranks):
                 if rank != self._rank and self._place(rank) < place:
                     found.append(number)
-        except RuntimeError:  # the store's process is gone
+        except RuntimeError:  # the process of the store is gone
             return []
         return found
 
     def missed(self, call: str, place: Place, seconds: float) -> str:
-        """Returns the error text that names the missing ranks of a call that is given up after ``seconds``."""
+        """Returns the error text for a call that is given up after ``seconds``. It names the missing ranks."""
         if len(self._ranks) > 2:
-            sleep(ARRIVAL)  # others that wait, too, may have come just now
+            sleep(ARRIVAL)  # other waiting ranks may have arrived just now
         return self._sentence(call, self.missing(place), seconds)
 
     def arrive(self, place: Place) -> None:
-        """Says where this rank is."""
-        with suppress(RuntimeError):  # the store's process is gone
+        """Records that this rank has arrived."""
+        with suppress(RuntimeError):  # the process of the store is gone
             self._store.set(str(self._rank), " ".join(map(str, place)))
 
     def _place(self, rank: int) -> Place:
@@ -97,7 +97,7 @@ class Attendance:
         return int(generation), int(round_)
 
     def _log(self, call: str, place: Place, seconds: float) -> None:
-        # Of thousands of ranks each would look at all others: then the first of those that wait tells for all.
+        # With thousands of ranks it would take too long if each looked at all others, so the first waiting rank logs.
         lower = range(self._rank) if len(self._ranks) > _EACH_TELLS else ()
         if not any(self._is_there(rank, place) for rank in lower):
             logger.warning("%s", self._sentence(call, self.missing(place), seconds))

@@ -1,8 +1,8 @@
-"""Process groups on the CPU that the library makes for itself, one call at a time in each.
+"""Makes process groups on the CPU for the library's own calls, one call at a time in each.
 
-They are made from the store of the job, without ``torch.distributed.new_group()``: that counts up the names of all
-groups of a process, so it would hang where ranks are in different numbers of groups, and it waits in silence for a rank
-that is missing. Private methods of torch are used here as they are in torch 2.9 to 2.13.
+They are made from the store of the job, without ``torch.distributed.new_group()``. That function numbers the groups of
+a process, so it would hang if ranks are in different numbers of groups, and it waits without a message for a missing
+rank. Private methods of torch are used here as they are in torch 2.9 to 2.13.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ _all: WeakSet[Channel] = WeakSet()
 
 
 class Channel:
-    """A gloo group of our own, made when it is first needed, and made anew after a failure.
+    """Holds one gloo group, which is made at first use, and made anew after a failure.
 
     Args:
-        name: the same on all ranks, and of no other channel.
-        store: gives the store of the job.
-        ranks: global numbers of the ranks.
-        rank: this one's place among them.
+        name: the same on all ranks, and different from the names of other channels.
+        store: returns the store of the job.
+        ranks: the global ranks of the group.
+        rank: the place of this rank among them.
 
-    ::
+    Keys in the store::
 
-        store:   0, 1, 2, ...   where each rank waits, if it has waited long (Attendance)
-                 <generation>/  how many ranks have come to make the group, and the addresses of gloo
+        0, 1, 2, ...     where each rank waits, if it has waited long (Attendance)
+        <generation>/    how many ranks have come to make the group, and the addresses of gloo
     """
 
     def __init__(self, name: str, store: Callable[[], dist.Store], ranks: Sequence[int], rank: int) -> None:
@@ -59,16 +59,17 @@ class Channel:
         self._backend: Any = None
         self._generation = 1
         self._round = 0
-        self._pending: dist.Work | None = None  # the round that was begun last
+        self._pending: dist.Work | None = None  # the number of the last round that was begun
         self._process = os.getpid()
         _all.add(self)
 
     @contextmanager
     def turn(self, call: str, number: int) -> Iterator[None]:
-        """One call of one object: other threads wait until the block is left. Local.
+        """Makes one call of one object: other threads wait until the block is left. Local.
 
-        Where a rank is lost, or a signal breaks the block off, the group is given up, since others may still wait in
-        it. Any other exception is one that all ranks know of, or comes where none of them talks.
+        If a rank is lost, or a signal interrupts the block, the group is given up, because other ranks may still wait
+        in it.
+        Any other exception is known to all ranks, or comes at a moment when no rank communicates.
         """
         with self._lock, tagged(call, number):
             try:
@@ -79,8 +80,8 @@ class Channel:
                 raise
 
     def group(self, call: str, timeout: float) -> dist.ProcessGroup:
-        """Returns the process group, whose operations wait for ``timeout`` seconds from now on. Collective if there is
-        none.
+        """Returns the process group, whose operations wait for ``timeout`` seconds from now on. Collective if it has to
+        be made.
         """
         if self._group is None:
             self._group = self._make(call, timeout)
@@ -94,7 +95,9 @@ class Channel:
         return exchange(tag, value, group, timeout, lambda work: self._wait(work, tag.call, timeout))
 
     def _wait(self, work: dist.Work, call: str, timeout: float) -> None:
-        """Waits for the others in a round. Raises what failed in it; after ``timeout`` PeerLost, naming the missing."""
+        """Waits for the other ranks in a round. Raises its failure; PeerLost, naming the missing ranks, after
+        ``timeout``.
+        """
         self._pending = work
         attendance = self._attendance()
         place = (self._generation, self._round)
@@ -103,7 +106,7 @@ class Channel:
             try:
                 work.wait(timedelta(seconds=seconds))
                 return
-            except RuntimeError:  # it is not over yet, or has failed
+            except RuntimeError:  # it is not complete yet, or it has failed
                 if not work.is_completed():
                     continue
                 if monotonic() - begin >= timeout:
@@ -113,22 +116,24 @@ class Channel:
         raise PeerLost(attendance.missed(call, place, timeout))
 
     def drop(self) -> None:
-        """Gives the group up; the next call makes another. Local; ranks that still use this one get an error."""
+        """Gives the group up; the next call makes another one. Local. Ranks that still use this one get an error."""
         if self._group is None:
             return
         if self._pending is not None and not self._pending.is_completed():
-            self._keep_for_ever()  # a signal broke the round off
+            self._keep_for_ever()  # a signal interrupted the round
         self._group = self._backend = self._pending = None
         self._generation += 1
         self._round = 0
 
     def _keep_for_ever(self) -> None:
-        """Keeps the group from being destroyed, which would wait for its threads: for a round that nobody answers."""
+        """Keeps a group from being destroyed after a round that no rank answers: destroying it would wait for its
+        threads.
+        """
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._group))
 
     def close(self) -> None:
-        """Ends the threads and connections of the group. Local; no rank may be in a call."""
-        if os.getpid() != self._process:  # a child that was forked has no such threads
+        """Ends the threads and connections of the group. Local. No rank may be in a call."""
+        if os.getpid() != self._process:  # a forked child has no such threads
             self._keep_for_ever()
         self.drop()
 
@@ -175,7 +180,7 @@ class Channel:
                     return
             problem = PeerLost(attendance.missed(call, place, timeout))
             if size > 2:
-                sleep(ARRIVAL)  # so that others that give up now see that this rank was there
+                sleep(ARRIVAL)  # other ranks that give up now see that this rank was there
             raise problem
         except BaseException:
             store.add("here", -1)
@@ -188,7 +193,7 @@ def _digest(ranks: Sequence[int]) -> str:
 
 
 def _close_all() -> None:
-    """At the end of the program, where threads that still run might abort it."""
+    """Closes all channels at the end of the program, where threads that still run might abort it."""
     for channel in list(_all):
         channel.close()
 

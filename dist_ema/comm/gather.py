@@ -1,4 +1,7 @@
-"""Full tensors from what the ranks hold: which there are, and bringing them to rank 0 one window at a time."""
+"""Brings full tensors from the parts of all ranks to rank 0, or to every rank, one window at a time.
+
+Which rank sends which elements is decided by ``catalogue.is_writer``. How a window is sent is in ``windows.py``.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +27,12 @@ from dist_ema.runtime.streams import read_ahead
 
 @dataclass(frozen=True)
 class LocalValues:
-    """Values that this rank holds of one full tensor.
+    """Holds the values that this rank has of one full tensor.
 
     Attributes:
         share: the share that they belong to.
         values: a shadow, or a live tensor in any layout.
-        start: the first element of ``values`` that counts; there are ``share.numel``.
+        start: the index in the flattened ``values`` of the first of the share's ``numel`` elements.
     """
 
     share: Share
@@ -42,19 +45,19 @@ class LocalValues:
         return self.share.runs
 
     def read(self, start: int, stop: int, out: Tensor, non_blocking: bool = False) -> None:
-        """Puts kept elements ``[start, stop)`` into the flat ``out``, converted. Local."""
+        """Copies elements ``[start, stop)`` of the share into ``out``, 1D, and converts them. Local."""
         kernels.read(self.values, self.start + start, self.start + stop, out, non_blocking)
 
     def flat(self) -> Tensor:
-        """Returns all of them, flat; a view where they lie together. Local."""
+        """Returns all elements, 1D; a view if they are contiguous. Local."""
         return self.values.detach().reshape(-1)[self.start : self.start + self.share.numel]
 
     def chunks(self, dtype: torch.dtype, limit: int) -> Iterator[tuple[Runs, Tensor]]:
-        """Yields all of them in order, at most ``limit`` at a time, with where they lie: flat, on the CPU, in this
-        dtype.
+        """Yields all elements in order, at most ``limit`` at a time, with their runs: 1D, on the CPU, in this dtype.
 
-        They are views where that is how they lie, and else in a buffer, where they are until the next ones are asked
-        for: so they stay in the processor's cache, or come from the device while others are worked on.
+        A chunk is a view if nothing has to be converted or moved. Otherwise it is in a buffer, which the next chunk
+        overwrites:
+        so chunks stay in the processor's cache, and one comes from a device while the caller works on the previous one.
         """
         parts = chunks(self.runs, limit)
         values = self.values.detach()
@@ -76,9 +79,9 @@ class LocalValues:
 
 
 def check_readable(held: Iterable[LocalValues]) -> None:
-    """Raises EMAStateError for a tensor that is more, or something else, than its elements one after the other. Local.
+    """Raises EMAStateError for a tensor that is more than its elements in a row. Local.
 
-    Such are the quantised weights under an adapter: their class computes as if it had the elements of the shape.
+    Quantized weights under an adapter are such tensors: their class computes as if it had the elements of the shape.
     """
     for one in held:
         if one.share.spec.hidden or not _is_readable(one.values):
@@ -89,7 +92,7 @@ def check_readable(held: Iterable[LocalValues]) -> None:
 
 
 def _is_readable(values: Tensor) -> bool:
-    if type(values) in (Tensor, nn.Parameter):  # not a sparse tensor, and not one of torch's own quantised dtypes
+    if type(values) in (Tensor, nn.Parameter):  # not a sparse tensor, and none of torch's own quantized dtypes
         return values.layout == torch.strided and not values.is_quantized
     # bitsandbytes (0.49) keeps the scales of its packed weights in these attributes.
     scales = (getattr(values, name, None) for name in ("quant_state", "SCB"))
@@ -97,7 +100,7 @@ def _is_readable(values: Tensor) -> bool:
         return False
     try:
         values.untyped_storage().data_ptr()
-    except RuntimeError:  # of a class that keeps other tensors in place of memory (torchao)
+    except RuntimeError:  # its class keeps other tensors instead of memory (torchao)
         return False
     return True
 
@@ -111,21 +114,22 @@ def gather_each(
     operation: str,
     everywhere: bool = False,
 ) -> None:
-    """Brings full tensors to rank 0, or to every rank, one window at a time. Collective, a call for each 16 MiB.
+    """Brings full tensors to rank 0, or to every rank, one window at a time. Collective: one call for each 16 MiB.
 
-    A rank that fails, be it in reading or in ``take``, goes on to send and to receive, so that no other rank waits for
-    it, and its error is raised on every rank at the end.
+    A rank that fails in reading or in ``take`` goes on sending and receiving, so that no other rank waits for it. Its
+    error is raised on every rank at the end.
 
     Args:
         entries: the tensors.
-        held: what this rank has of each, if anything.
-        dtypes: of each result, by name; conversion happens before anything is sent.
+        held: returns what this rank has of the tensor of a name; None if nothing.
+        dtypes: the dtype of each result, by name. Values are converted before they are sent.
         group: the ranks.
-        take: called on rank 0 with a tensor, the first element of a part of it, and the values there.
-        operation: for the error.
+        take: called on rank 0 with a tensor, the index of the first element of a part of it, and the values of that
+            part.
+        operation: names the operation in errors.
         everywhere: call ``take`` on every rank.
     """
-    with agreed(group, operation):  # memory may be short on one rank
+    with agreed(group, operation):  # one rank may be out of memory
         window = Window(group)
     rank = rank_in(group)
     failure = FirstFailure()
@@ -150,15 +154,18 @@ def gather_each(
                 if not failure.found and (everywhere or rank == 0):
                     for entry, start, values in pieces:
                         take(entry, start, values)
-    with agreed(group, operation):  # every rank has sent and received all by now
+    with agreed(group, operation):  # every rank has sent and received everything by now
         failure.raise_first()
 
 
 def _read_window(
     entry: FullTensor, held: LocalValues | None, start: int, out: Tensor, offset: int, rank: int
 ) -> list[Range]:
-    """Puts this rank's elements of a full tensor, of those from ``start`` on that ``out`` has room for, into their
-    places there. Returns these in bytes, where ``out`` begins at byte ``offset``."""
+    """Copies this rank's elements of a full tensor into a window, and returns what it filled.
+
+    The window is ``out``, which begins at byte ``offset`` and has room for the elements from ``start`` on. Returns the
+    filled ranges in bytes.
+    """
     if held is None or not is_writer(entry, held.share, rank):
         return []
     size = out.element_size()
@@ -183,7 +190,7 @@ def full_tensors(
     def take(entry: FullTensor, start: int, values: Tensor) -> None:
         state[entry.name].view(-1)[start : start + values.numel()].copy_(values)
 
-    with agreed(group, operation):  # before anything is sent: memory may be short
+    with agreed(group, operation):  # before anything is sent: one rank may be out of memory
         if rank_in(group) == 0:
             for entry in entries:
                 state.update(dict.fromkeys(entry.names, torch.empty(entry.shape, dtype=dtypes[entry.name])))
@@ -192,7 +199,7 @@ def full_tensors(
 
 
 def in_windows(entries: Sequence[FullTensor], dtypes: Mapping[str, torch.dtype]) -> Iterator[list[FullTensor]]:
-    """Yields the tensors in order, as many at a time as one window holds, or a larger one by itself. Pure."""
+    """Yields the tensors in order, as many at a time as fit into one window; a larger tensor alone. Pure."""
     batch: list[FullTensor] = []
     used = 0
     for entry in entries:
@@ -215,8 +222,8 @@ def everywhere(
     device: torch.device,
     operation: str,
 ) -> list[tuple[str, Tensor]]:
-    """These tensors whole on every rank, with their names; tied names share one. Collective."""
-    with agreed(group, operation):  # memory may be short on one rank
+    """Yields these tensors whole on every rank, with their names; tied names share one tensor. Collective."""
+    with agreed(group, operation):  # one rank may be out of memory
         full = {entry.name: torch.empty(entry.shape, dtype=dtypes[entry.name], device=device) for entry in entries}
 
     def take(entry: FullTensor, start: int, values: Tensor) -> None:

@@ -1,12 +1,12 @@
-"""Makes the process groups that a ``ShardedEMA`` needs beside the group in which the model trains.
+"""Gives a ``ShardedEMA`` the process groups that it needs beside the group in which the model trains.
 
-All objects of the same ranks share two process groups: one for calls of the threads that call us, one for our own
-threads, which save in the background. In each only one call at a time talks::
+All objects on the same ranks share two process groups: one for calls of the user's threads, and one for the library's
+own threads, which save in the background. Each group serves one call at a time::
 
-    caller's thread    metrics() | save(block=False): makes the files | export() | update() ...
-    our threads                     in the order of the calls: save of object 1 | snapshot of object 2 | ...
+    user's threads    metrics() | save(block=False): makes the files | export() | update() ...
+    own threads                   in the order of the calls: save of object 1 | snapshot of object 2 | ...
 
-Closing an object leaves nothing behind, and the groups end with the process.
+Closing an object leaves nothing behind. The groups end with the process.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from dist_ema.comm.channels import Channel
 from dist_ema.comm.collectives import Tag, rank_in
 from dist_ema.errors import EMAStateError
 
-#: Assumed disk bandwidth of each rank, bytes a second: extends the timeout, so that no slow write passes for a hang.
+#: Assumed disk bandwidth of each rank in bytes per second. It extends the timeout, so that a slow write is no hang.
 _SLOW_DISK = 50e6
-#: Seconds that a call waits for a rank where it has no timeout of its own.
+#: Seconds that a call without a timeout of its own waits for a rank.
 _PATIENCE = 1800.0
 
 
@@ -34,9 +34,9 @@ class _Team:
     """Holds what all objects on the same ranks share.
 
     Attributes:
-        front: for calls of the user's threads.
-        back: for our threads.
-        line: who uses ``back``, in order.
+        front: the channel for calls of the user's threads.
+        back: the channel for the library's threads.
+        line: the order in which these threads use ``back``.
     """
 
     def __init__(self, world: dist.ProcessGroup, ranks: tuple[int, ...], rank: int) -> None:
@@ -47,7 +47,9 @@ class _Team:
         self._counts: dict[str, int] = {}
 
     def number(self, kind: str) -> int:
-        """Counts the objects of one kind. All ranks come to the same number if they make the same objects in order."""
+        """Returns the number of the next object of one kind. It is the same on all ranks that make their objects in one
+        order.
+        """
         self._counts[kind] = self._counts.get(kind, 0) + 1
         return self._counts[kind]
 
@@ -67,7 +69,7 @@ class _Team:
         self.back.close()
 
 
-#: By the global numbers of the ranks.
+#: The teams of this process, by the global ranks.
 _teams: dict[tuple[int, ...], _Team] = {}
 
 
@@ -76,7 +78,7 @@ def _team_of(group: dist.ProcessGroup) -> _Team:
     if world is None:
         raise EMAStateError("there is no process group any more")
     for ranks in [ranks for ranks, team in _teams.items() if team.is_gone]:
-        del _teams[ranks]  # its threads end with the last object that has it
+        del _teams[ranks]  # its threads end when the last reference is dropped
     ranks = tuple(dist.get_process_group_ranks(group))
     if ranks not in _teams:
         _teams[ranks] = _Team(world, ranks, rank_in(group))
@@ -84,24 +86,24 @@ def _team_of(group: dist.ProcessGroup) -> _Team:
 
 
 class Line:
-    """Threads that take turns in the order in which their work was asked for. Local."""
+    """Lets threads take turns in the order in which their work was requested. Local."""
 
     def __init__(self) -> None:
         self._places: deque[object] = deque()
         self._moved = Condition()
 
     def join(self, place: object) -> None:
-        """Puts ``place`` at the end."""
+        """Adds ``place`` at the end."""
         with self._moved:
             self._places.append(place)
 
     def wait(self, place: object) -> None:
-        """Returns when ``place`` is the first."""
+        """Waits until ``place`` is the first."""
         with self._moved:
             self._moved.wait_for(lambda: self._places[0] is place)
 
     def leave(self, place: object) -> None:
-        """Takes ``place`` out of the line, if it is in it."""
+        """Removes ``place``, if it is in the line."""
         with self._moved:
             if place in self._places:
                 self._places.remove(place)
@@ -109,9 +111,10 @@ class Line:
 
 
 class Turn:
-    """The turn of one background call: a context manager that waits for it and gives the process group.
+    """Holds the place of one background call in the line: a context manager that waits for its turn and gives the
+    group.
 
-    It is in the line from construction on. Whoever does not enter it calls :meth:`leave`.
+    It is in the line from construction on. A caller that does not enter it has to call :meth:`leave`.
     """
 
     def __init__(self, groups: OwnGroups, call: str, timeout: float) -> None:
@@ -145,20 +148,20 @@ class Turn:
             self.leave()
 
     def leave(self) -> None:
-        """Gives the place in the line up. Local."""
+        """Gives up the place in the line. Local."""
         if self._team is not None:
             self._team.line.leave(self)
 
 
 class OwnGroups:
-    """The process groups that one :class:`ShardedEMA` uses beside the one that trains.
+    """Holds the process groups that one :class:`ShardedEMA` uses beside the one that trains.
 
     Args:
-        group: the ranks that hold the model; None for one process.
-        kind: objects of one kind are told apart by numbers.
+        group: the ranks that hold the model; None for a single process.
+        kind: objects with equal options have the same kind, and are told apart by their numbers.
 
     Attributes:
-        number: of this object, among those of its kind.
+        number: the number of this object among those of its kind.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, kind: str) -> None:
@@ -182,7 +185,7 @@ class OwnGroups:
             )
 
     def check_same_place(self, before: OwnGroups, call: str) -> None:
-        """Raises EMAStateError if this process had another rank among others ``before``. Local."""
+        """Raises EMAStateError if this process had another rank, or other peers, ``before``. Local."""
         if before.group is not None and self.place != before.place:
             (rank, size), (old_rank, old_size) = self.place, before.place
             raise EMAStateError(
@@ -192,12 +195,12 @@ class OwnGroups:
             )
 
     def team(self) -> _Team | None:
-        """Returns what the ranks share; None for one process."""
+        """Returns what the objects on these ranks share; None for a single process."""
         return self._team
 
     @contextmanager
     def turn(self, call: str) -> Iterator[None]:
-        """Around one collective call of the user's thread: other threads' calls wait. Local.
+        """Makes one collective call of the user's thread; calls of other threads wait. Local.
 
         Raises EMAStateError if the process group is gone.
         """
@@ -209,19 +212,20 @@ class OwnGroups:
             yield
 
     def gather(self, message: tuple[Tag, Any], timeout: float | None) -> list[Any]:
-        """Gathers ``(tag, value)`` of every rank, where a call begins. Collective."""
+        """Gathers ``(tag, value)`` of every rank, at the beginning of a call. Collective."""
         if self._team is None:
             return [message]
         return self._team.front.gather(*message, _PATIENCE if timeout is None else timeout)
 
     def files(self, call: str, timeout: float, nbytes: int) -> dist.ProcessGroup | None:
-        """Returns a group on the CPU, in which each rank writes or reads ``nbytes``, for the call whose turn it is.
+        """Returns a group on the CPU for a call in which each rank writes or reads ``nbytes``, during that call's turn.
 
-        Its timeout is ``timeout`` seconds beside what the disk takes, so a rank that hangs is noticed. In the group
-        that trains, NCCL's watchdog would end the job after 10 minutes of a slow disk.
+        Its timeout is ``timeout`` seconds plus the time that the disk takes, so a rank that hangs is noticed. In the
+        group that
+        trains, NCCL's watchdog would end the job after 10 minutes of a slow disk.
         """
         return None if self._team is None else self._team.front.group(call, timeout + nbytes / _SLOW_DISK)
 
     def line_up(self, call: str, timeout: float, nbytes: int) -> Turn:
-        """Returns a turn for a thread of ours, after all that were asked for before. Local."""
+        """Returns a turn for one of the library's threads, after all that were requested before. Local."""
         return Turn(self, call, timeout + nbytes / _SLOW_DISK)

@@ -1,4 +1,4 @@
-"""An average that goes on with another wrapping of its model: from where its elements lie to where they have to."""
+"""Moves an average to another wrapping of its model: from where its elements are to where they have to be."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from dist_ema.geometry.shares import Share
 
 
 def check_same_model(old: Sequence[FullTensor], new: Sequence[FullTensor], operation: str) -> set[str]:
-    """Raises EMAEngineError, listing all differences, unless all that is averaged is in the new model. Local.
+    """Raises EMAEngineError, listing all differences, unless all averaged tensors are in the new model. Local.
 
     Returns:
-        Names of what is averaged there and has no average yet: new parameters, parameters that were frozen until now,
-        and buffers that have another shape.
+        Names of tensors that are averaged in the new model and have no average yet: new parameters, parameters that
+            were
+        frozen until now, and buffers that have another shape.
     """
     before, after = ({name: entry for entry in entries for name in entry.names} for entries in (old, new))
     problems = [f"missing {entry.name!r}" for entry in old if _kept(entry) and not _kept(after.get(entry.name))]
@@ -51,18 +52,18 @@ def move(
     group: dist.ProcessGroup | None,
     operation: str,
 ) -> None:
-    """Fills flat new tensors from what the ranks hold. Collective.
+    """Fills new 1D tensors from what the ranks hold. Collective.
 
-    What a rank holds already it copies; tensors of which some rank lacks elements are sent to all ranks, through one
-    window at a time, which is the only memory that is needed.
+    Elements that a rank has already are copied. Tensors of which some rank lacks elements are sent to all ranks through
+    one window at a time, which is the only memory that is needed.
 
     Args:
-        entries: every full tensor, as it is held; the same on every rank.
-        held: what this rank holds of one, by its name there.
-        shares: what this rank shall hold.
-        tensors: where to, for each share; None for what is not kept.
+        entries: every full tensor in its present layout; the same on every rank.
+        held: returns what this rank has of the tensor of a name.
+        shares: what this rank should have.
+        tensors: the tensor to fill for each share; None for a share without a shadow.
         group: the ranks.
-        operation: for errors.
+        operation: names the operation in errors.
     """
     names = [entry.name for entry in entries]
     wanted = {
@@ -88,7 +89,7 @@ def move(
 
 
 def _copy(held: LocalValues | None, wanted: tuple[Share, Tensor]) -> bool:
-    """Copies the wanted elements that this rank holds. Local. Returns whether these are all of them."""
+    """Copies the wanted elements that this rank has. Local. Returns whether these are all of them."""
     share, out = wanted
     filled = 0
     if held is not None:

@@ -1,6 +1,11 @@
-"""Tensors sent between ranks in windows of bounded size, so that the number of collective calls follows the bytes.
+"""Sends tensors between ranks in windows of bounded size, so the number of collective calls depends on the bytes only.
 
-Everything takes ``group=None`` for a run without a process group, and is then local.
+Thousands of small tensors are packed into one window, and a large tensor is cut into several::
+
+    tensors    | a | b |        c        | d |
+    windows    [ a b c c c ][ c c c c c ][ c d ]
+
+Each function takes ``group=None`` for a run without a process group, and is then local.
 """
 
 from __future__ import annotations
@@ -14,27 +19,30 @@ from torch import Tensor
 
 from dist_ema.comm.collectives import device_for, peer_errors, rank_in, size_of
 
-#: Bytes of one window, and of the memory that each rank holds for it.
+#: Bytes of one window, which each rank allocates.
 WINDOW_BYTES = 16 << 20
 #: Bytes and places from and up to which the ranks send rank 0 what they have, each for itself; else all is added up.
 _SENT_FROM = 1 << 20
 _SENT_PLACES = 1 << 12
 Range = tuple[int, int]
-#: A range of a tensor's elements and where it lies in a window: tensor, start, stop, byte offset.
+#: A range of a tensor's elements and its place in a window: tensor, start, stop, byte offset.
 Placed: TypeAlias = tuple[int, int, int, int]
 #: Bytes of the widest element, complex128.
 _WIDEST = 16
-#: Called with the number of a tensor, ``start`` and ``stop`` of a range of its elements, and a flat tensor of these.
+#: Called with the index of a tensor, ``start`` and ``stop`` of a range of its elements, and a 1D tensor of these.
 Access: TypeAlias = "Callable[[int, int, int, Tensor], None]"
 
 
 class Window:
-    """A buffer that the ranks fill in parts, no two the same bytes, and that rank 0 then has whole.
+    """Holds a buffer that the ranks fill in parts, no two of them the same bytes, and that rank 0 then has complete.
 
-    Nobody has to know who holds what. Where all of it is wanted everywhere, and on accelerators, whose links make a
-    ring, the parts are added up as integers: a byte that one rank wrote and the others left at zero arrives unchanged,
-    be it of a NaN or of a negative zero. Through the CPU (gloo) each rank sends rank 0 what it has instead: 16 MiB of 8
-    processes on 2 cores took 8 ms and not 36 (2 processes: 4 and not 14).
+    No rank has to know which rank fills what. On accelerators, and if every rank wants the result, the parts are added
+    up
+    as integers: a byte that one rank wrote and the others left at zero arrives unchanged, also of a NaN or a negative
+    zero.
+    On the CPU (gloo) each rank sends rank 0 its parts instead: 16 MiB of 8 processes on 2 cores took 8 ms instead of 36
+    (2
+    processes: 4 instead of 14).
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
@@ -43,21 +51,23 @@ class Window:
         self._bytes = self._words.view(torch.uint8)
 
     def clear(self, nbytes: int) -> None:
-        """Sets the first bytes to zero, at most ``WINDOW_BYTES``: those that the ranks will fill."""
+        """Sets the first ``nbytes`` to zero, at most ``WINDOW_BYTES``: those that the ranks will fill."""
         self._used = -(-nbytes // 8)
         self._words[: self._used].zero_()
 
     def part(self, offset: int, count: int, dtype: torch.dtype) -> Tensor:
-        """``count`` elements from byte ``offset`` on, a multiple of 8, to be filled or read in place. 1D, a view."""
+        """Returns a 1D view of ``count`` elements from byte ``offset`` on, a multiple of 8, to be filled or read in
+        place.
+        """
         return self._bytes[offset : offset + count * dtype.itemsize].view(dtype)
 
     def collect(self, filled: Sequence[Range], everywhere: bool = False) -> None:
-        """Brings the parts together on rank 0, whereupon the others' contents are undefined, or on every rank.
-        Collective.
+        """Brings the parts together on rank 0, or on every rank. Collective. Contents on the other ranks are undefined
+        then.
 
         Args:
-            filled: ``(offset, length)`` in bytes of what this rank has put in, in rising order.
-            everywhere: on every rank.
+            filled: ``(offset, length)`` in bytes of what this rank has filled, in rising order.
+            everywhere: bring the parts together on every rank.
         """
         if self._group is None or size_of(self._group) == 1 or not self._used:
             return
@@ -71,7 +81,7 @@ class Window:
                 dist.reduce(words, group=self._group, group_dst=0)
 
     def _send(self, filled: Sequence[Range]) -> None:
-        """Each rank sends rank 0 what it has, with where it belongs; or all is added up if that is too many places."""
+        """Sends rank 0 what each rank has filled, with its places; or adds all up if there are too many places."""
         rank = rank_in(self._group)
         ranks = size_of(self._group)
         mine = torch.tensor([len(filled), sum(length for _, length in filled)])
@@ -108,7 +118,7 @@ class Window:
 
 
 def _merged(ranges: Sequence[Range]) -> list[Range]:
-    """Ranges that touch as one."""
+    """Joins ranges that touch."""
     merged: list[Range] = []
     for offset, length in ranges:
         if merged and sum(merged[-1]) == offset:
@@ -127,14 +137,14 @@ def broadcast_flat(
     read: Access,
     write: Access,
 ) -> None:
-    """Sends flat tensors from rank ``owner`` of ``group`` to its other ranks, packed into windows. Collective.
+    """Sends 1D tensors from rank ``owner`` of ``group`` to its other ranks, packed into windows. Collective.
 
     Args:
-        sizes: elements of each tensor, the same on all ranks.
-        dtypes: dtype of each.
-        owner: who sends, by its place in the group.
-        read: ``read(index, start, stop, out)`` puts elements of tensor ``index`` into ``out``; called on the owner.
-        write: ``write(index, start, stop, values)`` takes them; called on the others.
+        sizes: number of elements of each tensor, the same on all ranks.
+        dtypes: dtype of each tensor.
+        owner: the sender's place in the group.
+        read: ``read(index, start, stop, out)`` copies elements of tensor ``index`` into ``out``; called on the owner.
+        write: ``write(index, start, stop, values)`` stores them; called on the other ranks.
     """
     device = device_for(group)
     buffer = torch.empty(WINDOW_BYTES // 8, dtype=torch.int64, device=device).view(torch.uint8)
@@ -158,15 +168,16 @@ def all_gather_flat(
     read: Access,
     write: Access,
 ) -> None:
-    """Every rank of ``group`` sends its part of flat tensors to all others. Collective, one call for each window.
+    """Sends each rank's part of 1D tensors to all other ranks of ``group``. Collective, one call for each window.
 
-    A window has a slot of the same size for every rank, so that their number does not change the number of calls.
+    A window has one slot for each rank, all of the same size, so that all ranks make the same number of calls.
 
     Args:
         parts: for each rank the ranges ``(index, start, stop)`` that it sends; the same on all ranks.
         dtypes: dtype of each tensor.
-        read: ``read(index, start, stop, out)`` puts elements of tensor ``index`` into ``out``; called for own ranges.
-        write: ``write(index, start, stop, values)`` takes them; called for the ranges of the others.
+        group: the ranks.
+        read: ``read(index, start, stop, out)`` copies elements of tensor ``index`` into ``out``; called for own ranges.
+        write: ``write(index, start, stop, values)`` stores them; called for the ranges of other ranks.
     """
     device = device_for(group)
     rank = rank_in(group)
@@ -177,7 +188,7 @@ def all_gather_flat(
     of_ranks = [_windows_of(ranges, dtypes, slot_bytes) for ranges in parts]
     for number in range(max(map(len, of_ranks))):
         now = [windows[number] if number < len(windows) else ([], 0) for windows in of_ranks]
-        # The largest part decides. A multiple of the widest element, so that each slot begins where any dtype may.
+        # The largest part decides. Rounding up to the widest element aligns every slot for any dtype.
         used = -(-max(nbytes for _, nbytes in now) // _WIDEST) * _WIDEST
         for index, start, stop, offset in now[rank][0]:
             read(index, start, stop, _view(sent, offset, stop - start, dtypes[index]))
@@ -191,7 +202,9 @@ def all_gather_flat(
 def _windows_of(
     ranges: Sequence[tuple[int, int, int]], dtypes: Sequence[torch.dtype], limit: int
 ) -> list[tuple[list[Placed], int]]:
-    """Packs ranges of tensors as :func:`packed` does: parts ``(index, start, stop, byte offset)`` of these tensors."""
+    """Packs ranges of tensors as :func:`packed` does. The parts are ``(index, start, stop, byte offset)`` of these
+    tensors.
+    """
     sizes = [stop - start for _, start, stop in ranges]
     windows = []
     for parts, used in packed(sizes, [dtypes[index] for index, _, _ in ranges], limit):
@@ -210,16 +223,16 @@ def _view(buffer: Tensor, offset: int, count: int, dtype: torch.dtype) -> Tensor
 def packed(
     sizes: Sequence[int], dtypes: Sequence[torch.dtype], limit: int | None = None
 ) -> list[tuple[list[Placed], int]]:
-    """Flat tensors laid out in windows, so that the number of collective calls follows the bytes, not the tensors.
+    """Lays 1D tensors out in windows.
 
     Args:
-        sizes: elements of each tensor.
-        dtypes: dtype of each.
+        sizes: number of elements of each tensor.
+        dtypes: dtype of each tensor.
         limit: bytes of a window; None means ``WINDOW_BYTES``.
 
     Returns:
-        For each window its parts ``(index, start, stop, byte offset)``, offsets multiples of 8 and of the dtype's size,
-        and the bytes used.
+        For each window its parts ``(index, start, stop, byte offset)``, with offsets that are multiples of 8 and of the
+        dtype's size; and the bytes used.
 
     >>> packed([3, 5], [torch.float32, torch.float64])
     [([(0, 0, 3, 0), (1, 0, 5, 16)], 56)]

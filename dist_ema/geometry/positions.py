@@ -29,10 +29,10 @@ Integers = NDArray[np.uint64]
 
 
 def position_sums(held: Sequence[Runs]) -> Integers:
-    """Return the count and the hash sum of the positions in each list of runs. Shape (len(held), 2).
+    """Returns the count and the hash sum of the positions in each list of runs. Shape (len(held), 2).
 
-    Runs may overlap; a position that is held twice counts twice. Lists of equal :class:`Rows`, as the layers of a model
-    have them, are worked out once.
+    Runs may overlap; a position that is held twice counts twice. Equal :class:`Rows`, which the layers of a model often
+    have, are computed once.
 
     >>> halves = position_sums([((0, 3), (8, 2)), ((3, 5),)])
     >>> bool((halves.sum(axis=0) == position_sums([((0, 10),)])[0]).all())
@@ -58,7 +58,7 @@ def position_sums(held: Sequence[Runs]) -> Integers:
 
 
 def _blocks(held: Iterable[tuple[int, Runs]]) -> Iterator[tuple[NDArray[np.int64], Integers, Integers]]:
-    """Yield the runs of numbered lists, at most a block at a time: the number of the list, the start, the length."""
+    """Yields the runs of numbered lists, at most one block at a time: the number of the list, the start, the length."""
     collected: list[tuple[int, int, int]] = []
     for owner, runs in held:
         if isinstance(runs, Rows):  # may be millions: never as a list
@@ -75,7 +75,7 @@ def _blocks(held: Iterable[tuple[int, Runs]]) -> Iterator[tuple[NDArray[np.int64
 
 
 def _blocks_of_rows(owner: int, rows: Rows) -> Iterator[tuple[NDArray[np.int64], Integers, Integers]]:
-    """Does what :func:`_blocks` does, for runs that are all of one length."""
+    """Does what :func:`_blocks` does, for runs of one length."""
     for first in range(0, rows.number, BLOCK):
         numbers = np.arange(first, min(first + BLOCK, rows.number), dtype=np.uint64)
         starts = numbers * np.uint64(rows.step) + np.uint64(rows.start)
@@ -88,7 +88,7 @@ def _columns(collected: list[tuple[int, int, int]]) -> tuple[NDArray[np.int64], 
 
 
 def _mix(values: Integers) -> Integers:
-    """Return SplitMix64's finalizer of each value; products wrap around."""
+    """Returns SplitMix64's finalizer of each value. Products wrap around."""
     values = values + np.uint64(0x9E3779B97F4A7C15)
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -131,7 +131,7 @@ def holds(runs: Runs, shape: Sequence[int], kept: Sequence[NDArray[np.int64]]) -
 
 
 def _position(local: NDArray[np.int64], shape: Sequence[int], kept: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
-    """Return where local elements lie in the row-major flattening of the full tensor."""
+    """Returns the positions of local elements in the row-major flattening of the full tensor."""
     position = np.zeros_like(local)
     stride = 1  # of this dimension in the full tensor
     for size, indices in zip(reversed(shape), reversed(kept), strict=True):

@@ -44,9 +44,10 @@ Box = tuple[tuple[int, ...], tuple[int, ...]]
 
 @dataclass(frozen=True, eq=False)
 class Rows(Sequence[Run]):
-    """Runs of one length at equal distances, as the columns of a matrix are. Any part of them is :class:`Rows` again.
+    """Holds runs of one length at equal distances, as the columns of a matrix are. Any part of them is :class:`Rows`
+    again.
 
-    A few numbers instead of a tuple for each run: an eighth of the columns of 256 experts are two million runs.
+    It has six numbers instead of a tuple for each run: an eighth of the columns of 256 experts are two million runs.
 
     ::
 
@@ -56,12 +57,12 @@ class Rows(Sequence[Run]):
          skip                                                                     drop
 
     Attributes:
-        start: of the first run.
-        length: of each.
-        step: from one's start to the next one's; more than ``length``.
-        number: of runs.
+        start: where the first run starts.
+        length: the length of each run.
+        step: the distance from the start of one run to the start of the next; more than ``length``.
+        number: the number of runs.
         skip: elements at the beginning of the first run that do not belong to it.
-        drop: the same at the end of the last run.
+        drop: elements at the end of the last run that do not belong to it.
 
     >>> tuple(Rows(start=2, length=3, step=8, number=2))
     ((2, 3), (10, 3))
@@ -114,7 +115,7 @@ class Rows(Sequence[Run]):
         return not self.skip and not self.drop
 
     def parts(self) -> Iterator[Runs]:
-        """Yields the same runs, in at most three parts: an incomplete first run, the even ones, an incomplete last
+        """Yields the same runs in at most three parts: an incomplete first run, the complete ones, an incomplete last
         run.
         """
         first = int(self.skip > 0)
@@ -131,7 +132,7 @@ class Rows(Sequence[Run]):
 
 
 def whole(numel: int) -> Runs:
-    """Runs of a rank that holds all ``numel`` elements.
+    """Returns the runs of a rank that holds all ``numel`` elements.
 
     >>> whole(6)
     ((0, 6),)
@@ -151,8 +152,7 @@ def count(runs: Runs) -> int:
 
 
 def cut(runs: Runs, start: int, stop: int) -> Runs:
-    """Returns the runs of local elements ``start <= i < stop``, where local elements are numbered through ``runs`` in
-    order.
+    """Returns the runs of local elements ``start <= i < stop``. Local elements are numbered along ``runs``.
 
     >>> cut(((0, 4), (10, 4)), 2, 6)  # local elements 2 to 5
     ((2, 2), (10, 2))
@@ -174,7 +174,7 @@ def cut(runs: Runs, start: int, stop: int) -> Runs:
 
 
 def _cut_rows(rows: Rows, start: int, stop: int) -> Runs:
-    """Does what :func:`cut` does, without a look at each run: a shard may have millions of them."""
+    """Does what :func:`cut` does for rows, without a look at each run: a shard may have millions of them."""
     if start >= stop:
         return ()
     # Places among the elements of complete runs, of which there are `length` in each.
@@ -189,7 +189,7 @@ def _cut_rows(rows: Rows, start: int, stop: int) -> Runs:
 
 
 def chunks(runs: Runs, limit: int) -> Iterator[Runs]:
-    """``runs`` in order, in lists of at most ``limit`` elements; a run is cut where a list is full.
+    """Yields ``runs`` in order, in lists of at most ``limit`` elements. A run is cut where a list is full.
 
     >>> list(chunks(((0, 4), (10, 4)), 3))
     [((0, 3),), ((3, 1), (10, 2)), ((12, 2),)]
@@ -218,7 +218,7 @@ def chunks(runs: Runs, limit: int) -> Iterator[Runs]:
 def overlap(runs: Runs, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
     """Intersects ``runs`` with the window ``[start, stop)`` of the full tensor.
 
-    Yields ``(local, inside, length)``: ``length`` elements that begin at element ``local`` of the local shard and at
+    Yields ``(local, inside, length)``: ``length`` elements that start at element ``local`` of the local shard and at
     element ``inside`` of the window.
 
     >>> list(overlap(((0, 4), (10, 4)), 3, 12))  # element 3, then 10 and 11
@@ -241,7 +241,7 @@ def overlap(runs: Runs, start: int, stop: int) -> Iterator[tuple[int, int, int]]
 
 
 def flattened(runs: Runs) -> array[int]:
-    """``start`` and ``length`` of each run, one after the other, as 64-bit integers: for code that is compiled.
+    """Returns start and length of each run, one after the other, as 64-bit integers for compiled code.
 
     >>> flattened(((0, 4), (10, 3)))
     array('q', [0, 4, 10, 3])
@@ -255,7 +255,8 @@ def flattened(runs: Runs) -> array[int]:
 
 
 def chunk(intervals: Runs, parts: int, index: int) -> Runs:
-    """Part ``index`` of ``intervals`` as ``torch.chunk`` divides: ceil(n / parts) each, the last short or empty.
+    """Returns part ``index`` of ``intervals`` as ``torch.chunk`` divides: ceil(n / parts) each, the last one short or
+    empty.
 
     >>> [chunk(((0, 5),), 4, rank) for rank in range(4)]  # 5 rows on 4 ranks
     [((0, 2),), ((2, 2),), ((4, 1),), ()]
@@ -265,10 +266,11 @@ def chunk(intervals: Runs, parts: int, index: int) -> Runs:
 
 
 def strided_chunk(intervals: Runs, factor: int, parts: int, index: int, *, one_step: bool = False) -> Runs:
-    """Part ``index`` of each of ``factor`` groups of ``intervals``, as torch's ``_StridedShard`` divides.
+    """Returns part ``index`` of each of ``factor`` groups of ``intervals``, as torch's ``_StridedShard`` divides.
 
     With ``one_step`` the intervals are cut into ``factor`` times ``parts`` pieces at once, as older versions of torch
-    do. Pieces differ only where sizes do not divide evenly.
+    do.
+    The results differ only if the sizes do not divide evenly.
 
     >>> [strided_chunk(((0, 8),), factor=2, parts=2, index=rank) for rank in range(2)]
     [((0, 2), (4, 2)), ((2, 2), (6, 2))]
@@ -286,9 +288,10 @@ def strided_chunk(intervals: Runs, factor: int, parts: int, index: int, *, one_s
 
 
 def box_runs(shape: Sequence[int], kept: Sequence[Runs]) -> Runs:
-    """Runs of the elements whose index along dimension ``d`` lies in ``kept[d]``, for a tensor of shape ``shape``.
+    """Returns the runs of the elements whose index along dimension ``d`` is in ``kept[d]``, for a tensor of shape
+    ``shape``.
 
-    Neighbouring runs are merged, so that a shard of whole rows is one run whatever its rank.
+    Runs that touch are merged, so a shard of whole rows is one run.
 
     >>> box_runs((4, 6), (((1, 2),), ((0, 6),)))  # rows 1 and 2: whole rows are one run
     ((6, 12),)
@@ -314,9 +317,9 @@ def box_runs(shape: Sequence[int], kept: Sequence[Runs]) -> Runs:
 
 
 def as_rows(runs: Runs) -> Runs:
-    """Several runs of one length at equal distances as four numbers; any others as they are.
+    """Returns several runs of one length at equal distances as :class:`Rows`; other runs unchanged.
 
-    The two pieces of a packed layer are such runs, and so they stay four numbers however many rows or experts follow.
+    The two pieces of a packed layer are such runs, so they stay a few numbers however many rows or experts there are.
     """
     if isinstance(runs, Rows) or len(runs) < 2:
         return runs
@@ -328,8 +331,7 @@ def as_rows(runs: Runs) -> Runs:
 
 
 def _in_each_row(runs: Runs, stride: int, intervals: Runs) -> Runs:
-    """``runs`` of the first row, which are not all of it, in each of the rows of ``intervals``; a row has ``stride``
-    elements."""
+    """Repeats ``runs``, a part of the first row, in each row of ``intervals``. A row has ``stride`` elements."""
     if len(runs) == 1:
         runs = Rows(*runs[0], step=stride, number=1)
     # Equal distances inside a row that fill it go on at the same distance in the next row: still four numbers.
@@ -341,11 +343,11 @@ def _in_each_row(runs: Runs, stride: int, intervals: Runs) -> Runs:
 
 
 def boxes(runs: Runs, shape: Sequence[int]) -> list[Box]:
-    """Returns the elements of ``runs``, in their order, as boxes of a tensor of shape ``shape``, each row-major in
-    itself.
+    """Returns the elements of ``runs``, in their order, as boxes of a tensor of shape ``shape``.
 
-    So box after box the local elements are contiguous. One run of a tensor of k dimensions is 2k - 1 boxes at most;
-    the rows of a tensor-parallel shard of columns come together in one.
+    Elements within a box are in row-major order, so box after box the local elements are contiguous. One run of a
+    tensor of
+    k dimensions becomes at most 2k - 1 boxes. The rows of a tensor-parallel shard of columns become one box.
 
     >>> boxes(((4, 8),), (4, 4))  # rows 1 and 2
     [((1, 0), (2, 4))]
@@ -363,7 +365,7 @@ def boxes(runs: Runs, shape: Sequence[int]) -> list[Box]:
 
 
 def _boxes_of_part(runs: Runs, shape: tuple[int, ...]) -> Iterator[Box]:
-    """Boxes of runs, which need not be as few as they could be."""
+    """Returns boxes of runs, possibly more than necessary."""
     found = _boxes_of_rows(runs, shape) if isinstance(runs, Rows) else []
     if found:
         yield from found
@@ -373,7 +375,7 @@ def _boxes_of_part(runs: Runs, shape: tuple[int, ...]) -> Iterator[Box]:
 
 
 def _boxes_of_rows(rows: Rows, shape: tuple[int, ...]) -> list[Box]:
-    """Returns the boxes of regular rows in closed form; ``[]`` where that does not apply."""
+    """Returns the boxes of regular rows in closed form; ``[]`` if that does not apply."""
     # The dimension whose rows are as long as the distance of the runs: each of its rows then holds one run.
     dim = next((dim for dim in range(1, len(shape)) if prod(shape[dim:]) == rows.step), len(shape))
     first, start = divmod(rows.start, rows.step)
@@ -411,7 +413,7 @@ def _in_row(index: int, start: int, stop: int, shape: tuple[int, ...]) -> Iterat
 
 
 def _join(first: Box, second: Box) -> Box | None:
-    """Two boxes as one, if its elements are those of the first and then those of the second."""
+    """Returns two boxes as one, if its elements are those of the first, followed by those of the second; else None."""
     (starts, sizes), (next_starts, next_sizes) = first, second
     for dim, (start, size) in enumerate(zip(starts, sizes, strict=True)):
         if next_starts[dim] == start + size:  # the first dimension in which they lie behind each other
@@ -441,11 +443,13 @@ def merge(runs: Runs) -> Runs:
 
 
 def split_evenly(sizes: Sequence[int], itemsizes: Sequence[int], parts: int, index: int) -> list[tuple[int, int]]:
-    """Part ``index`` of a list of flat tensors laid end to end and cut into ``parts`` of equal bytes.
+    """Returns part ``index`` of a list of 1D tensors that are laid end to end and cut into ``parts`` of equal bytes.
 
-    ``sizes`` are element counts and ``itemsizes`` bytes per element. Returns ``(start, stop)`` in elements for each
-    tensor, empty (``start == stop``) where the part has nothing of it. Over all indices the ranges cover every element
-    exactly once, and no two parts differ by more than one element in bytes for each cut.
+    ``sizes`` are numbers of elements, and ``itemsizes`` bytes per element. Returns ``(start, stop)`` in elements for
+    each
+    tensor; ``start == stop`` if the part has nothing of it. Over all indices the ranges cover every element exactly
+    once,
+    and no two parts differ by more than one element in bytes for each cut.
 
     >>> split_evenly([3, 5], [4, 4], parts=2, index=0), split_evenly([3, 5], [4, 4], parts=2, index=1)
     ([(0, 3), (0, 1)], [(3, 3), (1, 5)])
@@ -466,7 +470,7 @@ def split_evenly(sizes: Sequence[int], itemsizes: Sequence[int], parts: int, ind
 
 
 def split_for_all(sizes: Sequence[int], itemsizes: Sequence[int], parts: int) -> list[list[tuple[int, int, int]]]:
-    """Returns the cuts of :func:`split_evenly` for every part at once, in time that grows with ``len(sizes) + parts``.
+    """Returns the cuts of :func:`split_evenly` for every part at once, in time proportional to ``len(sizes) + parts``.
 
     Returns for each part its non-empty ranges ``(tensor, start, stop)``, in order.
 

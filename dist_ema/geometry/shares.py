@@ -1,9 +1,10 @@
 """Decides which elements of each tensor this rank averages, and which it writes. Local; does not depend on wrappers.
 
-An engine says which elements of a tensor a rank holds (``spec.runs``). A share says which of those it averages. They
-are the same, except where several ranks hold the same elements: such *replicas* (DDP, HSDP, ZeRO-0) split the work,
-unless ``shard_replicas=False``. All tensors of a set of replicas are laid end to end and cut into parts of equal bytes.
-HSDP with 2 copies of 2 shards, and two parameters of 8 elements each::
+An engine says which elements of a tensor a rank holds (``spec.runs``). A share says which of these the rank averages.
+They are the same unless several ranks hold the same elements. Such *replicas* (DDP, HSDP, ZeRO-0) split the work,
+unless
+``shard_replicas=False``. All tensors of a set of replicas are laid end to end and cut into parts of equal bytes. HSDP
+with 2 copies of 2 shards, and two parameters of 8 elements each::
 
                  w: 0 1 2 3            b: 0 1 2 3
     shard 0     [ . . . . ]           [ . . . . ]          ranks 0 and 2 hold all 8 elements
@@ -13,8 +14,8 @@ HSDP with 2 copies of 2 shards, and two parameters of 8 elements each::
     shard 1     [ . . . . ]           [ . . . . ]          ranks 1 and 3
                  rank 1 averages w     rank 3 averages b
 
-So every element is averaged once, ``update()`` sends nothing, and the shadow takes half of the memory. Calls that need
-whole shards (``average_parameters()``, under HSDP) have replicas send each other their parts.
+So every element is averaged once, ``update()`` sends nothing, and the shadow takes half of the memory. In calls that
+need whole shards (``average_parameters()``, under HSDP) replicas send each other their parts.
 """
 
 from __future__ import annotations
@@ -38,18 +39,20 @@ Mode = Literal["average", "copy", "live"]
 
 @dataclass(frozen=True)
 class Share:
-    """This rank's part of one tensor.
+    """Describes this rank's part of one tensor.
 
     Attributes:
         spec: the tensor, as the engine describes it.
-        mode: ``"average"`` it, ``"copy"`` it at every update (buffers), or take what is ``"live"``.
-        start, stop: the local elements, of those that ``spec.runs`` lists, that this rank keeps a shadow of.
-        dtype: of the shadow; of a live tensor, its own.
-        split: the other replicas keep the other elements.
-        first_replica: this rank writes the elements, of all ranks that keep the same ones. For unpartitioned tensors
-            every holder is marked, and the lowest rank writes.
-        joined: the number of the update at which it became averaged; 0 for those averaged from the first copy on.
-            Replicas split the tensors of one update between them, so that shares that exist never move.
+        mode: ``"average"``; ``"copy"`` for a buffer that is copied at every update; ``"live"`` for a tensor without a
+            shadow.
+        start, stop: the range of local elements, in the order of ``spec.runs``, that this rank keeps a shadow of.
+        dtype: the dtype of the shadow; of the tensor itself if it is live.
+        split: whether other replicas keep the other elements.
+        first_replica: whether this rank writes the elements, among all ranks that keep the same ones. For unpartitioned
+            tensors every holder is marked, and the lowest rank writes.
+        joined: the number of the update at which it became averaged; 0 for tensors that are averaged from the first
+            copy
+            on. Replicas split the tensors of one update between them, so existing shares never move.
 
     >>> spec = TensorSpec("w", torch.Size([4, 6]), torch.float32, runs=((6, 12),))
     >>> share = Share(spec, "average", 0, 6, torch.float32, split=True, first_replica=True)  # of two replicas the first
@@ -73,17 +76,17 @@ class Share:
 
     @property
     def numel(self) -> int:
-        """Returns the elements kept."""
+        """Returns the number of elements that this rank keeps a shadow of."""
         return self.stop - self.start
 
     @property
     def runs(self) -> Runs:
-        """Returns where the kept elements lie in the full tensor."""
+        """Returns the runs of these elements in the full tensor."""
         return cut(self.spec.runs, self.start, self.stop)
 
     @cached_property
     def boxes(self) -> tuple[Box, ...]:
-        """Returns the same as boxes; there may be a thousand runs to one of them."""
+        """Returns these elements as boxes of the full tensor; one box may replace a thousand runs."""
         return tuple(boxes(self.runs, self.spec.shape))
 
 
@@ -94,11 +97,13 @@ def assign_shares(
 
     Args:
         specs: the tensors.
-        options: say what is averaged, and how.
-        averaged: names of parameters that are averaged though they are frozen now.
-        joined: the number of the update at which these tensors become averaged; 0 at the first copy.
+        options: the options of the average.
+        averaged: names of parameters that are averaged although they are frozen now.
+        joined: the number of the update at which these tensors become averaged; 0 for the first copy.
 
-    Raises EMAConfigError if a trained dtype cannot be averaged, EMAEngineError if a tensor's elements cannot be read.
+    Raises:
+        EMAConfigError: the dtype of a trained parameter cannot be averaged.
+        EMAEngineError: the elements of a trained parameter cannot be read.
 
     >>> (share,) = assign_shares([TensorSpec.unsharded("w", torch.zeros(2, 3))], Options.parse())
     >>> share.mode, share.dtype, share.runs
@@ -137,7 +142,7 @@ def assign_shares(
 def assign_joined(
     specs: Sequence[TensorSpec], options: Options, averaged: Container[str], joined: Sequence[int]
 ) -> list[Share]:
-    """Assigns shares as :func:`assign_shares`, to tensors that became averaged at different updates (``joined``)."""
+    """Does what :func:`assign_shares` does, for tensors that became averaged at different updates (``joined``)."""
     shares: dict[int, Share] = {}
     for number in sorted(set(joined)):
         members = [index for index, own in enumerate(joined) if own == number]
@@ -147,26 +152,26 @@ def assign_joined(
 
 
 def may_join(share: Share, options: Options) -> bool:
-    """Returns whether a tensor that is not averaged will be, as soon as it is trained. Local."""
+    """Returns whether a tensor that is not averaged joins the average once it is trained. Local."""
     return share.mode == "live" and share.spec.kind == "frozen" and options.selects(share.spec.name)
 
 
 def is_ignored(options: Options, name: str, is_buffer: bool) -> bool:
-    """Returns whether a tensor is in no average, whatever its flags: a :data:`~dist_ema.engines.binding.Ignored`.
+    """Implements :data:`~dist_ema.engines.binding.Ignored`: whether the options leave a tensor out of every average.
     Pure.
     """
     return not options.selects(name) or (is_buffer and options.buffer_mode(name) == "ignore")
 
 
 def follow_specs(shares: Sequence[Share], specs: Sequence[TensorSpec], options: Options) -> list[Share]:
-    """Returns the shares of a model of which ignored tensors have changed. Local.
+    """Returns the shares of a model in which ignored tensors have changed. Local.
 
-    What is averaged or copied keeps its share. The others are described anew.
+    Tensors that are averaged or copied keep their share. The others get a new one.
 
     Args:
-        shares: the present ones, in any order.
-        specs: of the model as it is now.
-        options: those of the present shares.
+        shares: the present shares, in any order.
+        specs: the specs of the model as it is now.
+        options: the options of the average.
     """
     kept = {name: share for share in shares if share.mode != "live" for name in share.names}
     found = []
@@ -177,10 +182,10 @@ def follow_specs(shares: Sequence[Share], specs: Sequence[TensorSpec], options: 
 
 
 def follow_shapes(shares: Sequence[Share], specs: Sequence[TensorSpec], options: Options) -> list[Share]:
-    """Returns the shares of a model in which tensors were resized: those of tensors that are not averaged follow.
+    """Returns the shares of a model in which tensors were resized. Tensors that are not averaged get the new shape.
     Local.
 
-    Arguments are those of :func:`follow_specs`; the specs are in the order of the shares.
+    The arguments are those of :func:`follow_specs`; the specs are in the order of the shares.
     """
     return [
         as_live(replace(share, spec=spec)) if share.mode == "live" and share.spec.shape != spec.shape else share
@@ -189,19 +194,19 @@ def follow_shapes(shares: Sequence[Share], specs: Sequence[TensorSpec], options:
 
 
 def as_live(share: Share) -> Share:
-    """Returns the share of the same tensor if it is not averaged. Local."""
+    """Returns the share that the same tensor has if it is not averaged. Local."""
     spec = share.spec if share.spec.kind == "buffer" else replace(share.spec, kind="frozen")
     first = spec.primary and _first(spec.replicas)
     return Share(spec, "live", 0, spec.local_numel, spec.dtype, split=False, first_replica=first)
 
 
 def was_resized(share: Share, spec: TensorSpec) -> bool:
-    """Returns whether a buffer of the average has another shape in the model now, which ``spec`` says. Pure."""
+    """Returns whether a buffer of the average has another shape in the model now, as ``spec`` describes it. Pure."""
     return share.mode != "live" and spec.kind == "buffer" and share.spec.shape != spec.shape
 
 
 def resized(share: Share, shape: Sequence[int]) -> Share:
-    """Returns the share of a whole buffer, if it had another shape. Pure."""
+    """Returns the share of an unpartitioned buffer for another shape. Pure."""
     full = torch.Size(shape)
     spec = replace(share.spec, shape=full, runs=whole(full.numel()))
     return replace(share, spec=spec, start=0, stop=full.numel())
@@ -219,14 +224,14 @@ def shares_to_load(
     options: Options,
     joined: Mapping[str, int] = MappingProxyType({}),
 ) -> list[Share]:
-    """Returns the shares of an average that is to be loaded; the given list itself where nothing differs. Local.
+    """Returns the shares of an average that will be loaded; the given list itself if they are the same. Local.
 
     Args:
-        shares: of the present average.
-        joining: names of parameters that are averaged in the checkpoint, and are frozen here.
-        shapes: by name, the shapes of buffers that have another shape in the checkpoint.
-        options: what the user asked for.
-        joined: by name, the numbers of the updates at which tensors joined, where another one is stored.
+        shares: the shares of the present average.
+        joining: names of parameters that are averaged in the checkpoint and frozen here.
+        shapes: shapes of buffers that have another shape in the checkpoint, by name.
+        options: the options of the average.
+        joined: numbers of the updates at which tensors joined, by name, where the checkpoint has another number.
     """
     names = [name for share in shares for name in share.names]
     if not shapes and not joined and not any(name in joining for name in names):
@@ -241,9 +246,9 @@ def shares_to_load(
 
 
 def in_shapes_of(shares: Sequence[Share], sources: Sequence[Tensor]) -> list[Tensor]:
-    """Returns the live tensors, with zeros instead of each whole buffer that has another shape in the average. Local.
+    """Returns the live tensors, with zeros in place of each buffer that has another shape in the average. Local.
 
-    A shadow takes its memory and first values beside these.
+    A shadow is allocated on the devices, and with the shapes, of these tensors.
     """
     found = []
     for share, source in zip(shares, sources, strict=True):
@@ -255,7 +260,9 @@ def in_shapes_of(shares: Sequence[Share], sources: Sequence[Tensor]) -> list[Ten
 
 
 def replica_sets(shares: Sequence[Share]) -> list[list[int]]:
-    """Indices of the shares that replicas split, one list for each process group and update at which they joined."""
+    """Returns the indices of the shares that replicas split, one list for each process group and update at which they
+    joined.
+    """
     # By identity: engines give the same group object to all its tensors, and two groups of the same ranks are rare
     # (then each set is split for itself, on all ranks alike).
     sets: dict[tuple[int, int], list[int]] = {}
@@ -266,7 +273,7 @@ def replica_sets(shares: Sequence[Share]) -> list[list[int]]:
 
 
 def _replica_groups(specs: Sequence[TensorSpec | None]) -> list[list[int]]:
-    """Indices of the specs that have replicas, one list for each process group."""
+    """Returns the indices of the specs that have replicas, one list for each process group."""
     sets: dict[int, list[int]] = {}
     for index, spec in enumerate(specs):
         if spec is not None and spec.replicas is not None:
@@ -277,18 +284,18 @@ def _replica_groups(specs: Sequence[TensorSpec | None]) -> list[list[int]]:
 def split_over(
     specs: Sequence[TensorSpec], dtypes: Sequence[torch.dtype], replicas: Replicas, index: int
 ) -> list[tuple[int, int]]:
-    """Returns the local elements of each tensor of one replica set that replica ``index`` keeps. The same on all of
-    them.
+    """Returns the range of local elements of each tensor of one replica set that replica ``index`` keeps.
+
+    The result is the same on all replicas.
     """
     sizes = [spec.local_numel for spec in specs]
     return split_evenly(sizes, [dtype.itemsize for dtype in dtypes], replicas.size, index)
 
 
 def parts_of_replicas(shares: Sequence[Share], replicas: Replicas) -> list[list[tuple[int, int, int]]]:
-    """Returns what each replica keeps of the tensors of one replica set: ``(place in shares, start, stop)`` of local
-    elements.
+    """Returns what each replica keeps of the tensors of one replica set: ranges ``(place in shares, start, stop)``.
 
-    The same on all replicas. Ranges without elements are left out.
+    The ranges are of local elements, and the same on all replicas. Empty ranges are left out.
     """
     sizes = [share.spec.local_numel for share in shares]
     return split_for_all(sizes, [share.dtype.itemsize for share in shares], replicas.size)
@@ -301,7 +308,7 @@ def _mode(spec: TensorSpec, options: Options, averaged: Container[str]) -> Mode:
         return "average"
     if spec.kind == "frozen":
         return "live"
-    # Counters and masks (integers, bools) have no mean.
+    # Counters and masks (integers, bools) have no mean, so they are never averaged.
     return "average" if options.buffer_mode(spec.name) == "average" and spec.dtype.is_floating_point else "copy"
 
 
@@ -327,8 +334,8 @@ def shadow_dtype(live: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
     """Returns the dtype of the average of a live tensor. Pure.
 
     Args:
-        live: of the tensor. A complex tensor is averaged as pairs of real numbers.
-        wanted: of each real number; None keeps that of the tensor.
+        live: the dtype of the tensor. A complex tensor is averaged as pairs of real numbers.
+        wanted: the dtype of each real number in the average; None keeps that of the tensor.
     """
     if wanted is None:
         return live

@@ -15,12 +15,12 @@ from dist_ema.geometry.subclasses import hidden_type
 
 @dataclass(frozen=True)
 class Replicas:
-    """Ranks that hold the same elements of a tensor, and so may share its shadow between them.
+    """Describes ranks that hold the same elements of a tensor, so that they can split its shadow.
 
     Attributes:
-        group: the process group of those ranks.
+        group: the process group of these ranks.
         index: this rank's place in it.
-        size: how many they are.
+        size: the number of ranks.
     """
 
     group: dist.ProcessGroup
@@ -30,27 +30,29 @@ class Replicas:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One parameter or buffer of the model as this rank holds it.
+    """Describes one parameter or buffer of the model as this rank holds it.
 
     Attributes:
         name: canonical name.
         shape: shape of the full tensor.
-        dtype: dtype of the live tensor (not of fp32 masters); what ``export`` casts to.
+        dtype: dtype of the live tensor (not of fp32 masters), to which ``export`` casts.
         runs: this rank's elements, in the row-major flattening of the full tensor.
-        kind: parameters are trained (``"parameter"``) or not (``"frozen"``); a ``"buffer"`` is always whole.
+        kind: ``"parameter"`` if it is trained, ``"frozen"`` if not; a ``"buffer"`` is always whole.
         partitioned: True if the runs of a mesh of ranks, one of each set of replicas, make up the full tensor; False if
             each rank that has this name holds it whole and the ranks are not known to agree (buffers, plain modules).
-        lowest_mesh_rank: the lowest rank of the mesh over which the tensor is spread. Several meshes may hold one
-            tensor (FSDP2 on one dimension, with tensor parallelism for other tensors on the next): the one whose lowest
-            rank is the smallest writes it.
+        lowest_mesh_rank: the lowest rank of the mesh over which the tensor is spread. If several meshes hold one tensor
+            (FSDP2 on one dimension, with tensor parallelism for other tensors on the next), the mesh with the smallest
+            such rank writes it.
         replicas: the ranks that hold the same runs and may split the shadow; None if there are none.
-        primary: False on a rank whose runs belong to another rank although no ``replicas`` say so (a second
+        primary: False on a rank whose runs belong to another rank although ``replicas`` does not say so (a second
             replicated dimension of a mesh). Such a rank averages but never writes or sends.
         aliases: other canonical names of the same (tied) tensor.
-        hidden: the class of a tensor whose elements do not lie in memory as they are (quantised weights), which can
-            neither be averaged nor be read in place; "" for all others.
-        declared: the runs are what a plain tensor declares about itself. Which other ranks hold the same runs, nothing
-            says; :func:`dist_ema.comm.catalogue.catalogue` finds out.
+        hidden: the class of a tensor whose memory does not hold its elements (quantized weights), so that it can
+            neither
+            be averaged nor be read in place; "" for all others.
+        declared: whether the runs are what a plain tensor declares about itself. The tensor does not say which other
+            ranks
+            hold the same runs; :func:`dist_ema.comm.catalogue.catalogue` finds out.
 
     >>> spec = TensorSpec("layer.weight", torch.Size([4, 6]), torch.bfloat16, runs=((6, 12),))  # rows 1 and 2 of 4
     >>> spec.numel, spec.local_numel
@@ -72,12 +74,12 @@ class TensorSpec:
 
     @property
     def numel(self) -> int:
-        """Returns the elements of the full tensor."""
+        """Returns the number of elements of the full tensor."""
         return self.shape.numel()
 
     @property
     def local_numel(self) -> int:
-        """Returns the elements on this rank."""
+        """Returns the number of elements on this rank."""
         return count(self.runs)
 
     @classmethod

@@ -1,11 +1,11 @@
-"""Tensor subclasses that keep their elements elsewhere: quantised weights, float8 weights and the like.
+"""Handles tensor subclasses that keep their elements elsewhere: quantized weights, float8 weights and similar ones.
 
-Such a class overrides ``__torch_dispatch__``, and may have no memory of its own: a kernel that is given its address
-reads whatever lies there. A DTensor is one too, which its engine knows.
+Such a class overrides ``__torch_dispatch__``, and may have no memory of its own: a kernel that gets its address would
+read whatever is there. DTensor is such a class too, and has an engine of its own.
 
-torchao's weights for float8 all-gathers hold their elements, and beside them a scale that is computed from these after
-each optimizer step. Such a scale is no part of the weight. It has to be dropped whenever the elements change by other
-hands than the optimizer's, since the next all-gather would divide by it as it is.
+torchao's weights for float8 all-gathers hold their elements, and beside them a scale that is computed from the elements
+after each optimizer step. The scale is no part of the weight. It has to be dropped whenever anything but the optimizer
+changes the elements, because the next all-gather would divide by the old scale.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ _CACHED_SCALE = "_precomputed_scale"
 
 @dataclass(frozen=True, eq=False)
 class CachedScale:
-    """Holds what a tensor has computed from its elements ahead of the next forward pass.
+    """Holds a scale that a tensor has computed from its elements for the next forward pass.
 
     Attributes:
-        holder: the tensor that keeps it.
-        value: the scale; None where none was computed.
+        holder: the tensor that keeps the scale.
+        value: the scale; None if none was computed.
     """
 
     holder: Tensor
@@ -40,21 +40,21 @@ class CachedScale:
         setattr(self.holder, _CACHED_SCALE, None)
 
     def restore(self) -> None:
-        """Puts back the scale that there was. Local; may be repeated."""
+        """Puts the earlier scale back. Local; may be repeated."""
         setattr(self.holder, _CACHED_SCALE, self.value)
 
 
 def is_hidden(tensor: Tensor) -> bool:
-    """Returns whether the elements may lie elsewhere than at the tensor's address."""
+    """Returns whether the elements may be elsewhere than at the tensor's address."""
     return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
 def plain(tensor: Tensor) -> Tensor | None:
-    """Returns the tensor in whose memory the elements lie, one by one as they are; None if there is none. Local, no
-    copy.
+    """Returns the plain tensor whose memory holds the elements; None if there is none. Local, no copy.
 
-    A subclass around nothing but one tensor of its shape and dtype is looked through, and so is one that caches a scale
-    beside: the average of what is inside is the average of the whole.
+    For a subclass that holds nothing but one tensor of its shape and dtype, that tensor is returned; also if it caches
+    a
+    scale beside it. The average of the inner tensor is the average of the whole.
     """
     inner = tensor
     while is_hidden(inner):
@@ -66,7 +66,7 @@ def plain(tensor: Tensor) -> Tensor | None:
 
 
 def _inside(tensor: Tensor) -> Tensor | None:
-    """Returns the one tensor that a subclass holds its elements in; None if there is none, or more."""
+    """Returns the one tensor in which a subclass holds its elements; None if there is none, or if there are several."""
     if _caches_a_scale(tensor):
         # Not by __tensor_flatten__(), which asks whether the scale is zero, and so waits for the device.
         parts = [getattr(tensor, _ELEMENTS)]
@@ -86,9 +86,7 @@ def _caches_a_scale(tensor: Tensor) -> bool:
 
 
 def cached_scales(tensors: Sequence[Tensor]) -> list[CachedScale]:
-    """Returns the scales that these tensors cache beside their elements, and the places for those that may come.
-    Local.
-    """
+    """Returns the scales that these tensors cache beside their elements, including those not computed yet. Local."""
     found = []
     for tensor in tensors:
         inner: Tensor | None = tensor
@@ -100,7 +98,7 @@ def cached_scales(tensors: Sequence[Tensor]) -> list[CachedScale]:
 
 
 def hidden_type(tensor: Tensor) -> str:
-    """Says what keeps the elements from lying in the tensor's memory as they are; "" where nothing does."""
+    """Returns the name of the class that keeps the elements out of the tensor's memory; "" if the memory holds them."""
     if is_hidden(tensor):
         return "" if plain(tensor) is not None else type(tensor).__name__
     if tensor.is_conj() or tensor.is_neg():  # lazily: the memory holds the elements before that (torch 2.13)
@@ -119,9 +117,10 @@ class Described(Protocol):
 
 
 def look_through(tensors: Sequence[Tensor], specs: Sequence[Described]) -> list[Tensor]:
-    """Returns the plain tensors inside; those that were known to have none as they are. Local, no copy.
+    """Returns the plain tensor inside of each tensor; a tensor that was known to have none is returned itself. Local,
+    no copy.
 
-    Raises EMAStateError if one has none any more.
+    Raises EMAStateError if a tensor that had one no longer has one.
     """
     found = []
     for tensor, spec in zip(tensors, specs, strict=True):

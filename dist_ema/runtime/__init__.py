@@ -1,7 +1,8 @@
-"""Signals, threads, CUDA streams and pinned memory: what runs beside the caller.
+"""Handles signals, threads, CUDA streams and pinned memory.
 
-Who waits for what, on which CUDA stream. *Current* is the caller's stream on the weights' device; threads of ours never
-use a default stream, but an ``OwnStream`` (:mod:`dist_ema.runtime.streams`), which is what all rows below are made of:
+The table says which work waits for what, and on which CUDA stream it runs. *Current* is the caller's stream on the
+device of the weights. Threads of the library never use a default stream, but an ``OwnStream``
+(:mod:`dist_ema.runtime.streams`):
 
 ==================  ==========================  =======================================================================
 work                runs on                     waits for

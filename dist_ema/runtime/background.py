@@ -1,9 +1,13 @@
-"""A save that goes on while training does.
+"""Saves in the background, while training continues.
 
-It saves the average of one moment without a second copy of it: the shadow is read in place, and whoever wants to change
-it (the next due update, a swap) waits until it has been read. That takes as long as the system takes to copy it to its
-page cache. Bringing it to the disk, waiting for the other ranks and committing the checkpoint go on during training.
-The thread talks to other ranks through a process group of its own.
+The save writes the average of one moment without a second copy of it. It reads the shadow in place, and whatever wants
+to change the shadow (the next due update, a swap) waits until it has been read. That takes as long as the system needs
+to copy it to its page cache. Writing to the disk, waiting for other ranks and committing happen during training::
+
+    training thread    save(block=False) | steps ... | update() waits here, if it is due | steps ........
+    save's thread                        | reads the shadow, writes ...............| fsync, commit |
+
+The thread communicates with other ranks in a process group of its own.
 """
 
 from __future__ import annotations
@@ -24,13 +28,13 @@ Work: TypeAlias = "Callable[[AbstractContextManager[None]], None]"
 
 
 class _Run:
-    """One run of the thread.
+    """Describes one run of the thread.
 
     Attributes:
         read: set when the shadow may be changed again.
-        done: set when the run is over. ``Thread.join()`` does not tell: if a signal's handler raises in it, Python 3.11
-            takes the thread for ended, and the save would be forgotten while it goes on.
-        error: what failed in it.
+        done: set when the run is over. ``Thread.join()`` is not enough: if a signal handler raises in it, Python 3.11
+            regards the thread as ended, and the save would be forgotten while it continues.
+        error: the exception that ended it; None if there is none.
     """
 
     def __init__(self, handover: Handover) -> None:
@@ -57,13 +61,13 @@ class _Run:
             self.read.set()
 
     def end(self) -> None:
-        """Notes that nobody has to wait any more."""
+        """Releases everything that waits for this run."""
         self.read.set()
         self.done.set()
 
 
 class Background:
-    """At most one save in the background at a time."""
+    """Runs at most one save in the background at a time."""
 
     def __init__(self) -> None:
         self._run: _Run | None = None
@@ -72,9 +76,9 @@ class Background:
         self._process = os.getpid()
 
     def _notice_fork(self) -> None:
-        """A forked child has no such thread: the save, and what fails in it, is the parent's.
+        """Forgets the thread in a forked child, which does not have it. The save and its failure belong to the parent.
 
-        The child's shadow is whole, since a save only reads it.
+        The child's shadow is intact, because a save only reads it.
         """
         if os.getpid() != self._process:
             self._process = os.getpid()
@@ -84,8 +88,8 @@ class Background:
         """Runs ``work`` in a thread, and does not wait for it.
 
         Args:
-            work: raises what failed; it is raised again by whoever waits.
-            handover: of the shadow, whose kernels may be queued yet.
+            work: its exception is raised again by the call that waits.
+            handover: orders the thread after kernels that are still queued for the shadow.
         """
         self.wait()
         if not self._registered:
@@ -102,13 +106,15 @@ class Background:
                     run.end()
 
     def wait_until_read(self) -> None:
-        """Waits until the shadow may be changed. Local; raises nothing, since other ranks may not have failed yet."""
+        """Waits until the shadow may be changed. Local. Raises nothing, because the save of other ranks may not have
+        failed yet.
+        """
         self._notice_fork()
         if self._run is not None:
             self._run.read.wait()
 
     def raise_failure(self) -> None:
-        """Raises what failed in a save that is over. Local; does not wait."""
+        """Raises the failure of a save that is over. Local; does not wait."""
         self._notice_fork()
         if self._run is not None and self._run.done.is_set():
             self.wait()
@@ -121,14 +127,14 @@ class Background:
             self._error, self._run = self._run.error, None
 
     def wait(self) -> None:
-        """Waits for the end of the save; raises what failed in it, once. Local."""
+        """Waits for the end of the save, and raises its failure once. Local."""
         self.drain()
         if self._error is not None:
             error, self._error = self._error, None
             raise error
 
     def _at_exit(self) -> None:
-        """A failure that nobody has seen ends the process with a status of 1: silence would look like success."""
+        """Ends the process with status 1 if a failure was never raised. Status 0 would look like success."""
         try:
             self.wait()
         except BaseException as error:

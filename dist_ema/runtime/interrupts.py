@@ -1,7 +1,7 @@
-"""Moments at which a signal must wait: between two halves of a change that make sense together only.
+"""Holds signals back while ranks exchange something that must not stop half way.
 
-Python runs a signal's handler between any two steps of the main thread, and a handler may raise: KeyboardInterrupt, or
-what a trainer raises at SIGTERM. Where ranks send each other something, one that breaks off leaves all with a mixture.
+Python runs signal handlers between any two steps of the main thread, and a handler may raise: KeyboardInterrupt, or
+what a trainer raises at SIGTERM. If a rank stops while ranks send each other weights, all of them have a mixture.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ _NUMBERS = sorted(int(number) for number in signal.valid_signals() - {signal.SIG
 
 
 class Uninterrupted:
-    """``with Uninterrupted():`` handlers of signals wait until the end of the block and run then. Local.
+    """Delays signal handlers until the end of a ``with`` block. Local.
 
-    All of them run, in the order in which the signals came; the first exception that one raises is raised. In other
-    threads than the main one no handler ever runs, and nothing is done.
+    All handlers then run, in the order in which the signals arrived, and the first exception among them is raised. In
+    other
+    threads than the main one no handler ever runs, and the block does nothing.
     """
 
     __slots__ = ("_active", "_block", "_came", "_handlers")

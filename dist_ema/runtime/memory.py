@@ -16,10 +16,11 @@ _HUGE = 2 << 20
 
 
 def empty(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Returns a flat uninitialised tensor, outside of inference mode. Local.
+    """Returns a 1D uninitialised tensor, outside of inference mode. Local.
 
-    On the CPU in huge pages where the system has them (Linux): it is then there twice as fast when it is first written
-    to, as by a load, and an update needs fewer address translations.
+    On the CPU its memory is in huge pages if the system has them (Linux). The first write to it, as by a load, is then
+    twice
+    as fast, and an update needs fewer address translations.
     """
     with torch.inference_mode(False):
         tensor = torch.empty(count, dtype=dtype, device=device)
@@ -29,7 +30,7 @@ def empty(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def pinned(numel: int, dtype: torch.dtype) -> Tensor:
-    """Host memory that a device reaches by itself, uninitialised; pageable, which is logged, if there is none."""
+    """Returns uninitialised pinned host memory; pageable memory, and a warning in the log, if none can be pinned."""
     try:
         with torch.inference_mode(False):  # what is kept must serve outside of it too
             return torch.empty(numel, dtype=dtype, device="cpu", pin_memory=True)
@@ -44,7 +45,7 @@ def pinned(numel: int, dtype: torch.dtype) -> Tensor:
 
 
 def _advise(address: int, size: int) -> None:
-    """Asks for huge pages; a system that has none, or does not give them, says no, which does not matter."""
+    """Asks the system for huge pages. A failure is ignored, since ordinary pages work as well."""
     begin = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
     stop = (address + size) // mmap.PAGESIZE * mmap.PAGESIZE
     advice = getattr(mmap, "MADV_HUGEPAGE", None)

@@ -1,12 +1,12 @@
-"""Streams of our own on an accelerator, in order with the thread that trains: for offloading, saving and loading.
+"""Makes streams on an accelerator for the library's own threads, in order with the thread that trains.
 
-A new thread has the default stream of device 0, whatever streams its maker has. What it asks for there would not wait
-for the kernels that are queued on the maker's stream, would hold up everyone's kernels, and would make a context of
-half a gigabyte on a device that another rank has. So a thread of ours works inside an :class:`OwnStream`, which its
-maker has made. Who waits for whom: the table in :mod:`dist_ema.shadow`.
+A new thread has the default stream of device 0. Work that it launches there would not wait for the kernels that are
+queued on the training thread's stream, would delay all other kernels, and would create a context of half a gigabyte on
+a device of another rank. So each thread of the library works inside an :class:`OwnStream`, which the training thread
+has made. Which work waits for which: the table in :mod:`dist_ema.runtime`.
 
-Streams and events are those of ``torch.cuda``: ``torch.Event`` takes ``blocking=True`` and ignores it (torch 2.13), so
-that a thread which waits for one would keep a core busy.
+Streams and events are those of ``torch.cuda``: ``torch.Event`` ignores ``blocking=True`` (torch 2.13), so a thread that
+waits for one would keep a core busy.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from dist_ema.runtime import memory
 
 
 class OwnStream:
-    """One stream on one device. All calls but ``inside`` and ``join`` are for the thread that trains."""
+    """Holds one stream on one device. Only ``inside`` and ``join`` may be called by other threads than the training
+    thread.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -35,26 +37,26 @@ class OwnStream:
 
     @contextmanager
     def inside(self) -> Iterator[None]:
-        """Queues the work of the block in this stream, on its device. From any thread."""
+        """Launches the work of the block on this stream and its device. Any thread may call it."""
         with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
             yield
 
     def record(self) -> None:
-        """Marks what has been asked so far, for the next two calls."""
+        """Marks all work launched so far, for ``hold_back`` and ``join``."""
         self._event.record(self._stream)
 
     def hold_back(self) -> None:
-        """Makes later work of the caller's stream wait for what was marked. The host does not wait. Local."""
+        """Makes later work of the caller's stream wait for the marked work. The host does not wait. Local."""
         torch.cuda.current_stream(self.device).wait_event(self._event)
 
     def join(self) -> None:
-        """Waits, on the host, for what was marked. From any thread."""
+        """Waits on the host for the marked work. Any thread may call it."""
         with torch.cuda.device(self.device):
             self._event.synchronize()
 
 
 class Handover:
-    """Orders a thread's use of tensors after the work of the thread that made it. Local; waits for nothing."""
+    """Orders a thread's use of tensors after the earlier work of the thread that made it. Local; does not wait."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self._streams = [OwnStream(device) for device in {tensor.device for tensor in tensors if tensor.is_cuda}]
@@ -63,25 +65,26 @@ class Handover:
 
     @contextmanager
     def taken(self) -> Iterator[None]:
-        """Queues the block's work, in the thread, after that of the maker's streams. Several threads may use it."""
+        """Launches the block's work, in the thread, after the work of the maker's streams. For several threads."""
         with ExitStack() as stack:
             for stream in self._streams:
                 stack.enter_context(stream.inside())
             yield
 
     def join(self) -> None:
-        """Waits, on the host, for all that the threads have asked for, when they are through."""
+        """Waits on the host for all work that the threads have launched, after they have ended."""
         for stream in self._streams:
             stream.record()
             stream.join()
 
 
 class Relay:
-    """Two host buffers, pinned, through which one thread copies to or from a device: one is on its way while the thread
-    works on the other.
+    """Holds two pinned host buffers through which one thread copies to or from a device.
+
+    One buffer is being copied while the thread works on the other.
 
     Args:
-        nbytes: of each.
+        nbytes: bytes of each buffer.
     """
 
     def __init__(self, nbytes: int) -> None:
@@ -90,14 +93,14 @@ class Relay:
         self._next = 0
 
     def buffer(self, numel: int, dtype: torch.dtype) -> Tensor:
-        """Returns the buffer that was used longest ago, when the device has let go of it: flat, uninitialised."""
+        """Returns the buffer that was used longest ago, 1D and uninitialised. Waits until the device has left it."""
         event = self._events[self._next]
         if event is not None:
             event.synchronize()
         return self._buffers[self._next][: numel * dtype.itemsize].view(dtype)
 
     def asked(self) -> torch.cuda.Event:
-        """Says that a copy to or from that buffer was asked of the current stream. Returns what is done when it is."""
+        """Records that a copy to or from that buffer was launched. Returns a function that waits for the copy."""
         event = self._events[self._next] or torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         event.record()
         self._events[self._next] = event
@@ -106,14 +109,14 @@ class Relay:
 
 
 def read_ahead(sizes: Sequence[int], dtype: torch.dtype, read: Callable[[int, int, Tensor], None]) -> Iterator[Tensor]:
-    """Parts of what lies on a device, one after the other, on the host; each is there until the next one is asked for.
+    """Yields the parts of what is on a device, on the host. Each is valid until the next one is requested.
 
-    The next one is on its way meanwhile. Local; in the current stream.
+    The next part is copied meanwhile. Local; uses the current stream.
 
     Args:
-        sizes: of the parts, in elements.
-        dtype: of the parts.
-        read: ``read(start, stop, out)`` asks for a copy of these elements to pinned memory.
+        sizes: number of elements of each part.
+        dtype: dtype of the parts.
+        read: ``read(start, stop, out)`` launches a copy of these elements to pinned memory.
     """
     relay = Relay(max(sizes, default=0) * dtype.itemsize)
     start = 0

@@ -1,4 +1,4 @@
-"""Threads that take their work from one iterator, so that memory does not grow with the amount of work."""
+"""Runs threads that take their work from one iterator, so memory does not grow with the amount of work."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ T = TypeVar("T")
 
 
 def work_through(items: Iterable[T], work: Callable[[T], None], threads: int, name: str) -> None:
-    """Calls ``work`` with every item, in several threads at a time. Local.
+    """Calls ``work`` with every item, in several threads. Local.
 
-    A thread takes the next item when it has finished one. So the items may come from a generator of any length: no more
-    of them exist than threads are at work. (A future for each range of a 70 B merge took 539 MiB.)
+    A thread takes the next item when it has finished one. So the items may come from a generator of any length: there
+    are
+    never more of them in memory than there are threads. (A future for each range of a 70 B merge took 539 MiB.)
 
     Args:
-        items: the work, in the order in which it is begun.
+        items: the items, in the order in which work on them begins.
         work: called from any of the threads.
-        threads: how many.
-        name: of the threads, for debuggers.
+        threads: the number of threads.
+        name: the name of the threads, for debuggers.
 
     Raises:
-        Exception: the first failure. It is raised when all threads have ended; what had not begun is left out.
+        Exception: the first failure. It is raised when all threads have ended. Items that no thread has begun are
+            skipped.
 
     >>> done = []
     >>> work_through(range(5), done.append, 2, "example")

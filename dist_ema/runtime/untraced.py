@@ -1,7 +1,7 @@
-"""Functions that ``torch.compile`` calls as they are, where they lie in what it compiles.
+"""Excludes functions from ``torch.compile``, which then calls them as they are.
 
-Followed into an update, it would compile hundreds of our frames in fragments, and the arithmetic with them, whose bits
-are promised.
+If it traced an update, it would compile hundreds of frames of this library in fragments, and the arithmetic with them,
+whose bits are guaranteed.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ R = TypeVar("R")
 
 
 def untraced(function: Callable[P, R]) -> Callable[P, R]:
-    """``torch.compiler.disable``, asked for when the function is called.
+    """Does what ``torch.compiler.disable`` does, but only once the function is called.
 
-    It imports the compiler, which takes seconds. Every optimizer does so too; before one has, nothing is compiled.
+    ``torch.compiler.disable`` imports the compiler, which takes seconds. Every optimizer imports it as well, and before
+    that nothing is compiled.
     """
     compiler: Any = torch.compiler
     disabled: Callable[P, R] | None = None

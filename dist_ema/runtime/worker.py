@@ -1,4 +1,4 @@
-"""A thread that works for an average while training goes on: one job at a time, and no failure is lost."""
+"""Runs the jobs of an offloaded average in a thread: one at a time, and no failure is lost."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ logger = logging.getLogger(__name__)
 
 
 class Worker:
-    """Jobs that change an average, in the order in which they are given.
+    """Runs jobs that change an average, in the order in which they are given.
 
-    A job that fails has left the average half changed, so the failure stays: every later call raises it.
+    A job that fails has left the average half changed, so its failure is kept: every later call raises it.
 
     Args:
-        threads: that torch and the compiled kernels use for a job; None means a quarter of the caller's, at least one.
+        threads: number of threads that torch and the compiled kernels use for a job; None means a quarter of the
+            caller's,
+            at least one.
     """
 
     def __init__(self, threads: int | None) -> None:
@@ -39,7 +41,7 @@ class Worker:
         _workers.add(self)
 
     def start(self, work: Callable[[], None]) -> None:
-        """Runs ``work`` in the thread, when the job before has ended. Raises as ``raise_failure``."""
+        """Runs ``work`` in the thread, after the previous job has ended. Raises as ``raise_failure`` does."""
         self.wait()
         if self._pool is None:
             self._pool = self._make_pool()
@@ -82,7 +84,7 @@ class Worker:
             ) from self._error
 
     def wait(self) -> None:
-        """Waits for the end of the job. Raises as ``raise_failure``."""
+        """Waits for the end of the job. Raises as ``raise_failure`` does."""
         self.drain()
         self.raise_failure()
 
@@ -93,13 +95,13 @@ class Worker:
         return self._error is not None
 
     def close(self) -> None:
-        """Ends the thread; the next job starts another. Raises what nobody has seen yet."""
+        """Ends the thread; the next job starts another one. Raises a failure that no call has raised yet."""
         unseen = self._end()
         if unseen:
             self.raise_failure()
 
     def discard(self) -> None:
-        """Ends the thread for good. What failed has been logged, and does not matter any more."""
+        """Ends the thread for good, and forgets its failure."""
         self._end()
         self._unseen = False
 
@@ -111,7 +113,9 @@ class Worker:
         return self._unseen
 
     def _notice_fork(self) -> None:
-        """A child has no thread, and of an average that was being changed it has neither the old nor the new state."""
+        """Marks the average as broken in a forked child if a job was changing it: the child has no thread to finish the
+        job.
+        """
         if os.getpid() == self._process:
             return
         self._process = os.getpid()
@@ -122,13 +126,13 @@ class Worker:
             self._error = EMAStateError("the process was forked while an update was under way; call wait() before")
 
     def unseen(self) -> BaseException | None:
-        """Returns what failed and was never raised. Waits."""
+        """Returns a failure that was never raised; None if there is none. Waits."""
         self.drain()
         return self._error if self._unseen else None
 
 
 def _limit(threads: int) -> None:
-    """Limits torch's threads in this thread. A thread first takes the process's number, so it is asked before."""
+    """Limits torch's threads in this thread. Reads the process's number first, because a new thread starts with it."""
     torch.get_num_threads()
     torch.set_num_threads(threads)
 
@@ -138,7 +142,7 @@ _workers: WeakSet[Worker] = WeakSet()
 
 @atexit.register
 def _at_exit() -> None:
-    """A failure that nobody has seen ends the process with a status of 1: silence would look like success."""
+    """Ends the process with status 1 if a failure was never raised. Status 0 would look like success."""
     for worker in list(_workers):
         error = worker.unseen()
         if error is not None:
@@ -146,7 +150,7 @@ def _at_exit() -> None:
 
 
 def fail_at_exit(message: str) -> None:
-    """Ends a process that is ending anyway, with a status of 1, and says why: silence would look like success."""
+    """Logs why, and ends a process that is ending anyway with status 1."""
     logger.critical(message)
     with suppress(Exception):  # a stream may be closed, or missing
         sys.stderr.write(f"dist_ema: {message}\n")
