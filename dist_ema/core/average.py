@@ -1,4 +1,14 @@
-"""``Average``: everything that one ``ShardedEMA`` knows on this rank, and how each of its calls begins."""
+"""``Average``: the state of one ``ShardedEMA`` on this rank, and how each of its calls begins.
+
+Every file of ``core/`` is a set of functions on an ``Average``. A collective call goes through it in this order::
+
+    turn()       local        keeps calls of other threads out; names the call in errors
+      begin()    collective   each rank checks what it can check alone; then all ranks go on, or all raise
+        view()   local        for calls that read: where this rank's elements are at the moment
+        live()   local        for calls that replace the average: the live tensors
+      ...        collective   what the call does
+      replace()  local        for calls that replace the average: makes the new one active
+"""
 
 from __future__ import annotations
 
@@ -47,51 +57,51 @@ from dist_ema.teacher.teacher import Teacher
 logger = logging.getLogger(__name__)
 P = ParamSpec("P")
 R = TypeVar("R")
-#: Seconds that a call on files waits for a rank that does not answer, beside what reading and writing takes.
+#: Seconds that a call on files waits for a rank that does not answer, in addition to the time for reading and writing.
 PATIENCE = 120.0
 
 
 class Average:
-    """The state of one ``ShardedEMA`` on this rank, and the steps that its calls have in common.
+    """Holds the state of one ``ShardedEMA`` on this rank, and the steps that its calls have in common.
 
-    The tensors of the model, in the order of the engine, are the index of everything here::
+    Lists have one entry for each tensor of the model, in the order of ``engine.specs()``. "The number of a share" is
+    its index in these lists. For a model of four tensors and an average ``a``::
 
         engine.specs()      [  w0 (frozen)   w1          b1          running_mean (buffer)  ]
         engine.sources()    [  live tensor   live        live        live                   ]
         shares              [  "live"        "average"   "average"   "copy"                 ]
-        shadow.tensors(a)   [  None          flat        flat        flat                   ]
+        shadow.tensors(a)   [  None          1D          1D          1D                     ]
 
-    A call looks like this: ``turn()`` keeps other threads out, ``begin()`` lets all ranks start it or none, ``view()``
-    shows what this rank holds, ``live()`` and ``replace()`` put another average in its place.
-
-    ``ShardedEMA`` keeps it as ``_average``, through which tests look at what users do not see.
+    ``ShardedEMA`` keeps it as ``_average``; tests read the state there.
 
     Args:
         target: the model, as ``ShardedEMA`` takes it.
-        options: what the user asked for.
-        group: the ranks that hold the model; None means all.
+        options: the options that the user gave.
+        group: the ranks that hold the model; None means all ranks.
         into: the teacher that holds the average; None without one.
+        masters: the optimizer that keeps master weights, or a function that finds them; None for neither.
 
     Attributes:
         options: as given.
         group: as given.
+        masters: as given.
         engine: reads and writes the live model.
         shares: for each tensor of the model, which elements this rank averages, copies or leaves alone.
-        masters: the optimizer that keeps master weights, or a function that finds them; None for neither.
-        frozen: the numbers of the parameters that join the average when they are trained.
+        frozen: the numbers of the shares whose parameters join the average as soon as they are trained.
         shadow: the averaged values.
-        track: the clocks, and how much of the average the last update kept.
+        track: the clocks, and the decays of the last update.
         condition: says whether the average and the live weights are whole, and whether the average is in the model.
         catalogue: every full tensor of the model, as all ranks have agreed on it; None until the next collective call.
         groups: the process groups that the library has made for itself.
         background: the thread that writes saves and snapshots.
-        snapshots: the series that ``snapshot()`` has begun.
+        snapshots: the series of snapshots that ``snapshot()`` has begun.
         teacher: the model that holds the average; None without ``into=``.
         attached: the handle of the optimizer that calls ``update()``; None without one.
-        overlap: whether updates run beside training, as ``attach(overlap=True)`` asks for.
-        may_be_resized: whether the next due update has to look for buffers that changed their shape.
-        changes: counts how often another shadow took the place of the one before.
-        skipped_before: NaN and Inf elements that the run before a restart left out; counted on rank 0.
+        overlap: whether updates run in parallel with training, on a stream of their own (``attach(overlap=True)``).
+        may_be_resized: whether the next due update has to look for buffers whose shape has changed.
+        changes: how many shadows have been active. An iteration over tensors compares it to notice a load or reset.
+        skipped_before: NaN and Inf elements that were left out before the last load or rebind. Only rank 0 counts
+            those of a loaded checkpoint.
     """
 
     def __init__(
@@ -118,13 +128,14 @@ class Average:
         self.may_be_resized = False
         self.changes = 0
         self._warned: set[str] = set()
+        # Construction is local, except with a teacher: what a rank raises for its teacher is raised on all ranks.
         with nullcontext() if into is None else agreed(self.engine.group, "ShardedEMA(into=...)"):
             if into is not None:
                 self.teacher = Teacher(target, into, options, group)
             self.plan(Progress())
         self.groups = OwnGroups(self.engine.group, repr(options.facts()))
 
-    # What is averaged, and where it lies. Local.
+    # What is averaged, and which rank holds it. Local.
 
     def detect(self, target: object) -> Engine:
         """Returns the engine of a model. It checks only tensors that are averaged or copied. Local."""
@@ -133,25 +144,35 @@ class Average:
         return engine
 
     def plan(self, clock: Progress) -> None:
-        """Starts without an average: decides what will be averaged, and takes the training clock. Local.
+        """Decides what will be averaged, and starts without an average. Local.
 
-        Raises EMAConfigError if a pattern matches no name, or nothing is left to average.
+        Args:
+            clock: the reading of the training clock.
+
+        Raises:
+            EMAConfigError: a pattern matches no name, or nothing is left to average.
         """
         specs = self.engine.specs()
         names = [spec.name for spec in specs]
-        if not self.engine.is_part:  # a pattern may be meant for another rank's stage
+        # In a pipeline this rank sees only its own stage. A pattern may be meant for the stage of another rank.
+        is_whole_model = not self.engine.is_part
+        if is_whole_model:
             self.options.check_patterns(names, [spec.name for spec in specs if spec.kind == "buffer"])
+
         shares = assign_shares(specs, self.options)
         if not any(share.mode == "average" for share in shares):
-            # In a GAN no parameter is trained between two steps: those that were averaged before are taken.
+            # In a GAN no parameter is trained between two steps. After reset() those are taken that were averaged
+            # before it.
             shares = assign_shares(specs, self.options, averaged_names(self.shares))
-        if not self.engine.is_part and not any(share.mode == "average" for share in shares):
+        if is_whole_model and not any(share.mode == "average" for share in shares):
             trained = sum(spec.kind == "parameter" for spec in specs)
             raise EMAConfigError(
-                f"nothing to average: the model has {trained} trained of {len(specs)} parameters and buffers, and "
-                "include and exclude leave none of them"
+                f"nothing to average: {trained} of the model's {len(specs)} parameters and buffers are trained, and "
+                "include= and exclude= select none of them"
             )
         shadow = self.new_shadow(shares=shares)
+
+        # Nothing has changed up to here. If what follows is interrupted, only reset() or load() help.
         self.changes += 1
         self.condition.broken = "reset()"
         self.set_shares(shares)
@@ -164,7 +185,7 @@ class Average:
         self.condition.broken = None
 
     def reset(self) -> None:
-        """Forgets the average. The training clock goes on. Local."""
+        """Forgets the average. The training clock keeps its reading. Local."""
         self.condition.refuse("reset()", mends=True)
         self.background.wait()
         old = self.shadow
@@ -176,12 +197,13 @@ class Average:
     def live_tensors(self) -> list[Tensor]:
         """Returns the live tensors, one for each share, after a check that the model still has them. Local.
 
-        Tensors that are not averaged may have been added, removed or resized; the shares are changed to match. Every
+        Tensors that are not averaged may have been added, removed or resized. The shares are changed to match. Every
         rank has the same model, so all ranks make the same change.
 
         Raises:
-            EMAStateError: if a parameter was replaced, added, removed or resized (see ``engines/binding.py``).
+            EMAStateError: a parameter was replaced, added, removed or resized (see ``engines/binding.py``).
         """
+        # A forward pass may have left full parameters behind, such as FSDP's. The shards are what training updates.
         self.engine.reshard()
         sources = self.engine.sources()
         # Inside average_parameters() a swap refers to tensors by their numbers, which must not change.
@@ -197,35 +219,43 @@ class Average:
         return sources
 
     def _take_shapes(self, specs: Sequence[TensorSpec]) -> None:
-        """Takes new shapes of buffers before the first update, when the live model is the average. Local."""
+        """Changes the shares to the new shapes of buffers before the first update. Local.
+
+        Later shapes wait for the next due update, because the shadow has values of the old shape until then.
+        """
         shares = []
         for share, spec in zip(self.shares, specs, strict=True):
             shares.append(resized(share, spec.shape) if was_resized(share, spec) else share)
         self.start_over(shares)
 
     def start_over(self, shares: list[Share]) -> None:
-        """Goes on with other shares before the first update, when the shadow is empty. Local."""
+        """Replaces the shares, and the empty shadow, before the first update. Local."""
         if shares != self.shares:
             shadow = self.new_shadow(self.shadow.seed, shares)
             self.set_shares(shares)
             self.install(shadow)
 
     def take_shares(self, shares: list[Share], sources: Sequence[Tensor], new: Sequence[int] = ()) -> None:
-        """Goes on with other shares of the same average. Local. If this raises, nothing has changed.
+        """Replaces the shares, and keeps the averaged values of those that remain. Local.
+
+        If this raises, nothing has changed.
 
         Args:
             shares: one for each tensor of the model as it is now.
             sources: the live tensors.
-            new: the numbers of the shares that get new memory, since they join the average or were resized.
+            new: the numbers of the shares that get new memory, because they join the average or were resized.
         """
-        numbers = {name: number for number, share in enumerate(shares) for name in share.names}
+        # Where each present share is in the new list; -1 for a tensor that is gone. A tied tensor has several names.
+        numbers: dict[str, int] = {}
+        for number, share in enumerate(shares):
+            numbers.update(dict.fromkeys(share.names, number))
         places = [numbers.get(share.spec.name, -1) for share in self.shares]
         counterpart = None if self.teacher is None else self.teacher.match(shares, self.teacher.target)
         self.shadow.follow(shares, places, new, sources, counterpart)
         self.set_shares(shares)
 
     def set_shares(self, shares: list[Share]) -> None:
-        """Notes which elements this rank averages. Ranks have to agree on the catalogue again. Local."""
+        """Sets which elements this rank averages. Ranks have to agree on the catalogue again afterwards. Local."""
         self.shares = shares
         self.catalogue = None
         self.may_be_resized = True
@@ -237,7 +267,7 @@ class Average:
         """Makes an empty shadow of the kind that the options ask for. Local.
 
         Args:
-            saved_seed: the seed of a loaded or earlier average, which wins over the option.
+            saved_seed: the seed of a loaded or earlier average, which has precedence over the option.
             shares: what this rank averages; None means the present shares.
             target: the model whose shares they are; None means the averaged model.
         """
@@ -246,8 +276,8 @@ class Average:
         shares = self.shares if shares is None else shares
         if self.teacher is not None:
             group = self.engine.group
-            given = options.schedules, shares, options.skip_nonfinite, seed, group
-            return self.teacher.shadow(*given, self._proven_catalogue, target)
+            common = options.schedules, shares, options.skip_nonfinite, seed, group
+            return self.teacher.shadow(*common, self._proven_catalogue, target)
         if options.offload:
             return HostShadow(options.schedules, shares, options.skip_nonfinite, options.offload_threads, seed)
         shadow = Shadow(options.schedules, shares, options.skip_nonfinite, seed)
@@ -255,24 +285,30 @@ class Average:
         return shadow
 
     def seed(self, saved: int | None) -> int | None:
-        """Returns the seed of stochastic rounding, or None where values are rounded to nearest. A saved seed wins."""
+        """Returns the seed of stochastic rounding; None if values are rounded to nearest.
+
+        A saved seed has precedence over the option, so that a resumed run rounds as an uninterrupted one would.
+        """
         own = self.options.seed
         if own is None or saved is None:
             return own
         if saved != own:
-            logger.info("The average was saved with seed=%d and goes on with it, not with seed=%d.", saved, own)
+            logger.info(
+                "The average was saved with seed=%d. It continues with that seed, not with seed=%d.", saved, own
+            )
         return saved
 
     def install(self, shadow: Shadow) -> None:
-        """Makes ``shadow`` the active one, and ends work on the one before. Local."""
+        """Makes ``shadow`` the active one, and ends threads and streams that work on the one before. Local."""
         self.changes += 1
-        old, self.shadow = self.shadow, shadow
+        old = self.shadow
+        self.shadow = shadow
         if old is not shadow:
             old.discard()
         shadow.install()
 
     def replace(self, shadow: Shadow, shares: list[Share], state: EMAState, operation: str) -> None:
-        """Makes a loaded average the active one, and goes on with its clocks. Local.
+        """Makes a loaded average the active one, and sets the clocks to its own. Local.
 
         Args:
             shadow: the loaded values.
@@ -280,6 +316,7 @@ class Average:
             state: the clocks and counts that were saved.
             operation: the call, for errors if this is interrupted.
         """
+        # Loading also ends an earlier failure. ``broken`` is set until everything below fits together.
         self.condition.broken = operation
         if shares is not self.shares:
             self.set_shares(shares)
@@ -288,18 +325,19 @@ class Average:
         self.track.restore(state)
         for snapshots in self.snapshots:
             snapshots.begin(self.track.training)
+        # The saved count is that of all ranks. Counts of ranks are added up, so only rank 0 may start from it.
         self.skipped_before = state.skipped if rank_in(self.engine.group) == 0 else 0
         self.condition.clear()
 
     # Beginning a call.
 
     def call(self, name: str, operation: str = "", /, **arguments: object) -> Call:
-        """Describes a collective call, with the arguments that all ranks have to give alike. Local.
+        """Describes a collective call, with the arguments that must be equal on all ranks. Local.
 
         Args:
             name: the method, such as ``"save()"``.
-            operation: the words of error messages; may differ between ranks, as a path may. Empty means ``name``.
-            arguments: what ranks must have in common. A path is not among them: rank 0's is used.
+            operation: what error messages call it. It may differ between ranks, as a path may. Empty means ``name``.
+            arguments: the arguments that ranks compare. A path is not among them: that of rank 0 is used.
         """
         facts = {argument: repr(value) for argument, value in arguments.items()}
         options = {f"ShardedEMA's {option}": value for option, value in self.options.facts().items()}
@@ -307,7 +345,7 @@ class Average:
 
     @contextmanager
     def turn(self, operation: str) -> Iterator[None]:
-        """Around one collective call: calls of other threads wait, and an error names the call. Local."""
+        """Wraps one collective call: calls of other threads wait, and errors name the call. Local."""
         with named_operation(operation), self.groups.turn(operation):
             yield
 
@@ -317,13 +355,17 @@ class Average:
     ) -> Iterator[None]:
         """Begins a collective call: in the block each rank checks whether it can take part; then all go on, or none.
 
-        Collective at the end of the block. Afterwards ``full_tensors`` is known.
+        Collective at the end of the block. Afterwards ``full_tensors`` is known::
+
+            rank 0    checks, succeeds --+                      +--> goes on       (all succeeded)
+            rank 1    checks, succeeds --+-- exchange results --+
+            rank 2    checks, raises   --+                      +--> every rank raises what rank 2 raised
 
         Args:
-            call: what this rank calls.
-            replaces: the call replaces the average, so ranks need not have averaged equally often.
-            timeout: seconds to wait for the other ranks; None means as long as the group waits.
-            groups: the process groups to meet in; None means the object's own.
+            call: describes what this rank calls.
+            replaces: the call replaces the average, so the numbers of updates and the clocks may differ between ranks.
+            timeout: seconds to wait for the other ranks; None means the timeout of the group.
+            groups: the process groups to communicate in; None means those of this average.
 
         Raises:
             EMAStateError: on every rank, if ranks make different calls, or their training progress differs.
@@ -342,49 +384,55 @@ class Average:
         if not replaces:
             check_same_updates(updates)
             check_same_clocks(readings)
-        if not all(known):  # reset() is local, so ranks may differ in what they know
+        # A catalogue is dropped locally, by reset() for example, so some ranks may have one and others not. Making it
+        # is collective: if one rank needs it, all ranks make it.
+        if not all(known):
             self.catalogue = self.proven(self.engine, self.shares, groups.group)
 
     def proven(self, engine: Engine, shares: Sequence[Share], group: dist.ProcessGroup | None) -> list[FullTensor]:
-        """Lists every full tensor of a model, once ranks have proven that they hold each element once. Collective."""
+        """Lists every full tensor of a model, after a check that ranks together hold each element. Collective."""
         return proven_catalogue(shares, group, engine.check_layout, engine.layout)
 
     def _proven_catalogue(self, shares: Sequence[Share]) -> list[FullTensor]:
-        """Proves the layout of the present engine. Collective."""
+        """Returns ``proven()`` for the present engine. Collective."""
         return self.proven(self.engine, shares, self.engine.group)
 
     def view(self, operation: str, inside: bool = True) -> View:
-        """Returns what this rank holds of averages and live weights. Local; waits for an offloaded update.
+        """Returns access to this rank's averages and live weights. Local; waits for an offloaded update.
 
         Args:
             operation: the call, for errors.
             inside: whether the call may also be made inside ``average_parameters()``.
 
-        Raises EMAStateError if the average is not whole or the model has changed.
+        Raises:
+            EMAStateError: the average is not whole, the model has changed, or the weights were written inside.
         """
         self.condition.refuse(operation, inside=inside)
         if self.condition.swap is not None:
             self.condition.swap.check_writes(operation)
         self.shadow.wait()
-        sources = self.live_tensors()  # may change the shares
+        sources = self.live_tensors()  # may replace self.shares, so it comes before they are read
         return View(self.shares, self.shadow, sources, self.condition)
 
     def live(self, operation: str) -> list[Tensor]:
-        """Returns the live tensors, for a call that replaces the average, even one that is not whole. Local."""
+        """Returns the live tensors, for a call that replaces the average. Local.
+
+        Such a call is allowed if the average is not whole, because it mends that.
+        """
         self.condition.refuse(operation, mends=True)
         return self.live_tensors()
 
     def wait_for_save(self) -> None:
-        """Waits for a save in the background, and raises what failed in it as a CheckpointError.
+        """Waits for a save in the background, and raises its failure as a CheckpointError.
 
-        Some ranks may have raised it already; inside ``begin()`` it is raised on all of them.
+        Call it inside ``begin()``: a failure that only some ranks have is then raised on all of them.
         """
         try:
             self.background.wait()
         except Exception as error:
-            raise CheckpointError(f"the save before failed: {error}") from error
+            raise CheckpointError(f"the previous save failed: {error}") from error
 
-    # What the averages and tensors are. Local.
+    # Names, counts and the catalogue. Local.
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -397,7 +445,7 @@ class Average:
         return self.track.averaged.updates
 
     def name(self, name: str | None) -> str:
-        """Returns the name of an average; None means the only one. Raises EMAConfigError if there is no such one."""
+        """Returns the name of an average; None means the only one. Raises EMAConfigError for an unknown name."""
         names = self.names
         if name is None and len(names) == 1:
             return names[0]
@@ -407,50 +455,56 @@ class Average:
 
     @property
     def full_tensors(self) -> list[FullTensor]:
-        """Returns every full tensor of the model, the same on every rank, after ``begin()``."""
+        """Returns every full tensor of the model, the same on every rank. Known after ``begin()``."""
         return self.catalogue or []
 
     def wanted(self, include_untracked: bool) -> list[FullTensor]:
-        """Lists the full tensors that a call returns: all of them, or only what is averaged or copied."""
+        """Lists all full tensors; without ``include_untracked`` only those that are averaged or copied."""
         return [entry for entry in self.full_tensors if include_untracked or entry.mode != "live"]
 
     def writes(self) -> list[bool]:
-        """Says for each share whether this rank contributes it to what is collected from all ranks."""
+        """Returns for each share whether this rank contributes it. Of ranks with equal elements only one does."""
         entries = {entry.name: entry for entry in self.full_tensors}
         rank = rank_in(self.engine.group)
         return [is_writer(entries[share.spec.name], share, rank) for share in self.shares]
 
     def state(self, skipped: int) -> EMAState:
-        """Returns the clocks and counts that a checkpoint carries; ``skipped`` are elements that were left out."""
+        """Returns the clocks and counts that a checkpoint stores.
+
+        ``skipped`` is the number of NaN and Inf elements that were left out.
+        """
         return self.track.state(self.shadow.started, skipped, self.shadow.seed)
 
     def skipped(self) -> int:
-        """Counts NaN and Inf elements that this rank left out; on rank 0 also those before a restart. Local."""
+        """Counts NaN and Inf elements that this rank left out; on rank 0 also those before a load. Local.
+
+        It waits for the device.
+        """
         self.shadow.report_nonfinite(wait=True)
         guard = self.shadow.guard
         return self.skipped_before + (guard.total() if guard is not None else 0)
 
     def nbytes(self) -> int:
-        """Returns the bytes that this rank reads or writes in a checkpoint, roughly."""
+        """Returns roughly how many bytes this rank reads or writes in a checkpoint. Timeouts grow with it."""
         return sum(share.numel * share.dtype.itemsize for share in self.shares) * len(self.names)
 
     # Warnings.
 
     def first_time(self, warning: str) -> bool:
-        """Says whether a warning has not been logged yet, and notes that it is now."""
+        """Returns True on the first call with this key, and False on later ones."""
         if warning in self._warned:
             return False
         self._warned.add(warning)
         return True
 
     def warn_if_not_started(self, operation: str) -> None:
-        """Logs once, on rank 0, that what ``operation`` writes as the average is the live model."""
+        """Warns once, on rank 0, that ``operation`` writes the live weights because no update was made yet."""
         if self.shadow.started or not self.first_time(operation):
             return
         if rank_in(self.engine.group) == 0:
             logger.warning(
-                "%s writes the live weights in place of the average, which has not begun: no update was due yet "
-                "(ema_start=%r, update_interval=%r; trained: %s).",
+                "%s writes the live weights instead of an average: no update was due yet (ema_start=%r, "
+                "update_interval=%r; trained so far: %s).",
                 operation,
                 str(self.options.start),
                 str(self.options.interval),
@@ -458,11 +512,12 @@ class Average:
             )
 
     def _warn_if_coarse(self) -> None:
+        """Warns if shadows of at most 16 bits are rounded to nearest. With dtype= they are rounded stochastically."""
         coarse = [share for share in self.shares if share.mode == "average" and share.dtype.itemsize < 4]
-        if coarse and self.options.dtype is None:  # else it is rounded stochastically
+        if coarse and self.options.dtype is None:
             logger.warning(
-                "dtype=None keeps %d shadows in %s, %r among them. A slow average of that precision stops moving, "
-                "since its steps are smaller than its last bit: dtype=torch.float32 does not.",
+                "dtype=None keeps %d shadows in %s, %r among them. A slow average stops moving at that precision, "
+                "because its steps are smaller than its last bit. Use dtype=torch.float32.",
                 len(coarse),
                 coarse[0].dtype,
                 coarse[0].spec.name,
@@ -472,7 +527,7 @@ class Average:
 def collective(
     operation: str,
 ) -> Callable[[Callable[Concatenate[Average, P], R]], Callable[Concatenate[Average, P], R]]:
-    """Makes a function one collective call, by ``Average.turn()``. The average is its first argument."""
+    """Runs a function inside ``Average.turn()``, as one collective call. The average is its first argument."""
 
     def decorate(function: Callable[Concatenate[Average, P], R]) -> Callable[Concatenate[Average, P], R]:
         @wraps(function)

@@ -1,4 +1,4 @@
-"""Describes an average, and what it costs on this rank, in words."""
+"""Describes an average and its memory on this rank in words, for ``memory_report()`` and ``repr()``."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from dist_ema.shadow.device import Shadow
 
 
 def memory_report(shares: Sequence[Share], names: Collection[str], shadow: Shadow) -> str:
-    """Returns one line for what is averaged and one for each device. Local."""
+    """Returns one line for what is averaged, and one for each device and for the scratch memory. Local."""
     averaged = [share for share in shares if share.mode == "average"]
     local = sum(share.numel for share in averaged)
     full = sum(share.spec.numel for share in averaged)
+    # Each average has a shadow of its own. Copied buffers exist once, whatever the number of averages.
     kept = sum(share.numel * share.dtype.itemsize for share in averaged) * len(names)
     copied = sum(share.numel * share.dtype.itemsize for share in shares if share.mode == "copy")
     plural = "" if len(names) == 1 else "s"
@@ -30,8 +31,10 @@ def memory_report(shares: Sequence[Share], names: Collection[str], shadow: Shado
 
 
 def summary(kind: str, engine: str, shares: Sequence[Share], track: Track, skipped: int) -> str:
-    """Returns one line for ``repr()``: engine, averages with their schedules, size, updates, progress and NaN.
-    Local.
+    """Returns the line of ``repr()``. Local.
+
+    It names the engine, the averages with their schedules, the numbers of tensors, elements and updates, the progress,
+    and the NaN and Inf elements that this rank has left out.
     """
     averaged = [share.spec for share in shares if share.mode == "average"]
     averages = ", ".join(f"{name!r}: {schedule!r}" for name, schedule in track.schedules.items())
@@ -45,6 +48,7 @@ def summary(kind: str, engine: str, shares: Sequence[Share], track: Track, skipp
 
 
 def _counted(number: int, noun: str) -> str:
+    """Returns, for example, ``"1 tensor"`` or ``"2,000 tensors"``."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 

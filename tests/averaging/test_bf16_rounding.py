@@ -233,7 +233,7 @@ def test_resumed_run_has_the_bits_of_the_uninterrupted_one(
         resumed = ShardedEMA(model, seed=seed, **options)
         resumed.load(tmp_path / "c")
         assert _run(resumed, model, range(3, 6)) == expected
-    assert "saved with seed=11 and goes on with it, not with seed=12" in caplog.text
+    assert "saved with seed=11. It continues with that seed, not with seed=12" in caplog.text
     model.load_state_dict(weights)
     restored = ShardedEMA(model, seed=13, **options)
     twin = ShardedEMA(model, seed=13, **options)

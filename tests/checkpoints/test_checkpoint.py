@@ -526,7 +526,9 @@ def test_a_failed_save_that_one_rank_has_seen_already_keeps_no_other_waiting(ran
             else:
                 ema._average.background.drain()
         argument = state if call == "load_state_dict" else tmp_path / "c"
-        with pytest.raises(CheckpointError, match=r"rank 1: CheckpointError: the save before failed: .*No space left"):
+        with pytest.raises(
+            CheckpointError, match=r"rank 1: CheckpointError: the previous save failed: .*No space left"
+        ):
             getattr(ema, call)(argument)
         getattr(ema, call)(argument)  # told once
         assert verify_checkpoint(tmp_path / "c").seen.updates == 1, attempt

@@ -105,8 +105,8 @@ WRONG_OPTIONS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"exclude": []}, ("exclude=[]", "empty", "leave the option out")),
     ({"include": "haed"}, ("include='haed'", "matches no name", "embed.weight")),
     ({"exclude": ["head", "haed"]}, ("exclude='haed'", "matches no name", "embed.weight")),
-    ({"exclude": "."}, ("nothing to average", "include and exclude leave none")),
-    ({"include": "frozen"}, ("nothing to average", "include and exclude leave none")),
+    ({"exclude": "."}, ("nothing to average", "include= and exclude= select none")),
+    ({"include": "frozen"}, ("nothing to average", "include= and exclude= select none")),
 ]
 
 
@@ -180,9 +180,9 @@ def test_a_wrong_target_says_what_it_was_and_what_is_taken(make: Callable[[], ob
 @pytest.mark.parametrize(
     ("model", "found"),
     [
-        (nn.ReLU(), "0 trained of 0"),
-        (build().requires_grad_(False), "0 trained of"),
-        (nn.BatchNorm1d(3, affine=False), "0 trained of 3"),
+        (nn.ReLU(), "0 of the model's 0 parameters"),
+        (build().requires_grad_(False), "0 of the model's"),
+        (nn.BatchNorm1d(3, affine=False), "0 of the model's 3 parameters"),
     ],
 )
 def test_a_model_with_nothing_to_average_is_refused(model: nn.Module, found: str) -> None:
@@ -320,7 +320,7 @@ def test_attach_cannot_count_what_it_does_not_see(options: dict[str, Any]) -> No
     with pytest.raises(EMAConfigError) as caught:
         ShardedEMA(model, **options).attach(torch.optim.SGD(model.parameters(), lr=0.1))
     unit = next(iter(options.values())).lstrip("0123456789")
-    says(caught.value, f"the options count in {unit}", "call update(samples=..., tokens=..., epochs=...)")
+    says(caught.value, f"the options count in {unit}", "Call update(samples=..., tokens=..., epochs=...)")
 
 
 @pytest.mark.world_size()
