@@ -1,21 +1,25 @@
-"""Averages on disk. What the files look like is in ``dist_ema/guide/checkpoints.md``.
+"""Writes averages to disk and reads them. What the files look like is in ``dist_ema/guide/checkpoints.md``.
 
-======================  =========================================================================
-``save``, ``contents``  writes a checkpoint on all ranks; what it will consist of
-``load``, ``parts``     loads one on all ranks; what one rank reads of it
-``export``              writes a Hugging Face directory on all ranks
-``configuration``       configuration files of an export
-``hub``                 names and configurations as transformers, diffusers and peft write them
-``arrangement``         file tensors that are slices, joins or transposes of the module's tensors
-``trace``               finds out such an arrangement
-``folder``              full tensors that go into the files of one folder, in place or gathered
-``layout``, ``dtypes``  safetensors files, laid out before they are written
-``manifest``            ``ema.json``, made of ``stored`` (tensors) and ``state_json`` (clocks)
-``strict_json``         JSON of unknown origin
-``versions``            the checkpoint that is at a path now, read anew when a save replaces it
-``reader``              elements of full tensors, out of the files that a manifest lists
-``file_values``         full tensors that go from one file into another, in one process
-``background``          a save that goes on while training does
-``storage/``            the only modules that open these files, by backend
-======================  =========================================================================
+====================  ===========================================================================
+file                  subject
+====================  ===========================================================================
+``save``              writes a checkpoint on all ranks
+``contents``          the folders, files and manifest of a checkpoint, before it is written
+``folder``            the full tensors of one folder, written in place or gathered
+``load``              loads a checkpoint on all ranks
+``parts``             what one rank reads of it
+``reader``            elements of full tensors, from the files that a manifest lists
+``versions``          the checkpoint that is at a path now; reading again if a save replaces it
+``export``            writes a Hugging Face directory on all ranks
+``configuration``     the configuration files of an export
+``model_card``        the README.md of an export or a merge
+``hub``               names and configurations as transformers, diffusers and peft write them
+``hub_tensors``       full tensors under these names, one after the other, for inference servers
+``arrangement``       file tensors that are slices, joins or transposes of the module's tensors
+``trace``             finds out such an arrangement
+``file_values``       full tensors that one process copies from file to file
+====================  ===========================================================================
+
+The formats themselves (safetensors, ``ema.json``) are in :mod:`dist_ema.formats`. Files are opened only by
+:mod:`dist_ema.storage`. The thread of a background save is in :mod:`dist_ema.runtime.background`.
 """

@@ -1,12 +1,17 @@
-"""An arrangement: file tensors that are renamed, sliced, joined or transposed tensors of the module.
+"""Describes file tensors that are renamed, sliced, joined or transposed tensors of the module.
 
-transformers 5 keeps the experts of a layer in one tensor, and saves one tensor an expert. So an export may need other
-tensors than the module has, whose elements are those of the module in other places. An arrangement says where each
-element goes, so that every rank can write the elements that it holds, and no full tensor is ever made.
+transformers 5 keeps the experts of a layer in one tensor, and saves one tensor for each expert. So an export may need
+other tensors than the module has, whose elements are those of the module in other places. An arrangement says where
+each element goes, so that every rank can write the elements that it holds, and no full tensor is ever made::
+
+    module    experts.w  [ e0 e0 e1 e1 e2 e2 ]           one memory
+                            |     |     |                links
+    files                 [e0 e0][e1 e1][e2 e2]          three targets
+
 :mod:`dist_ema.checkpoints.trace` finds out the arrangement.
 
-Terms: a *memory* is the storage of one tensor, numbered; a *link* says which of its elements stand where in another;
-a memory below zero is a tensor of the files, -1 the first.
+Terms: a *memory* is the storage of one tensor, and has a number. A *link* says which elements of one memory are at
+which places of another. Memories with numbers below zero are tensors of the files, -1 is the first.
 """
 
 from __future__ import annotations
@@ -34,7 +39,7 @@ class UnknownOperationError(CheckpointError):
 
 @dataclass(frozen=True)
 class View:
-    """Elements of a memory, as a strided tensor has them."""
+    """Describes elements of a memory, as a strided tensor does."""
 
     offset: int
     sizes: tuple[int, ...]
@@ -51,7 +56,7 @@ class View:
 
 @dataclass(frozen=True)
 class Link:
-    """Elements of one memory that stand in a second memory, too.
+    """Describes elements of one memory that are also in a second memory.
 
     Attributes:
         goal: number of the second memory.
@@ -87,8 +92,8 @@ class Link:
 
     @property
     def grain(self) -> int:
-        """Returns the elements that stay together, as a block: all places and lengths of the link are multiples of
-        it.
+        """Returns the size of the blocks of elements that stay together: it divides all places and lengths of
+        the link.
         """
         *outer, (run, _, _) = self.dims
         return reduce(gcd, (stride for dim in outer for stride in dim[1:]), gcd(run, self.start, self.goal_start))
@@ -124,13 +129,13 @@ class Link:
 
 @dataclass(frozen=True)
 class Arrangement:
-    """The tensors of the files, and where the elements of each tensor of the module go. The same on every rank.
+    """Lists the tensors of the files, and where the elements of each tensor of the module go. The same on every rank.
 
     Attributes:
         targets: the tensors of the files.
         sources: the memory of each tensor of the module that has elements in the files, by its name.
         links: the links from each memory.
-        is_trivial: every tensor is written whole, under its own names.
+        is_trivial: whether every tensor is written whole, under its own names.
     """
 
     targets: tuple[TensorPlan, ...]
@@ -142,7 +147,7 @@ class Arrangement:
     def without(self, names: Collection[str]) -> Arrangement:
         """Returns the arrangement without these sources, and without the targets that are made of them.
 
-        Raises UnknownOperationError if a target is made of such a source and of others.
+        Raises UnknownOperationError if a target is made of such a source and of other ones.
         """
         reached = {name: self._targets_of(memory) for name, memory in self.sources.items()}
         dropped = set().union(*(targets for name, targets in reached.items() if name in names))
@@ -162,11 +167,13 @@ class Arrangement:
         return Arrangement(tuple(self.targets[number] for number in numbers), sources, links, is_trivial=False)
 
     def targets_of(self, source: str) -> list[str]:
-        """Names of the tensors of the files that have elements of a tensor of the module, in the files' order."""
+        """Returns the names of the file tensors that have elements of a tensor of the module, in the order of the
+        files.
+        """
         return [self.targets[number].name for number in sorted(self._targets_of(self.sources[source]))]
 
     def _targets_of(self, memory: int) -> set[int]:
-        """Numbers of the targets that have elements of a memory."""
+        """Returns the numbers of the targets that have elements of a memory."""
         links = self.links.get(memory, ())
         found = {-1 - link.goal for link in links if link.goal < 0}
         return found.union(*(self._targets_of(goal) for goal in {link.goal for link in links if link.goal >= 0}))
@@ -177,17 +184,17 @@ class Arrangement:
         Args:
             source: name of a tensor of the module.
             runs: which of its elements.
-            values: those elements, flat.
+            values: these elements, 1D.
 
         Yields:
-            The name of a target, runs of its elements, and the values for those runs, flat.
+            The name of a target, runs of its elements, and the values for these runs, 1D.
         """
         memory = self.sources[source]
         grain = self._grain(memory)
         blocks, within, lengths, places = _cut(runs, grain)
         for target, goals, chosen in self._follow(memory, blocks, np.arange(len(blocks)), grain):
             starts = goals * grain + within[chosen]
-            # Files are written in runs, as long ones as possible: neighbours in the file have to stand side by side.
+            # Files are written in runs that are as long as possible: neighbours in the file are joined.
             order = np.argsort(starts, kind="stable")
             chosen = chosen[order]
             starts = starts[order]
@@ -219,7 +226,9 @@ class Arrangement:
         low = int(blocks.min()) * grain
         high = int(blocks.max()) * grain
         for link in self.links.get(memory, ()):
-            if link.start > high or link.stop <= low:  # most links, where one tensor is cut into many
+            if (
+                link.start > high or link.stop <= low
+            ):  # most links do not concern these blocks if one tensor is cut into many
                 continue
             inside, goals = link.follow(blocks, grain)
             if link.goal < 0:
@@ -233,7 +242,7 @@ def _cut(runs: Runs, grain: int) -> tuple[Indices, Indices, Indices, Indices]:
     """Cuts ``runs`` where blocks of ``grain`` elements end.
 
     Returns:
-        Of each piece: the number of its block, its first element within the block, its length, and its place among the
+        For each piece: the number of its block, its first element within the block, its length, and its place among the
         values.
     """
     pairs = np.array(list(runs), dtype=np.int64).reshape(-1, 2)
@@ -250,13 +259,15 @@ def _cut(runs: Runs, grain: int) -> tuple[Indices, Indices, Indices, Indices]:
 
 
 def _join(starts: Indices, lengths: Indices, places: Indices, values: Tensor) -> tuple[Runs, Tensor]:
-    """Joins pieces, which come in the order of their target, into runs that do not touch; and puts values in order."""
+    """Joins pieces, given in the order of their target, into runs that do not touch, and puts the values in
+    that order.
+    """
     new = np.ones(len(starts), dtype=bool)
     new[1:] = starts[1:] != starts[:-1] + lengths[:-1]
     firsts = np.flatnonzero(new)
     runs = tuple(zip(starts[firsts].tolist(), np.add.reduceat(lengths, firsts).tolist(), strict=True))
     total = int(lengths.sum())
-    if np.array_equal(places[1:], places[:-1] + lengths[:-1]):  # in order already: no copy
+    if np.array_equal(places[1:], places[:-1] + lengths[:-1]):  # already in order: no copy
         return runs, values[int(places[0]) : int(places[0]) + total]
     order = np.repeat(places - (np.cumsum(lengths) - lengths), lengths) + np.arange(total)
     return runs, values[torch.from_numpy(order)]

@@ -1,4 +1,4 @@
-"""Configuration files beside exported weights: the model's own, or what the user names."""
+"""Writes configuration files beside exported weights: the model's own, or those that the user names."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from dist_ema.errors import EMAConfigError
 from dist_ema.formats.strict_json import parse
 from dist_ema.storage.local import copy_file, open_plain, write_text
 
-#: Bytes of a configuration at most, and levels of its JSON.
+#: Maximum bytes of a configuration, and maximum depth of its JSON.
 _CONFIG_BYTES = 1 << 24
 _CONFIG_DEPTH = 32
 #: Values of ``dtype`` in a configuration that stand for the dtype of the weights.
 _FLOATING = {"float64", "float32", "float16", "bfloat16"}
-#: Endings of the files that are copied from a directory: all but weights.
+#: Endings of the files that are copied from a directory. Weights are not copied.
 CONFIG_SUFFIXES = {".json", ".txt", ".model", ".jinja"}
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """Holds the files that an export has beside the weights. One rank.
+    """Writes the files that an export has beside the weights. One rank.
 
     Attributes:
-        model: whose weights they are, without wrappers; None if that is not known.
-        layout: of the export.
-        dtype: of the weights.
-        directory: to write to.
+        model: the model of the weights, without wrappers; None if it is not known.
+        layout: the layout of the export.
+        dtype: the dtype of the weights.
+        directory: the directory to write to.
         cast: the dtype to which the weights were converted; None if each tensor has its own.
     """
 
@@ -72,7 +72,7 @@ class Configuration:
             write_config(unwrapped(source), self.directory, self.dtype)
         elif hasattr(source, "save_pretrained") and not isinstance(source, nn.Module):
             source.save_pretrained(str(self.directory))
-        elif isinstance(source, (str, os.PathLike)) and os.fspath(source):  # "" is not the current directory
+        elif isinstance(source, (str, os.PathLike)) and os.fspath(source):  # Path("") would be the current directory
             self._copy(Path(source))
         else:
             raise EMAConfigError(
@@ -95,18 +95,18 @@ class Configuration:
 
 
 def _set_dtype(path: Path, dtype: torch.dtype) -> None:
-    """Changes the dtype that a ``config.json`` states. One that states none, or is no JSON, stays as it is."""
+    """Changes the dtype that a ``config.json`` states. A file that states none, or is no JSON, is left as it is."""
     try:
         with open_plain(path) as file:
             config = parse(file.read(_CONFIG_BYTES), depth=_CONFIG_DEPTH)
-    except (OSError, ValueError):  # it is not there, or was copied as the user's own
+    except (OSError, ValueError):  # there is none, or it is a file of the user that is no JSON
         return
     if _restated(config, str(dtype).removeprefix("torch.")):
         write_text(path, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
 def _restated(config: object, dtype: str) -> bool:
-    """Puts the dtype in place of those that a configuration and those in it (``text_config``) state.
+    """Replaces the dtypes that a configuration, and the configurations in it (``text_config``), state.
 
     transformers 5 calls the entry ``dtype``, earlier versions ``torch_dtype``. Returns whether anything changed.
     """
@@ -117,14 +117,15 @@ def _restated(config: object, dtype: str) -> bool:
         if key in ("dtype", "torch_dtype") and str(value).removeprefix("torch.") in _FLOATING and value != dtype:
             config[key] = dtype
             changed = True
-        elif key != "quantization_config":  # whose entries are not about the weights in the files
+        elif key != "quantization_config":  # its entries are not about the weights in the files
             changed |= _restated(value, dtype)
     return changed
 
 
 def is_transformers_config(config_from: object) -> bool:
-    """Returns whether it names the configuration of a transformers model, which gives tied tensors back when it is
-    loaded.
+    """Returns whether ``config_from`` names the configuration of a transformers model. Such a model ties its tensors
+    again
+    when it is loaded.
     """
     for source in config_from if isinstance(config_from, (list, tuple)) else [config_from]:
         if type(source).__module__.startswith("transformers.") and hasattr(source, "model_type"):

@@ -1,7 +1,7 @@
-"""Computes the folders, files and manifest of a checkpoint, alike on every rank.
+"""Computes the folders, files and manifest of a checkpoint. The result is the same on every rank.
 
-Shapes and dtypes of all full tensors are known, so the place of every byte is known before anyone writes. Each rank
-writes the elements that it is the writer of (:mod:`dist_ema.comm.catalogue`), in place, into the same files::
+Shapes and dtypes of all full tensors are known, so the place of every byte is known before anything is written. Each
+rank writes the elements that it is the writer of (:mod:`dist_ema.comm.catalogue`), in place, into the same files::
 
     averages/ema/model.safetensors     | header: rank 0 | w: ranks 0 to 3, each its runs | b: rank 0 | ...
 """
@@ -24,23 +24,23 @@ from dist_ema.formats.stored import StoredFile, StoredTensor
 from dist_ema.schedules import Schedule
 from dist_ema.schedules.state import EMAState
 
-#: Bytes of one file at most.
+#: Maximum bytes of one file.
 FILE_LIMIT = 5 * 10**9
-#: Stands for the name of a data folder, and for a fingerprint, until these are known: they have as many characters.
+#: Placeholders for the name of a data folder and for a fingerprint, with as many characters as the real ones have.
 _SOME_DATA = "data-" + "0" * 32
 _SOME_DIGEST = 0
 
 
 class Contents:
-    """The folders of a checkpoint to come: one for each average, and one for the tensors that are not averaged.
+    """Describes the folders of a checkpoint: one for each average, and one for the tensors that are not averaged.
 
     Args:
         state: the clocks, and how many NaN and Inf elements this rank has left out.
-        schedules: of each average.
+        schedules: the schedule of each average.
         entries: every full tensor of the model.
         views: for each average, what this rank holds of a tensor, by its name.
-        include_untracked: with the tensors that are not averaged; without, the manifest lists their names.
-        dtype: of floating-point averages in the files; None means the shadow's own.
+        include_untracked: write the tensors that are not averaged; if False, the manifest only lists their names.
+        dtype: dtype of floating-point averages in the files; None means that of the shadow.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Contents:
         self._lacking = () if include_untracked else tuple(entry.name for entry in live)
         self._frozen = tuple(entry.name for entry in live if entry.frozen) if include_untracked else ()
         self.folders = {f"averages/{name}": _folder(tracked, held, dtype) for name, held in views.items()}
-        if live and include_untracked:  # what is not averaged is the same in every view
+        if live and include_untracked:  # tensors that are not averaged are the same in every view
             self.folders[LIVE] = _folder(live, next(iter(views.values())))
 
     @cached_property
@@ -70,14 +70,14 @@ class Contents:
     def manifest(
         self, data: str = _SOME_DATA, skipped: int = 0, digests: Mapping[tuple[str, str], int] | None = None
     ) -> Manifest:
-        """Returns the manifest; without arguments one of the same size.
+        """Returns the manifest; without arguments a manifest of the same size.
 
         Args:
             data: name of the data folder.
-            skipped: NaN and Inf elements that all ranks have left out.
+            skipped: number of NaN and Inf elements that all ranks have left out.
             digests: fingerprints of the full tensors, by folder and name.
         """
-        # The files' plans give all but the fingerprints, so the size of the manifest is known before anything is read.
+        # The plans of the files give everything but the fingerprints, so the size is known before anything is read.
         files: dict[str, StoredFile] = {}
         tensors: dict[str, dict[str, StoredTensor]] = {name: {} for name in self.folders}
         for folder, plans in self.plans.items():
@@ -100,7 +100,7 @@ class Contents:
         )
 
     def sizes(self) -> dict[str, int]:
-        """Returns the bytes of every file of the checkpoint, by its path there, the manifest included."""
+        """Returns the bytes of every file of the checkpoint, by its path in it, including the manifest."""
         manifest = self.manifest()
         files = {f"{manifest.data}/{name}": file.size for name, file in manifest.files.items()}
         return files | {NAME: len(manifest.to_bytes())}
@@ -109,5 +109,5 @@ class Contents:
 def _folder(
     entries: Sequence[FullTensor], held: Callable[[str], LocalValues | None], dtype: torch.dtype | None = None
 ) -> Folder:
-    dtypes = {entry.name: entry.cast(dtype) for entry in entries}  # without one nothing is lost
+    dtypes = {entry.name: entry.cast(dtype) for entry in entries}  # without a fingerprint the tensor is not verified
     return Folder(entries, held, dtypes, FILE_LIMIT, tied=False, with_digests=True)

@@ -1,4 +1,6 @@
-"""Exports an average as a Hugging Face directory: in place by all ranks, or through rank 0 where they share no disk."""
+"""Exports an average as a Hugging Face directory: in place by all ranks, or through rank 0 if they do not share
+a disk.
+"""
 
 from __future__ import annotations
 
@@ -51,10 +53,12 @@ def export(
     Args:
         path, dtype, max_shard_size, config_from, gather, layout, include_untracked: as :meth:`ShardedEMA.export`.
         entries: every full tensor of the model.
-        held: what this rank holds of a tensor, by its name.
+        held: returns what this rank holds of the tensor of a name; None if nothing.
         group: the ranks.
         model: the target without wrappers, for its names and its configuration; None if there is none.
-        card: what the average is, for ``README.md`` and the files' metadata; that of rank 0 is used. None writes none.
+        card: describes the average, for ``README.md`` and the metadata of the files; that of rank 0 is used. None
+            writes
+            no card.
 
     Raises:
         CheckpointError, EMAConfigError, EMAStateError: on every rank; nothing is left behind.
@@ -69,16 +73,16 @@ def export(
     # Headers must have the same bytes on every rank, so all take rank 0's metadata.
     gather, token, metadata = round_.received[0]
     arrangement = arranged(model, layout, entries, dtypes, group, operation, left_out)
-    # All that can be wrong with the tensors is found out before a file is made.
+    # Everything that can be wrong with the tensors is found before a file is made.
     with agreed(group, operation):
         limit = parse_size(max_shard_size)
-        if layout == "peft":  # which reads one file
+        if layout == "peft":  # peft reads one file only
             limit = sys.maxsize
         wanted = [entry for entry in entries if entry.name not in left_out]
         folder = Folder(wanted, held, dtypes, limit, True, STEMS[layout], metadata, arrangement)
         check_readable(mine for entry in folder.written if (mine := held(entry.name)) is not None)
         plans = folder.plans
-        # Inside: a relative path cannot be resolved on a rank whose working directory was removed.
+        # Inside the block, because a relative path cannot be resolved if the working directory of a rank was removed.
         staging = Staging(local_path(path), token)
     try:
         with agreed(group, operation):
@@ -88,7 +92,7 @@ def export(
                 Configuration(model, layout, dtype or written, staging.content, dtype).write(config_from)
                 if card is not None:
                     card.write(staging.content)
-        # As in save(): the directory has rank 0's token in its name, so whoever finds it shares rank 0's disk.
+        # As in save(): the name of the directory has rank 0's token, so a rank that finds it shares rank 0's disk.
         in_place = all(gather_objects(staging.is_visible(), group)) and not gather
         if gather is False and not in_place:
             raise CheckpointError(f"{operation}: gather=False, but not all ranks see {staging.target.parent} of rank 0")
@@ -104,7 +108,9 @@ def export(
         with agreed(group, operation):
             if first:
                 staging.sync()
-                _refuse_existing(staging.target)  # again: a rename would replace an empty directory
+                _refuse_existing(
+                    staging.target
+                )  # checked again: the rename would replace a directory that was made meanwhile, if it is empty
                 staging.put_in_place()
     except BaseException:
         if first:
@@ -130,16 +136,16 @@ def arranged(
     operation: str,
     left_out: Collection[str] = (),
 ) -> Arrangement | None:
-    """Says how the tensors of ``save_pretrained`` are made of the module's; None where they are the same. Collective.
+    """Returns how the tensors of ``save_pretrained`` are made of the module's; None if they are the same. Collective.
 
     Args:
         model: the target without wrappers; None if there is none.
         layout: as of :meth:`ShardedEMA.export`.
         entries: every full tensor of the model.
-        dtypes: the dtype of each in the files, by its name.
+        dtypes: dtype of each in the files, by name.
         group: the ranks.
         operation: the call, for errors.
-        left_out: names of tensors that are not wanted.
+        left_out: names of tensors that are not written.
 
     Raises:
         CheckpointError: on every rank: ``layout`` was given and cannot be written by parts.
@@ -158,14 +164,16 @@ def _arrange(
     dtypes: Mapping[str, torch.dtype],
     left_out: Collection[str],
 ) -> Arrangement | None:
-    """Says how the files' tensors are made of the module's own; None where they are the same. Local."""
+    """Returns how the file tensors are made of the module's own; None if they are the same. Local."""
     convert = None if model is None else conversion(model, layout)
     if convert is None:
         return None
     tensors = [(entry.names, TensorPlan(entry.name, dtypes[entry.name], entry.shape)) for entry in entries]
     try:
         arrangement = trace(convert, tensors)
-        if left_out and not arrangement.is_trivial:  # the library gets all tensors: of halves it makes wholes
+        if (
+            left_out and not arrangement.is_trivial
+        ):  # the library needs all tensors, because it may join several into one
             arrangement = arrangement.without(left_out)
     except UnknownOperationError as error:
         if layout is not None:
@@ -183,7 +191,7 @@ def _arrange(
 
 
 def _prepare(staging: Staging, folder: Folder) -> None:
-    """Makes the files, and the index of several ones. Rank 0."""
+    """Makes the files, and the index if there are several. Rank 0."""
     _refuse_existing(staging.target)
     staging.create()
     staging.create_files("", folder.plans)

@@ -1,4 +1,4 @@
-"""Full tensors that one process reads out of a file while it writes them into another."""
+"""Provides full tensors that one process reads from a file while it writes them into another."""
 
 from __future__ import annotations
 
@@ -20,29 +20,30 @@ Advance = Callable[[int], None]
 
 
 def no_advance(_: int) -> None:
-    """Does nothing: for a caller that does not follow the progress."""
+    """Does nothing. Use it where no progress is reported."""
 
 
 class Source(Protocol):
-    """A full tensor in a file.
+    """Reads a full tensor in a file.
 
     Attributes:
-        dtype: in the file.
+        dtype: the dtype in the file.
     """
 
     dtype: torch.dtype
 
     def read(self, start: int, stop: int, out: Tensor) -> None:
-        """Puts elements ``[start, stop)`` into the flat CPU tensor ``out``, converted to its dtype."""
+        """Copies elements ``[start, stop)`` into ``out``, a 1D CPU tensor, converted to its dtype."""
 
 
 @dataclass(frozen=True)
 class FileValues(LocalValues):
-    """A full tensor whose elements are read from a file when they are needed; ``values`` is empty.
+    """Implements :class:`LocalValues` for a full tensor that is read from a file when it is needed; ``values`` is
+    empty.
 
     Attributes:
-        source: gives the elements.
-        advance: told of the bytes that have been read, in the dtype of ``share``.
+        source: reads the elements.
+        advance: called with the number of bytes that were read, in the dtype of ``share``.
     """
 
     source: Source
@@ -50,7 +51,7 @@ class FileValues(LocalValues):
 
     @classmethod
     def of(cls, entry: FullTensor, source: Source, advance: Advance) -> FileValues:
-        """Returns the values of ``entry``, as this one process holds all of it."""
+        """Returns the values of ``entry`` for a single process, which holds all of it."""
         shape = torch.Size(entry.shape)
         spec = TensorSpec(entry.name, shape, source.dtype, whole(entry.numel), partitioned=False, aliases=entry.aliases)
         share = Share(spec, entry.mode, 0, entry.numel, entry.dtype, split=False, first_replica=True)

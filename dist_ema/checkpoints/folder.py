@@ -1,4 +1,4 @@
-"""Full tensors that go into the files of one folder: written in place by all ranks, or gathered to rank 0."""
+"""Writes the full tensors of one folder: in place by all ranks, or gathered to rank 0."""
 
 from __future__ import annotations
 
@@ -20,24 +20,25 @@ from dist_ema.geometry.runs import Runs, chunks, count
 from dist_ema.kernels.fingerprint import partial_digest
 from dist_ema.storage.base import TensorWriter
 
-#: Elements that are converted, digested and written at a time.
+#: Number of elements that are converted, digested and written at a time.
 IO_CHUNK = 1 << 19
 
 
 @dataclass
 class Folder:
-    """Full tensors that go into the files of one folder, and what this rank holds of them.
+    """Describes full tensors that go into the files of one folder, and what this rank holds of them.
 
     Attributes:
         entries: the tensors, the same on every rank.
-        held: what this rank holds of a tensor, by its name.
+        held: returns what this rank holds of the tensor of a name; None if nothing.
         dtypes: the dtype in the files, by name.
-        limit: bytes of one file at most.
-        tied: write a tied tensor under all of its names; else under the first one.
-        stem: how the files' names begin.
-        metadata: what the files' headers carry besides.
-        arrangement: the tensors of the files, made of the elements of these; None means that they are the same.
-        with_digests: take fingerprints.
+        limit: maximum bytes of one file.
+        tied: write a tied tensor under all of its names; if False, under the first one.
+        stem: how the names of the files begin.
+        metadata: further entries of the files' headers.
+        arrangement: the tensors of the files, if they are made of these in another way; None means that they are the
+            same.
+        with_digests: compute fingerprints.
         digests: sums of the fingerprints of what this rank has written, by name.
     """
 
@@ -71,10 +72,10 @@ class Folder:
         return [entry for entry in self.entries if known is None or entry.name in known]
 
     def write_own(self, writer: TensorWriter, group: dist.ProcessGroup | None) -> None:
-        """Writes the elements that this rank is the writer of, where every rank sees the files. Local.
+        """Writes the elements that this rank is the writer of, if every rank sees the files. Local.
 
         Args:
-            writer: of the files; to be synced yet.
+            writer: writes into the files. The caller syncs it.
             group: the ranks among which each tensor has its writers.
         """
         self._read_own(writer, group)
@@ -82,18 +83,20 @@ class Folder:
     def write_gathered(self, writer: TensorWriter, group: dist.ProcessGroup | None, operation: str) -> None:
         """Sends all elements to rank 0, window by window, which alone writes. Collective.
 
-        Tensors come in the order of the files, as a store wants them, where no tensor has several names.
+        Tensors come in the order of the files, as an object store needs them, unless a tensor has several names.
 
         Args:
-            writer: of the files; to be synced yet. Used on rank 0 only.
+            writer: writes into the files, on rank 0 only. The caller syncs it.
             group: the ranks.
-            operation: for the error, which is raised on all ranks.
+            operation: names the operation in the error, which is raised on all ranks.
         """
 
         def take(entry: FullTensor, start: int, values: Tensor) -> None:
             self._put(writer, entry, ((start, values.numel()),), values.cpu())
 
-        if self.with_digests:  # each rank of its own elements: rank 0 alone would take as long as the ranks are many
+        if (
+            self.with_digests
+        ):  # each rank digests its own elements; rank 0 alone would take as much longer as there are ranks
             with agreed(group, operation):
                 self._read_own(None, group)
         ordered = self.written
@@ -104,7 +107,7 @@ class Folder:
         gather_each(ordered, self.held, self.dtypes, group, take, operation)
 
     def _read_own(self, writer: TensorWriter | None, group: dist.ProcessGroup | None) -> None:
-        """Reads this rank's elements chunk by chunk: digests them, and writes them if there is a writer. Local."""
+        """Reads this rank's elements in chunks, computes their digests, and writes them if there is a writer. Local."""
         rank = rank_in(group)
         for entry in self.written:
             mine = self.held(entry.name)
@@ -118,13 +121,15 @@ class Folder:
             self.digests[entry.name] = total
 
     def _put(self, writer: TensorWriter, entry: FullTensor, runs: Runs, values: Tensor) -> None:
-        """Hands elements of a tensor to the writer, under the names that they have in the files. Local."""
+        """Writes elements of a tensor under the names that they have in the files. Local."""
         if self.arrangement is None:
             for name in self._names(entry):
                 writer.write(name, runs, values)
             return
         low = 0
-        for part in chunks(runs, IO_CHUNK):  # a gathered window is larger, and arranging takes an index an element
+        for part in chunks(
+            runs, IO_CHUNK
+        ):  # a gathered window is larger, and arranging needs an index for each element
             high = low + count(part)
             for name, places, moved in self.arrangement.place(entry.name, part, values[low:high]):
                 writer.write(name, places, moved)

@@ -1,7 +1,7 @@
-"""Names and configuration files as ``save_pretrained`` of transformers, diffusers and peft writes them.
+"""Finds names and configuration files as ``save_pretrained`` of transformers, diffusers and peft writes them.
 
-They come from the model's own class and from functions of those libraries, none of which is imported here: where the
-model is theirs, the library is in memory. Read in transformers 5.23, diffusers 0.42, peft 0.21.
+They come from the model's own class and from functions of these libraries. None of them is imported here: if the model
+is one of theirs, the library is in memory. Read in transformers 5.23, diffusers 0.42, peft 0.21.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ def check_layout(layout: object, model: nn.Module | None) -> None:
 
 
 def conversion(model: nn.Module, layout: str | None) -> Convert | None:
-    """Returns the function from the model's state dict to the one that its library saves; None where they are the same.
+    """Returns the function from the model's state dict to the one that its library saves; None if they are the same.
     Local.
 
     Args:
-        model: without wrappers.
+        model: the model without wrappers.
         layout: as of ``ShardedEMA.export``.
     """
     if layout == "peft":
@@ -72,7 +72,7 @@ def conversion(model: nn.Module, layout: str | None) -> Convert | None:
         if untie is not None:
             try:
                 saved = untie(dict(saved), stand_in)
-            except RuntimeError:  # tensors that are tied and not declared to be: save_pretrained refuses such a model
+            except RuntimeError:  # tied tensors that the class does not declare: save_pretrained refuses such a model
                 if layout == "transformers":
                     raise
         return saved if revert is None else revert(stand_in, saved)
@@ -81,16 +81,17 @@ def conversion(model: nn.Module, layout: str | None) -> Convert | None:
 
 
 def _is_pretrained(model: nn.Module) -> bool:
-    # Where it is not in memory, the model cannot be one of its classes.
+    # If the library is not in memory, the model cannot be one of its classes.
     kind = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
     return kind is not None and isinstance(model, kind)
 
 
 def _stand_in(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
-    """Takes the model's place in those functions, with the classes, names and shapes that it had before sharding.
+    """Returns a replacement of the model for these functions, with the classes, names and shapes of before sharding.
 
-    The functions look up conversions by the classes and names of the transformers models inside the model, and ask for
-    parameters: for their shapes, and to find tied ones.
+    The functions look up conversions by the classes and names of the transformers models inside the model. They also
+    ask
+    for parameters: for their shapes, and to find tied ones.
     """
     parts = [(name, _empty(part)) for name, part in walk_modules(model) if _is_pretrained(part)]
     root = parts[0][1]
@@ -100,15 +101,15 @@ def _stand_in(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
         "get_parameter_or_buffer": state.__getitem__,
         "_weight_conversions": getattr(model, "_weight_conversions", None),
     }
-    for name, answer in answers.items():  # past nn.Module's own __setattr__, which would register modules
+    for name, answer in answers.items():  # nn.Module.__setattr__ would register the modules
         object.__setattr__(root, name, answer)
     return root
 
 
 def _empty(model: nn.Module) -> nn.Module:
-    """Returns a module of the same class without wrappers, which has the configuration and nothing else."""
+    """Returns a module of the same class, without wrappers, that has the configuration and nothing else."""
     kind = plain_type(model)
-    empty: nn.Module = object.__new__(kind)  # its own __init__ would make all weights
+    empty: nn.Module = object.__new__(kind)  # its __init__ would allocate all weights
     nn.Module.__init__(empty)
     for name in ("config", "_internal_dict"):
         if name in vars(model):
@@ -117,7 +118,7 @@ def _empty(model: nn.Module) -> nn.Module:
 
 
 class _Canonical:
-    """A model whose modules have canonical names, also where it holds wrappers."""
+    """Represents a model with the canonical names of its modules, also if it contains wrappers."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -130,7 +131,7 @@ class _Canonical:
 
 
 def _adapters(model: nn.Module) -> Mapping[str, Any]:
-    """Returns the configurations of a model's adapters, by the adapters' names; empty where there are none."""
+    """Returns the configurations of a model's adapters, by the names of the adapters; empty if there are none."""
     found = getattr(model, "peft_config", None)
     return found if isinstance(found, Mapping) else {}
 
@@ -152,10 +153,10 @@ def _is_peft_model(model: nn.Module) -> bool:
 
 
 def _adapter_state(model: nn.Module, state: dict[str, Tensor]) -> Mapping[str, Tensor]:
-    peft = sys.modules["peft"]  # in memory, since the adapter's configuration is an object of it
+    peft = sys.modules["peft"]  # peft is in memory, because the adapter's configuration is one of its objects
     adapter = _active_adapter(model)
     found: dict[str, Tensor] = peft.get_peft_model_state_dict(_Canonical(model), state_dict=state, adapter_name=adapter)
-    # Where the model holds its adapter itself, without a PeftModel around it, its save_pretrained adds this prefix.
+    # If the model holds the adapter without a PeftModel around it, its save_pretrained adds this prefix.
     prefix = "" if _is_peft_model(model) else "base_model.model."
     return {f"{prefix}{name}": tensor for name, tensor in found.items()}
 
@@ -171,13 +172,17 @@ def has_config(model: nn.Module) -> bool:
 
 
 def write_config(model: nn.Module, directory: Path, dtype: torch.dtype | None) -> None:
-    """Writes the configuration files of ``save_pretrained``, for weights of ``dtype``. One rank.
+    """Writes the configuration files of ``save_pretrained``, for weights of ``dtype``. One rank. The model is not
+    changed.
 
-    For a transformers model that can generate, its generation configuration too, and the code of one that was
-    registered with ``register_for_auto_class``. The model stays as it is.
+    For a transformers model that can generate, this includes its generation configuration; for one that was registered
+    with
+    ``register_for_auto_class``, its code.
     """
     if _is_configured(model):
-        with _without_messages("diffusers.configuration_utils"):  # which name this folder, and it is a temporary one
+        with _without_messages(
+            "diffusers.configuration_utils"
+        ):  # these messages name the folder, which is a temporary one
             _empty(model).save_config(str(directory))  # type: ignore[operator]
     elif _is_pretrained(model):
         _write_pretrained(model, directory, dtype)
@@ -187,7 +192,7 @@ def write_config(model: nn.Module, directory: Path, dtype: torch.dtype | None) -
 
 @contextmanager
 def _without_messages(name: str) -> Iterator[None]:
-    """Silences a logger's messages, but not its warnings."""
+    """Silences the info messages of a logger, but not its warnings."""
 
     def is_shown(record: logging.LogRecord) -> bool:
         return record.levelno > logging.INFO
@@ -201,7 +206,7 @@ def _without_messages(name: str) -> Iterator[None]:
 
 
 def _is_configured(model: nn.Module) -> bool:
-    """Returns whether it is a diffusers model."""
+    """Returns whether a model is one of diffusers."""
     kind = getattr(sys.modules.get("diffusers.configuration_utils"), "ConfigMixin", None)
     return kind is not None and isinstance(model, kind)
 
@@ -210,7 +215,9 @@ def _write_pretrained(model: Any, directory: Path, dtype: torch.dtype | None) ->
     config = copy.deepcopy(model.config)
     if dtype is not None:
         setattr(config, "dtype" if hasattr(config, "dtype") else "torch_dtype", str(dtype).removeprefix("torch."))
-    config.architectures = [plain_type(model).__name__]  # not FSDP's name for it, which from_pretrained cannot find
+    config.architectures = [
+        plain_type(model).__name__
+    ]  # FSDP gives the class another name, which from_pretrained cannot find
     save_code = getattr(sys.modules.get("transformers.dynamic_module_utils"), "custom_object_save", None)
     if getattr(model, "_auto_class", None) is not None and save_code is not None:
         save_code(_empty(model), str(directory), config=config)
@@ -220,7 +227,7 @@ def _write_pretrained(model: Any, directory: Path, dtype: torch.dtype | None) ->
 
 
 def write_adapter_config(model: nn.Module, directory: Path) -> None:
-    """Writes ``adapter_config.json`` of the active adapter. One rank; the model stays as it is."""
+    """Writes ``adapter_config.json`` of the active adapter. One rank. The model is not changed."""
     config = copy.deepcopy(_adapters(model)[_active_adapter(model)])
     mapping = None
     if _is_peft_model(model):

@@ -1,4 +1,6 @@
-"""Full tensors under the names of ``save_pretrained``, one after the other on every rank, for inference servers."""
+"""Yields full tensors under the names of ``save_pretrained``, one after the other on every rank, for inference
+servers.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +20,14 @@ from dist_ema.geometry.runs import chunks, count
 
 
 class HubTensors:
-    """Puts tensors of the files together from windows of the module's tensors.
+    """Assembles the tensors of the files from windows of the module's tensors.
 
-    A tensor of the files may be made of several tensors of the module, and the reverse. It is handed out when its last
-    element has arrived. In memory are those that have begun: for fused experts, all experts of one tensor.
+    A tensor of the files may be made of several tensors of the module, and the reverse. It is returned when its last
+    element has arrived. Only tensors that are incomplete are in memory: for fused experts, all experts of one tensor.
 
     Args:
         arrangement: says where the elements of each tensor of the module go.
-        device: where the tensors are made.
+        device: the device of the assembled tensors.
     """
 
     def __init__(self, arrangement: Arrangement, device: torch.device) -> None:
@@ -45,9 +47,9 @@ class HubTensors:
         group: dist.ProcessGroup | None,
         operation: str,
     ) -> list[tuple[str, Tensor]]:
-        """Gathers these tensors of the module; returns the tensors of the files that are whole now. Collective.
+        """Gathers these tensors of the module, and returns the tensors of the files that are complete now. Collective.
 
-        The order is the same on every rank. Raises EMAError on every rank, for example if memory is short on one.
+        The order is the same on every rank. Raises EMAError on every rank, for example if one is out of memory.
         """
         entries = [entry for entry in entries if entry.name in self._targets]
         with agreed(group, operation):
@@ -66,7 +68,7 @@ class HubTensors:
         return whole
 
     def _take(self, entry: FullTensor, start: int, values: Tensor) -> None:
-        """Copies a window of one tensor of the module to where its elements go."""
+        """Copies a window of one tensor of the module to the places of its elements."""
         low = 0
         # A window is larger than a chunk, and arranging takes an index for each element.
         for part in chunks(((start, values.numel()),), IO_CHUNK):

@@ -1,13 +1,13 @@
-"""Loads a checkpoint on all ranks: each reads its elements, at any world size and under any engine.
+"""Loads a checkpoint on all ranks: each rank reads its elements, at any world size and under any engine.
 
-A checkpoint holds full tensors, so nothing is resharded. A rank reads the runs of its own share from the files, whoever
-wrote them. A tensor of 12 elements, saved on 3 ranks and loaded on 2::
+A checkpoint holds full tensors, so nothing is resharded. A rank reads the runs of its own share from the files, no
+matter which rank wrote them. A tensor of 12 elements, saved on 3 ranks and loaded on 2::
 
     saved by       [ 0 0 0 0 1 1 1 1 2 2 2 2 ]       each rank wrote its runs in place
     in the file    [ . . . . . . . . . . . . ]       the full tensor, row-major
     read by        [ 0 0 0 0 0 0 1 1 1 1 1 1 ]       each rank reads its runs
 
-Where other ranks do not see rank 0's files, rank 0 reads them and sends windows of 16 MiB.
+If other ranks do not see rank 0's files, rank 0 reads them and sends windows of 16 MiB.
 """
 
 from __future__ import annotations
@@ -40,39 +40,39 @@ logger = logging.getLogger(__name__)
 
 
 def report_schedules(saved: Mapping[str, Schedule], schedules: Mapping[str, Schedule]) -> None:
-    """Logs where a schedule is another than the saved one. Local."""
+    """Logs each average whose schedule differs from the saved one. Local."""
     for name, schedule in schedules.items():
         before = saved.get(name)
-        # As JSON, in which a tuple of a user's schedule has become a list.
+        # Compared as JSON, in which a tuple of a user's schedule has become a list.
         if before is not None and json.dumps(before.to_dict()) != json.dumps(schedule.to_dict()):
-            logger.warning("Average %r was saved with %s and goes on with %s.", name, before, schedule)
+            logger.warning("Average %r was saved with %s and continues with %s.", name, before, schedule)
 
 
 def _find(tensors: Mapping[str, StoredTensor], entry: FullTensor) -> StoredTensor | None:
-    """Returns the stored tensor that has one of the names of an entry."""
+    """Returns the stored tensor that has one of the names of an entry; None if there is none."""
     return next((tensors[name] for name in entry.names if name in tensors), None)
 
 
 class Load:
-    """One load: ``match()``, then ``fill()``. Collective, as the constructor and ``was_replaced()`` are.
+    """Carries out one load: ``match()``, then ``fill()``. The constructor and ``was_replaced()`` are collective, too.
 
-    All ranks load the checkpoint that rank 0 sees. Where every rank sees that manifest, each reads its own elements;
-    else rank 0 reads all of them and sends them, window by window.
+    All ranks load the checkpoint that rank 0 sees. If every rank sees that manifest, each reads its own elements; else
+    rank 0 reads all of them and sends them, window by window.
 
     Args:
-        path: of the checkpoint, a directory or a URL.
+        path: the checkpoint, a directory or a URL.
         entries: every full tensor of the model.
-        names: of the averages to load.
+        names: the names of the averages to load.
         group: the ranks.
-        selects: whether ``include`` and ``exclude`` let a name into the average.
-        dtype: of averages; None means each tensor's own.
+        selects: returns whether ``include`` and ``exclude`` admit a name to the average.
+        dtype: the dtype of averages; None means each tensor's own.
         trained: names of this rank's parameters that are trained now and not averaged yet.
 
     Attributes:
-        manifest: of the checkpoint.
+        manifest: the manifest of the checkpoint.
         joining: names of parameters that join the average with this load. They are frozen in the model and have an
             average in the checkpoint, or they are trained now and were frozen in the checkpoint.
-        shapes: of buffers that have another shape in the checkpoint, by their names.
+        shapes: shapes of buffers that have another shape in the checkpoint, by name.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Load:
                     raise
             round_.send((checksum(self._text), sorted(trained)))
         sums, names_trained = zip(*round_.received, strict=True)
-        # Equal checksums mean equal manifests, whose data folder has a name that no other save uses. So where they are
+        # Equal checksums mean equal manifests, whose data folder has a name that no other save uses. So if they are
         # equal all ranks see the same files.
         self._shared = len(set(sums)) == 1
         if not self._shared:
@@ -112,13 +112,15 @@ class Load:
         self._entries = [entry for entry in fitted if entry.mode != "live"]  # load() writes into no live weights
 
     def _fitted(self, entry: FullTensor, selects: Callable[[str], bool], dtype: torch.dtype | None) -> FullTensor:
-        """Describes the model's tensor as the load makes it: averaged though frozen, or resized. Pure."""
+        """Returns the entry of a tensor as the load makes it: averaged although frozen, or resized. Pure."""
         stored = next(
             (tensor for tensors in self.manifest.averages.values() if (tensor := _find(tensors, entry))), None
         )
         constant = any(name in self.manifest.frozen for name in entry.names)
         unfrozen = constant and any(name in self._trained for name in entry.names)
-        if unfrozen and stored is None and selects(entry.name):  # the value that was frozen is the average of it
+        if (
+            unfrozen and stored is None and selects(entry.name)
+        ):  # the frozen value is the average of a parameter that never changed
             self.joining.update(entry.names)
             return replace(entry, mode="average", dtype=shadow_dtype(entry.live_dtype, dtype), frozen=False)
         if stored is None:
@@ -134,26 +136,25 @@ class Load:
         return entry
 
     def was_replaced(self) -> bool:
-        """Returns whether a save has put another checkpoint there since; all ranks are told what rank 0 sees.
-        Collective.
-        """
+        """Returns whether a save has replaced the checkpoint. Collective: all ranks get the answer of rank 0."""
         replaced = False
         if self._first:
             try:
                 replaced = read_manifest_bytes(self._path) != self._text
-            except EMAError:  # removed, or not to be read any more
+            except EMAError:  # removed, or not readable any more
                 replaced = True
-        # Rank 0 decides: ranks that look at different moments would not all start over.
+        # Rank 0 decides. Ranks that look at different moments could disagree, and not all would start over.
         return broadcast_object(replaced, self._group)
 
     def match(self, strict: bool) -> dict[str, dict[str, Key]]:
         """Finds the stored tensor for each tensor of the model, in each average. Pure; the same on every rank.
 
         Returns:
-            Its key, by the name of the average and the canonical name.
+            The key of the stored tensor, by the name of the average and the canonical name.
 
         Raises:
-            CheckpointMismatchError: lists all missing, unexpected and mismatched tensors. With ``strict=False`` that is
+            CheckpointMismatchError: lists all missing, unexpected and mismatched tensors. With ``strict=False`` they
+                are
                 logged, and left out of the result.
         """
         found: dict[str, dict[str, Key]] = {}
@@ -171,10 +172,10 @@ class Load:
         return found
 
     def _match_average(self, average: str, problems: list[str]) -> dict[str, Key]:
-        """Pairs tensors by name, tied ones by any of their names. Adds to ``problems`` what does not fit."""
+        """Pairs tensors by name, tied ones by any of their names. Adds what does not fit to ``problems``."""
         stored = self.manifest.averages[average]
         by_name = {known: name for name, tensor in stored.items() for known in (name, *tensor.aliases)}
-        constant = set(self.manifest.frozen)  # what was frozen has its average beside the averages
+        constant = set(self.manifest.frozen)  # parameters that were frozen are stored beside the averages
         found: dict[str, Key] = {}
         used = set()
         for entry in self._entries:
@@ -200,16 +201,16 @@ class Load:
     def fill(
         self, shadow: Shadow, shares: Sequence[Share], found: Mapping[str, Mapping[str, Key]], verify: bool
     ) -> None:
-        """Reads this rank's elements into a shadow that has its memory. Collective.
+        """Reads this rank's elements into a shadow that has been allocated. Collective.
 
         Args:
-            shadow: of these shares.
-            shares: what this rank keeps of each tensor.
-            found: what ``match()`` gave.
+            shadow: the shadow of these shares.
+            shares: what this rank averages of each tensor.
+            found: the result of ``match()``.
             verify: check the fingerprints of what is read.
 
         Raises:
-            CheckpointCorruptError: on every rank; the shadow is of no use then.
+            CheckpointCorruptError: on every rank. The shadow must not be used then.
         """
         parts = self._parts(shadow, shares, found)
         if self._shared:
@@ -221,7 +222,9 @@ class Load:
             self._compare(parts, sums)
 
     def _parts(self, shadow: Shadow, shares: Sequence[Share], found: Mapping[str, Mapping[str, Key]]) -> list[Part]:
-        """Lists what to read, in the same order on all ranks. Averages share the buffers, which the first one reads."""
+        """Lists what to read, in the same order on all ranks. Averages share the buffers, which the first average
+        reads.
+        """
         own = {share.spec.name: share for share in shares}
         stored = self.manifest.tensors()
         parts = []
@@ -236,8 +239,9 @@ class Load:
     def _compare(self, parts: Sequence[Part], sums: Sequence[int]) -> None:
         """Raises CheckpointCorruptError, on every rank, unless all fingerprints match. Collective.
 
-        The sums of the ranks that write a tensor add up to its fingerprint. A rank whose sum is not counted can compare
-        for itself if it has read the whole tensor; if it has read a part, other ranks have read the same part.
+        The sums of the ranks that write a tensor add up to its fingerprint. A rank whose sum is not counted compares by
+        itself
+        if it has read the whole tensor. If it has read a part, other ranks have read the same part.
 
         Args:
             parts: the tensors that were read.
@@ -252,7 +256,7 @@ class Load:
             is_whole = part.share is not None and part.share.numel == part.entry.numel
             if not counts and is_whole and own % (1 << 64) != part.stored.digest:
                 damaged.append(str(part))
-        # One more number, so that names of damaged tensors are gathered only where there are any.
+        # One more number says whether any tensor is damaged, so names are gathered only then.
         any_damaged, *totals = sum_integers([len(damaged), *counted], self._group)
         found = {str(part) for part, total in zip(parts, totals, strict=True) if total != part.stored.digest}
         if any_damaged:

@@ -1,4 +1,4 @@
-"""The model card of an export: what the average is, as ``README.md`` and in the metadata of its safetensors files."""
+"""Writes the model card of an export: what the average is, as ``README.md`` and in the metadata of the files."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from dist_ema.schedules.state import EMAState
 from dist_ema.storage.local import write_text
 
 NAME = "README.md"
-#: What says how a merge was made, for programs.
+#: The file that says how a merge was made, for programs.
 PROVENANCE = "merge.json"
 #: Libraries whose versions a card states, if the program has imported them.
 _LIBRARIES = ("torch", "transformers", "diffusers", "peft", "deepspeed", "lightning", "composer")
-#: Halvings of an interval until its length does not change any more in double precision.
+#: Bisection steps after which an interval does not change any more in double precision.
 _HALVINGS = 60
 
 
 @dataclass(frozen=True)
 class ModelCard:
-    """Facts about an exported average.
+    """Holds the facts about an exported average.
 
     Attributes:
         average: the name of the average.
-        schedule: of the average.
+        schedule: the schedule of the average.
         state: clocks and counts at the time of the export, the same on every rank.
         source: the checkpoint that was exported; None for the average of a running training.
     """
@@ -42,7 +42,7 @@ class ModelCard:
     source: str | None = None
 
     def metadata(self) -> dict[str, str]:
-        """Returns what the files carry in their header. safetensors allows only strings there."""
+        """Returns the entries for the headers of the files. safetensors allows only strings there."""
         facts = {
             "average": self.average,
             "schedule": self.schedule.to_dict(),
@@ -68,7 +68,7 @@ class ModelCard:
         return rows
 
     def write(self, directory: Path) -> None:
-        """Writes the card into a directory, unless it has one, from ``config_from`` say. Raises OSError."""
+        """Writes the card into a directory, unless ``config_from`` has put one there. Raises OSError."""
         if not (directory / NAME).exists():
             title = "Averaged weights"
             text = "These weights are an average of the weights of a training run; the schedule says which."
@@ -86,7 +86,7 @@ def card(title: str, text: str, rows: Sequence[tuple[str, str]]) -> str:
 
 
 def _cell(text: str) -> str:
-    """Returns text that cannot end a table's cell or row."""
+    """Escapes text so that it cannot end a cell or a row of a table."""
     return " ".join(text.split()).replace("|", "\\|")
 
 
@@ -97,16 +97,17 @@ def versions() -> str:
         if name in sys.modules:
             try:
                 found.append(f"{name} {metadata.version(name)}")
-            except metadata.PackageNotFoundError:  # imported from a source tree, say
+            except metadata.PackageNotFoundError:  # for example, imported from a source tree
                 continue
     return ", ".join(found)
 
 
 def half_life(schedule: Schedule, state: EMAState) -> list[str]:
-    """Returns the age that half of the average has passed, as text; empty where it cannot be said.
+    """Returns the half life of an average at its present length, as text; "" if it cannot be computed.
 
-    The age is found by bisection, because the part of an average that is left grows with the position it is taken at.
-    A schedule whose windows lie on the clock of the training, or that is not registered in this program, has none.
+    Half of the average is younger than this. It is found by bisection, because the weight of everything up to a moment
+    grows with that moment. A schedule whose windows depend on the training clock, or that is not registered in this
+    program, has no answer.
     """
     if isinstance(schedule, UnknownSchedule) or schedule.begun(state.first_copy, Time(1, "ba")) is not schedule:
         return []
@@ -130,7 +131,7 @@ def _suffix(unit: str) -> str:
 
 
 def merged_card(provenance: Mapping[str, Any]) -> str:
-    """Returns the card of a merge: its scheme, and how much each source weighs."""
+    """Returns the card of a merge: its scheme, and the weight of each source."""
     rows = [("scheme", str(provenance["scheme"]))]
     for source in provenance["sources"]:
         rows.append((f"`{_cell(source['path'])}`", f"weight {source['weight']:.6g}"))

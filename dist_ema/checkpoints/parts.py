@@ -26,7 +26,7 @@ from dist_ema.runtime.streams import Handover, Relay
 from dist_ema.runtime.threads import work_through
 from dist_ema.storage.paths import StrPath
 
-#: Elements that are read, digested and converted at a time.
+#: Number of elements that are read, digested and converted at a time.
 IO_CHUNK = 1 << 19
 
 
@@ -38,8 +38,8 @@ class Part:
         key: the tensor's folder and name in the checkpoint.
         stored: its entry in the manifest.
         entry: the tensor of the model.
-        share: the elements that this rank keeps; None on a rank that does not hold the tensor.
-        out: where they go, flat; None where they are read only to be verified.
+        share: what this rank averages of it; None on a rank that does not hold the tensor.
+        out: the memory to read into, 1D; None if the elements are read only to be verified.
     """
 
     key: Key
@@ -50,7 +50,7 @@ class Part:
 
     @property
     def runs(self) -> Runs:
-        """Returns where the elements lie in the full tensor."""
+        """Returns the runs of these elements in the full tensor."""
         return self.share.runs if self.share is not None else ()
 
     def __str__(self) -> str:
@@ -61,9 +61,9 @@ def read_own(path: StrPath, manifest: Manifest, parts: Sequence[Part], verify: b
     """Reads this rank's elements, with as many threads as torch has. Local.
 
     Returns:
-        The sum of each part for its fingerprint, 0 unless ``verify``.
+        For each part the sum for its fingerprint; 0 unless ``verify`` is set.
     """
-    own = threading.local()  # a buffer a thread; through two, pinned, to a device
+    own = threading.local()  # one buffer for each thread; two pinned ones if they are copied to a device
     sums = [0] * len(parts)
     lock = threading.Lock()
 
@@ -73,14 +73,14 @@ def read_own(path: StrPath, manifest: Manifest, parts: Sequence[Part], verify: b
         dtype = reader.dtype(part.key)
         out = part.out[low : low + numel] if part.out is not None else None
         if out is not None and out.is_cuda:
-            with handover.taken():  # in order with what the caller's stream does to the shadow
+            with handover.taken():  # ordered with the work of the caller's stream on the shadow
                 if not hasattr(own, "relay"):
                     own.relay = Relay(IO_CHUNK * WIDEST)
                 values = own.relay.buffer(numel, dtype)
                 reader.read(part.key, runs, values)
                 out.copy_(values, non_blocking=True)
                 own.relay.asked()
-        elif out is not None and out.dtype == dtype:  # straight into its place
+        elif out is not None and out.dtype == dtype:  # directly into its place
             values = out
             reader.read(part.key, runs, values)
         else:
@@ -99,17 +99,17 @@ def read_own(path: StrPath, manifest: Manifest, parts: Sequence[Part], verify: b
     with RunReader.of(path, manifest) as reader:
         try:
             work_through(_pieces(parts), take, torch.get_num_threads(), "dist_ema load")
-        finally:  # before the files are closed, and the buffers given to others
+        finally:  # before the files are closed, and the buffers are reused
             handover.join()
     return sums
 
 
-#: The number of a part, the part, some of its runs, and how many of its elements come before them.
+#: The index of a part, the part, some of its runs, and the number of its elements before these runs.
 _Piece = tuple[int, Part, Runs, int]
 
 
 def _pieces(parts: Sequence[Part]) -> Iterator[_Piece]:
-    """Yields the parts in pieces of at most :data:`IO_CHUNK` elements, made one by one."""
+    """Yields the parts in pieces of at most :data:`IO_CHUNK` elements, lazily."""
     for number, part in enumerate(parts):
         low = 0
         for runs in chunks(part.runs, IO_CHUNK):
@@ -125,13 +125,14 @@ def read_sent(
     group: dist.ProcessGroup | None,
     operation: str,
 ) -> list[int]:
-    """Rank 0 reads all elements and sends them, window by window. Collective; returns as :func:`read_own`.
+    """Reads all elements on rank 0, which sends them, window by window. Collective; returns what :func:`read_own`
+    returns.
 
     A rank that fails goes on sending and receiving, so that no other rank waits for it.
     """
     with agreed(group, operation):
         opened = RunReader.of(path, manifest) if rank_in(group) == 0 else nullcontext()
-        buffer = torch.empty(WINDOW_BYTES, dtype=torch.uint8)  # here, as memory may be short on one rank
+        buffer = torch.empty(WINDOW_BYTES, dtype=torch.uint8)  # here, because one rank may be out of memory
     failure = FirstFailure()
     dtypes = [DTYPES[part.stored.dtype] for part in parts]
     sums = [0] * len(parts)
@@ -163,7 +164,7 @@ def read_sent(
 
 
 def _broadcast_bytes(values: Tensor, group: dist.ProcessGroup | None) -> None:
-    """Rank 0's bytes, on every rank. Collective."""
+    """Sends bytes from rank 0 to every rank. Collective."""
     sent = values.to(device_for(group))  # NCCL sends from the accelerator only
     with peer_errors():
         dist.broadcast(sent, group=group, group_src=0)

@@ -1,4 +1,4 @@
-"""Reads elements of full tensors, by ranges of the safetensors files that a manifest lists; checks files before use."""
+"""Reads ranges of full tensors from the safetensors files that a manifest lists, and checks the files before use."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from dist_ema.storage import storage_reader
 from dist_ema.storage.base import Closing, OpenFile
 from dist_ema.storage.paths import StrPath, is_remote
 
-#: Files that one reader keeps open: far fewer than a process may open, and as many as most checkpoints have.
+#: Number of files that one reader keeps open: far fewer than a process may open, and enough for most checkpoints.
 _OPEN_FILES = 256
-#: Bytes between two rows up to which it takes less time to read them too than to read each row by itself (3 us on a
-#: local disk, far more from a store); and bytes that are read at a time where that is done.
+#: Bytes between two rows up to which reading them as well is faster than one read for each row (3 us on a local disk,
+#: far more from an object store); and the bytes that are read at a time then.
 _GAP = 1 << 14
 _BLOCK = 1 << 20
 _REMOTE_GAP = 1 << 20
@@ -35,20 +35,24 @@ _REMOTE_BLOCK = 1 << 24
 class RunReader(Closing):
     """Reads elements of full tensors. Local. A context manager; several threads may use it at a time.
 
-    Opening it checks that every file is a plain file of the size that the manifest gives, with the very header that was
-    written, and that the header describes the manifest's tensors, one after the other without a gap. So every byte of a
+    Opening it checks that every file is a plain file of the size that the manifest gives and has exactly the header
+    that
+    was written, and that the header describes the manifest's tensors, one after the other without a gap. So every byte
+    of a
     file belongs to the header, which has a checksum, or to a tensor, which has a fingerprint. Files stay open, so a
-    save that replaces the checkpoint meanwhile does not disturb the reader; where there are more than
-    :data:`_OPEN_FILES`, some are closed and opened again.
+    save
+    that replaces the checkpoint meanwhile does not disturb the reader. If there are more than :data:`_OPEN_FILES`, some
+    are
+    closed and opened again.
 
     Args:
-        path: of the checkpoint, a directory or a URL.
+        path: the checkpoint, a directory or a URL.
         data: name of the data folder, from the manifest.
         files: the files to open, by their path in that folder.
-        tensors: the tensors in those files, by ``(folder, name)``.
+        tensors: the tensors in these files, by ``(folder, name)``.
 
     Raises:
-        CheckpointCorruptError: names the file, and the tensor where the damage is in one.
+        CheckpointCorruptError: names the damaged file, and the tensor if the damage is in one.
     """
 
     def __init__(
@@ -59,8 +63,8 @@ class RunReader(Closing):
         tensors: Mapping[Key, StoredTensor],
     ) -> None:
         self._folder = storage_reader(path) / data
-        self._open: dict[str, OpenFile] = {}  # the one that was used last comes last
-        self._users: Counter[str] = Counter()  # threads that read a file now
+        self._open: dict[str, OpenFile] = {}  # in the order of their last use
+        self._users: Counter[str] = Counter()  # number of threads that are reading each file
         remote = is_remote(path)
         self._limit = sys.maxsize if remote else _OPEN_FILES  # an object takes no file descriptor
         self._gap, self._block = (_REMOTE_GAP, _REMOTE_BLOCK) if remote else (_GAP, _BLOCK)
@@ -68,7 +72,7 @@ class RunReader(Closing):
         self._offsets: dict[Key, int] = {}
         self._tensors = tensors
         try:
-            # Grouped once: to search all tensors for each file would take tensors times files.
+            # Grouped once. Searching all tensors for each file would take time proportional to tensors times files.
             inside: dict[str, dict[Key, StoredTensor]] = {name: {} for name in files}
             for key, tensor in tensors.items():
                 if tensor.file in inside:
@@ -81,14 +85,16 @@ class RunReader(Closing):
 
     @classmethod
     def of(cls, path: StrPath, manifest: Manifest, tensors: Mapping[Key, StoredTensor] | None = None) -> RunReader:
-        """Opens the files of some tensors of the checkpoint ``path``; None means all files. Raises as the class."""
+        """Opens the files that hold some tensors of the checkpoint ``path``; None means all files. Raises as the class
+        does.
+        """
         if tensors is None:
             return cls(path, manifest.data, manifest.files, manifest.tensors())
         files = {tensor.file: manifest.files[tensor.file] for tensor in tensors.values()}
         return cls(path, manifest.data, files, tensors)
 
     def dtype(self, key: Key) -> torch.dtype:
-        """Returns the dtype in the file."""
+        """Returns the dtype of a tensor in the file."""
         return DTYPES[self._tensors[key].dtype]
 
     def tensor(self, key: Key) -> ReadableTensor:
@@ -102,7 +108,7 @@ class RunReader(Closing):
         return ReadableTensor(stored.shape, self.dtype(key), read, stored.aliases, stored.digest, is_live)
 
     def read(self, key: Key, runs: Runs, out: Tensor) -> None:
-        """Puts the elements ``runs`` of a tensor into the flat CPU tensor ``out``, which has the dtype of the file.
+        """Copies the elements ``runs`` of a tensor into ``out``, a 1D CPU tensor of the dtype in the file.
 
         Raises CheckpointCorruptError if the file ends too early or is gone, OSError if it cannot be read.
         """
@@ -116,7 +122,7 @@ class RunReader(Closing):
                 position += numel
 
     def _read_part(self, file: OpenFile, offset: int, runs: Runs, out: Tensor) -> bool:
-        """Implements :meth:`OpenFile.read`, of runs of a tensor that begins at ``offset``."""
+        """Implements :meth:`OpenFile.read` for runs of a tensor that begins at ``offset``."""
         item = out.element_size()
         if isinstance(runs, Rows) and (runs.step - runs.length) * item <= self._gap and runs.step * item <= self._block:
             return _read_blocks(file, offset, runs, out, self._block)
@@ -130,7 +136,7 @@ class RunReader(Closing):
 
     @contextmanager
     def _file(self, name: str) -> Iterator[OpenFile]:
-        """An open file, which no other thread closes inside the block."""
+        """Yields an open file, which no other thread closes inside the block."""
         with self._lock:
             file = self._open.pop(name) if name in self._open else self._opened(name)
             self._open[name] = file
@@ -145,11 +151,14 @@ class RunReader(Closing):
     def _opened(self, name: str) -> OpenFile:
         try:
             return self._folder.file(name)
-        except (FileNotFoundError, NotADirectoryError) as error:  # perhaps by a save: then all is read anew
+        except (
+            FileNotFoundError,
+            NotADirectoryError,
+        ) as error:  # perhaps a save has removed it; then everything is read again
             raise CheckpointCorruptError(f"{self._folder}/{name} is listed but cannot be read: {error}") from error
 
     def _close_some(self) -> None:
-        """Closes the files that were not used for longest, as many as there are too many."""
+        """Closes the files that were not used for the longest time, until no more than the limit are open."""
         unused = (name for name in list(self._open) if not self._users[name])
         while len(self._open) > self._limit and (name := next(unused, None)) is not None:
             self._open.pop(name).close()
@@ -159,7 +168,7 @@ class RunReader(Closing):
         link = ""
         try:
             opened = self._open[name] = self._folder.file(name)
-            self._close_some()  # not this one, which is the last in order
+            self._close_some()  # never this file, which is the last in order
             link = "" if opened.link is None else f" ({opened.link})"
             if opened.size != file.size:
                 raise CheckpointCorruptError(f"{path} has {opened.size} bytes, but {file.size} were written{link}")
@@ -184,7 +193,8 @@ class RunReader(Closing):
 
 
 def _read_blocks(file: OpenFile, offset: int, rows: Rows, out: Tensor, limit: int) -> bool:
-    """Reads even rows with the elements between them, ``limit`` bytes at a time, and copies the rows out of those.
+    """Reads rows at equal distances together with the elements between them, ``limit`` bytes at a time, and copies the
+    rows.
 
     ::
 
@@ -197,7 +207,7 @@ def _read_blocks(file: OpenFile, offset: int, rows: Rows, out: Tensor, limit: in
     data = memoryview(block.view(torch.uint8).numpy().data)
     for first in range(0, rows.number, in_block):
         number = min(in_block, rows.number - first)
-        # Nothing behind the last row: the file may end there.
+        # Nothing after the last row is read: the file may end there.
         size = ((number - 1) * rows.step + rows.length) * item
         if not file.read([(offset + (rows.start + first * rows.step) * item, data[:size])]):
             return False
@@ -207,5 +217,5 @@ def _read_blocks(file: OpenFile, offset: int, rows: Rows, out: Tensor, limit: in
 
 
 def damaged_error(path: StrPath, found: Sequence[str]) -> CheckpointCorruptError:
-    """Returns the error for a checkpoint, which lists the damaged files and tensors ``found`` in it."""
+    """Returns the error that lists the damaged files and tensors ``found`` in a checkpoint."""
     return CheckpointCorruptError(f"{path} is damaged, or not the checkpoint that was saved: {'; '.join(found)}")

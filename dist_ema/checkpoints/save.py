@@ -1,4 +1,13 @@
-"""Writes a checkpoint: in place by all ranks, or through rank 0 where they share no disk; committed in one step."""
+"""Writes a checkpoint: in place by all ranks, or through rank 0 if they do not share a disk; committed in one step.
+
+::
+
+    start()    create the files        rank 0 makes them in a hidden directory; do all ranks see it?
+               write what is live      training may change it as soon as start() returns
+    finish()   write the averages      they may change again as soon as ``reading`` is left
+               sync                    all bytes of all ranks are on disk
+               commit                  rank 0 writes the manifest and renames: old or new checkpoint, never a mixture
+"""
 
 from __future__ import annotations
 
@@ -19,16 +28,17 @@ from dist_ema.storage.paths import StrPath, check_path
 
 
 class Save:
-    """One save of a checkpoint: ``start()``, then ``finish()``. Collective.
+    """Carries out one save: ``start()``, then ``finish()``. Collective.
 
-    An error of one rank is raised on all of them, and whatever was written is removed then. The calls of a storage
+    An error of one rank is raised on all of them, and everything that was written is removed then. The calls of a
+    storage
     backend that this makes are listed in :class:`~dist_ema.storage.base.StorageWriter`.
 
     Args:
-        path: of the checkpoint, a directory or a URL.
+        path: the checkpoint, a directory or a URL.
         contents: what to write.
         group: the ranks.
-        overwrite: replace a checkpoint that is there already.
+        overwrite: replace a checkpoint that exists at ``path``.
     """
 
     def __init__(
@@ -40,24 +50,24 @@ class Save:
         self._overwrite = overwrite
         self._operation = f"save to {path}"
         self._first = rank_in(group) == 0
-        self._storage: StorageWriter | None = None  # rank 0's, once it is to be undone on failure
-        self._writers: list[TensorWriter] = []  # to be synced and closed
+        self._storage: StorageWriter | None = None  # rank 0's, from when a failure has to undo something
+        self._writers: list[TensorWriter] = []  # open writers, to be synced and closed
 
     def run(self) -> None:
-        """The whole save. Collective."""
+        """Runs the whole save. Collective."""
         self.start()
         self.finish()
 
     def start(self) -> None:
-        """Makes the files and writes all that is live, which training may change as soon as this returns. Collective.
+        """Makes the files and writes all live tensors, which training may change once this returns. Collective.
 
-        Before the first update the averages are live, too.
+        Before the first update the averages are live tensors, too.
         """
         with self._undone_on_failure():
             self._create()
             live = [name for name in self._contents.folders if name == LIVE or not self._contents.state.started]
             if live and self._shared:
-                # The caller trains on after this, so a failure has to be known on every rank now.
+                # The caller continues training after this, so every rank has to know of a failure now.
                 with agreed(self._group, self._operation):
                     self._write(live)
             elif live:
@@ -71,10 +81,13 @@ class Save:
         """Writes the averages, waits for the disk and puts the checkpoint in its place. Collective.
 
         Args:
-            reading: entered while the averages are read. When it is left, they may change again, although this rank
-                may still wait for its disk, or for other ranks.
-            turn: gives another group of the same ranks to talk in, when it is this save's turn. What needs no other
-                rank comes before, so that nobody who waits for ``reading`` waits for other saves.
+            reading: entered while the averages are read. When it is left, they may change again, although this rank may
+                still
+                wait for its disk, or for other ranks.
+            turn: waits for this save's turn, and gives another group of the same ranks to communicate in. Everything
+                that
+                needs no other rank is done before, so that a caller who waits for ``reading`` does not wait for other
+                    saves.
         """
         with self._undone_on_failure():
             averages = [name for name in self._contents.folders if name != LIVE and self._contents.state.started]
@@ -83,8 +96,8 @@ class Save:
                 with failure.kept(), reading:
                     self._write(averages)
             with turn or nullcontext(self._group) as self._group:
-                # Gathering is collective, so it must not stand in the block below, which a rank that fails leaves at
-                # once.
+                # Gathering is collective, so it must not be in the block below, which a failing rank leaves
+                # immediately.
                 if not self._shared:
                     with reading:
                         self._write(averages)
@@ -112,12 +125,12 @@ class Save:
 
     def _create(self) -> None:
         """Has rank 0 make the files, and finds out whether all ranks see them. Collective."""
-        own = os.urandom(16).hex()  # rank 0's is used; each makes one so that it comes with the round
+        own = os.urandom(16).hex()  # rank 0's is used; every rank makes one, so that it is sent in the same round
         with agreed(self._group, self._operation) as round_:
             check_path(self._path)
             plans = self._contents.plans
             if self._first:
-                _readable(self._contents.manifest())  # what load() would refuse is refused before anything is written
+                _readable(self._contents.manifest())  # refuses, before anything is written, what load() would refuse
                 self._storage = storage_writer(self._path, own)
                 self._storage.create(plans, self._overwrite)
             round_.send(own)
@@ -130,7 +143,7 @@ class Save:
         self._shared = all(round_.received)
 
     def _write(self, folders: list[str]) -> None:
-        """Fills the files of these folders. Local where all ranks see the files, else collective."""
+        """Fills the files of these folders. Local if all ranks see the files, else collective."""
         for name in folders:
             folder = self._contents.folders[name]
             writer = self._to.writer(name, folder.plans)
@@ -141,17 +154,18 @@ class Save:
                 folder.write_gathered(writer, self._group, self._operation)
 
     def _sync(self) -> None:
-        """Waits until what this rank has written is there for good, and closes the files. Local."""
+        """Waits until everything that this rank has written is on disk, and closes the files. Local."""
         for writer in self._writers:
-            if self._shared or self._first:  # no other rank has been given anything to write
+            if self._shared or self._first:  # otherwise this rank has written nothing
                 writer.sync()
         while self._writers:
             self._writers.pop().close()
 
     def _totals(self) -> tuple[int, dict[tuple[str, str], int]]:
-        """Over all ranks: elements left out, and the fingerprint of each full tensor, by folder and name. Collective.
+        """Returns sums over all ranks: elements left out, and the fingerprint of each tensor, by folder and name.
+        Collective.
 
-        Each rank has the sum over the elements that it has written; modulo 2^64 these sums add up to the fingerprint.
+        Each rank has the sum over the elements that it has written. Modulo 2^64 these sums add up to the fingerprint.
         """
         own = {
             (name, entry.name): folder.digests.get(entry.name, 0)

@@ -1,8 +1,8 @@
 """Finds out how a function on state dicts arranges elements, by running it once on tensors without memory.
 
-The function is another library's, such as ``revert_weight_conversion`` of transformers. Views are followed by their
-strides; copies, ``cat`` and ``stack`` become links from one memory to another. Anything that computes values cannot be
-followed.
+The function belongs to another library, such as ``revert_weight_conversion`` of transformers. Views are followed by
+their strides; copies, ``cat`` and ``stack`` become links from one memory to another. A function that computes values
+cannot be followed.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ Convert = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
 
 
 def trace(convert: Convert, tensors: Iterable[tuple[Sequence[str], TensorPlan]]) -> Arrangement:
-    """Traces what ``convert`` makes of a state dict of these tensors. Local; takes no memory.
+    """Traces what ``convert`` makes of a state dict of these tensors. Local; allocates no memory.
 
     Args:
         convert: the function. It may change the dict that it gets, but no tensor.
         tensors: all names of each tensor, and the tensor.
 
     Raises:
-        UnknownOperationError: the function fails, or does more than move elements; says what.
+        UnknownOperationError: the function fails, or does more than move elements. The text says what.
 
     >>> halves = lambda state: {"top": state["w"][:1].clone(), "bottom": state["w"][1:].clone()}
     >>> arrangement = trace(halves, [(("w",), TensorPlan("w", torch.float32, (2, 3)))])
@@ -58,18 +58,20 @@ def trace(convert: Convert, tensors: Iterable[tuple[Sequence[str], TensorPlan]])
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sees every operation on meta tensors, and records how elements get from one memory to another."""
+    """Intercepts every operation on meta tensors, and records how elements get from one memory to another."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._numbers: dict[int, int] = {}  # of the memories, by the id of their storage
-        self._storages: list[tuple[torch.UntypedStorage, torch.dtype]] = []  # kept, so that no id is used twice
-        self._links: list[list[Link]] = []  # from each memory
-        self._names: dict[int, str] = {}  # of the tensors of the module, by memory
-        self._made_by: dict[int, str] = {}  # what made a memory whose elements cannot be followed
+        self._numbers: dict[int, int] = {}  # the number of each memory, by the id of its storage
+        self._storages: list[
+            tuple[torch.UntypedStorage, torch.dtype]
+        ] = []  # keeps the storages alive, so that no id is used twice
+        self._links: list[list[Link]] = []  # the links from each memory
+        self._names: dict[int, str] = {}  # the names of the module's tensors, by memory
+        self._made_by: dict[int, str] = {}  # the operation that made a memory whose elements cannot be followed
 
     def add(self, tensor: Tensor, name: str) -> None:
-        """A tensor of the module."""
+        """Adds a tensor of the module."""
         number = self._number(tensor)
         self._names[number] = name
         del self._made_by[number]
@@ -81,22 +83,22 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             number = self._numbers[id(storage)] = len(self._storages)
             self._storages.append((storage, tensor.dtype))
             self._links.append([])
-            self._made_by[number] = "a tensor that is not in the state dict"  # until add() or _record() knows better
+            self._made_by[number] = "a tensor that is not in the state dict"  # add() or _record() may change this
         return self._numbers[id(storage)]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        # A memory that changes has no one set of links: the elements before and after are different ones.
+        # A memory that changes would need two sets of links, for its elements before and after the change.
         if func._schema.is_mutable:
             raise UnknownOperationError(f"it changes a tensor in place, by {func}")
         found = result if isinstance(result, (list, tuple)) else [result]
         for out in (out for out in found if isinstance(out, Tensor)):
-            if id(out.untyped_storage()) not in self._numbers:  # else it is a view, whose strides say all
+            if id(out.untyped_storage()) not in self._numbers:  # otherwise it is a view, which its strides describe
                 self._record(str(func.overloadpacket), out, args)
         return result
 
     def _record(self, operation: str, out: Tensor, args: Sequence[Any]) -> None:
-        """An operation that has made a new memory: links to it, where it only moves elements."""
+        """Records an operation that has made a new memory: the links to it, if it only moves elements."""
         number = self._number(out)
         # Views of meta tensors have strides, too, so a part of the new memory is described by a view of it.
         if operation == "aten.clone":
@@ -112,7 +114,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         makers = [self._made_by.get(self._number(part)) for part, _ in parts]
         if any(part.dtype != out.dtype for part, _ in parts):
-            makers = [f"{operation} of several dtypes"]  # converts, and the elements are others then
+            makers = [f"{operation} of several dtypes"]  # a conversion changes the elements
         self._made_by.pop(number)
         if (maker := next(filter(None, makers), None)) is not None:
             self._made_by[number] = maker
@@ -128,7 +130,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._links[number].append(link)
 
     def arrangement(self, converted: Mapping[str, Tensor], is_trivial: bool) -> Arrangement:
-        """Returns the arrangement of all that was recorded. Raises UnknownOperationError."""
+        """Returns the arrangement of everything recorded. Raises UnknownOperationError."""
         targets = []
         for place, (name, tensor) in enumerate(converted.items()):
             if (maker := self._made_by.get(self._number(tensor))) is not None:
@@ -137,7 +139,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._link(tensor, View.row_major(tensor.shape), -1 - place)
         all_links = {number: tuple(links) for number, links in enumerate(self._links)}
         used: set[int] = set()
-        for number in sorted(all_links, reverse=True):  # a memory has a higher number than those that it is made of
+        for number in sorted(
+            all_links, reverse=True
+        ):  # a memory has a higher number than the memories that it is made of
             links = tuple(link for link in all_links[number] if link.goal < 0 or link.goal in used)
             all_links[number] = links
             used |= {number} if links else set()

@@ -1,4 +1,4 @@
-"""The checkpoint that is at a path now: its manifest, and reading that starts over if a save replaces it."""
+"""Finds the checkpoint that is at a path now, and reads again if a save replaces it meanwhile."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dist_ema.storage import storage_reader
 from dist_ema.storage.paths import StrPath, is_remote, local_path
 
 T = TypeVar("T")
-#: How often a reader starts over because a save has replaced the checkpoint that it was reading.
+#: How many times a reader starts over because a save has replaced the checkpoint.
 REREADS = 2
 
 
@@ -28,7 +28,7 @@ def read_manifest(path: StrPath) -> Manifest:
 
 
 def read_manifest_bytes(path: StrPath) -> bytes:
-    """Returns the text of a manifest, as it is. Local. Raises as :func:`read_manifest`."""
+    """Returns the text of a manifest, unparsed. Local. Raises as :func:`read_manifest` does."""
     try:
         file = storage_reader(path).file(NAME)
     except FileNotFoundError as error:
@@ -42,7 +42,7 @@ def read_manifest_bytes(path: StrPath) -> bytes:
     except OSError as error:
         raise CheckpointError(f"{NAME} of {path} cannot be read: {error.strerror or error}") from error
     try:
-        if file.size > MAX_BYTES:  # before so much memory is allocated
+        if file.size > MAX_BYTES:  # before memory of that size is allocated
             raise CheckpointCorruptError(f"{NAME} of {path} has {file.size} bytes; the limit is {MAX_BYTES}")
         text = bytearray(file.size)
         if not file.read([(0, memoryview(text))]):
@@ -55,21 +55,21 @@ def read_manifest_bytes(path: StrPath) -> bytes:
 
 
 def _nothing_at(path: StrPath) -> str:
-    """Says why there is no checkpoint at a path, and where there is one."""
+    """Returns the error text for a path without a checkpoint. It says where there is one, if one is near."""
     if is_remote(path):
         return f"{path} is no checkpoint: it has no {NAME}"
     place = local_path(path)
     if not place.exists():
         return f"{path} does not exist"
     inside = checkpoints_in(place)
-    # A trainer's folder holds the average beside its own files.
+    # The folder of a trainer has the average beside its own files.
     some = ", ".join(inside[:4]) + (f" and {len(inside) - 4} older ones" if inside[4:] else "")
     found = f"; there {'is one' if len(inside) == 1 else 'are some'} in it: {some}" if inside else ""
     return f"{path} is no checkpoint: it has no {NAME}{found or _other_kind(place)}"
 
 
 def _other_kind(place: Path) -> str:
-    """Says what reads a folder that holds weights in another form."""
+    """Returns which function reads a folder that holds weights in another form."""
     if (place / ".metadata").is_file():
         return ". It looks like a directory of torch.distributed.checkpoint: dcp.load reads it"
     if place.is_dir() and any(place.glob("*.safetensors")):
@@ -78,10 +78,10 @@ def _other_kind(place: Path) -> str:
 
 
 def checkpoints_in(place: Path, levels: int = 2) -> list[str]:
-    """Checkpoints of this library that lie in a local folder, the newest first by the numbers in their names.
+    """Returns the checkpoints of this library in a local folder, the newest first by the numbers in their names.
 
-    They lie directly in it (``checkpoint-100/ema``), else one folder further down (``run/checkpoint-100/ema``), if
-    ``levels`` is 2.
+    They are directly in it (``checkpoint-100/ema``) or, if ``levels`` is 2, one folder further down
+    (``run/checkpoint-100/ema``).
     """
     for pattern in (f"*/{NAME}", f"*/*/{NAME}")[:levels]:
         found = [file.parent for file in place.glob(pattern)]
@@ -92,27 +92,28 @@ def checkpoints_in(place: Path, levels: int = 2) -> list[str]:
 
 
 def _numbers_in(path: Path) -> tuple[list[int], str]:
-    """Sorts ``checkpoint-200`` before ``checkpoint-1000``."""
+    """Returns a sort key that puts ``checkpoint-200`` before ``checkpoint-1000``."""
     return [int(digits) for digits in re.findall(r"\d+", str(path))], str(path)
 
 
 class Version(Protocol):
-    """A checkpoint as it was at one moment."""
+    """Represents a checkpoint as it was at one moment."""
 
     def was_replaced(self) -> bool:
-        """Returns whether a save has put another checkpoint in its place since."""
+        """Returns whether a save has replaced it since."""
 
 
 V = TypeVar("V", bound=Version)
 
 
 def read_anew_if_replaced(look: Callable[[], V], read: Callable[[V], T]) -> T:
-    """``read(look())``; again, up to :data:`REREADS` times, where it met damage that a save has caused meanwhile.
+    """Returns ``read(look())``, and calls both again, up to :data:`REREADS` times, if a save caused damage that was
+    found.
 
-    A save removes the data of the checkpoint that it replaces, and whoever is just reading them finds files missing.
-    Collective if ``was_replaced()`` is: ``read`` then raises CheckpointCorruptError on all ranks or on none.
+    A save removes the data of the checkpoint that it replaces, so a reader may find files missing. Collective if
+    ``was_replaced()`` is: ``read`` then raises CheckpointCorruptError on all ranks or on none.
 
-    Raises what the two raise: CheckpointCorruptError for damage of a checkpoint that still stands. Raises
+    Raises what the two functions raise: CheckpointCorruptError for damage of a checkpoint that was not replaced. Raises
     CheckpointError if it was replaced each time.
     """
     attempts = REREADS + 1
@@ -133,7 +134,7 @@ def read_anew_if_replaced(look: Callable[[], V], read: Callable[[V], T]) -> T:
 
 
 class _LocalVersion:
-    """The manifest as this process alone has read it."""
+    """Implements :class:`Version` by the manifest that this process has read."""
 
     def __init__(self, path: StrPath) -> None:
         self._path = path
@@ -145,5 +146,7 @@ class _LocalVersion:
 
 
 def reread(path: StrPath, read: Callable[[Manifest], T]) -> T:
-    """``read(manifest)`` by one process; see :func:`read_anew_if_replaced`. Raises as :func:`read_manifest`."""
+    """Returns ``read(manifest)``, called again as in :func:`read_anew_if_replaced`. One process. Raises as
+    :func:`read_manifest` does.
+    """
     return read_anew_if_replaced(lambda: _LocalVersion(path), lambda version: read(Manifest.from_bytes(version.text)))
