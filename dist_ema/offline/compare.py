@@ -27,15 +27,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Difference:
-    """One tensor in two checkpoints, A and B. Norms are Euclidean and taken in float64.
+    """Describes how one tensor differs between two checkpoints, A and B. Norms are Euclidean and computed in float64.
 
     Attributes:
         average: the name of the average; None for a tensor that is not averaged.
-        name: of the tensor in A.
-        equal: whether dtype and every bit are the same. (0.0 and -0.0 are equal values of different bits.)
-        norm: of A.
-        distance: norm of A - B.
-        largest: absolute difference of one element.
+        name: the name of the tensor in A.
+        equal: whether dtype and every bit are the same. (0.0 and -0.0 are equal values with different bits.)
+        norm: the norm of A.
+        distance: the norm of A - B.
+        largest: the largest absolute difference of one element.
     """
 
     average: str | None
@@ -47,7 +47,7 @@ class Difference:
 
     @property
     def relative(self) -> float:
-        """``distance / norm``: 0 where both are 0, infinite where A is 0 and B is not.
+        """Returns ``distance / norm``: 0 if both are 0, infinite if only the norm is 0.
 
         >>> Difference(None, "weight", equal=False, norm=2.0, distance=0.5, largest=0.25).relative
         0.25
@@ -113,7 +113,7 @@ def is_checkpoint(path: StrPath) -> bool:
 def _compare_sources(
     a: StrPath, b: StrPath, name: str | None, begin: Callable[[int], Advance] | None
 ) -> list[Difference]:
-    """Does what :func:`compare` does, where one of the two is no checkpoint of this library."""
+    """Does what :func:`compare` does if one of the two is no checkpoint of this library."""
     with ExitStack() as stack:
         try:
             left, right = (open_source(path, Selection(name=name), stack) for path in (a, b))
@@ -134,8 +134,8 @@ def _compare_sources(
 
 
 def _pairs(left: Source, right: Source) -> list[tuple[str, ReadableTensor, ReadableTensor]]:
-    """Returns the tensors of two sources by the name in the first. Raises CheckpointMismatchError, which lists what
-    differs.
+    """Returns the tensors of two sources by the name in the first. Raises CheckpointMismatchError, which lists all
+    differences.
     """
     lacking = {name for source in (left, right) if source.manifest for name in source.manifest.lacking}
     pairs = []
@@ -156,7 +156,7 @@ def _pairs(left: Source, right: Source) -> list[tuple[str, ReadableTensor, Reada
 
 
 def _verified(source: Source, name: str, tensor: ReadableTensor) -> VerifiedTensor:
-    """Returns a tensor of a source, which is verified where the source has a fingerprint of it."""
+    """Returns a tensor of a source, which is verified if the source has a fingerprint of it."""
     return VerifiedTensor(tensor, damaged_error(source.path, [repr(name)]))
 
 
@@ -193,7 +193,7 @@ def _match(
     theirs: dict[Key, StoredTensor],
     lacking: set[str],
 ) -> dict[Key, Key]:
-    """Returns the key in B of each tensor in A, but for live tensors that one of the two was saved without."""
+    """Returns the key in B of each tensor in A. Live tensors that one checkpoint was saved without are left out."""
     by_name = {(key[0], known): key for key, tensor in theirs.items() for known in (key[1], *tensor.aliases)}
     pairs: dict[Key, Key] = {}
     problems: list[str] = []
@@ -255,6 +255,6 @@ def _larger(one: float, other: float) -> float:
 
 
 def _order(found: Difference) -> tuple[bool, float]:
-    """NaN first, then the largest relative distance, equal tensors last."""
+    """Returns a sort key: NaN first, then the largest relative distance, equal tensors last."""
     relative = math.inf if math.isnan(found.relative) else found.relative
     return found.equal, -relative

@@ -1,4 +1,6 @@
-"""Exports an average of a checkpoint as a Hugging Face directory: one process, no accelerator, no model, a few MiB."""
+"""Exports an average of a checkpoint as a Hugging Face directory: one process, no accelerator, no model, a few MiB of
+memory.
+"""
 
 from __future__ import annotations
 
@@ -40,27 +42,28 @@ def export_checkpoint(
     damage to another average does not matter. Memory: some chunks of half a million elements, whatever the size.
 
     Args:
-        path: of the checkpoint.
-        out: the directory to make, which must not exist; missing parents are made.
+        path: the checkpoint, a directory or a URL.
+        out: the directory to make, which must not exist. Missing parents are created.
         name: which average; None means the only one.
-        dtype: of floating-point tensors; None means the checkpoint's, which is the shadow's (a checkpoint does not
-            know the dtype of the live weights).
-        max_shard_size: bytes of one file at most, such as ``"5GB"`` or an int; a larger tensor has its own file.
+        dtype: dtype of floating-point tensors; None means that of the checkpoint, which is the shadow's. (A checkpoint
+            does not have the dtype of the live weights.)
+        max_shard_size: maximum bytes of one file, as an int or as ``"5GB"``. A larger tensor gets a file of its own.
         config_from: a file or directory whose configuration files are copied, an object with ``save_pretrained``, or a
-            list of such.
-        layout: ``"diffusers"`` names the files as diffusers does, None and ``"transformers"`` as transformers does.
-            Tensors have the module's own names, as a checkpoint does not know the model's class. A tied tensor is
-            written once with ``"transformers"``, and where ``config_from`` is the configuration of a transformers
-            model; else under all of its names, so that ``load_state_dict`` takes it.
-        begin: called with the manifest and the bytes to read; gives the function that is told of the progress.
+            list of these.
+        layout: ``"diffusers"`` names the files as diffusers does; None and ``"transformers"`` as transformers does.
+            Tensors have the names of the module, because a checkpoint does not have the model's class. A tied tensor is
+            written once with ``"transformers"``, and if ``config_from`` is the configuration of a transformers model;
+            otherwise under all of its names, so that ``load_state_dict`` takes it.
+        begin: called with the manifest and the number of bytes to read; returns the function that is called with the
+            progress.
 
     Returns:
         The manifest of the checkpoint.
 
     Raises:
         CheckpointError: there is no checkpoint, ``out`` exists, or it cannot be written; nothing is left behind.
-        CheckpointCorruptError: what was to be exported is damaged; names the first damaged file and tensor.
-        EMAConfigError: no such average, or an option has a value that is not allowed.
+        CheckpointCorruptError: what should be exported is damaged. Names the first damaged file and tensor.
+        EMAConfigError: there is no such average, or an option has a value that is not allowed.
     """
     check_cast(dtype)
 
@@ -108,9 +111,7 @@ def _export(
 
 
 def _entry(key: Key, tensor: StoredTensor, once: bool) -> FullTensor:
-    """Returns a stored tensor as something to write; ``live_dtype`` is that of the file, since the model's is not
-    known.
-    """
+    """Describes a stored tensor for writing. ``live_dtype`` is that of the file, because the model's is not known."""
     aliases = () if once else tensor.aliases
     folder, name = key
     dtype = DTYPES[tensor.dtype]

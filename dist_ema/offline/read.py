@@ -1,4 +1,4 @@
-"""Reads an average of a checkpoint into memory: whole tensors, in one process."""
+"""Reads an average of a checkpoint into memory, as full tensors, in one process."""
 
 from __future__ import annotations
 

@@ -1,20 +1,21 @@
 """Finds the weighted sum of saved averages that is closest to an average that was never kept. float64; reads no file.
 
-An average is a weighted sum of the weights of past steps, and a weighted sum of averages is one, too. Its profile says
-how much each step weighs. The fit makes the error e, the profile of the sum minus the wanted profile, small in a norm
-over steps. Which norm is right depends on how the weights of different steps differ:
+An average is a weighted sum of the weights of past steps. So a weighted sum of averages is one as well. The *profile*
+of an average says how much each step weighs. The fit makes the error e (the profile of the sum minus the wanted
+profile) small in a norm over steps. Which norm is right depends on how the weights of different steps differ:
 
 - by independent noise: the error of the result is the L2 norm of e, as in EDM2 (Karras et al. 2024, arXiv:2312.02696,
   section 3.3 and algorithm 3, for power functions);
-- by a random walk: summed by parts, the error is the L2 norm of the tail sums of e, (T e)[i] = e[i] + e[i+1] + ...
+- by a random walk: summation by parts gives the L2 norm of the tail sums of e, (T e)[i] = e[i] + e[i+1] + ...
 
 Weights in training do both, so the fit minimises |T e|^2 + NOISE^2 |e|^2, which is right for a walk with noise of NOISE
-times its step. Only where the snapshots can give the profile exactly, any norm has the same solution, and L2, whose
-matrix is conditioned best, finds it.
+times its step. If the snapshots can give the profile exactly, any norm has the same solution. The L2 norm then finds
+it,
+because its matrix is conditioned best.
 
 EDM2 solves the normal equations, and divides by the sum of the weights afterwards. Here the profiles are decomposed
-(QR, by blocks of steps), which does not square the condition number: of hundreds of snapshots, neighbours are alike to
-many digits. And that the weights sum to one is a constraint of the problem, not forced on its solution.
+(QR, by blocks of steps), which does not square the condition number: neighbours among hundreds of snapshots agree to
+many digits. That the weights sum to one is a constraint of the problem here.
 """
 
 from __future__ import annotations
@@ -47,13 +48,14 @@ EXACT = 1e-9
 
 @dataclass(frozen=True)
 class Fit:
-    """A weighted sum of snapshots.
+    """Describes a weighted sum of snapshots.
 
     Attributes:
-        weights: of each snapshot, in their order; they sum to 1, and may be negative.
-        residual: distance of its profile from the wanted one, divided by the norm of the wanted one. 0 is exact; 1 and
-            more say that the snapshots have nothing in common with it.
-        gain: sum of the absolute weights: rounding errors of the snapshots are multiplied by this at worst.
+        weights: the weight of each snapshot, in their order; they sum to 1, and may be negative.
+        residual: distance of its profile from the wanted one, divided by the norm of the wanted one. 0 is exact. From 1
+            on
+            the snapshots have nothing in common with it.
+        gain: sum of the absolute weights. In the worst case rounding errors of the snapshots are multiplied by this.
     """
 
     weights: tuple[float, ...]
@@ -68,13 +70,13 @@ def fit(snapshots: Sequence[Profile], target: Profile | Curve, *, cutoff: float 
 
     Args:
         snapshots: the profiles of the saved averages, of one unit and interval (``schedule.profile(moment, every=)``),
-            each of its own moment.
-        target: the profile wanted, or a curve of weights: a function of an array of steps, counted as the profiles'
-            are, that gives one for each. A curve is divided by its sum.
-        cutoff: relative size of the directions that are left out; larger ones keep weights smaller.
+            each as of its own moment.
+        target: the wanted profile, or a curve: a function from an array of steps, counted as in the profiles, to their
+            weights. A curve is divided by its sum.
+        cutoff: relative size of the directions that are left out. Larger values keep the weights smaller.
 
     Raises:
-        EMAConfigError: no snapshots, other units or intervals, or a curve that is no weight.
+        EMAConfigError: no snapshots, different units or intervals, or a curve that gives no valid weights.
     """
     import numpy as np
 
@@ -92,13 +94,13 @@ def fit(snapshots: Sequence[Profile], target: Profile | Curve, *, cutoff: float 
 
 
 class _Rows:
-    """A least-squares problem: one column for each snapshot and one for the target, decomposed by blocks of rows.
+    """Solves a least-squares problem with one column for each snapshot and one for the target, by blocks of rows.
 
     Args:
         columns: the profiles, each of at most ``count`` steps; the target's is the last one.
-        count: steps.
-        tails: further rows: the profiles' tail sums.
-        factor: of the rows of ``columns``.
+        count: number of steps.
+        tails: adds the tail sums of the profiles as further rows.
+        factor: multiplies the rows of ``columns``.
     """
 
     def __init__(
@@ -143,12 +145,14 @@ def trailing(length: float, at: float, *, every: float = 1, shape: str = "unifor
     """Returns the curve of the mean over the last ``length`` before ``at``, wherever periods of a :class:`Window` would
     end.
 
-    With a shape it is what a learning rate that falls so from ``at - length`` to ``at`` would have given (WSM).
+    With a ``shape`` it is the average that corresponds to a learning rate that falls in this shape from ``at - length``
+    to
+    ``at`` (WSM).
 
     Args:
-        length, at: in the unit of the profiles' steps, counted from the first copy; steps after ``at - length`` count.
-        every: between two updates.
-        shape: as of :class:`Window`.
+        length, at: in the unit of the profiles' steps, counted from the first copy. Steps after ``at - length`` count.
+        every: time between two updates.
+        shape: as for :class:`Window`.
 
     Raises:
         EMAConfigError: a number is not above 0, ``length`` goes beyond the first copy, or there is no such shape.

@@ -1,4 +1,4 @@
-"""Finds every damage of a checkpoint, in one process and bounded memory; and reads single tensors, verified."""
+"""Finds every damage of a checkpoint, in one process and bounded memory; and reads single tensors with verification."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ PIECE = IO_CHUNK // 2
 
 @dataclass(frozen=True)
 class Finding:
-    """One damage.
+    """Describes one damage.
 
     Attributes:
         file: path in the data folder, or the manifest.
-        tensor: name of the damaged tensor; None where the file itself is damaged.
+        tensor: name of the damaged tensor; None if the file itself is damaged.
         problem: what is wrong.
     """
 
@@ -50,18 +50,19 @@ class Finding:
 def audit(
     path: StrPath, *, threads: int = 4, begin: Callable[[Manifest], Advance] | None = None
 ) -> tuple[Manifest | None, list[Finding]]:
-    """Reads all of a checkpoint and lists every damage, where :func:`verify_checkpoint` raises. One process.
+    """Reads a whole checkpoint and lists every damage; :func:`verify_checkpoint` raises instead. One process.
 
-    Files are read one after the other, and the chunks of a file by all threads, so that a single large tensor keeps all
-    of them busy. Memory: 8 MiB a thread and some scratch, whatever the checkpoint's size.
+    Files are read one after the other, and the chunks of a file by all threads, so that all threads are busy with a
+    single
+    large tensor, too. Memory: 8 MiB per thread and some scratch, whatever the size of the checkpoint.
 
     Args:
-        path: of the checkpoint.
-        threads: that read and digest side by side.
-        begin: called with the manifest before anything is read; gives the function that is told of the progress.
+        path: the checkpoint, a directory or a URL.
+        threads: number of threads that read and digest.
+        begin: called with the manifest before anything is read; returns the function that is called with the progress.
 
     Returns:
-        The manifest, None if the manifest itself is damaged; and what is wrong, if anything.
+        The manifest, None if it is damaged itself; and the list of damages.
 
     Raises:
         CheckpointError: there is no checkpoint, or it has another format version.
@@ -81,7 +82,9 @@ def audit(
 
 
 class _DamagedError(CheckpointCorruptError):
-    """Carries every damage of a checkpoint through :func:`reread`, which tries again if a save has replaced it."""
+    """Carries all damages of a checkpoint through :func:`reread`, which reads again if a save has replaced the
+    checkpoint.
+    """
 
     def __init__(self, manifest: Manifest, findings: list[Finding]) -> None:
         super().__init__(findings[0].problem)
@@ -179,13 +182,13 @@ def _audit_file(reader: RunReader, tensors: dict[Key, StoredTensor], threads: in
 
 
 class VerifiedTensor:
-    """A tensor that is read from its first element to its last, and verified with the last.
+    """Reads a tensor from its first element to its last, and verifies it with the last.
 
-    A :class:`~dist_ema.checkpoints.file_values.Source`.
+    Implements :class:`~dist_ema.checkpoints.file_values.Source`.
 
     Args:
-        tensor: of an opened file. One without a fingerprint is only read.
-        damage: raised if the elements are not those of the fingerprint.
+        tensor: a tensor of an opened file. One without a fingerprint is only read.
+        damage: the error to raise if the elements do not have the fingerprint.
     """
 
     def __init__(self, tensor: ReadableTensor, damage: CheckpointCorruptError) -> None:
@@ -195,9 +198,9 @@ class VerifiedTensor:
         self._total = 0
 
     def read(self, start: int, stop: int, out: Tensor) -> None:
-        """Puts the next elements, ``[start, stop)``, into the flat CPU tensor ``out``, converted to its dtype.
+        """Copies the next elements, ``[start, stop)``, into ``out``, a 1D CPU tensor, converted to its dtype.
 
-        Raises CheckpointCorruptError with the last elements, if not all were as written.
+        Raises CheckpointCorruptError with the last elements if the tensor does not have its fingerprint.
         """
         # Digested as it lies in the file, before it is converted.
         values = out if out.dtype == self.dtype else torch.empty(stop - start, dtype=self.dtype)
@@ -220,7 +223,7 @@ class VerifiedTensor:
 
 
 def verified(reader: RunReader, key: Key, tensor: StoredTensor) -> VerifiedTensor:
-    """Returns a tensor of a checkpoint, whose damage is an error that names the file and the tensor."""
+    """Returns a tensor of a checkpoint that raises an error with file and tensor if it is damaged."""
     damage = CheckpointCorruptError(f"{tensor.file}: {key[1]!r}: {WRONG}")
     return VerifiedTensor(reader.tensor(key), damage)
 

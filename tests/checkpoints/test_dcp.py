@@ -296,7 +296,7 @@ def test_clocks_in_all_units_schedules_and_skipped_elements_survive(
     _load(tmp_path / "c", resumed)
     assert resumed.progress == ema.progress
     assert resumed.metrics()["ema/skipped_elements"] == ema.metrics()["ema/skipped_elements"] == 3
-    assert "0.999" in caplog.text and "goes on with" in caplog.text and "HalfLife" not in caplog.text
+    assert "0.999" in caplog.text and "continues with" in caplog.text and "HalfLife" not in caplog.text
     only = ShardedEMA(build(), averages={"b": schedules.HalfLife("100tok")})
     _load(tmp_path / "c", only)
     assert only.fingerprint("b") == ema.fingerprint("b") | {

@@ -1,4 +1,6 @@
-"""Sources of one model under the same names: a prefix that some of them have, and tied tensors that some leave out."""
+"""Gives the sources of one model the same names: removes prefixes, and finds tied tensors that some sources
+leave out.
+"""
 
 from __future__ import annotations
 
@@ -27,12 +29,13 @@ _CONFIG_DEPTH = 32
 
 
 def under_common_names(sources: Sequence[Source]) -> list[Source]:
-    """Takes a prefix from the names of a source where they become exactly those of the others.
+    """Removes a prefix from the names of a source if they then are exactly those of the others.
 
-    ``{"model": ...}`` in a directory of torch.distributed.checkpoint gives every name ``model.``. That a prefix was
-    taken, and what was left out with it, is in the notes of the source.
+    ``{"model": ...}`` in a directory of torch.distributed.checkpoint gives every name the prefix ``model.``. The notes
+    of
+    the source say that a prefix was removed, and what was left out with it.
 
-    Raises CheckpointError if two prefixes of one source would do.
+    Raises CheckpointError if two prefixes of one source are possible.
     """
     for reference in reversed(sources):
         found = [source if _same_names(source, reference) else _cut_alike(source, reference) for source in sources]
@@ -46,7 +49,7 @@ def _same_names(a: Source, b: Source) -> bool:
 
 
 def _is_alike(a: Source, b: Source) -> bool:
-    """Returns whether the names and the shapes are the same: a short list of names may be that of another module by
+    """Returns whether names and shapes are the same. A short list of names alone may belong to another module by
     chance.
     """
     return _same_names(a, b) and all(
@@ -56,12 +59,14 @@ def _is_alike(a: Source, b: Source) -> bool:
 
 
 def _lacking(source: Source, other: Source) -> list[str]:
-    """Returns the names in the other that a source lacks, under any of their names."""
+    """Returns the names in ``other`` that a source does not have under any name."""
     return [name for name, tensor in other.tensors.items() if source.get(name, tensor.aliases) is None]
 
 
 def _cut_alike(source: Source, reference: Source) -> Source | None:
-    """Returns the source without the prefix that makes its names those of the reference; None if none does."""
+    """Returns the source without the prefix that makes its names those of the reference; None if there is no such
+    prefix.
+    """
     if not reference.tensors:
         return None
     longest = max(reference.tensors, key=len)
@@ -87,11 +92,11 @@ def _cut_alike(source: Source, reference: Source) -> Source | None:
 
 
 def with_ties(sources: Sequence[Source]) -> list[Source]:
-    """Finds tensors that a source leaves out since they are tied: ``save_pretrained`` writes a tied tensor once.
+    """Finds tensors that a source leaves out because they are tied: ``save_pretrained`` writes a tied tensor once.
 
-    A name that one source lacks counts as tied there if every source that has it holds the same elements under a
-    second name, bit for bit, which the first source has. Only tensors of two or more dimensions and different elements
-    are taken for tied: vectors of zeros or ones are equal by chance.
+    A name that one source lacks counts as tied there if every source that has it holds the same elements, bit for bit,
+    under a second name, which the first source has. Only tensors of two or more dimensions with different elements are
+    regarded as tied: vectors of zeros or ones are often equal by chance.
     """
     found = list(sources)
     digests: dict[tuple[int, str], tuple[int, bool]] = {}
@@ -117,7 +122,7 @@ def with_ties(sources: Sequence[Source]) -> list[Source]:
 def _equal_names(
     source: Source, name: str, tensor: ReadableTensor, digests: dict[tuple[int, str], tuple[int, bool]], owner: int
 ) -> list[str]:
-    """Other names of tensors of a source that have the same elements as one of its tensors."""
+    """Returns further names of tensors of a source that have the same elements as one of its tensors."""
 
     def digest(own: str) -> tuple[int, bool]:
         key = (owner, source.names[own])

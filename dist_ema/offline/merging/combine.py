@@ -1,11 +1,20 @@
-"""The pass: every range of every tensor is read from all sources once, and goes into all outputs.
+"""Reads every range of every tensor from all sources once, and writes the sums into all outputs.
 
-Sums are in float64, one multiplication and one addition for each source, in their order: no element's bits depend on
-threads, ranks or ranges. The result is rounded to the output's dtype, to one of 16 bits by way of fp32: it is off the
-exact sum by half of its last bit, and by some 2^-52 of the sum of absolute terms. Integers and bools are those of the
-newest source that has a weight. One source with the weight 1 is copied, bit for bit.
+::
 
-Memory: for each thread a range of every source and of every output, some MiB.
+    source 0   | range 0 | range 1 | ...      thread 1 takes range 0 of all sources,
+    source 1   | range 0 | range 1 | ...      adds them up for each output, and writes;
+               --------------------------     thread 2 takes range 1, ...
+    output 0   | range 0 | range 1 | ...
+    output 1   | range 0 | range 1 | ...
+
+Sums are in float64, with one multiplication and one addition for each source, in their order: no bit depends on
+threads,
+ranks or ranges. The result is rounded to the output's dtype; to a 16-bit dtype by way of fp32. Its error is half of its
+last bit plus about 2^-52 of the sum of absolute terms. Integers and bools are those of the newest source that has a
+weight. One source with the weight 1 is copied, bit for bit.
+
+Memory: for each thread one range of every source and of every output, some MiB.
 """
 
 from __future__ import annotations
@@ -42,13 +51,14 @@ Range = tuple[FullTensor, int, int]
 
 @dataclass
 class Sums:
-    """Sums fingerprints of what the pass has seen on this rank; :meth:`total` adds up those of all ranks.
+    """Sums the fingerprints of what the pass reads and writes on this rank; :meth:`total` adds up all ranks.
 
     Attributes:
-        sources: by number of the source and name of the tensor.
-        outputs: by number of the output and name of the tensor.
-        nonfinite: NaN and infinite elements of the sources that are part of a sum, by number of the source and name.
-        overflown: finite sums that the dtype of an output cannot hold, by number of the output and name.
+        sources: sums by index of the source and name of the tensor.
+        outputs: sums by index of the output and name of the tensor.
+        nonfinite: counts of NaN and infinite elements of sources that are part of a sum, by index of the source and
+            name.
+        overflown: counts of finite sums that the dtype of an output cannot hold, by index of the output and name.
     """
 
     sources: dict[tuple[int, str], int] = field(default_factory=dict)
@@ -63,12 +73,12 @@ class Sums:
             sums[key] = sums.get(key, 0) + value
 
     def count(self, counts: dict[tuple[int, str], int], key: tuple[int, str], value: int) -> None:
-        """Adds to a count, which begins with the first element that counts."""
+        """Adds to a count, which is created by the first element that counts."""
         if value:
             self.add(counts, key, value)
 
     def total(self, group: dist.ProcessGroup | None) -> None:
-        """Adds up the ranks'. Collective; every rank has the same keys."""
+        """Adds up the sums of all ranks. Collective; every rank has the same keys."""
         for sums in (self.sources, self.outputs):
             keys = sorted(sums)
             sums.update(zip(keys, sum_integers([sums[key] for key in keys], group), strict=True))
@@ -82,14 +92,14 @@ class Sums:
 
 
 class Combination:
-    """Sources, weights and outputs.
+    """Combines sources with weights into outputs.
 
     Args:
         entries: every tensor of the outputs, by the names of the newest source.
-        sources: the oldest first.
-        weights: for each output one of each source.
-        outputs: to write to.
-        newest: matches the names of tensors that are the newest source's, and not summed.
+        sources: the sources, the oldest first.
+        weights: for each output the weight of each source.
+        outputs: the outputs to write to.
+        newest: matches the names of tensors that are taken from the newest source, and not summed.
     """
 
     def __init__(
@@ -114,27 +124,27 @@ class Combination:
 
     @property
     def nbytes(self) -> int:
-        """Returns the bytes that are read, by all ranks."""
+        """Returns the number of bytes that all ranks read."""
         tensors = [self._tensors[entry.name][number] for entry in self._entries for number in self._read(entry)]
         return sum(tensor.nbytes for tensor in tensors)
 
     def is_summed(self, entry: FullTensor) -> bool:
-        """Returns whether elements are added up; of all other tensors the newest source's are taken."""
+        """Returns whether the elements of a tensor are added up; otherwise the newest source's are taken."""
         return is_summed(entry.dtype) and (self._pattern is None or not self._pattern.search(entry.name))
 
     def _read(self, entry: FullTensor) -> list[int]:
-        """Returns the numbers of the sources that are read for a tensor."""
+        """Returns the indices of the sources that are read for a tensor."""
         if self.is_summed(entry):
             return self._used
         return sorted({self._newest(weights) for weights in self._weights})
 
     @staticmethod
     def _newest(weights: Sequence[float]) -> int:
-        """Returns the number of the newest source that has a weight."""
+        """Returns the index of the newest source that has a weight."""
         return max(number for number, weight in enumerate(weights) if weight)
 
     def run(self, group: dist.ProcessGroup | None, advance: Advance, threads: int) -> None:
-        """Does this rank's share, and has it on disk. Local. Raises what failed in any thread."""
+        """Combines this rank's share and syncs it to disk. Local. Raises the failure of any thread."""
         own = threading.local()
         made: list[_WorkerState] = []
 
@@ -153,7 +163,7 @@ class Combination:
                 hands.close()
 
     def _share(self, rank: int, ranks: int) -> Iterator[Range]:
-        """Yields the ranges of one rank: of all of them, one after the other, an equal part."""
+        """Yields the ranges of one rank: an equal part of the sequence of all ranges."""
         counts = [-(-max(entry.numel, 1) // self._range) for entry in self._entries]
         low, high = (sum(counts) * edge // ranks for edge in (rank, rank + 1))
         number = 0
@@ -164,7 +174,7 @@ class Combination:
             number += count
 
     def _combine(self, one: Range, hands: _WorkerState, advance: Advance) -> None:
-        """One range of one tensor."""
+        """Combines one range of one tensor."""
         entry, start, stop = one
         if start == stop:
             return
@@ -199,7 +209,7 @@ class Combination:
         result: Tensor,
         hands: _WorkerState,
     ) -> None:
-        """Puts the weighted sum for one output into ``result``, and counts what is not finite in it."""
+        """Computes the weighted sum for one output into ``result``, and counts its elements that are not finite."""
         used = [number for number in self._used if weights[number]]
         copied = raw[used[0]] if len(used) == 1 and weights[used[0]] == 1 else None
         for low in range(0, result.numel(), _ADDED):
@@ -224,7 +234,9 @@ class Combination:
 
 
 def _extremes(values: Tensor) -> tuple[float, float]:
-    """Returns the least and the largest value, NaN if one is NaN; of complex numbers, of their parts."""
+    """Returns the smallest and the largest value, NaN if one is NaN; for complex numbers of their real and imaginary
+    parts.
+    """
     real = torch.view_as_real(values) if values.is_complex() else values
     least, most = torch.aminmax(real)
     return float(least), float(most)
@@ -236,13 +248,13 @@ def is_summed(dtype: torch.dtype) -> bool:
 
 
 def _held(entry: FullTensor, sources: Sequence[Source]) -> list[ReadableTensor]:
-    """Returns the tensor in every source, which :func:`check_alike` has found there."""
+    """Returns the tensor in every source. :func:`check_alike` has checked that each has it."""
     found = [source.get(entry.name, entry.aliases) for source in sources]
     return [tensor for tensor in found if tensor is not None]
 
 
 class _WorkerState:
-    """Holds what one thread works with."""
+    """Holds the memory and the files of one thread."""
 
     def __init__(self, outputs: Sequence[Output]) -> None:
         self.writers = [output.writers() for output in outputs]
@@ -264,7 +276,7 @@ class _WorkerState:
         return total
 
     def buffer(self, slot: int, numel: int, dtype: torch.dtype) -> Tensor:
-        """Memory of this thread, by the number of the source that it is for; below 0 for results. 1D."""
+        """Returns 1D memory of this thread for the source of an index; indices below 0 are for results."""
         nbytes = numel * dtype.itemsize
         if slot not in self._buffers or len(self._buffers[slot]) < nbytes:
             self._buffers[slot] = torch.empty(nbytes, dtype=torch.uint8)
@@ -274,7 +286,7 @@ class _WorkerState:
         yield from {id(writer): writer for writers in self.writers for writer, _ in writers.values()}.values()
 
     def sync(self) -> None:
-        """Waits for the disk."""
+        """Waits until this thread's bytes are on disk."""
         for writer in self._each():
             writer.sync()
 

@@ -1,4 +1,4 @@
-"""Sums that would mean nothing: of integers that stand for something else, and of float8 values beside their scales."""
+"""Refuses sums that mean nothing: of integers that stand for something else, and of float8 values with scales."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def is_float8(dtype: torch.dtype) -> bool:
 
 
 def pattern_of(newest: str | None) -> re.Pattern[str] | None:
-    """Returns the option as a pattern. Raises EMAConfigError if it is none."""
+    """Returns the option as a compiled pattern. Raises EMAConfigError if it is no regular expression."""
     try:
         return None if newest is None else re.compile(newest)
     except re.error as error:
@@ -35,9 +35,9 @@ def pattern_of(newest: str | None) -> re.Pattern[str] | None:
 
 
 def check_scales(entries: Sequence[FullTensor], sources: Sequence[Source], is_summed: IsSummed) -> None:
-    """Raises CheckpointMismatchError if float8 values are to be summed that have a scale beside them.
+    """Raises CheckpointMismatchError if float8 values would be summed that have a scale beside them.
 
-    A value counts value times scale there, and each source has scales of its own.
+    Such a value stands for value times scale, and each source has its own scales.
     """
     for source in sources:
         scales: dict[str, str] = {}
@@ -63,15 +63,15 @@ def check_scales(entries: Sequence[FullTensor], sources: Sequence[Source], is_su
 def check_integers(
     entries: Sequence[FullTensor], sources: Sequence[Source], skip: re.Pattern[str] | None, rank: int, ranks: int
 ) -> None:
-    """Raises CheckpointMismatchError if integers differ between sources that are no counters.
+    """Raises CheckpointMismatchError if integers that are no counters differ between sources.
 
-    Counters are single integers, as BatchNorm has them: those of the newest source are right. A matrix of integers
-    that differ is a packed quantisation, whose sum means nothing, and whose newest values fit no other tensor.
+    Counters are single integers, such as BatchNorm's; those of the newest source are right. A matrix of integers that
+    differ is a packed quantization. Its sum means nothing, and the newest values fit no other tensor.
 
     Args:
-        entries: of the output.
-        sources: those that are part of a sum, the newest one last.
-        skip: matches the names of tensors that are the newest source's by the user's wish.
+        entries: the tensors of the output.
+        sources: the sources that are part of a sum, the newest one last.
+        skip: matches the names of tensors that the user takes from the newest source.
         rank, ranks: this rank compares its share of the tensors.
     """
     newest = sources[-1]

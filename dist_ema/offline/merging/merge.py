@@ -1,4 +1,4 @@
-"""``dist_ema.merge``: a weighted sum of checkpoints."""
+"""Implements ``dist_ema.merge``: a weighted sum of checkpoints."""
 
 from __future__ import annotations
 
@@ -51,11 +51,13 @@ class Merged:
 
     Attributes:
         out: the output.
-        weights: of each source, in their order.
-        sources: what each is: its path, kind, average, progress and fingerprint; as ``merge.json`` has it.
-        residual: of a synthesis: distance of the result's profile from the target's, over the target's norm; else None.
-        notes: what was taken where several things could be meant, what is not finite, and what to know of a synthesis
-            whose snapshots hardly serve; one sentence each.
+        weights: the weight of each source, in their order.
+        sources: path, kind, average, progress and fingerprint of each source, as ``merge.json`` has them.
+        residual: after a synthesis, the distance of the result's profile from the target's, over the target's norm;
+            else
+            None.
+        notes: one sentence each on choices that the merge has made, on values that are not finite, and on a synthesis
+            whose snapshots hardly serve the target.
     """
 
     out: str
@@ -67,14 +69,14 @@ class Merged:
 
 @dataclass(frozen=True)
 class Target:
-    """One output to be.
+    """Describes one output to write.
 
     Attributes:
-        out: where.
-        weights: of each source.
-        scheme: why these weights, in words.
-        residual, notes: as of :class:`Merged`.
-        average: name and schedule of it as a checkpoint; None means those of the newest source that is one.
+        out: its path.
+        weights: the weight of each source.
+        scheme: the scheme of these weights, in words.
+        residual, notes: as in :class:`Merged`.
+        average: name and schedule of the average in a checkpoint; None means those of the newest source that is one.
     """
 
     out: StrPath
@@ -204,7 +206,7 @@ def merge(
 def _in_order(
     sources: Sequence[Source], weights: Sequence[float], scheme: str | None
 ) -> tuple[list[Source], list[float]]:
-    """Returns the sources in the order of training, if that is stated, and their weights."""
+    """Returns the sources in the order of training, if their order is known, and their weights."""
     order = in_order_of_training(sources)
     if order is None:
         if scheme is not None:
@@ -218,10 +220,10 @@ def _in_order(
 
 
 class Versions:
-    """The checkpoints of this library that are at some paths now. Collective, but for the constructor.
+    """Remembers which checkpoints of this library are at some paths. Collective, except for the constructor.
 
     Args:
-        paths: of the sources, of any kind.
+        paths: the paths of sources of any kind.
         group: the ranks that read them.
     """
 
@@ -231,7 +233,7 @@ class Versions:
         self._before = [_manifest_at(path) for path in paths]
 
     def was_replaced(self) -> bool:
-        """Returns whether a save has put another checkpoint in the place of one of them. Collective."""
+        """Returns whether a save has replaced one of them. Collective."""
         changed = any(
             before is not None and _manifest_at(path) != before
             for path, before in zip(self._paths, self._before, strict=True)
@@ -240,7 +242,7 @@ class Versions:
 
 
 def _manifest_at(path: StrPath) -> str | None:
-    """Tells one checkpoint from another; None where there is none."""
+    """Returns what identifies the checkpoint at a path; None if there is none."""
     try:
         return checksum(read_manifest_bytes(path))
     except (EMAError, OSError, TypeError, ValueError):  # it is of another kind, or opening it says what is wrong
@@ -255,7 +257,7 @@ def combine(
     begin: Begin | None,
     operation: str,
 ) -> list[Merged]:
-    """Returns all targets of these sources in one pass. Collective; raises as :func:`merge`, on every rank."""
+    """Writes all targets of these sources in one pass. Collective; raises as :func:`merge` does, on every rank."""
     first = rank_in(group) == 0
     with agreed(group, operation) as round_:
         check_cast(form.dtype)
@@ -331,7 +333,7 @@ def _check_meaning(
 def _entries(newest: Source, dtype: torch.dtype | None, pattern: re.Pattern[str] | None) -> list[FullTensor]:
     """Returns the tensors of the outputs, under the names of the newest source.
 
-    Those that ``pattern`` matches are taken as they are, in their own dtype.
+    Tensors that ``pattern`` matches keep their own dtype.
     """
     entries = []
     for name, tensor in newest.tensors.items():
@@ -367,7 +369,9 @@ def _configuration(sources: Sequence[Source]) -> list[str] | None:
 
 
 def _average(sources: Sequence[Source]) -> tuple[str, Schedule, EMAState]:
-    """Name, schedule and clocks of the newest average; where there is none, of one that begins with the merge."""
+    """Returns name, schedule and clocks of the newest average; if there is none, of an average that begins with the
+    merge.
+    """
     for source in reversed(sources):
         if source.manifest is not None and source.average is not None:
             state = replace(source.manifest.state, started=True, skipped=0)
@@ -378,7 +382,7 @@ def _average(sources: Sequence[Source]) -> tuple[str, Schedule, EMAState]:
 
 
 def _verify(sources: Sequence[Source], combination: Combination) -> None:
-    """Raises CheckpointCorruptError if a source has other bytes than its fingerprints say."""
+    """Raises CheckpointCorruptError if what was read from a source does not have the source's fingerprints."""
     for number, source in enumerate(sources):
         found = digests_of(combination.sums.sources, number)
         damaged = [
@@ -397,7 +401,9 @@ def _merged(number: int, target: Target, sources: Sequence[Source], combination:
 
 
 def _counted(number: int, target: Target, sources: Sequence[Source], combination: Combination) -> Iterator[str]:
-    """Counts what is not finite in the sources of one output, and what its dtype could not hold."""
+    """Returns notes on elements of the sources of one output that are not finite, and on sums that its dtype cannot
+    hold.
+    """
     for place, source in enumerate(sources):
         counts = combination.sums.nonfinite if target.weights[place] else {}
         if found := {name: count for (owner, name), count in counts.items() if owner == place}:
@@ -416,7 +422,9 @@ def _names(found: Mapping[str, int]) -> str:
 
 
 def _described(source: Source, number: int, combination: Combination) -> dict[str, Any]:
-    """Returns a source for ``merge.json``. Its fingerprint is of the names and fingerprints of all of its tensors."""
+    """Returns the description of a source for ``merge.json``. Its fingerprint covers names and fingerprints of its
+    tensors.
+    """
     found = digests_of(combination.sums.sources, number)
     text = "".join(f"{name} {digest:016x}\n" for name, digest in sorted(found.items()))
     described: dict[str, Any] = {"path": source.path, "kind": source.kind}

@@ -1,4 +1,6 @@
-"""The order of training of several sources: what they state, else the numbers at the end of their names."""
+"""Finds the order of training of several sources: by steps that they state, else by numbers at the end of their
+names.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,13 @@ _TRAILING = re.compile(r"(?<![\d.])(\d+)((?:\.[A-Za-z]\w*)*)$")
 
 
 def in_order_of_training(sources: Sequence[Source]) -> list[int] | None:
-    """Returns the numbers of the sources, the oldest first; None if nothing states their order.
+    """Returns the indices of the sources, the oldest first; None if their order is not stated.
 
-    Stated is a step: by the clock of a checkpoint of this library, by ``trainer_state.json``, or in a training file.
-    Where not all have one, or several have the same, the trailing numbers of otherwise equal names count. The two must
-    not contradict each other.
+    A source states its step by the clock of a checkpoint of this library, by ``trainer_state.json``, or in a training
+    file.
+    If not all do, or several state the same step, numbers at the end of otherwise equal names are used. Steps and
+    numbers
+    must not contradict each other.
     """
     steps = [source.step for source in sources]
     known = [(step, number) for number, step in enumerate(steps) if step is not None]
@@ -34,7 +38,7 @@ def in_order_of_training(sources: Sequence[Source]) -> list[int] | None:
 
 
 def _is_strict(sources: Sequence[Source], steps: Sequence[int]) -> bool:
-    """Returns whether the steps tell any two different sources apart."""
+    """Returns whether any two different sources have different steps."""
     paths: dict[int, set[str]] = {}
     for source, step in zip(sources, steps, strict=True):
         paths.setdefault(step, set()).add(str(source))
@@ -66,7 +70,7 @@ def _trailing_numbers(paths: Sequence[str]) -> list[int] | None:
 
 
 def check_order_matters(sources: Sequence[Source], weights: Sequence[float], scheme: str) -> None:
-    """Raises EMAConfigError for a scheme that counts from the oldest source, where nothing says which one that is."""
+    """Raises EMAConfigError for a scheme that counts from the oldest source, if it is not known which one that is."""
     if len(set(weights)) < 2:
         return
     steps = "; ".join(f"{source} is at step {source.step}" for source in sources if source.step is not None)

@@ -1,4 +1,6 @@
-"""A Hugging Face directory, or a checkpoint that ``load`` reads, in the making: whole under its name, or nothing."""
+"""Writes the output of a merge, a Hugging Face directory or a checkpoint, which appears when it is complete or not at
+all.
+"""
 
 from __future__ import annotations
 
@@ -32,34 +34,35 @@ _MODEL_NAMES = {"LICENSE", "NOTICE", ".gitattributes"}
 
 
 class Output(Protocol):
-    """One output. Calls come in this order; ``abandon()`` takes the place of those that are left.
+    """Defines one output. The methods are called in this order; after a failure ``abandon()`` replaces the remaining
+    calls.
 
     Attributes:
-        path: as the user named it.
-        dtypes: of each tensor in it, by name.
+        path: the path as the user gave it.
+        dtypes: the dtype of each tensor in it, by name.
     """
 
     path: str
     dtypes: dict[str, torch.dtype]
 
     def create(self) -> None:
-        """Makes the files. Rank 0. Raises CheckpointError if something is there, EMAConfigError, OSError."""
+        """Makes the files. Rank 0. Raises CheckpointError if ``path`` exists, EMAConfigError, OSError."""
 
     def is_visible(self) -> bool:
-        """Returns whether this process can write into what rank 0 made."""
+        """Returns whether this process can write into the files that rank 0 made."""
 
     def writers(self) -> Mapping[str, tuple[TensorWriter, tuple[str, ...]]]:
-        """Returns for one thread the writer of each tensor and its names in the output, by the tensor's own name."""
+        """Returns, for one thread, the writer of each tensor and its names in the output, by the tensor's own name."""
 
     def commit(self, digests: Mapping[str, int], provenance: Mapping[str, Any]) -> None:
-        """Puts it in its place. Rank 0."""
+        """Puts the output in its place. Rank 0."""
 
     def abandon(self) -> None:
-        """Removes what was made. Rank 0."""
+        """Removes everything that was made. Rank 0."""
 
 
 class PretrainedOutput:
-    """A Hugging Face directory; a tied tensor stands under all of its names."""
+    """Writes a Hugging Face directory. A tied tensor has all of its names in it."""
 
     def __init__(
         self,
@@ -118,7 +121,7 @@ class PretrainedOutput:
 
 
 class CheckpointOutput:
-    """A checkpoint of one average; :data:`PROVENANCE` lies beside its manifest."""
+    """Writes a checkpoint of one average, with :data:`PROVENANCE` beside its manifest."""
 
     def __init__(
         self,
@@ -204,9 +207,9 @@ def _may_be_of_model(name: str) -> bool:
 
 
 def check_output(path: StrPath, force: bool, sources: Sequence[str]) -> None:
-    """Raises EMAConfigError for a path that is none, or a URL; CheckpointError if something is there.
+    """Raises EMAConfigError for a URL or an invalid path, CheckpointError if the path exists.
 
-    With ``force`` a model or checkpoint that is there is replaced, unless it is one of the sources or holds one.
+    With ``force`` an existing model or checkpoint is allowed, unless it is one of the sources or contains one.
     """
     check_path(path)
     if is_remote(path):

@@ -1,6 +1,6 @@
-"""The weights of a merge: a list, or a scheme by name. Pure.
+"""Computes the weights of a merge from a list, or from a scheme's name. Pure.
 
-Sources stand in the order of training, the oldest first: c_0 to c_k for k + 1 of them.
+Sources are in the order of training, the oldest first. Their weights are c_0 to c_k for k + 1 sources.
 """
 
 from __future__ import annotations
@@ -75,16 +75,16 @@ def _number(text: str) -> float | None:
 
 
 def check_weights(weights: Sequence[float], count: int, any_sum: bool, normalize: bool) -> list[float]:
-    """Weights that a user gave, as floats; negative ones are allowed.
+    """Returns the weights that a user gave, as floats. Negative weights are allowed.
 
     Args:
-        weights: one of each source.
-        count: of the sources.
+        weights: the weight of each source.
+        count: the number of sources.
         any_sum: allow a sum that is not 1.
         normalize: divide them by their sum.
 
     Raises:
-        EMAConfigError: not one finite number for each source, or a sum that is not allowed.
+        EMAConfigError: there is not one finite number for each source, or the sum is not allowed.
     """
     try:
         found = [float(weight) for weight in weights]

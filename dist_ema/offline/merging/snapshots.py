@@ -1,4 +1,4 @@
-"""Saved averages as snapshots with profiles, and wanted averages in words."""
+"""Describes saved averages as snapshots with profiles, and reads wanted averages from words."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ _WORDS = "sigma_rel=.05, gamma=6.94, half_life=1000ba, decay=.999, window=5000ba
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A saved average.
+    """Describes a saved average.
 
     Attributes:
         source: its checkpoint.
-        schedule: it was averaged by.
-        unit: in which its profile counts.
-        moment: of the last update, since the first copy, in that unit.
+        schedule: the schedule by which it was averaged.
+        unit: the unit in which its profile counts.
+        moment: the moment of the last update, since the first copy, in that unit.
         first: the training clock at the first copy, in that unit.
-        every: between two updates, in that unit.
+        every: the time between two updates, in that unit.
     """
 
     source: Source
@@ -58,15 +58,15 @@ class Snapshot:
 
 @contextmanager
 def open_snapshots(paths: Sequence[StrPath], name: str | None) -> Iterator[list[Snapshot]]:
-    """Opens every average of every checkpoint, the oldest first; a folder stands for the checkpoints in it.
+    """Opens every average of every checkpoint, the oldest first. A folder stands for the checkpoints in it.
 
     Args:
         paths: directories or URLs that :meth:`ShardedEMA.save` wrote, or a folder of such directories.
         name: only the averages of this name; None means all.
 
     Raises:
-        EMAConfigError: no paths, or no such average.
-        CheckpointError: there is no checkpoint, or one has no average yet.
+        EMAConfigError: no paths, or there is no such average.
+        CheckpointError: there is no checkpoint, or one of them has no average yet.
     """
     if isinstance(paths, (str, os.PathLike)):
         paths = [paths]
@@ -88,7 +88,7 @@ def _opened(path: StrPath, manifest: Manifest, name: str | None, stack: ExitStac
 
 
 def paths_of(paths: Sequence[StrPath]) -> list[StrPath]:
-    """Returns the checkpoints that the paths stand for; a path that cannot be looked at stands for itself."""
+    """Returns the checkpoints that the paths stand for. A path that cannot be listed stands for itself."""
     found: list[StrPath] = []
     for path in paths:
         try:
@@ -123,7 +123,7 @@ def _snapshot(source: Source) -> Snapshot:
 
 
 def profiles(snapshots: Sequence[Snapshot]) -> tuple[list[Profile], float]:
-    """Returns how much each step weighs in each snapshot, and the interval that the steps count in.
+    """Returns how much each step weighs in each snapshot, and the interval in which the steps are counted.
 
     Raises:
         EMAConfigError: they count in different units, were updated at different intervals or began at different
@@ -158,10 +158,11 @@ def profiles(snapshots: Sequence[Snapshot]) -> tuple[list[Profile], float]:
 def wanted_profile(
     target: Wanted, newest: Snapshot, at: str | None, every: float
 ) -> tuple[Profile | Curve, Schedule | None]:
-    """Returns the profile of a target, as of ``at`` on the training clock; None means the newest snapshot's moment.
+    """Returns the profile of a target, as of ``at`` on the training clock; None means the moment of the newest
+    snapshot.
 
     Returns:
-        It, and the schedule whose profile it is, if it is one's.
+        The profile, and the schedule that it belongs to; None instead of the schedule for a curve.
 
     Raises EMAConfigError for words or a moment that are not allowed.
     """

@@ -1,4 +1,4 @@
-"""Checkpoints of four kinds as named tensors of which ranges can be read."""
+"""Opens checkpoints of four kinds as named tensors of which ranges can be read."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ _STATE_DEPTH = 32
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint, opened.
+    """Describes an open checkpoint.
 
     Attributes:
-        path: as the user named it.
+        path: the path as the user gave it.
         kind: "average", "pretrained", "dcp" or "file".
-        tensors: by name.
+        tensors: the tensors by name.
         average: which average of the checkpoint; None for the other kinds.
-        manifest: of an average's checkpoint.
-        step: how far training was, in optimizer steps, if the source says so.
-        notes: what was taken where several things could be meant, one sentence each.
+        manifest: the manifest of an average's checkpoint; None for the other kinds.
+        step: the number of optimizer steps, if the source states it.
+        notes: one sentence for each choice that was made when several things could be meant.
         tied: further names of tensors. They serve to find a tensor, and are not written.
     """
 
@@ -71,7 +71,9 @@ class Source:
         return None if found is None else self.tensors[found]
 
     def cut(self, prefix: str) -> Source:
-        """Returns the tensors whose names begin with ``prefix``, which they lose. There may be none."""
+        """Returns the source with only the tensors whose names begin with ``prefix``, which is removed. There may be
+        none.
+        """
         tensors = {}
         for name, tensor in self.tensors.items():
             kept = [known.removeprefix(prefix) for known in (name, *tensor.aliases) if known.startswith(prefix)]
@@ -86,9 +88,9 @@ class Selection:
 
     Attributes:
         name: the average of a checkpoint; None means the only one.
-        key: a dict of tensors inside a file, a file of a folder, a part of the names of a DCP directory; of a
+        key: a dict of tensors inside a file, a file of a folder, or a part of the names of a DCP directory; in a
             checkpoint an average, as ``name``.
-        prefix: of the names; the others are left out.
+        prefix: only tensors whose names begin with this prefix.
     """
 
     name: str | None = None
@@ -98,17 +100,17 @@ class Selection:
 
 @contextmanager
 def open_sources(paths: Sequence[StrPath], wanted: Selection) -> Iterator[list[Source]]:
-    """Opens checkpoints; closes them at the end of the block.
+    """Opens checkpoints, and closes them at the end of the block.
 
     Args:
-        paths: a directory or URL that :meth:`ShardedEMA.save` wrote; a directory of safetensors files; a directory of
-            torch.distributed.checkpoint; or a file of torch.save or safetensors.
+        paths: each is a directory or URL that :meth:`ShardedEMA.save` wrote, a directory of safetensors files, a
+            directory of torch.distributed.checkpoint, or a file of torch.save or safetensors.
         wanted: which tensors in them.
 
     Raises:
         EMAConfigError: no paths, or there is no such average.
-        CheckpointError: there is none of these, several things could be meant, or a pickle names code.
-        CheckpointCorruptError: one is damaged.
+        CheckpointError: a path is none of these, several things could be meant, or a pickle names code.
+        CheckpointCorruptError: one of them is damaged.
     """
     if isinstance(paths, (str, os.PathLike)) or not paths:
         raise EMAConfigError(f"sources={paths!r}: allowed is a list of paths")
@@ -117,7 +119,7 @@ def open_sources(paths: Sequence[StrPath], wanted: Selection) -> Iterator[list[S
 
 
 def open_source(path: StrPath, wanted: Selection, stack: ExitStack) -> Source:
-    """Opens one checkpoint until ``stack`` is closed. Raises as :func:`open_sources`."""
+    """Opens one checkpoint until ``stack`` is closed. Raises as :func:`open_sources` does."""
     check_path(path)
     if is_remote(path) or (local_path(path) / NAME).exists():
         # A save may replace the checkpoint between the manifest and the files.
@@ -133,7 +135,9 @@ def open_source(path: StrPath, wanted: Selection, stack: ExitStack) -> Source:
 
 
 def open_named(path: StrPath, place: Path, key: str | None, prefix: str | None) -> Source:
-    """Returns a file of torch.save, or a directory of torch.distributed.checkpoint. Raises as :func:`open_sources`."""
+    """Opens a file of torch.save, or a directory of torch.distributed.checkpoint. Raises as
+    :func:`open_sources` does.
+    """
     content = open_foreign(place)
     averaged = None if key is not None or prefix is not None else average_in_dcp(content)
     choice = choose(content, str(place), key=key or averaged, prefix=prefix)
@@ -156,8 +160,8 @@ def open_named(path: StrPath, place: Path, key: str | None, prefix: str | None) 
 
 
 def average_in_dcp(content: Content) -> str | None:
-    """Returns the first part of the names of an average that lies beside the same names of live weights; None if none
-    does.
+    """Returns the prefix of the names of an average that is stored beside live weights of the same names; None if there
+    is none.
     """
     groups: dict[str, set[str]] = {}
     for name in content.tensors if content.kind == "dcp" else ():
@@ -171,7 +175,7 @@ def average_in_dcp(content: Content) -> str | None:
 
 
 def trainer_step(place: Path) -> int | None:
-    """Returns the step that transformers' trainer has written beside a checkpoint; None where there is none."""
+    """Returns the step that transformers' trainer has written beside a checkpoint; None if there is none."""
     try:
         with open_plain(place / "trainer_state.json") as file:
             found = parse(file.read(_STATE_BYTES), depth=_STATE_DEPTH)
@@ -182,7 +186,7 @@ def trainer_step(place: Path) -> int | None:
 
 
 def _within(source: Source, prefix: str | None) -> Source:
-    """Returns the part of a source under a prefix. Raises CheckpointError if there is nothing."""
+    """Returns the part of a source under a prefix. Raises CheckpointError if there is none."""
     if prefix is None:
         return source
     found = source.cut(prefix.removesuffix(".") + ".")
@@ -212,7 +216,9 @@ def _open_files(path: StrPath, files: Mapping[Path, Collection[str] | None], sta
 
 
 def open_average(path: StrPath, manifest: Manifest, name: str | None, stack: ExitStack) -> Source:
-    """Returns one average of a checkpoint, with what is not averaged. Raises as :func:`open_sources`."""
+    """Opens one average of a checkpoint, with the tensors that are not averaged. Raises as :func:`open_sources`
+    does.
+    """
     average = manifest.choose(name)
     stored = manifest.tensors(average)
     reader = stack.enter_context(RunReader.of(path, manifest, stored))

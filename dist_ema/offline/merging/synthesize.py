@@ -1,4 +1,4 @@
-"""``dist_ema.synthesize``: an average that was never kept, out of those that were."""
+"""Implements ``dist_ema.synthesize``: an average that was never kept, from averages that were."""
 
 from __future__ import annotations
 
