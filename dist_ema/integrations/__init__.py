@@ -1,1 +1,3 @@
-"""One line in everyone's trainer. Each module imports its trainer; nothing else here does."""
+"""Connects averages to trainers, with one line in the user's program. Each module imports its trainer; no other package
+does.
+"""

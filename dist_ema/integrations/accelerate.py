@@ -1,8 +1,8 @@
-"""Accelerate: an average of a prepared model that ``save_state()`` writes and ``load_state()`` reads.
+"""Connects to Accelerate: an average of a prepared model that ``save_state()`` writes and ``load_state()`` reads.
 
-Needs ``pip install 'dist_ema[accelerate]'``. What is private to ``accelerate.Accelerator`` here was read in 1.15:
-``_models``, ``_optimizers`` and ``_custom_objects``, the lists of what was prepared and registered, and
-``_is_accelerate_prepared``, the mark on what ``prepare()`` returns.
+Needs ``pip install 'dist_ema[accelerate]'``. Private attributes of ``accelerate.Accelerator`` that are used here were
+read in version 1.15: ``_models``, ``_optimizers`` and ``_custom_objects`` (lists of what was prepared and registered),
+and ``_is_accelerate_prepared`` (set on what ``prepare()`` returns).
 """
 
 from __future__ import annotations
@@ -48,11 +48,13 @@ def prepare_ema(
 ) -> ShardedEMA:
     """Returns an average of a model that ``accelerator.prepare()`` returned. Local; every rank calls it.
 
-    ``accelerator.save_state()`` then writes it to ``<output_dir>/<name>``, and ``load_state()`` reads it, at another
-    number of processes too. All ranks have to call both, also under DDP, where Accelerate alone takes the main process
-    for enough and many scripts save ``if accelerator.is_main_process``. Checkpoints that ``total_limit`` removes take
-    the average with them. The accelerator holds the average, as it holds the model, until ``free_memory()``. Under one
-    process, DDP, FSDP, FSDP2 and DeepSpeed::
+    ``accelerator.save_state()`` then writes it to ``<output_dir>/<name>``, and ``load_state()`` reads it, also with
+    another
+    number of processes. All ranks have to call both. This includes DDP, where Accelerate itself needs only the main
+    process
+    and many scripts call ``save_state()`` under ``if accelerator.is_main_process``. Checkpoints that ``total_limit``
+    removes take the average with them. The accelerator keeps a reference to the average, as to the model, until
+    ``free_memory()``. Works with one process, DDP, FSDP, FSDP2 and DeepSpeed::
 
         model, optimizer, data = accelerator.prepare(model, optimizer, data)
         ema = prepare_ema(accelerator, model, optimizer, half_life="1000ba")
@@ -60,24 +62,29 @@ def prepare_ema(
         with ema.average_parameters():
             evaluate(model)
 
-    Do not call ``register_for_checkpointing(ema)``: it would keep rank 0's part only, and raises. Neither can
-    ``save_state()`` and ``load_state()`` be called inside ``average_parameters()``, where the model has the average.
+    Do not call ``register_for_checkpointing(ema)``: it would save rank 0's part only, and therefore raises.
+    ``save_state()``
+    and ``load_state()`` cannot be called inside ``average_parameters()``, where the model has the average.
 
     Args:
-        accelerator: that prepared the model.
-        model: as ``prepare()`` returned it, not the one inside.
-        optimizer: as ``prepare()`` returned it: each of its real steps is then counted, and no micro-step of an
-            accumulation or step skipped for overflow is. None if you call ``ema.update(...)`` yourself, where
-            ``accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped``, as options that count in
-            samples, tokens or epochs need it.
-        name: of the folder beside Accelerate's files, for several averages: letters, digits, ``_`` and ``-``.
-        missing: what ``load_state()`` does with a checkpoint that has no such average: ``"error"``, or ``"start"`` it
-            anew from the weights that were loaded.
-        should_update: which steps of ``optimizer`` are averaged, in place of ``update_interval`` and ``ema_start``:
-            called on every rank after each real step (under DeepSpeed also after micro-steps) with the training clock,
-            as ``lambda clock: clock.batches >= 100 and clock.batches % 10 == 0``. Use it where an interval cannot say
-            it.
-        options: of :class:`ShardedEMA`.
+        accelerator: the accelerator that prepared the model.
+        model: the model as ``prepare()`` returned it, not the one inside.
+        optimizer: the optimizer as ``prepare()`` returned it. Each of its real steps is counted; micro-steps of
+            gradient
+            accumulation and steps that are skipped for overflow are not. Pass None to call ``ema.update(...)``
+                yourself,
+            if ``accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped``. Options that count
+                samples,
+            tokens or epochs need that.
+        name: the name of the folder beside Accelerate's files: letters, digits, ``_`` and ``-``. Give each of several
+            averages a name of its own.
+        missing: what ``load_state()`` does with a checkpoint without this average: ``"error"``, or ``"start"`` a new
+            average from the weights that were loaded.
+        should_update: decides which steps of ``optimizer`` are averaged, in place of ``update_interval`` and
+            ``ema_start``. It is called on every rank with the training clock after each real step (under DeepSpeed also
+            after micro-steps), such as ``lambda clock: clock.batches >= 100 and clock.batches % 10 == 0``. Use it for
+            rules that an interval cannot express.
+        options: the options of :class:`ShardedEMA`.
 
     Raises:
         EMAConfigError: an option is wrong, the name is taken, or model or optimizer were not prepared by this
@@ -138,7 +145,9 @@ def _check_version() -> None:
 
 
 def _is_prepared(accelerator: accelerate.Accelerator, model: Any) -> bool:
-    """Returns whether ``prepare()`` of this accelerator returned it. The list has DDP's model without DDP. Local."""
+    """Returns whether ``prepare()`` of this accelerator returned a model. Accelerate's list has the model inside DDP.
+    Local.
+    """
     if not getattr(model, "_is_accelerate_prepared", False):
         return False
     return any(model is one or unwrapped(model) is unwrapped(one) for one in accelerator._models)
@@ -151,11 +160,13 @@ class _Average:
 
 
 class _Averages:
-    """Holds the averages of one accelerator by name, and keeps them beside its checkpoints.
+    """Holds the averages of one accelerator by name, and saves and loads them with its checkpoints.
 
-    Hooks run before Accelerate has loaded a schedule, a sampler and, without a sharded strategy, the model and the
-    optimizer; an optimizer may be stepped to be loaded. So averages are loaded when ``load_state()`` is over, and the
-    hook only says from where. Methods of the accelerator *object* are wrapped: there is no other event.
+    Accelerate's hooks run before it has loaded schedules and samplers and, without a sharded strategy, the model and
+    the
+    optimizer; and an optimizer may be stepped in order to load it. So averages are loaded at the end of
+    ``load_state()``,
+    and the hook only finds their paths. No event comes that late, so methods of the accelerator *object* are wrapped.
     """
 
     def __init__(self, accelerator: accelerate.Accelerator) -> None:
@@ -172,7 +183,7 @@ class _Averages:
 
     @classmethod
     def of(cls, accelerator: accelerate.Accelerator) -> _Averages:
-        """Returns the ones of this accelerator, in an attribute of it: its life is theirs."""
+        """Returns the averages of an accelerator. They are an attribute of it, and so live as long as it does."""
         averages = vars(accelerator).get(_ATTRIBUTE)
         if averages is None:
             averages = cls(accelerator)
@@ -180,7 +191,7 @@ class _Averages:
         return cast(_Averages, averages)
 
     def check_name(self, name: str) -> None:
-        """Raises EMAConfigError unless a folder of that name can lie beside Accelerate's files, and none does."""
+        """Raises EMAConfigError if a name is no valid folder name, or this accelerator has an average of that name."""
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
             raise EMAConfigError(f"name={name!r}: allowed are letters, digits, '_' and '-'; it is a folder's name")
         if name in self.known:
@@ -214,7 +225,7 @@ class _Averages:
         return inner(*objects)
 
     def _refuse(self, call: str) -> None:
-        """Before anything is written or loaded. Local."""
+        """Raises EMAStateError inside ``average_parameters()``, before anything is written or loaded. Local."""
         _refuse_registered(self._accelerator._custom_objects)
         for average in self.known.values():
             if (holder := average.ema.held_by) is not None:
@@ -237,7 +248,7 @@ class _Averages:
             raise
 
     def _look(self, _models: object, folder: str) -> None:
-        """Finds each average, as rank 0 sees it; raises CheckpointError on every rank if one is missing."""
+        """Finds the path of each average, as rank 0 sees it. Raises CheckpointError on every rank if one is missing."""
         paths = {name: Path(folder) / name for name in self.known}
         seen = broadcast_object_list([[path.is_dir() for path in paths.values()]])[0]
         self._found = {name: paths[name] if there else None for name, there in zip(paths, seen, strict=True)}

@@ -1,4 +1,4 @@
-"""MosaicML Composer: ``Trainer(algorithms=[EMA()])``, in the place of its own EMA. All of Composer as of 0.32.1."""
+"""Connects to MosaicML Composer: ``Trainer(algorithms=[EMA()])`` replaces its own EMA. Read in Composer 0.32.1."""
 
 from __future__ import annotations
 
@@ -47,42 +47,58 @@ _EVENTS = (Event.INIT, Event.AFTER_LOAD, Event.FIT_START, Event.BATCH_END, Event
 
 
 class EMA(Algorithm):
-    """Composer's ``EMA``, argument for argument and event for event, of a model that may be sharded.
+    """Implements Composer's ``EMA``, with the same arguments and events, for models that may be sharded.
 
-    The first update event at or after ``ema_start`` copies the weights; then each multiple of ``update_interval``
-    decays the average by the full interval. Evaluation and prediction are on the average. What a ``CheckpointSaver``
-    saves holds it as ``state.model``, beside it the weights in training, which a load puts back, at any world size;
-    ``trainer.save_checkpoint()`` holds those as ``state.model``. What Composer's own EMA (0.9 and later) saved is gone
-    on from, so that a run can change over in the middle.
+    The first update event at or after ``ema_start`` copies the weights. From then on each multiple of
+    ``update_interval``
+    decays the average by a full interval. Evaluation and prediction use the average. In checkpoints of a
+    ``CheckpointSaver`` the average is ``state.model``, and the training weights are beside it; loading puts both back,
+    at
+    any world size. In ``trainer.save_checkpoint()`` the training weights are ``state.model``. A run that Composer's own
+    EMA
+    (0.9 and later) has saved can be continued with this one.
 
-    Composer is at fault in what follows, and this is not: its averages in bf16 stop moving (ours are fp32), those of
-    integer buffers are truncated (copied), one NaN stays (left out); ``EMA(smoothing=.9)`` and ``half_life=None`` with
-    it raise; prediction is on the live weights; ITERATION_CHECKPOINT saves them; after a checkpoint the average stays
-    in the model, so that an update per epoch averages it into itself, and after the last one or an exception for good;
-    ``get_ema_model`` of the model in training loses its weights; sharded FSDP2 runs cannot resume.
+    Differences from Composer's EMA, which are faults there: its bf16 averages stop moving (here averages are fp32); it
+    truncates averages of integer buffers (copied here), and keeps NaN (skipped here); ``EMA(smoothing=.9)`` raises
+    unless
+    ``half_life`` is None, which raises too; it predicts on the live weights, and ITERATION_CHECKPOINT saves them. After
+    a
+    checkpoint it leaves the average in the model, so that an update per epoch averages the average, and after the last
+    checkpoint or an exception it stays there; ``get_ema_model`` of the model in training loses the training weights;
+    sharded FSDP2 runs cannot resume.
 
     Args:
-        half_life: ``"1000ba"``, ``"2ep"``; ``"50000sp"`` and ``"10000000tok"`` decay by what was trained in between.
-        smoothing: in the place of ``half_life``: kept fraction per update, in [0, 1).
-        ema_start: in ``dur``, ``ba``, ``ep``, ``sp``, ``tok``. ``dur`` moves as the trainer's ``max_duration`` does.
-        update_interval: 1 in the unit of ``half_life`` by default, else ``"1ba"``.
-        missing: at a checkpoint without an average: ``"error"``, or ``"start"`` anew from its weights.
-        evaluate: on the average; its name where there are several, True for the first. False uses the live weights.
-            ``"both"`` runs each evaluator twice: metrics of the live weights have its label (``metrics/eval/...``),
-            those of the average the label with the prefix ``ema_`` (``metrics/ema_eval/...``). Use it to see in one run
-            what the average gains. ``EarlyStopper(dataloader_label="ema_eval")`` follows the average. Predictions are
-            on the average.
-        should_update: which batches are averaged, in place of ``update_interval`` and ``ema_start``: called on every
-            rank after each batch with the training clock (``clock.batches``, ``clock.epochs``), as
-            ``lambda clock: clock.batches >= 100 and clock.batches % 10 == 0``. Use it where an interval cannot say it.
-            An update then decays by what was trained since the last one.
+        half_life: ``"1000ba"``, ``"2ep"``. ``"50000sp"`` and ``"10000000tok"`` decay by what was trained in between.
+        smoothing: fraction kept per update, in [0, 1), in place of ``half_life``.
+        ema_start: when averaging begins, in ``dur``, ``ba``, ``ep``, ``sp`` or ``tok``. ``dur`` follows the trainer's
+            ``max_duration`` if that changes.
+        update_interval: time between updates; by default 1 in the unit of ``half_life``, else ``"1ba"``.
+        missing: what to do with a checkpoint without an average: ``"error"``, or ``"start"`` a new one from its
+            weights.
+        evaluate: True evaluates on the average, False on the live weights; the name of one of several averages
+            evaluates
+            on that one (True: on the first). ``"both"`` runs each evaluator twice: metrics of the live weights have its
+            label (``metrics/eval/...``), metrics of the average have the prefix ``ema_`` (``metrics/ema_eval/...``).
+                Use
+            it to see in one run what the average gains. ``EarlyStopper(dataloader_label="ema_eval")`` follows the
+                average.
+            Predictions use the average.
+        should_update: decides which batches are averaged, in place of ``update_interval`` and ``ema_start``. It is
+            called
+            on every rank after each batch with the training clock (``clock.batches``, ``clock.epochs``), such as
+            ``lambda clock: clock.batches >= 100 and clock.batches % 10 == 0``. Use it for rules that an interval cannot
+            express. Each update then decays by what was trained since the last one.
         average_at_end: write the average into the model at the end of ``fit()``, after its last checkpoint and
-            evaluation; its name where there are several.
-        options: of :class:`ShardedEMA`; ``buffers`` is ``"average"`` by default. The first of several ``averages`` is
-            saved as ``state.model``.
+            evaluation; True, or the name of one of several averages.
+        options: the options of :class:`ShardedEMA`; ``buffers`` is ``"average"`` by default. The first of several
+            ``averages`` is saved as ``state.model``.
 
-    ``ema`` is the ShardedEMA once an event has needed it. Raises EMAConfigError for an option that is wrong or
-    contradicts the trainer, CheckpointError for a checkpoint without an average; on every rank.
+    Attributes:
+        ema: the ShardedEMA, from the first event on that needs it.
+
+    Raises:
+        EMAConfigError: on every rank: an option is wrong or contradicts the trainer.
+        CheckpointError: on every rank: a checkpoint has no average.
     """
 
     def __init__(
@@ -132,7 +148,7 @@ class EMA(Algorithm):
         self._begin(None)
 
     def _begin(self, state: State | None) -> None:
-        """Starts without an average, for a new trainer. Another trainer may have had this algorithm before."""
+        """Resets this algorithm for a new trainer. It may have belonged to another one before."""
         self.ema: ShardedEMA | None = None
         self._state = state
         self._model = nn.Module()  # the model as the trainer had wrapped it when the average was made or rebound
@@ -160,11 +176,11 @@ class EMA(Algorithm):
         return self.ema_started and self._inside != ""
 
     def match(self, event: Event, state: State) -> bool:
-        """Returns whether Composer is to call ``apply``."""
+        """Returns whether Composer should call ``apply`` at this event."""
         return event in _EVENTS or not self._stays(event)
 
     def apply(self, event: Event, state: State, logger: object) -> None:
-        """Runs at an event; Composer calls it. Collective."""
+        """Handles an event; Composer calls it. Collective."""
         if event is not Event.INIT and state is not self._state:
             raise EMAConfigError("this EMA is another trainer's since that one was made: make one for each")
         if not self._stays(event):
@@ -192,7 +208,9 @@ class EMA(Algorithm):
             _log.warning("%s.", missed)
 
     def _average(self) -> ShardedEMA:
-        """Returns the average of the model as it is wrapped now: Composer wraps DDP after a load. Collective."""
+        """Returns the average of the model as it is wrapped now, because Composer wraps DDP after a load.
+        Collective.
+        """
         if self._state is None:
             raise EMAConfigError("this EMA has no trainer: give it to one, in algorithms=[...]")
         if self.ema is None:
@@ -231,24 +249,27 @@ class EMA(Algorithm):
             self._inside = inside
 
     def _stays(self, event: Event) -> bool:
-        """Returns whether the average may stay in the model at this event: the evaluation goes on."""
+        """Returns whether the average may stay in the model at this event, because the evaluation continues."""
         going_on = {"evaluation": event.is_eval, "prediction": event.is_predict}.get(self._inside, False)
         return not self._inside or (going_on and event not in _ENDS)
 
     def get_ema_model(self, model: nn.Module) -> nn.Module:
         """Puts the average into ``model``, and returns it.
 
-        Into the model in training until ``get_training_model``, or the trainer's next event. Another one is written to;
-        it has to be sharded alike (EMAConfigError).
+        In the model in training the average stays until ``get_training_model``, or the trainer's next event. Another
+        model is
+        written; it has to be sharded in the same way (EMAConfigError).
         """
         return self._put("get_ema_model()", model)
 
     def get_training_model(self, model: nn.Module) -> nn.Module:
-        """Puts the weights in training into ``model``, as ``get_ema_model`` does the average, and returns it."""
+        """Puts the training weights into ``model``, as ``get_ema_model`` does with the average, and returns it."""
         return self._put("", model)
 
     def _put(self, inside: str, model: nn.Module) -> nn.Module:
-        """Brings the wanted weights into the model in training, and copies them from there if ``model`` is another."""
+        """Puts the requested weights into the model in training, and copies them from there if ``model`` is another
+        one.
+        """
         self._average()
         before = self._inside
         if bool(inside) != bool(before):
@@ -274,9 +295,9 @@ class EMA(Algorithm):
     # Checkpoints: collective.
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the average, and the training weights while it is in the model: whole CPU tensors, on rank 0.
+        """Returns the average, and the training weights while the average is in the model: full CPU tensors, on rank 0.
 
-        Of an algorithm Composer saves rank 0's state. Where it saves by shards, a callback carries the tensors.
+        Composer saves the state of rank 0's algorithms. If it saves sharded checkpoints, a callback has the tensors.
         """
         state: dict[str, Any] = super().state_dict()
         if self._state is not None and not self._state.fsdp_sharded_state_dict_enabled:
@@ -284,7 +305,7 @@ class EMA(Algorithm):
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over such a state, or at the event AFTER_LOAD that of Composer's own EMA."""
+        """Takes over such a state or, at the event AFTER_LOAD, the state of Composer's own EMA."""
         if "dist_ema" in state:
             self._load(state["dist_ema"])
         elif "ema_model" in state:
@@ -295,7 +316,9 @@ class EMA(Algorithm):
         self._found = True
 
     def _after_load(self, state: State) -> None:
-        """Takes over an average that Composer's own EMA has saved; raises CheckpointError if there is none at all."""
+        """Takes over an average that Composer's own EMA has saved. Raises CheckpointError if the checkpoint has no
+        average.
+        """
         if self._foreign:
             self._load(change_over(self._foreign, self._average().state_dict(), progress(state.timestamp)))
             self._foreign = {}
@@ -306,13 +329,15 @@ class EMA(Algorithm):
 
 
 class ShardedEMAState(Callback):
-    """Carries an average into sharded checkpoints. One of HSDP's replicas saves it, the others read what that wrote."""
+    """Puts an average into sharded checkpoints. Under HSDP one replica saves it, and the others read what that one
+    wrote.
+    """
 
     def __init__(self, algorithm: EMA) -> None:
         self._algorithm = algorithm
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns this rank's parts of the average, and of the weights in training. Collective."""
+        """Returns this rank's parts of the average and of the training weights. Collective."""
         return self._algorithm._average().state_dict(live=True)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -1,7 +1,8 @@
-"""Composer's way of timing an average, by the clock of a trainer that calls at events of its own. Pure.
+"""Decides when Composer's EMA updates, by the clock of a trainer that calls at its own events. Pure.
 
-The first event at or after the start copies, whether or not a multiple of the interval falls on it. From then on each
-multiple decays by a full interval. By itself :class:`ShardedEMA` copies at a multiple, and decays by what has passed.
+The first event at or after the start copies the weights, whether or not a multiple of the interval falls on it. From
+then on each multiple decays by a full interval. :class:`ShardedEMA` alone copies at a multiple, and decays by the time
+that has passed.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ class ComposerTiming:
         ``half_life`` in samples or tokens decays by what was trained since the last update: such events do not fall on
         multiples.
 
-        >>> pace = ComposerTiming.parse("1000ba", None, "0ba", "10ba", {})
-        >>> round(pace.options["smoothing"], 5), pace.due(Progress(batches=19), Progress(batches=20), True, None)
+        >>> timing = ComposerTiming.parse("1000ba", None, "0ba", "10ba", {})
+        >>> round(timing.options["smoothing"], 5), timing.due(Progress(batches=19), Progress(batches=20), True, None)
         (0.99309, True)
         """
         others = [smoothing, *map(options.get, ("decay", "schedule", "averages"))]
@@ -92,7 +93,9 @@ class ComposerTiming:
         return reached(now, self.start)
 
     def what_is_missed(self, duration: str, batches_per_epoch: int | None) -> str | None:
-        """Says if a training as long as ``duration`` is too short for the average; None if it is long enough."""
+        """Returns a text if a training of length ``duration`` is too short for the average; None if it is long
+        enough.
+        """
         end = Time.parse(duration, option="max_duration", units=CLOCK_UNITS)
         length = {end.unit: end.value}
         if batches_per_epoch and end.unit == "ep":

@@ -1,4 +1,4 @@
-"""Composer's trainer: what is read from it and from its own EMA, and what it has no event for. Read in 0.32.1."""
+"""Reads Composer's trainer and its own EMA, and provides the events that Composer lacks. Read in 0.32.1."""
 
 from __future__ import annotations
 
@@ -22,21 +22,22 @@ from dist_ema.schedules.state import EMAState
 
 
 def progress(time: Any) -> Progress:
-    """Returns a timestamp of the trainer, as our clock."""
+    """Returns a timestamp of the trainer as a clock of this library."""
     return Progress(int(time.batch), int(time.sample), int(time.token), float(int(time.epoch)))
 
 
 def will_save(event: Event, state: State) -> bool:
-    """Returns whether a ``CheckpointSaver`` saves at this event: at its interval, and once a batch."""
+    """Returns whether a ``CheckpointSaver`` saves at this event: at its interval, and once per batch."""
     savers = [callback for callback in state.callbacks if isinstance(callback, CheckpointSaver)]
     due = [saver for saver in savers if saver.save_interval(state, event)]
     return any(saver.last_checkpoint_batch != state.timestamp.batch for saver in due)
 
 
 def after_exception(kind: type[Algorithm], call: Callable[[Any], None]) -> None:
-    """Has ``call`` called with a trainer's algorithms of a kind when its ``fit``, ``eval`` or ``predict`` raises.
+    """Registers ``call`` for when ``fit``, ``eval`` or ``predict`` of a trainer raises. It gets the algorithms of a
+    kind.
 
-    No event follows an exception. Replaces the methods, for all trainers.
+    Composer has no event for exceptions. Replaces the methods, for all trainers.
     """
 
     def calling(method: Any) -> Any:
@@ -57,7 +58,7 @@ def after_exception(kind: type[Algorithm], call: Callable[[Any], None]) -> None:
 
 
 def after_fit(kind: type[Algorithm], call: Callable[[Any], None]) -> None:
-    """Has ``call`` called with a trainer's algorithms of a kind when its ``fit`` has returned.
+    """Registers ``call`` for when ``fit`` of a trainer has returned. It gets the algorithms of a kind.
 
     Evaluators run and checkpoints are saved after the event FIT_END. Replaces the method, for all trainers.
     """
@@ -74,7 +75,7 @@ def after_fit(kind: type[Algorithm], call: Callable[[Any], None]) -> None:
 
 
 def evaluate_twice(kind: type[Algorithm]) -> None:
-    """Has each evaluator run on the live weights and on the average, where an algorithm of a kind ``evaluates_both``.
+    """Runs each evaluator on the live weights and on the average, if an algorithm of a kind has ``evaluates_both``.
 
     The second evaluation is that of an evaluator whose label has the prefix ``ema_``, with metrics of its own. Replaces
     the method that runs an evaluator, for all trainers.
@@ -102,7 +103,7 @@ def evaluate_twice(kind: type[Algorithm]) -> None:
 
 
 def allow_missing(callback: type[Callback]) -> None:
-    """Lets a sharded checkpoint without the callback's state be loaded, for which Composer raises "Missing key".
+    """Allows loading a sharded checkpoint without the callback's state, for which Composer raises "Missing key".
 
     Replaces Composer's function, for all trainers.
     """
@@ -120,12 +121,12 @@ def allow_missing(callback: type[Callback]) -> None:
 
 
 def change_over(saved: Mapping[str, Any], parts: Mapping[str, Any], clock: Progress) -> Mapping[str, Any]:
-    """Builds what :meth:`ShardedEMA.load_state_dict` takes in order to go on where Composer's own EMA stopped. Local.
+    """Converts the state of Composer's own EMA into what :meth:`ShardedEMA.load_state_dict` takes. Local.
 
     Args:
         saved: the state dict of that algorithm.
-        parts: ``ShardedEMA.state_dict()`` before its first update: of what the model holds after the load.
-        clock: of the training.
+        parts: ``ShardedEMA.state_dict()`` before its first update: the weights that the model has after the load.
+        clock: the training clock.
     """
     if not saved.get("ema_started", True):
         return parts
@@ -147,5 +148,5 @@ def change_over(saved: Mapping[str, Any], parts: Mapping[str, Any], clock: Progr
 
 
 def _pick(kept: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
-    """Returns those of ``names``; Composer keeps DDP's ``module.`` before them."""
+    """Returns the tensors of ``names``. In Composer's dicts these have DDP's prefix ``module.``."""
     return {name: kept[key] for name in names for key in (f"module.{name}", name) if key in kept}

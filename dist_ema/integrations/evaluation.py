@@ -1,4 +1,4 @@
-"""Shares the options of all trainers' callbacks: which weights they evaluate, and which steps they average."""
+"""Checks the options that all trainers' callbacks share: which weights they evaluate, and which steps they average."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ ShouldUpdate: TypeAlias = Callable[[Progress], bool]
 
 
 def check_choice(option: str, value: object, names: Sequence[str], both: bool = False) -> None:
-    """Raises EMAConfigError unless an option is False or names an average; True names the only one.
+    """Raises EMAConfigError unless an option is False, True, or the name of an average; True names the only one.
 
     Args:
-        option: its name.
-        value: what the user gave.
-        names: of the averages.
-        both: whether ``"both"`` is allowed, where there is one average.
+        option: the name of the option.
+        value: the value that the user gave.
+        names: the names of the averages.
+        both: whether ``"both"`` is allowed, if there is one average.
     """
     choice: list[bool | str] = [False]
     if len(names) == 1:
@@ -50,15 +50,16 @@ def check_should_update(value: object, update_interval: object, ema_start: objec
 
 
 def is_due(should_update: ShouldUpdate | None, now: Progress) -> bool | None:
-    """Returns what ``ShardedEMA.update(due=)`` takes: None where the interval decides."""
+    """Returns the value for ``ShardedEMA.update(due=)``: None if the interval decides."""
     return None if should_update is None else bool(should_update(now))
 
 
 @contextmanager
 def same_random() -> Iterator[None]:
-    """Restores the states of the random generators afterwards: a further evaluation changes no training. Local.
+    """Restores the states of the random generators after the block, so that a further evaluation changes no training.
+    Local.
 
-    Those of Python, numpy, torch on the CPU and on the present accelerator.
+    These are the generators of Python, numpy, torch on the CPU and torch on the current accelerator.
     """
     import numpy as np
 

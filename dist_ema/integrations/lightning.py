@@ -1,4 +1,4 @@
-"""Lightning: ``Trainer(callbacks=[EMACallback(half_life="1000ba")])``. Private names were read in lightning 2.6.6."""
+"""Connects to Lightning: ``Trainer(callbacks=[EMACallback(half_life="1000ba")])``. Private names were read in 2.6.6."""
 
 from __future__ import annotations
 
@@ -36,48 +36,65 @@ logger = logging.getLogger(__name__)
 
 
 class EMACallback(pl.Callback):
-    """Averages a LightningModule while it is fitted, and puts the average into it to validate, test and predict.
+    """Averages a LightningModule during ``fit()``, and puts the average into it to validate, test and predict.
 
-    It follows each optimizer step: accumulated batches and steps that a GradScaler skips do not count. Under manual
-    optimization a single optimizer is followed at each of its steps; of several, one ``ba`` is a batch in which any of
-    them stepped. Names are those of ``LightningModule.state_dict()``. The module's hooks up to
-    ``on_validation_epoch_end`` see the average, ``on_validation_end`` the live weights again.
+    The average follows each optimizer step. Batches that are only accumulated, and steps that a GradScaler skips, do
+    not
+    count. Under manual optimization with one optimizer each of its steps counts; with several, one ``ba`` is a batch in
+    which any of them stepped. Names are those of ``LightningModule.state_dict()``. The module's hooks up to
+    ``on_validation_epoch_end`` see the average; ``on_validation_end`` sees the live weights again.
 
     ``trainer.save_checkpoint`` and ModelCheckpoint write the live weights, at any moment, and beside them the average:
-    ``<path>/ema`` in a directory (FSDP2, DeepSpeed), else ``<file>.ema``. It is loaded with ``ckpt_path``, to fit,
-    validate, test and predict, and removed with the checkpoint. Where ranks hold replicas (DDP), an exception in an
-    evaluation has to come on all of them, since they need each other to get their live weights back.
+    into
+    ``<path>/ema`` if the checkpoint is a directory (FSDP2, DeepSpeed), else into ``<file>.ema``. It is loaded with
+    ``ckpt_path``, to fit, validate, test and predict, and removed with the checkpoint. If ranks hold replicas (DDP), an
+    exception in an evaluation has to be raised on all of them, because they need each other to restore the live
+    weights.
 
-    After ``fit()`` the module holds the live weights, and ``load_from_checkpoint()`` gives the live weights of the
-    file. (With Lightning's own WeightAveraging both are the average.) ``average_at_end=True`` puts the average into the
-    module at the end of ``fit()``, after the last checkpoint was written. Or use ``callback.ema``: ``copy_to()`` writes
-    the average into the module, ``export()`` into a file for ``load_state_dict`` and ``from_pretrained``.
+    After ``fit()`` the module has the live weights, and ``load_from_checkpoint()`` returns the live weights of the
+    file.
+    (With Lightning's own WeightAveraging both are the average.) ``average_at_end=True`` writes the average into the
+    module
+    at the end of ``fit()``, after the last checkpoint. Or use ``callback.ema``: ``copy_to()`` writes the average into
+    the
+    module, ``export()`` into files for ``load_state_dict`` and ``from_pretrained``.
 
     A checkpoint of Lightning's WeightAveraging or EMAWeightAveraging is resumed from its live weights
-    (``current_model_state``), and its average (``state_dict``) goes on as the average of this callback.
+    (``current_model_state``), and its average (``state_dict``) becomes the average of this callback.
 
     Args:
-        evaluate: on the average; its name where there are several. False uses the live weights. ``"both"`` validates
-            and tests twice: metrics of the live weights have the module's names, those of the average the prefix
-            ``ema_`` (``ema_val_loss``). Use it to see in one run what the average gains. ModelCheckpoint and
-            EarlyStopping follow the average with ``monitor="ema_val_loss"``. Callbacks see the live evaluation only;
-            predictions are on the average.
-        should_update: which steps are averaged, in place of ``update_interval`` and ``ema_start``: called on every rank
-            after each optimizer step with the training clock (``clock.batches``, ``clock.epochs``), as
-            ``lambda clock: clock.batches >= 100 and clock.batches % 10 == 0``. Use it where an interval cannot say it.
-        missing: a checkpoint without an average is an ``"error"``, or a new average is to ``"start"`` from its weights.
-        average_at_end: write the average into the module at the end of ``fit()``; its name where there are several.
-            ``trainer.save_checkpoint()`` afterwards writes the average as the module's weights, so a resumed run would
-            train on from the average.
-        log: ``ema.metrics()`` to the trainer's loggers, every ``log_every_n_steps``. Collective, one pass.
-        options: of :class:`ShardedEMA`, in batches and epochs; ``max_duration`` is the trainer's.
+        evaluate: True evaluates on the average, False on the live weights; the name of one of several averages
+            evaluates
+            on that one. ``"both"`` validates and tests twice: metrics of the live weights have the module's names,
+                metrics
+            of the average have the prefix ``ema_`` (``ema_val_loss``). Use it to see in one run what the average gains.
+            ModelCheckpoint and EarlyStopping follow the average with ``monitor="ema_val_loss"``. Callbacks see the
+            evaluation of the live weights only. Predictions use the average.
+        should_update: decides which steps are averaged, in place of ``update_interval`` and ``ema_start``. It is called
+            on
+            every rank after each optimizer step with the training clock (``clock.batches``, ``clock.epochs``), such as
+            ``lambda clock: clock.batches >= 100 and clock.batches % 10 == 0``. Use it for rules that an interval cannot
+            express.
+        missing: what to do with a checkpoint without an average: ``"error"``, or ``"start"`` a new one from its
+            weights.
+        average_at_end: write the average into the module at the end of ``fit()``; True, or the name of one of several
+            averages. ``trainer.save_checkpoint()`` afterwards writes the average as the module's weights, so a run that
+                is
+            resumed from that file would train the average.
+        log: log ``ema.metrics()`` every ``log_every_n_steps``. Collective, one pass over the average.
+        options: the options of :class:`ShardedEMA`, in batches and epochs; ``max_duration`` is the trainer's.
 
     Attributes:
-        ema: the ShardedEMA, once fitting has begun or a checkpoint was loaded; goes on when the module is fitted again.
-            Under ddp_spawn and ddp_notebook it ends with fit()'s processes: evaluate and export from a checkpoint then.
+        ema: the ShardedEMA, once fitting has begun or a checkpoint was loaded. It is used again when the module is
+            fitted
+            again. Under ddp_spawn and ddp_notebook it ends with the processes of ``fit()``: evaluate and export from a
+            checkpoint then.
 
-    Raises EMAConfigError (options, also against the trainer's; two averaging callbacks), EMAEngineError (strategy) and
-    CheckpointError (a checkpoint's average is missing, or of another moment), on every rank.
+    Raises:
+        EMAConfigError: on every rank: an option is wrong or contradicts the trainer, or there are two averaging
+            callbacks.
+        EMAEngineError: on every rank: the strategy is not supported.
+        CheckpointError: on every rank: a checkpoint has no average, or one of another moment.
     """
 
     state_key = "dist_ema.EMACallback"  # others have an EMACallback too
@@ -163,13 +180,13 @@ class EMACallback(pl.Callback):
     def _average_of(self, module: object) -> ShardedEMA | None:
         """Returns the average if it belongs to ``module``, else None.
 
-        Also None while finders of learning rates and batch sizes train and restore the module before a fit.
+        Also returns None while finders of learning rates and batch sizes train and restore the module before ``fit()``.
         """
         begun = self._ready or not self._fitting
         return self.ema if begun and self._bound and self._bound[0] is module else None
 
     def _begin(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Makes or takes over the average, once in a run. Collective.
+        """Makes the average or takes it over, once per run. Collective.
 
         Called when the model is wrapped and restored, and nothing has been computed yet.
         """
@@ -201,7 +218,7 @@ class EMACallback(pl.Callback):
             self._load(trainer, ema, str(path))
 
     def _duration(self, trainer: pl.Trainer) -> str | None:
-        """Returns how long the trainer trains. Raises EMAConfigError if the options do not fit to it."""
+        """Returns the length of the training. Raises EMAConfigError if the options contradict it."""
         duration = f"{trainer.max_epochs}ep" if (trainer.max_epochs or -1) > 0 else None
         duration = f"{trainer.estimated_stepping_batches}ba" if trainer.max_steps > 0 else duration
         given = self._options.get("max_duration")
@@ -230,17 +247,17 @@ class EMACallback(pl.Callback):
         self._handles = [ema.attach(one, call=partial(self._on_step, ema)) for one in optimizers]
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Counts this batch's part of the epoch. Local."""
+        """Records this batch's part of the epoch. Local."""
         self._epochs += 1 / trainer.num_training_batches
 
     def _on_step(self, ema: ShardedEMA) -> None:
-        """Notes a real step of an optimizer, and averages if that has to be done at once. Local."""
+        """Records a real step of an optimizer, and averages at once if necessary. Local."""
         self._stepped = self._due = True
         if self._at_once:
             self._update(ema)
 
     def _update(self, ema: ShardedEMA) -> None:
-        """Takes the weights into the average, if an update is due. Local."""
+        """Updates the average if an update is due. Local."""
         self._due = False
         before = ema.clock
         due = is_due(self._should_update, before.advance(batches=1, epochs=self._epochs))
@@ -250,7 +267,7 @@ class EMACallback(pl.Callback):
             self._epochs = 0.0
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Averages a step of this batch, and logs the metrics. Collective where it logs."""
+        """Averages a step of this batch, and logs the metrics. Collective if it logs."""
         stepped = self._stepped
         self._stepped = False
         ema = self._average_of(pl_module)
@@ -276,19 +293,19 @@ class EMACallback(pl.Callback):
                 self._held.enter_context(ema.average_parameters(name, held_by=f"Lightning's {trainer.state.stage}"))
 
     def _leave(self, *_: Any) -> None:
-        """Puts the live weights back, if the average is in the model. Collective."""
+        """Restores the live weights, if the average is in the model. Collective."""
         held, self._held = self._held or ExitStack(), None
         with torch.inference_mode(False):
             held.close()
 
     def _stop(self, *_: Any) -> None:
-        """Stops counting steps, and puts the live weights back."""
+        """Stops counting steps, and restores the live weights."""
         while self._handles:
             self._handles.pop().remove()
         self._leave()
 
     def _evaluate_both(self, trainer: pl.Trainer, loop: Any, run: Callable[[], Any]) -> Any:
-        """Replaces an evaluation by one on the average that nobody else sees, and one on the live weights."""
+        """Runs an evaluation on the average, which nothing else sees, and then the evaluation on the live weights."""
         self._averaged = {}
         try:
             if not trainer.sanity_checking:
@@ -302,7 +319,7 @@ class EMACallback(pl.Callback):
             self._on_live = False
 
     def _log_averaged(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Logs the metrics of the average beside those of the live weights. Every rank has them."""
+        """Logs the metrics of the average beside those of the live weights. Every rank has both."""
         averaged, self._averaged = self._averaged, {}
         if averaged:
             # The names have the number of the dataloader already.
@@ -327,12 +344,12 @@ class EMACallback(pl.Callback):
             ema.copy_to(None if self._average_at_end is True else self._average_at_end)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what a checkpoint says of the average beside it: the moment that the two have in common."""
+        """Returns the moment of the average beside a checkpoint, by which the two are matched."""
         ema = self._average_of(self._bound[0]) if self._bound else None
         return {"average": None if ema is None else checkpoints.describe(ema.clock, ema.num_updates)}
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Any) -> None:
-        """Notes what the checkpoint says of its average, which is loaded when the model is wrapped."""
+        """Records what the checkpoint says of its average, which is loaded when the model is wrapped."""
         self._saved = checkpoint["callbacks"].get(self.state_key, {})
         if {"current_model_state", "averaging_state"} <= checkpoint.keys():
             # Lightning has loaded state_dict, which is the average. The run goes on from the live weights.
@@ -357,7 +374,7 @@ class EMACallback(pl.Callback):
             self._enter(trainer, trainer.lightning_module)
 
     def _save_with(self, trainer: Any, ema: ShardedEMA, path: str, save: Callable[[], None]) -> None:
-        """Writes a checkpoint and its average such that a kill at any moment leaves a whole pair. Collective."""
+        """Writes a checkpoint and its average such that a kill at any moment leaves a matching pair. Collective."""
         first = checkpoints.first_place(path)
         if first is None:
             save()
@@ -382,7 +399,7 @@ class EMACallback(pl.Callback):
             checkpoints.remove(str(filepath))
 
     def _load(self, trainer: pl.Trainer, ema: ShardedEMA, path: str) -> None:
-        """Loads the average that lies beside a checkpoint. Collective. Raises CheckpointError."""
+        """Loads the average beside a checkpoint. Collective. Raises CheckpointError."""
         if self._builtin is not None:
             self._take_builtin(trainer, ema, self._builtin, path)
             self._builtin = None
@@ -405,7 +422,7 @@ class EMACallback(pl.Callback):
             raise CheckpointError(f"{found} is at {now}, {path} at {saved}: a save was killed, or runs are mixed")
 
     def _take_builtin(self, trainer: pl.Trainer, ema: ShardedEMA, checkpoint: Mapping[str, Any], path: str) -> None:
-        """Goes on with the average of Lightning's own WeightAveraging. Collective. Raises CheckpointError."""
+        """Takes over the average of Lightning's own WeightAveraging. Collective. Raises CheckpointError."""
         if len(ema.names) > 1:
             raise CheckpointError(
                 f"{path} has one average, of Lightning's WeightAveraging, and the options name several "
@@ -435,7 +452,9 @@ class EMACallback(pl.Callback):
 
 
 def _wrap(owner: Any, name: str, method: partial[None]) -> None:
-    """Calls of ``owner.name`` go through ``method``, which is given what was there. Once, however often it is asked."""
+    """Routes calls of ``owner.name`` through ``method``, which gets the original method. A second request does
+    nothing.
+    """
     before = getattr(owner, name)
     if not (isinstance(before, partial) and before.func == method.func):
         setattr(owner, name, partial(method, before))

@@ -36,22 +36,24 @@ _OLD = 3600.0
 
 
 def describe(clock: Progress, updates: int) -> str:
-    """Names one moment of an average, as the checkpoint and its average both state it."""
+    """Returns a name for one moment of an average. The checkpoint and its average both have it."""
     return f"{clock}, {updates} updates"
 
 
 def first_place(checkpoint: str) -> str | None:
-    """Returns where an average is written before its checkpoint; None at a URL, where it is written afterwards."""
+    """Returns the path to which an average is written before its checkpoint; None at a URL, where it is written
+    afterwards.
+    """
     return None if is_remote(checkpoint) else os.fspath(_next_of(checkpoint))
 
 
 def place(checkpoint: str) -> str:
-    """Returns where the average of an existing checkpoint lies."""
+    """Returns the path of the average of an existing checkpoint."""
     return f"{checkpoint}/ema" if _is_directory(checkpoint) else f"{checkpoint}.ema"
 
 
 def settle(checkpoint: str) -> None:
-    """Renames an average from its first place to its place. On one rank. Raises CheckpointError."""
+    """Renames an average from its first path to its final one. On one rank. Raises CheckpointError."""
     first = _next_of(checkpoint)
     last = place(checkpoint)
     try:
@@ -92,7 +94,7 @@ def remove(checkpoint: str) -> None:
 def clean(folders: Iterable[str]) -> None:
     """Removes what killed processes left in folders of checkpoints. On one rank.
 
-    That is unfinished averages, and averages that wait for a checkpoint that was never written.
+    These are unfinished averages, and averages that wait for a checkpoint that was never written.
     """
     for folder in {local_path(folder) for folder in folders if not is_remote(folder)}:
         if not folder.is_dir():
@@ -110,7 +112,7 @@ def _next_of(checkpoint: str) -> Path:
 
 
 def _moment(path: str) -> str | None:
-    """Reads the clock of the average at ``path``; None if it cannot be read, which loading it will explain."""
+    """Returns the moment of the average at ``path``; None if it cannot be read. Loading it will raise the reason."""
     try:
         state = read_manifest(path).state
     except CheckpointError:

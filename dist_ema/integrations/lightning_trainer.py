@@ -1,4 +1,4 @@
-"""Lightning's Trainer: what is private to it in an evaluation. Read in lightning 2.6.6."""
+"""Uses private parts of Lightning's Trainer for a second evaluation. Read in lightning 2.6.6."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _METRICS = ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics")
 
 @contextmanager
 def unseen_evaluation(trainer: Any, loop: Any, callbacks: Sequence[Any]) -> Iterator[dict[str, Tensor]]:
-    """Keeps an evaluation in the block out of the logs, and shows it to these callbacks only.
+    """Keeps an evaluation in the block out of the logs, and shows it to the given callbacks only.
 
-    Yields the dict into which the metrics come that callbacks would see: filled when the block ends.
+    Yields the dict of the metrics that callbacks would see. It is filled when the block ends.
 
     Args:
-        trainer: of the evaluation.
+        trainer: the trainer that evaluates.
         loop: the trainer's loop that will be run.
-        callbacks: those that take part.
+        callbacks: the callbacks that take part.
     """
     connector = trainer._logger_connector
     found = dict[str, Tensor]()

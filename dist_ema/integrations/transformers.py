@@ -1,8 +1,8 @@
-"""``EMACallback`` for the Trainer of transformers 5 and for its subclasses: ``Seq2SeqTrainer``, those of trl.
+"""Provides ``EMACallback`` for the Trainer of transformers 5 and its subclasses: ``Seq2SeqTrainer``, those of trl.
 
 A callback is told neither its trainer, nor that an evaluation is about to begin, nor what a run is resumed from. So
-this module wraps methods of ``transformers.Trainer``, and ``train()`` those that subclasses override. A wrapper looks
-for an ``EMACallback`` among its trainer's callbacks, and is the plain method where there is none. Read in 5.23.
+this module wraps methods of ``transformers.Trainer``, and ``train()`` wraps those that subclasses override. A wrapper
+looks for an ``EMACallback`` among its trainer's callbacks, and calls the plain method if there is none. Read in 5.23.
 """
 
 from __future__ import annotations
@@ -46,39 +46,52 @@ _Around = AbstractContextManager[None]
 
 
 class EMACallback(TrainerCallback):
-    """Averages what a Trainer trains, evaluates on the average, and keeps it in ``checkpoint-N/ema``.
+    """Averages the model of a Trainer, evaluates on the average, and saves it in ``checkpoint-N/ema``.
 
-    ``Trainer(..., callbacks=[EMACallback(half_life="1ep")])``, or ``trainer.add_callback(EMACallback(trainer, ...))``.
-    One for each Trainer, on every rank. ``.ema`` is the :class:`dist_ema.ShardedEMA`, once training has begun.
+    Use ``Trainer(..., callbacks=[EMACallback(half_life="1ep")])``, or
+    ``trainer.add_callback(EMACallback(trainer, ...))``. Each Trainer needs one of its own, on every rank.
 
-    Every optimizer step that was not skipped counts: as a batch, its part of the epoch, and, with the Trainer's
-    ``include_num_input_tokens_seen``, its tokens. ``evaluate()`` and ``predict()`` run on the average, in training and
-    after it, and before it on the live weights. ``ShardedEMA.metrics()`` are logged where the Trainer logs its loss.
-
-    ``train()`` begins a new average, as it begins a new count of steps; with ``resume_from_checkpoint`` it goes on with
-    the one of the checkpoint, at any world size. ``load_best_model_at_end`` takes the best checkpoint's average too.
-
-    ``save_model()`` writes the live weights, with ``save_averaged`` the average, inside an evaluation what is evaluated
-    (none with FSDP's ``SHARDED_STATE_DICT``, but ``ema.export()`` does). A checkpoint's model is always the live one.
+    Every optimizer step that was not skipped counts: as one batch, as its part of the epoch and, with the Trainer's
+    ``include_num_input_tokens_seen``, with its tokens. ``evaluate()`` and ``predict()`` use the average during and
+    after
+    training, and the live weights before it. ``ShardedEMA.metrics()`` are logged whenever the Trainer logs its loss.
+    ``train()`` begins a new average, as it begins a new count of steps. With ``resume_from_checkpoint`` it continues
+    the
+    average of the checkpoint, at any world size. ``load_best_model_at_end`` also takes the best checkpoint's average.
+    ``save_model()`` writes the live weights; with ``save_averaged`` the average; inside an evaluation what is
+    evaluated.
+    (With FSDP's ``SHARDED_STATE_DICT`` it writes none of these, but ``ema.export()`` does.) The model of a checkpoint
+    always has the live weights.
 
     Args:
-        trainer: whose callback it will be; None means the one whose ``train()`` finds it.
-        evaluate: on the average; with several ``averages``, the name of the one to take. ``"both"`` evaluates twice:
-            metrics of the average have the Trainer's names (``eval_loss``), so that ``metric_for_best_model`` and early
-            stopping follow it as with True, and those of the live weights the prefix ``live_`` (``live_eval_loss``).
-            Use it to see in one run what the average gains. ``predict()`` is on the average.
-        missing: a checkpoint has none: ``"error"``, or ``"start"`` one from its weights, with its clock at zero.
+        trainer: the Trainer of this callback; None means the one whose ``train()`` finds it.
+        evaluate: True evaluates on the average, False on the live weights; the name of one of several ``averages``
+            evaluates on that one. ``"both"`` evaluates twice: metrics of the average have the Trainer's names
+            (``eval_loss``), so that ``metric_for_best_model`` and early stopping follow it as with True, and metrics of
+            the live weights have the prefix ``live_`` (``live_eval_loss``). Use it to see in one run what the average
+            gains. ``predict()`` uses the average.
+        missing: what to do with a checkpoint without an average: ``"error"``, or ``"start"`` a new one from its
+            weights,
+            with its clock at zero.
         save_averaged: True, or the name of an average, for ``save_model()``.
-        should_update: which steps are averaged, in place of ``update_interval`` and ``ema_start``: called on every rank
-            after each optimizer step with the training clock (``clock.batches``, ``clock.epochs``), as
-            ``lambda clock: clock.batches >= 100 and clock.batches % 10 == 0``. Use it where an interval cannot say it.
+        should_update: decides which steps are averaged, in place of ``update_interval`` and ``ema_start``. It is called
+            on
+            every rank after each optimizer step with the training clock (``clock.batches``, ``clock.epochs``), such as
+            ``lambda clock: clock.batches >= 100 and clock.batches % 10 == 0``. Use it for rules that an interval cannot
+            express.
         average_at_end: write the average into the model at the end of ``train()``, after the last checkpoint was saved;
-            its name where there are several. ``save_model()`` and ``evaluate()`` then have it without a callback.
-        options: of :class:`dist_ema.ShardedEMA`. ``max_duration`` is the Trainer's own, so it may be left out.
+            True, or the name of one of several averages. ``save_model()`` and ``evaluate()`` then use it without a
+            callback.
+        options: the options of :class:`dist_ema.ShardedEMA`. ``max_duration`` is the Trainer's own, so it may be left
+            out.
+
+    Attributes:
+        ema: the :class:`dist_ema.ShardedEMA`, once training has begun.
 
     Raises:
-        EMAConfigError: an option is wrong, contradicts the Trainer's, or this is a second EMACallback; also on
-            ``train()``, as EMAEngineError is, EMAStateError, and CheckpointError for a lack of ``ema/``.
+        EMAConfigError: an option is wrong or contradicts the Trainer's, or this is a second EMACallback. ``train()``
+            may
+            raise it as well, and EMAEngineError, EMAStateError, and CheckpointError if ``ema/`` is missing.
     """
 
     def __init__(
@@ -141,7 +154,7 @@ class EMACallback(TrainerCallback):
         self._scale = scale(trainer)
 
     def _duration(self, args: Any, state: Any) -> str:
-        """Returns how long the Trainer trains. Raises EMAConfigError if ``max_duration`` says something else."""
+        """Returns the length of the training. Raises EMAConfigError if ``max_duration`` contradicts it."""
         own = [f"{state.max_steps}ba"]
         if args.max_steps <= 0:  # else the Trainer ends at a number of steps, wherever the epoch is
             own.append(f"{args.num_train_epochs:g}ep")
@@ -151,7 +164,7 @@ class EMACallback(TrainerCallback):
         return given
 
     def _check(self, ema: ShardedEMA, trainer: Any) -> None:
-        """Raises EMAConfigError for options that need the Trainer or the averages to be checked."""
+        """Raises EMAConfigError for options that can only be checked with the Trainer or the averages."""
         check_choice("evaluate", self._evaluate, ema.names, both=True)
         check_choice("save_averaged", self._save_averaged, ema.names)
         check_choice("average_at_end", self._average_at_end, ema.names)
@@ -167,7 +180,7 @@ class EMACallback(TrainerCallback):
             raise EMAConfigError("save_averaged needs DeepSpeed's stage3_gather_16bit_weights_on_model_save: true")
 
     def _load(self, ema: ShardedEMA, checkpoint: Path) -> None:
-        """Goes on with the average in a checkpoint of the Trainer. Collective."""
+        """Loads the average in a checkpoint of the Trainer. Collective."""
         path = checkpoint / "ema"
         if broadcast_object(path.is_dir(), dist.group.WORLD if dist.is_initialized() else None):
             return ema.load(path)
@@ -177,7 +190,7 @@ class EMACallback(TrainerCallback):
         return ema.reset()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Takes the weights into the average, unless the step was skipped, as when gradients of fp16 overflow."""
+        """Updates the average, unless the step was skipped, as when fp16 gradients overflow."""
         if self.ema is None:
             raise EMAStateError("EMACallback was added while training was under way: add it before train()")
         self._count(self.ema, state)
@@ -204,10 +217,10 @@ class EMACallback(TrainerCallback):
             self._tokens = tokens
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Measures the metrics for the next log. Collective.
+        """Computes the metrics for the next log. Collective.
 
-        They are measured here because ``log()`` may be called on one rank alone. The Trainer's DefaultFlowCallback
-        comes first, and has set ``should_log``.
+        They are computed here because ``log()`` may be called on one rank alone. The Trainer's DefaultFlowCallback runs
+        earlier, and has set ``should_log``.
         """
         if control.should_log and self.ema is not None:
             self._metrics = self.ema.metrics()
@@ -225,14 +238,14 @@ class EMACallback(TrainerCallback):
             self.ema.copy_to(self._name(self.ema, self._average_at_end))
 
     def _averaged(self, which: bool | str) -> _Around:
-        """Returns a context in which the model has the average, or which does nothing if ``which`` is False."""
+        """Returns a context in which the model has the average; if ``which`` is False, one that does nothing."""
         if self.ema is None or which is False:
             return nullcontext()
         return self.ema.average_parameters(self._name(self.ema, which), held_by="the Trainer")
 
     @staticmethod
     def _name(ema: ShardedEMA, which: bool | str) -> str | None:
-        """Returns the average of an option; None is the only one."""
+        """Returns the name of the average that an option selects; None means the only one."""
         return which if isinstance(which, str) and which in ema.names else None
 
     def _evaluates_both(self) -> bool:
@@ -244,7 +257,9 @@ class EMACallback(TrainerCallback):
 
 
 def _training(own: EMACallback, trainer: Any, resume_from_checkpoint: Any = None, *_: Any, **__: Any) -> _Around:
-    """Prepares for ``train()``: notes the Trainer and the checkpoint, and drops the average of an earlier training."""
+    """Prepares for ``train()``: records the Trainer and the checkpoint, and drops the average of an earlier
+    training.
+    """
     _wrap_methods(type(trainer))
     path = resume_from_checkpoint or None
     if path is True:  # the newest checkpoint; where there is none, the Trainer raises
@@ -281,9 +296,7 @@ def _saving(own: EMACallback, of: Any, output_dir: str | None = None, _internal_
 
 
 def _evaluate_live(method: Callable[..., Any], trainer: Any, args: Any, kwargs: Any) -> dict[str, float]:
-    """Returns the metrics of the live weights, logged with the prefix ``live_``; callbacks are not told of this
-    evaluation.
-    """
+    """Returns the metrics of the live weights, logged with the prefix ``live_``. No callback sees this evaluation."""
     arguments = with_prefix(method, (trainer, *args), kwargs, "live_")
     with same_random(), without_callbacks(trainer):
         found: dict[str, float] = method(*arguments.args, **arguments.kwargs)
@@ -291,7 +304,7 @@ def _evaluate_live(method: Callable[..., Any], trainer: Any, args: Any, kwargs: 
 
 
 def _logging(own: EMACallback, trainer: Any, logs: dict[str, float], *_: Any, **__: Any) -> _Around:
-    """Adds the metrics that ``on_epoch_end`` has measured. Local."""
+    """Adds the metrics that ``on_epoch_end`` has computed. Local."""
     logs.update(own._metrics)
     own._metrics = {}
     return nullcontext()
@@ -316,7 +329,9 @@ def _callback_of(trainer: Trainer | None) -> EMACallback | None:
 
 
 def _wrap(owner: type, name: str, around: Callable[..., Any]) -> None:
-    """Puts ``around`` around a method of a class. Calls from within, by ``super()`` say, are plain."""
+    """Wraps a method of a class in the context ``around``. Nested calls, for example by ``super()``, are not
+    wrapped.
+    """
     method = vars(owner)[name]
 
     @functools.wraps(method)
@@ -341,7 +356,9 @@ def _wrap(owner: type, name: str, around: Callable[..., Any]) -> None:
 
 
 def _wrap_methods(kind: type) -> None:
-    """Of a Trainer and of its bases, mixins too, which may override them with or without ``super()``; each once."""
+    """Wraps methods of a Trainer's class and of its bases, each once. Mixins may override them with or without
+    ``super()``.
+    """
     for owner in kind.__mro__[: kind.__mro__.index(Trainer) + 1]:
         for name in _WRAPPERS.keys() & vars(owner).keys():
             _wrap(owner, name, _WRAPPERS[name])

@@ -1,4 +1,4 @@
-"""The Trainer of transformers: what ``EMACallback`` reads from it, and what it does to a model that is evaluated.
+"""Reads the Trainer of transformers for ``EMACallback``, and handles what it does to a model that is evaluated.
 
 Read in transformers 5.23 and trl 1.16.
 """
@@ -16,15 +16,18 @@ from dist_ema.errors import EMAConfigError, EMAStateError
 
 
 def scale(trainer: Any) -> float:
-    """Returns the fp16 loss scale. It falls when a step is skipped; accelerate 1.15 misses that of fused optimizers."""
+    """Returns the fp16 loss scale. It falls when a step is skipped, which accelerate 1.15 misses for fused
+    optimizers.
+    """
     return 0.0 if trainer.accelerator.scaler is None else float(trainer.accelerator.scaler.get_scale())
 
 
 def epochs_begun(trainer: Any) -> float:
     """Returns the epoch at which training begins, as the Trainer will count it.
 
-    ``state.epoch`` of a checkpoint may be another one: the run may have had other batches to an epoch, or its epoch is
-    begun again (``ignore_data_skip``).
+    ``state.epoch`` of a checkpoint may differ: that run may have had another number of batches per epoch, or its epoch
+    is
+    started again (``ignore_data_skip``).
     """
     args = trainer.args
     batches = trainer.callback_handler.train_dataloader
@@ -35,7 +38,9 @@ def epochs_begun(trainer: Any) -> float:
 
 
 def refuse_unwrapped(trainer: Any) -> None:
-    """Raises EMAStateError where accelerate 1.15 takes a model for prepared that was only evaluated, and wraps none."""
+    """Raises EMAStateError if the model was only evaluated: accelerate 1.15 then regards it as prepared, and wraps
+    nothing.
+    """
     whole = not any(hasattr(parameter, "device_mesh") for parameter in trainer.model.parameters())
     if trainer.model_wrapped is trainer.model and whole and "MULTI_" in trainer.accelerator.distributed_type.value:
         raise EMAStateError("evaluate() before train() keeps the Trainer from DDP: every rank would train alone")
@@ -43,7 +48,9 @@ def refuse_unwrapped(trainer: Any) -> None:
 
 @contextmanager
 def evaluating_on(average: AbstractContextManager[None], trainer: Any) -> Iterator[None]:
-    """Enters it after what an evaluation does to the weights: with the average inside, that would be done to it."""
+    """Enters a context after the changes that an evaluation makes to the weights, so they are made to the live
+    weights.
+    """
     half = torch.float16 if trainer.args.fp16_full_eval else torch.bfloat16 if trainer.args.bf16_full_eval else None
     if half is not None and not trainer.is_in_train:
         trainer.model.to(half)  # for good
@@ -64,7 +71,7 @@ def with_prefix(
 ) -> inspect.BoundArguments:
     """Returns the arguments of a Trainer's ``evaluate()``, with ``prefix`` before the names of its metrics.
 
-    Raises EMAConfigError if that method of a subclass takes no ``metric_key_prefix``.
+    Raises EMAConfigError if a subclass's method takes no ``metric_key_prefix``.
     """
     signature = inspect.signature(evaluate)
     if "metric_key_prefix" not in signature.parameters:
@@ -91,5 +98,5 @@ def without_callbacks(trainer: Any) -> Iterator[None]:
 
 
 def _unchanged(_args: object, _state: object, control: object, *_: object, **__: object) -> object:
-    """Returns an event of which no callback is told."""
+    """Returns the control object unchanged, in place of an event that callbacks would see."""
     return control
