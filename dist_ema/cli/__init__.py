@@ -1,9 +1,9 @@
-"""``dist-ema``: looks at checkpoints, checks, exports, compares, imports and merges them; plans. No accelerator.
+"""Provides ``dist-ema``: shows, checks, exports, compares, imports and merges checkpoints; plans. Needs no accelerator.
 
-Exit status: 0 good; 1 a finding (damage, a difference); 2 it could not be done (bad usage, no checkpoint, a full
-disk), with one line on stderr, and with ``--json`` an object on stdout that has the line as ``error``. A reader that
-closes the output early is no error. What is asked for goes to stdout, progress and complaints to stderr. torch and
-rich are imported by the commands that need them, so that ``--help`` is quick.
+Exit status: 0 success; 1 a finding (damage, a difference); 2 failure (bad usage, no checkpoint, a full disk), with one
+line on stderr and, with ``--json``, an object on stdout that has the line as ``error``. If a reader closes the output
+early, that is no error. Results go to stdout, progress and errors to stderr. torch and rich are imported by the
+commands that need them, so that ``--help`` is quick.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ __all__ = ["app", "main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the program; returns its exit status.
+    """Runs the program, and returns its exit status.
 
     Args:
-        arguments: of the command line; None means those of this process.
+        arguments: the arguments on the command line; None means those of this process.
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
     try:
@@ -70,7 +70,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def _fail(arguments: Sequence[str], text: str, error: Exception, status: int = 2) -> int:
-    """Says what went wrong: one line on stderr, and one JSON object on stdout if ``--json`` was given."""
+    """Prints the error: one line on stderr, and one JSON object on stdout if ``--json`` was given."""
     complain(text)
     if "--json" in arguments:
         print_json({"error": text, "type": type(error).__name__, "status": status})
@@ -102,7 +102,7 @@ def in_words_of(arguments: Sequence[str], text: str) -> str:
 
 
 def sentence(error: OSError) -> str:
-    """Says what Python says as ``[Errno 20] Not a directory: 'x'``."""
+    """Rewords Python's ``[Errno 20] Not a directory: 'x'`` as a sentence."""
     if error.strerror is None:
         return str(error)
     return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror

@@ -1,4 +1,4 @@
-"""The program, and the options that several commands share."""
+"""Defines the program, and the options that several commands share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``inspect``, ``verify`` and ``diff``: read checkpoints and say what is in them."""
+"""Implements ``inspect``, ``verify`` and ``diff``: read checkpoints and report what is in them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``merge`` and ``synthesize``: weighted sums of checkpoints."""
+"""Implements ``merge`` and ``synthesize``: weighted sums of checkpoints."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def synthesize(
 
 @contextmanager
 def _group() -> Iterator[None]:
-    """Under torchrun, a process group."""
+    """Makes a process group under torchrun, for the block."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return

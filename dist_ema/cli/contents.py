@@ -78,7 +78,7 @@ def show_manifest(path: str, manifest: Manifest) -> None:
 
 
 def lacks(manifest: Manifest) -> str:
-    """Says in words what was left out of a checkpoint."""
+    """Returns in words what was left out of a checkpoint."""
     shown = ", ".join(manifest.lacking[:3]) + (", ..." if len(manifest.lacking) > 3 else "")
     return f"{many(len(manifest.lacking), 'tensor')} of what is not averaged ({shown})"
 

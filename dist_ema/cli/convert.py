@@ -1,4 +1,4 @@
-"""``export`` and ``import``: write other libraries' files, and read them."""
+"""Implements ``export`` and ``import``: write other libraries' files, and read them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``dist-ema profile``: profiles of schedules that were asked for in words, and a picture of them."""
+"""Parses schedules for ``dist-ema profile``, computes their profiles, and draws them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ def parse(
     window: Iterable[str] | None,
     schedule: Iterable[str] | None,
 ) -> dict[str, Schedule]:
-    """Schedules by what the user called them. Raises EMAConfigError where there is none, or one is wrong."""
+    """Returns schedules by the words in which the user gave them. Raises EMAConfigError if there is none, or one is
+    wrong.
+    """
     found: dict[str, Schedule] = {}
     found |= {f"half_life={value}": HalfLife(value) for value in half_life or ()}
     found |= {f"decay={value}": ConstantDecay(value) for value in decay or ()}

@@ -1,4 +1,4 @@
-"""``plan``: what averages would cost in a run."""
+"""Implements ``plan``: what averages would cost in a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``profile``: how much each past step weighs in an average."""
+"""Implements ``profile``: how much each past step weighs in an average."""
 
 from __future__ import annotations
 

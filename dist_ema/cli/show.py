@@ -24,7 +24,7 @@ def console(error: bool = False) -> Console:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """A column whose title ends with a colon is a number."""
+    """Prints a table. A column whose title ends with a colon contains numbers."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -40,7 +40,10 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
 
 @contextmanager
 def progress(operation: str) -> Iterator[Callable[[int], Callable[[int], None]]]:
-    """A bar on stderr if that is a terminal. Gives a function of all bytes that gives a function of those done."""
+    """Shows a progress bar on stderr, if stderr is a terminal.
+
+    Yields a function that is called with the total bytes, and returns a function that is called with the bytes done.
+    """
     if not sys.stderr.isatty():
         yield lambda _: lambda _: None
         return
@@ -58,7 +61,9 @@ def progress(operation: str) -> Iterator[Callable[[int], Callable[[int], None]]]
 
 @contextmanager
 def one_thread_an_operation() -> Iterator[None]:
-    """On chunks this small torch's threads wait for each other, and are in the way of the threads of ``verify``."""
+    """Limits torch to one thread: on small chunks its threads wait for each other, and slow down the threads of
+    ``verify``.
+    """
     import torch
 
     before = torch.get_num_threads()
@@ -74,7 +79,7 @@ def print_json(value: object) -> None:
 
 
 def finite(value: object) -> object:
-    """Returns the value, or what JSON can say of it: it has no numbers that are not finite."""
+    """Returns the value, or a string for a number that JSON does not have: NaN or infinity."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -83,9 +88,7 @@ def complain(what: object) -> None:
 
 
 def line(text: str) -> str:
-    """Returns the text on one line; what a terminal would obey is escaped, since paths and names may come from
-    anywhere.
-    """
+    """Returns the text on one line, with control characters escaped: paths and names may come from anywhere."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
@@ -94,7 +97,7 @@ def many(number: int, noun: str) -> str:
 
 
 def time(seconds: float) -> str:
-    """``"1.5 ms"``."""
+    """Formats seconds as ``"1.5 ms"``."""
     value = seconds * 1e6
     unit = "us"
     for larger, factor in (("ms", 1000), ("s", 1000), ("min", 60)):
@@ -106,7 +109,7 @@ def time(seconds: float) -> str:
 
 
 def size(nbytes: int) -> str:
-    """``"1.5 MB"``, decimal."""
+    """Formats bytes as ``"1.5 MB"``, decimal."""
     from rich.filesize import decimal
 
     return decimal(nbytes)

@@ -1,4 +1,4 @@
-"""Averages that other libraries saved: one module a format, one for any dict of tensors, and which a file has."""
+"""Imports averages that other libraries saved: one module for each format, and one for any dict of tensors."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ AUTO = "auto"
 
 @dataclass(frozen=True)
 class Format:
-    """One library's way of saving an average.
+    """Describes one library's way of saving an average.
 
     Attributes:
-        matches: whether a file has this format.
-        read: reads the average of such a file. Where the file has no names, they come from the model's state dict.
-            None for ``state-dict``, whose :func:`dist_ema.importers.generic.read` takes a key and a prefix as well.
+        matches: returns whether a file has this format.
+        read: reads the average of such a file. If the file has no names, they come from the model's state dict. None
+            for
+            ``state-dict``, whose :func:`dist_ema.importers.generic.read` takes a key and a prefix as well.
     """
 
     matches: Callable[[Content], bool]
@@ -46,14 +47,14 @@ def recognise(content: Content, name: str, where: str, key: str | None = None) -
     """Returns the name of a file's format; ``state-dict`` for a file of no library that is known here.
 
     Args:
-        content: of the file.
+        content: the opened file.
         name: the format that the caller named, or ``"auto"``.
         where: the file, for errors.
-        key: of the dict inside the file that the caller named; then the file's other contents do not matter.
+        key: the dict inside the file that the caller named; the other contents of the file are then ignored.
 
     Raises:
         EMAConfigError: there is no format of that name, or it takes no key.
-        CheckpointError: the file has another format than the caller named; says what is in it.
+        CheckpointError: the file has another format than the caller named. The text says what is in it.
     """
     if name != AUTO and name not in FORMATS:
         raise EMAConfigError(f"format={name!r}: allowed are {AUTO}, {', '.join(FORMATS)}")

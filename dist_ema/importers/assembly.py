@@ -1,4 +1,4 @@
-"""All tensors of a model, put together from a foreign file: the averaged ones, the live ones, and tied names."""
+"""Assembles all tensors of a model from a foreign file: the averaged ones, the live ones, and tied names."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from dist_ema.schedules.checks import AVERAGE_NAME
 
 
 class Assembly:
-    """The tensors of a model.
+    """Holds the tensors of a model.
 
     Args:
-        foreign: what the file holds.
+        foreign: the contents of the file.
         model: supplies what the file lacks; None if nothing does.
-        frozen: matches the names of parameters that are not averaged, wherever the file has put them.
+        frozen: matches the names of parameters that are not averaged, wherever they are in the file.
 
     Attributes:
         averages: the tensors of each average, by the name of the average; all averages have the same tensors.
@@ -46,12 +46,12 @@ class Assembly:
         self._check()
 
     def _complete(self, model: Tensors) -> None:
-        """Takes from the model what the file lacks: mostly buffers, which an average holds as they are in the model."""
+        """Adds from the model what the file lacks: mostly buffers, which an average has in common with the model."""
         for tensors in self.averages.values():
             tensors.update({name: model[name] for name in model if name not in tensors and name not in self.live})
 
     def _set_apart(self, frozen: re.Pattern[str] | None) -> None:
-        """Moves frozen parameters out of the averages; where several averages have one, the first's is kept."""
+        """Moves frozen parameters out of the averages. If several averages have one, that of the first is kept."""
         if frozen is None:
             return
         names = {name for name in (*self._first, *self.live) if frozen.search(name)}

@@ -1,9 +1,9 @@
-"""MosaicML Composer's ``EMA`` algorithm, in a checkpoint of its trainer or as its state dict alone.
+"""Imports from MosaicML Composer's ``EMA`` algorithm, in a checkpoint of its trainer or as its state dict alone.
 
 Composer has written ``ema_model`` in three ways:
 
-- since 0.13 as dicts of parameters and buffers. Where ``ema_weights_active`` is set, as in files of the trainer, they
-  have changed places with the model's, and the average is ``state["model"]``;
+- since 0.13 as dicts of parameters and buffers. If ``ema_weights_active`` is set, as in files of the trainer, they
+  have exchanged places with the model's, and the average is ``state["model"]``;
 - from 0.9 to 0.12 as a state dict, always of the average;
 - before 0.9 as two lists without names.
 """
@@ -29,8 +29,9 @@ def matches(content: Content) -> bool:
 
 
 def read(content: Content, model: Model | None) -> Foreign:
-    """Returns the average. Raises CheckpointError if it is not in this file, CheckpointCorruptError if that is
-    damaged.
+    """Returns the average.
+
+    Raises CheckpointError if the average is not in this file, CheckpointCorruptError if it is damaged.
     """
     algorithm = _algorithm(content.values) or {}
     # A checkpoint of the trainer has the model, too: it gives buffers, frozen parameters and shapes to compare with.

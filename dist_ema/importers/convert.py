@@ -1,4 +1,6 @@
-"""Converts an average that another library saved into a checkpoint: one process, no model, tensor after tensor."""
+"""Converts an average that another library saved into a checkpoint: one process, no model, one tensor after the
+other.
+"""
 
 from __future__ import annotations
 
@@ -34,8 +36,8 @@ class Imported:
     """Describes what was imported.
 
     Attributes:
-        format: of the file.
-        notes: what the file did not say, and what was assumed in its place.
+        format: the format of the file.
+        notes: what the file did not say, and what was assumed instead.
     """
 
     format: str
@@ -59,32 +61,35 @@ def import_checkpoint(
 ) -> Imported:
     """Writes a checkpoint that :meth:`ShardedEMA.load` reads, from a file of another library. One process.
 
-    The tensors of the average, buffers among them, are bit for bit those of the file. No code of the file is run.
-    Memory: files of torch.save and safetensors are mapped; of a ``torch.distributed.checkpoint``, one tensor at a time.
+    The tensors of the average, including buffers, are bit for bit those of the file. No code in the file is run.
+    Memory:
+    files of torch.save and safetensors are mapped; of a ``torch.distributed.checkpoint``, one tensor at a time is read.
 
     Args:
         source: the file, or the directory.
-        target: of the checkpoint; missing parents are made.
-        format: one of :data:`dist_ema.importers.FORMATS`, or ``"auto"``: the file's content tells. ``"state-dict"``
-            takes any dict of tensors, also one of which nothing says that it is an average.
-        key: of the dict of tensors inside the file, such as ``"callbacks.EMA.ema_state_dict"``; of a folder of
-            safetensors files, the file or index to take. For ``"state-dict"``.
+        target: the checkpoint to make. Missing parents are created.
+        format: one of :data:`dist_ema.importers.FORMATS`, or ``"auto"``, which recognizes the format by the contents.
+            ``"state-dict"`` takes any dict of tensors, also one that nothing marks as an average.
+        key: the dict of tensors inside the file, such as ``"callbacks.EMA.ema_state_dict"``; in a folder of safetensors
+            files, the file or index to take. For ``"state-dict"``.
         model: a state dict of the same model, by torch.save or safetensors. It names the tensors of a list without
-            names (torch.save only: safetensors files do not keep the order), and supplies what the file lacks: buffers.
-        frozen: regular expression on the names of parameters that are not trained; few files tell which those are.
+            names
+            (torch.save only: safetensors files do not keep the order), and supplies buffers that the file lacks.
+        frozen: regular expression on the names of parameters that are not trained; few files say which these are.
         prefix: takes one module out of a larger one, such as ``"net"`` of a LightningModule: its names lose ``net.``,
-            and all other tensors are left out. A ``model`` is cut likewise if it is the larger one.
-        decay: kept fraction per batch, where the file does not say.
-        half_life: in its place, such as ``"1000ba"``.
-        dtype: of the floating-point tensors of the average; None means the file's own.
-        overwrite: replace a checkpoint that is there already, in one step.
-        begin: called with the bytes to write; gives the function that is told of the progress.
+            and
+            all other tensors are left out. A ``model`` of the larger module is cut in the same way.
+        decay: fraction kept per batch, if the file does not say.
+        half_life: replaces ``decay``, such as ``"1000ba"``.
+        dtype: dtype of the floating-point tensors of the average; None means that of the file.
+        overwrite: replace a checkpoint that exists at ``target``, in one step.
+        begin: called with the number of bytes to write; returns the function that is called with the progress.
 
     Raises:
         EMAConfigError: an option has a value that is not allowed.
-        CheckpointError: the file has no known format, holds more than data, or lacks names that ``model`` would give;
-            or ``target`` holds something else than a checkpoint.
-        CheckpointMismatchError: the file is not of that model; lists the differences.
+        CheckpointError: the file has no known format, holds more than data, or lacks names that ``model`` would supply;
+            or ``target`` is something else than a checkpoint.
+        CheckpointMismatchError: the file is not of that model. Lists the differences.
         CheckpointCorruptError: the file is damaged.
     """
     pattern = _pattern(frozen)
@@ -143,7 +148,7 @@ def _cut(foreign: Foreign, model: Model | None, prefix: str) -> tuple[Foreign, M
 
 
 def _cut_model(model: Model, prefix: str) -> Model:
-    """Cuts a model if it is the larger one, too."""
+    """Cuts a model in the same way, if it is the larger one, too."""
     known = {name.removeprefix(prefix): held for name, held in model.tensors.items() if name.startswith(prefix)}
     return replace(model, tensors=known) if known else model
 
@@ -204,7 +209,7 @@ def _entry(
 
 
 def _state(foreign: Foreign) -> EMAState:
-    """Returns the clocks of a foreign average."""
+    """Returns the clocks of an imported average."""
     averaged = foreign.clock.since(foreign.start).advance(batches=0, updates=foreign.updates)
     started = foreign.updates > 0
     return EMAState(started, foreign.clock, foreign.start, averaged if started else Progress())

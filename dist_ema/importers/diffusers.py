@@ -1,4 +1,6 @@
-"""diffusers' ``EMAModel``: the directory of ``save_pretrained``, or its state dict, whose tensors have no names."""
+"""Imports from diffusers' ``EMAModel``: the directory of ``save_pretrained``, or its state dict, whose tensors have no
+names.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ def matches(content: Content) -> bool:
 
 
 def read(content: Content, model: Model | None) -> Foreign:
-    """Returns the average of the parameters. Raises CheckpointError, also where names are needed and missing."""
+    """Returns the average of the parameters. Raises CheckpointError, for example if names are needed and missing."""
     values = search(content.values, _KEYS) or {}
     schedule, notes = _schedule(values)
     # save_pretrained builds a new model for the average, whose buffers are not those of the trained model.

@@ -1,4 +1,4 @@
-"""ema-pytorch: the state dict of the module ``EMA``, alone or in the dict of a training script."""
+"""Imports from ema-pytorch: the state dict of the module ``EMA``, alone or in the dict of a training script."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def matches(content: Content) -> bool:
 
 
 def read(content: Content, model: Model | None) -> Foreign:
-    """Returns the average; the file does not tell frozen parameters from others. Raises CheckpointCorruptError."""
+    """Returns the average. The file does not mark frozen parameters. Raises CheckpointCorruptError."""
     values = search(content.values, _KEYS) or {}
     found = {name.removeprefix(_PREFIX): value for name, value in values.items() if name.startswith(_PREFIX)}
     average = read_tensors(found, "'ema_model'")

@@ -1,4 +1,4 @@
-"""Opens foreign files and directories. Of the importers only this module opens any."""
+"""Opens foreign files and directories. No other module of the importers opens files."""
 
 from __future__ import annotations
 
@@ -31,13 +31,14 @@ def open_foreign(path: Path, key: str | None = None) -> Content:
     """Opens the file or directory ``path``, whichever library wrote it.
 
     Args:
-        path: of the file or directory.
-        key: of a directory of safetensors files, the file or index to take; see :func:`.folders.choose_files`. Does not
-            matter for anything else.
+        path: the file or directory.
+        key: in a directory of safetensors files, the file or index to take; see :func:`.folders.choose_files`. Ignored
+            for
+            anything else.
 
     Raises:
-        CheckpointError: nothing is there, or it is no known kind of file, or a pickle that holds more than data; or a
-            directory of several models of which nothing says which is meant.
+        CheckpointError: nothing is there, it is no known kind of file, it is a pickle that holds more than data, or a
+            directory of several models that does not say which one is meant.
         CheckpointCorruptError: it is damaged.
     """
     if path.is_dir():
@@ -59,7 +60,7 @@ def open_foreign(path: Path, key: str | None = None) -> Content:
 
 
 def _check_plain(path: Path) -> None:
-    """Raises CheckpointError unless there is a file, or a link: opening it says what is wrong with a link."""
+    """Raises CheckpointError unless ``path`` is a file or a link. Opening a broken link raises a better error."""
     try:
         mode = path.stat().st_mode
     except FileNotFoundError as error:
@@ -73,9 +74,9 @@ def _check_plain(path: Path) -> None:
 
 
 def open_model(path: Path, frozen: re.Pattern[str] | None) -> Model:
-    """Returns a model's state dict: a safetensors file, a directory of those, or a file of torch.save.
+    """Returns a model's state dict, from a safetensors file, a directory of those, or a file of torch.save.
 
-    Raises as :func:`open_foreign`.
+    Raises as :func:`open_foreign` does.
     """
     if path.is_dir() or path.suffix == ".safetensors":
         return Model(open_foreign(path).tensors, ordered=False, frozen=frozen)
@@ -102,10 +103,10 @@ def _read_config(directory: Path) -> dict[str, Any]:
 
 
 def _open_safetensors(files: Mapping[Path, Collection[str] | None]) -> dict[str, LazyTensor]:
-    """Returns the tensors of some files, mapped: their bytes are read when they are looked at.
+    """Returns the tensors of some files, mapped: their bytes are read at the first access.
 
     Args:
-        files: the names to take from each; None means all.
+        files: the names to take from each file; None means all.
     """
     tensors: dict[str, Tensor] = {}
     for file, names in files.items():
@@ -128,7 +129,7 @@ def _open_safetensors(files: Mapping[Path, Collection[str] | None]) -> dict[str,
 
 
 def _check_header(file: Path) -> None:
-    """Checks a header before safetensors and torch, which would believe it, see it. Raises CheckpointCorruptError."""
+    """Checks a header before safetensors and torch, which would trust it, see it. Raises CheckpointCorruptError."""
     try:
         with closing(open_ranges(file)) as opened:
             parse_header(read_header(opened), opened.size)

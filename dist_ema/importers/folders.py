@@ -2,7 +2,7 @@
 
 A folder may hold more than one thing: the same weights under other names (``consolidated.safetensors``), variants
 (``*.fp16.*``, ``*.non_ema.*``), an average beside the live weights, an optimizer's state, a file that corrects another.
-What is taken, in this order:
+The first of these rules that applies decides:
 
 1. what ``key`` names;
 2. what the index names, ``model.safetensors.index.json`` or ``diffusion_pytorch_model.safetensors.index.json``: each
@@ -38,12 +38,12 @@ _LISTED = 12
 
 @dataclass(frozen=True)
 class Weights:
-    """The files of one model in a folder.
+    """Lists the files of one model in a folder.
 
     Attributes:
-        taken: the file or index that stands for them.
+        taken: the file or index that represents them.
         files: the names of the tensors to take from each file; None means all of its tensors.
-        others: what else in the folder could be meant.
+        others: other files in the folder that could have been meant.
     """
 
     taken: str
@@ -52,7 +52,7 @@ class Weights:
 
     @property
     def note(self) -> str | None:
-        """Says what was taken, in one sentence; None where there was nothing to decide."""
+        """Returns one sentence on what was taken; None if there was no choice."""
         if not self.others:
             return None
         return f"taken is {self.taken}; not taken: {_listed(self.others)} (--key takes another)"
@@ -62,12 +62,13 @@ def choose_files(folder: Path, key: str | None = None) -> Weights:
     """Finds the model's files in a folder. Reads the index, if there is one, and no tensor.
 
     Args:
-        folder: to look into; folders inside it are not searched.
+        folder: the folder. Folders inside it are not searched.
         key: name of a file, with or without ``.safetensors``, or of an index.
 
     Raises:
-        CheckpointError: there is nothing to take, or more than one thing, or a file that belongs to it is missing.
-        CheckpointCorruptError: the index cannot be understood.
+        CheckpointError: there is nothing to take, or more than one possibility, or a file that belongs to it is
+            missing.
+        CheckpointCorruptError: the index cannot be parsed.
     """
     names = sorted(entry.name for entry in folder.iterdir())
     indexes = [name for name in names if _INDEX.fullmatch(name)]
@@ -102,15 +103,13 @@ def _named(folder: Path, key: str, indexes: list[str], files: list[str]) -> Weig
 
 
 def _plain(names: Collection[str]) -> list[str]:
-    """Lists the files that a reader of such folders looks for: single files first, then sets of shards."""
+    """Lists the files that readers of such folders look for: single files first, then sets of shards."""
     single = [f"{stem}{_SUFFIX}" for stem in _STEMS if f"{stem}{_SUFFIX}" in names]
     return single or [name for name in names if "*" in name and name.partition("-")[0] in _STEMS]
 
 
 def _grouped(files: list[str]) -> dict[str, list[str]]:
-    """Returns the files by what stands for them: each its own name; of a set of shards
-    ``model-*-of-00002.safetensors``.
-    """
+    """Groups the files: a single file by its own name, a set of shards by ``model-*-of-00002.safetensors``."""
     groups: dict[str, list[str]] = {}
     for name in files:
         match = _SHARD.fullmatch(name)
@@ -154,7 +153,7 @@ def _indexed(folder: Path, index: str, candidates: list[str]) -> Weights:
 
 
 def _weight_map(path: Path) -> dict[str, str]:
-    """Returns the file of each tensor. Raises CheckpointCorruptError for one outside of the folder, too."""
+    """Returns the file of each tensor. Raises CheckpointCorruptError, also for a file outside of the folder."""
     try:
         with open_plain(path) as opened:
             text = opened.read(_INDEX_BYTES + 1)
@@ -175,7 +174,7 @@ def _weight_map(path: Path) -> dict[str, str]:
 
 
 def _instead(folder: Path, names: list[str]) -> str:
-    """Says what could be meant in a folder without safetensors files."""
+    """Returns what could be meant in a folder without safetensors files, for the error."""
     inside = [name for name in names if (folder / name).is_dir() and any((folder / name).glob(f"*{_SUFFIX}"))]
     pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
     if inside:

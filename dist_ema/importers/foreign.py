@@ -24,11 +24,11 @@ BATCH_NORM = re.compile(r"(^|\.)(running_mean|running_var|num_batches_tracked)$"
 
 @dataclass(frozen=True)
 class Model:
-    """A state dict of the model: gives names, and tensors that the average's file lacks.
+    """Holds a state dict of the model: it gives names, and tensors that the average's file lacks.
 
     Attributes:
-        tensors: by name.
-        ordered: whether they come in the model's order. Those of a safetensors file do not: it sorts names.
+        tensors: the tensors by name.
+        ordered: whether they are in the model's order. Those of a safetensors file are sorted by name.
         frozen: matches the names of parameters that are not averaged.
     """
 
@@ -39,18 +39,18 @@ class Model:
 
 @dataclass(frozen=True)
 class Foreign:
-    """An average of another library.
+    """Describes an average of another library.
 
     Attributes:
-        averages: its tensors, buffers among them, by the name of the average and of the tensor.
+        averages: its tensors, including buffers, by the name of the average and of the tensor.
         usual: the schedule that its library uses by default.
-        schedule: the schedule that the file gives, if it gives one.
+        schedule: the schedule that the file gives; None if it gives none.
         live: tensors that are known not to be averaged.
         tied: groups of names of one tensor, the first name first.
-        clock: of the training; its ``updates`` are ignored.
+        clock: the training clock; its ``updates`` are ignored.
         start: the clock at the first copy.
-        updates: how often weights were taken into the average; 0 if averaging had not started.
-        notes: what a user should know.
+        updates: the number of updates; 0 if averaging had not started.
+        notes: sentences for the user.
     """
 
     averages: Mapping[str, Tensors]
@@ -65,7 +65,7 @@ class Foreign:
 
 
 def search(values: Mapping[str, Any], keys: Iterable[str]) -> Mapping[str, Any] | None:
-    """Returns the mapping that has all of the keys: ``values`` itself, or one of its values; None if there is none."""
+    """Returns the mapping that has all of the keys: ``values`` itself or one of its values; None if there is none."""
     wanted = set(keys)
     inner = (value for value in values.values() if isinstance(value, Mapping))
     return next((found for found in (values, *inner) if wanted <= found.keys()), None)
@@ -92,7 +92,9 @@ def read_tensors(values: Any, what: str) -> dict[str, LazyTensor]:
 
 
 def ties(*states: Tensors) -> list[tuple[str, ...]]:
-    """Groups of names that are one tensor in any of the state dicts; of two names or more, the first name first.
+    """Returns groups of names that are one tensor in any of the state dicts, the first name first.
+
+    Groups of one name are left out.
 
     >>> import torch
     >>> weight = torch.ones(3)
@@ -116,7 +118,7 @@ def name_by_position(tensors: Sequence[LazyTensor], model: Model | None, what: s
 
     Raises:
         CheckpointError: there is no state dict, or its order is not the model's.
-        CheckpointMismatchError: it is of another model; lists where the shapes differ.
+        CheckpointMismatchError: it is of another model. Lists the shapes that differ.
     """
     if model is None or not model.ordered:
         raise CheckpointError(
@@ -153,8 +155,9 @@ def check_shapes(tensors: Tensors, model: Tensors, what: str) -> None:
 
 
 def integer(value: Any, what: str) -> int:
-    """Returns a count from a file, as a number or a tensor of one element. Raises CheckpointCorruptError for anything
-    else.
+    """Returns a count from a file, given as a number or a tensor of one element.
+
+    Raises CheckpointCorruptError for anything else.
     """
     plain = value.item() if isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta else value
     if not is_count(plain):

@@ -1,4 +1,4 @@
-"""Any dict of tensors: of a training script's file, of a safetensors file, of a directory of weights."""
+"""Imports any dict of tensors: from a training script's file, a safetensors file, or a directory of weights."""
 
 from __future__ import annotations
 
@@ -47,5 +47,8 @@ def _steps(values: Mapping[str, Any]) -> int:
 
 
 def _schedule(choice: Choice) -> Schedule | None:
-    """torch_ema, LitEma and score_sde keep a decay and a count, and warm up by min(decay, (1 + n) / (10 + n))."""
+    """Returns the schedule of torch_ema, LitEma and score_sde, which store a decay and a count.
+
+    They warm up by min(decay, (1 + n) / (10 + n)).
+    """
     return None if choice.decay is None or choice.updates is None else NumUpdatesWarmup(choice.decay)

@@ -1,4 +1,6 @@
-"""Lightning's ``WeightAveraging``: ``state_dict`` is the average, ``current_model_state`` are the live weights."""
+"""Imports from Lightning's ``WeightAveraging``: ``state_dict`` is the average, ``current_model_state`` the live
+weights.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ def matches(content: Content) -> bool:
 
 
 def read(content: Content, model: Model | None) -> Foreign:
-    """Returns the average; the file does not tell frozen parameters from others. Raises CheckpointCorruptError."""
+    """Returns the average. The file does not mark frozen parameters. Raises CheckpointCorruptError."""
     average = read_tensors(content.values["state_dict"], "'state_dict'")
     averaging = content.values["averaging_state"]
     if not isinstance(averaging, Mapping):

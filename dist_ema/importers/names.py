@@ -1,7 +1,7 @@
-"""Names of the tensors in one state dict: which belong to an average, and what they are called in the plain model.
+"""Decides which tensors of one state dict belong to an average, and what they are called in the plain model.
 
-Works on names alone, so it serves torch files, safetensors files and directories alike. Five layouts keep an average in
-a dict with something else, or under other names than the model's:
+It works on names alone, so it serves torch files, safetensors files and directories alike. Five layouts keep an average
+in a dict with something else, or under other names than the model's:
 
 - ``AveragedModel`` (torch; mmengine's copy counts ``steps``): ``module.`` before each name, and ``n_averaged``;
 - ema-pytorch's ``EMA``: ``ema_model.`` before each name, beside ``online_model.``, ``initted`` and ``step``;
@@ -30,15 +30,15 @@ _LIT = ("decay", "num_updates")
 
 @dataclass(frozen=True)
 class Names:
-    """The names of one state dict, sorted out.
+    """Holds the names of one state dict by what they mean.
 
     Attributes:
-        average: the name in the dict, by the plain model's name; of the only weights where there is no average inside.
-        live: likewise for tensors that are not part of the average that lies beside them (buffers, frozen weights).
-        counter: the name of the entry that counts updates.
-        decay: the name of the entry with the decay.
-        says_average: whether the names alone tell that this is an average.
-        note: what was decided, in one sentence; None where there was nothing to decide.
+        average: the name in the dict, by the plain model's name; of the only weights if there is no average inside.
+        live: likewise for tensors that are not part of the average beside them (buffers, frozen weights).
+        counter: the name of the entry that counts updates; None if there is none.
+        decay: the name of the entry with the decay; None if there is none.
+        says_average: whether the names alone show that this is an average.
+        note: one sentence on what was decided; None if there was no choice.
     """
 
     average: dict[str, str]
@@ -102,7 +102,7 @@ def _averaged_model(names: Collection[str], where: str) -> Names | None:
 
 
 def _ema_pytorch(names: Collection[str], where: str) -> Names | None:
-    """Names of ema-pytorch's module ``EMA``, which holds the live weights under ``online_model.``, too."""
+    """Returns the names of ema-pytorch's module ``EMA``, which also holds the live weights, under ``online_model.``."""
     start = "ema_model."
     inside = [name for name in names if name.startswith(start)]
     if not inside or not {"initted", "step"} <= set(names):
@@ -113,7 +113,9 @@ def _ema_pytorch(names: Collection[str], where: str) -> Names | None:
 
 
 def _lit_ema(names: Collection[str], where: str, prefix: str | None) -> Names | None:
-    """LitEma's names, which the live weights give their dots back. Live names may have a prefix of their own."""
+    """Returns LitEma's names with their dots, which are found by the live names. Live names may have a further
+    prefix.
+    """
     known = set(names)
     marks = (name.removesuffix(_LIT[0]) for name in names if name.endswith("." + _LIT[0]))
     owners: dict[str, list[str]] = {}
@@ -139,7 +141,7 @@ def _lit_ema(names: Collection[str], where: str, prefix: str | None) -> Names | 
 def _live_names(
     names: Collection[str], owner: str, averaged: Sequence[str], where: str
 ) -> tuple[dict[str, list[str]], str]:
-    """Returns the live names by what LitEma made of them, and what each of them begins with: the module that it
+    """Returns the live names by what LitEma made of them, and the prefix that they share: the module that it
     averages.
     """
     beside = [name for name in names if not name.startswith(owner)]
@@ -169,7 +171,7 @@ def _live_names(
 
 
 def _mmcv(names: Collection[str], where: str, prefix: str | None) -> Names | None:
-    """Names of mmcv's EMAHook: each weight is there twice, and only the user knows which one is the average."""
+    """Returns the names of mmcv's EMAHook. Each weight has two, and only the user knows which one is the average."""
     marked = [name for name in names if name.startswith(EMA_PREFIX) and "." not in name]
     apart = set(marked)
     own = [name for name in names if name not in apart]
@@ -193,7 +195,7 @@ def _mmcv(names: Collection[str], where: str, prefix: str | None) -> Names | Non
 
 
 def _flattened(names: Iterable[str], start: str, dot: str) -> dict[str, list[str]]:
-    """Names by what becomes of them when ``start`` is taken off and each dot is replaced."""
+    """Groups names by what they become if ``start`` is removed and each dot is replaced."""
     found: dict[str, list[str]] = {}
     for name in names:
         found.setdefault(name.removeprefix(start).replace(".", dot), []).append(name)
@@ -208,7 +210,7 @@ def _one(names: Mapping[str, list[str]], flat: str, where: str) -> str:
 
 
 def _plain(names: Iterable[str], where: str) -> dict[str, str]:
-    """Names without what wrappers have added. Raises CheckpointError if two become one."""
+    """Returns the names without what wrappers have added. Raises CheckpointError if two names become one."""
     names = list(names)
     plain = [WRAPPER_TOKENS.sub("", name) for name in names]
     # Only where all names have it: a model may have an attribute called "module" itself.

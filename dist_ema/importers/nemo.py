@@ -1,4 +1,4 @@
-"""NeMo's ``EMA`` callback: the ``-EMA.ckpt`` that it writes beside a checkpoint; its ``state_dict`` is the average."""
+"""Imports from NeMo's ``EMA`` callback: ``state_dict`` in the ``-EMA.ckpt`` beside a checkpoint is the average."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A directory of safetensors files, of which ranges are read by position: no tensor is mapped or loaded."""
+"""Opens directories of safetensors files, and reads ranges by position: no tensor is mapped or loaded whole."""
 
 from __future__ import annotations
 
@@ -18,14 +18,17 @@ from dist_ema.storage.local import LocalFile, open_ranges
 
 @contextmanager
 def open_pretrained(files: Mapping[Path, Collection[str] | None]) -> Iterator[dict[str, ReadableTensor]]:
-    """Opens safetensors files, links among them, as the Hugging Face hub's cache has them.
+    """Opens safetensors files. They may be links, as in the cache of the Hugging Face Hub.
 
     Args:
-        files: the names of the tensors to take from each; None means all. What :func:`.folders.choose_files` gives.
+        files: the names of the tensors to take from each file, as :func:`.folders.choose_files` returns them; None
+            means
+            all.
 
     Raises:
-        CheckpointCorruptError: the header of a file is not that of its bytes.
-        CheckpointError: a file lacks a tensor that is wanted, or two have one tensor and no index says which counts.
+        CheckpointCorruptError: the header of a file does not describe its bytes.
+        CheckpointError: a file lacks a tensor that is wanted, or two files have one tensor and no index says which
+            counts.
     """
     found: dict[str, ReadableTensor] = {}
     holders: dict[str, Path] = {}

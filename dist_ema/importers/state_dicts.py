@@ -51,13 +51,13 @@ Holds = Literal["average", "live", "unknown"]
 
 @dataclass(frozen=True)
 class StateDict:
-    """A dict of tensors in a file, or a list of tensors without names.
+    """Describes a dict of tensors in a file, or a list of tensors without names.
 
     Attributes:
         key: the keys that lead to it, joined by dots; empty for the file itself.
         values: the dict or the list.
-        holds: what its key, its place in the file or its names say that it is.
-        beside: the dict that it is in.
+        holds: what it is, according to its key, its place in the file or its names.
+        beside: the dict that contains it.
     """
 
     key: str
@@ -79,16 +79,16 @@ class StateDict:
 
 @dataclass(frozen=True)
 class Choice:
-    """Tensors that were taken out of a file.
+    """Describes the tensors that were taken from a file.
 
     Attributes:
         key: the keys that lead to the dict; empty for the file itself.
-        tensors: the average's, or the only ones, by the plain model's name.
-        live: tensors that lie in the same dict and are not averaged: buffers and frozen weights beside LitEma's names.
+        tensors: the tensors of the average, or the only ones, by the plain model's name.
+        live: tensors of the same dict that are not averaged: buffers and frozen weights beside LitEma's names.
         is_average: whether something in the file says that this is an average.
-        updates: how often weights were taken into it, if the file says so.
-        decay: the kept fraction per update, if it stands beside the tensors.
-        notes: what was taken and why, one sentence each: to be told to the user.
+        updates: the number of updates; None if the file does not say.
+        decay: the fraction kept per update; None if it is not beside the tensors.
+        notes: one sentence each on what was taken and why, for the user.
     """
 
     key: str
@@ -109,20 +109,21 @@ def choose(
     model: Model | None = None,
     average_only: bool = False,
 ) -> Choice:
-    """Takes the average out of a file or directory of any library, or its only weights. Runs no code, reads no tensor.
+    """Takes the average from a file or directory of any library, or its only weights. Runs no code, reads no tensor.
 
     Args:
-        content: as :func:`dist_ema.importers.files.open_foreign` opened it.
+        content: the file as :func:`dist_ema.importers.files.open_foreign` opened it.
         where: the path, for errors.
-        key: of the dict inside the file, ``"callbacks.EMA.ema_state_dict"``. The names in directories and safetensors
-            files are not nested: there it is a prefix of them.
+        key: the dict inside the file, such as ``"callbacks.EMA.ema_state_dict"``. Names in directories and safetensors
+            files are not nested; there it is a prefix of the names.
         prefix: takes one module out of a larger one: ``"net"`` takes ``net.*``, and the names lose it.
-        model: gives names to the tensors of a list. Without it a model's dict beside the list does, if there is one.
-        average_only: whether to refuse weights of which nothing says that they are an average. A ``key`` says so.
+        model: gives names to the tensors of a list. Without it, a model's dict beside the list does, if there is one.
+        average_only: refuse weights that nothing marks as an average. A ``key`` marks them.
 
     Raises:
-        CheckpointError: there is no such key or prefix, nothing to take, or more than one thing; lists what there is.
-        CheckpointCorruptError: a tensor is not all there.
+        CheckpointError: there is no such key or prefix, nothing to take, or more than one possibility. Lists what there
+            is.
+        CheckpointCorruptError: a tensor is incomplete.
     """
     if content.kind != "file":
         return _choose_flat(content, where, key, prefix, average_only)
@@ -185,7 +186,7 @@ def _find(
 
 
 def _meaning(key: str, value: Any, beside: Mapping[Any, Any], above: Holds) -> Holds:
-    """Says what the key of an entry means for the tensors in it."""
+    """Returns what the key of an entry says about the tensors in it."""
     # Three layouts in which the average has taken the model's place in the file, and the live weights are elsewhere.
     if {"state_dict", "current_model_state"} <= beside.keys():  # Lightning's WeightAveraging
         return {"state_dict": "average", "current_model_state": "live"}.get(key, above)  # type: ignore[return-value]
@@ -222,7 +223,7 @@ def _objects(values: Mapping[Any, Any]) -> str:
 
 
 def _says_average(names: Sequence[str]) -> bool:
-    """Returns whether the names of a dict alone say that an average is in it."""
+    """Returns whether the names of a dict alone show that an average is in it."""
     try:
         return arrange(names, "").says_average
     except CheckpointError:  # it does, in a way that has to be refused; choose() says why
@@ -230,7 +231,7 @@ def _says_average(names: Sequence[str]) -> bool:
 
 
 def _is_state_dict(values: Mapping[Any, Any]) -> bool:
-    """Returns whether most entries are tensors, and one has dimensions: a dict of losses is none."""
+    """Returns whether most entries are tensors, and one of them has dimensions. A dict of losses has none."""
     counted = [value for key, value in values.items() if not str(key).endswith("_extra_state")]
     tensors = [value for value in counted if isinstance(value, Tensor)]
     return 2 * len(tensors) > len(counted) and any(tensor.dim() for tensor in tensors)
@@ -277,7 +278,7 @@ def _unknown(where: str, has: str) -> CheckpointError:
 
 
 def _at(values: Mapping[Any, Any], key: str, where: str, found: Sequence[StateDict]) -> StateDict:
-    """Returns what lies at a key; a key of the file may have dots itself."""
+    """Returns what is at a key. A key of the file may contain dots."""
     there = list(_reach(values, key))
     taken = [(value, beside) for value, beside in there if _is_list(value) or _has_tensors(value)]
     if not taken:
@@ -324,7 +325,7 @@ def _of_list(
 
 
 def _choose_flat(content: Content, where: str, key: str | None, prefix: str | None, average_only: bool) -> Choice:
-    """Of names that are not nested. Optimizers' entries in directories of torch.distributed.checkpoint are left out."""
+    """Chooses among names that are not nested. Entries of optimizers in DCP directories are left out."""
     names = [name for name in content.tensors if content.kind != "dcp" or not _words(name.partition(".")[0]) & _OTHERS]
     if not names:
         raise _unknown(where, "") if average_only else CheckpointError(f"{where} has no tensors of a model")
@@ -342,7 +343,7 @@ def _choose_flat(content: Content, where: str, key: str | None, prefix: str | No
 
 
 def _counted_beside(chosen: StateDict) -> int | None:
-    """Updates, where the average's own dict counts them beside its tensors."""
+    """Returns the number of updates, if the average's own dict has it beside the tensors."""
     inside = chosen.values if isinstance(chosen.values, Mapping) else {}
     values = (beside.get(name) for beside in (inside, chosen.beside) for name in _COUNTERS)
     return next((count for value in values if (count := _count(value)) is not None), None)

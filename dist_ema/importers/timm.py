@@ -1,4 +1,6 @@
-"""timm: the checkpoint of its training script (``state_dict_ema``), or the state dict of a ``ModelEma``."""
+"""Imports from timm: the checkpoint of its training script (``state_dict_ema``), or the state dict of a
+``ModelEma``.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +14,12 @@ _KEY = "state_dict_ema"
 
 
 def matches(content: Content) -> bool:
-    """Returns whether this is such a checkpoint. The state dict of a ModelEma cannot be told from any model's."""
+    """Returns whether this is such a checkpoint. The state dict of a ModelEma looks like that of any model."""
     return content.kind == "file" and _KEY in content.values
 
 
 def read(content: Content, model: Model | None) -> Foreign:
-    """Returns the average; the file does not tell frozen parameters from others. Raises CheckpointCorruptError."""
+    """Returns the average. The file does not mark frozen parameters. Raises CheckpointCorruptError."""
     average = read_tensors(content.values.get(_KEY, content.values), _KEY)
     epoch = content.values.get("epoch")
     return Foreign(

@@ -1,6 +1,7 @@
-"""torchtitan's EMA in a checkpoint of its trainer: ``ema.state.<name>.ema_params``, one for each trained parameter.
+"""Imports torchtitan's EMA from a checkpoint of its trainer.
 
-Where there are several averages, their keys follow: ``ema_params.<key>``. The file does not say how they decay.
+The names are ``ema.state.<name>.ema_params``, one for each trained parameter. If there are several averages, their keys
+follow: ``ema_params.<key>``. The file does not say how they decay.
 """
 
 from __future__ import annotations
@@ -37,17 +38,21 @@ def read(content: Content, model: Model | None) -> Foreign:
 
 
 def options_of(config: Any) -> dict[str, Any]:
-    """Options of :class:`ShardedEMA` for the config of torchtitan's own EMA. Local; imports nothing of torchtitan.
+    """Returns options of :class:`ShardedEMA` for the config of torchtitan's own EMA. Local; imports nothing of
+    torchtitan.
 
-    ``EMAOptimizersContainer.Config`` of its main branch (``components/ema.py``; the release 0.3.0 has no EMA). What
-    differs: our first update copies the weights, theirs blends them into those of the construction; our updates fall on
-    multiples of the interval, also where ``start_step`` does not; our growing half life is per batch and counts from
-    the first update, so with ``start_step=0`` it is one batch behind; our average is in fp32 unless ``dtype`` says
-    otherwise, theirs in the weights' dtype.
+    The config is ``EMAOptimizersContainer.Config`` of its main branch (``components/ema.py``; release 0.3.0 has no
+    EMA).
+    Differences: the first update here copies the weights, theirs blends them into the initial ones. Updates here are at
+    multiples of the interval, even if ``start_step`` is not one. A growing half life is per batch here, and counts from
+    the
+    first update; with ``start_step=0`` it is one batch behind. The average here is fp32 unless ``dtype`` says
+    otherwise;
+    theirs has the dtype of the weights.
 
     Args:
         config: with ``decay``, ``half_life_fraction``, ``start_step``, ``step_bias``, ``update_every_n_steps`` and
-            ``offload_to_cpu``. ``enable`` is the caller's to ask for.
+            ``offload_to_cpu``. The caller checks ``enable``.
 
     Raises:
         EMAConfigError: one of these is missing, or ``step_bias`` is not 0.

@@ -58,14 +58,16 @@ class EMA(Algorithm):
     EMA
     (0.9 and later) has saved can be continued with this one.
 
-    Differences from Composer's EMA, which are faults there: its bf16 averages stop moving (here averages are fp32); it
-    truncates averages of integer buffers (copied here), and keeps NaN (skipped here); ``EMA(smoothing=.9)`` raises
-    unless
-    ``half_life`` is None, which raises too; it predicts on the live weights, and ITERATION_CHECKPOINT saves them. After
-    a
-    checkpoint it leaves the average in the model, so that an update per epoch averages the average, and after the last
-    checkpoint or an exception it stays there; ``get_ema_model`` of the model in training loses the training weights;
-    sharded FSDP2 runs cannot resume.
+    Differences from Composer's EMA, which are faults there:
+
+    - its bf16 averages stop moving (here averages are fp32), it truncates averages of integer buffers (copied here),
+      and it keeps NaN (skipped here);
+    - ``EMA(smoothing=.9)`` raises, with and without ``half_life=None``;
+    - it predicts on the live weights, and ITERATION_CHECKPOINT saves them;
+    - after a checkpoint it leaves the average in the model, so that an update per epoch averages the average; after
+      the last checkpoint or an exception the average stays there;
+    - ``get_ema_model`` of the model in training loses the training weights;
+    - sharded FSDP2 runs cannot resume.
 
     Args:
         half_life: ``"1000ba"``, ``"2ep"``. ``"50000sp"`` and ``"10000000tok"`` decay by what was trained in between.
