@@ -294,7 +294,7 @@ def test_what_only_its_layers_know_is_refused() -> None:
     """Experts in a group that all ranks share, and modules without their engine: one rank's would stand for all."""
     engine = make_mixture(0, "fp32")
     for target in (engine.module, engine.module.moe):
-        with pytest.raises(EMAEngineError, match=r"other experts of that name.*pass the engine"):
+        with pytest.raises(EMAEngineError, match=r"other experts under that name.*pass the engine"):
             ShardedEMA(target)
     parameter = next(iter(engine.module.moe.deepspeed_moe.experts.parameters()))
     for engine in (make_mixture(0, "fp32"), make_mixture(1, "bf16")):

@@ -1,24 +1,35 @@
 """Finds this rank's fp32 master weights in DeepSpeed's optimizers, and writes them into the model.
 
-Every private attribute of DeepSpeed's optimizers that the library touches is touched here. Read in deepspeed 0.19.8:
-runtime/zero/stage_1_and_2.py, runtime/zero/stage3.py, runtime/bf16_optimizer.py, runtime/fp16/fused_optimizer.py and
-runtime/fp16/unfused_optimizer.py. DeepSpeed is never imported, so a run without it pays nothing.
+The master of an element is the fp32 value that the optimizer steps. Two parameters, a of 5 elements and b of 7, on two
+ranks. The digit is the rank that has the master of the element, ``p`` is padding::
 
-Two parameters, a of 5 elements and b of 7, on two ranks. The digit is the rank that masters the element, ``p`` is
-padding::
+    ZeRO-0      every rank has all masters    a [0 0 0 0 0]        b [0 0 0 0 0 0 0]       the same on rank 1
 
-    ZeRO-0      every rank masters all       a [0 0 0 0 0]         b [0 0 0 0 0 0 0]        and the same on rank 1
+    ZeRO-1, 2   parameters are laid end to    a [0 0 0 0 0]        b [0 1 1 1 1 1 1]       rank 0: a, and one element
+                end, the whole is cut                                                      of b; rank 1: the rest of b
 
-    ZeRO-1, 2   laid end to end, then cut    a [0 0 0 0 0]         b [0 1 1 1 1 1 1]        one piece a rank
-                                                                         ^ rank 0: a, and the first element of b
+    ZeRO-3      each parameter is cut by      a [0 0 0 1 1 p]      b [0 0 0 0 1 1 1 p]     each rank: a piece of a and
+                itself, into equal pieces                                                  a piece of b
 
-    ZeRO-3      each parameter is cut        a [0 0 0 1 1 p]       b [0 0 0 0 1 1 1 p]      one piece a rank and
-                                                                                            parameter
+The masters of a rank lie in a few flat fp32 tensors, which ``flats()`` returns: one for each parameter group, or under
+ZeRO-3 one for each sub-group. ``slices()`` tells where in them the piece of each parameter starts, and which elements
+of the parameter it has::
 
-A rank's masters lie in a few flat fp32 tensors (``flats()``), one a parameter group, or under ZeRO-3 one a sub-group.
-``slices()`` says where in them each parameter's piece starts, and which elements of the parameter it is::
-
+    ZeRO-1, rank 0     flat [ a0 a1 a2 a3 a4 b0 ]           a: start 0, runs ((0, 5),)     b: start 5, runs ((0, 1),)
+    ZeRO-1, rank 1     flat [ b1 b2 b3 b4 b5 b6 ]           a: runs ()                     b: start 0, runs ((1, 6),)
+    ZeRO-3, rank 0     flat [ a0 a1 a2 | b0 b1 b2 b3 ]      a: start 0, runs ((0, 3),)     b: start 3, runs ((0, 4),)
     ZeRO-3, rank 1     flat [ a3 a4 p | b4 b5 b6 p ]        a: start 0, runs ((3, 2),)     b: start 3, runs ((4, 3),)
+
+``publish()`` does what the end of DeepSpeed's own step does::
+
+    ZeRO-0      cast masters into the live weights                                         local
+    ZeRO-1, 2   cast into this rank's piece of the live buffer, all-gather the buffer      collective
+    ZeRO-3      cast into the live pieces; DeepSpeed gathers the small (persistent)        collective
+                parameters now, and each other one when a forward pass needs it
+
+This file is the only one that touches private attributes of DeepSpeed's optimizers. They were read in deepspeed 0.19.8:
+runtime/zero/stage_1_and_2.py, runtime/zero/stage3.py, runtime/bf16_optimizer.py, runtime/fp16/fused_optimizer.py and
+runtime/fp16/unfused_optimizer.py. DeepSpeed is never imported here, so a run without it pays nothing.
 """
 
 from __future__ import annotations
@@ -41,10 +52,10 @@ class MasterSlice:
     """This rank's part of one parameter's master weights.
 
     Attributes:
-        flat: which of :meth:`Masters.flats` holds it.
-        start: first element there.
-        runs: which elements of the parameter they are; empty if this rank masters none of it.
-        group: the ranks over which the parameter is partitioned; None if it is not.
+        flat: index of the tensor in :meth:`Masters.flats` that holds it.
+        start: index of its first element in that tensor.
+        runs: which elements of the parameter these are; empty if other ranks have all of its masters.
+        group: the ranks over which the parameter is partitioned; None if it is not partitioned.
     """
 
     flat: int
@@ -56,9 +67,9 @@ class MasterSlice:
 class Masters(ABC):
     """The master weights of one DeepSpeed optimizer."""
 
-    #: True if every rank masters the whole of every parameter.
+    #: True if every rank has the masters of all elements.
     replicated = False
-    #: True if frozen parameters are partitioned too.
+    #: True if DeepSpeed partitions frozen parameters too.
     shards_frozen = False
 
     def __init__(self, optimizer: Any) -> None:
@@ -70,7 +81,7 @@ class Masters(ABC):
 
     @abstractmethod
     def slices(self) -> dict[int, MasterSlice]:
-        """By ``id()`` of the parameter: its master slice, for every parameter that the optimizer trains. Local."""
+        """Returns the master slice of every parameter that the optimizer trains, by the parameter's ``id()``. Local."""
 
     @abstractmethod
     def publish(self) -> None:
@@ -81,24 +92,32 @@ class Masters(ABC):
         return ()
 
     def stepped(self) -> frozenset[int] | None:
-        """``id()`` of each parameter that the optimizer steps itself, and not a master of it. Local.
+        """Returns the ``id()`` of each parameter that the optimizer steps directly, without a master. Local.
 
-        None where there is no optimizer, so that only flags say what is trained.
+        None if there is no optimizer. Then only ``requires_grad`` tells which parameters are trained.
         """
         return frozenset()
 
     def check_resident(self) -> None:
         """Raises EMAStateError while ``engine.offload_states()`` keeps the weights elsewhere. Local."""
-        away = {getattr(state, "value", str(state)) for state in getattr(self._optimizer, "offloaded_states", ())}
-        if away & {"hp_params", "lp_params"}:
+        # The states are members of an enum: masters are hp_params, live weights lp_params (high and low precision).
+        offloaded = {getattr(state, "value", str(state)) for state in getattr(self._optimizer, "offloaded_states", ())}
+        if offloaded & {"hp_params", "lp_params"}:
             raise EMAStateError(
-                f"DeepSpeed has offloaded {sorted(away)}: call engine.reload_states() before the average reads or "
+                f"DeepSpeed has offloaded {sorted(offloaded)}: call engine.reload_states() before the average reads or "
                 "writes the weights"
             )
 
 
 class ReplicatedMasters(Masters):
-    """ZeRO stage 0: FP16_Optimizer, FP16_UnfusedOptimizer (which bf16 uses as well), and plain fp32 without masters."""
+    """Finds the masters of ZeRO stage 0, which every rank has whole.
+
+    The optimizers differ in how they lay out masters:
+
+    - FP16_Optimizer has one flat tensor for each parameter group (``fp32_groups_flat``).
+    - FP16_UnfusedOptimizer, which bf16 uses as well, has one tensor for each parameter (``fp32_groups``).
+    - A plain torch optimizer in fp32 has no masters: it steps the parameters themselves.
+    """
 
     replicated = True
 
@@ -118,13 +137,14 @@ class ReplicatedMasters(Masters):
     def slices(self) -> dict[int, MasterSlice]:
         optimizer = self._optimizer
         if hasattr(optimizer, "fp32_groups_flat"):
-            return {
-                id(param): MasterSlice(index, _offset(param, flat), whole(param.numel()))
-                for index, (params, flat) in enumerate(
-                    zip(optimizer.fp16_groups, optimizer.fp16_groups_flat, strict=True)
-                )
-                for param in params
-            }
+            # A live parameter is a view of its group's flat live tensor. The masters have the same layout, so its place
+            # there is its place among the masters.
+            slices: dict[int, MasterSlice] = {}
+            groups = zip(optimizer.fp16_groups, optimizer.fp16_groups_flat, strict=True)
+            for index, (params, flat) in enumerate(groups):
+                for param in params:
+                    slices[id(param)] = MasterSlice(index, _offset(param, flat), whole(param.numel()))
+            return slices
         params = [param for group in getattr(optimizer, "fp16_groups", ()) for param in group]
         return {id(param): MasterSlice(index, 0, whole(param.numel())) for index, param in enumerate(params)}
 
@@ -141,9 +161,10 @@ class ReplicatedMasters(Masters):
 
 
 class FlatMasters(Masters):
-    """ZeRO stages 1 and 2, and BF16_Optimizer: parameters laid end to end, padded, cut into one piece per rank.
+    """Finds the masters of ZeRO stages 1 and 2 and of BF16_Optimizer: a flat buffer cut into one piece for each rank.
 
-    The live weights are views into a full flat buffer on every rank.
+    The live parameters of a group are views of a full flat buffer that every rank has, laid end to end and padded. The
+    masters of a rank are an fp32 copy of its piece of that buffer.
     """
 
     def __init__(self, optimizer: Any) -> None:
@@ -162,30 +183,36 @@ class FlatMasters(Masters):
 
     def slices(self) -> dict[int, MasterSlice]:
         optimizer = self._optimizer
-        groups = getattr(optimizer, self._live_name)  # lists of parameters, one a parameter group
+        groups = getattr(optimizer, self._live_name)  # one list of parameters for each parameter group
         buffers = getattr(optimizer, f"{self._live_name}_flat")
         slices: dict[int, MasterSlice] = {}
         for index, (params, buffer) in enumerate(zip(groups, buffers, strict=True)):
             group = optimizer.real_dp_process_group[index]
-            size = buffer.numel() // dist.get_world_size(group)  # padded, so that it divides
-            low = dist.get_rank(group) * size  # this rank's piece of the buffer is [low, low + size)
+            # This rank's piece of the buffer is [low, low + size). DeepSpeed pads the buffer so that it divides evenly.
+            size = buffer.numel() // dist.get_world_size(group)
+            low = dist.get_rank(group) * size
             for param in params:
-                # Not param._hp_mapping: DeepSpeed 0.19.8 computes it in the order of the param group, but with
-                # round_robin_gradients the buffer is laid out in another.
+                # The place in the buffer is taken from the live view, and not from param._hp_mapping: DeepSpeed 0.19.8
+                # computes the mapping in the order of the parameter group, but round_robin_gradients lays out the
+                # buffer in another order.
                 offset = _offset(param, buffer)
+                # The part of the parameter that lies in this rank's piece, in elements of the buffer.
                 start = max(offset, low)
                 stop = min(offset + param.numel(), low + size)
-                runs: Runs = ((start - offset, stop - start),) if start < stop else ()  # counted within the parameter
+                # The same part, in elements of the parameter (runs) and of the masters (start).
+                runs: Runs = ((start - offset, stop - start),) if start < stop else ()
                 slices[id(param)] = MasterSlice(index, start - low if runs else 0, runs, group or dist.group.WORLD)
         return slices
 
     def publish(self) -> None:
-        # The end of the optimizers' own step(): cast into this rank's piece of the live buffer, then all-gather it.
+        # The last part of the optimizers' own step(): casts into this rank's piece of the live buffer and all-gathers.
         self._optimizer.update_lp_params()
 
 
 class Stage3Masters(Masters):
-    """ZeRO stage 3: every parameter cut into equal pieces, masters in flat sub-groups of pieces."""
+    """Finds the masters of ZeRO stage 3: each parameter is cut into equal pieces, and the masters of a sub-group of
+    parameters lie piece after piece in one flat tensor.
+    """
 
     shards_frozen = True
 
@@ -193,8 +220,8 @@ class Stage3Masters(Masters):
         super().__init__(optimizer)
         if optimizer.swap_optimizer or optimizer.params_in_nvme_and_cpu:
             raise EMAEngineError(
-                'offload to device "nvme" keeps the weights in files between steps, where an average cannot read '
-                'them: use device "cpu" or "none" in offload_optimizer and offload_param'
+                'offload to device "nvme" keeps the weights in files between steps, and an average cannot read them '
+                'there: use device "cpu" or "none" in offload_optimizer and offload_param'
             )
 
     def partition_groups(self) -> Sequence[dist.ProcessGroup | None]:
@@ -208,45 +235,54 @@ class Stage3Masters(Masters):
         slices: dict[int, MasterSlice] = {}
         for index, params in enumerate(self._optimizer.fp16_groups):
             start = 0
-            # The pieces of a sub-group lie one after the other in its flat tensor.
+            # The pieces of a sub-group lie one after the other in its flat tensor, each with its padding.
             for param in params:
                 slices[id(param)] = MasterSlice(index, start, stage3_runs(param), param.ds_process_group)
-                start += param.ds_tensor.ds_numel  # with its padding, which the masters have as well
+                start += param.ds_tensor.ds_numel
         return slices
 
     def publish(self) -> None:
         optimizer = self._optimizer
-        # Parameters that a forward pass left gathered (the persistent ones always, others after a forward without
-        # backward) would go on computing with their old full copies.
+        # Step 1: drop the full copies that forward passes left behind. The persistent parameters always have one, the
+        # others after a forward without backward. The next forward would compute with these old copies.
         optimizer.checkpoint_event_prologue()
+        # Step 2: cast the masters of each sub-group into the live pieces.
         with torch.no_grad():
             for index in range(len(optimizer.fp16_groups)):
                 optimizer._reassign_or_swap_out_partitioned_parameters(index)
-        # Gathers the persistent parameters and drops the secondary shards of ZeRO++ hpZ, as _post_step() does, but
-        # without clearing the gradients that may be accumulating.
+        # Step 3: gather the persistent parameters and drop the secondary shards of ZeRO++ hpZ. step() does both as
+        # well, but it also clears gradients, and these may be accumulating.
         optimizer.checkpoint_event_epilogue()
 
 
 def stage3_runs(param: Any) -> Runs:
-    """Returns the elements of a ZeRO-3 parameter whose piece this rank holds, without the padding of the last pieces.
-    Local.
+    """Returns which elements of a ZeRO-3 parameter are in this rank's piece, without padding. Local.
+
+    Five elements on four ranks. Pieces have ceil(5 / 4) elements, so that the last rank has only padding::
+
+        rank 0  [0 1]   rank 1  [2 3]   rank 2  [4 p]   rank 3  [p p]
     """
-    size = param.ds_tensor.ds_numel  # the same on every rank: ceil(elements / ranks)
+    size = param.ds_tensor.ds_numel  # elements of a piece with padding, the same on every rank
     start = dist.get_rank(param.ds_process_group) * size
-    length = min(size, param.ds_numel - start)  # less than nothing on a rank behind the end
+    length = min(size, param.ds_numel - start)  # negative or 0 on a rank that has only padding
     return ((start, length),) if length > 0 else ()
 
 
 def stage3_shard(name: str, param: Any) -> Tensor:
-    """Returns the live piece of a ZeRO-3 parameter, for one that has no master because it is frozen. Local; no copy."""
+    """Returns this rank's live piece of a ZeRO-3 parameter, without padding. Local; no copy.
+
+    For frozen parameters, which have no master.
+    """
     if hasattr(param.ds_tensor, "ds_quant_scale"):
         raise EMAEngineError(
-            f"frozen parameter {name!r} is kept quantized: set zero_quantized_nontrainable_weights to false"
+            f"DeepSpeed keeps the frozen parameter {name!r} quantized, which cannot be read: set "
+            "zero_quantized_nontrainable_weights to false"
         )
     shard: Tensor = param.ds_tensor.detach()
     return shard.narrow(0, 0, count(stage3_runs(param)))
 
 
+#: By the exact name of the optimizer's class.
 _KINDS: dict[str, type[Masters]] = {
     "FP16_Optimizer": ReplicatedMasters,
     "FP16_UnfusedOptimizer": ReplicatedMasters,
@@ -257,33 +293,41 @@ _KINDS: dict[str, type[Masters]] = {
 
 
 def find_masters(optimizer: Any, stage: int) -> Masters:
-    """Returns the master weights of ``engine.optimizer``. Local. Raises EMAEngineError for one that it does not
-    know.
+    """Returns the master weights of ``engine.optimizer``. Local.
+
+    Raises EMAEngineError if there is no optimizer under ZeRO, or if its class is not known.
     """
     kind = type(optimizer)
-    ours = kind.__module__.startswith("deepspeed.runtime.")
+    is_deepspeed = kind.__module__.startswith("deepspeed.runtime.")
     if stage == 0:
-        # Without an optimizer DeepSpeed still makes a BF16_Optimizer, around a dummy, for a bf16 model.
-        dummy = ours and (kind.__name__ == "DummyOptim" or not getattr(optimizer, "using_real_optimizer", True))
-        if optimizer is None or dummy or (not ours and isinstance(optimizer, torch.optim.Optimizer)):
-            return ReplicatedMasters(None if dummy else optimizer)
+        # For a bf16 model without an optimizer DeepSpeed still makes a BF16_Optimizer, around a dummy optimizer.
+        is_dummy = kind.__name__ == "DummyOptim" or not getattr(optimizer, "using_real_optimizer", True)
+        if optimizer is None or (is_deepspeed and is_dummy):
+            return ReplicatedMasters(None)
+        if not is_deepspeed and isinstance(optimizer, torch.optim.Optimizer):
+            return ReplicatedMasters(optimizer)
     if kind.__name__ == "DeepSpeedZeRoOffload" or optimizer is None:
         raise EMAEngineError(
             "the DeepSpeed engine has no optimizer, so there are no weights in training to average: pass an optimizer "
             "to deepspeed.initialize(), or use ZeRO stage 0"
         )
-    # By the exact class: ZenFlow, SuperOffload and MiCS inherit from these and keep their masters elsewhere.
-    if not ours or kind.__name__ not in _KINDS or getattr(optimizer, "zenflow", False):
-        found = f"{kind.__module__}.{kind.__qualname__}" + (" with ZenFlow" if getattr(optimizer, "zenflow", 0) else "")
+    # The class has to be one of these exactly: ZenFlow, SuperOffload and MiCS derive from them but keep their masters
+    # elsewhere. ZenFlow may also be an option of a known class.
+    has_zenflow = bool(getattr(optimizer, "zenflow", False))
+    if not is_deepspeed or kind.__name__ not in _KINDS or has_zenflow:
+        found = f"{kind.__module__}.{kind.__qualname__}" + (" with ZenFlow" if has_zenflow else "")
         raise EMAEngineError(
             f"unknown DeepSpeed optimizer {found} at ZeRO stage {stage}. Known are {', '.join(_KINDS)} and a plain "
-            "torch.optim.Optimizer at stage 0: turn off the DeepSpeed feature that brings it in"
+            "torch.optim.Optimizer at stage 0: turn off the DeepSpeed feature that uses it"
         )
     return _KINDS[kind.__name__](optimizer)
 
 
 def _offset(param: Tensor, buffer: Tensor) -> int:
-    """Returns where ``param`` begins in the flat ``buffer`` that it is a view of."""
+    """Returns the index in the flat ``buffer`` at which ``param``, a view of the buffer, begins. Local.
+
+    Raises EMAStateError if the parameter is no longer a view of it.
+    """
     if param.untyped_storage().data_ptr() != buffer.untyped_storage().data_ptr():
         raise EMAStateError(
             f"a parameter of shape {tuple(param.shape)} no longer lies in DeepSpeed's flat buffer: its data was "

@@ -1,6 +1,7 @@
-"""A DeepSpeed engine of ZeRO-3 that has no optimizer: a teacher, or a reference policy.
+"""DeepSpeed engines of ZeRO-3 without an optimizer: a teacher, or a reference policy.
 
-Its weights are cut as those of one that trains, and nothing but their pieces is kept: there are no masters.
+DeepSpeed cuts the weights of such a model as it cuts those of a model that trains (see ``masters.py``), but keeps no
+masters. This file averages into the live pieces.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from dist_ema.geometry.spec import TensorSpec
 
 
 def is_untrained(engine: Any) -> bool:
-    """Returns whether this DeepSpeed engine is one of ZeRO-3 without an optimizer. Local."""
-    # What deepspeed 0.19.8 has as engine.optimizer then (runtime/engine.py, runtime/zero/parameter_offload.py).
+    """Returns whether a DeepSpeed engine is one of ZeRO-3 without an optimizer. Local."""
+    # deepspeed 0.19.8 sets engine.optimizer to an object of this class then (runtime/engine.py,
+    # runtime/zero/parameter_offload.py).
     return type(engine.optimizer).__name__ == "DeepSpeedZeRoOffload"
 
 
 class _NoMasters(Masters):
-    """Stands for the masters of a model that nobody trains."""
+    """Implements :class:`Masters` for a model without masters."""
 
     shards_frozen = True
 
@@ -35,17 +37,20 @@ class _NoMasters(Masters):
         return {}
 
     def publish(self) -> None:
-        """Full copies that a forward pass left behind are dropped; the next one gathers anew. Local."""
+        """Drops the full copies that a forward pass left behind, so that the next one gathers anew. Local."""
         self._optimizer.partition_all_parameters()
 
 
 class UntrainedZeroEngine(ZeroEngine):
-    """The sources are the live pieces (``ds_tensor``). A forward pass keeps small parameters whole
-    (``stage3_param_persistence_threshold``), and would go on computing with them: they are dropped with the others."""
+    """Engine whose sources are the live pieces of each parameter (``ds_tensor``).
+
+    A forward pass keeps full copies of small parameters (``stage3_param_persistence_threshold``), and the next one
+    would compute with these copies. ``publish()`` and ``reshard()`` drop them with all others.
+    """
 
     def __init__(self, engine: Any) -> None:
         super().__init__(engine, _NoMasters(engine.optimizer))
-        self.publish_is_collective = False
+        self.publish_is_collective = False  # nothing is gathered before the next forward pass
 
     def reshard(self) -> None:
         self._masters.publish()

@@ -1,7 +1,15 @@
-"""DeepSpeed: ZeRO stages 0 to 3 in fp32, bf16 and fp16, with or without optimizer offload to the CPU.
+"""DeepSpeed engines: ZeRO stages 0 to 3 in fp32, bf16 and fp16, with or without optimizer offload to the CPU.
 
-The source of a trained parameter is its fp32 master weights wherever DeepSpeed keeps some. An average of the bf16
-weights that the model computes with would stop moving from a decay of .99 on.
+The source of a trained parameter is this rank's part of its fp32 masters, wherever DeepSpeed keeps masters::
+
+    step()                 gradient -> master (fp32) -> live weights (bf16), all-gathered
+    update()               shadow <- master
+    average_parameters()   master <-> shadow, then live weights <- master; the same on the way back
+
+The bf16 weights that the model computes with are rounded masters. Their average would lack what the rounding drops.
+
+Which rank has which masters is drawn in ``masters.py``. ``groups.py`` finds the ranks that hold a parameter, and
+``marks.py`` refuses modules that were given without their engine.
 """
 
 from __future__ import annotations
@@ -28,17 +36,17 @@ from dist_ema.runtime.untraced import untraced
 
 
 class ZeroEngine(Engine):
-    """A ``deepspeed.DeepSpeedEngine``.
+    """Averages the model of a ``deepspeed.DeepSpeedEngine``.
 
-    Also a ``PipelineEngine``, whose stages hold different names, and MoE layers, whose experts have the names that they
-    would have if one rank held them all: ``....deepspeed_experts.5.weight``.
+    A ``PipelineEngine`` is allowed; its stages have tensors of different names. MoE layers are allowed; experts have
+    the names that they would have if one rank held all of them, such as ``....deepspeed_experts.5.weight``.
 
-    Raises EMAEngineError for what it cannot average: no optimizer under ZeRO, an optimizer that it does not know
-    (ZenFlow, SuperOffload, MiCS), offload to NVMe, tensor parallelism, AutoEP.
+    Raises EMAEngineError for an engine that it cannot average: without an optimizer under ZeRO, with an unknown
+    optimizer (ZenFlow, SuperOffload, MiCS), with offload to NVMe, with tensor parallelism, or with AutoEP.
     """
 
     def __init__(self, engine: Any, masters: Masters | None = None) -> None:
-        # DeepSpeedEngine's attributes as read in deepspeed 0.19.8, runtime/engine.py.
+        # The attributes of DeepSpeedEngine that this file uses were read in deepspeed 0.19.8, runtime/engine.py.
         self.group = dist.group.WORLD
         self._engine = engine
         self._groups = Groups(engine)
@@ -54,15 +62,17 @@ class ZeroEngine(Engine):
     def _read_specs(self) -> list[TensorSpec]:
         """See :meth:`Engine.specs`. Local.
 
-        A parameter is trained if it is in a group of DeepSpeed's optimizer. Under ZeRO its ``requires_grad`` does not
-        matter: one that is frozen later keeps its master, and one that was unfrozen after ``deepspeed.initialize()``
-        has none and never changes. At stage 0 groups may hold frozen parameters, so that the flag counts as well.
+        Under ZeRO a parameter is trained if it is in a group of DeepSpeed's optimizer, whatever its ``requires_grad``
+        is: a parameter that is frozen after ``deepspeed.initialize()`` keeps its master, and one that is unfrozen then
+        gets none and never changes. At stage 0 a parameter has to be in a group and to have ``requires_grad``, because
+        groups may hold frozen parameters there.
         """
         slots = self._groups.slots()
         slices = self._masters.slices()
         self._stepped = self._masters.stepped()
         self._binding = Binding(self._engine.module, slots, _full_shape, ignored=self._ignored)
         self._entries = [(slot, self._slice_of(slot, slices)) for slot in slots]
+        # Addresses of the flat masters at the last _read_sources(), and the views that were made of them then.
         self._seen: list[tuple[int, int, torch.dtype]] = []
         self._views: list[Tensor | None] = [None] * len(slots)
         return [self._spec(slot, piece) for slot, piece in self._entries]
@@ -73,7 +83,8 @@ class ZeroEngine(Engine):
         self._follow(self._binding)
         self._masters.check_resident()
         flats = self._masters.flats()
-        # Views of masters that lie where they lay: a slice for each parameter would take longer than the kernel.
+        # The views are kept as long as the masters stay where they are. To slice each parameter again at every update
+        # would take longer than the kernel.
         seen = [(flat.data_ptr(), flat.numel(), flat.dtype) for flat in flats]
         if seen != self._seen:
             self._views = [None if piece is None else _view(piece, flats) for _, piece in self._entries]
@@ -91,12 +102,12 @@ class ZeroEngine(Engine):
         held = self._binding.held
         flagged = [number for number in numbers if held[number].requires_grad]
         if not flagged or not self._masters.replicated:
-            return []  # under ZeRO, what had no master at first never gets one
+            return []  # under ZeRO a parameter that has no master at first never gets one
         self._stepped = self._masters.stepped()
         return [number for number in flagged if self._is_trained(self._entries[number][1], held[number])]
 
     def _is_trained(self, piece: MasterSlice | None, tensor: Tensor) -> bool:
-        """Returns whether an optimizer of DeepSpeed's changes a parameter. Local."""
+        """Returns whether DeepSpeed's optimizer changes a parameter. Local."""
         if not self._masters.replicated:
             return piece is not None
         in_group = piece is not None or self._stepped is None or id(tensor) in self._stepped
@@ -104,11 +115,11 @@ class ZeroEngine(Engine):
 
     @property
     def is_part(self) -> bool:
-        """True for a pipeline, and for MoE layers. Local."""
+        """Returns True for a pipeline and for a model with MoE layers. Local."""
         return self._groups.is_part
 
     def ranks(self) -> frozenset[int]:
-        """Returns all of them: DeepSpeed partitions over the world."""
+        """Returns all ranks of the run, because DeepSpeed partitions over the world. Local."""
         return frozenset(range(dist.get_world_size())) if dist.is_initialized() else frozenset()
 
     def modules(self) -> list[nn.Module]:
@@ -116,30 +127,32 @@ class ZeroEngine(Engine):
         return [self._engine.module]
 
     def stepped(self) -> bool:
-        """False on accumulation micro-steps and on steps that DeepSpeed skipped for an overflow. Local."""
+        """Returns False on accumulation micro-steps and on steps that DeepSpeed skipped for an overflow. Local."""
         return self._steps.take()
 
     def publish(self) -> None:
-        """Casts the masters into the live weights and gathers those as DeepSpeed's own step does.
+        """Casts the masters into the live weights and gathers these as DeepSpeed's own step does.
 
-        Collective at stages 1 to 3, local at stage 0. Accumulated gradients are left alone. A write to the live weights
-        that never reached the masters is lost here, as it would be in DeepSpeed's next step.
+        Collective at stages 1 to 3, local at stage 0. Accumulated gradients stay as they are. A write to the live
+        weights that never reached the masters is lost here, as it would be in DeepSpeed's next step.
         """
-        # No look at what was replaced or frozen: sources() has looked, and the way back must not be barred.
+        # The binding is not checked here. sources() has done that, and an error here would keep the live weights from
+        # being restored at the end of average_parameters().
         self._masters.check_resident()
         self._masters.publish()
 
     def attach(self, optimizer: object, callback: Callable[[], object]) -> RemovableHandle:
-        """Calls ``callback`` after every ``engine.step()``; :meth:`stepped` tells the real steps. Local.
+        """Calls ``callback`` after every ``engine.step()``, or ``train_batch()`` of a pipeline engine. Local.
 
-        A pipeline engine has ``train_batch()`` in its place.
-
-        ``optimizer`` is the DeepSpeed engine, its ``.optimizer``, the torch optimizer inside, or a wrapper of one of
-        them. The inner optimizer's own step hook would come before the live weights are made, once per group.
+        :meth:`stepped` then tells whether that was a real step. ``optimizer`` is the DeepSpeed engine, its
+        ``.optimizer``, the torch optimizer inside, or a wrapper of one of them.
         """
+        # A step hook of the torch optimizer would not do: it is called once for each parameter group, and before the
+        # live weights have been made of the masters.
         engine = self._engine
         if engine.basic_optimizer is None and optimizer is not engine:
             return super().attach(optimizer, callback)
+        # Look through the wrappers for an optimizer of this engine.
         known = [engine, engine.optimizer, engine.basic_optimizer]
         inner: object = optimizer
         while inner is not None:
@@ -156,37 +169,51 @@ class ZeroEngine(Engine):
         return None if tensor is None else slices.get(id(tensor))
 
     def _spec(self, slot: Slot, piece: MasterSlice | None) -> TensorSpec:
+        """Returns the spec of one tensor. ``piece`` is its master slice, None if it has no master. Local.
+
+        ========================================  ============================================================
+        tensor                                    runs
+        ========================================  ============================================================
+        buffer                                    whole, each rank its own
+        trained, ZeRO-1 to 3                      those of the master slice
+        frozen, ZeRO-3                            those of the live piece
+        trained, stage 0                          whole, with all ranks that hold the parameter as replicas
+        frozen, stage 0 to 2                      whole, each rank its own
+        ========================================  ============================================================
+        """
         tensor: Any = slot.get()
         refuse_declared(slot.name, tensor, _full_shape(tensor), "DeepSpeed")
         if piece is not None and tensor.is_complex() and not self._masters.replicated:
             raise EMAEngineError(
-                f"parameter {slot.name!r} is {tensor.dtype}: DeepSpeed keeps real numbers of it only, so its training "
-                "loses the imaginary parts. Keep the two parts as a real parameter, or use FSDP2 or DDP"
+                f"parameter {slot.name!r} is {tensor.dtype}: DeepSpeed keeps only the real parts, so training loses "
+                "the imaginary parts. Store both parts in a real parameter, or use FSDP2 or DDP"
             )
         if slot.is_buffer:
             return TensorSpec.unsharded(slot.name, tensor, kind="buffer", partitioned=False, aliases=slot.aliases)
         shape = _full_shape(tensor)
-        team = self._groups.of(slot.name, tensor)
-        known: dict[str, Any] = {"lowest_mesh_rank": min(team.ranks), "aliases": slot.aliases}
+        holders = self._groups.holders_of(slot.name, tensor)
+        known: dict[str, Any] = {"lowest_mesh_rank": min(holders.ranks), "aliases": slot.aliases}
         if piece is not None and piece.group is not None:
-            if dist.get_process_group_ranks(piece.group) != team.ranks:
+            # The elements of a parameter lie on the ranks over which its optimizer group is partitioned. These have to
+            # be the ranks that hold the parameter.
+            if dist.get_process_group_ranks(piece.group) != holders.ranks:
                 raise EMAEngineError(
-                    f"expert parameter {slot.name!r} is in a group of the optimizer that DeepSpeed partitions over all "
-                    "ranks, which have other experts of that name: make the optimizer's groups with "
+                    f"expert parameter {slot.name!r} is in an optimizer group that DeepSpeed partitions over all "
+                    "ranks, but other ranks have other experts under that name: make the optimizer's groups with "
                     "deepspeed.moe.utils.split_params_into_different_moe_groups_for_optimizer"
                 )
             return TensorSpec(slot.name, shape, tensor.dtype, piece.runs, **known)
         if piece is None and self._masters.shards_frozen:
             return TensorSpec(slot.name, shape, tensor.dtype, stage3_runs(tensor), kind="frozen", **known)
-        # At stage 0 each rank of the team has the masters whole; in fp32 the live weights are what the optimizer steps.
+        # At stage 0 each of these ranks has all masters. In fp32 there are none: the optimizer steps the live weights.
         if self._is_trained(piece, tensor):
-            return TensorSpec(slot.name, shape, tensor.dtype, whole(shape.numel()), replicas=team.replicas, **known)
+            return TensorSpec(slot.name, shape, tensor.dtype, whole(shape.numel()), replicas=holders.replicas, **known)
         return TensorSpec.unsharded(slot.name, tensor, kind="frozen", partitioned=False, aliases=slot.aliases)
 
     def _live_source(self, slot: Slot) -> Tensor:
-        """Returns the live source of a tensor without masters."""
+        """Returns this rank's elements of a tensor without masters. Local; no copy."""
         tensor: Any = slot.get()
-        if tensor is None:  # an ignored one that was removed
+        if tensor is None:  # an ignored tensor that was removed
             return torch.empty(0)
         if slot.is_buffer:
             buffer: Tensor = tensor
@@ -205,50 +232,54 @@ def _view(piece: MasterSlice, flats: Sequence[Tensor]) -> Tensor:
 
 
 def _full_shape(tensor: Tensor) -> torch.Size:
-    """Stage 3 empties a parameter between uses, and keeps its shape beside it."""
+    """Returns the full shape of a parameter, which stage 3 keeps in ``ds_shape`` while the parameter is empty."""
     return torch.Size(getattr(tensor, "ds_shape", tensor.shape))
 
 
 class _StepCounter:
-    """Notices the steps that the torch optimizer inside the engine really takes.
+    """Notices the real steps of the torch optimizer inside the engine.
 
-    The engine's own counters do not serve: ``load_checkpoint()`` moves them both ways, and ``was_step_applied()``
-    only knows the last call. The inner optimizer is not called at all on micro-steps and overflows.
+    DeepSpeed does not call that optimizer on micro-steps and overflows. The engine's own counters cannot be used:
+    ``load_checkpoint()`` moves them forward and back, and ``was_step_applied()`` knows only the last call.
     """
 
     def __init__(self, engine: Any) -> None:
         self._stepped = False
-        # The second optimizer steps what stays on the device under a partial offload (stage 3, offload ratio below 1).
+        # With partial offload (stage 3, offload ratio below 1) a second optimizer steps the part that stays on the
+        # device.
         inner = [engine.basic_optimizer, getattr(engine.optimizer, "backup_optimizer", None)]
         self._optimizers = [optimizer for optimizer in inner if optimizer is not None]
         for optimizer in self._optimizers:
             if not isinstance(optimizer, torch.optim.Optimizer):
                 raise EMAEngineError(
                     f"the optimizer inside the DeepSpeed engine is a {type(optimizer).__name__}, not a "
-                    "torch.optim.Optimizer, so its steps cannot be seen"
+                    "torch.optim.Optimizer, so its steps cannot be counted: give deepspeed.initialize() an optimizer "
+                    "that derives from torch.optim.Optimizer"
                 )
             self._listen(optimizer)
 
     def _listen(self, optimizer: torch.optim.Optimizer) -> None:
-        """Hooks that go when this object goes."""
-        me = weakref.ref(self)
+        """Registers a step hook, which is removed when this object is garbage collected. Local."""
+        # The hook must not keep this object alive, so it has only a weak reference.
+        reference = weakref.ref(self)
 
         @untraced
-        def note(stepped: torch.optim.Optimizer, *_: object) -> None:
-            counter = me()
+        def note_step(stepped: torch.optim.Optimizer, *_: object) -> None:
+            counter = reference()
             if counter is not None and is_training_step(stepped):
                 counter._stepped = True
 
-        weakref.finalize(self, optimizer.register_step_post_hook(note).remove)
+        weakref.finalize(self, optimizer.register_step_post_hook(note_step).remove)
 
     def take(self) -> bool:
-        """Was there a step since this was last asked? Always yes without an optimizer: then the caller steps."""
-        stepped, self._stepped = self._stepped, False
+        """Returns whether there was a real step since the last call; always True without an optimizer. Local."""
+        stepped = self._stepped
+        self._stepped = False
         return stepped or not self._optimizers
 
 
 class _StepWrapper:
-    """A method of the engine that calls back after each call; ``remove()`` puts the original back."""
+    """Replaces a method of the engine by one that also calls back; ``remove()`` puts the original back."""
 
     def __init__(self, engine: Any, method: str, callback: Callable[[], object]) -> None:
         self._engine = engine
@@ -266,7 +297,10 @@ class _StepWrapper:
         return result
 
     def remove(self) -> None:
-        """Stops the calls. Where another wrapper came on top, this one stays below it and only passes on. Local."""
+        """Stops the callbacks and puts the original method back. Local.
+
+        If other code has wrapped the method since, this wrapper stays inside of that one and only passes calls on.
+        """
         self._callback = None
         if vars(self._engine).get(self._method) is not self._wrapper:
             return
