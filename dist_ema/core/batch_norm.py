@@ -1,4 +1,15 @@
-"""BatchNorm's running statistics for an average: those of the live weights do not fit averaged ones."""
+"""``update_bn()``: computes BatchNorm's running statistics for an average. Collective.
+
+The activations of averaged weights have other means and variances than those of the live weights, so the statistics
+that training has collected do not fit the average. Steps::
+
+    1  begin            every rank can take part, and the average has a place for the statistics
+    2  forward passes   inside average_parameters(), in training mode, with statistics that start from zero
+    3  add up           the mean over the batches of all ranks
+    4  write            into the shadows of the buffers
+
+Step 2 changes buffers, modes and momenta of the live model, and puts all of them back.
+"""
 
 from __future__ import annotations
 
@@ -47,6 +58,7 @@ def update_bn(
         try:
             found = _run(engine, slots, batches, forward or engine.modules()[0], group)
         finally:
+            # The forward passes wrote buffers, and _training() has put them back. The visit must not report that.
             if average.condition.swap is not None:
                 average.condition.swap.accept_buffers()
     average.shadow.release_parts()
@@ -62,18 +74,22 @@ def update_bn(
 
 
 def _slots(engine: Engine, shares: dict[str, Share]) -> list[Slot]:
-    """Finds the statistics in the average. Raises EMAConfigError if they are not there. Local."""
-    slots = [
-        slot
-        for module in engine.modules()
-        for slot in walk_slots(module)
-        if slot.is_buffer and isinstance(slot.owner, BatchNorm) and slot.key in (*_STATISTICS, _COUNT)
-    ]
+    """Finds the buffers of all BatchNorm modules. Local.
+
+    Raises:
+        EMAConfigError: the average does not have one of them.
+    """
+    slots = []
+    for module in engine.modules():
+        for slot in walk_slots(module):
+            is_statistic = slot.key in (*_STATISTICS, _COUNT)
+            if slot.is_buffer and is_statistic and isinstance(slot.owner, BatchNorm):
+                slots.append(slot)
     missing = [slot.name for slot in slots if shares[slot.name].mode == "live"]
     if missing:
         raise EMAConfigError(
-            f"update_bn(): {missing[0]!r} and {len(missing) - 1} more are not in the average, so there is nothing to "
-            'write into: give buffers="copy" or buffers="average", and do not exclude them'
+            f"update_bn(): the average does not have {missing[0]!r} and {len(missing) - 1} more statistics. Use "
+            'buffers="copy" or buffers="average", and do not exclude them'
         )
     return slots
 
@@ -85,35 +101,54 @@ def _run(
     forward: Callable[[object], object],
     group: dist.ProcessGroup | None,
 ) -> dict[str, Tensor]:
-    """Returns the statistics of all ranks' batches by the names of their buffers, in float64. Collective."""
+    """Runs the forward passes, and returns the statistics of all ranks' batches by buffer name. Collective.
+
+    The values are on the CPU, in float64.
+    """
     failure: BaseException | None = None
     means: dict[str, Tensor] = {}
     counts: dict[str, Tensor] = {}
-    with engine.own_buffers(), _training(engine, [slot.owner for slot in slots if isinstance(slot.owner, BatchNorm)]):
+    norms = [slot.owner for slot in slots if isinstance(slot.owner, BatchNorm)]
+    with engine.own_buffers(), _training(engine, norms):
         try:
             for batch in batches:
                 forward(batch[0] if isinstance(batch, (list, tuple)) else batch)
             for slot in slots:
                 _read(slot, means, counts)
-        except BaseException as error:  # the others wait to be told
+        except BaseException as error:
+            # Raised below: the other ranks are in gather_objects(), and would wait for this rank.
             failure = error
-    ranks = gather_objects((None if failure is None else repr(failure), sum(map(int, counts.values())) > 0), group)
-    told = gather_objects({name: mean.numel() for name, mean in means.items()}, group)
-    failures = [f"rank {rank}: {text}" for rank, (text, _) in enumerate(ranks) if text is not None]
+
+    # Exchange failures, and whether a rank saw any batch.
+    own_error = None if failure is None else repr(failure)
+    saw_batches = sum(map(int, counts.values())) > 0
+    ranks = gather_objects((own_error, saw_batches), group)
+    sizes_of_ranks = gather_objects({name: mean.numel() for name, mean in means.items()}, group)
     if failure is not None:
         raise failure
+    failures = [f"rank {rank}: {text}" for rank, (text, _) in enumerate(ranks) if text is not None]
     if failures:
         raise EMAStateError(f"update_bn() failed: {'; '.join(failures)}")
-    sizes = {name: size for found in told for name, size in found.items()}  # a pipeline's ranks have different ones
+
+    # In a pipeline each rank has the buffers of its own stage. All ranks need the sizes of all, to add up alike.
+    sizes: dict[str, int] = {}
+    for own in sizes_of_ranks:
+        sizes.update(own)
     if sizes and not any(saw for _, saw in ranks):
-        raise EMAConfigError("batches: there are none on any rank, or none that reaches a BatchNorm")
+        raise EMAConfigError(
+            "batches: no rank ran a batch through a BatchNorm. Pass at least one batch, and a forward= that uses the "
+            "model's BatchNorm layers"
+        )
     if size_of(group) > 1:
         _add_up(sizes, means, counts, group)
     return {slot.name: _value(slot, means, counts) for slot in slots}
 
 
 def _read(slot: Slot, means: dict[str, Tensor], counts: dict[str, Tensor]) -> None:
-    """Copies one buffer, of which the average's own is put back in its place."""
+    """Copies one buffer, and the number of batches that its module has seen. Local.
+
+    They have to be copied, because _training() writes the previous values back into the same memory.
+    """
     value = slot.get()
     count = slot.owner.num_batches_tracked
     if value is not None and slot.key in _STATISTICS:
@@ -125,16 +160,23 @@ def _read(slot: Slot, means: dict[str, Tensor], counts: dict[str, Tensor]) -> No
 def _add_up(
     sizes: dict[str, int], means: dict[str, Tensor], counts: dict[str, Tensor], group: dist.ProcessGroup | None
 ) -> None:
-    """Means of all ranks' batches, and how many these are. Collective."""
+    """Replaces each rank's means and counts by those of the batches of all ranks. Collective.
+
+    One sum over ranks carries everything, with names in the same order on every rank::
+
+        [ mean_a * count_a | count_a | mean_b * count_b | count_b | ... ]     zeros for what this rank does not have
+    """
     names = sorted(sizes)
-    zero = torch.zeros((), dtype=torch.float64)
-    flat = [
-        torch.cat([(means[name] * counts[name]).view(-1), counts[name].view(1)])
-        if name in means
-        else torch.zeros(sizes[name] + 1, dtype=torch.float64)
-        for name in names
-    ]
-    total = sum_tensor(torch.cat(flat) if flat else zero.view(1), group)
+    flat = []
+    for name in names:
+        if name in means:
+            flat.append((means[name] * counts[name]).view(-1))
+            flat.append(counts[name].view(1))
+        else:
+            flat.append(torch.zeros(sizes[name] + 1, dtype=torch.float64))
+    nothing = torch.zeros(1, dtype=torch.float64)  # a model without BatchNorm still takes part in the collective
+    total = sum_tensor(torch.cat(flat) if flat else nothing, group)
+
     start = 0
     for name in names:
         stop = start + sizes[name]
@@ -142,37 +184,40 @@ def _add_up(
             means[name] = (total[start:stop] / total[stop]).view(means[name].shape)
             counts[name] = total[stop].clone()
         start = stop + 1
-    # A count belongs to the statistics beside it.
-    beside = {name.rpartition(".")[0]: counts[name] for name in names if name in means}
+
+    # num_batches_tracked has no mean of its own. It gets the count of the statistics in the same module.
+    by_module = {name.rpartition(".")[0]: counts[name] for name in names if name in means}
     for name in counts:
-        counts[name] = beside.get(name.rpartition(".")[0], counts[name])
+        counts[name] = by_module.get(name.rpartition(".")[0], counts[name])
 
 
 def _value(slot: Slot, means: dict[str, Tensor], counts: dict[str, Tensor]) -> Tensor:
+    """Returns the value that a buffer of a BatchNorm gets in the average. Local."""
     if slot.key in _STATISTICS:
         return means[slot.name]
-    if isinstance(slot.owner, nn.SyncBatchNorm) and dist.is_initialized():  # a batch of several ranks is one
+    if isinstance(slot.owner, nn.SyncBatchNorm) and dist.is_initialized():
+        # The ranks of its group share each batch, and each of them has counted it.
         return counts[slot.name] // size_of(slot.owner.process_group or dist.group.WORLD)
     return counts[slot.name]
 
 
 @contextmanager
 def _training(engine: Engine, norms: Sequence[BatchNorm]) -> Iterator[None]:
-    """Training mode, and statistics that begin anew; modes, momenta and persistent buffers are put back."""
+    """Sets training mode and resets the statistics in the block. Restores modes, momenta and persistent buffers."""
     modes = {module: module.training for root in engine.modules() for module in root.modules()}
     momenta = {norm: norm.momentum for norm in norms}
-    kept = [
-        (tensor, tensor.clone())
-        for root in engine.modules()
-        for slot in walk_slots(root)
-        if slot.is_buffer and (tensor := slot.get()) is not None
-    ]
+    kept: list[tuple[Tensor, Tensor]] = []
+    for root in engine.modules():
+        for slot in walk_slots(root):
+            tensor = slot.get() if slot.is_buffer else None
+            if tensor is not None:
+                kept.append((tensor, tensor.clone()))
     try:
         for root in engine.modules():
             root.train()
         for norm in momenta:
             norm.reset_running_stats()
-            norm.momentum = None
+            norm.momentum = None  # torch then computes the plain mean over batches
         yield
     finally:
         for module, mode in modes.items():

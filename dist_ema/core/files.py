@@ -1,11 +1,15 @@
 """Calls on files: ``save()``, ``load()``, ``export()`` and ``snapshot()``.
 
-All four have the same frame. Inside ``begin()`` each rank checks what it can check alone; when all agree, a group on
-the CPU reads or writes. ``save(block=False)`` and a snapshot hand the second half to a thread::
+All four have the same form. Inside ``begin()`` each rank checks what it can check alone. When all ranks have succeeded,
+they read or write, and communicate over a group on the CPU. ``save(block=False)`` leaves the second half to a thread of
+the library::
 
-    caller's thread     begin | make the files, write live weights | -> training goes on
-    our thread                                                     | read the shadow | sync, commit
+    caller's thread     begin | make the files, write live weights | training continues
+    library's thread                                               | read the shadow | sync, commit
     next due update                                                  waits until here ^
+
+A snapshot is begun by ``update()``, which must not communicate, so all of it happens in that thread. ``checkpoints/``
+decides who writes which bytes; ``runtime/background.py`` has the thread.
 """
 
 from __future__ import annotations
@@ -32,13 +36,14 @@ from dist_ema.core.average import PATIENCE, Average, collective
 from dist_ema.core.snapshots import Snapshots
 from dist_ema.core.view import View
 from dist_ema.engines.names import unwrapped
+from dist_ema.formats.manifest import Manifest
 from dist_ema.geometry.shares import Share, in_shapes_of, shares_to_load
 from dist_ema.options import check_cast
 from dist_ema.runtime.interrupts import Uninterrupted
 from dist_ema.runtime.streams import Handover
 from dist_ema.shadow.device import Shadow
 
-#: Work of our thread, which enters the context while it reads the shadow.
+#: What the library's thread runs. It enters the given context while it reads the shadow; updates wait for its exit.
 Work = Callable[[AbstractContextManager[None]], None]
 
 
@@ -67,14 +72,14 @@ def export(
     )
     with average.begin(call):
         check_cast(dtype)
-        held = average.view(call.name).average(average.name(name))
+        values = average.view(call.name).average(average.name(name))
     chosen = average.name(name)
     average.warn_if_not_started(call.name)
     modules = average.engine.modules()
     write_export(
         path,
         average.full_tensors,
-        held.get,
+        values.get,
         average.groups.files(call.name, PATIENCE, average.nbytes()),
         dtype=dtype,
         max_shard_size=max_shard_size,
@@ -98,8 +103,8 @@ def save(
         with average.begin(call, timeout=timeout):
             average.wait_for_save()
             view = average.view("save()")
-            held = {name: view.average(name, include_untracked) for name in average.names}
-            for tensors in held.values():
+            values = {name: view.average(name, include_untracked) for name in average.names}
+            for tensors in values.values():
                 check_readable(tensors.values())
         average.warn_if_not_started("save()")
         nbytes = average.nbytes()
@@ -107,7 +112,7 @@ def save(
             average.state(average.skipped()),
             average.options.schedules,
             average.full_tensors,
-            {name: tensors.get for name, tensors in held.items()},
+            {name: tensors.get for name, tensors in values.items()},
             include_untracked,
         )
         writing = Save(path, contents, average.groups.files("save()", timeout, nbytes))
@@ -115,7 +120,9 @@ def save(
             writing.run()
             return
         writing.start()
-        turn = average.groups.line_up("save()", timeout, nbytes)  # all ranks are here, so in one order on all
+        # The thread communicates later. It takes its place in the line here, where all ranks are in the same call, so
+        # that threads of different saves communicate in the same order on every rank.
+        turn = average.groups.line_up("save()", timeout, nbytes)
 
     def finish(reading: AbstractContextManager[None]) -> None:
         with named_operation(operation, timeout):
@@ -125,7 +132,7 @@ def save(
 
 
 def _handover(average: Average) -> Handover:
-    """Lets our thread read the shadow when the work that is queued on it is done. Local."""
+    """Returns what lets the thread read the shadow after device work that is already queued on it. Local."""
     tensors = []
     if average.shadow.started:
         for name in average.names:
@@ -134,7 +141,7 @@ def _handover(average: Average) -> Handover:
 
 
 def _in_background(average: Average, work: Work, handover: Handover, turn: Turn) -> None:
-    """Runs ``work`` in a thread, after which its turn is over, even if ``work`` did not take it. Local."""
+    """Runs ``work`` in the library's thread. Its turn to communicate ends with it, even if it was not used. Local."""
 
     def run(reading: AbstractContextManager[None]) -> None:
         try:
@@ -162,10 +169,10 @@ def snapshot(
 
 
 def take_snapshot(average: Average, snapshots: Snapshots) -> None:
-    """Has a thread save the averages as they are. Local; waits for an offloaded update and for an earlier save."""
+    """Starts a save of the averages in the library's thread. Local; waits for an offloaded update and earlier saves."""
     average.condition.refuse("snapshot")
     average.shadow.wait()
-    # Read here, since the average may have changed when the thread gets its turn.
+    # Everything is read here and passed to the thread, because the average may be another one when its turn comes.
     path = snapshots.path(average.track.training)
     engine = average.engine
     shares = average.shares
@@ -173,16 +180,17 @@ def take_snapshot(average: Average, snapshots: Snapshots) -> None:
     state = average.state(0)
     schedules = average.options.schedules
     view = View(shares, average.shadow, engine.sources(), average.condition)
-    held = {name: view.average(name, include_untracked=False).get for name in average.names}
+    values = {name: view.average(name, include_untracked=False).get for name in average.names}
     handover = _handover(average)
     turn = average.groups.line_up("snapshot()", PATIENCE, average.nbytes())
 
     def contents(group: dist.ProcessGroup | None) -> Contents:
-        # After a reset() ranks have not agreed on the catalogue yet.
+        # Without a collective call since construction or reset(), ranks have no catalogue. Making it communicates, so
+        # it is made in the thread.
         entries = average.proven(engine, shares, group) if catalogue is None else catalogue
         with handover.taken():
-            skipped = average.skipped()  # waits for the device
-        return Contents(replace(state, skipped=skipped), schedules, entries, held, False, snapshots.dtype)
+            skipped = average.skipped()  # waits for the device, so not in update()
+        return Contents(replace(state, skipped=skipped), schedules, entries, values, False, snapshots.dtype)
 
     def write(reading: AbstractContextManager[None]) -> None:
         with named_operation(f"snapshot {path}", PATIENCE), turn as group:
@@ -195,7 +203,8 @@ def take_snapshot(average: Average, snapshots: Snapshots) -> None:
 def load(average: Average, path: str | os.PathLike[str], strict: bool, verify: bool) -> None:
     """See :meth:`ShardedEMA.load`.
 
-    The checkpoint is read into a new shadow, which takes the place of the old one when all ranks have read theirs.
+    The checkpoint is read into a new shadow. It replaces the old one when all ranks have read their parts, so an error
+    loses nothing.
     """
     average.background.drain()
     call = average.call("load()", f"load from {path}", strict=strict, verify=verify)
@@ -206,10 +215,16 @@ def load(average: Average, path: str | os.PathLike[str], strict: bool, verify: b
     options = average.options
     group = average.groups.files("load()", PATIENCE, average.nbytes())
     names = [average.shares[number].spec.name for number in unfrozen]
-    manifest, shadow, shares = read_anew_if_replaced(
-        lambda: Load(path, average.full_tensors, average.names, group, options.selects, options.dtype, names),
-        lambda reading: (reading.manifest, *_filled(average, reading, sources, unfrozen, strict, verify)),
-    )
+
+    def open_checkpoint() -> Load:
+        return Load(path, average.full_tensors, average.names, group, options.selects, options.dtype, names)
+
+    def read(reading: Load) -> tuple[Manifest, Shadow, list[Share]]:
+        shadow, shares = _filled(average, reading, sources, unfrozen, strict, verify)
+        return reading.manifest, shadow, shares
+
+    # Another run may replace the checkpoint while it is read. Then both steps are repeated with the new one.
+    manifest, shadow, shares = read_anew_if_replaced(open_checkpoint, read)
     with Uninterrupted():
         average.replace(shadow, shares, manifest.state, "load()")
     report_schedules(manifest.schedules, options.schedules)
@@ -218,22 +233,36 @@ def load(average: Average, path: str | os.PathLike[str], strict: bool, verify: b
 def _filled(
     average: Average, reading: Load, sources: Sequence[Tensor], unfrozen: Sequence[int], strict: bool, verify: bool
 ) -> tuple[Shadow, list[Share]]:
-    """Returns a new shadow with what a checkpoint holds, and its shares. Collective; raises on every rank."""
+    """Returns a new shadow with the values of a checkpoint, and its shares. Collective; raises on every rank.
+
+    Args:
+        average: the average that will be replaced. It stays as it is.
+        reading: the opened checkpoint.
+        sources: the live tensors.
+        unfrozen: the numbers of parameters that were frozen and are trained now.
+        strict: the checkpoint must have every tensor.
+        verify: compare checksums.
+    """
     found = reading.match(strict)
+
+    # Parameters that the checkpoint averages join here, too, if they are trained by now.
     own = average.shares
     joining = [number for number in unfrozen if own[number].spec.name in reading.joining]
     if joining:
         own = list(own)
     for number in joining:
-        # Replicas share a frozen tensor. They do not once it is trained, where DDP has not been told of it.
+        # DDP does not synchronize a parameter that was frozen when it wrapped the model. The replicas of such a
+        # parameter may differ once it is trained, so each rank averages all of its own. describe() knows that.
         own[number] = replace(own[number], spec=average.engine.describe(number))
     shares = shares_to_load(own, reading.joining, reading.shapes, average.options)
+
     shadow = average.new_shadow(reading.manifest.seed, shares)
     if reading.manifest.started:
-        # What a checkpoint lacks starts from the live weights; where it may lack nothing, none are copied.
-        begin = shadow.allocate if strict else shadow.start
+        # With strict=False a checkpoint may lack tensors, which begin with their live values. Otherwise every element
+        # is read from the checkpoint, so the live values need not be copied first.
+        prepare = shadow.allocate if strict else shadow.start
         with agreed(average.engine.group, "load()"):
-            begin(in_shapes_of(shares, sources))
+            prepare(in_shapes_of(shares, sources))
             shadow.wait()
         reading.fill(shadow, shares, found, verify)
         shadow.loaded()

@@ -1,9 +1,14 @@
-"""Saves of the averages at regular moments of the training, each under a name of its own.
+"""Names, schedules and removes snapshots: saves at regular moments of the training, each under its own name.
 
-A run that diverged is often resumed from an earlier checkpoint. The snapshots that the abandoned part of the run has
-left beyond that moment belong to another history: ``synthesize`` must not mix them with the new ones, and ``keep=``
-must not prefer them because of their larger numbers. They are moved into ``FOLDER/abandoned-<number>``. A store cannot
-rename folders, so at a URL their manifests are renamed: a folder without a manifest is no checkpoint.
+A run that diverged is often resumed from an earlier checkpoint. Later snapshots of the abandoned part of the run then
+belong to another history: ``synthesize`` must not mix them with the new ones, and ``keep=`` must not prefer them
+because of their larger numbers. So the first snapshot after a resume sets them aside::
+
+    before        FOLDER/ 10000ba  20000ba  30000ba  40000ba
+    resumed at 25000ba; first new snapshot at 30000ba
+    after         FOLDER/ 10000ba  20000ba  30000ba (new)  abandoned-1/ 30000ba  40000ba
+
+A store cannot rename folders, so at a URL the manifests are renamed: a folder without a manifest is not a checkpoint.
 """
 
 from __future__ import annotations
@@ -35,16 +40,16 @@ logger = logging.getLogger(__name__)
 
 
 class Snapshots:
-    """Says where snapshots go, when, and which there are, for :meth:`ShardedEMA.snapshot`. Local but for ``save``.
+    """Holds one series of snapshots, as :meth:`ShardedEMA.snapshot` begins it. Local, except ``save``.
 
     Args:
-        folder: of the snapshots; each is a directory in it, or under it where ``folder`` is a URL.
-        every: training between two.
-        keep: how many of the newest are kept; None means all.
-        dtype: of floating-point averages on disk; None means the shadow's own.
+        folder: the folder of the snapshots, or a URL. Each snapshot is a directory in it.
+        every: training between two snapshots.
+        keep: how many of the newest snapshots are kept; None means all.
+        dtype: the dtype of floating-point averages on disk; None means that of the shadow.
 
     Raises:
-        EMAConfigError: one has a value that is not allowed.
+        EMAConfigError: an argument has a value that is not allowed.
     """
 
     def __init__(
@@ -65,10 +70,11 @@ class Snapshots:
         self.dtype = dtype
         self._keep = keep
         self._removed = False
-        self._begin: float | None = 0.0  # moment from which this run goes on; None when it has made a snapshot
+        # The moment at which this run started or was resumed. None after its first snapshot: later ones are its own.
+        self._begin: float | None = 0.0
 
     def begin(self, now: Progress) -> None:
-        """The run goes on from this moment: snapshots beyond it, which are there already, are of another run. Local."""
+        """Records that the run starts or resumes at this moment. Existing snapshots beyond it are abandoned. Local."""
         self._begin = now.value(self.every.unit)
 
     def is_due(self, before: Progress, now: Progress) -> bool:
@@ -76,18 +82,23 @@ class Snapshots:
         return not self._removed and crossed(before, now, self.every)
 
     def path(self, now: Progress) -> str:
-        """Returns the path of the snapshot of a moment: ``"FOLDER/20000ba"``."""
+        """Returns the path of the snapshot of a moment, such as ``"FOLDER/20000ba"``."""
         value = now.value(self.every.unit)
         name = f"{int(value)}" if value == int(value) else f"{value:g}"
-        if float(name) != value:  # two moments of a long run may have the same six digits
-            name = repr(value)
+        if float(name) != value:
+            name = repr(value)  # "%g" has six digits, which two moments of a long run may have in common
         return f"{self.folder.rstrip('/')}/{name}{self.every.unit}"
 
     def paths(self) -> list[Path]:
-        """Lists the snapshots in a folder of this machine, the oldest first, by their names alone."""
+        """Lists the snapshots in a local folder, the oldest first. It reads only names, not the snapshots."""
         folder = local_path(self.folder)
-        found = {path: self._moment(path.name) for path in (folder.iterdir() if folder.is_dir() else ())}
-        return sorted((path for path, moment in found.items() if moment is not None), key=lambda path: found[path] or 0)
+        found: list[tuple[float, Path]] = []
+        for path in folder.iterdir() if folder.is_dir() else ():
+            moment = self._moment(path.name)
+            if moment is not None:
+                found.append((moment, path))
+        found.sort(key=lambda entry: entry[0])
+        return [path for _, path in found]
 
     def _moment(self, name: str) -> float | None:
         """Returns the moment that the name of a snapshot states; None for any other name."""
@@ -101,13 +112,13 @@ class Snapshots:
         reading: AbstractContextManager[object],
         group: dist.ProcessGroup | None,
     ) -> None:
-        """Writes one, and removes what is too many. Collective among the group; in a thread.
+        """Writes a snapshot, and removes the oldest ones if ``keep`` asks for it. Collective; runs in a thread.
 
         Args:
-            path: of it.
-            make: called first, with ``group``, for what to write.
-            reading: entered while the averages are read.
-            group: in which ranks talk.
+            path: the path of the snapshot.
+            make: returns what to write. It is called first, with ``group``, and may communicate.
+            reading: a context that is entered while the averages are read.
+            group: the ranks that take part.
         """
         contents = make(group)
         with agreed(group, f"snapshot {path}"):
@@ -119,13 +130,17 @@ class Snapshots:
         self._begin = None
         if self._keep is None:
             return
+        # Old snapshots are removed only now that the new one is complete.
         with agreed(group, f"removing old snapshots in {self.folder}"):
             if rank_in(group) == 0:
                 for old in self.paths()[: -self._keep]:
                     remove_directory(old)
 
     def _set_aside(self, begin: float) -> None:
-        """Sets the snapshots beyond a moment aside, and logs which. On one rank. Raises what the storage raises."""
+        """Sets the snapshots beyond a moment aside, and logs which. Runs on one rank. Raises what the storage raises.
+
+        The log comes before the first move: if a move fails, the log still says where the others are.
+        """
         if is_remote(self.folder):
             system, root = file_system(self.folder)
             names = self._beyond(begin, checkpoints_at(system, root))
@@ -143,15 +158,19 @@ class Snapshots:
 
     def _beyond(self, begin: float, names: Iterable[str]) -> list[str]:
         """Returns the names of snapshots beyond a moment, the oldest first."""
-        moments = {name: moment for name in names if (moment := self._moment(name)) is not None and moment > begin}
+        moments: dict[str, float] = {}
+        for name in names:
+            moment = self._moment(name)
+            if moment is not None and moment > begin:
+                moments[name] = moment
         return sorted(moments, key=lambda name: moments[name])
 
     def _log_abandoned(self, begin: float, names: Sequence[str], where: str) -> None:
-        # Called before anything is moved: if moving one fails, the log still says where the others are.
+        """Warns that snapshots are set aside; ``where`` says where they are afterwards."""
         if names:
             logger.warning(
-                "%s has snapshots from beyond %g%s, where this run goes on: %s. They are of a run that was abandoned; "
-                "%s.",
+                "%s has snapshots from beyond %g%s, where this run continues: %s. They are of a run that was "
+                "abandoned; %s.",
                 self.folder,
                 begin,
                 self.every.unit,
@@ -160,5 +179,5 @@ class Snapshots:
             )
 
     def remove(self) -> None:
-        """Makes no more snapshots. Local; on every rank."""
+        """Ends the series: no more snapshots are made. Local; call it on every rank."""
         self._removed = True

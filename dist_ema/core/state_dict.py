@@ -1,7 +1,10 @@
 """``state_dict()`` and ``load_state_dict()``: what ``torch.distributed.checkpoint`` saves, and loads into. Collective.
 
-:mod:`dist_ema.dcp` makes and reads the dicts. It is imported inside the functions, since
-``torch.distributed.checkpoint`` takes seconds to import and brings ``torch.distributed.tensor``.
+:mod:`dist_ema.dcp` makes and reads the dicts. It is imported inside the functions, because
+``torch.distributed.checkpoint`` takes seconds to import, and imports ``torch.distributed.tensor``.
+
+A state dict has the tensors of this rank under ``averages``, ``buffers`` and, with ``live=True``, ``live``, and the
+clocks and schedules. With ``full=True`` rank 0 has all tensors whole, and the other ranks have none.
 """
 
 from __future__ import annotations
@@ -41,7 +44,7 @@ def state_dict(average: Average, full: bool, live: bool) -> dict[str, Any]:
     if full:
         head = make_head(state, average.options.schedules, _count(average))
         return head | _full_parts(average, view, live)
-    with agreed(group, operation):
+    with agreed(group, operation):  # _parts() allocates: what one rank raises is raised on all
         return _parts(average, view, state, live)
 
 
@@ -56,12 +59,13 @@ def _parts(average: Average, view: View, state: EMAState, live: bool) -> dict[st
     if average.shadow.started:
         parts = make_state_dict(state, schedules, view.flat, shares, writes, spare=False, count=count)
     else:
-        # The live weights are the average. They are copied, as they change at the next step.
+        # Before the first update the live weights are the average. The dict gets copies, because the next step changes
+        # them.
         spare = average.new_shadow()
         spare.start(view.sources)
         spare.wait()
         parts = make_state_dict(state, schedules, spare.tensors, shares, writes, spare=True, count=count)
-        spare.discard()  # ends what keeps it up to date; its memory is the dict's
+        spare.discard()  # ends its thread, if it has one; its tensors are the dict's
     if live:
         flat = [None if values is None else values.flat() for values in view.live()]
         add_live(parts, flat, shares, writes)
@@ -69,7 +73,10 @@ def _parts(average: Average, view: View, state: EMAState, live: bool) -> dict[st
 
 
 def _full_parts(average: Average, view: View, live: bool) -> dict[str, Any]:
-    """Returns the tensors of a state dict, whole, on rank 0; no tensors elsewhere. Collective; one at a time."""
+    """Returns the full tensors of a state dict on rank 0, and no tensors on other ranks. Collective.
+
+    Ranks gather one tensor after another, so only rank 0 needs memory for all.
+    """
     averages = {name: view.average(name, include_untracked=False) for name in average.names}
     parts: dict[str, Any] = {
         "averages": {name: _gathered(average, held, ["average"]) for name, held in averages.items()},
@@ -77,7 +84,8 @@ def _full_parts(average: Average, view: View, live: bool) -> dict[str, Any]:
     }
     if live:
         held = {values.share.spec.name: values for values in view.live() if values is not None}
-        # No rank has live values of a resized buffer that fit. In a pipeline only one rank knows of it.
+        # A resized buffer is left out: its live values do not fit the shape of its average. In a pipeline only the
+        # ranks of one stage know of it.
         resized = set(chain.from_iterable(gather_objects(view.resized(), average.engine.group)))
         parts["live"] = _gathered(average, held, ["average", "copy"], live=True, without=resized)
     return parts
@@ -90,24 +98,25 @@ def _gathered(
     live: bool = False,
     without: Container[str] = (),
 ) -> dict[str, Tensor]:
-    """Gathers the full tensors of these modes to rank 0, each once. Collective.
+    """Gathers full tensors to rank 0. A tied tensor is gathered once, under its first name. Collective.
 
     Args:
-        average: names the tensors.
+        average: has the list of full tensors.
         held: this rank's values, by name.
-        modes: ``"average"`` and ``"copy"``.
-        live: gather live values, in their own dtype.
+        modes: the modes of the tensors that are gathered, of ``"average"`` and ``"copy"``.
+        live: whether they are live values, which have the dtype of the model.
         without: names that are left out.
     """
     wanted = []
     for entry in average.full_tensors:
         if entry.mode in modes and entry.name not in without:
-            wanted.append(replace(entry, aliases=(), dtype=entry.live_dtype if live else entry.dtype))
+            dtype = entry.live_dtype if live else entry.dtype
+            wanted.append(replace(entry, aliases=(), dtype=dtype))
     return full_tensors(wanted, held.get, None, average.engine.group, "state_dict()")
 
 
 def _count(average: Average) -> int:
-    """Returns how many tensors each average has, on all ranks together. Local, in a call that has begun."""
+    """Returns how many tensors each average has on all ranks together. Local; call it after ``begin()``."""
     return sum(entry.mode == "average" for entry in average.full_tensors)
 
 
@@ -115,28 +124,30 @@ def _count(average: Average) -> int:
 def load_state_dict(average: Average, state: Mapping[str, Any]) -> None:
     """See :meth:`ShardedEMA.load_state_dict`.
 
-    Nothing changes until every rank has found that its part fits::
+    Nothing changes before step 4, which begins when every rank has found that its part fits::
 
-        1  begin                    every rank can take part
-        2  what joins               names and shapes that any rank's part has
-        3  the part                 checked against the shares, and live weights read
-        4  shadow, seed, clocks     replaced
-        5  live weights             written into the model, if the dict has them
+        1  begin          every rank can take part
+        2  new shares     parameters join, and buffers are resized, as the part of any rank says
+        3  check          each rank compares its part with its shares, and reads the live weights in it
+        4  replace        shadow, seed and clocks
+        5  live weights   are written into the model, if the dict has them
     """
     from dist_ema.dcp.loaded import LoadedStateDict, check_complete, unlike
 
     group = average.engine.group
     operation = "load_state_dict()"
     options = average.options
-    average.shadow.drain()  # what fails in it does not matter any more
+
+    # 1. Begin. An update that still runs is awaited, but its failure is ignored: the average is replaced.
+    average.shadow.drain()
     average.background.drain()
     with average.begin(average.call(operation), replaces=True):
         average.wait_for_save()
         sources = average.live(operation)
     entries = average.full_tensors
 
+    # 2. New shares. Each rank has parts of some tensors only, so ranks exchange what in them differs from the model.
     with agreed(group, operation) as round_:
-        # Each rank has parts of some tensors only: all are told what any has.
         round_.send(unlike(state, entries, options.selects))
     joining: set[str] = set()
     shapes: dict[str, tuple[int, ...]] = {}
@@ -147,6 +158,7 @@ def load_state_dict(average: Average, state: Mapping[str, Any]) -> None:
         joined.update(found.joined)
     shares = shares_to_load(average.shares, joining, shapes, options, joined)
 
+    # 3. Check.
     with agreed(group, operation) as round_:
         tracked = {entry.name for entry in entries if entry.mode != "live" or entry.name in joining}
         restore = LoadedStateDict(state, shares, average.names, tracked)
@@ -155,34 +167,45 @@ def load_state_dict(average: Average, state: Mapping[str, Any]) -> None:
         round_.send((live is None, restore.state.averaged.updates))
     without_live, updates = zip(*round_.received, strict=True)
     if len(set(without_live)) > 1:
-        raise CheckpointMismatchError(f"{operation}: some ranks' state dicts have 'live' and others' have not")
+        raise CheckpointMismatchError(
+            f"{operation}: the state dicts of some ranks have 'live' and those of others do not. Pass the same live= "
+            "to state_dict() on all ranks"
+        )
     check_same_updates(updates)
 
-    back = None
+    # Prepare to write the live weights into the model. Swap.copy() also sends them to replicas and publishes them.
+    live_writer = None
     visit = Visit("", operation)
     if live is not None:
         wait = average.background.wait_until_read
-        back = Swap(average.engine, shares, live, average.shadow.scratch, visit, wait)
-        back.entries = average.full_tensors
+        live_writer = Swap(average.engine, shares, live, average.shadow.scratch, visit, wait)
+        live_writer.entries = average.full_tensors
+
+    # The present shadow is filled in place if it fits. That needs no second set of averages in memory.
     shadow = average.shadow
-    if shadow.failed or not (restore.state.started and shadow.started) or shares is not average.shares:
+    both_started = restore.state.started and shadow.started
+    if shadow.failed or not both_started or shares is not average.shares:
         shadow = average.new_shadow(shares=shares)
     shadow.release_parts()
+
     with Uninterrupted():
+        # 4. Replace. Values may be overwritten in place, so a failure from here on leaves no whole average.
         average.condition.broken = operation
         if restore.state.started:
             with agreed(group, operation):
-                if not shadow.started:  # where an update failed on some ranks, these alone need memory
+                if not shadow.started:  # may differ between ranks, if an update failed on some of them
                     shadow.allocate(in_shapes_of(shares, sources))
                 restore.fill(shadow)
                 shadow.loaded()
         shadow.seed = average.seed(restore.state.seed)
         average.replace(shadow, shares, restore.state, operation)
-        if back is not None:
+
+        # 5. Live weights.
+        if live_writer is not None:
             average.condition.begin(visit)
             try:
                 wait_for_reads()
-                back.copy()
+                live_writer.copy()
             finally:
                 average.condition.end(visit)
     report_schedules(restore.schedules, options.schedules)

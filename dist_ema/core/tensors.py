@@ -1,4 +1,8 @@
-"""Calls that return numbers and tensors of the average: full tensors, fingerprints and metrics. Collective."""
+"""Calls that return the average or numbers about it: full tensors, fingerprints and metrics. Collective.
+
+All have the same form: ``begin()`` with the checks of this rank, then one or more exchanges between ranks.
+``comm/gather.py`` assembles full tensors.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +46,11 @@ def iter_full_tensors(
     device: torch.device | str | None,
     layout: str | None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """See :meth:`ShardedEMA.iter_full_tensors`. What is wrong is raised here, not at the first tensor."""
+    """See :meth:`ShardedEMA.iter_full_tensors`.
+
+    A generator function would run its checks only when the first tensor is asked for. This function checks at once, and
+    returns a generator.
+    """
     call = average.call("iter_full_tensors()", name=name, dtype=dtype, layout=layout)
     modules = average.engine.modules()
     model = unwrapped(modules[0]) if len(modules) == 1 else None
@@ -69,15 +77,18 @@ def _one_by_one(
     device: torch.device,
     arrangement: Arrangement | None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Gathers as many tensors at a time as one window holds. Collective.
+    """Yields the full tensors. It gathers as many at a time as one window of memory holds. Collective.
 
     Args:
-        average: as it was when the call was made.
-        call: for the other ranks, which have to be in the same one.
-        name: of the average.
-        dtypes: of the tensors that are returned, by name.
-        device: of the tensors that are returned.
-        arrangement: makes the Hub's tensors from the module's; None returns the module's own.
+        average: holds the values; must not change during the iteration.
+        call: describes this call. The other ranks have to make the same one.
+        name: the name of the average.
+        dtypes: the dtypes of the tensors that are returned, by name.
+        device: the device of the tensors that are returned.
+        arrangement: converts the module's tensors to the Hub's; None returns the module's own.
+
+    Raises:
+        EMAStateError: the average was updated, loaded or reset since the first tensor.
     """
     moment = (average.num_updates, average.changes)
     entries = average.full_tensors
@@ -85,17 +96,20 @@ def _one_by_one(
     hub = None if arrangement is None else HubTensors(arrangement, device)
     for batch in in_windows(entries, dtypes):
         with average.turn(call.name):
-            # Ranks meet before each batch: one that has left the loop, and makes another call, is told so.
+            # The caller's code runs between two batches. If a rank has left its loop and makes another call, begin()
+            # raises on all ranks; without it they would wait for each other.
             with average.begin(call):
                 if (average.num_updates, average.changes) != moment:
                     raise EMAStateError(
-                        f"{call.name}: the average was updated since the first tensor, or loaded or reset: start anew"
+                        f"{call.name}: the average was updated, loaded or reset since the first tensor. Call it again"
                     )
                 held = average.view(call.name).average(name)
             if hub is not None:
+                # A Hub tensor may consist of several tensors of the module, so a batch may complete none of them.
                 found = hub.gather(batch, held.get, dtypes, group, call.name)
             else:
                 found = everywhere(batch, held.get, dtypes, group, device, call.name)
+        # Outside of turn(), so that the caller may make other calls in its loop.
         yield from found
 
 
@@ -103,7 +117,8 @@ def _one_by_one(
 def fingerprint(average: Average, name: str | None, include_untracked: bool) -> dict[str, int]:
     """See :meth:`ShardedEMA.fingerprint`.
 
-    Each rank adds up its own elements, of those that it is the one rank to count; the sums of all ranks are added.
+    The digest of a tensor is a sum over its elements modulo 2**64, so it does not depend on the sharding: each rank
+    digests the elements that it writes, and the sums of all ranks are added.
     """
     call = average.call("fingerprint()", name=name, include_untracked=include_untracked)
     with average.begin(call):
@@ -111,6 +126,7 @@ def fingerprint(average: Average, name: str | None, include_untracked: bool) -> 
         check_readable(held.values())
     entries = average.wanted(include_untracked)
     group = average.engine.group
+    # Of replicas only the writer counts its elements.
     parts = {}
     for entry in entries:
         mine = held.get(entry.name)
@@ -127,6 +143,7 @@ def metrics(average: Average) -> dict[str, float]:
     call = average.call("metrics()")
     with average.begin(call):
         view = average.view(call.name, inside=False)
+    # One exchange for all numbers. Squares add up over ranks; the root is taken at the end.
     writes = average.writes()
     squares = [view.squared_distance(name, writes) for name in average.names]
     *squares, skipped = sum_floats([*squares, average.skipped()], average.engine.group)

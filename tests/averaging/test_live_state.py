@@ -138,7 +138,7 @@ def test_live_weights_that_only_some_ranks_were_given_are_refused_everywhere(ran
     state = ema.state_dict(live=True)
     if rank == 1:
         del state["live"]
-    with pytest.raises(CheckpointMismatchError, match="some ranks' state dicts have 'live'"):
+    with pytest.raises(CheckpointMismatchError, match="the state dicts of some ranks have 'live'"):
         ema.load_state_dict(state)
     state = ema.state_dict(live=True)
     if rank == 1:

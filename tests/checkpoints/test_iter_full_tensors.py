@@ -74,7 +74,7 @@ def test_a_loop_that_all_leave_hangs_nobody_and_one_that_some_leave_is_told(rank
         loop = ema.iter_full_tensors()
         next(loop)
         ema.update()
-        with pytest.raises(EMAStateError, match="was updated since the first tensor"):
+        with pytest.raises(EMAStateError, match="was updated, loaded or reset since the first tensor"):
             list(loop)
 
 
