@@ -124,8 +124,7 @@ def _restated(config: object, dtype: str) -> bool:
 
 def is_transformers_config(config_from: object) -> bool:
     """Returns whether ``config_from`` names the configuration of a transformers model. Such a model ties its tensors
-    again
-    when it is loaded.
+    again when it is loaded.
     """
     for source in config_from if isinstance(config_from, (list, tuple)) else [config_from]:
         if type(source).__module__.startswith("transformers.") and hasattr(source, "model_type"):

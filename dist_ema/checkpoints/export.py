@@ -57,8 +57,7 @@ def export(
         group: the ranks.
         model: the target without wrappers, for its names and its configuration; None if there is none.
         card: describes the average, for ``README.md`` and the metadata of the files; that of rank 0 is used. None
-            writes
-            no card.
+            writes no card.
 
     Raises:
         CheckpointError, EMAConfigError, EMAStateError: on every rank; nothing is left behind.

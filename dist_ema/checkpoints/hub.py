@@ -176,8 +176,7 @@ def write_config(model: nn.Module, directory: Path, dtype: torch.dtype | None) -
     changed.
 
     For a transformers model that can generate, this includes its generation configuration; for one that was registered
-    with
-    ``register_for_auto_class``, its code.
+    with ``register_for_auto_class``, its code.
     """
     if _is_configured(model):
         with _without_messages(

@@ -154,8 +154,7 @@ class Load:
 
         Raises:
             CheckpointMismatchError: lists all missing, unexpected and mismatched tensors. With ``strict=False`` they
-                are
-                logged, and left out of the result.
+                are logged, and left out of the result.
         """
         found: dict[str, dict[str, Key]] = {}
         problems: list[str] = []
@@ -240,8 +239,7 @@ class Load:
         """Raises CheckpointCorruptError, on every rank, unless all fingerprints match. Collective.
 
         The sums of the ranks that write a tensor add up to its fingerprint. A rank whose sum is not counted compares by
-        itself
-        if it has read the whole tensor. If it has read a part, other ranks have read the same part.
+        itself if it has read the whole tensor. If it has read a part, other ranks have read the same part.
 
         Args:
             parts: the tensors that were read.

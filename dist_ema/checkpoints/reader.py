@@ -36,14 +36,10 @@ class RunReader(Closing):
     """Reads elements of full tensors. Local. A context manager; several threads may use it at a time.
 
     Opening it checks that every file is a plain file of the size that the manifest gives and has exactly the header
-    that
-    was written, and that the header describes the manifest's tensors, one after the other without a gap. So every byte
-    of a
-    file belongs to the header, which has a checksum, or to a tensor, which has a fingerprint. Files stay open, so a
-    save
-    that replaces the checkpoint meanwhile does not disturb the reader. If there are more than :data:`_OPEN_FILES`, some
-    are
-    closed and opened again.
+    that was written, and that the header describes the manifest's tensors, one after the other without a gap. So every
+    byte of a file belongs to the header, which has a checksum, or to a tensor, which has a fingerprint. Files stay
+    open, so a save that replaces the checkpoint meanwhile does not disturb the reader. If there are more than
+    :data:`_OPEN_FILES`, some are closed and opened again.
 
     Args:
         path: the checkpoint, a directory or a URL.

@@ -31,8 +31,7 @@ class Save:
     """Carries out one save: ``start()``, then ``finish()``. Collective.
 
     An error of one rank is raised on all of them, and everything that was written is removed then. The calls of a
-    storage
-    backend that this makes are listed in :class:`~dist_ema.storage.base.StorageWriter`.
+    storage backend that this makes are listed in :class:`~dist_ema.storage.base.StorageWriter`.
 
     Args:
         path: the checkpoint, a directory or a URL.
@@ -82,12 +81,10 @@ class Save:
 
         Args:
             reading: entered while the averages are read. When it is left, they may change again, although this rank may
-                still
-                wait for its disk, or for other ranks.
+                still wait for its disk, or for other ranks.
             turn: waits for this save's turn, and gives another group of the same ranks to communicate in. Everything
-                that
-                needs no other rank is done before, so that a caller who waits for ``reading`` does not wait for other
-                    saves.
+                that needs no other rank is done before, so that a caller who waits for ``reading`` does not wait for
+                other saves.
         """
         with self._undone_on_failure():
             averages = [name for name in self._contents.folders if name != LIVE and self._contents.state.started]

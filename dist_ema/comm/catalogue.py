@@ -119,10 +119,8 @@ def catalogue(shares: Sequence[Share], group: dist.ProcessGroup | None) -> list[
     """Returns every full tensor of the model, in one order on all ranks: those of rank 0, then what further ranks add.
 
     Collective. Ranks first exchange digests of 16 bytes. Lists are sent only if digests differ (pipeline stages,
-    experts),
-    each distinct list once, by the lowest rank that has it. So what a rank receives, apart from the digests, does not
-    grow
-    with the number of ranks. Raises EMAEngineError, on all ranks, if two lists contradict each other.
+    experts), each distinct list once, by the lowest rank that has it. So what a rank receives, apart from the digests,
+    does not grow with the number of ranks. Raises EMAEngineError, on all ranks, if two lists contradict each other.
 
     >>> from dist_ema.options import Options
     >>> from dist_ema.geometry.shares import assign_shares

@@ -68,8 +68,7 @@ class Channel:
         """Makes one call of one object: other threads wait until the block is left. Local.
 
         If a rank is lost, or a signal interrupts the block, the group is given up, because other ranks may still wait
-        in it.
-        Any other exception is known to all ranks, or comes at a moment when no rank communicates.
+        in it. Any other exception is known to all ranks, or comes at a moment when no rank communicates.
         """
         with self._lock, tagged(call, number):
             try:

@@ -56,8 +56,8 @@ class LocalValues:
         """Yields all elements in order, at most ``limit`` at a time, with their runs: 1D, on the CPU, in this dtype.
 
         A chunk is a view if nothing has to be converted or moved. Otherwise it is in a buffer, which the next chunk
-        overwrites:
-        so chunks stay in the processor's cache, and one comes from a device while the caller works on the previous one.
+        overwrites: so chunks stay in the processor's cache, and one comes from a device while the caller works on the
+        previous one.
         """
         parts = chunks(self.runs, limit)
         values = self.values.detach()

@@ -221,8 +221,7 @@ class OwnGroups:
         """Returns a group on the CPU for a call in which each rank writes or reads ``nbytes``, during that call's turn.
 
         Its timeout is ``timeout`` seconds plus the time that the disk takes, so a rank that hangs is noticed. In the
-        group that
-        trains, NCCL's watchdog would end the job after 10 minutes of a slow disk.
+        group that trains, NCCL's watchdog would end the job after 10 minutes of a slow disk.
         """
         return None if self._team is None else self._team.front.group(call, timeout + nbytes / _SLOW_DISK)
 

@@ -39,9 +39,8 @@ class Window:
     No rank has to know which rank fills what. On accelerators, and if every rank wants the result, the parts are added
     up
     as integers: a byte that one rank wrote and the others left at zero arrives unchanged, also of a NaN or a negative
-    zero.
-    On the CPU (gloo) each rank sends rank 0 its parts instead: 16 MiB of 8 processes on 2 cores took 8 ms instead of 36
-    (2
+    zero. On the CPU (gloo) each rank sends rank 0 its parts instead: 16 MiB of 8 processes on 2 cores took 8 ms instead
+    of 36 (2
     processes: 4 instead of 14).
     """
 

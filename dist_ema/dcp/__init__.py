@@ -1,1 +1,1 @@
-"""Averages in checkpoints of ``torch.distributed.checkpoint`` (DCP)."""
+"""Puts averages into checkpoints of ``torch.distributed.checkpoint`` (DCP), and takes them from there."""

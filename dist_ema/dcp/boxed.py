@@ -1,8 +1,9 @@
-"""A full tensor of which this rank holds some elements, in a form that ``torch.distributed.checkpoint`` (DCP) carries.
+"""Represents a full tensor of which this rank holds some elements, for ``torch.distributed.checkpoint`` (DCP).
 
 DCP's planner asks a tensor for three things: what this rank writes of it, which parts this rank wants to read, and the
-memory of a part. It calls three methods for that (``torch/distributed/_checkpointable.py``, read in torch 2.13), and
-parts are boxes of the full tensor. So the shards of every engine have one form, also shards that are cut within a row.
+memory of a part. It calls three methods for that (``torch/distributed/_checkpointable.py``, read in torch 2.13), in
+which parts are boxes of the full tensor. So the shards of every engine have one form, including shards that are cut
+within a row.
 """
 
 from __future__ import annotations
@@ -30,15 +31,16 @@ _ELEMENTWISE = {
 
 
 class BoxedTensor(Tensor):
-    """A full tensor by its ``size()``, of which ``held`` is this rank's part. It can be copied, not computed with.
+    """Represents a full tensor by its ``size()``; ``held`` is this rank's part. It can be copied, but not computed
+    with.
 
     Attributes:
-        held: this rank's elements, flat: those of the first box, then those of the second, and so on.
+        held: this rank's elements, 1D: those of the first box, then those of the second, and so on.
         boxes: their places in the full tensor, each box as ``(offsets, sizes)``.
         is_writer: whether this rank writes them.
         spare: whether a read may overwrite ``held``. If not, ``held`` is copied as soon as a read is planned, so that a
-            read that fails has damaged nothing.
-        joined: the number of the update at which the tensor became averaged; 0 at the first copy, and in files that an
+            failed read has changed nothing.
+        joined: the number of the update at which the tensor became averaged; 0 for the first copy, and in files that an
             earlier version wrote. Replicas split what has joined at one update, so their parts follow from it.
     """
 
@@ -104,7 +106,7 @@ class BoxedTensor(Tensor):
         return f"BoxedTensor(shape={tuple(self.size())}, boxes={self.boxes}, held={self.held})"
 
     def __create_write_items__(self, fqn: str, object: object) -> list[WriteItem]:
-        """DCP asks what this rank writes: all boxes, or none where another rank writes them."""
+        """Returns what this rank writes, for DCP: all boxes, or none if another rank writes them."""
         if not self.is_writer:
             return []
         return [
@@ -117,13 +119,13 @@ class BoxedTensor(Tensor):
         ]
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        """DCP asks what this rank reads; only a load asks this."""
+        """Returns what this rank reads, for DCP, which calls this only in a load."""
         if not self.spare:
             self.held, self.spare = self.held.clone(), True
         return self._chunks()
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        """DCP asks for the memory of one box, to write from or to read into."""
+        """Returns the memory of one box, for DCP to write from or to read into."""
         low = 0
         for offsets, sizes in self.boxes:
             high = low + prod(sizes)

@@ -1,4 +1,4 @@
-"""The state dict that comes back from ``torch.distributed.checkpoint``: checked, and copied into a shadow."""
+"""Checks a state dict that ``torch.distributed.checkpoint`` has filled, and copies it into a shadow."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ class Unlike(NamedTuple):
 
 
 def unlike(state: Mapping[str, Any], entries: Sequence[FullTensor], selects: Callable[[str], bool]) -> Unlike:
-    """Finds how a state dict differs from the model, where an average may. Local; the dict may be anything.
+    """Finds how a state dict differs from the model, in ways that an average may. Local. The dict may be anything.
 
     Args:
         state: the state dict, with this rank's parts or full tensors.
         entries: every full tensor of the model.
-        selects: whether ``include`` and ``exclude`` let a name into the average.
+        selects: returns whether ``include`` and ``exclude`` admit a name to the average.
     """
     places = [state.get("buffers"), *_values(state.get("averages"))] if isinstance(state, Mapping) else []
     found: dict[str, Tensor] = {}
@@ -71,12 +71,12 @@ def _values(found: object) -> list[object]:
 def check_complete(state: Mapping[str, Any], entries: Sequence[FullTensor], joining: Container[str]) -> None:
     """Raises CheckpointMismatchError if the checkpoint has averages that were not loaded. Pure.
 
-    ``dcp.load`` reads what is in the state dict that it is given, and says nothing of what else there is.
+    ``dcp.load`` reads what is in the state dict that it gets, and does not report what else there is.
 
     Args:
-        state: a state dict whose places have been checked.
+        state: a state dict whose structure has been checked.
         entries: every full tensor of the model.
-        joining: names of frozen parameters that the state dict has an average of.
+        joining: names of frozen parameters of which the state dict has an average.
     """
     stored = read_averaged(state["progress"])  # no older version has written it
     averaged = sum(entry.mode == "average" or entry.name in joining for entry in entries)
@@ -103,20 +103,20 @@ _ADVICE = (
 
 
 class LoadedStateDict:
-    """A state dict that was filled. The constructor checks all of it, then ``fill()`` copies it into a shadow. Local.
+    """Holds a filled state dict. The constructor checks all of it, then ``fill()`` copies it into a shadow. Local.
 
     Args:
-        state: what ``make_state_dict`` made, or the same with full tensors in place of parts.
-        shares: what this rank keeps of each tensor.
-        names: of the averages.
+        state: the result of ``make_state_dict``, or the same with full tensors in place of parts.
+        shares: what this rank averages of each tensor.
+        names: the names of the averages.
         known: names of all tensors that are averaged or copied, on any rank.
 
     Attributes:
         state: the clocks.
-        schedules: of each average, as they were saved.
+        schedules: the saved schedule of each average.
 
     Raises:
-        CheckpointMismatchError: lists all that is missing, unexpected or of another shape, or another rank's part.
+        CheckpointMismatchError: lists everything that is missing, unexpected, of another shape, or another rank's part.
         CheckpointCorruptError, CheckpointError: it is damaged, or of a later version.
     """
 
@@ -153,15 +153,15 @@ class LoadedStateDict:
 
     @torch.no_grad()
     def fill(self, shadow: Shadow) -> None:
-        """Copies the values into the shadow, which has its memory. Local."""
+        """Copies the values into a shadow that has been allocated. Local."""
         for path, share, out in parts_with_averages(shadow.tensors, self._shares, self._names):
             _copy(_at(self._dict, path)[share.spec.name], share, out)
 
     @torch.no_grad()
     def live(self, sources: Sequence[Tensor]) -> list[Tensor | None] | None:
-        """Returns this rank's live elements of each share, flat, in the dtype and on the device of its source. Local.
+        """Returns this rank's live elements of each share, 1D, in the dtype and on the device of its source. Local.
 
-        None in place of all where the dict has no live weights, and in place of a share that is not averaged or copied.
+        Returns None if the dict has no live weights. An element is None for a share that is not averaged or copied.
         """
         if "live" not in self._dict:
             return None
@@ -186,12 +186,12 @@ class LoadedStateDict:
 
 
 def _may_lack(share: Share) -> bool:
-    """Returns whether a state dict may lack the live values: of a buffer that was resized after its last update."""
+    """Returns whether a state dict may lack live values: those of a buffer that was resized after its last update."""
     return share.spec.kind == "buffer" and not share.spec.partitioned
 
 
 def _copy(value: Tensor, share: Share, out: Tensor) -> None:
-    """Copies this rank's part, or its elements of a full tensor, into a flat tensor. Local."""
+    """Copies this rank's part, or its elements of a full tensor, into a 1D tensor. Local."""
     if isinstance(value, BoxedTensor):
         out.copy_(value.held)
         return
@@ -204,7 +204,7 @@ def _copy(value: Tensor, share: Share, out: Tensor) -> None:
 
 
 def _not_dicts(state: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
-    """Values that should be dicts, and are not, with their places."""
+    """Returns values that should be dicts, and are not, with their paths."""
     for key in ("schedules", "averages", "buffers", "live"):
         if not isinstance(found := state.get(key, {}), Mapping):
             yield key, found
@@ -213,7 +213,7 @@ def _not_dicts(state: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
 
 
 def _at(state: Mapping[str, Any], path: Sequence[str]) -> Mapping[str, Any]:
-    """Returns the dict at a path of keys; an empty one where there is none."""
+    """Returns the dict at a path of keys; an empty one if there is none."""
     for key in path:
         state = state.get(key, {})
     return state
@@ -225,7 +225,7 @@ def _has_parts(tensors: Mapping[str, Any]) -> bool:
 
 
 def _misfits(value: object, share: Share, where: str) -> list[str]:
-    """Says why ``value`` is neither the part of this share nor the full tensor; empty if it is one of them."""
+    """Returns why ``value`` is neither the part of this share nor the full tensor; "" if it is one of them."""
     name = share.spec.name
     shape = share.spec.shape
     if not isinstance(value, Tensor):

@@ -1,12 +1,12 @@
-"""The state dict that ``torch.distributed.checkpoint`` saves, and loads into.
+"""Makes the state dict that ``torch.distributed.checkpoint`` saves and loads into.
 
 ::
 
     {"progress": <uint8>,                      the clocks, as JSON
      "schedules": {average: <uint8>},          as JSON
      "averages": {average: {name: <part>}},    the tensors that are averaged
-     "buffers": {name: <part>},                those that are copied, which all averages have in common
-     "live": {name: <part>}}                   the live weights of all these, only where that was asked for
+     "buffers": {name: <part>},                buffers that are copied, which all averages share
+     "live": {name: <part>}}                   the live weights of all these, only with live=True
 
 A part is a :class:`~dist_ema.dcp.boxed.BoxedTensor`: what this rank holds of a full tensor.
 """
@@ -35,16 +35,16 @@ def make_state_dict(
     spare: bool,
     count: int,
 ) -> dict[str, Any]:
-    """Returns the state dict of one rank; its tensors share the average's memory. Local.
+    """Returns the state dict of one rank. Its tensors share the average's memory. Local.
 
     Args:
-        ema_state: where the average stands.
-        schedules: of each average.
-        averaged: an average's flat tensor for each share, None where it is live.
-        shares: what this rank keeps of each tensor.
+        ema_state: the clocks and counts of the average.
+        schedules: the schedule of each average.
+        averaged: returns an average's shadow for each share, 1D; None for a live share.
+        shares: what this rank averages of each tensor.
         writes: for each share, whether this rank writes it.
-        spare: whether a read may overwrite the tensors, since they serve nothing else.
-        count: how many tensors each average has, on all ranks together.
+        spare: whether a read may overwrite the tensors, because nothing else uses them.
+        count: number of tensors of each average, on all ranks together.
     """
     state = make_head(ema_state, schedules, count)
     is_writer = {share.spec.name: is_writer for share, is_writer in zip(shares, writes, strict=True)}
@@ -64,9 +64,9 @@ def make_head(ema_state: EMAState, schedules: Mapping[str, Schedule], count: int
     """Returns a state dict without tensors of the model, which is the same on every rank. Local.
 
     Args:
-        ema_state: where the average stands.
-        schedules: of each average.
-        count: how many tensors each average has, on all ranks together.
+        ema_state: the clocks and counts of the average.
+        schedules: the schedule of each average.
+        count: number of tensors of each average, on all ranks together.
     """
     texts = {name: write_schedule(schedule) for name, schedule in schedules.items()}
     return {"progress": write_state(ema_state, count), "schedules": texts, "averages": {}, "buffers": {}}
@@ -75,7 +75,7 @@ def make_head(ema_state: EMAState, schedules: Mapping[str, Schedule], count: int
 def add_live(
     state: dict[str, Any], live: Sequence[Tensor | None], shares: Sequence[Share], writes: Sequence[bool]
 ) -> None:
-    """Adds the live weights of averaged and copied tensors, given as a flat tensor for each share. Local."""
+    """Adds the live weights of averaged and copied tensors, given as a 1D tensor for each share. Local."""
     state["live"] = {
         share.spec.name: BoxedTensor(share.spec.shape, lend(values), share.boxes, is_writer=is_writer, spare=False)
         for share, values, is_writer in zip(shares, live, writes, strict=True)
@@ -84,7 +84,7 @@ def add_live(
 
 
 def wanted_parts(shares: Sequence[Share], names: Sequence[str]) -> Iterator[tuple[tuple[str, ...], Share]]:
-    """Yields the parts that this rank has in a state dict: the keys that lead to the dict of each, and its share.
+    """Yields the parts that this rank has in a state dict: the keys that lead to the dict of each part, and its share.
 
     Tensors without an element on this rank are left out.
     """
@@ -98,12 +98,12 @@ def wanted_parts(shares: Sequence[Share], names: Sequence[str]) -> Iterator[tupl
 def parts_with_averages(
     averaged: Callable[[str], Sequence[Tensor | None]], shares: Sequence[Share], names: Sequence[str]
 ) -> Iterator[tuple[tuple[str, ...], Share, Tensor]]:
-    """Returns :func:`wanted_parts` with the flat tensors of the average, without parts that are live.
+    """Yields :func:`wanted_parts` with the 1D tensors of the average. Live shares are left out.
 
     Args:
-        averaged: gives an average's flat tensor for each share, None where it is live.
-        shares: what this rank keeps of each tensor.
-        names: of the averages.
+        averaged: returns an average's shadow for each share, 1D; None for a live share.
+        shares: what this rank averages of each tensor.
+        names: the names of the averages.
     """
     held = {
         (name, share.spec.name): tensor for name in names for share, tensor in zip(shares, averaged(name), strict=True)

@@ -1,4 +1,4 @@
-"""Clocks and schedules as tensors of text, which a state dict has in place of objects.
+"""Stores clocks and schedules in a state dict, as tensors of text.
 
 A state dict holds nothing but tensors: DCP pickles everything else, and loading a pickle runs code.
 """
@@ -26,11 +26,11 @@ _DEPTH = 4
 
 
 def write_state(state: EMAState, averaged: int | None = None) -> Tensor:
-    """Returns the text of the clocks: what a state dict has under ``"progress"``.
+    """Returns the text of the clocks, for the entry ``"progress"`` of a state dict.
 
     Args:
         state: the clocks.
-        averaged: how many tensors of the model, on all ranks together, each average has; None if it is not known.
+        averaged: number of tensors of the model, on all ranks together, in each average; None if it is not known.
     """
     body = {"version": VERSION, **state_to_json(state)}
     return _write(body if averaged is None else body | {"averaged": averaged})
@@ -67,7 +67,7 @@ def write_schedule(schedule: Schedule) -> Tensor:
 
 
 def read_schedule(text: object, name: str) -> Schedule:
-    """Returns the schedule of the average ``name``, of a text. Raises CheckpointCorruptError."""
+    """Returns the schedule of the average ``name`` from a text. Raises CheckpointCorruptError."""
     try:
         return from_file(_read(text, f"schedules/{name}"))
     except CheckpointError:

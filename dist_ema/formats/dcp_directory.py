@@ -1,8 +1,8 @@
-"""Directories of ``torch.distributed.checkpoint``, read without its unpickler, which would run code that a file names.
+"""Reads directories of ``torch.distributed.checkpoint`` without its unpickler, which would run code that a file names.
 
-``.metadata`` is a pickle. Our unpickler accepts the names of DCP's own classes only, and makes plain records of their
-objects. Each part of a tensor is a file of torch.save inside a ``.distcp`` file, read as :mod:`.torch_save` reads any
-such file; so are the few entries that are not tensors.
+``.metadata`` is a pickle. The unpickler here accepts only the names of DCP's own classes, and makes plain records of
+their objects. Each part of a tensor is a file of torch.save inside a ``.distcp`` file, and is read by
+:mod:`.torch_save` as any such file. So are the few entries that are not tensors.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _ENTRY_BYTES = 1 << 20
 
 
 class _Unpickler(InertUnpickler):
-    """Accepts the names that DCP's metadata have."""
+    """Accepts the names that occur in DCP's metadata."""
 
     def named(self, name: str) -> None:
         """Implements :meth:`InertUnpickler.named`."""
@@ -68,7 +68,7 @@ def _get(record: Any, key: str) -> Any:
 
 @dataclass(frozen=True)
 class _Part:
-    """A box of a tensor, and where its bytes lie."""
+    """Describes a box of a tensor, and where its bytes are."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -107,7 +107,7 @@ def open_directory(path: Path) -> Content:
 
 
 class _Entry:
-    """An entry that is not a tensor."""
+    """Describes an entry that is not a tensor."""
 
     def __init__(self, path: Path, stored: list[tuple[Any, Any]]) -> None:
         self._path = path
@@ -221,10 +221,10 @@ def _check_parts(path: Path, name: str, shape: tuple[int, ...], dtype: torch.dty
 
 
 def _any_overlap(path: Path, name: str, parts: list[_Part]) -> bool:
-    """Returns whether two parts of a tensor overlap, in little time where thousands of ranks hold some rows each.
+    """Returns whether two parts of a tensor overlap, quickly also if thousands of ranks hold some rows each.
 
-    Parts are sorted along the dimension in which they begin at most places, and each is compared with those only that
-    have not ended there. Raises CheckpointError where even that takes too many comparisons.
+    Parts are sorted along the dimension with the most different starts, and each is compared only with those that have
+    not ended there. Raises CheckpointError if even that takes too many comparisons.
     """
     parts = [part for part in parts if prod(part.sizes)]
     if len(parts) < 2:
@@ -254,7 +254,7 @@ def _overlap(a: _Part, b: _Part) -> bool:
 
 
 class _Parted(LazyTensor):
-    """A tensor in parts, of which ranges are read where they lie in the files."""
+    """Reads ranges of a tensor in parts, from the places of the parts in the files."""
 
     def __init__(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, parts: list[_Part]) -> None:
         super().__init__(shape, dtype, _assembly(name, shape, dtype, parts))
@@ -263,13 +263,13 @@ class _Parted(LazyTensor):
 
     @cached_property
     def _runs(self) -> list[Runs]:
-        """Returns where the elements of each part lie in the tensor."""
+        """Returns the runs of each part in the tensor."""
         boxes = [zip(part.offsets, part.sizes, strict=True) for part in self._parts]
         return [box_runs(self.shape, [((begin, size),) if size else () for begin, size in box]) for box in boxes]
 
     @cached_property
     def _begins(self) -> list[int] | None:
-        """Returns where the elements of each part begin in its file; None if they are not contiguous."""
+        """Returns the position of each part's elements in its file; None if they are not contiguous."""
         begins = []
         for part in self._parts:
             view, begin = locate(part.file, part.begin, part.length, f"{part.file} at {part.begin}")
@@ -280,7 +280,7 @@ class _Parted(LazyTensor):
         return begins
 
     def read_range(self, start: int, stop: int, out: Tensor) -> None:
-        """Implements :meth:`LazyTensor.read_range`, and loads nothing."""
+        """Implements :meth:`LazyTensor.read_range` without loading the tensor."""
         if self._begins is None:
             super().read_range(start, stop, out)
             return

@@ -1,8 +1,8 @@
-"""The safetensors files of full tensors, laid out before anyone writes a byte of them. Pure, so all ranks agree.
+"""Computes the safetensors files of full tensors before a byte of them is written. Pure, so all ranks agree.
 
 The format (safetensors 0.4 and later): eight bytes with the length of the header, little-endian; the header, JSON that
-gives each tensor's dtype, shape and byte range; then the tensors, without a gap. All shapes are known beforehand, and
-with them the place of every element in the files, so each rank can write its own elements there.
+gives each tensor's dtype, shape and byte range; then the tensors, without a gap. All shapes are known in advance, and
+so is the place of every element in the files. Each rank can therefore write its own elements.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 class TensorPlan(NamedTuple):
-    """A full tensor to be written under ``name``."""
+    """Describes a full tensor that will be written under ``name``."""
 
     name: str
     dtype: torch.dtype
@@ -33,19 +33,19 @@ class TensorPlan(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Returns the bytes in the file."""
+        """Returns the number of bytes in the file."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class FilePlan:
-    """One safetensors file.
+    """Describes one safetensors file.
 
     Attributes:
-        name: of the file.
+        name: the name of the file.
         header: all bytes before the tensors.
-        tensors: in the order of the file.
-        offsets: place of each tensor's first byte in the file, by the tensor's name.
+        tensors: the tensors in the order of the file.
+        offsets: position of each tensor's first byte in the file, by the tensor's name.
         size: bytes of the file.
     """
 
@@ -79,10 +79,10 @@ def parse_size(size: int | str) -> int:
 def plan_files(
     tensors: Sequence[TensorPlan], limit: int, stem: str = "model", metadata: Mapping[str, str] | None = None
 ) -> list[FilePlan]:
-    """Distributes tensors, in order, over files of at most ``limit`` bytes, headers included.
+    """Distributes tensors, in order, over files of at most ``limit`` bytes, including headers.
 
-    A larger tensor has a file of its own. One file is called ``{stem}.safetensors``, several are called
-    ``{stem}-00001-of-0000n.safetensors``. ``metadata`` is put into the header of each file. Raises CheckpointError for
+    A larger tensor gets a file of its own. A single file is called ``{stem}.safetensors``, several are called
+    ``{stem}-00001-of-0000n.safetensors``. ``metadata`` is added to the header of each file. Raises CheckpointError for
     a dtype or a name that safetensors does not have.
 
     >>> (file,) = plan_files([TensorPlan("weight", torch.float32, (2, 3))], limit=10**9)

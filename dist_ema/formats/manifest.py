@@ -1,6 +1,6 @@
-"""``ema.json``, the manifest: lists all that a checkpoint consists of, and makes a directory a checkpoint.
+"""Reads and writes ``ema.json``, the manifest: it lists everything in a checkpoint, and makes a directory a checkpoint.
 
-A checkpoint may come from anywhere, so every value is checked before it is used, and a reader opens only the files that
+A checkpoint may come from anyone, so every value is checked before it is used, and a reader opens only the files that
 the manifest lists. The text is canonical JSON that ends with a checksum of the rest, so a flipped bit in it is noticed.
 """
 
@@ -48,21 +48,21 @@ _FIELDS |= {"files", "seed", "lacking", "frozen"}
 
 @dataclass(frozen=True, repr=False)
 class Manifest:
-    """A whole checkpoint: what ``dist_ema.verify_checkpoint()`` returns. Its ``repr()`` is one line.
+    """Describes a whole checkpoint: what ``dist_ema.verify_checkpoint()`` returns. Its ``repr()`` is one line.
 
     Attributes:
         data: name of the data folder, which holds the files.
         state: the clocks, and whether there was an average yet; if not, its tensors are those of the live model.
-        schedules: of each average; one whose kind is not registered here is a ``schedules.UnknownSchedule``.
+        schedules: the schedule of each average; ``schedules.UnknownSchedule`` for a kind that is not registered here.
         averages: the tensors of each average.
         live: tensors that are not averaged.
         files: every file, by its path in the data folder.
         library: version of the library that wrote it.
-        lacking: names of the tensors that the model has and the checkpoint has not: it was saved without frozen
-            parameters and others that are not averaged. Empty, which is not written, for a whole model.
-        frozen: names of the parameters among ``live`` that were frozen: their stored value is what an average of them
-            would be, so ``load`` begins with it where they are trained. The others were excluded. Not written where it
-            is empty, as in files of versions that did not have it; these versions refuse a file that has it.
+        lacking: names of the tensors that the model has and the checkpoint does not: it was saved without frozen
+            parameters and others that are not averaged. Empty, and not written, for a whole model.
+        frozen: names of the parameters among ``live`` that were frozen. Their stored value is what an average of them
+            would be, so ``load`` begins with it if they are trained now. The others were excluded. Not written if it is
+            empty, as in files of versions that did not have it; these versions refuse a file that has it.
     """
 
     data: str
@@ -179,23 +179,21 @@ class Manifest:
 
     @property
     def seen(self) -> Progress:
-        """Training from the first copy to the last update."""
+        """Returns the training progress from the first copy to the last update."""
         return self.state.averaged
 
     @property
     def skipped(self) -> int:
-        """NaN and Inf elements left out so far, over all ranks."""
+        """Returns the number of NaN and Inf elements left out so far, over all ranks."""
         return self.state.skipped
 
     @property
     def seed(self) -> int | None:
-        """Returns the seed of stochastic rounding; None where averages are rounded to nearest."""
+        """Returns the seed of stochastic rounding; None if averages are rounded to nearest."""
         return self.state.seed
 
     def tensors(self, average: str | None = None) -> dict[Key, StoredTensor]:
-        """Returns every tensor by folder and name; with an ``average``, those of this one and those that are not
-        averaged.
-        """
+        """Returns every tensor by folder and name; with an ``average``, its tensors and those that are not averaged."""
         return {
             (folder, name): tensor
             for folder, tensors in self.folders().items()
@@ -204,8 +202,8 @@ class Manifest:
         }
 
     def choose(self, name: str | None) -> str:
-        """Returns the average that is meant; None means the only one. Raises EMAConfigError where there is none
-        such.
+        """Returns the name of the average that is selected; None selects the only one. Raises EMAConfigError if there
+        is none.
         """
         names = tuple(self.averages)
         if name is None and len(names) == 1:
@@ -221,12 +219,12 @@ class Manifest:
 
 
 def checksum(data: bytes) -> str:
-    """Checksum of a header or a manifest, as 64 hexadecimal digits."""
+    """Returns the checksum of a header or a manifest, as 64 hexadecimal digits."""
     return hashlib.blake2b(data, digest_size=32).hexdigest()
 
 
 def _seal(body: dict[str, Any]) -> bytes:
-    """Canonical JSON with the checksum of the rest as its last entry."""
+    """Returns canonical JSON with the checksum of the rest as its last entry."""
     # One way to write a body, so that a reader can write it again and compare: see _unseal().
     plain = json.dumps(body, separators=(",", ":"), ensure_ascii=True).encode()
     return plain[:-1] + f',"checksum":"{checksum(plain)}"}}\n'.encode()
@@ -272,7 +270,7 @@ def _read_frozen(names: object, live: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _check_room(manifest: Manifest) -> None:
-    """Refuses a file that has no tensors, or no room for those that it is said to hold."""
+    """Raises an error for a file that lists no tensors, or that is too small for those that it lists."""
     room = {name: file.size for name, file in manifest.files.items()}
     used = set()
     for tensors in manifest.folders().values():

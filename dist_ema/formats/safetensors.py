@@ -1,13 +1,12 @@
-"""The header of a safetensors file: where each tensor lies. The only place that reads one.
+"""Reads the header of a safetensors file: where each tensor is. No other module reads one.
 
-A header may be anybody's, so nothing in it is believed before it is checked. The tensors have to lie one after the
-other from the end of the header to the end of the file, as the format demands::
+A header may come from anyone, so it is checked before anything in it is used. The tensors have to follow each other
+from the end of the header to the end of the file, as the format demands::
 
     | length, 8 bytes | header, JSON | tensor | tensor | ... | tensor |
                                      ^ 0      ^ data_offsets          ^ end of the file
 
-Tensors that overlap would let a small file fill a disk, and bytes between them belong to no tensor: no checksum would
-cover them.
+Tensors that overlap would let a small file fill a disk. Bytes between tensors would be covered by no checksum.
 """
 
 from __future__ import annotations
@@ -28,12 +27,12 @@ _LENGTH = 8
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a file.
+    """Describes one tensor of a file.
 
     Attributes:
-        dtype: safetensors' name of it, one of :data:`DTYPES`.
-        shape: of the tensor.
-        begin: its first byte in the file.
+        dtype: its dtype by safetensors' name, one of :data:`DTYPES`.
+        shape: its shape.
+        begin: the position of its first byte in the file.
     """
 
     dtype: str
@@ -59,11 +58,11 @@ def parse_header(header: bytes, size: int) -> dict[str, Entry]:
     """Returns the tensors of a file by name, in the order of the file.
 
     Args:
-        header: what :func:`read_header` gave.
+        header: the result of :func:`read_header`.
         size: bytes of the file.
 
     Raises:
-        ValueError: it is no header, or the tensors that it describes overlap, leave bytes out or are not all there.
+        ValueError: it is no header, or the tensors that it describes overlap, leave bytes out or are incomplete.
     """
     try:
         described = parse(header[_LENGTH:], depth=_DEPTH)

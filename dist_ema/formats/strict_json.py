@@ -1,6 +1,6 @@
-"""JSON of unknown origin, measured before it is parsed, so that a hostile text costs little. Pure Python.
+"""Parses JSON of unknown origin. It is measured first, so that a hostile text costs little. Pure Python.
 
-A parser makes an object of every two bytes of ``[],[],[]``: gigabytes out of some megabytes of text. So brackets and
+A parser makes an object of every two bytes of ``[],[],[]``: gigabytes from some megabytes of text. So brackets and
 commas are counted first, and a text with more of them than a description of tensors needs is refused.
 """
 

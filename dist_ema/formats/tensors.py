@@ -1,4 +1,4 @@
-"""Tensors of a file that are read when they are needed, and what else an opened file holds."""
+"""Describes tensors of a file that are read when they are needed, and the other contents of an opened file."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _loading = threading.Lock()
 
 @dataclass(frozen=True)
 class ReadableTensor:
-    """A full tensor of an opened file. Any range of its elements can be read, by several threads at a time.
+    """Reads a full tensor of an opened file. Any range of its elements can be read, by several threads at a time.
 
     Attributes:
-        shape, dtype: of the full tensor.
+        shape, dtype: those of the full tensor.
         read: reads a range.
         aliases: other names of the same (tied) tensor.
-        digest: its fingerprint; None where the file has none.
-        untracked: the file holds an average, and this tensor is not part of it.
+        digest: its fingerprint; None if the file has none.
+        untracked: whether the file holds an average that this tensor is not part of.
     """
 
     shape: tuple[int, ...]
@@ -50,11 +50,12 @@ class ReadableTensor:
 
 
 class LazyTensor:
-    """A tensor of a foreign file, loaded at its first read and released when its last element has been read.
+    """Represents a tensor of a foreign file. It is loaded at the first read and released after its last element was
+    read.
 
     Attributes:
-        shape, dtype: of the full tensor.
-        place: equal for two tensors of one file that share their memory (tied weights); None where that is not known.
+        shape, dtype: those of the full tensor.
+        place: equal for two tensors of one file that share their memory (tied weights); None if that is not known.
     """
 
     def __init__(
@@ -82,11 +83,13 @@ class LazyTensor:
 
     @property
     def numel(self) -> int:
-        """Returns the elements of the full tensor."""
+        """Returns the number of elements of the full tensor."""
         return torch.Size(self.shape).numel()
 
     def read(self, start: int, stop: int, out: Tensor) -> None:
-        """Puts elements ``[start, stop)`` into the flat ``out``, converted to its dtype; in ascending order."""
+        """Copies elements ``[start, stop)`` into ``out``, 1D, converted to its dtype. Ranges must come in ascending
+        order.
+        """
         if self._loaded is None:
             self._loaded = self._load()
         kernels.read(self._loaded, start, stop, out)
@@ -94,9 +97,9 @@ class LazyTensor:
             self._loaded = None
 
     def read_range(self, start: int, stop: int, out: Tensor) -> None:
-        """Puts elements ``[start, stop)`` into the flat ``out`` of its dtype; in any order, from any thread.
+        """Copies elements ``[start, stop)`` into ``out``, 1D and of its dtype. In any order, from any thread.
 
-        What was loaded for it stays, which is no memory where it was mapped.
+        The tensor stays loaded. For a mapped file that takes no memory.
         """
         with _loading:
             if self._loaded is None:
@@ -109,15 +112,15 @@ Tensors = Mapping[str, LazyTensor]
 
 @dataclass(frozen=True)
 class Content:
-    """A foreign file or directory, opened.
+    """Holds an opened foreign file or directory.
 
     Attributes:
         kind: a ``"file"`` of torch.save, a ``"pretrained"`` directory of safetensors files and a configuration, or a
             ``"dcp"`` directory of torch.distributed.checkpoint.
-        values: of a file, all that is in it; of a pretrained directory, the configuration; of a DCP directory, the
-            entries that are not tensors.
-        tensors: of a directory, by name.
-        notes: what was taken of a directory that holds more than one thing.
+        values: everything in a file; the configuration of a pretrained directory; the entries of a DCP directory that
+            are not tensors.
+        tensors: the tensors of a directory, by name.
+        notes: which part was taken, if a directory holds more than one thing.
         chosen: whether the user has named the file of the directory.
     """
 

@@ -1,7 +1,7 @@
-"""Finds the members of a zip file. torch.save writes one, and torch.load maps its members where they lie.
+"""Finds the members of a zip file. torch.save writes one, and torch.load maps its members in place.
 
 torch.save does not compress them. If a file was packed again with compression, mapping it would give the compressed
-bytes, which look like weights and are garbage. torch does not notice. Nor does it notice members that overlap.
+bytes, which look like weights and are garbage. torch does not notice that, nor members that overlap.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _ENCRYPTED = 1 | 1 << 6 | 1 << 13
 
 
 class CompressedError(ValueError):
-    """A member is compressed or encrypted."""
+    """Raised for a member that is compressed or encrypted."""
 
 
 @dataclass(frozen=True)
 class Member:
-    """Says where the bytes of a member lie."""
+    """Describes where the bytes of a member are."""
 
     begin: int
     size: int

@@ -1,8 +1,8 @@
-"""Reads a pickle without doing what it says: nothing is imported, and no code that it names is called.
+"""Reads a pickle without executing it: nothing is imported, and no code that it names is called.
 
 Names in a pickle become empty classes (:class:`Record`). torch's own ``weights_only`` unpickler does the same for names
-that it does not know, and DCP's ``.metadata`` are read by this one alone. Python's unpickler can also be made to take
-memory or time without any code, so two more things are refused here:
+that it does not know. DCP's ``.metadata`` is read only by this one. A pickle can also make Python's unpickler take
+memory or time without any code, so two more things are refused:
 
 - keys of dicts that are nested tuples. A pair of twice the same pair of twice the same pair, forty levels deep, takes
   some bytes to write and years to hash;
@@ -24,17 +24,17 @@ import torch
 
 
 class RefusedError(Exception):
-    """A pickle names something that it may not; the message is that name."""
+    """Raised if a pickle uses a forbidden name; the message is that name."""
 
 
 class Record:
-    """Takes the place of an object of the file: what the pickle puts into it, and no code.
+    """Represents an object of the file: the values that the pickle puts into it, and no code.
 
     Attributes:
-        name: of its class.
-        used_as: what the pickle does with an object of the class: it puts entries into it, appends to it, or neither.
-        args: what the object was made with.
-        state: what its ``__setstate__`` was given.
+        name: the name of its class.
+        used_as: how the pickle uses objects of the class: it puts entries into them, appends to them, or neither.
+        args: the arguments of its constructor.
+        state: the argument of its ``__setstate__``.
         entries, items: what was put into it as into a dict, and as into a list.
     """
 
@@ -88,8 +88,8 @@ class InertUnpickler(pickle._Unpickler):  # the one in C allocates as many memo 
     """Reads one pickle, or several one after the other.
 
     Attributes:
-        records: the classes that took the place of names, by the name in the pickle.
-        protocol: the highest of the pickles.
+        records: the classes that replace names, by the name in the pickle.
+        protocol: the highest protocol among the pickles.
     """
 
     stack: list[Any]
@@ -104,18 +104,20 @@ class InertUnpickler(pickle._Unpickler):  # the one in C allocates as many memo 
         self.protocol = 0
 
     def load(self) -> Any:
-        """Reads the next pickle. Raises RefusedError, and nearly anything for a damaged one."""
+        """Reads the next pickle. Raises RefusedError; a damaged pickle may raise almost any exception."""
         self.memo: dict[int, Any] = {}  # each pickle counts its own objects from 0
         found = super().load()
         self.protocol = max(self.protocol, self.proto)
         return found
 
     def named(self, name: str) -> object:
-        """Returns what a dotted name in the pickle becomes, if not a :class:`Record`. May raise RefusedError."""
+        """Returns the replacement of a dotted name in the pickle, if it is not a :class:`Record`. May raise
+        RefusedError.
+        """
         return None
 
     def find_class(self, module: str, name: str) -> Any:
-        """Replaces Python's method, and looks nothing up."""
+        """Overrides Python's method, and imports nothing."""
         written = f"{module}.{name}"
         module, name = _compat_pickle.NAME_MAPPING.get((module, name), (module, name))
         module = _compat_pickle.IMPORT_MAPPING.get(module, module)
@@ -136,7 +138,7 @@ class InertUnpickler(pickle._Unpickler):  # the one in C allocates as many memo 
         return self.records[written]
 
     def get_extension(self, code: int) -> None:
-        """Refuses what a pickle names by the number of a class that this process has registered."""
+        """Refuses classes that a pickle names by their number in this process's registry."""
         self._refuse()
 
     def _load_setitem(self) -> None:

@@ -1,7 +1,7 @@
-"""Builds the values of a torch.save file from what its pickle says. The tensors are mapped, and not read yet.
+"""Builds the values of a torch.save file from its pickle. The tensors are mapped, and not read yet.
 
-``torch.load(weights_only=True)`` reads pickles of protocol 2, which torch.save writes unless it is told otherwise.
-``torch.save(..., pickle_protocol=4)`` occurs in real files too: they are read here.
+``torch.load(weights_only=True)`` reads pickles of protocol 2, which torch.save writes by default.
+``torch.save(..., pickle_protocol=4)`` occurs in real files too, and is read here.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from dist_ema.formats.torch_stand_ins import stand_in
 
 
 class MappedValues:
-    """Makes tensors, dicts, lists and stand-ins of what the first reading has found.
+    """Makes tensors, dicts, lists and stand-ins from the result of the first reading.
 
     Args:
-        path: of the zip file.
-        members: where the bytes of each storage lie in it, by the storage's key.
+        path: the zip file.
+        members: where the bytes of each storage are in it, by the storage's key.
     """
 
     def __init__(self, path: Path, members: Mapping[str, Member]) -> None:

@@ -1,8 +1,8 @@
 """Reads what the pickle of a torch.save file says about its tensors, without torch.
 
-A pickle describes each tensor as a view of a storage: which elements of which bytes. torch.load believes what the
-pickle says: it maps what lies behind a storage, or makes room for a tensor of any size. So the descriptions are read
-here first, and compared with the bytes that the file has.
+A pickle describes each tensor as a view of a storage: which elements of which bytes. torch.load trusts the pickle: it
+maps what follows a storage, or allocates a tensor of any size. So the descriptions are read here first, and compared
+with the bytes that the file has.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Storage:
-    """The bytes of tensors in a file, as the pickle describes them.
+    """Describes the bytes of tensors in a file, according to the pickle.
 
     Attributes:
         key: the name of the member of the zip file that has the bytes.
-        dtype: of its elements.
-        nbytes: how many bytes there are.
+        dtype: the dtype of its elements.
+        nbytes: the number of bytes.
     """
 
     key: str
@@ -51,13 +51,13 @@ class Storage:
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """A tensor as the pickle describes it: some elements of a storage.
+    """Describes a tensor according to the pickle: some elements of a storage.
 
     Attributes:
-        storage: has the elements.
-        dtype: of the tensor, which may differ from the storage's.
+        storage: the storage with the elements.
+        dtype: the dtype of the tensor, which may differ from the storage's.
         offset: the first element, counted in elements of the tensor's dtype.
-        shape, stride: of the tensor.
+        shape, stride: those of the tensor.
     """
 
     storage: Storage
@@ -150,21 +150,23 @@ def _checked_view(storage: Any, dtype: Any, offset: Any, size: Any, stride: Any)
 
 
 def _encoded(text: object, encoding: object = "latin1") -> bytes:
-    """Bytes, which protocol 2 writes as text."""
+    """Returns bytes that protocol 2 writes as text."""
     if not isinstance(text, str) or encoding not in ("latin1", "latin-1", b"latin1"):
         raise ValueError("it has bytes in an encoding that pickles do not use")
     return text.encode("latin1")
 
 
 def _empty_bytes(content: object = b"", *_: object) -> bytes:
-    """Returns a bytearray, whose content nothing needs. ``bytearray(number)`` would allocate so many bytes."""
+    """Returns an empty bytearray, because nothing needs its contents. ``bytearray(number)`` would allocate that many
+    bytes.
+    """
     if not isinstance(content, (bytes, str)):
         raise ValueError("it asks for an array of bytes and does not give them")
     return b""
 
 
 def _first(value: object, *_: object) -> object:
-    """A parameter: its tensor."""
+    """Returns the tensor of a parameter."""
     return value
 
 

@@ -1,8 +1,8 @@
-"""Files of torch.save, read by ``torch.load(weights_only=True)``: tensors and plain values, and no code of the file.
+"""Reads files of torch.save by ``torch.load(weights_only=True)``: tensors and plain values. No code in the file is run.
 
-A file is read twice. The first reading does nothing that the pickle says (:mod:`.torch_pickles`). It finds the names of
-classes that need a stand-in (:mod:`.torch_stand_ins`), and refuses what torch would believe: tensors of more bytes than
-the file has. The second reading is torch's. Where torch does not read the protocol of the pickle,
+A file is read twice. The first reading does not execute the pickle (:mod:`.torch_pickles`). It finds the names of
+classes that need a stand-in (:mod:`.torch_stand_ins`), and refuses what torch would trust: tensors with more bytes than
+the file has. The second reading is done by torch. If torch does not read the protocol of the pickle,
 :mod:`.torch_mapped` builds the values from the first reading.
 
 Files that torch has written since 1.6 are zip files, and mapped. Older ones are read into memory.
@@ -44,13 +44,13 @@ _SHARDED = "torch.distributed.tensor.DTensor"
 
 @dataclass(frozen=True)
 class _Checked:
-    """Holds what the first reading has found.
+    """Holds the result of the first reading.
 
     Attributes:
         value: the value; tensors in it are views, and other objects records.
-        protocol: of the pickle.
+        protocol: the protocol of the pickle.
         records: the classes that need a stand-in, by their names in the pickle.
-        storages: of a zip file, where the bytes of each storage lie; None for a file of torch before 1.6.
+        storages: where the bytes of each storage are in a zip file; None for a file of torch before 1.6.
     """
 
     value: Any
@@ -63,7 +63,7 @@ def load_file(path: Path) -> Any:
     """Reads a file. The tensors of a zip file are mapped, and their bytes not read yet.
 
     Raises:
-        CheckpointError: it cannot be read, torch.save did not write it, it is compressed, or names what it may not.
+        CheckpointError: it cannot be read, torch.save did not write it, it is compressed, or uses a forbidden name.
         CheckpointCorruptError: it is damaged.
     """
     try:
@@ -84,7 +84,7 @@ def load_file(path: Path) -> Any:
 
 
 def load_bytes(data: bytes, where: str) -> Any:
-    """Reads what torch.save wrote into a part of a larger file. Raises as :func:`load_file`."""
+    """Reads what torch.save wrote into a part of a larger file. Raises as :func:`load_file` does."""
     checked = _check(io.BytesIO(data), len(data), where)
     if checked.protocol != _PROTOCOL:
         raise _other_protocol(checked, where)
@@ -92,10 +92,10 @@ def load_bytes(data: bytes, where: str) -> Any:
 
 
 def locate(path: Path, begin: int, length: int, where: str) -> tuple[View, int]:
-    """Finds the one tensor that torch.save wrote into a part of a larger file, and reads none of it.
+    """Finds the one tensor that torch.save wrote into a part of a larger file, without reading it.
 
     Returns:
-        The tensor, and where in the file the bytes of its storage begin.
+        The tensor, and the position in the file of the first byte of its storage.
 
     Raises:
         CheckpointError, CheckpointCorruptError: as :func:`load_file`.

@@ -1,4 +1,4 @@
-"""Stands in for objects in a file that are neither tensors nor plain values.
+"""Replaces objects in a file that are neither tensors nor plain values.
 
 Training files also hold arguments, configurations and states of random generators. Their classes are not imported, so
 the package that wrote the file need not be installed, and none of its code runs.
@@ -14,10 +14,10 @@ from dist_ema.formats.torch_inert import Record
 
 
 class StandIn:
-    """An object of the file. It keeps the name of its class and nothing else.
+    """Represents an object of the file. It keeps the name of its class and nothing else.
 
     Attributes:
-        name: of the class.
+        name: the name of the class.
     """
 
     name: str
@@ -41,9 +41,9 @@ def safe_globals(records: Iterable[tuple[str, type[Record]]]) -> list[tuple[type
 
 
 def stand_in(record: type[Record]) -> type:
-    """Returns the class that takes the place of one in the file.
+    """Returns the class that replaces one in the file.
 
-    torch lets a pickle put entries into plain dicts and lists alone. If this pickle puts entries into objects of the
+    torch lets a pickle put entries only into plain dicts and lists. If this pickle puts entries into objects of the
     class, the class makes plain dicts or lists.
     """
     name = record.__name__

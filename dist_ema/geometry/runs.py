@@ -269,8 +269,7 @@ def strided_chunk(intervals: Runs, factor: int, parts: int, index: int, *, one_s
     """Returns part ``index`` of each of ``factor`` groups of ``intervals``, as torch's ``_StridedShard`` divides.
 
     With ``one_step`` the intervals are cut into ``factor`` times ``parts`` pieces at once, as older versions of torch
-    do.
-    The results differ only if the sizes do not divide evenly.
+    do. The results differ only if the sizes do not divide evenly.
 
     >>> [strided_chunk(((0, 8),), factor=2, parts=2, index=rank) for rank in range(2)]
     [((0, 2), (4, 2)), ((2, 2), (6, 2))]
@@ -346,8 +345,7 @@ def boxes(runs: Runs, shape: Sequence[int]) -> list[Box]:
     """Returns the elements of ``runs``, in their order, as boxes of a tensor of shape ``shape``.
 
     Elements within a box are in row-major order, so box after box the local elements are contiguous. One run of a
-    tensor of
-    k dimensions becomes at most 2k - 1 boxes. The rows of a tensor-parallel shard of columns become one box.
+    tensor of k dimensions becomes at most 2k - 1 boxes. The rows of a tensor-parallel shard of columns become one box.
 
     >>> boxes(((4, 8),), (4, 4))  # rows 1 and 2
     [((1, 0), (2, 4))]
@@ -446,10 +444,8 @@ def split_evenly(sizes: Sequence[int], itemsizes: Sequence[int], parts: int, ind
     """Returns part ``index`` of a list of 1D tensors that are laid end to end and cut into ``parts`` of equal bytes.
 
     ``sizes`` are numbers of elements, and ``itemsizes`` bytes per element. Returns ``(start, stop)`` in elements for
-    each
-    tensor; ``start == stop`` if the part has nothing of it. Over all indices the ranges cover every element exactly
-    once,
-    and no two parts differ by more than one element in bytes for each cut.
+    each tensor; ``start == stop`` if the part has nothing of it. Over all indices the ranges cover every element
+    exactly once, and no two parts differ by more than one element in bytes for each cut.
 
     >>> split_evenly([3, 5], [4, 4], parts=2, index=0), split_evenly([3, 5], [4, 4], parts=2, index=1)
     ([(0, 3), (0, 1)], [(3, 3), (1, 5)])

@@ -2,9 +2,8 @@
 
 An engine says which elements of a tensor a rank holds (``spec.runs``). A share says which of these the rank averages.
 They are the same unless several ranks hold the same elements. Such *replicas* (DDP, HSDP, ZeRO-0) split the work,
-unless
-``shard_replicas=False``. All tensors of a set of replicas are laid end to end and cut into parts of equal bytes. HSDP
-with 2 copies of 2 shards, and two parameters of 8 elements each::
+unless ``shard_replicas=False``. All tensors of a set of replicas are laid end to end and cut into parts of equal bytes.
+HSDP with 2 copies of 2 shards, and two parameters of 8 elements each::
 
                  w: 0 1 2 3            b: 0 1 2 3
     shard 0     [ . . . . ]           [ . . . . ]          ranks 0 and 2 hold all 8 elements
@@ -51,8 +50,7 @@ class Share:
         first_replica: whether this rank writes the elements, among all ranks that keep the same ones. For unpartitioned
             tensors every holder is marked, and the lowest rank writes.
         joined: the number of the update at which it became averaged; 0 for tensors that are averaged from the first
-            copy
-            on. Replicas split the tensors of one update between them, so existing shares never move.
+            copy on. Replicas split the tensors of one update between them, so existing shares never move.
 
     >>> spec = TensorSpec("w", torch.Size([4, 6]), torch.float32, runs=((6, 12),))
     >>> share = Share(spec, "average", 0, 6, torch.float32, split=True, first_replica=True)  # of two replicas the first

@@ -48,11 +48,9 @@ class TensorSpec:
             replicated dimension of a mesh). Such a rank averages but never writes or sends.
         aliases: other canonical names of the same (tied) tensor.
         hidden: the class of a tensor whose memory does not hold its elements (quantized weights), so that it can
-            neither
-            be averaged nor be read in place; "" for all others.
+            neither be averaged nor be read in place; "" for all others.
         declared: whether the runs are what a plain tensor declares about itself. The tensor does not say which other
-            ranks
-            hold the same runs; :func:`dist_ema.comm.catalogue.catalogue` finds out.
+            ranks hold the same runs; :func:`dist_ema.comm.catalogue.catalogue` finds out.
 
     >>> spec = TensorSpec("layer.weight", torch.Size([4, 6]), torch.bfloat16, runs=((6, 12),))  # rows 1 and 2 of 4
     >>> spec.numel, spec.local_numel

@@ -53,8 +53,7 @@ def plain(tensor: Tensor) -> Tensor | None:
     """Returns the plain tensor whose memory holds the elements; None if there is none. Local, no copy.
 
     For a subclass that holds nothing but one tensor of its shape and dtype, that tensor is returned; also if it caches
-    a
-    scale beside it. The average of the inner tensor is the average of the whole.
+    a scale beside it. The average of the inner tensor is the average of the whole.
     """
     inner = tensor
     while is_hidden(inner):

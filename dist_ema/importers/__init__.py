@@ -21,8 +21,7 @@ class Format:
     Attributes:
         matches: returns whether a file has this format.
         read: reads the average of such a file. If the file has no names, they come from the model's state dict. None
-            for
-            ``state-dict``, whose :func:`dist_ema.importers.generic.read` takes a key and a prefix as well.
+            for ``state-dict``, whose :func:`dist_ema.importers.generic.read` takes a key and a prefix as well.
     """
 
     matches: Callable[[Content], bool]

@@ -62,8 +62,8 @@ def import_checkpoint(
     """Writes a checkpoint that :meth:`ShardedEMA.load` reads, from a file of another library. One process.
 
     The tensors of the average, including buffers, are bit for bit those of the file. No code in the file is run.
-    Memory:
-    files of torch.save and safetensors are mapped; of a ``torch.distributed.checkpoint``, one tensor at a time is read.
+    Memory: files of torch.save and safetensors are mapped; of a ``torch.distributed.checkpoint``, one tensor at a time
+    is read.
 
     Args:
         source: the file, or the directory.
@@ -73,12 +73,10 @@ def import_checkpoint(
         key: the dict of tensors inside the file, such as ``"callbacks.EMA.ema_state_dict"``; in a folder of safetensors
             files, the file or index to take. For ``"state-dict"``.
         model: a state dict of the same model, by torch.save or safetensors. It names the tensors of a list without
-            names
-            (torch.save only: safetensors files do not keep the order), and supplies buffers that the file lacks.
+            names (torch.save only: safetensors files do not keep the order), and supplies buffers that the file lacks.
         frozen: regular expression on the names of parameters that are not trained; few files say which these are.
         prefix: takes one module out of a larger one, such as ``"net"`` of a LightningModule: its names lose ``net.``,
-            and
-            all other tensors are left out. A ``model`` of the larger module is cut in the same way.
+            and all other tensors are left out. A ``model`` of the larger module is cut in the same way.
         decay: fraction kept per batch, if the file does not say.
         half_life: replaces ``decay``, such as ``"1000ba"``.
         dtype: dtype of the floating-point tensors of the average; None means that of the file.

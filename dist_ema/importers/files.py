@@ -33,8 +33,7 @@ def open_foreign(path: Path, key: str | None = None) -> Content:
     Args:
         path: the file or directory.
         key: in a directory of safetensors files, the file or index to take; see :func:`.folders.choose_files`. Ignored
-            for
-            anything else.
+            for anything else.
 
     Raises:
         CheckpointError: nothing is there, it is no known kind of file, it is a pickle that holds more than data, or a

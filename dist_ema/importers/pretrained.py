@@ -22,8 +22,7 @@ def open_pretrained(files: Mapping[Path, Collection[str] | None]) -> Iterator[di
 
     Args:
         files: the names of the tensors to take from each file, as :func:`.folders.choose_files` returns them; None
-            means
-            all.
+            means all.
 
     Raises:
         CheckpointCorruptError: the header of a file does not describe its bytes.

@@ -45,10 +45,8 @@ def options_of(config: Any) -> dict[str, Any]:
     EMA).
     Differences: the first update here copies the weights, theirs blends them into the initial ones. Updates here are at
     multiples of the interval, even if ``start_step`` is not one. A growing half life is per batch here, and counts from
-    the
-    first update; with ``start_step=0`` it is one batch behind. The average here is fp32 unless ``dtype`` says
-    otherwise;
-    theirs has the dtype of the weights.
+    the first update; with ``start_step=0`` it is one batch behind. The average here is fp32 unless ``dtype`` says
+    otherwise; theirs has the dtype of the weights.
 
     Args:
         config: with ``decay``, ``half_life_fraction``, ``start_step``, ``step_bias``, ``update_every_n_steps`` and

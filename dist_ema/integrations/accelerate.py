@@ -49,12 +49,10 @@ def prepare_ema(
     """Returns an average of a model that ``accelerator.prepare()`` returned. Local; every rank calls it.
 
     ``accelerator.save_state()`` then writes it to ``<output_dir>/<name>``, and ``load_state()`` reads it, also with
-    another
-    number of processes. All ranks have to call both. This includes DDP, where Accelerate itself needs only the main
-    process
-    and many scripts call ``save_state()`` under ``if accelerator.is_main_process``. Checkpoints that ``total_limit``
-    removes take the average with them. The accelerator keeps a reference to the average, as to the model, until
-    ``free_memory()``. Works with one process, DDP, FSDP, FSDP2 and DeepSpeed::
+    another number of processes. All ranks have to call both. This includes DDP, where Accelerate itself needs only the
+    main process and many scripts call ``save_state()`` under ``if accelerator.is_main_process``. Checkpoints that
+    ``total_limit`` removes take the average with them. The accelerator keeps a reference to the average, as to the
+    model, until ``free_memory()``. Works with one process, DDP, FSDP, FSDP2 and DeepSpeed::
 
         model, optimizer, data = accelerator.prepare(model, optimizer, data)
         ema = prepare_ema(accelerator, model, optimizer, half_life="1000ba")
@@ -63,19 +61,16 @@ def prepare_ema(
             evaluate(model)
 
     Do not call ``register_for_checkpointing(ema)``: it would save rank 0's part only, and therefore raises.
-    ``save_state()``
-    and ``load_state()`` cannot be called inside ``average_parameters()``, where the model has the average.
+    ``save_state()`` and ``load_state()`` cannot be called inside ``average_parameters()``, where the model has the
+    average.
 
     Args:
         accelerator: the accelerator that prepared the model.
         model: the model as ``prepare()`` returned it, not the one inside.
         optimizer: the optimizer as ``prepare()`` returned it. Each of its real steps is counted; micro-steps of
-            gradient
-            accumulation and steps that are skipped for overflow are not. Pass None to call ``ema.update(...)``
-                yourself,
-            if ``accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped``. Options that count
-                samples,
-            tokens or epochs need that.
+            gradient accumulation and steps that are skipped for overflow are not. Pass None to call ``ema.update(...)``
+            yourself, if ``accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped``. Options that
+            count samples, tokens or epochs need that.
         name: the name of the folder beside Accelerate's files: letters, digits, ``_`` and ``-``. Give each of several
             averages a name of its own.
         missing: what ``load_state()`` does with a checkpoint without this average: ``"error"``, or ``"start"`` a new
@@ -163,10 +158,9 @@ class _Averages:
     """Holds the averages of one accelerator by name, and saves and loads them with its checkpoints.
 
     Accelerate's hooks run before it has loaded schedules and samplers and, without a sharded strategy, the model and
-    the
-    optimizer; and an optimizer may be stepped in order to load it. So averages are loaded at the end of
-    ``load_state()``,
-    and the hook only finds their paths. No event comes that late, so methods of the accelerator *object* are wrapped.
+    the optimizer; and an optimizer may be stepped in order to load it. So averages are loaded at the end of
+    ``load_state()``, and the hook only finds their paths. No event comes that late, so methods of the accelerator
+    *object* are wrapped.
     """
 
     def __init__(self, accelerator: accelerate.Accelerator) -> None:

@@ -50,13 +50,10 @@ class EMA(Algorithm):
     """Implements Composer's ``EMA``, with the same arguments and events, for models that may be sharded.
 
     The first update event at or after ``ema_start`` copies the weights. From then on each multiple of
-    ``update_interval``
-    decays the average by a full interval. Evaluation and prediction use the average. In checkpoints of a
-    ``CheckpointSaver`` the average is ``state.model``, and the training weights are beside it; loading puts both back,
-    at
-    any world size. In ``trainer.save_checkpoint()`` the training weights are ``state.model``. A run that Composer's own
-    EMA
-    (0.9 and later) has saved can be continued with this one.
+    ``update_interval`` decays the average by a full interval. Evaluation and prediction use the average. In checkpoints
+    of a ``CheckpointSaver`` the average is ``state.model``, and the training weights are beside it; loading puts both
+    back, at any world size. In ``trainer.save_checkpoint()`` the training weights are ``state.model``. A run that
+    Composer's own EMA (0.9 and later) has saved can be continued with this one.
 
     Differences from Composer's EMA, which are faults there:
 
@@ -78,16 +75,12 @@ class EMA(Algorithm):
         missing: what to do with a checkpoint without an average: ``"error"``, or ``"start"`` a new one from its
             weights.
         evaluate: True evaluates on the average, False on the live weights; the name of one of several averages
-            evaluates
-            on that one (True: on the first). ``"both"`` runs each evaluator twice: metrics of the live weights have its
-            label (``metrics/eval/...``), metrics of the average have the prefix ``ema_`` (``metrics/ema_eval/...``).
-                Use
-            it to see in one run what the average gains. ``EarlyStopper(dataloader_label="ema_eval")`` follows the
-                average.
-            Predictions use the average.
+            evaluates on that one (True: on the first). ``"both"`` runs each evaluator twice: metrics of the live
+            weights have its label (``metrics/eval/...``), metrics of the average have the prefix ``ema_``
+            (``metrics/ema_eval/...``). Use it to see in one run what the average gains.
+            ``EarlyStopper(dataloader_label="ema_eval")`` follows the average. Predictions use the average.
         should_update: decides which batches are averaged, in place of ``update_interval`` and ``ema_start``. It is
-            called
-            on every rank after each batch with the training clock (``clock.batches``, ``clock.epochs``), such as
+            called on every rank after each batch with the training clock (``clock.batches``, ``clock.epochs``), such as
             ``lambda clock: clock.batches >= 100 and clock.batches % 10 == 0``. Use it for rules that an interval cannot
             express. Each update then decays by what was trained since the last one.
         average_at_end: write the average into the model at the end of ``fit()``, after its last checkpoint and
@@ -259,8 +252,7 @@ class EMA(Algorithm):
         """Puts the average into ``model``, and returns it.
 
         In the model in training the average stays until ``get_training_model``, or the trainer's next event. Another
-        model is
-        written; it has to be sharded in the same way (EMAConfigError).
+        model is written; it has to be sharded in the same way (EMAConfigError).
         """
         return self._put("get_ema_model()", model)
 

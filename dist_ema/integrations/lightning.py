@@ -39,56 +39,46 @@ class EMACallback(pl.Callback):
     """Averages a LightningModule during ``fit()``, and puts the average into it to validate, test and predict.
 
     The average follows each optimizer step. Batches that are only accumulated, and steps that a GradScaler skips, do
-    not
-    count. Under manual optimization with one optimizer each of its steps counts; with several, one ``ba`` is a batch in
-    which any of them stepped. Names are those of ``LightningModule.state_dict()``. The module's hooks up to
+    not count. Under manual optimization with one optimizer each of its steps counts; with several, one ``ba`` is a
+    batch in which any of them stepped. Names are those of ``LightningModule.state_dict()``. The module's hooks up to
     ``on_validation_epoch_end`` see the average; ``on_validation_end`` sees the live weights again.
 
     ``trainer.save_checkpoint`` and ModelCheckpoint write the live weights, at any moment, and beside them the average:
-    into
-    ``<path>/ema`` if the checkpoint is a directory (FSDP2, DeepSpeed), else into ``<file>.ema``. It is loaded with
+    into ``<path>/ema`` if the checkpoint is a directory (FSDP2, DeepSpeed), else into ``<file>.ema``. It is loaded with
     ``ckpt_path``, to fit, validate, test and predict, and removed with the checkpoint. If ranks hold replicas (DDP), an
     exception in an evaluation has to be raised on all of them, because they need each other to restore the live
     weights.
 
     After ``fit()`` the module has the live weights, and ``load_from_checkpoint()`` returns the live weights of the
-    file.
-    (With Lightning's own WeightAveraging both are the average.) ``average_at_end=True`` writes the average into the
-    module
-    at the end of ``fit()``, after the last checkpoint. Or use ``callback.ema``: ``copy_to()`` writes the average into
-    the
-    module, ``export()`` into files for ``load_state_dict`` and ``from_pretrained``.
+    file. (With Lightning's own WeightAveraging both are the average.) ``average_at_end=True`` writes the average into
+    the module at the end of ``fit()``, after the last checkpoint. Or use ``callback.ema``: ``copy_to()`` writes the
+    average into the module, ``export()`` into files for ``load_state_dict`` and ``from_pretrained``.
 
     A checkpoint of Lightning's WeightAveraging or EMAWeightAveraging is resumed from its live weights
     (``current_model_state``), and its average (``state_dict``) becomes the average of this callback.
 
     Args:
         evaluate: True evaluates on the average, False on the live weights; the name of one of several averages
-            evaluates
-            on that one. ``"both"`` validates and tests twice: metrics of the live weights have the module's names,
-                metrics
-            of the average have the prefix ``ema_`` (``ema_val_loss``). Use it to see in one run what the average gains.
-            ModelCheckpoint and EarlyStopping follow the average with ``monitor="ema_val_loss"``. Callbacks see the
-            evaluation of the live weights only. Predictions use the average.
+            evaluates on that one. ``"both"`` validates and tests twice: metrics of the live weights have the module's
+            names, metrics of the average have the prefix ``ema_`` (``ema_val_loss``). Use it to see in one run what the
+            average gains. ModelCheckpoint and EarlyStopping follow the average with ``monitor="ema_val_loss"``.
+            Callbacks see the evaluation of the live weights only. Predictions use the average.
         should_update: decides which steps are averaged, in place of ``update_interval`` and ``ema_start``. It is called
-            on
-            every rank after each optimizer step with the training clock (``clock.batches``, ``clock.epochs``), such as
-            ``lambda clock: clock.batches >= 100 and clock.batches % 10 == 0``. Use it for rules that an interval cannot
-            express.
+            on every rank after each optimizer step with the training clock (``clock.batches``, ``clock.epochs``), such
+            as ``lambda clock: clock.batches >= 100 and clock.batches % 10 == 0``. Use it for rules that an interval
+            cannot express.
         missing: what to do with a checkpoint without an average: ``"error"``, or ``"start"`` a new one from its
             weights.
         average_at_end: write the average into the module at the end of ``fit()``; True, or the name of one of several
             averages. ``trainer.save_checkpoint()`` afterwards writes the average as the module's weights, so a run that
-                is
-            resumed from that file would train the average.
+            is resumed from that file would train the average.
         log: log ``ema.metrics()`` every ``log_every_n_steps``. Collective, one pass over the average.
         options: the options of :class:`ShardedEMA`, in batches and epochs; ``max_duration`` is the trainer's.
 
     Attributes:
         ema: the ShardedEMA, once fitting has begun or a checkpoint was loaded. It is used again when the module is
-            fitted
-            again. Under ddp_spawn and ddp_notebook it ends with the processes of ``fit()``: evaluate and export from a
-            checkpoint then.
+            fitted again. Under ddp_spawn and ddp_notebook it ends with the processes of ``fit()``: evaluate and export
+            from a checkpoint then.
 
     Raises:
         EMAConfigError: on every rank: an option is wrong or contradicts the trainer, or there are two averaging

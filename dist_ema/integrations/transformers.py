@@ -53,15 +53,12 @@ class EMACallback(TrainerCallback):
 
     Every optimizer step that was not skipped counts: as one batch, as its part of the epoch and, with the Trainer's
     ``include_num_input_tokens_seen``, with its tokens. ``evaluate()`` and ``predict()`` use the average during and
-    after
-    training, and the live weights before it. ``ShardedEMA.metrics()`` are logged whenever the Trainer logs its loss.
-    ``train()`` begins a new average, as it begins a new count of steps. With ``resume_from_checkpoint`` it continues
-    the
-    average of the checkpoint, at any world size. ``load_best_model_at_end`` also takes the best checkpoint's average.
-    ``save_model()`` writes the live weights; with ``save_averaged`` the average; inside an evaluation what is
-    evaluated.
-    (With FSDP's ``SHARDED_STATE_DICT`` it writes none of these, but ``ema.export()`` does.) The model of a checkpoint
-    always has the live weights.
+    after training, and the live weights before it. ``ShardedEMA.metrics()`` are logged whenever the Trainer logs its
+    loss. ``train()`` begins a new average, as it begins a new count of steps. With ``resume_from_checkpoint`` it
+    continues the average of the checkpoint, at any world size. ``load_best_model_at_end`` also takes the best
+    checkpoint's average. ``save_model()`` writes the live weights; with ``save_averaged`` the average; inside an
+    evaluation what is evaluated. (With FSDP's ``SHARDED_STATE_DICT`` it writes none of these, but ``ema.export()``
+    does.) The model of a checkpoint always has the live weights.
 
     Args:
         trainer: the Trainer of this callback; None means the one whose ``train()`` finds it.
@@ -71,14 +68,12 @@ class EMACallback(TrainerCallback):
             the live weights have the prefix ``live_`` (``live_eval_loss``). Use it to see in one run what the average
             gains. ``predict()`` uses the average.
         missing: what to do with a checkpoint without an average: ``"error"``, or ``"start"`` a new one from its
-            weights,
-            with its clock at zero.
+            weights, with its clock at zero.
         save_averaged: True, or the name of an average, for ``save_model()``.
         should_update: decides which steps are averaged, in place of ``update_interval`` and ``ema_start``. It is called
-            on
-            every rank after each optimizer step with the training clock (``clock.batches``, ``clock.epochs``), such as
-            ``lambda clock: clock.batches >= 100 and clock.batches % 10 == 0``. Use it for rules that an interval cannot
-            express.
+            on every rank after each optimizer step with the training clock (``clock.batches``, ``clock.epochs``), such
+            as ``lambda clock: clock.batches >= 100 and clock.batches % 10 == 0``. Use it for rules that an interval
+            cannot express.
         average_at_end: write the average into the model at the end of ``train()``, after the last checkpoint was saved;
             True, or the name of one of several averages. ``save_model()`` and ``evaluate()`` then use it without a
             callback.
@@ -90,8 +85,7 @@ class EMACallback(TrainerCallback):
 
     Raises:
         EMAConfigError: an option is wrong or contradicts the Trainer's, or this is a second EMACallback. ``train()``
-            may
-            raise it as well, and EMAEngineError, EMAStateError, and CheckpointError if ``ema/`` is missing.
+            may raise it as well, and EMAEngineError, EMAStateError, and CheckpointError if ``ema/`` is missing.
     """
 
     def __init__(

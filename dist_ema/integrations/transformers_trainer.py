@@ -26,8 +26,7 @@ def epochs_begun(trainer: Any) -> float:
     """Returns the epoch at which training begins, as the Trainer will count it.
 
     ``state.epoch`` of a checkpoint may differ: that run may have had another number of batches per epoch, or its epoch
-    is
-    started again (``ignore_data_skip``).
+    is started again (``ignore_data_skip``).
     """
     args = trainer.args
     batches = trainer.callback_handler.train_dataloader

@@ -53,8 +53,7 @@ class Fit:
     Attributes:
         weights: the weight of each snapshot, in their order; they sum to 1, and may be negative.
         residual: distance of its profile from the wanted one, divided by the norm of the wanted one. 0 is exact. From 1
-            on
-            the snapshots have nothing in common with it.
+            on the snapshots have nothing in common with it.
         gain: sum of the absolute weights. In the worst case rounding errors of the snapshots are multiplied by this.
     """
 
@@ -146,8 +145,7 @@ def trailing(length: float, at: float, *, every: float = 1, shape: str = "unifor
     end.
 
     With a ``shape`` it is the average that corresponds to a learning rate that falls in this shape from ``at - length``
-    to
-    ``at`` (WSM).
+    to ``at`` (WSM).
 
     Args:
         length, at: in the unit of the profiles' steps, counted from the first copy. Steps after ``at - length`` count.

@@ -53,8 +53,7 @@ def audit(
     """Reads a whole checkpoint and lists every damage; :func:`verify_checkpoint` raises instead. One process.
 
     Files are read one after the other, and the chunks of a file by all threads, so that all threads are busy with a
-    single
-    large tensor, too. Memory: 8 MiB per thread and some scratch, whatever the size of the checkpoint.
+    single large tensor, too. Memory: 8 MiB per thread and some scratch, whatever the size of the checkpoint.
 
     Args:
         path: the checkpoint, a directory or a URL.

@@ -24,8 +24,7 @@ class Uninterrupted:
     """Delays signal handlers until the end of a ``with`` block. Local.
 
     All handlers then run, in the order in which the signals arrived, and the first exception among them is raised. In
-    other
-    threads than the main one no handler ever runs, and the block does nothing.
+    other threads than the main one no handler ever runs, and the block does nothing.
     """
 
     __slots__ = ("_active", "_block", "_came", "_handlers")

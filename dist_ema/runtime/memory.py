@@ -19,8 +19,7 @@ def empty(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Returns a 1D uninitialised tensor, outside of inference mode. Local.
 
     On the CPU its memory is in huge pages if the system has them (Linux). The first write to it, as by a load, is then
-    twice
-    as fast, and an update needs fewer address translations.
+    twice as fast, and an update needs fewer address translations.
     """
     with torch.inference_mode(False):
         tensor = torch.empty(count, dtype=dtype, device=device)

@@ -14,8 +14,7 @@ def work_through(items: Iterable[T], work: Callable[[T], None], threads: int, na
     """Calls ``work`` with every item, in several threads. Local.
 
     A thread takes the next item when it has finished one. So the items may come from a generator of any length: there
-    are
-    never more of them in memory than there are threads. (A future for each range of a 70 B merge took 539 MiB.)
+    are never more of them in memory than there are threads. (A future for each range of a 70 B merge took 539 MiB.)
 
     Args:
         items: the items, in the order in which work on them begins.

@@ -25,8 +25,7 @@ class Worker:
 
     Args:
         threads: number of threads that torch and the compiled kernels use for a job; None means a quarter of the
-            caller's,
-            at least one.
+            caller's, at least one.
     """
 
     def __init__(self, threads: int | None) -> None:

@@ -19,8 +19,8 @@ class Warmup(Capped):
 
     With ``min_decay`` it keeps at least that. The warm-up of k-diffusion, ema-pytorch and diffusers
     (``use_ema_warmup=True``). Half life: while it warms up, about .693 * (1 + n / inv_gamma) ** power batches at batch
-    n; afterwards that of :class:`ConstantDecay`.
-    A gap costs time in proportion to the batches of warm-up in it (a million take about half a second).
+    n; afterwards that of :class:`ConstantDecay`. A gap costs time in proportion to the batches of warm-up in it (a
+    million take about half a second).
 
     Args:
         decay: final kept fraction per batch, in [0, 1).

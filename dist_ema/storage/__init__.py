@@ -25,10 +25,10 @@ from dist_ema.storage.remote_commit import RemoteWriter
 
 
 def storage_reader(path: StrPath) -> StorageReader:
-    """Reads files of the directory or URL ``path``; opens none yet.
+    """Returns a reader for files of the directory or URL ``path``; opens none yet.
 
-    Raises EMAConfigError where ``path`` is neither, or fsspec lacks what opens it, and CheckpointError where the store
-    cannot be reached.
+    Raises EMAConfigError if ``path`` is neither, or fsspec lacks a package for it; CheckpointError if the store cannot
+    be reached.
     """
     paths.check_path(path)
     if paths.is_remote(path):
@@ -37,9 +37,9 @@ def storage_reader(path: StrPath) -> StorageReader:
 
 
 def storage_writer(path: StrPath, token: str) -> StorageWriter:
-    """Writes the checkpoint ``path``; ``token``, 32 hexadecimal digits, belongs to this save alone.
+    """Returns a writer for the checkpoint ``path``. ``token``, 32 hexadecimal digits, belongs to this save alone.
 
-    Raises as :func:`storage_reader`.
+    Raises as :func:`storage_reader` does.
     """
     if paths.is_remote(path):
         return RemoteWriter(*paths.file_system(os.fspath(path)), token)

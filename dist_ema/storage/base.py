@@ -15,7 +15,7 @@ C = TypeVar("C", bound="Closing")
 
 
 class Closing:
-    """Closes at the end of a ``with`` block."""
+    """Closes an object at the end of a ``with`` block."""
 
     def close(self) -> None:
         """Releases files and memory."""
@@ -31,11 +31,11 @@ class Closing:
 
 
 class OpenFile(Protocol):
-    """A file that is read by position; several threads may read it at a time.
+    """Reads a file by position. Several threads may read it at a time.
 
     Attributes:
-        size: bytes.
-        link: says which symbolic link led to the file, and where it points; None if the path has no links.
+        size: the number of bytes.
+        link: which symbolic link led to the file, and where it points; None if the path has no links.
     """
 
     size: int
@@ -55,50 +55,50 @@ class OpenFile(Protocol):
         """
 
     def close(self) -> None:
-        """Closes it."""
+        """Closes the file."""
 
 
 class StorageReader(Protocol):
-    """A directory to read from, or what stands for one. Local: each rank reads for itself."""
+    """Reads files of a directory, or of its equivalent in a store. Local: each rank reads for itself."""
 
     def file(self, name: str) -> OpenFile:
-        """Opens a file of this directory. Raises FileNotFoundError where there is none, OSError for all else."""
+        """Opens a file of this directory. Raises FileNotFoundError if there is none, OSError for other failures."""
 
     def __truediv__(self, name: str) -> StorageReader: ...
 
 
 class TensorWriter(Protocol):
-    """Takes elements of full tensors, for the files of one folder."""
+    """Writes elements of full tensors into the files of one folder."""
 
     def write(self, name: str, runs: Runs, values: Tensor) -> None:
-        """Puts ``values`` into the elements ``runs`` of the tensor ``name``.
+        """Writes ``values`` to the elements ``runs`` of the tensor ``name``.
 
-        ``values`` is flat, on the CPU and of the planned dtype, and the caller may change it afterwards. A backend that
-        writes a file from its first byte to its last wants the tensors in the order of the files and each of them from
-        its first element on.
+        ``values`` is 1D, on the CPU and of the planned dtype. The caller may change it afterwards. A backend that
+        writes a file from its first byte to its last needs the tensors in the order of the files, and each from its
+        first element on.
         """
 
     def sync(self) -> None:
-        """Waits until all that was written is there for good."""
+        """Waits until everything that was written is permanent."""
 
     def close(self) -> None:
         """Releases files and memory. Elements that were not synced may be lost."""
 
 
 class StorageWriter(Protocol):
-    """One checkpoint in the making, which replaces the old one in one step or leaves it as it was.
+    """Writes one checkpoint, which replaces the old one in one step or leaves it unchanged.
 
-    Every rank makes an object, with the same token. Expect these calls in this order:
+    Every rank makes an object, with the same token. The calls come in this order:
 
     1. (all ranks) the constructor, which touches nothing yet
     2. (rank 0) ``create()``: the files, at their final sizes and beside their final place
     3. (all ranks) ``is_visible()``; the ranks then tell each other whether all of them see the files
-    4. (all ranks if they all see the files, else rank 0 alone) ``writer()`` for each folder, then ``write()`` of what
-       it gave, any number of times
-    5. (the same ranks) ``sync()`` and ``close()`` of each; the ranks then tell each other that no one failed
+    4. (all ranks if they all see the files, else rank 0 alone) ``writer()`` for each folder, then its ``write()`` any
+       number of times
+    5. (the same ranks) ``sync()`` and ``close()`` of each; the ranks then tell each other whether all succeeded
     6. (rank 0) ``commit()`` with the manifest
 
-    If any rank fails at any step, rank 0 calls ``abandon()`` in place of the steps that are left.
+    If any rank fails at any step, rank 0 calls ``abandon()`` in place of the remaining steps.
 
     Attributes:
         data: name of the data folder, ``data-<token>``, which the manifest names.
@@ -107,22 +107,23 @@ class StorageWriter(Protocol):
     data: str
 
     def create(self, folders: Mapping[str, Sequence[FilePlan]], overwrite: bool) -> None:
-        """Makes every folder's files, or checks that they can be made.
+        """Makes the files of every folder, or checks that they can be made.
 
-        Raises CheckpointError for a place that holds anything but a checkpoint, or one without ``overwrite``; OSError.
+        Raises CheckpointError if ``path`` holds anything but a checkpoint, or a checkpoint without ``overwrite``;
+        OSError.
         """
 
     def is_visible(self) -> bool:
         """Returns whether this process can write into the files that rank 0 made."""
 
     def writer(self, folder: str, plans: Sequence[FilePlan]) -> TensorWriter:
-        """Fills the files of one folder."""
+        """Returns a writer for the files of one folder."""
 
     def commit(self, manifest: bytes) -> None:
-        """Puts the checkpoint in its place; it is there for good afterwards.
+        """Puts the checkpoint in its place, where it is permanent afterwards.
 
         Raises CheckpointError if another save has replaced it since ``create()``; OSError.
         """
 
     def abandon(self) -> None:
-        """Removes what was written; harmless before ``create()`` and after ``commit()``."""
+        """Removes what was written. Does nothing before ``create()`` and after ``commit()``."""

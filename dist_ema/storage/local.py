@@ -1,4 +1,4 @@
-"""Files of this machine: read by position, and written in place by every rank that has elements for them."""
+"""Reads files of this machine by position, and lets every rank write its elements in place."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ _FETCH = (
 
 
 class LocalReader:
-    """Opens the files of one directory; a :class:`~dist_ema.storage.base.StorageReader`.
+    """Opens the files of one directory; implements :class:`~dist_ema.storage.base.StorageReader`.
 
     Symbolic links are followed, because download caches and data version control (the Hub's cache, DVC, git-annex) keep
     a checkpoint as links. This is safe for checkpoints from strangers: a reader compares the size and the checksum of
     every file with the manifest before it returns anything. Only plain files are opened; opening a pipe would block.
 
     Args:
-        path: of the directory.
+        path: the directory.
         inside: path of a subdirectory, relative to ``path``.
     """
 
@@ -67,10 +67,10 @@ class LocalReader:
 
 
 class LocalFile:
-    """An open plain file; an :class:`~dist_ema.storage.base.OpenFile`.
+    """Reads an open plain file; implements :class:`~dist_ema.storage.base.OpenFile`.
 
     Args:
-        path: of the file.
+        path: the file.
         link: the first symbolic link on that path, for error messages; None if there is none.
     """
 
@@ -110,7 +110,7 @@ class LocalFile:
 
 
 def _first_link(directory: Path, name: Path) -> Path | None:
-    """Returns the first symbolic link on the way from a directory to a file in it, the file included; None if there is
+    """Returns the first symbolic link on the path from a directory to a file in it, including the file; None if
     none.
     """
     for part in [*reversed(name.parents), name]:
@@ -120,7 +120,7 @@ def _first_link(directory: Path, name: Path) -> Path | None:
 
 
 def open_ranges(path: Path) -> LocalFile:
-    """Opens a file that a user has named, to read ranges of it. Raises as :meth:`LocalReader.file`."""
+    """Opens a file that a user has named, to read ranges of it. Raises as :meth:`LocalReader.file` does."""
     return LocalFile(path, path if path.is_symlink() else None)
 
 
@@ -143,7 +143,7 @@ def open_plain(path: Path) -> BinaryIO:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Adds the path to an OSError that names no file: those of write, fsync and close do not."""
+    """Adds the path to an OSError that names no file, as errors of write, fsync and close do not."""
     try:
         yield
     except OSError as error:
@@ -153,7 +153,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def create_file(directory: Path, plan: FilePlan) -> None:
-    """Makes a file of its final size with its header; the tensors are holes until they are written."""
+    """Makes a file of its final size with its header. The tensors are holes until they are written."""
     path = directory / plan.name
     with naming(path), path.open("xb") as file:  # x: there must be none, nor a link
         file.write(plan.header)
@@ -175,13 +175,13 @@ def write_synced(path: Path, content: bytes) -> None:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copies the bytes of a file, and not its permissions."""
+    """Copies the bytes of a file, but not its permissions."""
     with naming(target):
         shutil.copyfile(source, target)
 
 
 def remove_tree(path: Path) -> None:
-    """Removes a directory and all that is in it, as far as that is possible; of a symbolic link, the link alone."""
+    """Removes a directory and its contents, as far as possible; of a symbolic link, only the link."""
     if path.is_symlink():
         path.unlink(missing_ok=True)
     else:
@@ -189,7 +189,7 @@ def remove_tree(path: Path) -> None:
 
 
 def exchange(first: Path, second: Path) -> bool:
-    """Exchanges two names in one step. False, and nothing done, where the system or the file system cannot."""
+    """Exchanges two names in one step. Returns False, and does nothing, if the system or the file system cannot."""
     libc = ctypes.CDLL(None, use_errno=True)
     if not hasattr(libc, "renameat2"):
         return False
@@ -198,7 +198,7 @@ def exchange(first: Path, second: Path) -> bool:
 
 
 def sync(path: Path) -> None:
-    """Waits until a file is on disk; of a directory, until the names in it are."""
+    """Waits until a file is on disk; for a directory, until the names in it are."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         with naming(path):
@@ -208,13 +208,13 @@ def sync(path: Path) -> None:
 
 
 class RunWriter(Closing):
-    """Writes runs of elements to where they belong in files that exist; several ranks write into one file at a time.
+    """Writes runs of elements in place into existing files. Several ranks may write into one file at a time.
 
-    A :class:`~dist_ema.storage.base.TensorWriter`, and a context manager that closes the files.
+    Implements :class:`~dist_ema.storage.base.TensorWriter`; as a context manager it closes the files.
 
     Args:
-        directory: that holds the files.
-        plans: of the files.
+        directory: the directory of the files.
+        plans: the plans of the files.
     """
 
     def __init__(self, directory: Path, plans: Sequence[FilePlan]) -> None:
@@ -243,9 +243,7 @@ class RunWriter(Closing):
             self._dirty[file] = 0
 
     def _descriptor(self, file: str) -> int:
-        """Returns the descriptor of a file. Few files are open at a time: tensors come file after file, and files are
-        many.
-        """
+        """Returns the descriptor of a file. Few files are open at a time, because tensors come file after file."""
         if file not in self._open:
             if len(self._open) >= _OPEN_FILES:
                 self._close(next(iter(self._open)))
@@ -259,7 +257,7 @@ class RunWriter(Closing):
                 os.fsync(self._descriptor(file))
 
     def close(self) -> None:
-        """Closes all files even if closing one fails: some file systems report a used-up quota only then."""
+        """Closes all files, even if closing one fails: some file systems report an exceeded quota only then."""
         with ExitStack() as stack:
             for file in self._open:
                 stack.callback(self._close, file)
@@ -272,7 +270,7 @@ class RunWriter(Closing):
 
 
 def _write_behind(descriptor: int) -> None:
-    """Asks the system to start bringing a file to disk, and does not wait: else Linux starts at fsync only.
+    """Asks the system to start writing a file to disk, without waiting. Otherwise Linux starts at fsync only.
 
     It guarantees nothing, so a system without the call is only slower.
     """

@@ -1,19 +1,24 @@
-"""A checkpoint directory: written beside its place, and put there in one step when it is whole and on disk.
+"""Writes a checkpoint directory beside its place, and moves it there in one step when it is complete and on disk.
 
-A checkpoint is a directory with ``ema.json``, the manifest, and a data folder that it names::
+A checkpoint is a directory with ``ema.json``, the manifest, and a data folder that the manifest names::
 
     checkpoint/ema.json
     checkpoint/data-<token>/averages/<name>/model.safetensors
     checkpoint/data-<token>/live/model.safetensors              frozen parameters and others that are not averaged
 
 A new checkpoint is its staging directory, renamed. An existing one is replaced in two renames: the new data folder
-moves beside the old one, then the new manifest over the old one. So at every moment the manifest names one whole set of
-data, and what it does not name is no part of the checkpoint.
+moves beside the old one, then the new manifest replaces the old one. So at every moment the manifest names one complete
+set of data, and what it does not name is no part of the checkpoint::
 
-Where two saves replace one checkpoint at a time, one of them fails: the one that comes to its last rename and finds
-another manifest than when it began. A save may also sleep between looking and renaming. So before that rename each save
-removes the manifests that others have ready, and the one that slept has nothing to rename when it wakes. All of this
-holds without locks; a lock makes saves that are awake take turns, so that one of them succeeds. Data are removed only
+    1. write        staging/data-B, staging/ema.json      checkpoint: ema.json -> data-A
+    2. rename       checkpoint/data-B                     checkpoint: ema.json -> data-A, data-B not named yet
+    3. rename       checkpoint/ema.json                   checkpoint: ema.json -> data-B, data-A not named any more
+    4. remove       checkpoint/data-A
+
+If two saves replace one checkpoint at the same time, one of them fails: the one that comes to its last rename and finds
+another manifest than when it began. A save may also be suspended between looking and renaming. So before that rename
+each save removes the manifests that others have prepared, and a save that wakes up later has nothing to rename. All of
+this holds without locks. A lock makes running saves take turns, so that one of them succeeds. Data are removed only
 when neither a live save nor the manifest can name them.
 """
 
@@ -44,11 +49,11 @@ _NAMES_DATA = re.compile(rb'"data":"(data-[0-9a-f]{32})"')
 
 
 class LocalWriter:
-    """A checkpoint directory in the making; a :class:`~dist_ema.storage.base.StorageWriter`.
+    """Writes a checkpoint directory; implements :class:`~dist_ema.storage.base.StorageWriter`.
 
     Args:
         target: the directory.
-        token: of this save.
+        token: the token of this save.
     """
 
     def __init__(self, target: Path, token: str) -> None:
@@ -73,7 +78,7 @@ class LocalWriter:
             self._sizes |= {f"{name}/{plan.name}": plan.size for plan in plans}
 
     def _try_moving(self) -> None:
-        """Moves the empty data folder to where it will go, and back, to fail now if it cannot be done later."""
+        """Moves the empty data folder to its final place and back, to fail now if that is impossible later."""
         try:
             (self._staging.content / self.data).rename(self._target / self.data)
             (self._target / self.data).rename(self._staging.content / self.data)
@@ -94,7 +99,7 @@ class LocalWriter:
         return self._staging.writer(f"{self.data}/{folder}", plans)
 
     def write_beside(self, name: str, text: str) -> None:
-        """Puts a small file beside the manifest. Before ``commit()``, which moves it after the manifest."""
+        """Writes a small file that ``commit()`` moves beside the manifest. Call it before ``commit()``."""
         write_text(self._staging.content / name, text)
         self._beside.append(name)
 
@@ -111,7 +116,9 @@ class LocalWriter:
         _remove_old_data(self._target)  # also after the first save: another may have replaced it already
 
     def _replace(self, manifest: bytes) -> None:
-        """Until the second rename the old manifest stands, and after it the new one: each with all of its data."""
+        """Replaces data and manifest by two renames. Before the second rename the old manifest is valid, after it the
+        new one.
+        """
         with _taking_turns(self._target):
             self._check_unchanged()
             (self._staging.content / self.data).rename(self._target / self.data)

@@ -32,8 +32,7 @@ def under_common_names(sources: Sequence[Source]) -> list[Source]:
     """Removes a prefix from the names of a source if they then are exactly those of the others.
 
     ``{"model": ...}`` in a directory of torch.distributed.checkpoint gives every name the prefix ``model.``. The notes
-    of
-    the source say that a prefix was removed, and what was left out with it.
+    of the source say that a prefix was removed, and what was left out with it.
 
     Raises CheckpointError if two prefixes of one source are possible.
     """

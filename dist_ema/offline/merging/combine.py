@@ -9,10 +9,9 @@
     output 1   | range 0 | range 1 | ...
 
 Sums are in float64, with one multiplication and one addition for each source, in their order: no bit depends on
-threads,
-ranks or ranges. The result is rounded to the output's dtype; to a 16-bit dtype by way of fp32. Its error is half of its
-last bit plus about 2^-52 of the sum of absolute terms. Integers and bools are those of the newest source that has a
-weight. One source with the weight 1 is copied, bit for bit.
+threads, ranks or ranges. The result is rounded to the output's dtype; to a 16-bit dtype by way of fp32. Its error is
+half of its last bit plus about 2^-52 of the sum of absolute terms. Integers and bools are those of the newest source
+that has a weight. One source with the weight 1 is copied, bit for bit.
 
 Memory: for each thread one range of every source and of every output, some MiB.
 """

@@ -54,8 +54,7 @@ class Merged:
         weights: the weight of each source, in their order.
         sources: path, kind, average, progress and fingerprint of each source, as ``merge.json`` has them.
         residual: after a synthesis, the distance of the result's profile from the target's, over the target's norm;
-            else
-            None.
+            else None.
         notes: one sentence each on choices that the merge has made, on values that are not finite, and on a synthesis
             whose snapshots hardly serve the target.
     """

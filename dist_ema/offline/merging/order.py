@@ -20,10 +20,8 @@ def in_order_of_training(sources: Sequence[Source]) -> list[int] | None:
     """Returns the indices of the sources, the oldest first; None if their order is not stated.
 
     A source states its step by the clock of a checkpoint of this library, by ``trainer_state.json``, or in a training
-    file.
-    If not all do, or several state the same step, numbers at the end of otherwise equal names are used. Steps and
-    numbers
-    must not contradict each other.
+    file. If not all do, or several state the same step, numbers at the end of otherwise equal names are used. Steps and
+    numbers must not contradict each other.
     """
     steps = [source.step for source in sources]
     known = [(step, number) for number, step in enumerate(steps) if step is not None]
