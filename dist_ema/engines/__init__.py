@@ -1,4 +1,20 @@
-"""Chooses the engine of a target. Only this package knows wrappers."""
+"""Chooses the engine for the user's model. Only this package knows the wrappers of torch, DeepSpeed and trainers.
+
+========================  ===================  ===================================================================
+model                     engine               a rank averages
+========================  ===================  ===================================================================
+plain ``nn.Module``       ``plain.py``         every tensor whole
+DDP                       ``ddp.py``           a share of every trained parameter, which all ranks hold whole
+FSDP1                     ``fsdp1.py``         its piece of each flat parameter
+FSDP2, HSDP, TP, mixed    ``dtensor.py``       the local part of each DTensor; under HSDP a share of it
+DeepSpeed                 ``deepspeed/``       its part of the fp32 masters (ZeRO-1 to 3), a share of them (ZeRO-0)
+list, pipeline stages     ``pipeline.py``      what the engines of the parts average
+``masters=optimizer``     ``masters.py``       the optimizer's masters, in the layout of the parameters
+========================  ===================  ===================================================================
+
+``base.py`` has the interface of engines and the order of its calls. ``binding.py`` notices replaced parameters,
+``names.py`` makes canonical names, and ``wrappers.py`` takes trainers' wrappers off.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +42,9 @@ _KNOWN = (
 
 
 def detect(target: object) -> Engine:
-    """Returns the engine for what the user trains. Local. Raises EMAEngineError for anything that cannot be
-    averaged.
+    """Returns the engine for the user's model, which may be wrapped. Local.
+
+    Raises EMAEngineError if the model cannot be averaged.
     """
     if isinstance(target, Sequence) and not isinstance(target, (str, bytes)):
         if len(target) == 0:
@@ -35,7 +52,7 @@ def detect(target: object) -> Engine:
         return CompositeEngine([detect(module) for module in target])
     stage = stage_module(target)
     if stage is not None:
-        return CompositeEngine([detect(stage)])  # one of several, as a list of one is
+        return CompositeEngine([detect(stage)])  # other ranks have other stages, as with a list of one module
     target = unwrap_module(target)
     if isinstance(target, loaded("deepspeed", "DeepSpeedEngine")):
         from dist_ema.engines.deepspeed.zero import ZeroEngine
@@ -48,12 +65,15 @@ def detect(target: object) -> Engine:
 
 
 def detect_in(target: object, group: object, *, trains: bool = True) -> Engine:
-    """Returns the engine for a model that the ranks of ``group`` hold; None means all ranks. Local.
+    """Returns the engine for a model that the ranks of ``group`` hold. Local.
 
-    One that is not to be trained (``trains=False``) may be a DeepSpeed engine of ZeRO-3 without an optimizer.
+    Raises EMAConfigError if ``group`` is no process group with this rank, and EMAEngineError if the model is spread
+    over ranks outside of it.
 
-    Raises EMAConfigError for what is no group of this rank's, and EMAEngineError for a model that is spread over ranks
-    outside of it.
+    Args:
+        target: the model, as for :func:`detect`.
+        group: a process group; None means all ranks.
+        trains: False for a model that is not trained. It may then be a DeepSpeed engine of ZeRO-3 without an optimizer.
     """
     engine = detect(target) if trains else _detect_untrained(target)
     if group is None:
@@ -63,13 +83,14 @@ def detect_in(target: object, group: object, *, trains: bool = True) -> Engine:
             "allowed are None and a torch.distributed.ProcessGroup, such as dist.new_group(...) or mesh.get_group()"
         )
         if group == dist.GroupMember.NON_GROUP_MEMBER:
-            allowed = "this rank is not a member of it, and has no part in an average of its model"
+            allowed = "this rank is not a member of that group, so it must not make an average of its model"
         raise EMAConfigError(f"group={group!r}: {allowed}")
     members = dist.get_process_group_ranks(group)
-    if others := sorted(engine.ranks() - set(members)):
+    others = sorted(engine.ranks() - set(members))
+    if others:
         raise EMAEngineError(
-            f"group= has the ranks {members}, but the model is spread over ranks {others[:8]} too: pass a group of all "
-            "ranks that hold a part of the model"
+            f"group= has the ranks {members}, but the model is also spread over ranks {others[:8]}: pass a group of "
+            "all ranks that hold a part of the model"
         )
     engine.group = group
     return engine
@@ -86,6 +107,8 @@ def _detect_untrained(target: object) -> Engine:
 
 
 def _detect_module(model: nn.Module) -> Engine:
+    """Returns the engine for a module. Raises EMAEngineError if it mixes wrappers. Local."""
+    # Step 1: which wrappers are there?
     modules = list(model.modules())
     wrapper = next((module for module in modules if isinstance(module, DistributedDataParallel)), None)
     flat = any(isinstance(module, loaded("torch.distributed.fsdp", "FullyShardedDataParallel")) for module in modules)
@@ -94,7 +117,10 @@ def _detect_module(model: nn.Module) -> Engine:
     if not sharded and "torch.distributed.fsdp" in sys.modules:
         from dist_ema.engines.dtensor import units_of
 
-        sharded = bool(units_of(model))  # whose weights may be whole at the moment
+        # After a forward pass FSDP2's parameters may be plain tensors, but its units are still there.
+        sharded = bool(units_of(model))
+
+    # Step 2: refuse a mixture. FSDP1 over DTensors has its own error in fsdp1.py, which tells what to use.
     found = [
         name
         for name, present in (
@@ -106,12 +132,14 @@ def _detect_module(model: nn.Module) -> Engine:
     ]
     if len(found) > 1:
         raise EMAEngineError(f"the model mixes {' and '.join(found)}: use one of them, or pass the parts as a list")
+
+    # Step 3: make the engine.
     if wrapper is not None:
-        if not any(module is wrapper for module in _outer(model)):
+        if not any(module is wrapper for module in _wrapper_chain(model)):
             raise EMAEngineError("DistributedDataParallel wraps only a part of the model: wrap all of it")
         return DataParallelEngine(model, wrapper)
-    # Their files import torch.distributed.fsdp and torch.distributed.tensor, which takes longer than the rest of the
-    # library, and are of no use to who has not done so.
+    # These files import torch.distributed.fsdp and torch.distributed.tensor, which takes longer than the rest of the
+    # library. So they are imported only for models that use them.
     if flat:
         from dist_ema.engines.fsdp1 import FlatParamEngine
 
@@ -123,9 +151,14 @@ def _detect_module(model: nn.Module) -> Engine:
     return PlainEngine(model)
 
 
-def _outer(model: nn.Module) -> list[nn.Module]:
-    """Returns the model and what it wraps, as long as each holds nothing but the next (torch.compile around DDP)."""
-    chain = [model]
-    while len(children := list(unwrap_module(chain[-1]).children())) == 1:
-        chain.append(unwrap_module(children[0]))
-    return chain
+def _wrapper_chain(model: nn.Module) -> list[nn.Module]:
+    """Returns the model and the modules that it wraps (torch.compile around DDP), from the outside to the inside.
+
+    Ends at the first module that has several children or none.
+    """
+    wrapped = [model]
+    children = list(unwrap_module(model).children())
+    while len(children) == 1:
+        wrapped.append(unwrap_module(children[0]))
+        children = list(wrapped[-1].children())
+    return wrapped

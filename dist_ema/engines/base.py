@@ -1,25 +1,29 @@
-"""Defines what the library asks of an engine: the order of the calls, who makes them, and what they may cost.
+"""Defines the engine: the interface between the averages and one way of sharding a model.
 
-Kinds of tensor, named once:
+An engine tells which elements of which tensor this rank holds, and gives access to them. This file has the interface,
+and the checks that are the same for all engines. ``engines/__init__.py`` chooses the engine of a model.
 
-- *source*: the tensor that is averaged. The live parameter's local shard, or its slice of the fp32 master weights where
-  the engine has them (DeepSpeed). Plain ``torch.Tensor``, never a ``DTensor``.
-- *live*: what the model computes with. The same memory as the source, or made from it by :meth:`Engine.publish`.
+Two kinds of tensor:
+
+- *source*: the tensor that is averaged. It is the live parameter's local shard, or its slice of the fp32 master weights
+  where the engine has masters (DeepSpeed). Always a plain ``torch.Tensor``, never a ``DTensor``.
+- *live tensor*: the tensor that the model computes with. It is the same memory as the source, or
+  :meth:`Engine.publish` makes it from the source.
 
 Call order, for one average:
 
-1. ``specs()`` once, at construction and at ``reset()`` (every rank, local): names, shapes and runs; weights may still
+1. ``specs()``: at construction and at ``reset()``. Every rank, local. Returns names, shapes and runs. Weights may still
    be on the meta device. Full copies that a forward pass left behind are dropped first.
-2. ``stepped()`` at each ``update()`` (every rank, local): was there a real optimizer step?
-3. ``reshard()`` then ``sources()`` at each update that is due and before any other read or write (every rank, local).
-   Afterwards ``outdated`` and ``resized`` say what has changed without harm, and ``trained()`` what is trained now.
-4. ``publish()`` after sources were written (every rank, collective where the layout needs it): afterwards the next
-   forward computes with what the sources hold.
-5. ``attach()`` at the user's wish (every rank, local).
+2. ``stepped()``: at each ``update()``. Every rank, local. Returns whether there was a real optimizer step.
+3. ``reshard()``, then ``sources()``: at each update that is due, and before any other read or write of the weights.
+   Every rank, local. Afterwards ``outdated`` and ``resized()`` tell which allowed changes there were, and ``trained()``
+   which parameters are trained now.
+4. ``publish()``: after writes to the sources. Every rank, collective where the layout needs it. Afterwards the next
+   forward computes with the values of the sources.
+5. ``attach()``: if the user asks for it. Every rank, local.
 
-An engine implements ``_read_specs()``, ``_read_sources()``, ``_read_spec()`` and ``_trained_of()``. ``specs()`` and
-``sources()`` check for every engine that what it hands out fits what it announced, so that no kernel reads past a
-source.
+An engine implements ``_read_specs()``, ``_read_sources()``, ``_read_spec()`` and ``_trained_of()``. For every engine,
+``sources()`` checks that each source has as many elements as its spec announced, so that no kernel reads out of bounds.
 """
 
 from __future__ import annotations
@@ -45,15 +49,19 @@ from dist_ema.runtime.untraced import untraced
 
 logger = logging.getLogger(__name__)
 
+#: Runs and names that a message lists; it shortens the rest.
+_SHOWN_RUNS = 3
+_SHOWN_NAMES = 4
+
 
 class RemovableHandle(Protocol):
-    """Removes a hook; :meth:`ShardedEMA.attach` returns one."""
+    """A handle with which a hook can be removed, as :meth:`ShardedEMA.attach` returns it."""
 
     def remove(self) -> None: ...
 
 
 class Attached:
-    """A handle that also tells its maker that it was removed."""
+    """A handle that calls ``removed`` when it has removed the hook of an inner handle."""
 
     def __init__(self, inner: RemovableHandle, removed: Callable[[], None]) -> None:
         self._inner = inner
@@ -66,12 +74,12 @@ class Attached:
 
 
 def write_count(tensor: Tensor) -> int:
-    """Counts how often torch has seen a tensor or a view of it written; 0 for inference tensors, without a counter."""
+    """Returns torch's counter of in-place writes to a tensor and its views; 0 for an inference tensor, without one."""
     return 0 if tensor.is_inference() else tensor._version
 
 
 class Engine(ABC):
-    """One way of sharding a model. Subclasses touch a wrapper's private attributes; nothing else does."""
+    """One way of sharding a model. Only subclasses access private attributes of a wrapper."""
 
     #: Ranks that take part in collective calls; None in a run without a process group.
     group: dist.ProcessGroup | None = None
@@ -80,17 +88,17 @@ class Engine(ABC):
     #: Whether ignored tensors were added or removed since ``specs()``, so that it has to be called again.
     outdated: bool = False
 
-    _announced: list[TensorSpec]
-    _sizes: list[int]
-    _resized: frozenset[int] = frozenset()
-    _used = False  # whether sources with memory of their own were handed out since specs()
+    _announced: list[TensorSpec]  # of the last specs(), with later changes of shapes
+    _sizes: list[int]  # the number of elements that each source must have, one for each announced spec
+    _resized: frozenset[int] = frozenset()  # numbers of specs whose shape has changed since resized() was called
+    _used = False  # whether sources() has returned tensors with memory (not on the meta device) since specs()
     _ignored: Ignored = staticmethod(ignore_nothing)
 
     def ignore(self, ignored: Ignored) -> None:
         """Sets which tensors are in no average. Local; takes effect at the next ``specs()``.
 
-        They may be added, removed, replaced and resized at any time. ``ignored`` is called with a canonical name, and
-        whether that is a buffer's.
+        Ignored tensors may be added, removed, replaced and resized at any time. ``ignored`` gets the canonical name of
+        a tensor, and whether it is a buffer.
         """
         self._ignored = ignored
 
@@ -99,82 +107,89 @@ class Engine(ABC):
         Local.
         """
         specs = list(self._read_specs())
-        self._announced, self._sizes, self._used = specs, [spec.local_numel for spec in specs], False
-        self._resized, self.outdated = frozenset(), False
+        self._announced = specs
+        self._sizes = [spec.local_numel for spec in specs]
+        self._used = False
+        self._resized = frozenset()
+        self.outdated = False
         return specs
 
     def announced(self) -> list[TensorSpec]:
-        """Returns the specs of the last ``specs()`` call, with the present shapes of what was resized. Local."""
+        """Returns the specs of the last ``specs()`` call, with the present shapes of resized tensors. Local."""
         return list(self._announced)
 
     def resized(self) -> bool:
-        """Returns whether a tensor has changed its shape since this was last asked: a buffer, or an ignored tensor.
-        Local.
-        """
-        found, self._resized = bool(self._resized), frozenset()
-        return found
+        """Returns whether a buffer or an ignored tensor has changed its shape since the last call. Local."""
+        is_resized = bool(self._resized)
+        self._resized = frozenset()
+        return is_resized
 
     def trained(self, numbers: Sequence[int]) -> list[int]:
-        """Selects those of these parameters, given by their numbers in ``specs()``, that are trained now. Local.
+        """Returns which of these parameters are trained now. Local; to be called after ``sources()``.
 
-        Call it after ``sources()``. A flag (``requires_grad``) says it; under DeepSpeed, the optimizer's groups.
+        A parameter is trained if it has ``requires_grad``. Under DeepSpeed the groups of the optimizer decide.
+
+        Args:
+            numbers: positions of the parameters in ``specs()``.
         """
-        with torch._C.DisableTorchFunctionSubclass():  # a DTensor's attribute costs more than the tensor's otherwise
+        # Otherwise each read of a DTensor's attribute would go through its __torch_function__, which costs more.
+        with torch._C.DisableTorchFunctionSubclass():
             return self._trained_of(numbers)
 
     def describe(self, number: int) -> TensorSpec:
-        """Returns the spec of one tensor as it is now; it is announced from now on. Local."""
+        """Returns the spec of one tensor as it is now, and announces this spec from now on. Local."""
         spec = self._read_spec(number)
-        self._announced[number], self._sizes[number] = spec, spec.local_numel
+        self._announced[number] = spec
+        self._sizes[number] = spec.local_numel
         return spec
 
     def replace_buffer(self, old: Tensor, new: Tensor) -> None:
         """Puts ``new`` into every place of the model that holds the buffer ``old``. Local.
 
-        For a buffer whose shape is not that of the value it has to take. Raises EMAStateError if no place holds it.
+        Used for a buffer that gets a value of another shape. Raises EMAStateError if no place holds ``old``.
         """
-        places = [
-            (module, key)
-            for root in self.modules()
-            for module in root.modules()
-            for key, held in module._buffers.items()
-            if held is old
-        ]
+        places: list[tuple[nn.Module, str]] = []
+        for root in self.modules():
+            for module in root.modules():
+                places += [(module, key) for key, buffer in module._buffers.items() if buffer is old]
         for module, key in places:
             module._buffers[key] = new
         if not places:
             raise EMAStateError(
-                f"a sharded buffer of shape {tuple(old.shape)} cannot take a value of shape {tuple(new.shape)}: give "
-                "buffers='ignore', or exclude= with its name"
+                f"a buffer of shape {tuple(old.shape)} cannot take a value of shape {tuple(new.shape)}, because it is "
+                "sharded: give buffers='ignore', or exclude= with its name"
             )
 
     def sources(self) -> list[Tensor]:
-        """Returns this rank's elements of every spec of the last ``specs()`` call, in its order. Local; no copy, no
-        host sync.
+        """Returns the source of every tensor, in the order of the last ``specs()`` call. Local; no copy, no host sync.
 
-        Each has as many elements as the spec's runs, in their order when flattened row-major. Writing into them, then
-        calling :meth:`publish`, changes the live model. Raises EMAStateError, naming the parameter, if one was
-        added, replaced or sharded otherwise since ``specs()``. What is ignored is not checked, and a buffer may have
-        another shape: ``announced()`` then has it. Of an ignored tensor that was removed the source is empty.
+        Flattened row-major, a source has the elements of its spec's runs, in the order of the runs. A write to the
+        sources, followed by :meth:`publish`, changes the live model.
+
+        Changes since ``specs()``:
+
+        - A parameter was added, removed, replaced or sharded in another way: raises EMAStateError, which names it.
+        - A buffer has another shape: ``announced()`` has the new one.
+        - An ignored tensor was removed: its source is empty. Other changes of ignored tensors are not noticed.
         """
         sources = self._read_sources()
-        if list(map(Tensor.numel, sources)) != self._sizes:  # at C speed: 35 us for a thousand tensors
+        if list(map(Tensor.numel, sources)) != self._sizes:  # without a Python loop: 35 us for a thousand tensors
             raise self._misfit(sources)
         if not self._used:
             self._check_first(sources)
-            # On the meta device the model may still be sharded before its weights exist: look again then.
+            # A model on the meta device may still be sharded before its weights get memory. Then check again.
             self._used = not any(source.is_meta for source in sources)
         return sources
 
     def write_counts(self) -> list[int]:
-        """Counts how often torch has seen each source written, in the order of ``sources()``. Local; no host sync.
+        """Returns a counter of the writes to each source, in the order of ``sources()``. Local; no host sync.
 
-        Only a difference between two calls says something. Writes through ``.data`` are not counted.
+        If it differs between two calls, the source was written. Writes through ``.data`` are not counted.
         """
         return list(map(write_count, self.sources()))
 
     def rewritten_by_forward(self) -> frozenset[int]:
-        """Numbers of the sources that the wrapper may write at any forward pass, with the values of another rank."""
+        """Returns the numbers of the sources that a forward pass may overwrite with another rank's values. Local."""
         return frozenset()
 
     @abstractmethod
@@ -198,28 +213,31 @@ class Engine(ABC):
         """See :meth:`trained`."""
 
     def _follow(self, binding: Binding, numbers: Sequence[int] | None = None) -> None:
-        """Takes over which tensors a binding found to be resized or removed. Local.
+        """Takes over from a binding which tensors were resized or removed. Local.
 
-        ``numbers`` are those of the binding's slots among the specs; None means that they are the same.
+        Args:
+            binding: after its ``check()``.
+            numbers: the number among the specs of each slot of the binding; None if slots and specs are the same list.
         """
         if binding.outdated:
             self.outdated = True
         if binding.resized:
-            found = [slot if numbers is None else numbers[slot] for slot in sorted(binding.resized)]
+            resized = [slot if numbers is None else numbers[slot] for slot in sorted(binding.resized)]
             binding.resized.clear()
-            self._resized |= frozenset(found)
-            for number in found:
+            self._resized |= frozenset(resized)
+            # The size that sources() compares is the new one from now on.
+            for number in resized:
                 self.describe(number)
 
     def _check_first(self, sources: Sequence[Tensor]) -> None:
-        """Raises EMAError for what can only come about between ``specs()`` and the first use of ``sources()``. Local.
+        """Raises EMAError if the model was sharded between ``specs()`` and the first use of ``sources()``. Local.
 
-        That the model was sharded in that time, for one. Later it would replace parameters, which is noticed anyway.
+        Later it need not be checked: to shard a model replaces its parameters, which the binding notices.
         """
         return
 
     def _misfit(self, sources: Sequence[Tensor]) -> EMAStateError:
-        """Describes the first source whose number of elements differs from its spec."""
+        """Returns the error that names the first source whose number of elements differs from its spec."""
         for spec, size, source in zip(self._announced, self._sizes, sources, strict=False):
             if source.numel() != size:
                 return EMAStateError(
@@ -227,7 +245,9 @@ class Engine(ABC):
                     "made: it was sharded, gathered or resized since. Make the average after the model is sharded, or "
                     "call reset()"
                 )
-        return EMAStateError(f"the model has {len(sources)} tensors and not {len(self._sizes)}. Call reset()")
+        return EMAStateError(
+            f"the model has {len(sources)} tensors, and had {len(self._sizes)} when the average was made. Call reset()"
+        )
 
     @abstractmethod
     def modules(self) -> list[nn.Module]:
@@ -235,44 +255,45 @@ class Engine(ABC):
 
     @property
     def is_part(self) -> bool:
-        """Returns whether other ranks may have tensors of other names: pipeline stages, experts. Local."""
+        """Returns whether other ranks may have tensors with other names: pipeline stages, experts. Local."""
         return False
 
     def ranks(self) -> frozenset[int]:
-        """Global ranks over which the wrapper spreads the weights; empty where it knows of no other rank. Local."""
+        """Returns the global ranks over which the wrapper spreads the weights; empty for a plain module. Local."""
         return frozenset()
 
     def check_layout(self) -> None:
-        """Compares the elements of each spec with those that the wrapper gives to this rank. Local; reads no weight.
+        """Compares the runs of each spec with the elements that the wrapper puts on this rank. Local; reads no weight.
 
-        Raises EMAEngineError, naming a tensor that the library would read in another order than the wrapper.
+        Raises EMAEngineError, naming the first tensor that differs.
         """
         return
 
     def layout(self, name: str) -> str:
-        """Describes how this rank holds a tensor, for errors; "" for one that it does not have. Local."""
+        """Describes in words how this rank holds a tensor, for errors; "" if it does not have the tensor. Local."""
         for spec in self._announced:
             if spec.name == name:
-                runs = ", ".join(map(str, spec.runs[:3])) + (", ..." if len(spec.runs) > 3 else "")
+                runs = ", ".join(map(str, spec.runs[:_SHOWN_RUNS])) + (", ..." if len(spec.runs) > _SHOWN_RUNS else "")
                 return f"{spec.local_numel} elements of shape {tuple(spec.shape)} in runs {runs or 'of none'}"
         return ""
 
     def stepped(self) -> bool:
-        """False if the optimizer was not stepped since the last call that returned True. Local."""
+        """Returns False if the optimizer has made no real step since the last call that returned True. Local."""
         return True
 
     def reshard(self) -> None:
-        """Drops full copies that a forward pass left behind, so that the sources are what counts. Local."""
+        """Drops full copies that a forward pass left behind, so that the next one reads the sources. Local."""
         return
 
     def caches(self) -> list[CachedScale]:
-        """Returns what live tensors compute from their elements ahead of a forward pass, to be dropped where others
-        write these. Local; no host sync.
+        """Returns the scales that live tensors have computed ahead from their elements. Local; no host sync.
+
+        They have to be dropped when the elements are written.
         """
         return []
 
     def publish(self) -> None:
-        """Makes the live model compute with what the sources hold. Collective where the layout needs it."""
+        """Makes the live model compute with the values of the sources. Collective where the layout needs it."""
         return
 
     @contextmanager
@@ -290,6 +311,7 @@ class Engine(ABC):
             )
 
         self._warn_of_another_model(inner)
+        # A wrapper such as Lookahead changes the weights after the inner step, so the callback has to come after both.
         if is_other_wrapper(optimizer, inner):
             return OuterStep(optimizer, inner, callback)
 
@@ -301,31 +323,34 @@ class Engine(ABC):
         return inner.register_step_post_hook(after_step)
 
     def _warn_of_another_model(self, optimizer: torch.optim.Optimizer) -> None:
-        """Logs if none of what the optimizer steps is a parameter of the model (it may hold masters of them). Local."""
+        """Logs a warning if the optimizer steps no parameter of the model. Local.
+
+        Not an error, because the optimizer may step masters of the parameters.
+        """
         self.reshard()
         own = {id(parameter) for module in self.modules() for parameter in module.parameters()}
         stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         if own and stepped and own.isdisjoint(stepped):
             logger.warning(
                 "attach(): the %s steps no parameter of the averaged model. If it is another model's optimizer, the "
-                "average counts that one's steps.",
+                "average counts the steps of that model: attach the optimizer of the averaged model.",
                 type(optimizer).__name__,
             )
 
     def warn_of_lacking(self, optimizer: object, averaged: Container[str], known: Container[str]) -> None:
-        """Logs if the optimizer steps only some of the averaged parameters. Local.
+        """Logs a warning if the optimizer steps only some of the averaged parameters. Local.
 
         Args:
             optimizer: as for :meth:`attach`.
-            averaged: canonical names of what is averaged.
-            known: canonical names of all tensors. A parameter of another name is one of the wrapper's own, such as a
-                flat parameter of FSDP, and counts as averaged.
+            averaged: canonical names of the averaged tensors.
+            known: canonical names of all tensors. A parameter with another name belongs to the wrapper, such as a flat
+                parameter of FSDP1, and counts as averaged.
         """
         inner = unwrap_optimizer(optimizer)
         if inner is None:
             return
         stepped = {id(parameter) for group in inner.param_groups for parameter in group["params"]}
-        lacking: dict[int, str] = {}
+        lacking: dict[int, str] = {}  # names by id, so that tied parameters are listed once
         own: set[int] = set()
         for module in self.modules():
             for prefix, owner in walk_modules(module):
@@ -336,10 +361,13 @@ class Engine(ABC):
                     name = f"{prefix}.{key}" if prefix else key
                     if id(parameter) not in stepped and (name in averaged or name not in known):
                         lacking.setdefault(id(parameter), name)
-        if lacking and not own.isdisjoint(stepped):  # else the optimizer has masters, or is another model's
-            names = ", ".join(map(repr, list(lacking.values())[:4])) + (", ..." if len(lacking) > 4 else "")
+        # If the optimizer steps no parameter at all, it has masters or belongs to another model.
+        if lacking and not own.isdisjoint(stepped):
+            names = ", ".join(map(repr, list(lacking.values())[:_SHOWN_NAMES]))
+            if len(lacking) > _SHOWN_NAMES:
+                names += ", ..."
             logger.warning(
-                "attach(): the %s does not have %d of the averaged parameters (%s). If another optimizer steps them, "
+                "attach(): the %s does not step %d of the averaged parameters (%s). If another optimizer steps them, "
                 "attach the optimizer that steps last; otherwise the average takes them one step late.",
                 type(inner).__name__,
                 len(lacking),

@@ -1,16 +1,19 @@
-"""Master weights that an optimizer keeps for parameters of fewer bits: ``ShardedEMA(model, masters=optimizer)``.
+"""Averages the fp32 masters that an optimizer keeps for bf16 or fp16 parameters: ``ShardedEMA(model, masters=...)``.
 
-The optimizer steps an fp32 master of each bf16 parameter, and casts it into the parameter. The source of the average is
-then the master, as under DeepSpeed. :meth:`MastersEngine.publish` casts masters into the parameters, as the optimizer's
-own step does::
+Such an optimizer steps a master of each parameter, and casts the master into the parameter. The source of the average
+is then the master, as under DeepSpeed. :meth:`MastersEngine.publish` casts masters into the parameters, as the
+optimizer's own step does::
 
     step()                 gradient -> master (fp32) -> parameter (bf16)
     update()               shadow <- master
     average_parameters()   master <-> shadow, then parameter <- master; the same on the way back
 
-Read in TransformerEngine 2.9, optimizers/fused_adam.py: ``state[parameter]["master_param"]``, made at the first step as
-a copy of the parameter, for parameters that are not fp32; and in apex, optimizers/fused_adam.py:
-``param_groups_master``, lists that are parallel to ``param_groups``.
+Where the masters are:
+
+- TransformerEngine 2.9, optimizers/fused_adam.py: ``state[parameter]["master_param"]``. It is made at the first step,
+  as a copy of the parameter, for parameters that are not fp32.
+- apex, optimizers/fused_adam.py: ``param_groups_master``, lists that are parallel to ``param_groups``.
+- any other optimizer: the user gives a function from a parameter to its master.
 """
 
 from __future__ import annotations
@@ -35,14 +38,14 @@ logger = logging.getLogger(__name__)
 Find: TypeAlias = Callable[[nn.Parameter], Tensor | None]
 
 _MASTER_DTYPES = (torch.float32, torch.float64)
-_ALLOWED = "allowed are an optimizer that keeps masters, and a function from a parameter to its master or None"
+_ALLOWED = "allowed are an optimizer that keeps masters, and a function that returns the master of a parameter or None"
 
 
 class MastersEngine(CompositeEngine):
-    """A plain, DDP, FSDP2 or tensor-parallel model whose optimizer keeps master weights.
+    """Averages a plain, DDP, FSDP2 or tensor-parallel model whose optimizer keeps master weights.
 
-    Masters have the shape and the device of this rank's part of their parameter. Before the first step of the optimizer
-    there are none. Until then the parameters are the sources; masters will be copies of them.
+    A master has the shape and the device of this rank's part of its parameter. Before the first step of the optimizer
+    there are no masters. Until then the parameters are the sources, which is the same: masters start as copies of them.
     """
 
     def __init__(self, inner: PlainEngine, masters: object) -> None:
@@ -50,8 +53,8 @@ class MastersEngine(CompositeEngine):
         self._inner = inner
         self._optimizer, self._find = finder(masters)
         self._live: list[Tensor] = []  # the parameters' own parts, in the order of the specs
-        self._sources: list[Tensor] = []  # the same, with masters in the places of their parameters
-        self._first_counts: list[int] | None = None  # of the writes to parameters, until masters are found
+        self._sources: list[Tensor] = []  # the same list with masters in place of their parameters
+        self._first_counts: list[int] | None = None  # counters of writes to the parameters at the first read
         self._warned = False
 
     @property
@@ -69,18 +72,18 @@ class MastersEngine(CompositeEngine):
         has_masters = False
         for number, parameter in enumerate(self._inner.held()):
             if self._announced[number].kind != "parameter" or not isinstance(parameter, nn.Parameter):
-                continue  # frozen ones and buffers are copied from the model, if at all
+                continue  # frozen parameters and buffers have no master
             master = self._find(parameter)
             if master is not None:
-                self._sources[number] = self._fitting(number, master)
+                self._sources[number] = self._check_master(number, master)
                 has_masters = True
             elif parameter.dtype not in _MASTER_DTYPES:
                 missing.append(self._announced[number].name)
         if missing and (has_masters or self._has_stepped()):
             raise EMAEngineError(
-                f"masters=: the parameter {missing[0]!r} and {len(missing) - 1} more of fewer bits than fp32 have no "
+                f"masters=: the parameter {missing[0]!r} and {len(missing) - 1} more with fewer bits than fp32 have no "
                 "master in the optimizer. Create the optimizer with master weights for all averaged parameters, or "
-                "leave masters= out, to average the parameters themselves"
+                "leave masters= out to average the parameters themselves"
             )
         if missing and self._optimizer is None:
             self._warn_without_masters(missing)
@@ -89,8 +92,8 @@ class MastersEngine(CompositeEngine):
     def _warn_without_masters(self, missing: list[str]) -> None:
         """Warns once if a function has found no master although parameters were written since the first read. Local.
 
-        With an optimizer its state tells whether a step was made. With a function only the writes do, and loading
-        weights before the first step is a write as well. Hence a warning, not an error.
+        The state of an optimizer tells whether it has made a step. For a function only writes to the parameters show
+        it, and to load weights before the first step is a write as well. So this is a warning and not an error.
         """
         counts = list(map(write_count, self._live))
         if self._first_counts is None:
@@ -98,15 +101,18 @@ class MastersEngine(CompositeEngine):
         elif counts != self._first_counts and not self._warned:
             self._warned = True
             logger.warning(
-                "masters=: the function has returned None for %r and for every other parameter of fewer bits than fp32 "
-                "(%d in all), so the parameters themselves are averaged, without what their rounding drops. If the "
-                "optimizer has made a step, let the function return its masters, or leave masters= out.",
+                "masters=: the function has returned None for %r and for every other parameter with fewer bits than "
+                "fp32 (%d in all), so the parameters themselves are averaged, without what their rounding drops. If "
+                "the optimizer has made a step, let the function return its masters, or leave masters= out.",
                 missing[0],
                 len(missing),
             )
 
-    def _fitting(self, number: int, master: object) -> Tensor:
-        """Returns this rank's part of a master. Raises EMAEngineError if it cannot be the parameter's."""
+    def _check_master(self, number: int, master: object) -> Tensor:
+        """Returns this rank's part of a master. Local; no copy.
+
+        Raises EMAEngineError if its class, dtype, shape or device does not fit the parameter.
+        """
         live = self._live[number]
         name = self._announced[number].name
         if not isinstance(master, Tensor):
@@ -117,9 +123,9 @@ class MastersEngine(CompositeEngine):
             local = master.detach()
         if local.dtype not in _MASTER_DTYPES:
             raise EMAEngineError(
-                f"masters=: the master of {name!r} is {local.dtype}, and allowed are fp32 and fp64. An optimizer that "
-                "keeps remainders or scaled masters (TransformerEngine's store_param_remainders, master_weight_dtype) "
-                "cannot be read: create it without this option"
+                f"masters=: the master of {name!r} is {local.dtype}, but only fp32 and fp64 are allowed. Masters that "
+                "are stored as remainders or scaled (TransformerEngine's store_param_remainders, master_weight_dtype) "
+                "cannot be read: create the optimizer without this option"
             )
         if local.shape != live.shape:
             raise EMAEngineError(
@@ -134,13 +140,13 @@ class MastersEngine(CompositeEngine):
         return local
 
     def _has_stepped(self) -> bool:
-        """Returns whether the optimizer has made a step, after which it has masters, if it keeps any. Local."""
+        """Returns whether the optimizer has made a step. If it keeps masters, it has them from then on. Local."""
         return isinstance(self._optimizer, torch.optim.Optimizer) and bool(self._optimizer.state)
 
     def publish(self) -> None:
         """Casts the masters into the parameters, rounding to nearest as the optimizer's step does. Local.
 
-        A write to a parameter that never reached its master is lost here, as it would be in the optimizer's next step.
+        A write to a parameter that did not also change its master is lost, as it would be in the optimizer's next step.
         """
         super().publish()
         with torch.no_grad():
@@ -159,22 +165,26 @@ class MastersEngine(CompositeEngine):
 
 
 def with_masters(engine: Engine, masters: object) -> Engine:
-    """Returns an engine that averages the masters of an optimizer; the same one for ``masters=None``. Local.
+    """Returns an engine that averages the masters of an optimizer; ``engine`` itself for ``masters=None``. Local.
 
-    Raises EMAEngineError for a model whose wrapper keeps parameters elsewhere (FSDP1, DeepSpeed, lists of modules).
+    Raises EMAEngineError for engines that are not built on ``nn.Module``'s parameters (FSDP1, DeepSpeed, lists of
+    modules).
     """
     if masters is None:
         return engine
     if not isinstance(engine, PlainEngine):
         raise EMAEngineError(
             f"masters= is for plain modules, DDP, FSDP2 and tensor parallelism, and not for {type(engine).__name__}. "
-            "Under DeepSpeed the masters are found without it; FSDP1 keeps fp32 parameters itself"
+            "Leave it out: under DeepSpeed the masters are found without it, and FSDP1 keeps fp32 parameters itself"
         )
     return MastersEngine(engine, masters)
 
 
 def finder(masters: object) -> tuple[torch.optim.Optimizer | None, Find]:
-    """Returns the optimizer, if there is one, and how masters are found. Raises EMAConfigError for anything else."""
+    """Returns the optimizer, None if ``masters`` is a function, and the function that finds masters. Local.
+
+    Raises EMAConfigError if ``masters`` is neither an optimizer nor a function.
+    """
     optimizer = unwrap_optimizer(masters)
     if optimizer is not None:
         return optimizer, partial(_master_in, optimizer)
@@ -189,8 +199,10 @@ def _master_in(optimizer: Any, parameter: nn.Parameter) -> Tensor | None:
     if state and "master_param" in state:
         master: Tensor = state["master_param"]
         return master
-    for own, kept in zip(optimizer.param_groups, getattr(optimizer, "param_groups_master", None) or (), strict=False):
-        for mine, master in zip(own["params"], kept["params"], strict=True):
-            if mine is parameter and master is not mine:
+    # apex. Where a parameter is fp32, its list of masters has the parameter itself.
+    groups_of_masters = getattr(optimizer, "param_groups_master", None) or ()
+    for group, group_of_masters in zip(optimizer.param_groups, groups_of_masters, strict=False):
+        for candidate, master in zip(group["params"], group_of_masters["params"], strict=True):
+            if candidate is parameter and master is not candidate:
                 return master
     return None

@@ -1,4 +1,14 @@
-"""Several modules as one model: this rank's stages of a pipeline. Ranks then hold different names."""
+"""Several modules as one model, such as this rank's stages of a pipeline.
+
+The specs and sources are those of the modules' engines, one after the other. So a number is that of a module's engine
+plus the number of tensors before it::
+
+    modules       [ stage 0          | stage 4      ]
+    its numbers     0  1  2  3         0  1  2
+    our numbers     0  1  2  3         4  5  6
+
+Other ranks have other stages, and so other names.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +27,7 @@ from dist_ema.geometry.subclasses import CachedScale
 
 
 class CompositeEngine(Engine):
-    """One engine per module, each asked in turn."""
+    """Combines the engines of several modules."""
 
     def __init__(self, engines: Sequence[Engine]) -> None:
         self._engines = list(engines)
@@ -34,18 +44,19 @@ class CompositeEngine(Engine):
     def _read_specs(self) -> list[TensorSpec]:
         specs = [spec for engine in self._engines for spec in engine.specs()]
         counts = Counter(name for spec in specs for name in (spec.name, *spec.aliases))
-        twice = sorted(name for name, count in counts.items() if count > 1)
-        if twice:
+        repeated = sorted(name for name, count in counts.items() if count > 1)
+        if repeated:
             raise EMAEngineError(
-                f"several modules of the list hold a tensor named {', '.join(twice[:5])}: give each pipeline stage the "
-                "names that it has in the whole model"
+                f"several modules of the list hold a tensor named {', '.join(repeated[:5])}: give the tensors of each "
+                "pipeline stage the names that they have in the whole model"
             )
         return specs
 
     def _read_sources(self) -> list[Tensor]:
         sources = [source for engine in self._engines for source in engine.sources()]
         self.outdated = any(engine.outdated for engine in self._engines)
-        resized = [engine.resized() for engine in self._engines]  # each is asked, whatever the others say
+        # A list and not a generator in any(): resized() also resets its engine, so it has to be called on each of them.
+        resized = [engine.resized() for engine in self._engines]
         if any(resized):
             self._announced = [spec for engine in self._engines for spec in engine.announced()]
             self._sizes = [spec.local_numel for spec in self._announced]
@@ -64,11 +75,11 @@ class CompositeEngine(Engine):
         found: list[int] = []
         for number in numbers:
             engine, first = self._engine_of(number)
-            found += [first + one for one in engine.trained([number - first])]
+            found += [first + trained for trained in engine.trained([number - first])]
         return found
 
     def _engine_of(self, number: int) -> tuple[Engine, int]:
-        """Returns the engine that has a tensor, and the number of that engine's first one."""
+        """Returns the engine that has tensor ``number``, and the number of that engine's first tensor."""
         first = 0
         for engine in self._engines:
             size = len(engine.announced())
@@ -96,10 +107,15 @@ class CompositeEngine(Engine):
             engine.check_layout()
 
     def layout(self, name: str) -> str:
-        return next(filter(None, (engine.layout(name) for engine in self._engines)), "")
+        for engine in self._engines:
+            layout = engine.layout(name)
+            if layout:
+                return layout
+        return ""
 
     def stepped(self) -> bool:
-        stepped = [engine.stepped() for engine in self._engines]  # every engine is asked, whatever the others say
+        # A list and not a generator in all(): stepped() also resets its engine, so it has to be called on each of them.
+        stepped = [engine.stepped() for engine in self._engines]
         return all(stepped)
 
     def reshard(self) -> None:

@@ -1,4 +1,7 @@
-"""Plain modules, which know no other rank."""
+"""Plain modules, whose parameters each rank holds whole, and the base of the engines for DDP and DTensors.
+
+A plain tensor may also declare to be a part of a larger one (``declared.py``). It is then averaged as that part.
+"""
 
 from __future__ import annotations
 
@@ -19,36 +22,42 @@ from dist_ema.geometry.subclasses import CachedScale, cached_scales, hidden_type
 
 
 class PlainEngine(Engine):
-    """A module whose parameters lie whole on this rank, unless they declare to be a part of a larger tensor.
+    """Averages a module whose parameters lie whole on this rank, unless they declare to be a part of a larger tensor.
 
-    Nothing says that another rank holds the same values, so the shadow is not split; full tensors are the lowest
-    rank's. Base of the engines that keep parameters where ``nn.Module`` does.
+    Other ranks are not known to hold the same values, so each rank averages the whole of its tensors. The lowest rank
+    writes them to checkpoints. Base class of the engines whose parameters stand in ``nn.Module``'s own dicts.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
         self._model = model
         self._slots: list[Slot] = []
-        self._declared: dict[str, Declaration] = {}  # by canonical name
+        self._declared: dict[str, Declaration] = {}  # by canonical name; only tensors that declare something
 
     def modules(self) -> list[nn.Module]:
         return [self._model]
 
     def _read_specs(self) -> list[TensorSpec]:
+        # Step 1: find the tensors, and refuse modules whose weights belong to a wrapper around them.
         self._refuse_others()
         self._slots = walk_slots(self._model)
         self._unwrapped = Unwrapped(self._model, self._slots)
         self._unwrapped.refuse()
         self._binding = Binding(self._model, self._slots, ignored=self._ignored)
+
+        # Step 2: read what tensors declare.
         held = [(slot, tensor) for slot in self._slots if (tensor := slot.get()) is not None]
         self._declared = {}
+        # The number of each tensor that has padding, and where in it the declared elements are.
         self._inside: list[tuple[int, tuple[slice, ...]]] = []
-        for place, (slot, tensor) in enumerate(held):
+        for number, (slot, tensor) in enumerate(held):
             found = self.declared(slot, tensor)
             if found is not None:
                 self._declared[slot.name] = found
                 if found.inside is not None:
-                    self._inside.append((place, found.inside))
+                    self._inside.append((number, found.inside))
+
+        # Step 3: describe each tensor. Subclasses such as float8 weights take a slower path in _read_sources().
         self._has_subclasses = any(is_hidden(self.local(tensor)) for _, tensor in held)
         return [self.spec(slot, tensor) for slot, tensor in held]
 
@@ -66,7 +75,10 @@ class PlainEngine(Engine):
         return declaration(slot.name, tensor)
 
     def _declared_spec(self, slot: Slot, tensor: Tensor, declared: Declaration) -> TensorSpec:
-        """Return the spec of a plain tensor that declares to be a part. Which rank has the rest, nothing says here."""
+        """Return the spec of a plain tensor that declares to be a part of a larger one. Local.
+
+        The spec does not tell which ranks have the rest; ``comm/catalogue.py`` finds that out.
+        """
         if self.group is None and declared.shape != tensor.shape:
             raise EMAEngineError(
                 f"{slot.name!r} declares to be a part of a tensor of shape {tuple(declared.shape)}, but there is no "
@@ -85,17 +97,17 @@ class PlainEngine(Engine):
         )
 
     def local(self, tensor: Tensor) -> Tensor:
-        """Returns this rank's part of what a slot holds. Local, no copy."""
+        """Returns this rank's part of the tensor in a slot: here the tensor itself. Local, no copy."""
         return tensor
 
     def _read_sources(self) -> list[Tensor]:
-        tensors = self._without_padding(list(self._held()))  # a copy: the binding keeps its own
+        tensors = self._without_padding(list(self._held()))  # a copy of the list, which belongs to the binding
         return look_through(tensors, self._announced) if self._has_subclasses else tensors
 
     def _without_padding(self, tensors: list[Tensor]) -> list[Tensor]:
         """Replace each local tensor that holds more than it declares by a view of the declared part. Local, no copy."""
-        for place, inside in self._inside:
-            tensors[place] = tensors[place].detach()[inside]
+        for number, inside in self._inside:
+            tensors[number] = tensors[number].detach()[inside]
         return tensors
 
     def caches(self) -> list[CachedScale]:
@@ -103,9 +115,14 @@ class PlainEngine(Engine):
         return cached_scales([self.local(tensor) for tensor in self._held()]) if self._has_subclasses else []
 
     def write_counts(self) -> list[int]:
-        """See :meth:`Engine.write_counts`. A DTensor, like any subclass around a tensor, has a counter of its own."""
+        """See :meth:`Engine.write_counts`. Local.
+
+        A DTensor, like any subclass around a tensor, has another counter than the tensor inside. A write through either
+        counts, so the counters are added up.
+        """
         counts = []
         for outer, source in zip(self._held(), self.sources(), strict=True):
+            # By id, so that a tensor that is all three counts once.
             tensors = {id(tensor): tensor for tensor in (outer, self.local(outer), source)}
             counts.append(sum(map(write_count, tensors.values())))
         return counts
@@ -115,8 +132,9 @@ class PlainEngine(Engine):
         return self._binding.held
 
     def _held(self) -> list[Tensor]:
-        """Returns what every slot holds. Local. Raises EMAStateError if a slot holds another tensor than before."""
-        self._unwrapped.check()  # first, since DeepSpeed also changes what the binding looks at
+        """Returns the tensor in every slot. Local. Raises EMAStateError if a slot holds another tensor than before."""
+        # First the check for DeepSpeed. It changes parameters, so the binding would raise with a less helpful text.
+        self._unwrapped.check()
         held = self._binding.check()
         self._follow(self._binding)
         return held

@@ -400,7 +400,7 @@ def test_an_optimizer_that_lacks_averaged_parameters_is_named(case: str, rank: i
         ema.attach(torch.optim.SGD(trained[1:], 0.1)).remove()
         if len(trained) > 1:  # else FSDP has made one flat parameter of all
             text = said.pop()
-            assert "does not have 1 of the averaged parameters" in text and "steps last" in text
+            assert "does not step 1 of the averaged parameters" in text and "steps last" in text
         left_out = ShardedEMA(model, decay=DECAY, include="one")
         left_out.attach(torch.optim.SGD(trained, 0.1)).remove()
         assert said == []

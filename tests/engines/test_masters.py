@@ -221,9 +221,9 @@ def _without(model: nn.Module) -> object:
     ("masters", "says"),
     [
         (lambda model: 3, "masters=int: allowed are an optimizer that keeps masters"),
-        (_without, "'0.weight' and 3 more of fewer bits than fp32 have no master"),
-        (_of_a_part, "'2.weight' and 1 more of fewer bits than fp32 have no master"),
-        (_remainders, "is torch.int16, and allowed are fp32 and fp64"),
+        (_without, "'0.weight' and 3 more with fewer bits than fp32 have no master"),
+        (_of_a_part, "'2.weight' and 1 more with fewer bits than fp32 have no master"),
+        (_remainders, "is torch.int16, but only fp32 and fp64 are allowed"),
         (
             lambda model: lambda parameter: torch.ones(1),
             "has the shape (1,) on this rank, and its parameter has (7, 5)",

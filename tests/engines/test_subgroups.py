@@ -76,7 +76,7 @@ def test_a_group_that_cannot_be_meant_is_refused(rank: int) -> None:
     pair = dist.new_group([0, 1])
     if rank < 2:
         model = fully_shard(build(scalar=False), mesh=init_device_mesh("cpu", (4,)))
-        with pytest.raises(EMAEngineError, match=r"ranks \[0, 1\], but the model is spread over ranks \[2, 3\] too"):
+        with pytest.raises(EMAEngineError, match=r"ranks \[0, 1\], but the model is also spread over ranks \[2, 3\]"):
             ShardedEMA(model, group=pair)
     else:
         fully_shard(build(scalar=False), mesh=init_device_mesh("cpu", (4,)))
