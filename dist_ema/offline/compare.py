@@ -66,17 +66,17 @@ def compare(
     one of the checkpoints was saved without (``Manifest.lacking``) are not compared.
 
     Args:
-        a, b: paths of the checkpoints; or, of one or both, of what :func:`dist_ema.merge` takes: an export or another
-            Hugging Face folder, a training file.
-        name: compare this average alone, with the tensors that are not averaged; None means all averages, or the only
-            one where a checkpoint is compared with something else.
-        begin: called with the bytes to read; gives the function that is told of the progress.
+        a, b: paths of the checkpoints. Each may also be anything that :func:`dist_ema.merge` reads: an export or
+            another Hugging Face folder, a training file.
+        name: compare only this average, with the tensors that are not averaged; None means all averages, or the only
+            one if a checkpoint is compared with something else.
+        begin: called with the number of bytes to read; returns the function that is called with the progress.
 
     Returns:
-        One entry a tensor, in descending order of the distance in proportion to the norm.
+        One entry for each tensor, in descending order of the distance relative to the norm.
 
     Raises:
-        CheckpointMismatchError: the two differ in names or shapes; lists all missing and mismatched tensors.
+        CheckpointMismatchError: the two differ in names or shapes. Lists all missing and mismatched tensors.
         CheckpointError, CheckpointCorruptError: one of them is no checkpoint, or is damaged.
         EMAConfigError: one of them has no average ``name``.
 

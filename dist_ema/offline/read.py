@@ -14,18 +14,18 @@ from dist_ema.storage.paths import StrPath
 
 
 def read_checkpoint(path: StrPath, name: str | None = None) -> dict[str, Tensor]:
-    """Returns full tensors of one average, and of all that is not averaged, by canonical name. One process.
+    """Returns full tensors of one average, and of everything that is not averaged, by canonical name. One process.
 
-    Tied tensors stand under each of their names. A checkpoint that was saved with ``include_untracked=False`` has no
-    more than the average and its buffers.
+    A tied tensor is under each of its names. A checkpoint that was saved with ``include_untracked=False`` has only the
+    average and its buffers.
 
     Args:
-        path: of the checkpoint, a directory or a URL.
+        path: the checkpoint, a directory or a URL.
         name: which average; None means the only one.
 
     Raises:
         EMAConfigError: there is no such average, or there are several and none was named.
-        CheckpointError, CheckpointCorruptError: there is no checkpoint, or it is damaged; what is returned has been
+        CheckpointError, CheckpointCorruptError: there is no checkpoint, or it is damaged. What is returned has been
             verified.
 
     >>> import tempfile

@@ -110,17 +110,19 @@ def _audit(
 
 
 def verify_checkpoint(path: StrPath, *, threads: int = 4) -> Manifest:
-    """Reads all of a checkpoint and checks every byte of it. One process; memory of some MiB a thread.
+    """Reads a whole checkpoint and checks every byte of it. One process; some MiB of memory per thread.
 
     Args:
-        path: of the checkpoint.
-        threads: that read and digest side by side.
+        path: the checkpoint, a directory or a URL.
+        threads: number of threads that read and digest.
 
     Returns:
-        The manifest, which lists what the checkpoint consists of: ``schedules`` by average, ``seen.updates`` (how often
-        weights were taken into it), ``clock`` and ``start`` (of the training, in batches, samples, tokens and epochs),
-        ``skipped`` (NaN and Inf elements), ``averages`` and ``live`` (each tensor's file, shape, dtype and digest) and
-        ``files``; see :class:`dist_ema.formats.manifest.Manifest`.
+        The manifest, which lists what the checkpoint consists of: ``schedules`` by average, ``seen.updates`` (the
+            number
+        of updates), ``clock`` and ``start`` (of the training, in batches, samples, tokens and epochs), ``skipped`` (NaN
+            and
+        Inf elements), ``averages`` and ``live`` (each tensor's file, shape, dtype and digest) and ``files``; see
+        :class:`dist_ema.formats.manifest.Manifest`.
 
     Raises:
         CheckpointError: there is none, or it has another format version.

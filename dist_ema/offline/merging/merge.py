@@ -119,49 +119,50 @@ def merge(
     verify: bool = True,
     begin: Begin | None = None,
 ) -> Merged:
-    """Writes a weighted sum of checkpoints. One process, or collective where torch.distributed is initialised.
+    """Writes a weighted sum of checkpoints. One process, or collective if torch.distributed is initialised.
 
-    Where it is initialised, every rank must call it: rank 0 alone would wait for the others. To merge in one process,
-    run ``dist-ema merge``, or call it before ``init_process_group()`` or after ``destroy_process_group()``.
-
-    Every rank does its share of the bytes, and all of them must see the output's disk; the bits are those of one
+    If it is initialised, every rank must call it, because rank 0 alone would wait for the others. To merge in one
+    process, run ``dist-ema merge``, or call it before ``init_process_group()`` or after ``destroy_process_group()``.
+    Every rank does its share of the bytes, and all of them must see the output's disk. The bits are those of one
     process. Sums are in float64 (:mod:`dist_ema.offline.merging.combine`).
 
     Args:
         sources: paths of several kinds: directories and URLs of :meth:`ShardedEMA.save`, Hugging Face folders of
             safetensors files, directories of ``torch.distributed.checkpoint``, files of ``torch.save`` or safetensors.
-            Nothing is unpickled but tensors and plain values. They are put in the order of training, which their
-            clocks, ``trainer_state.json`` or the numbers at the end of their names state. One source is copied.
+            Only tensors and plain values are unpickled. Sources are put in the order of training, which their clocks,
+            ``trainer_state.json`` or the numbers at the end of their names state. A single source is copied.
         out: the directory to make.
-        weights: of each source, in the order of ``sources``; negative ones are allowed.
-        scheme: in their place, by name: see :func:`~dist_ema.offline.merging.schemes.scheme_weights`. None of both is
-            ``"uniform"``. A scheme that counts from the oldest source needs an order that is stated.
+        weights: the weight of each source, in the order of ``sources``. Negative weights are allowed.
+        scheme: the name of a scheme, in place of ``weights``: see
+            :func:`~dist_ema.offline.merging.schemes.scheme_weights`. Without both it is ``"uniform"``. A scheme that
+            counts from the oldest source needs sources that state their order.
         name: which average of sources that have several; None means the only one.
-        dtype: of floating-point tensors; None means the newest source's own.
-        max_shard_size: bytes of one file at most.
-        config_from: configuration files to be copied, as of :meth:`ShardedEMA.export`; None means those of the newest
+        dtype: dtype of floating-point tensors; None means that of the newest source.
+        max_shard_size: maximum bytes of one file.
+        config_from: configuration files to copy, as for :meth:`ShardedEMA.export`; None means those of the newest
             source that is a Hugging Face folder.
-        checkpoint: make a checkpoint that :meth:`ShardedEMA.load` reads, and not a Hugging Face directory. Clock,
+        checkpoint: make a checkpoint that :meth:`ShardedEMA.load` reads, instead of a Hugging Face directory. Clock,
             schedule and name are those of the newest source that is one.
         any_sum: allow weights that do not sum to 1.
         key: which of several dicts of tensors in a file, such as ``"ema"`` or ``"callbacks.EMA.ema_state_dict"``; which
-            file of a folder; in a ``torch.distributed.checkpoint``, how the names begin. None means the average, if
+            file of a folder; in a ``torch.distributed.checkpoint``, the prefix of the names. None means the average, if
             there is exactly one, or the only model.
-        prefix: of the model's names, such as ``"model"``; other tensors are left out. None means a prefix that makes
-            the names of a source exactly those of the others, if it needs one.
+        prefix: take only tensors whose names begin with this, such as ``"model"``. None means the prefix that makes the
+            names of a source exactly those of the others, if it needs one.
         normalize: divide the weights by their sum.
-        force: replace a model or checkpoint that is at ``out``, in one step when the new one is whole.
-        newest: regular expression on names: these tensors are the newest source's, and not summed.
-        verify: hold what is read against the fingerprints of sources that have them.
-        begin: called with the bytes to read; gives the function that is told of those done, from any thread.
+        force: replace a model or checkpoint at ``out``, in one step when the new one is complete.
+        newest: a regular expression on names. Tensors that it matches are taken from the newest source, and not summed.
+        verify: compare what is read with the fingerprints of sources that have them.
+        begin: called with the number of bytes to read; returns the function that is called with the progress, from any
+            thread.
 
     Returns:
-        What was made; ``merge.json`` in the output says the same.
+        What was made. ``merge.json`` in the output has the same facts.
 
     Raises:
         EMAConfigError: an option has a value that is not allowed.
-        CheckpointMismatchError: the sources are not of one model, which lists all that differs; or their sum means
-            nothing, as of packed integers or float8 values with scales.
+        CheckpointMismatchError: the sources are not of one model (lists all differences), or their sum means nothing,
+            as for packed integers or float8 values with scales.
         CheckpointError: a source cannot be read or has several models, the output exists, or cannot be written.
         CheckpointCorruptError: a source is damaged. In all cases nothing is left behind.
         EMAStateError: ranks give different arguments.

@@ -42,29 +42,30 @@ def synthesize(
 ) -> list[Merged]:
     """Writes the weighted sum of saved averages that is closest to a wanted one. One process, or collective.
 
-    How much each past step weighs in a saved average is known from its schedule. The weights are those for which the
-    sum of these profiles comes closest to the wanted profile (:mod:`dist_ema.offline.synthesis`): EDM2's post-hoc EMA
-    (arXiv:2312.02696) for power functions, and the same for any other. All targets are made in one pass.
+    The schedule of a saved average says how much each past step weighs in it: its profile. The sum is the one whose
+    profile comes closest to the wanted profile (:mod:`dist_ema.offline.synthesis`). For power functions this is EDM2's
+    post-hoc EMA (arXiv:2312.02696); here it works for any schedule. All targets are made in one pass.
 
     Args:
-        snapshots: directories or URLs of :meth:`ShardedEMA.save`, or a folder of such directories. All averages in
-            them serve.
-        out: the directory to make. Of several targets each has one in it.
+        snapshots: directories or URLs of :meth:`ShardedEMA.save`, or a folder of such directories. All averages in them
+            are used.
+        out: the directory to make. Each of several targets gets a directory inside it.
         target: a schedule; its words: ``"sigma_rel=.05"``, ``"gamma=6.94"``, ``"half_life=1000ba"``, ``"decay=.999"``,
-            ``"window=5000ba"`` (the plain mean of so much), ``"wsm:sqrt@20000ba"`` (as if the learning rate had fallen
-            in this shape from there on); or a function of an array of steps, counted from the first copy, that gives
-            the weight of each. Several in a list, or a mapping from the names of their directories.
-        at: as of which moment of the training clock; None means the newest snapshot's.
-        name: only the averages of this name.
-        dtype, max_shard_size, config_from, checkpoint, force, verify, begin: as of :func:`merge`.
+            ``"window=5000ba"`` (the plain mean of the last 5,000 batches), ``"wsm:sqrt@20000ba"`` (as if the learning
+            rate had fallen in this shape from batch 20,000 on); or a function from an array of steps, counted from the
+            first copy, to their weights. For several targets a list, or a mapping from the names of their directories.
+        at: the moment of the training clock that the average is for; None means that of the newest snapshot.
+        name: use only the averages of this name.
+        dtype, max_shard_size, config_from, checkpoint, force, verify, begin: as for :func:`merge`.
 
     Returns:
-        What was made, with weights and residual, for each target. Where a residual is large, which is logged, the
-        snapshots are too sparse for the target, or it is sharper than, or older than, what they span.
+        What was made, with weights and residual, for each target. A large residual is logged: the snapshots are too
+        sparse for the target, or it is sharper or older than what they cover.
 
     Raises:
         EMAConfigError: an option has a value that is not allowed, or the snapshots are not of one run and unit.
-        CheckpointError, CheckpointMismatchError, CheckpointCorruptError: as :func:`merge`.
+        CheckpointError, CheckpointMismatchError, CheckpointCorruptError: as :func:`merge`. Several targets are put in
+            their places one after the other when all are complete. If that fails for one, earlier ones stay.
     """
     form = OutputOptions(dtype, max_shard_size, config_from, checkpoint, verify, force)
     group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
@@ -90,7 +91,7 @@ def synthesize(
 
 
 def _places(out: StrPath, target: Wanted | Mapping[str, Wanted] | Sequence[Wanted]) -> dict[str, Wanted]:
-    """Returns where each target is written."""
+    """Returns the path of each target."""
     if isinstance(target, Mapping):
         named = dict(target)
     elif isinstance(target, (list, tuple)):
