@@ -1,4 +1,4 @@
-"""The options of :class:`ShardedEMA`, checked in one place."""
+"""Checks the options of :class:`ShardedEMA`. All checks that need no model are here."""
 
 from __future__ import annotations
 
@@ -14,39 +14,37 @@ from dist_ema.schedules import ConstantDecay, HalfLife, Schedule, Smoothing, che
 from dist_ema.schedules.checks import AVERAGE_NAME, number
 from dist_ema.schedules.clock import CLOCK_UNITS, Time
 
-#: The name of the average where there is only one.
+#: The name of a single average.
 ONLY = "ema"
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 _DTYPES_TEXT = "torch.float32, torch.float64 and torch.bfloat16 (stochastically rounded)"
-
-
-#: What can become of a buffer.
+#: What an update does with a buffer.
 _BUFFER_MODES = ("copy", "average", "ignore")
 
 
 @dataclass(frozen=True)
 class Options:
-    """Holds what the user asked for.
+    """Holds the checked options.
 
     Attributes:
-        schedules: the schedule of each average, by its name; none counts in ``dur``.
+        schedules: the schedule of each average, by its name. None of them counts in ``dur``.
         interval: time between updates.
         start: when averaging begins.
-        dtype: of the shadows; None means each parameter's own.
-        shard_replicas: spread shadows of replicated parameters over the replicas.
-        include: patterns, one of which a name must contain; none means every name.
+        dtype: dtype of the shadows; None means that of each parameter.
+        shard_replicas: split the shadows of replicated parameters among the replicas.
+        include: patterns, one of which a name must contain; empty for every name.
         exclude: patterns, none of which a name may contain.
-        buffers: patterns, and ``"copy"``, ``"average"`` or ``"ignore"`` for the buffers whose names they match: the
+        buffers: patterns with ``"copy"``, ``"average"`` or ``"ignore"`` for the buffers whose names contain them. The
             first match counts.
-        skip_nonfinite: leave out NaN and Inf.
-        offload: keep shadows in host memory, up to date by a thread.
-        offload_threads: how many threads that one computes with; None means a quarter of the caller's.
-        seed: of stochastic rounding, for bf16 shadows; None for those of other dtypes.
-        into: whether a teacher holds the average; then no shadow is spread over replicas, unless it is gathered.
-        rename: patterns and what replaces them, in this order, to get a teacher's names.
+        skip_nonfinite: leave a shadow element unchanged if its source is NaN or Inf.
+        offload: keep shadows in host memory, where a thread updates them.
+        offload_threads: number of threads for that; None means a quarter of the caller's.
+        seed: seed of stochastic rounding for bf16 shadows; None for other dtypes.
+        into: whether a teacher holds the average. Then no shadow is split among replicas, unless it is gathered.
+        rename: patterns and replacements, applied in order, that turn a name of the model into the teacher's.
         sync: None, or ``"gather"`` for a teacher to which each update sends the average.
-        masters: whether the masters that an optimizer keeps are averaged, and not the parameters.
-        duration: of the training, where ``max_duration`` says it.
+        masters: whether the masters that an optimizer keeps are averaged in place of the parameters.
+        duration: length of the training; None if ``max_duration`` was not given.
 
     >>> options = Options.parse(decay=0.999, exclude="bias$", ema_start="0.1dur", max_duration="3ep")
     >>> options.selects("layer.weight"), options.selects("layer.bias"), sorted(options.units())
@@ -97,10 +95,11 @@ class Options:
         sync: object = None,
         masters: object = None,
     ) -> Options:
-        """Checks every option; defaults are those of ShardedEMA.
+        """Checks every option. The defaults are those of ShardedEMA.
 
-        Raises EMAConfigError naming the first that is wrong, its value and what is allowed.
+        Raises EMAConfigError, which names the first wrong option, its value and what is allowed.
         """
+        # ``dur`` is a fraction of max_duration, so everything that counts in it is resolved with that.
         duration = None
         if max_duration is not None:
             duration = Time.parse(max_duration, option="max_duration", units=CLOCK_UNITS)
@@ -115,24 +114,29 @@ class Options:
         _check_into(into, offload, schedules, sync)
         if into is not None and masters is not None:
             raise EMAConfigError("masters= and into=: the masters of a model with a teacher cannot be averaged")
+        interval = Time.parse(update_interval, option="update_interval")
+        start = Time.parse(ema_start, option="ema_start", positive=False)
+        # A teacher computes with the average, so each of its replicas has to average everything, unless every update
+        # gathers the average.
+        may_split = into is None or sync is not None
         return cls(
-            schedules,
-            Time.parse(update_interval, option="update_interval").resolve(duration, option="update_interval"),
-            Time.parse(ema_start, option="ema_start", positive=False).resolve(duration, option="ema_start"),
-            _dtype(dtype),
-            _flag("shard_replicas", shard_replicas) and (into is None or sync is not None),
-            patterns("include", include),
-            patterns("exclude", exclude),
-            _buffer_modes(buffers),
-            _flag("skip_nonfinite", skip_nonfinite),
-            offload is not None,
-            _threads(offload_threads, offload),
-            _seed(seed, dtype),
-            into is not None,
-            renames(rename),
-            None if sync is None else str(sync),
-            masters is not None,
-            duration,
+            schedules=schedules,
+            interval=interval.resolve(duration, option="update_interval"),
+            start=start.resolve(duration, option="ema_start"),
+            dtype=_dtype(dtype),
+            shard_replicas=_flag("shard_replicas", shard_replicas) and may_split,
+            include=patterns("include", include),
+            exclude=patterns("exclude", exclude),
+            buffers=_buffer_modes(buffers),
+            skip_nonfinite=_flag("skip_nonfinite", skip_nonfinite),
+            offload=offload is not None,
+            offload_threads=_threads(offload_threads, offload),
+            seed=_seed(seed, dtype),
+            into=into is not None,
+            rename=renames(rename),
+            sync=None if sync is None else str(sync),
+            masters=masters is not None,
+            duration=duration,
         )
 
     @classmethod
@@ -141,7 +145,7 @@ class Options:
         return cls.parse(**options)
 
     def selects(self, name: str) -> bool:
-        """Returns whether ``include`` and ``exclude`` let ``name`` into the average."""
+        """Returns whether ``include`` and ``exclude`` admit ``name`` to the average."""
         included = not self.include or any(pattern.search(name) for pattern in self.include)
         return included and not any(pattern.search(name) for pattern in self.exclude)
 
@@ -158,7 +162,7 @@ class Options:
     def check_patterns(self, names: Iterable[str], buffers: Iterable[str]) -> None:
         """Raises EMAConfigError if a pattern matches none of ``names``: it is most likely misspelt.
 
-        Those of ``buffers=`` have to match one of ``buffers``, the names of the model's buffers, if it has any.
+        Patterns of ``buffers=`` have to match one of ``buffers``, the names of the model's buffers, if it has any.
         """
         known = list(names)
         rename = [pattern for pattern, _ in self.rename]
@@ -170,7 +174,9 @@ class Options:
             _check_matches("buffers", pattern, of_buffers, "buffer")
 
     def facts(self) -> dict[str, str]:
-        """Returns the options that have to be the same on every rank; a shadow's place and threads may differ."""
+        """Returns the options that have to be the same on every rank, as text. ``offload`` and its threads may
+        differ.
+        """
         return {
             "averages": repr({name: schedule.to_dict() for name, schedule in self.schedules.items()}),
             "update_interval": repr(str(self.interval)),
@@ -189,7 +195,7 @@ class Options:
         }
 
     def units(self) -> set[str]:
-        """Units of the clock that the options depend on."""
+        """Returns the units of the clock that the options depend on."""
         units = {self.interval.unit, self.start.unit if self.start.value else "ba"}
         return units.union(schedule.unit for schedule in self.schedules.values())
 
@@ -289,15 +295,15 @@ def _threads(value: object, offload: object) -> int | None:
 
 
 def _check_into(into: object, offload: object, schedules: Mapping[str, Schedule], sync: object) -> None:
-    """Raises EMAConfigError for what cannot be had with a teacher."""
+    """Raises EMAConfigError for options that cannot be combined with a teacher."""
     if sync is not None and (sync != "gather" or into is None):
         raise EMAConfigError(f"sync={sync!r}: allowed are None and, with into=, 'gather'")
     if into is None:
         return
     if offload is not None:
         raise EMAConfigError(
-            f"offload={offload!r}: with into= the teacher holds the average, so it cannot lie in host memory; give one "
-            "of the two, or keep the teacher itself there"
+            f"offload={offload!r}: with into= the average is the teacher's weights, so it cannot be moved to host "
+            "memory. Give one of the two options, or keep the teacher itself in host memory"
         )
     if len(schedules) > 1:
         raise EMAConfigError(
@@ -333,17 +339,19 @@ def patterns(option: str, value: object) -> tuple[re.Pattern[str], ...]:
 
 
 def renames(value: object) -> tuple[tuple[re.Pattern[str], str], ...]:
-    """Patterns, and what replaces them, of the option ``rename``. Raises EMAConfigError."""
+    """Returns the patterns and replacements of the option ``rename``. Raises EMAConfigError."""
     if value is None:
         return ()
-    well = isinstance(value, Mapping) and all(isinstance(key, (str, re.Pattern)) for key in value)
-    if not isinstance(value, Mapping) or not well or not all(isinstance(found, str) for found in value.values()):
-        raise EMAConfigError(f"rename={value!r}: allowed is a dict of regular expressions to what replaces them")
+    allowed = "allowed is a dict from regular expressions to their replacements"
+    if not isinstance(value, Mapping):
+        raise EMAConfigError(f"rename={value!r}: {allowed}")
     pairs = []
     for pattern, replacement in value.items():
+        if not isinstance(pattern, (str, re.Pattern)) or not isinstance(replacement, str):
+            raise EMAConfigError(f"rename={value!r}: {allowed}")
         (compiled,) = patterns("rename", pattern)
         try:
-            compiled.sub(replacement, "")  # which reads the replacement, whether or not it matches
+            compiled.sub(replacement, "")  # parses the replacement, whether or not the pattern matches
         except (re.error, IndexError) as error:
             raise EMAConfigError(f"rename={value!r}: {replacement!r} is no replacement: {error}") from error
         pairs.append((compiled, replacement))
@@ -351,9 +359,9 @@ def renames(value: object) -> tuple[tuple[re.Pattern[str], str], ...]:
 
 
 def _buffer_modes(value: object) -> tuple[tuple[re.Pattern[str], str], ...]:
-    """Patterns, and what becomes of buffers of such names, of the option ``buffers``. Raises EMAConfigError.
+    """Returns the patterns of the option ``buffers``, each with the mode of the buffers that it matches.
 
-    One mode for all buffers is the pattern that every name matches.
+    One mode for all buffers becomes a pattern that every name matches. Raises EMAConfigError.
     """
     allowed = ", ".join(map(repr, _BUFFER_MODES))
     if isinstance(value, str) and value in _BUFFER_MODES:
@@ -375,7 +383,7 @@ def _buffer_modes(value: object) -> tuple[tuple[re.Pattern[str], str], ...]:
 
 
 def check_fraction(fraction: object) -> float:
-    """Returns how far ``copy_to(fraction=)`` goes toward the average. Raises EMAConfigError unless it is in [0, 1]."""
+    """Returns ``copy_to(fraction=)`` as a float. Raises EMAConfigError unless it is in [0, 1]."""
     allowed = "a number from 0 to 1: how far the weights move toward the average"
     checked = number("fraction", fraction, allowed)
     if not 0 <= checked <= 1:
