@@ -1,13 +1,18 @@
-"""In-place arithmetic on lists of plain local tensors. Uses no process group and no wrapper.
+"""Computes on lists of plain local tensors, in place. Does not depend on process groups or wrappers.
 
 ==================  ================================================================================
-``elements.py``     read and write elements of a tensor, a chunk at a time
-``averaging.py``    an update: averages move towards the sources; NaN and Inf are left out
-``scratch.py``      memory for conversions; a shadow and live weights change places, or move
+file                subject
+==================  ================================================================================
+``elements.py``     read and write elements of a tensor of any layout, a chunk at a time
+``averaging.py``    an update: averages move towards the sources; NaN and Inf are skipped
+``scratch.py``      memory for conversions; exchanging a shadow with live weights, or blending them
 ``rounding.py``     stochastic rounding of bf16 averages
 ``fingerprint.py``  checksums that do not depend on the sharding
+``arguments.py``    kernel arguments, kept from one update to the next
+``choice.py``       compiled or eager: decided once for each kind of device
 ``cpu.py``          compiled kernels on the CPU, in ``fused.cpp`` (``native.py``, ``compiler.py``)
 ``cuda.py``         Triton kernels on a GPU (``triton_kernels.py``, ``programs.py``)
+``copies.py``       further tensors that an update writes, for a teacher
 ==================  ================================================================================
 """
 

@@ -1,7 +1,7 @@
-"""Kernel arguments for many tensors, kept from one update to the next: rebuilding costs more than checking.
+"""Keeps kernel arguments for many tensors from one update to the next. Checking them is cheaper than building them.
 
-Addresses, dtypes and layouts of the sources are compared at every update, since a parameter's memory may move. Shadows
-are ours and stay where they are: it is enough that they are the same tensors.
+Addresses, dtypes and layouts of the sources are compared at every update, because the memory of a parameter may move.
+Shadows belong to the library and stay where they are, so it is enough that they are the same tensors.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ _pointer = Tensor.data_ptr
 
 
 class Table(Generic[Made]):
-    """The arguments of one kernel for one list of tensors.
+    """Holds the arguments of one kernel for one list of tensors.
 
     Args:
-        device_type: ``"cpu"`` or ``"cuda"``: where the tensors that the kernel takes lie.
-        make: the arguments for the tensors of these indices, from the lists of all.
-        dtype: of the shadows that it takes.
-        swapped: it also takes sources of which two dimensions have changed places in memory: see :func:`swapped`.
+        device_type: ``"cpu"`` or ``"cuda"``: the type of the device of tensors that the kernel takes.
+        make: returns the arguments for the tensors of these indices, from the lists of all tensors.
+        dtype: the dtype of shadows that the kernel takes.
+        swapped: whether it also takes sources with two dimensions exchanged in memory; see :func:`swapped`.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Table(Generic[Made]):
         return self._made, self._rest
 
     def _same(self, averages: Averages) -> bool:
-        """Returns whether these are the shadows of the last call."""
+        """Returns whether these are the shadows of the previous call."""
         if list(map(len, averages)) != list(map(len, self._averages)):
             return False
         pairs = zip(averages, self._averages, strict=True)
@@ -86,9 +86,7 @@ class Table(Generic[Made]):
         return beside and shadow.dtype == self._dtype and self._lies_flat(shadow, count)
 
     def _lies_flat(self, tensor: Tensor, count: int) -> bool:
-        """Returns whether its first ``count`` elements lie one after the other, aligned, in the memory of the
-        device.
-        """
+        """Returns whether the first ``count`` elements are contiguous and aligned in the memory of the device."""
         return self._is_here(tensor, count) and tensor.is_contiguous()
 
     def _lies_swapped(self, source: Tensor, count: int) -> bool:
@@ -102,10 +100,11 @@ class Table(Generic[Made]):
 
 
 def swapped(source: Tensor) -> tuple[int, int] | None:
-    """``(a, b)`` of a tensor whose row-major order is (outer, a, b) and whose memory is (outer, b, a), without a gap.
+    """Returns ``(a, b)`` for a tensor of shape (outer, a, b) whose memory is (outer, b, a) without gaps; None for
+    others.
 
-    So lie the weights of convolutions in ``channels_last``, a being their input channels and b their places; and a
-    transposed matrix. None for all others.
+    Weights of convolutions in ``channels_last`` are such tensors (a: input channels, b: places of the filter), and so
+    is a transposed matrix.
 
     >>> swapped(torch.empty(8, 3, 5, 5).to(memory_format=torch.channels_last)), swapped(torch.empty(4, 6).t())
     ((3, 25), (6, 4))
@@ -126,8 +125,10 @@ def swapped(source: Tensor) -> tuple[int, int] | None:
 
 
 def check_numbers(averages: Averages, weights: Sequence[float], rounding: Rounding | None) -> None:
-    """Raises ValueError unless there is a weight, and a key of the rounding, for each average: a kernel would read past
-    the end of the list."""
+    """Raises ValueError unless there is one weight, and one key of the rounding, for each average.
+
+    A kernel would read past the end of the list.
+    """
     if len(weights) != len(averages):
         raise ValueError(f"{len(weights)} weights for {len(averages)} averages")
     if rounding is not None and len(rounding.keys) != len(averages):

@@ -1,4 +1,4 @@
-"""The two operations of an update: move the averages towards the sources, or copy the sources.
+"""Implements the two operations of an update: move the averages towards the sources, or copy the sources.
 
 A source is read from memory once, whatever the number of averages.
 """
@@ -19,14 +19,15 @@ from dist_ema.kernels.scratch import Scratch
 
 
 class Guard:
-    """Keeps elements whose source is NaN or Inf out of the averages, and counts them.
+    """Keeps NaN and Inf of the sources out of the averages, and counts them.
 
-    The count is a tensor on the sources' device, so that nothing waits for an accelerator.
+    The count is a tensor on the sources' device, so nothing waits for an accelerator.
 
     Attributes:
-        tainted: indices of CPU tensors whose first source was not finite everywhere, so that their shadow is not
-            either: they take the slow route until it is. The compiled kernel looks at every element and needs none.
-        skipped: elements that the compiled kernel left out.
+        tainted: indices of CPU tensors whose first source had NaN or Inf, so that their shadow has them, too. They use
+            the slow route until the shadow is finite. The compiled kernel looks at every element and needs no such
+            list.
+        skipped: number of elements that the compiled kernel has left out.
     """
 
     def __init__(self) -> None:
@@ -35,11 +36,13 @@ class Guard:
         self._counts: dict[torch.device, Tensor] = {}
 
     def passes(self, values: Tensor) -> bool:
-        """True if nothing has to be done for this chunk. Always False on an accelerator: asking would wait for it."""
+        """Returns True if a chunk needs no guard. On an accelerator it is always False, because asking would wait for
+        it.
+        """
         return values.device.type == "cpu" and looks_finite(values)
 
     def count(self, finite: Tensor) -> None:
-        """Adds the False elements of ``finite`` to the count."""
+        """Adds the number of False elements of ``finite`` to the count."""
         self.counter(finite.device).add_(finite.numel()).sub_(finite.sum())
 
     def counter(self, device: torch.device) -> Tensor:
@@ -50,11 +53,11 @@ class Guard:
         return self._counts[device]
 
     def snapshot(self) -> dict[torch.device, Tensor]:
-        """Returns the counts as they are now, one element for each device. Does not wait for the device."""
+        """Returns copies of the present counts, one element for each device. Does not wait for the device."""
         return {device: count.clone() for device, count in self._counts.items()}
 
     def total(self) -> int:
-        """Returns the elements skipped so far. Waits for the device."""
+        """Returns the number of elements skipped so far. Waits for the device."""
         return self.skipped + sum(int(count) for count in self._counts.values())
 
 
@@ -69,26 +72,26 @@ def lerp(
     rounding: Rounding | None = None,
     copies: Copies | None = None,
 ) -> None:
-    """``shadow += weight * (source - shadow)``, in the shadow's dtype, for every average and tensor. Local.
+    """Computes ``shadow += weight * (source - shadow)``, in the shadow's dtype, for every average and tensor. Local.
 
-    Tensors that a compiled kernel takes go through it, all in one pass; the others chunk by chunk. Both give the same
+    Tensors that a compiled kernel takes are computed by it in one pass; the others chunk by chunk. Both give the same
     bits. With ``rounding`` shadows are bf16: the blend is computed in fp32, then rounded stochastically.
 
     Args:
-        averages: for each average its shadows, one per source: flat, contiguous, of ``stop - start`` elements.
+        averages: for each average its shadows, one for each source: 1D, contiguous, with ``stop - start`` elements.
         sources: the local tensors, in any dtype and layout.
-        ranges: ``(start, stop)`` of each source that its shadow stands for.
-        weights: one for each average: the fraction that is new.
+        ranges: the range ``(start, stop)`` of each source that its shadow belongs to.
+        weights: for each average the weight of the source, in [0, 1].
         scratch: memory for conversions; one for each list of sources.
-        guard: leaves shadow elements of NaN and Inf sources as they were; None takes sources as they are. A shadow
-            element that is itself not finite (its first source was not) takes the first finite source.
-        rounding: of this update of these tensors; None where shadows are not rounded stochastically.
-        copies: what the first average is also written to, rounded to nearest; in the same pass where that is bf16 on
-            the CPU, and shadows are fp32.
+        guard: leaves shadow elements unchanged where the source is NaN or Inf; None uses all values. A shadow element
+            that is NaN or Inf itself (because its first source was) takes the first finite source.
+        rounding: the stochastic rounding of this update of these tensors; None if shadows are not rounded so.
+        copies: further tensors that receive the first average, rounded to nearest. bf16 copies on the CPU of fp32
+            shadows are written in the same pass.
 
     Raises:
-        EMAConfigError: ``DIST_EMA_KERNEL`` asks for what is not there.
-        EMAStateError: with ``rounding`` while a CUDA graph is captured; nothing has changed.
+        EMAConfigError: ``DIST_EMA_KERNEL`` asks for a kernel that is not available.
+        EMAStateError: with ``rounding`` while a CUDA graph is captured. Nothing has changed.
     """
     if not averages:
         return
@@ -112,7 +115,7 @@ def lerp(
 
 @torch.no_grad()
 def write_copies(average: Sequence[Tensor], copies: Copies, numbers: Iterable[int]) -> None:
-    """Writes flat shadows of these numbers into their copies, converted. Local."""
+    """Writes the shadows of these indices into their copies, converted. Local."""
     pairs = [(average[number], tensor) for number in numbers if (tensor := copies.tensors[number]) is not None]
     flat = [(shadow, tensor.view(-1)) for shadow, tensor in pairs if tensor.is_contiguous()]
     if flat:
@@ -133,7 +136,9 @@ def _eager_lerp(
     index: int,
     rounding: Rounding | None,
 ) -> None:
-    """One tensor by torch's operations: what no compiled kernel takes, and what those are compared with."""
+    """Updates one tensor by torch's operations. Tensors that no compiled kernel takes use it, and tests compare with
+    it.
+    """
     dtype = shadows[0].dtype if rounding is None else torch.float32
     one_step = guard is None and rounding is None and source.dtype == dtype and len(shadows) == 1
     limit = max(source.numel(), 1) if one_step else chunk_size(source.device)
@@ -169,9 +174,8 @@ def copy(
 ) -> None:
     """Sets every shadow to its source, converted.
 
-    Elements that are not finite are counted, and still copied: there is no earlier value.
-
-    With ``rounding`` shadows are bf16, and what does not fit is rounded stochastically.
+    NaN and Inf are counted, but still copied, because there is no earlier value. With ``rounding`` shadows are bf16,
+    and values that do not fit are rounded stochastically.
     """
     for index, (source, (start, stop)) in enumerate(zip(sources, ranges, strict=True)):
         for offset, piece in pieces(source, start, stop, chunk_size(source.device)):
@@ -188,10 +192,10 @@ def copy(
 
 
 def looks_finite(values: Tensor) -> bool:
-    """False if a CPU tensor has a NaN or an Inf; also if its sum of squares overflows. Local.
+    """Returns False if a CPU tensor has a NaN or an Inf; also if its sum of squares overflows. Local.
 
-    That sum is the cheapest reduction that shows every NaN and Inf (measured: a third of ``aminmax``, a hundredth of
-    ``isfinite``); one that overflows by itself only costs the slow route. ``item()`` on the CPU waits for nothing.
+    That sum is the cheapest reduction in which every NaN and Inf shows (measured: a third of ``aminmax``, a hundredth
+    of ``isfinite``). If it overflows by itself, only the slow route is used. ``item()`` on the CPU waits for nothing.
     """
     if values.dtype in (torch.float32, torch.float64) and values.is_contiguous():
         flat = values.view(-1)
@@ -200,7 +204,9 @@ def looks_finite(values: Tensor) -> bool:
 
 
 def is_finite(shadow: Tensor) -> bool:
-    """Returns whether a shadow on the CPU has no NaN and no Inf; True elsewhere, where asking would wait. Local."""
+    """Returns whether a shadow on the CPU has no NaN and no Inf; True on other devices, where asking would
+    wait. Local.
+    """
     if shadow.device.type != "cpu":
         return True
     parts = (piece for _, piece in pieces(shadow, 0, shadow.numel(), CACHE_CHUNK))

@@ -1,4 +1,4 @@
-"""Compiled or eager: decided once for each kind of device, logged, and forced by ``DIST_EMA_KERNEL``."""
+"""Chooses compiled or eager kernels, once for each kind of device. Logs the choice; ``DIST_EMA_KERNEL`` forces it."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ _lock = threading.Lock()
 def choose(
     decided: list[Kernels | None], device: str, build: Callable[[], Kernels], logger: logging.Logger
 ) -> Kernels | None:
-    """Returns the kernels, or None for the eager route: decided, and logged, at the first call.
+    """Returns the kernels, or None for the eager route. Decides and logs at the first call.
 
     Args:
-        decided: empty before, then with the decision in it; kept by the caller.
+        decided: empty before the decision, and holds it afterwards. The caller keeps it.
         device: its name in messages.
         build: makes and checks the kernels. Raises BuildError or OSError.
-        logger: is told.
+        logger: gets the messages.
 
     Raises:
-        EMAConfigError: ``DIST_EMA_KERNEL`` is not a choice, or asks for what is not there.
+        EMAConfigError: ``DIST_EMA_KERNEL`` has another value than those allowed, or asks for a kernel that is not
+            available.
     """
     if not decided:
         with _lock:
@@ -52,7 +53,7 @@ def _decide(wish: str, device: str, build: Callable[[], Kernels], logger: loggin
 
 
 def give_up(decided: list[Kernels | None], device: str, error: Exception, logger: logging.Logger) -> None:
-    """Decides for the eager route after all, for kernels that turn out not to serve. Raises as :func:`choose`."""
+    """Switches to the eager route, for kernels that fail later. Raises as :func:`choose` does."""
     with _lock:
         _fall_back(os.environ.get("DIST_EMA_KERNEL", ""), device, error, logger)
         decided[:] = [None]

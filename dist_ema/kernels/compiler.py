@@ -1,13 +1,13 @@
-"""A C++ source into a shared library, compiled on first use and kept for the next process.
+"""Compiles C++ sources into a shared library at first use, and keeps it for later processes.
 
-What it is built from and for (sources, compiler, processor) names the file in the cache, ``$DIST_EMA_CACHE`` or
-``~/.cache/dist_ema``. Of processes that start together one compiles, under a lock, and the others wait for its file.
-It is renamed into place, so none sees half of it. Where the directory cannot be written, or locked in time, each
-process compiles for itself, in a temporary directory.
+Its name in the cache, ``$DIST_EMA_CACHE`` or ``~/.cache/dist_ema``, depends on the sources, the compiler and the
+processor. If several processes start together, one compiles under a lock, and the others wait for its file, which is
+renamed into place when it is complete. If the directory cannot be written, or not be locked in time, each process
+compiles for itself in a temporary directory.
 
-A library that is loaded runs as this user. So one is taken from the cache only if nobody else could have put it there:
-the folder and the file belong to this user or to root, and nobody else may write them. Otherwise each process compiles
-for itself, and says so.
+A loaded library runs with the rights of this user. So a library is used from the cache only if no other user could have
+put it there: the folder and the file belong to this user or to root, and only the owner may write them. Otherwise each
+process compiles for itself, and logs that.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ _OPTIONS += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
 
 
 class BuildError(Exception):
-    """The kernel could not be built or does not compute what it should; the message says why."""
+    """Raised if the kernel cannot be built or computes wrong results; the message says why."""
 
 
 def build(sources: Sequence[Path]) -> tuple[Path, ctypes.CDLL]:
-    """Loads the library from the cache, or compiles it and puts it there. Returns its path and itself.
+    """Loads the library from the cache, or compiles it and puts it there. Returns its path and the library.
 
     Raises:
         BuildError: there is no compiler, it fails, or it takes too long.
-        OSError: a file cannot be written, or the library not loaded.
+        OSError: a file cannot be written, or the library cannot be loaded.
     """
     compiler = _compiler()
     command = [*compiler, *_OPTIONS, *_machine_options()]
@@ -83,7 +83,7 @@ def build(sources: Sequence[Path]) -> tuple[Path, ctypes.CDLL]:
 
 
 class UntrustedError(OSError):
-    """Somebody else may write the folder or the file; the message says which and what to do."""
+    """Raised if another user may write the folder or the file; the message says which, and what to do."""
 
 
 def _cache() -> Path:
@@ -92,7 +92,9 @@ def _cache() -> Path:
 
 
 def _made_cache() -> Path:
-    """Returns the folder of the cache, made for this user alone if it is not there. Raises UntrustedError, OSError."""
+    """Returns the folder of the cache, which is made for this user alone if it is missing. Raises UntrustedError,
+    OSError.
+    """
     folder = _cache()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     _check_private(folder, folder.stat())
@@ -100,7 +102,7 @@ def _made_cache() -> Path:
 
 
 def _check_private(path: Path, found: os.stat_result) -> None:
-    """Raises UntrustedError unless ``path`` belongs to this user or to root, and nobody else may write it."""
+    """Raises UntrustedError unless ``path`` belongs to this user or to root, and only the owner may write it."""
     if found.st_uid not in (os.geteuid(), 0):
         raise UntrustedError(
             f"{path} belongs to another user ({found.st_uid}): set DIST_EMA_CACHE to a folder of your own"
@@ -111,7 +113,7 @@ def _check_private(path: Path, found: os.stat_result) -> None:
 
 @contextmanager
 def _turn() -> Iterator[None]:
-    """Holds the lock of the cache, where there is one to be had in time. A process that dies gives its lock up."""
+    """Holds the lock of the cache, if it can be had in time. If a process dies, the system releases its lock."""
     try:
         lock = _Lock(_made_cache() / _LOCK)
     except (OSError, RuntimeError):  # nothing can be kept there, so nobody has to wait for anybody
@@ -125,7 +127,9 @@ def _turn() -> Iterator[None]:
 
 
 class _Lock:
-    """A lock on a file. A thread waits for it: on NFS without a lock manager even a request that may not wait hangs."""
+    """Locks a file. A thread waits for the lock, because on NFS without a lock manager even a non-blocking request
+    hangs.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -151,7 +155,7 @@ class _Lock:
         self._answered.set()
 
     def wait(self) -> None:
-        """Returns with the lock, where the file system has none, or out of patience."""
+        """Returns when it has the lock, if the file system has no locks, or after the longest allowed wait."""
         if self._answered.wait(0.1):
             return
         logger.info("Waiting for another process that compiles the kernels for the CPU")
@@ -164,7 +168,7 @@ class _Lock:
             )
 
     def release(self) -> None:
-        """At once, or as soon as the thread has what it waits for."""
+        """Releases the lock, or lets the thread release it once it has it."""
         with self._ending:
             self._wanted = False
             if not self._waiting:
@@ -177,7 +181,9 @@ class _Lock:
 
 
 def _keep(built: Path) -> Path:
-    """Copies it into the cache so that no process sees a part of it, and tells its path there. Raises OSError."""
+    """Copies the library into the cache so that no process sees a part of it. Returns its path there. Raises
+    OSError.
+    """
     folder = _made_cache()
     temporary = folder / f".{uuid.uuid4().hex}.so"
     code = built.read_bytes()
@@ -192,11 +198,11 @@ def _keep(built: Path) -> Path:
 
 
 def _kept(path: Path) -> tuple[Path, ctypes.CDLL]:
-    """Loads what ``_keep`` wrote.
+    """Loads a library that ``_keep`` wrote.
 
     Raises:
-        UntrustedError: somebody else may have written it.
-        OSError: it is not there, or damaged; to load that could end the process.
+        UntrustedError: another user may have written it.
+        OSError: it is missing or damaged. Loading a damaged library could end the process.
     """
     # The folder first: the loader opens the file again by its name, which nobody else may then give to another file.
     _check_private(path.parent, path.parent.stat())
@@ -209,7 +215,7 @@ def _kept(path: Path) -> tuple[Path, ctypes.CDLL]:
 
 
 def _compiler() -> list[str]:
-    """``$CXX``, which may have arguments, or the first that is there."""
+    """Returns ``$CXX``, which may have arguments, or the first compiler that is found."""
     named = shlex.split(os.environ.get("CXX", ""))
     if named and shutil.which(named[0]):
         return named
@@ -229,7 +235,7 @@ def _machine_options() -> list[str]:
 
 
 def _processor() -> str:
-    """Returns what ``-march=native`` depends on, since a home directory may be shared by different machines."""
+    """Returns what ``-march=native`` depends on, because machines of different kinds may share a home directory."""
     facts = [platform.system(), platform.machine(), *platform.libc_ver()]
     try:
         lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
@@ -240,7 +246,7 @@ def _processor() -> str:
 
 
 def _run(command: Sequence[str]) -> str:
-    """Returns the end of what a compiler wrote. Raises BuildError: it fails, or takes too long."""
+    """Runs a compiler and returns the end of its output. Raises BuildError if it fails or takes too long."""
     # Into a file and in a session of its own: a compiler's children would otherwise survive a timeout, and hold a pipe.
     with tempfile.TemporaryFile() as output:
         try:

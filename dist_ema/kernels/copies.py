@@ -1,4 +1,4 @@
-"""Tensors of another dtype that follow an average: the weights of a bf16 teacher."""
+"""Lists tensors of another dtype that follow an average: the weights of a bf16 teacher."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Copies:
         tensors: one for each shadow, in any dtype and layout; None for a shadow that has none.
 
     Attributes:
-        tensors: they.
-        addresses: of those that the compiled kernel writes on its way: bf16 that lies together in the CPU's memory; 0
-            for the others.
+        tensors: the given tensors.
+        addresses: for each tensor its address if the compiled kernel writes it (contiguous bf16 in the CPU's memory);
+            else 0.
     """
 
     def __init__(self, tensors: Sequence[Tensor | None]) -> None:
@@ -27,8 +27,8 @@ class Copies:
         self.addresses = array("q", [tensor.data_ptr() if _is_plain(tensor) else 0 for tensor in self.tensors])
 
     def left(self, by_kernel: bool, others: Sequence[int]) -> list[int]:
-        """Returns the numbers of those that the kernel has not written, where it was asked and did not take
-        ``others``.
+        """Returns the indices of tensors that the kernel has not written, given the indices ``others`` that it did not
+        take.
         """
         skipped = set(others)
         return [

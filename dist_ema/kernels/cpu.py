@@ -1,8 +1,8 @@
-"""The compiled update of averages on the CPU: which tensors it takes, and its arguments.
+"""Runs the compiled update of averages on the CPU: selects the tensors that it takes, and builds its arguments.
 
-One pass over memory, one parallel region for all tensors, the guard inside: what no sequence of torch operations can
-do. The bits are those of ``torch.lerp``, but for the sign of zero at a weight of exactly 1, where torch's vectors and
-the elements that are left over from them differ between themselves.
+It makes one pass over memory, with one parallel region for all tensors and the guard inside, which no sequence of torch
+operations can do. The bits are those of ``torch.lerp``, except for the sign of zero at a weight of exactly 1: there
+torch itself gives different signs in its vectorized loop and in the elements that are left over.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ Table: TypeAlias = "arguments.Table[Arrays]"
 
 
 def table(positions: ElementPositions | None = None) -> Table:
-    """Returns an empty table, to be kept beside one list of tensors; for bf16 shadows, with the ``positions`` of
-    these.
+    """Returns an empty table for one list of tensors, which the caller keeps; for bf16 shadows, with their
+    ``positions``.
     """
     return arguments.Table("cpu", _arrays, torch.float32 if positions is None else torch.bfloat16)
 
@@ -51,18 +51,20 @@ def lerp(
     rounding: Rounding | None = None,
     copies: Copies | None = None,
 ) -> tuple[int, list[int]]:
-    """``shadow += weight * (source - shadow)`` for the tensors that the kernel takes. Local.
+    """Computes ``shadow += weight * (source - shadow)`` for the tensors that the kernel takes. Local.
 
-    It takes what lies contiguously in the CPU's memory: fp32 shadows (with ``rounding``, bf16 ones), and sources in
-    fp32, bf16 or fp16. Arguments are those of :func:`dist_ema.kernels.lerp`; ``table`` is kept by the caller for these
+    It takes contiguous tensors in the CPU's memory: fp32 shadows (with ``rounding``, bf16 ones), and sources in fp32,
+    bf16 or fp16. The arguments are those of :func:`dist_ema.kernels.lerp`; the caller keeps ``table`` for these
     tensors.
 
     Returns:
-        How many source elements were skipped since they were not finite, and the indices of the tensors that it did not
-        take: all of them where there is no kernel.
+        The number of source elements that were skipped, and the indices of the tensors that it did not take: all of
+            them
+        if there is no kernel.
 
     Raises:
-        EMAConfigError: ``DIST_EMA_KERNEL`` is not a choice, or asks for a kernel that cannot be built.
+        EMAConfigError: ``DIST_EMA_KERNEL`` has another value than those allowed, or asks for a kernel that cannot be
+            built.
     """
     if not any(source.is_cpu for source in sources) or (kernel := native.choice()) is None:
         return 0, list(range(len(sources)))

@@ -1,10 +1,10 @@
-"""The update of averages on a GPU: one launch for all tensors of a dtype, instead of some for each of hundreds.
+"""Runs the update of averages on a GPU: one launch for all tensors of a dtype, instead of several for each tensor.
 
-Each source element is read once, the guard is inside, and nothing waits for the device. The kernel is Triton's, which
-comes with CUDA builds of torch and is compiled at the first update; its arithmetic is in ``triton_kernels.py``. The
-choice is made once, logged, and forced by ``DIST_EMA_KERNEL``. An update may be captured into a CUDA graph (which
-repeats its weights) once it has run with the same tensors; one of bf16 shadows may not, since it would repeat its
-random bits too.
+Each source element is read once, the guard is inside, and nothing waits for the device. The kernel is compiled at the
+first update by Triton, which comes with CUDA builds of torch; its arithmetic is in ``triton_kernels.py``. The choice is
+made and logged once, and ``DIST_EMA_KERNEL`` forces it. An update may be captured into a CUDA graph (which repeats its
+weights) after it has run once with the same tensors. An update of bf16 shadows may not be captured, because the graph
+would repeat its random bits, too.
 """
 
 from __future__ import annotations
@@ -41,16 +41,17 @@ class Launch:
     """Holds the arguments of one kernel launch: tensors of one dtype on one device.
 
     Attributes:
-        device: where all of it lies.
-        source, shadow: dtypes.
-        source_aligned, shadow_aligned: every address is a multiple of 16 bytes, and the kernel may rely on it.
-        chunks: int64, on the device: of each program its tensor and its elements (:mod:`dist_ema.kernels.programs`).
-        tensors: int64, (tensors, 2 + averages), on the device: its number of elements (for bf16 shadows the hash of its
-            name), and the addresses of source and shadows. Of swapped sources seven columns more: the first element of
-            the range; ``a`` and ``b`` of :func:`~dist_ema.kernels.arguments.swapped`; the divisions by ``b`` and by
-            ``a``. The address is that of the whole.
-        rows: a program may have several runs of a column shard.
-        swapped: two dimensions of the sources have changed places in memory.
+        device: the device of all tensors.
+        source, shadow: the dtypes.
+        source_aligned, shadow_aligned: whether every address is a multiple of 16 bytes, which the kernel then relies
+            on.
+        chunks: int64, on the device: for each program its tensor and its elements (:mod:`dist_ema.kernels.programs`).
+        tensors: int64, (tensors, 2 + averages), on the device: for each tensor its number of elements (for bf16 shadows
+            the hash of its name), and the addresses of source and shadows. For swapped sources seven more columns: the
+            first element of the range; ``a`` and ``b`` of :func:`~dist_ema.kernels.arguments.swapped`; the divisions by
+            ``b`` and by ``a``. The address is then that of the whole tensor.
+        rows: whether a program may have several runs of a column shard.
+        swapped: whether two dimensions of the sources are exchanged in memory.
     """
 
     device: torch.device
@@ -68,9 +69,10 @@ Table: TypeAlias = arguments.Table[list[Launch]]
 
 
 def table(positions: ElementPositions | None = None, device_type: str = "cuda") -> Table:
-    """Returns an empty table, to be kept beside one list of tensors; for bf16 shadows, with the ``positions`` of these.
+    """Returns an empty table for one list of tensors, which the caller keeps; for bf16 shadows, with their
+    ``positions``.
 
-    Another device's type is for Triton's interpreter.
+    Another device type serves Triton's interpreter.
     """
     dtype = torch.float32 if positions is None else torch.bfloat16
     return arguments.Table(device_type, partial(_launches, positions), dtype, swapped=True)
@@ -131,7 +133,7 @@ def _send(values: Tensor, device: torch.device) -> Tensor:
 
 
 class Kernel:
-    """The Triton kernel.
+    """Runs the Triton kernel.
 
     Raises:
         BuildError: there is no Triton.
@@ -154,8 +156,10 @@ class Kernel:
         return f"Triton {self._version}"
 
     def check(self, launch: Launch) -> None:
-        """Before the first launch of a kind, a few elements against torch: only what is used is compiled. Raises
-        BuildError."""
+        """Compares a few elements with torch before the first launch of a kind, so that only used kinds are compiled.
+
+        Raises BuildError.
+        """
         kind = launch.device, launch.source, launch.shadow
         if kind not in self._checked:
             check(self, launch.device, launch.source, launch.shadow == torch.bfloat16)
@@ -168,9 +172,9 @@ class Kernel:
 
         Args:
             launch: the tensors.
-            weights: of each average.
-            skipped: int64, on the device; source elements left out are added to it. None takes them as they are.
-            keys: of each average, for this update of bf16 shadows; None for fp32 ones.
+            weights: the weight of each average.
+            skipped: int64, on the device; the number of skipped source elements is added to it. None uses all values.
+            keys: the key of each average for this update of bf16 shadows; None for fp32 ones.
         """
         device = launch.device
         given = tuple(map(float, weights))
@@ -196,9 +200,9 @@ class Kernel:
 
 
 def packed(keys: Sequence[int]) -> tuple[int, ...]:
-    """Returns the halves of each key, the lower one first, in a form that is always odd and takes 62 bits.
+    """Returns the halves of each key, the lower one first, in a form that is always odd and has 62 bits.
 
-    Triton compiles a kernel anew where an integer fits into 32 bits, or is a multiple of 16, for the first time.
+    Triton compiles a kernel again if an integer fits into 32 bits, or is a multiple of 16, for the first time.
     """
     halves = (half for key in keys for half in (key & 0xFFFFFFFF, key >> 32))
     return tuple(1 << 61 | half << 8 | 1 for half in halves)
@@ -213,19 +217,22 @@ def lerp(
     counter: Callable[[torch.device], Tensor] | None,
     rounding: Rounding | None = None,
 ) -> list[int]:
-    """``shadow += weight * (source - shadow)`` for the tensors that the kernel takes. Local; no host sync.
+    """Computes ``shadow += weight * (source - shadow)`` for the tensors that the kernel takes. Local; no host sync.
 
-    It takes what lies contiguously on a CUDA device: fp32 shadows (with ``rounding``, bf16 ones), and sources in fp32,
-    bf16 or fp16; these also in ``channels_last``, or transposed. What lies otherwise (other dimensions have changed
-    places, or there are gaps) is left to the eager route: such weights are rare, and each order takes code of its own.
-    Arguments are those of ``kernels.lerp``; ``table`` is kept by the caller for these tensors, and ``counter`` gives
-    the device's count of source elements that were not finite, or is None for no guard.
+    It takes contiguous tensors on a CUDA device: fp32 shadows (with ``rounding``, bf16 ones), and sources in fp32, bf16
+    or fp16; sources may also be in ``channels_last``, or transposed. Other layouts (other dimensions exchanged, or
+    gaps) use
+    the eager route: such weights are rare, and each layout would need code of its own.
+
+    The arguments are those of ``kernels.lerp``. The caller keeps ``table`` for these tensors. ``counter`` returns the
+    device's count of source elements that were not finite; None means no guard.
 
     Returns:
-        The indices of the tensors that it did not take: all of them where there is no kernel.
+        The indices of the tensors that it did not take: all of them if there is no kernel.
 
     Raises:
-        EMAConfigError: ``DIST_EMA_KERNEL`` is not a choice, or asks for a kernel that is not there.
+        EMAConfigError: ``DIST_EMA_KERNEL`` has another value than those allowed, or asks for a kernel that is not
+            available.
     """
     everything = list(range(len(sources)))
     if not any(source.is_cuda for source in sources) or (kernel := choice()) is None:
@@ -247,7 +254,7 @@ def run(
     counter: Callable[[torch.device], Tensor] | None,
     rounding: Rounding | None = None,
 ) -> list[int]:
-    """:func:`lerp` by this kernel. Raises BuildError, before anything is written, if it does not serve."""
+    """Implements :func:`lerp` with this kernel. Raises BuildError, before anything is written, if the kernel fails."""
     check_numbers(averages, weights, rounding)
     launches, rest = table.read(averages, sources, ranges)
     for launch in launches:
@@ -269,8 +276,7 @@ def _launch(
 
 
 def refuse_capture(sources: Sequence[Tensor]) -> None:
-    """Raises EMAStateError while work on these is captured into a CUDA graph: for what must not be repeated as it is.
-    No host sync."""
+    """Raises EMAStateError while a CUDA graph is captured, for work that a graph must not repeat. No host sync."""
     if any(source.is_cuda for source in sources) and torch.cuda.is_current_stream_capturing():
         raise EMAStateError(
             "update() with bf16 shadows cannot be captured into a CUDA graph: each replay would round by the random "
@@ -285,20 +291,18 @@ _decided: list[Kernel | None] = []
 
 
 def choice() -> Kernel | None:
-    """Returns the kernel, or None for the eager route: decided, and logged, at the first call. Raises
-    EMAConfigError.
-    """
+    """Returns the kernel, or None for the eager route. Decides and logs at the first call. Raises EMAConfigError."""
     return choose(_decided, "CUDA", Kernel, logger)
 
 
 def check(kernel: Kernel, device: torch.device, dtype: torch.dtype, rounded: bool) -> None:
-    """A few elements against torch on this device. Waits for it, once.
+    """Compares a few elements with torch on this device. Waits for the device, once.
 
     Args:
-        kernel: to be checked.
-        device: where.
-        dtype: of the sources.
-        rounded: for bf16 shadows.
+        kernel: the kernel to check.
+        device: the device to check it on.
+        dtype: the dtype of the sources.
+        rounded: whether shadows are bf16.
 
     Raises:
         BuildError: the kernel does not compile, or differs by more than one unit in the last place.

@@ -1,7 +1,7 @@
-"""Reading and writing elements of local tensors of any layout, a chunk at a time.
+"""Reads and writes elements of local tensors of any layout, a chunk at a time.
 
-What takes several steps runs over chunks of at most ``CACHE_CHUNK`` elements, so that what one step leaves behind is
-still in the cache for the next, and no temporary is larger than a chunk.
+Work in several steps runs over chunks of at most ``CACHE_CHUNK`` elements, so that the result of one step is still in
+the cache for the next, and no temporary is larger than a chunk.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ _WITHOUT_FLOAT64 = {"mps"}
 
 
 def chunk_size(device: torch.device) -> int:
-    """Returns the elements of one chunk on ``device``."""
+    """Returns the number of elements of one chunk on ``device``."""
     return CACHE_CHUNK if device.type == "cpu" else ACCELERATOR_CHUNK
 
 
 def pieces(tensor: Tensor, start: int, stop: int, limit: int) -> Iterator[tuple[int, Tensor]]:
-    """Views of elements ``[start, stop)`` of ``tensor``, flattened row-major, of at most ``limit`` elements each.
+    """Yields views of elements ``[start, stop)`` of ``tensor``, flattened row-major, of at most ``limit`` elements
+    each.
 
-    Yields ``(offset, view)`` with ``offset`` counted from ``start``. Views of a contiguous tensor have one dimension;
-    one that is not contiguous (channels_last, a transposed weight) is taken apart along its first dimensions, so that
-    every view can be written to.
+    Each item is ``(offset, view)``, with ``offset`` counted from ``start``. Views of a contiguous tensor have one
+    dimension. Other tensors (channels_last, a transposed weight) are split along their first dimensions, so that every
+    view can be written to.
     """
     if start >= stop:
         return
@@ -55,21 +56,21 @@ def pieces(tensor: Tensor, start: int, stop: int, limit: int) -> Iterator[tuple[
 
 @torch.no_grad()
 def write(source: Tensor, start: int, stop: int, values: Tensor) -> None:
-    """Sets elements ``[start, stop)`` of ``source``, flattened, to the flat ``values``, converted. Local."""
+    """Sets elements ``[start, stop)`` of the flattened ``source`` to the 1D ``values``, converted. Local."""
     for offset, piece in pieces(source, start, stop, chunk_size(source.device)):
         piece.copy_(values[offset : offset + piece.numel()].view(piece.shape))
 
 
 @torch.no_grad()
 def read(source: Tensor, start: int, stop: int, out: Tensor, non_blocking: bool = False) -> None:
-    """Sets the flat ``out`` to elements ``[start, stop)`` of ``source``, flattened, converted. Local."""
+    """Copies elements ``[start, stop)`` of the flattened ``source`` into the 1D ``out``, converted. Local."""
     for offset, piece in pieces(source, start, stop, chunk_size(source.device)):
         out[offset : offset + piece.numel()].view(piece.shape).copy_(piece, non_blocking=non_blocking)
 
 
 @torch.no_grad()
 def squared_distance(shadow: Tensor, source: Tensor, start: int, stop: int) -> Tensor:
-    """Returns the sum of ``(shadow - source)**2`` in float64, as a scalar on the source's device, if that has float64.
+    """Returns the sum of ``(shadow - source)**2`` in float64, as a scalar on the source's device if that has float64.
     Local.
     """
     if source.is_complex():  # |a - b|**2 is the sum over both parts
@@ -83,5 +84,7 @@ def squared_distance(shadow: Tensor, source: Tensor, start: int, stop: int) -> T
 
 
 def flat_reals(values: Tensor) -> Tensor:
-    """Returns a flat complex tensor's memory as real numbers: real part, imaginary part, and so on. Local, no copy."""
+    """Returns the memory of a 1D complex tensor as real numbers: real part, imaginary part, and so on. Local,
+    no copy.
+    """
     return torch.view_as_real(values).view(-1)

@@ -1,15 +1,16 @@
-"""A digest of a full tensor that does not depend on its sharding. Does not use torch.distributed.
+"""Computes a digest of a full tensor that does not depend on its sharding. Does not use torch.distributed.
 
-The digest is ``sum(bits(x[i]) * key(i)) mod 2**64`` over the elements of the full tensor, flattened row-major, where
-``bits`` are the element's own bits as an integer (signed where it has two bytes or more; the 16 bytes of a complex128
-are low + ``COMPLEX`` * high) and ``key(i)`` is an odd number made from the position. A sum can be taken in any order
-and in parts: each rank adds up its elements, and the totals are added. Keys are odd, so invertible modulo 2**64, so a
-flipped bit, and any change of a single element of up to 8 bytes, always changes the digest. It detects errors; it is
-not a signature: whoever wants to can make two tensors with one digest.
+The digest is ``sum(bits(x[i]) * key(i)) mod 2**64`` over the elements of the full tensor, flattened row-major.
+``bits`` are the element's own bits as an integer (signed if it has two bytes or more; the 16 bytes of a complex128 are
+low + ``COMPLEX`` * high), and ``key(i)`` is an odd number made from the position. A sum can be computed in any order
+and in parts: each rank adds up its elements, and the totals are added. Keys are odd, so invertible modulo 2**64. So a
+flipped bit, and any change of a single element of up to 8 bytes, always changes the digest. It detects errors. It is
+not
+a signature: two tensors with one digest can be constructed.
 
-A key is the product of two: one for the place inside a block of ``BLOCK`` elements, from a table that is made once,
-and one for the block: ``(mix(i % BLOCK) | 1) * (mix(i // BLOCK ^ SALT) | 1)``, where ``mix`` is SplitMix64. So a block
-costs one multiplication and one addition an element. ``digest.cpp`` computes the same in one pass.
+A key is the product of two: one for the place inside a block of ``BLOCK`` elements, from a table that is made once, and
+one for the block: ``(mix(i % BLOCK) | 1) * (mix(i // BLOCK ^ SALT) | 1)``, where ``mix`` is SplitMix64. So a block
+costs one multiplication and one addition per element. ``digest.cpp`` computes the same in one pass.
 """
 
 from __future__ import annotations
@@ -43,9 +44,9 @@ class Part(NamedTuple):
 
     Attributes:
         values: holds the elements of ``runs``, in their order when flattened row-major.
-        runs: their positions in the full tensor.
+        runs: the positions of the elements in the full tensor.
         dtype: digest the values as converted to this dtype; None means their own.
-        start: the first element of ``values`` that counts.
+        start: the index in the flattened ``values`` of the first element of ``runs``.
     """
 
     values: Tensor
@@ -81,7 +82,7 @@ def partial_digests(parts: Sequence[Part]) -> list[int]:
 
 
 def _host_digest(part: Part) -> int:
-    """By numpy, block by block: what the compiled kernel does not take."""
+    """Computes the digest by numpy, block by block, for values that the compiled kernel does not take."""
     total = 0
     local = part.start
     for position, length in part.runs:
@@ -97,8 +98,9 @@ def _host_digest(part: Part) -> int:
 
 
 def device_digest(part: Part) -> Tensor:
-    """Returns the sum, modulo 2**64, as a scalar int64 beside the values. A few launches for each 4 M elements,
-    whatever the number of runs; does not wait for them.
+    """Returns the sum, modulo 2**64, as a scalar int64 on the device of the values. Does not wait for the device.
+
+    It takes a few launches for each 4 M elements, whatever the number of runs.
     """
     values = part.values
     device = part.values.device
@@ -117,7 +119,7 @@ def device_digest(part: Part) -> Tensor:
 
 
 def _positions(runs: Runs, device: torch.device) -> Tensor:
-    """Returns the positions of the elements of runs, one after the other: int64, 1D."""
+    """Returns the positions of the elements of runs, in order: int64, 1D."""
     if len(runs) == 1:
         ((start, length),) = runs
         return torch.arange(start, start + length, device=device)
@@ -132,7 +134,7 @@ def _positions(runs: Runs, device: torch.device) -> Tensor:
 
 
 def _mix_each(values: Tensor) -> Tensor:
-    """:func:`_mix` of each int64. Products wrap around; shifts to the right bring in zeros."""
+    """Does what :func:`_mix` does, for each int64. Products wrap around; right shifts bring in zeros."""
     values = values + _signed(_GAMMA)
     values = (values ^ ((values >> 30) & (1 << 34) - 1)) * _signed(_FACTORS[0])
     values = (values ^ ((values >> 27) & (1 << 37) - 1)) * _signed(_FACTORS[1])
@@ -140,7 +142,7 @@ def _mix_each(values: Tensor) -> Tensor:
 
 
 def _is_plain(values: Tensor, dtype: torch.dtype | None) -> bool:
-    """Returns whether the compiled kernel can take them: as they are, one after the other in the CPU's memory."""
+    """Returns whether the compiled kernel can take the values: unconverted and contiguous in the CPU's memory."""
     own = dtype is None or dtype == values.dtype
     return own and values.is_cpu and values.is_contiguous() and values.itemsize in _BITS and not values.is_conj()
 
@@ -168,13 +170,15 @@ def _bits(flat: Tensor) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _keys(device: torch.device) -> Tensor:
-    """Odd keys of the places inside a block, as int64."""
+    """Returns the odd keys of the places inside a block, as int64."""
     keys = [_signed(_mix(place) | 1) for place in range(BLOCK)]
     return torch.tensor(keys, dtype=torch.int64, device=device)
 
 
 def _mix(value: int) -> int:
-    """SplitMix64's finalizer (Steele, Lea, Flood 2014): every bit of the input reaches every bit of the output."""
+    """Returns SplitMix64's finalizer (Steele, Lea, Flood 2014): every bit of the input affects every bit of the
+    output.
+    """
     value = (value + _GAMMA) & _MASK
     value = ((value ^ (value >> 30)) * _FACTORS[0]) & _MASK
     value = ((value ^ (value >> 27)) * _FACTORS[1]) & _MASK

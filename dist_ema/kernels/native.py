@@ -1,10 +1,10 @@
-"""The compiled kernels on the CPU, called through ctypes: the choice is made once, and logged.
+"""Calls the compiled kernels on the CPU through ctypes. Chooses and logs the route once.
 
-``fused.cpp`` averages, ``digest.cpp`` takes fingerprints. Where there is no compiler, the callers' own routes give the
-same bits more slowly. ``DIST_EMA_KERNEL`` forces the choice: ``eager`` or ``compiled``.
+``fused.cpp`` averages, ``digest.cpp`` computes fingerprints. Without a compiler the callers' own routes give the same
+bits more slowly. ``DIST_EMA_KERNEL`` forces the choice: ``eager`` or ``compiled``.
 
-OpenMP is torch's own runtime where that is GNU's, so both share one set of threads. Its threads do not survive a fork:
-a child forked later (a worker of a data loader) computes with one thread.
+OpenMP is torch's own runtime if that is GNU's, so both share one set of threads. Its threads do not survive a fork: a
+child that is forked later (a worker of a data loader) computes with one thread.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ _SOURCES = [Path(__file__).with_name(name) for name in ("fused.cpp", "digest.cpp
 
 
 class Library:
-    """The loaded kernels.
+    """Wraps the loaded kernels.
 
     Attributes:
-        path: of the shared library.
+        path: the path of the shared library.
 
     Raises:
         OSError: it is another library.
@@ -68,20 +68,20 @@ class Library:
         rounding: Rounding | None = None,
         copies: array[int] | None = None,
     ) -> int:
-        """Averages; other Python threads run meanwhile.
+        """Averages. Other Python threads run meanwhile.
 
         Args:
-            arrays: for each tensor where it begins in all of them laid end to end, and the end; the address of its
-                source; the code of the source's dtype; average by average, the address of its shadow; and its number
-                in ``rounding`` and ``copies``, if one of them is given.
-            weights: of each average.
-            guarded: leave out what is not finite.
-            rounding: of this update, for bf16 shadows; None for fp32 ones.
-            copies: for each number the address of a bf16 tensor that is to hold the first average too, or 0; for fp32
+            arrays: for each tensor its start if all tensors are laid end to end, and the end; the address of its
+                source; the code of the source's dtype; average by average, the address of its shadow; and its index in
+                ``rounding`` and ``copies``, if one of them is given.
+            weights: the weight of each average.
+            guarded: skip NaN and Inf.
+            rounding: the stochastic rounding of this update, for bf16 shadows; None for fp32 ones.
+            copies: for each index the address of a bf16 tensor that also receives the first average, or 0; for fp32
                 shadows.
 
         Returns:
-            How many source elements were left out.
+            The number of source elements that were skipped.
         """
         given: list[array[int] | array[float]] = [*arrays[:4], array("d", weights)]
         tables = None
@@ -101,13 +101,13 @@ class Library:
         return torch.get_num_threads() if os.getpid() == self._process else 1
 
     def digest(self, address: int, width: int, runs: Runs, keys: Tensor) -> int:
-        """Returns the digest's sum over ``runs``, by one thread; other Python threads run meanwhile.
+        """Returns the sum of the digest over ``runs``, computed by one thread. Other Python threads run meanwhile.
 
         Args:
-            address: of the elements of all runs, one after the other.
+            address: the address of the elements of all runs, one after the other.
             width: bytes of an element: 1, 2, 4 or 8.
-            runs: first position and number of elements of each, in the full tensor.
-            keys: of the places in a block, int64.
+            runs: first position and number of elements of each run, in the full tensor.
+            keys: the keys of the places in a block, int64.
         """
         pairs = flattened(runs)
         total: int = self._digest(address, width, pairs.buffer_info()[0], len(runs), keys.data_ptr())
@@ -125,9 +125,7 @@ _decided: list[Library | None] = []
 
 
 def choice() -> Library | None:
-    """Returns the kernels, or None for the eager route: decided, and logged, at the first call. Raises
-    EMAConfigError.
-    """
+    """Returns the kernels, or None for the eager route. Decides and logs at the first call. Raises EMAConfigError."""
     return choose(_decided, "the CPU", _build_and_check, logger)
 
 
@@ -143,7 +141,7 @@ def build() -> Library:
 
 
 def _check(library: Library) -> None:
-    """A few elements against torch: another processor or compiler may round otherwise, and then is not used."""
+    """Compares a few elements with torch: another processor or compiler may round differently, and is then not used."""
     source = torch.linspace(-3, 5, 99, dtype=torch.float32, device="cpu").tan_()  # whatever the defaults are
     source[7], source[60] = float("nan"), float("inf")
     for dtype, code in CODES.items():

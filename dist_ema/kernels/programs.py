@@ -1,9 +1,9 @@
-"""The table of a GPU kernel's programs: which elements of which tensor each of them has. Pure; on the host.
+"""Builds the table of a GPU kernel's programs: which elements of which tensor each program has. Pure; on the host.
 
-For bf16 shadows a program also has to know where its elements lie in the full tensor, since the random bits depend on
-it. A chunk of a column shard reaches over many runs of one length at equal distances. So a program has the first run
-and that distance, and finds the others by arithmetic; a program a run would be thousands that have little to do. No
-chunk reaches over a multiple of 2**32, so that the upper halves of all its positions are the same.
+For bf16 shadows a program also needs the places of its elements in the full tensor, because the random bits depend on
+them. A chunk of a column shard covers many runs of one length at equal distances. So a program has the first run and
+that distance, and computes the others; with one program for each run there would be thousands with little to do. No
+chunk crosses a multiple of 2**32, so the upper halves of all its positions are the same.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _PAGE = 32  # bits
 
 
 def even(numels: Sequence[int]) -> Tensor:
-    """Returns each tensor, cut into equal parts: its row, and the first element of the part. int64, (programs, 2)."""
+    """Cuts each tensor into equal parts, and returns for each its row and its first element. int64, (programs, 2)."""
     with torch.inference_mode(False):
         parts = (torch.tensor(numels, dtype=torch.int64, device="cpu") + CHUNK - 1) // CHUNK
         owners = torch.repeat_interleave(torch.arange(len(numels), device="cpu"), parts)
@@ -42,8 +42,8 @@ def placed(positions: ElementPositions, numels: Mapping[int, int]) -> Tensor:
     """Does what :func:`even` does, with the positions of the elements. int64, (programs, ``COLUMNS``).
 
     Args:
-        positions: of the elements of all tensors.
-        numels: elements of each tensor that is wanted, by its number; their order is that of the rows.
+        positions: the positions of the elements of all tensors.
+        numels: number of elements of each tensor that is wanted, by its index; their order is that of the rows.
     """
     chunks = [
         (row, *chunk)
@@ -60,7 +60,7 @@ def has_rows(chunks: Tensor) -> bool:
 
 
 def _chunks(local: Sequence[int], full: Sequence[int], numel: int) -> Iterator[tuple[int, ...]]:
-    """Yields all columns but the row, for a tensor whose runs begin at these elements of the shadow and of the full
+    """Yields all columns except the row, for a tensor whose runs start at these elements of the shadow and the full
     tensor.
     """
     grid = _grid(local, full, numel)
@@ -74,8 +74,10 @@ def _chunks(local: Sequence[int], full: Sequence[int], numel: int) -> Iterator[t
 
 
 def _grid(local: Sequence[int], full: Sequence[int], numel: int) -> tuple[int, int, int, int] | None:
-    """``(start, before, length, step)`` of runs of one length at equal distances, the first of which may lack elements
-    ``before`` its own, and the last one some at its end; None if they are no such runs."""
+    """Returns ``(start, before, length, step)`` for runs of one length at equal distances; None for other runs.
+
+    The first run may lack ``before`` elements at its beginning, and the last one some at its end.
+    """
     if len(local) < 2:
         return None
     begins = np.array(full)
@@ -89,9 +91,7 @@ def _grid(local: Sequence[int], full: Sequence[int], numel: int) -> tuple[int, i
 
 
 def _in_rows(low: int, high: int, start: int, before: int, length: int, step: int) -> tuple[int, ...] | None:
-    """Returns the chunk of elements ``[low, high)``; None if it has one run only, or reaches over a multiple of
-    2**32.
-    """
+    """Returns the chunk of elements ``[low, high)``; None if it has only one run, or crosses a multiple of 2**32."""
     (first, skipped), (last, inside) = divmod(before + low, length), divmod(before + high - 1, length)
     position = start + first * step
     if first == last or position >> _PAGE != (start + last * step + inside) >> _PAGE:
@@ -100,8 +100,11 @@ def _in_rows(low: int, high: int, start: int, before: int, length: int, step: in
 
 
 def division(length: int) -> tuple[int, int]:
-    """``(multiplier, shift)`` so that ``i // length == i * multiplier >> 32 >> shift`` for i below 2**31; of lengths
-    from 2 to 2**30 - 1. From Granlund and Montgomery, "Division by invariant integers using multiplication", 1994."""
+    """Returns ``(multiplier, shift)`` with ``i // length == i * multiplier >> 32 >> shift`` for i below 2**31.
+
+    ``length`` is from 2 to 2**30 - 1. From Granlund and Montgomery, "Division by invariant integers using
+    multiplication", 1994.
+    """
     shift = (length - 1).bit_length()
     return -(-(1 << 31 + shift) // length), shift - 1
 

@@ -1,14 +1,15 @@
-"""Stochastic rounding of averages to bf16: up or down at random, so that the expectation is the unrounded value.
+"""Rounds averages to bf16 stochastically: up or down at random, such that the expectation is the unrounded value.
 
 A bf16 average that is rounded to nearest stops moving: the steps of a slow average are smaller than half of its last
-bit, and are lost. Rounded stochastically, a step of a thousandth of the last bit moves it by one once in a thousand
+bit, and are lost. Rounded stochastically, a step of a thousandth of the last bit moves it by one bit once in a thousand
 times, and the average follows that of an fp32 shadow, with noise of about the last bit.
 
 The random bits of an element depend on the seed, the number of the update, the names of average and tensor, and the
-element's position in the full tensor, and on nothing else: so the bits of an average do not depend on how it is
+element's position in the full tensor, and on nothing else. So the bits of an average do not depend on how it is
 sharded, in which order and by which kernel it is computed, or whether the run was interrupted. They are a hash of these
-(counter-based, as in Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011), by the 32-bit finaliser
-"lowbias32" of C. Wellons' hash-prospector (2018) twice, with 32 bits of a key before each. ``fused.cpp`` has the same.
+(counter-based, as in Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011), by two rounds of the 32-bit
+finalizer "lowbias32" of C. Wellons' hash-prospector (2018), with 32 bits of a key before each. ``fused.cpp`` has the
+same.
 """
 
 from __future__ import annotations
@@ -29,34 +30,34 @@ _MASK = (1 << 64) - 1
 
 @dataclass(frozen=True)
 class Rounding:
-    """Holds the random bits by which one update of a list of tensors is rounded.
+    """Provides the random bits for one update of a list of tensors.
 
     Attributes:
-        positions: of the tensors' elements.
-        keys: of each average; see :func:`average_key`.
+        positions: the positions of the tensors' elements.
+        keys: the key of each average; see :func:`average_key`.
     """
 
     positions: ElementPositions
     keys: Sequence[int]
 
     def apply(self, average: int, tensor: int, low: int, values: Tensor) -> Tensor:
-        """``values``, flat fp32, the elements from ``low`` on of a tensor's shadow, in bf16."""
+        """Rounds ``values``, 1D fp32, to bf16. They are the elements from ``low`` on of a tensor's shadow."""
         positions = self.positions.of(tensor, low, values.numel(), values.device)
         return rounded(values, draws(positions, element_key(self.positions.names[tensor], self.keys[average])))
 
 
 class ElementPositions:
-    """Describes where the elements of shadows lie in their full tensors.
+    """Describes the places of the elements of shadows in their full tensors.
 
     Args:
-        names: of the tensors.
-        runs: of each.
+        names: the names of the tensors.
+        runs: the runs of each tensor.
 
     Attributes:
         names: hashes of the names.
-        first: of each tensor, the number of its first run; and the number of all runs.
-        local: of each run, the element of the shadow that it begins at.
-        full: of each run, the element of the full tensor that it begins at.
+        first: for each tensor the index of its first run; and the number of all runs.
+        local: for each run the element of the shadow at which it starts.
+        full: for each run the element of the full tensor at which it starts.
     """
 
     def __init__(self, names: Sequence[str], runs: Sequence[Runs]) -> None:
@@ -73,12 +74,12 @@ class ElementPositions:
             self.first.append(len(self.local))
 
     def of_tensor(self, tensor: int) -> tuple[Sequence[int], Sequence[int]]:
-        """Returns where the runs of a tensor begin, in its shadow and in the full tensor."""
+        """Returns where the runs of a tensor start, in its shadow and in the full tensor."""
         runs = slice(self.first[tensor], self.first[tensor + 1])
         return self.local[runs], self.full[runs]
 
     def of(self, tensor: int, low: int, count: int, device: torch.device) -> Tensor:
-        """Of ``count`` elements of a shadow from ``low`` on, of which there is at least one: int64. No host sync."""
+        """Returns the positions of ``count`` >= 1 elements of a shadow from ``low`` on: int64. No host sync."""
         begin = self.first[tensor]
         end = self.first[tensor + 1]
         begin = bisect_right(self.local, low, begin, end) - 1
@@ -113,16 +114,16 @@ def element_key(tensor: int, average: int) -> int:
 
 
 def draws(positions: Tensor, key: int) -> Tensor:
-    """16 random bits of each position (int64), as int32."""
+    """Returns 16 random bits for each position (int64), as int32."""
     bits = _mix(positions.to(torch.int32) ^ _signed(key))
     bits = _mix((bits + (positions >> 32).to(torch.int32)) ^ _signed(key >> 32))
     return (bits >> 16) & 0xFFFF
 
 
 def rounded(values: Tensor, draws: Tensor) -> Tensor:
-    """fp32 to bf16: up in magnitude as often as the bits that are cut off say.
+    """Rounds fp32 to bf16: up in magnitude with the probability that the dropped bits stand for.
 
-    Values that bf16 has, Inf among them, stay as they are, NaN stays NaN, and no finite value becomes Inf.
+    Values that bf16 has, including Inf, stay as they are, NaN stays NaN, and no finite value becomes Inf.
 
     >>> value = torch.full((4,), 1.0 + 2**-9)  # a quarter of the way from 1 to the next bf16 number
     >>> rounded(value, torch.tensor([0, 20000, 50000, 65535], dtype=torch.int32)).tolist()
@@ -137,7 +138,7 @@ def rounded(values: Tensor, draws: Tensor) -> Tensor:
 
 
 def _mix(bits: Tensor) -> Tensor:
-    """Changes int32 in place. Products wrap around, and shifts to the right bring in zeros."""
+    """Hashes int32 in place. Products wrap around; right shifts bring in zeros."""
     bits = bits.bitwise_xor_((bits >> 16) & 0xFFFF).mul_(0x7FEB352D)
     bits = bits.bitwise_xor_((bits >> 15) & 0x1FFFF).mul_(_signed(0x846CA68B))
     return bits.bitwise_xor_((bits >> 16) & 0xFFFF)
