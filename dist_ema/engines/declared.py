@@ -1,22 +1,22 @@
-"""Tensors that declare which part of a full tensor they are. What a tensor declares comes before any arithmetic.
+"""Reads which part of a full tensor a tensor declares to be.
 
-Two forms are read:
+A declaration takes precedence over what a DTensor's placements say. Two forms are read:
 
 * Since torch 2.14 a plain tensor may carry the attributes of ``torch.distributed.checkpoint``'s
   ``CheckpointableTensor``: ``global_shape``, and for each of its chunks ``global_offsets``, ``local_offsets`` and
   ``local_sizes``.
 * The local part of a DTensor may have ``__create_chunk_list__()``, which returns chunks with ``offsets`` and ``sizes``
-  in the full tensor. Megatron-FSDP sets it, since its DTensors are rows of a packed buffer and not what their
-  ``Shard(0)`` says (read in megatron-fsdp 0.6.1).
+  in the full tensor. Megatron-FSDP sets it, because its DTensors are rows of a packed buffer and differ from what their
+  ``Shard(0)`` means (read in megatron-fsdp 0.6.1).
 
-Two chunks of 2 rows in a local tensor of 5 rows, the last of which is padding::
+Two chunks of 2 rows in a local tensor of 5 rows, of which the last row is padding::
 
     local_offsets ((0, 0), (2, 0))     local rows 0 1 2 3 4      source of the average: local rows 0 to 3
     local_sizes   ((2, 4), (2, 4))      |   |  \\   \\
     global_offsets ((0, 0), (6, 0))    rows 0 1    6 7           runs of the full tensor (8, 4): (0, 8), (24, 8)
 
-Nothing here asks other ranks. That all declarations together are the full tensor, each element once, is checked where
-ranks meet.
+Everything here is local. ``comm/catalogue.py`` checks that the declarations of all ranks make up the full tensor, with
+each element once.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ FIELDS = ("global_shape", "global_offsets", "local_offsets", "local_sizes")
 
 @dataclass(frozen=True)
 class Declaration:
-    """Holds what a tensor declares.
+    """The declaration of one tensor.
 
     Attributes:
         shape: shape of the full tensor.
-        runs: where the elements lie in it.
-        inside: the part of the local tensor that holds these elements; None if all of it does.
+        runs: where the declared elements lie in the full tensor.
+        inside: the part of the local tensor that holds these elements; None if the whole local tensor does.
     """
 
     shape: torch.Size
@@ -57,14 +57,15 @@ def declaration(
 ) -> Declaration | None:
     """Return what a tensor declares about its place in a full tensor; None if it declares nothing. Local.
 
-    Raises EMAEngineError for a declaration that is incomplete, or contradicts the tensor or itself.
+    Raises EMAEngineError for a declaration that is incomplete, or that contradicts the tensor or itself.
 
     Args:
         name: of the parameter or buffer, for messages.
         tensor: this rank's plain tensor, or the local part of a DTensor.
         full_shape: the DTensor's shape; None for a plain tensor.
-        outer: the DTensor, which may have the attributes in place of its local part.
+        outer: the DTensor, which may have the attributes instead of its local part.
     """
+    # The object that has the attributes.
     holder: Any = tensor
     if outer is not None and any(hasattr(outer, field) for field in FIELDS[:2]):
         holder = outer
@@ -85,63 +86,82 @@ def declaration(
 def refuse_declared(name: str, tensor: Tensor, shape: Sequence[int], wrapper: str) -> None:
     """Raise EMAEngineError if a tensor declares to be a part of a larger one. Local.
 
-    For engines whose wrapper takes every tensor for a whole one, so that the declaration cannot hold any more.
+    For engines whose wrapper shards every tensor as if it were whole. A declaration is then no longer true.
 
     Args:
         name: of the parameter or buffer.
-        tensor: what carries the declaration; the wrapper may have emptied or flattened it.
-        shape: what the wrapper takes for the full shape.
-        wrapper: its name, for the message.
+        tensor: the tensor with the attributes; the wrapper may have emptied or flattened it.
+        shape: the shape that the wrapper uses as the full shape.
+        wrapper: name of the wrapper, for the message.
     """
     if not any(hasattr(tensor, field) for field in (*FIELDS[:2], "__create_chunk_list__")):
         return
+    # A whole tensor may declare its own shape, which does no harm.
     declared = getattr(tensor, "global_shape", None)
     if declared is None or _numbers(name, "global_shape", declared) != tuple(shape):
         raise EMAEngineError(
-            f"{name!r} declares to be a part of a larger tensor (global_shape={declared}), but {wrapper} takes its "
-            f"shape {tuple(shape)} for the whole. Keep such parameters out of {wrapper} (in a plain module, or under "
-            "fully_shard), or delete the attributes if the tensor is whole"
+            f"{name!r} declares to be a part of a larger tensor (global_shape={declared}), but {wrapper} uses its "
+            f"shape {tuple(shape)} as the full shape. Keep such parameters out of {wrapper} (in a plain module, or "
+            "under fully_shard), or delete the attributes if the tensor is whole"
         )
 
 
 def _from_attributes(
     name: str, local_shape: tuple[int, ...], holder: Any, full_shape: Sequence[int] | None
 ) -> Declaration:
+    """Return the declaration in the attributes of ``holder``. Raises EMAEngineError if they contradict each other."""
     shape = _numbers(name, "global_shape", holder.global_shape)
     if full_shape is not None and tuple(full_shape) != shape:
-        raise _refusal(name, f"its global_shape is {shape}, and the DTensor's shape is {tuple(full_shape)}")
+        raise _refusal(name, f"its global_shape is {shape}, but the DTensor's shape is {tuple(full_shape)}")
+    # Each of the other attributes has one tuple for each chunk.
     lists: list[list[tuple[int, ...]]] = []
     for field in FIELDS[1:]:
         lists.append([_numbers(name, field, numbers) for numbers in getattr(holder, field)])
     offsets, local_offsets, sizes = lists
     if not len(offsets) == len(local_offsets) == len(sizes):
         raise _refusal(name, "global_offsets, local_offsets and local_sizes have different lengths")
-    # torch takes an empty local offset for the whole local tensor.
+    # For torch an empty local offset means that the chunk is the whole local tensor.
     local_offsets = [offset or (0,) * len(local_shape) for offset in local_offsets]
-    inner = list(zip(local_offsets, sizes, strict=True))
-    outer = list(zip(offsets, sizes, strict=True))
-    return _declared(name, local_shape, shape, inner, outer)
+    local_boxes = list(zip(local_offsets, sizes, strict=True))
+    full_boxes = list(zip(offsets, sizes, strict=True))
+    return _from_boxes(name, local_shape, shape, local_boxes, full_boxes)
 
 
 def _from_chunk_list(name: str, tensor: Tensor, full_shape: Sequence[int], chunks: Sequence[Any]) -> Declaration:
-    # Chunks that hold nothing may have any offsets.
+    """Return the declaration in the result of ``__create_chunk_list__()``. Raises EMAEngineError if it does not fit."""
+    # Empty chunks are left out, because their offsets may have any value.
     filled = [chunk for chunk in chunks if prod(chunk.sizes)]
     if len(filled) > 1:
-        raise _refusal(name, f"its __create_chunk_list__() returns {len(filled)} chunks, of which one is allowed")
-    outer = [(_numbers(name, "offsets", c.offsets), _numbers(name, "sizes", c.sizes)) for c in filled]
-    # The chunk is all of the local tensor, which may not have padding: nothing would say where.
-    inner = [((0,) * tensor.ndim, tuple(tensor.shape)) for _ in filled]
-    for (_, sizes), (_, local_sizes) in zip(outer, inner, strict=True):
+        raise _refusal(name, f"its __create_chunk_list__() returns {len(filled)} chunks, but only one is allowed")
+    full_boxes: list[Box] = []
+    for chunk in filled:
+        full_boxes.append((_numbers(name, "offsets", chunk.offsets), _numbers(name, "sizes", chunk.sizes)))
+    # A chunk does not tell where it lies in the local tensor. So it has to be the whole of it, without padding.
+    local_boxes: list[Box] = [((0,) * tensor.ndim, tuple(tensor.shape)) for _ in filled]
+    for (_, sizes), (_, local_sizes) in zip(full_boxes, local_boxes, strict=True):
         if sizes != local_sizes:
-            raise _refusal(name, f"its chunk has the sizes {sizes}, and the tensor has {local_sizes}")
-    return _declared(name, tuple(tensor.shape), tuple(full_shape), inner, outer)
+            raise _refusal(name, f"its chunk has the sizes {sizes}, but the tensor has {local_sizes}")
+    return _from_boxes(name, tuple(tensor.shape), tuple(full_shape), local_boxes, full_boxes)
 
 
-def _declared(
-    name: str, local_shape: tuple[int, ...], shape: tuple[int, ...], inner: Sequence[Box], outer: Sequence[Box]
+def _from_boxes(
+    name: str,
+    local_shape: tuple[int, ...],
+    shape: tuple[int, ...],
+    local_boxes: Sequence[Box],
+    full_boxes: Sequence[Box],
 ) -> Declaration:
-    """Return the declaration of chunks that lie at the boxes ``inner`` of the local tensor, ``outer`` of the full."""
-    pairs = [(a, b) for a, b in zip(inner, outer, strict=True) if prod(a[1])]
+    """Return the declaration of chunks. Raises EMAEngineError if they do not fit the tensors or each other.
+
+    Args:
+        name: of the tensor, for messages.
+        local_shape: shape of the local tensor.
+        shape: shape of the full tensor.
+        local_boxes: where each chunk lies in the local tensor.
+        full_boxes: where each chunk lies in the full tensor.
+    """
+    # Empty chunks are left out.
+    pairs = [(local, full) for local, full in zip(local_boxes, full_boxes, strict=True) if prod(local[1])]
     for local_box, full_box in pairs:
         _check_box(name, "local tensor", local_box, local_shape)
         _check_box(name, "full tensor", full_box, shape)
@@ -150,24 +170,42 @@ def _declared(
             raise _refusal(name, f"it holds {prod(local_shape)} elements on this rank and declares none")
         return Declaration(torch.Size(shape), ())
 
-    # What no chunk declares may surround the chunks (padding), but not lie between them.
+    # Padding may surround the chunks, but may not lie between them. So the source is the smallest box of the local
+    # tensor that has all chunks, and _join_chunks() refuses gaps inside of it.
     starts = tuple(min(box[0][dim] for box, _ in pairs) for dim in range(len(local_shape)))
     stops = tuple(max(box[0][dim] + box[1][dim] for box, _ in pairs) for dim in range(len(local_shape)))
-    held = tuple(stop - start for start, stop in zip(starts, stops, strict=True))
-    moved = [(tuple(o - s for o, s in zip(box[0], starts, strict=True)), box[1]) for box, _ in pairs]
-    runs = _joined(name, held, shape, list(zip(moved, [full_box for _, full_box in pairs], strict=True)))
+    source_shape = tuple(stop - start for start, stop in zip(starts, stops, strict=True))
+    # The chunks' places, counted from the corner of that box.
+    in_source: list[tuple[Box, Box]] = []
+    for (offsets, sizes), full_box in pairs:
+        moved = tuple(offset - start for offset, start in zip(offsets, starts, strict=True))
+        in_source.append(((moved, sizes), full_box))
+    runs = _join_chunks(name, source_shape, shape, in_source)
     inside = tuple(slice(start, stop) for start, stop in zip(starts, stops, strict=True))
-    return Declaration(torch.Size(shape), runs, None if held == local_shape else inside)
+    return Declaration(torch.Size(shape), runs, None if source_shape == local_shape else inside)
 
 
-def _joined(name: str, held: tuple[int, ...], shape: tuple[int, ...], pairs: Sequence[tuple[Box, Box]]) -> Runs:
-    """Return the runs of all chunks, in the row-major order of the local tensor."""
-    if len(pairs) == 1:
-        return box_runs(shape, _intervals(pairs[0][1]))
-    pieces: list[tuple[int, int, int]] = []  # local start, start in the full tensor, length
-    for local_box, full_box in pairs:
-        pieces.extend(_aligned(box_runs(held, _intervals(local_box)), box_runs(shape, _intervals(full_box))))
+def _join_chunks(
+    name: str, source_shape: tuple[int, ...], shape: tuple[int, ...], chunks: Sequence[tuple[Box, Box]]
+) -> Runs:
+    """Return the runs of all chunks, in the row-major order of the source.
+
+    Args:
+        name: of the tensor, for messages.
+        source_shape: shape of the source, which has no padding.
+        shape: shape of the full tensor.
+        chunks: the place of each chunk in the source, and its place in the full tensor.
+    """
+    if len(chunks) == 1:
+        return box_runs(shape, _intervals(chunks[0][1]))
+    # Cut all chunks into pieces that are contiguous both in the source and in the full tensor.
+    pieces: list[tuple[int, int, int]] = []  # start in the source, start in the full tensor, length
+    for local_box, full_box in chunks:
+        local_runs = box_runs(source_shape, _intervals(local_box))
+        pieces.extend(_common_pieces(local_runs, box_runs(shape, _intervals(full_box))))
     pieces.sort()
+
+    # In the source the pieces have to follow each other without gap or overlap.
     position = 0
     for local_start, _, length in pieces:
         if local_start < position:
@@ -175,17 +213,25 @@ def _joined(name: str, held: tuple[int, ...], shape: tuple[int, ...], pairs: Seq
         if local_start > position:
             raise _refusal(name, "elements between its chunks belong to no chunk")
         position += length
-    found = [(start, length) for _, start, length in pieces]
-    for (start, length), (following, _) in pairwise(found):
+
+    # In the full tensor they have to be in ascending order, because runs are.
+    runs = [(start, length) for _, start, length in pieces]
+    for (start, length), (following, _) in pairwise(runs):
         if following < start + length:
-            raise _refusal(name, "its chunks overlap in the full tensor, or stand in another order than there")
-    return as_rows(merge(tuple(found)))
+            raise _refusal(name, "its chunks overlap in the full tensor, or are in another order than there")
+    return as_rows(merge(tuple(runs)))
 
 
-def _aligned(local: Runs, full: Runs) -> Iterator[tuple[int, int, int]]:
-    """Yield ``(local start, full start, length)`` of elements that follow each other in both lists of runs."""
+def _common_pieces(local: Runs, full: Runs) -> Iterator[tuple[int, int, int]]:
+    """Yield ``(local start, full start, length)`` of pieces that are contiguous in both lists of runs.
+
+    Both lists have the same number of elements.
+
+    >>> list(_common_pieces(((0, 4),), ((10, 3), (20, 1))))
+    [(0, 10, 3), (3, 20, 1)]
+    """
     outer = iter(full)
-    # what is left of the present run of the full tensor
+    # The rest of the present run of the full tensor.
     start = 0
     left = 0
     for local_start, length in local:
@@ -201,19 +247,24 @@ def _aligned(local: Runs, full: Runs) -> Iterator[tuple[int, int, int]]:
 
 
 def _intervals(box: Box) -> list[tuple[Run, ...]]:
+    """Return the indices of a box along each dimension, in the form that :func:`box_runs` takes."""
     return [((offset, size),) for offset, size in zip(*box, strict=True)]
 
 
 def _check_box(name: str, where: str, box: Box, shape: Sequence[int]) -> None:
+    """Raise EMAEngineError unless a chunk lies inside of a tensor of ``shape``. ``where`` names that tensor."""
     offsets, sizes = box
     if len(offsets) != len(shape) or len(sizes) != len(shape):
-        raise _refusal(name, f"a chunk has {len(offsets)} offsets and {len(sizes)} sizes in a {where} of {len(shape)}")
+        chunk = f"a chunk has {len(offsets)} offsets and {len(sizes)} sizes"
+        raise _refusal(name, f"{chunk}, but the {where} has {len(shape)} dimensions")
     for offset, size, limit in zip(offsets, sizes, shape, strict=True):
         if offset < 0 or size < 0 or offset + size > limit:
-            raise _refusal(name, f"a chunk at {offsets} of size {sizes} lies outside of the {where} of {tuple(shape)}")
+            chunk = f"a chunk at {offsets} of size {sizes}"
+            raise _refusal(name, f"{chunk} lies outside of the {where} of shape {tuple(shape)}")
 
 
 def _numbers(name: str, field: str, values: Any) -> tuple[int, ...]:
+    """Return a declared shape or offset as a tuple of int. Raises EMAEngineError if it holds anything else."""
     try:
         numbers = tuple(int(value) for value in values)
     except (TypeError, ValueError):

@@ -194,7 +194,7 @@ def test_modes_are_exactly_what_they_were(case: str) -> None:
 
 def test_a_train_method_that_raises_is_logged(monkeypatch: pytest.MonkeyPatch) -> None:
     """Other ranks are on their way into the swap, so that it must not raise; and modes are put back."""
-    monkeypatch.setattr(derived, "_told", set())
+    monkeypatch.setattr(derived, "_warned", set())
 
     class Broken(nn.Linear):
         def train(self, mode: bool = True) -> nn.Module:
@@ -255,7 +255,7 @@ def test_frozen_constants_are_compiled_anew(
     how: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     """Here only that everything compiled is dropped, each time; a real compilation takes a minute."""
-    monkeypatch.setattr(derived, "_told", set())
+    monkeypatch.setattr(derived, "_warned", set())
     resets: list[int] = []
     monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(1))
     model = nn.Sequential(nn.Linear(4, 4)).eval()

@@ -274,7 +274,7 @@ def test_a_dtensor_whose_declaration_contradicts_it_is_refused(rank: int) -> Non
             ShardedEMA(model, decay=0.5)
     model.weight = nn.Parameter(made)
     declare(model.weight, (6, 2), [((2 * rank, 0), (0, 0), (2, 2))])
-    with pytest.raises(EMAEngineError, match=r"global_shape is \(6, 2\), and the DTensor's shape"):
+    with pytest.raises(EMAEngineError, match=r"global_shape is \(6, 2\), but the DTensor's shape"):
         ShardedEMA(model, decay=0.5)
 
 
