@@ -178,6 +178,8 @@ class Load:
         found: dict[str, Key] = {}
         used = set()
         for entry in self._entries:
+            # Tied tensors may be stored under another of their names. A parameter without an average may have been
+            # frozen when the checkpoint was saved.
             name = next((by_name[known] for known in entry.names if known in by_name), None)
             frozen = None if name is not None else next((known for known in entry.names if known in constant), None)
             if name is None and frozen is None:
@@ -231,6 +233,7 @@ class Load:
             outs = dict(zip(own, shadow.tensors(average), strict=True))
             for entry in self._entries:
                 if (key := keys.get(entry.name)) is not None:
+                    # Buffers are stored with each average and are the same in all of them: the first one is read.
                     out = outs.get(entry.name) if entry.mode == "average" or average == self._names[0] else None
                     parts.append(Part(key, stored[key], entry, own.get(entry.name), out))
         return parts

@@ -68,6 +68,7 @@ def read_own(path: StrPath, manifest: Manifest, parts: Sequence[Part], verify: b
     lock = threading.Lock()
 
     def take(piece: _Piece) -> None:
+        """Reads one piece: through pinned memory to a device, directly into place, or converted from a buffer."""
         number, part, runs, low = piece
         numel = count(runs)
         dtype = reader.dtype(part.key)
@@ -136,7 +137,7 @@ def read_sent(
     failure = FirstFailure()
     dtypes = [DTYPES[part.stored.dtype] for part in parts]
     sums = [0] * len(parts)
-    filled = [0] * len(parts)
+    filled = [0] * len(parts)  # number of elements that this rank has taken of each part
     with opened as reader:
         for pieces, used in packed([part.entry.numel for part in parts], dtypes):
             views = [

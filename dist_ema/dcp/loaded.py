@@ -43,6 +43,7 @@ def unlike(state: Mapping[str, Any], entries: Sequence[FullTensor], selects: Cal
         entries: every full tensor of the model.
         selects: returns whether ``include`` and ``exclude`` admit a name to the average.
     """
+    # The dict is not checked yet: anything in it may be of any type, and LoadedStateDict will say so.
     places = [state.get("buffers"), *_values(state.get("averages"))] if isinstance(state, Mapping) else []
     found: dict[str, Tensor] = {}
     for place in places:

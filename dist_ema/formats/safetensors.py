@@ -64,6 +64,7 @@ def parse_header(header: bytes, size: int) -> dict[str, Entry]:
     Raises:
         ValueError: it is no header, or the tensors that it describes overlap, leave bytes out or are incomplete.
     """
+    # A hostile header may have any types: what is missing or of another type raises one of the errors below.
     try:
         described = parse(header[_LENGTH:], depth=_DEPTH)
         described.pop("__metadata__", None)
@@ -77,6 +78,7 @@ def parse_header(header: bytes, size: int) -> dict[str, Entry]:
             found.append((begin, end, name, Entry(dtype, tuple(shape), len(header) + begin)))
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"invalid header: {type(error).__name__}: {str(error)[:200]}") from error
+    # The tensors must fill the rest of the file, without gaps and overlaps.
     position = 0
     for begin, end, name, entry in sorted(found, key=lambda one: one[:2]):
         if begin != position or end - begin != entry.nbytes:

@@ -125,6 +125,7 @@ def choose(
             is.
         CheckpointCorruptError: a tensor is incomplete.
     """
+    # Directories and safetensors files have a flat list of names; files of torch.save have nested dicts.
     if content.kind != "file":
         return _choose_flat(content, where, key, prefix, average_only)
     found = list(find(content.values))
@@ -136,6 +137,7 @@ def choose(
         others = [str(one) for one in found if one is not chosen]
         why = "the average" if chosen.holds == "average" else "the only model"
         notes.append(f"{where}: taken is {chosen}, {why}; not taken: {_some(others)} (--key takes another)")
+    # A list of tensors gets its names from the model, a dict from its own keys.
     if not isinstance(chosen.values, Mapping):
         return _of_list(chosen, found, where, prefix, model, notes)
     names = arrange(_tensor_names(chosen.values), f"{where}{_at_key(chosen.key)}", prefix)

@@ -97,7 +97,8 @@ def lerp(
         return
     if rounding is not None:
         cuda.refuse_capture(sources)
-    scratch.touched = True
+    scratch.touched = True  # from here on a failure may leave some tensors updated
+    # Three routes in order: compiled on the CPU, compiled on a GPU, and torch's operations for what is left.
     on_host, on_device = scratch.tables(None if rounding is None else rounding.positions)
     beside = copies if rounding is None else None
     skipped, left = cpu.lerp(averages, sources, ranges, weights, on_host, guard is not None, rounding, beside)
@@ -145,6 +146,7 @@ def _eager_lerp(
     for offset, piece in pieces(source, *span, limit):
         values = scratch.cast(piece, dtype)
         targets = [shadow[offset : offset + piece.numel()].view(piece.shape) for shadow in shadows]
+        # The guard's slow route only for chunks that may have NaN or Inf, or whose shadow has some.
         finite = None
         if guard is not None and (rounding is not None or index in guard.tainted or not guard.passes(values)):
             finite = torch.isfinite(values)

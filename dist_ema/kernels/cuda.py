@@ -85,6 +85,7 @@ def _launches(
     sources: Sequence[Tensor],
     ranges: Ranges,
 ) -> list[Launch]:
+    # One launch has one code path: tensors are grouped by all that changes the code.
     groups: dict[tuple[torch.device, torch.dtype, bool, bool, bool], dict[int, list[int]]] = {}
     for index in taken:
         (start, stop), source = ranges[index], sources[index]
@@ -96,6 +97,7 @@ def _launches(
             key = source.device, source.dtype, flat and place % _ALIGNMENT == 0, alike, not flat
             layout = () if flat else (start, *_layout(source))
             groups.setdefault(key, {})[index] = [place, *shadows, *layout]
+    # The tables of each group are built on the host and copied to the device once; the launches are kept.
     launches = []
     for (device, dtype, source_aligned, shadow_aligned, swapped), group in groups.items():
         numels = {index: ranges[index][1] - ranges[index][0] for index in group}

@@ -39,6 +39,8 @@ def pieces(tensor: Tensor, start: int, stop: int, limit: int) -> Iterator[tuple[
     elif start == 0 and stop == tensor.numel() <= limit:
         yield 0, tensor
     else:
+        # Not contiguous: whole rows along the first dimension at a time, as many as fit into ``limit``; a row that is
+        # cut or too large is split along its own first dimension.
         row = tensor.numel() // tensor.shape[0]
         index = start // row
         while index * row < stop:

@@ -201,6 +201,7 @@ def _match(
         other = next(
             (by_name[key[0], known] for known in (key[1], *tensor.aliases) if (key[0], known) in by_name), None
         )
+        # Either checkpoint may have been saved without live tensors, which its manifest then lists.
         if other is None and key[0] == LIVE and not lacking.isdisjoint((key[1], *tensor.aliases)):
             continue
         if other is None:
@@ -209,6 +210,7 @@ def _match(
         pairs[key] = other
         if theirs[other].shape != tensor.shape:
             problems.append(f"{_shown(key)} has the shapes {tensor.shape} and {theirs[other].shape}")
+    # Tensors of B without a partner in A.
     met = set(pairs.values())
     unmet = {key: tensor for key, tensor in theirs.items() if key not in met}
     for key, tensor in unmet.items():

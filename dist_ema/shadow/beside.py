@@ -61,6 +61,7 @@ class Beside:
         if not devices or torch.cuda.is_current_stream_capturing():
             work(sources)
             return
+        # A forward pass may write buffers, so copies of them are averaged. Parameters are read in place.
         taken = list(sources)
         for index in kept:
             if shares[index].spec.kind == "buffer":
@@ -68,7 +69,7 @@ class Beside:
             else:
                 self._read.append((shares[index].spec.name, sources[index], write_count(sources[index])))
         self._taken = taken
-        announce(self)
+        announce(self)  # from here on optimizers wait for this update
         with ExitStack() as stack:
             for device in devices:
                 stream = self._streams.setdefault(device, OwnStream(device))

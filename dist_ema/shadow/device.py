@@ -159,6 +159,7 @@ class Shadow:
         averaged, copied = self._numbers_after(shares, places, new)
         self._join()
         if self.started:
+            # Allocate everything before anything is changed, so that running out of memory changes nothing.
             fresh = {mode: [index for index in new if shares[index].mode == mode] for mode in ("average", "copy")}
             before = self._shares
             self._shares = shares  # _allocate() reads it

@@ -106,7 +106,8 @@ class GatheredTeacherShadow(Shadow):
         there: dict[str, tuple[Tensor, Runs]] = {}
 
         def take(entry: FullTensor, start: int, values: Tensor) -> None:
-            if not there:  # here, where an error reaches every rank
+            """Writes those elements of a gathered window that this rank's teacher holds."""
+            if not there:  # looked up inside of gather_each(), which raises an error on every rank
                 there.update(self._teachers())
             if entry.name in there:
                 tensor, runs = there[entry.name]

@@ -68,6 +68,7 @@ def _cut_alike(source: Source, reference: Source) -> Source | None:
     """
     if not reference.tensors:
         return None
+    # The longest name of the reference is rarely the end of an unrelated name, so few prefixes have to be tried.
     longest = max(reference.tensors, key=len)
     prefixes = [name.removesuffix(longest) for name in source.tensors if name.endswith(f".{longest}")]
     fitting = {prefix: cut for prefix in prefixes if _is_alike(cut := source.cut(prefix), reference)}
@@ -137,6 +138,7 @@ def _equal_names(
         for known, own in source.names.items()
         if known != name and (source.tensors[own].shape, source.tensors[own].dtype) == (held.shape, held.dtype)
     ]
+    # Digests are read only if another tensor has this shape and dtype. Constant tensors do not count as tied.
     if not alike or not digest(name)[1]:
         return []
     return [known for known in alike if digest(known)[0] == digest(name)[0]]

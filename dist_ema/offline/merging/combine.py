@@ -144,7 +144,7 @@ class Combination:
 
     def run(self, group: dist.ProcessGroup | None, advance: Advance, threads: int) -> None:
         """Combines this rank's share and syncs it to disk. Local. Raises the failure of any thread."""
-        own = threading.local()
+        own = threading.local()  # memory and open files of each thread
         made: list[_WorkerState] = []
 
         def work(one: Range) -> None:
@@ -164,8 +164,9 @@ class Combination:
     def _share(self, rank: int, ranks: int) -> Iterator[Range]:
         """Yields the ranges of one rank: an equal part of the sequence of all ranges."""
         counts = [-(-max(entry.numel, 1) // self._range) for entry in self._entries]
+        # All ranges of all tensors are numbered in order; this rank has those from low to high.
         low, high = (sum(counts) * edge // ranks for edge in (rank, rank + 1))
-        number = 0
+        number = 0  # of the first range of the tensor
         for entry, count in zip(self._entries, counts, strict=True):
             for index in range(max(low - number, 0), min(high - number, count)):
                 start = index * self._range
@@ -179,7 +180,8 @@ class Combination:
             return
         tensors = self._tensors[entry.name]
         runs = ((start, stop - start),)
-        raw: dict[int, Tensor] = {}
+        raw: dict[int, Tensor] = {}  # the elements of the range, by index of the source
+        # Each source is read and digested once, whatever the number of outputs.
         for slot, number in enumerate(self._read(entry)):
             values = hands.buffer(slot, stop - start, tensors[number].dtype)
             tensors[number].read(start, stop, values)
@@ -216,12 +218,14 @@ class Combination:
             total = hands.sum([(raw[number][part], weights[number]) for number in used])
             # A sum of zeros would lose the sign of -0.0, and the bits of a NaN.
             result[part] = copied[part] if copied is not None and copied.dtype == result.dtype else total
+            # In the usual case the extremes show that nothing is to be counted, with one pass over the sums.
             least, most = _extremes(total)
             if math.isfinite(least) and math.isfinite(most):
                 if max(-least, most) >= torch.finfo(result.dtype).max:
                     lost = (total.isfinite() & ~result[part].to(total.dtype).isfinite()).sum()
                     self.sums.count(self.sums.overflown, (index, entry.name), int(lost))
                 continue
+            # Count which sources have NaN or Inf here, and which finite sums the dtype cannot hold.
             for number in used:
                 bad = (~raw[number][part].to(total.dtype).isfinite()).sum()
                 # An element that several outputs are made of is counted for the first of them.

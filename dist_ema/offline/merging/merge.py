@@ -259,6 +259,7 @@ def combine(
 ) -> list[Merged]:
     """Writes all targets of these sources in one pass. Collective; raises as :func:`merge` does, on every rank."""
     first = rank_in(group) == 0
+    # 1. Check everything that can be checked without reading a tensor, and that all ranks ask for the same.
     with agreed(group, operation) as round_:
         check_cast(form.dtype)
         check_alike(sources)
@@ -267,7 +268,7 @@ def combine(
             check_output(target.out, form.force, [source.path for source in sources])
         entries = _entries(sources[-1], form.dtype, pattern)
         wanted = [(os.fspath(one.out), list(one.weights)) for one in targets]
-        # Not config_from, which is rank 0's.
+        # config_from is not compared, because only rank 0's is used.
         options = form.dtype, form.max_shard_size, form.checkpoint, form.verify, form.force, form.newest
         asked = repr(([str(source) for source in sources], wanted, options))
         versions = [source.manifest and source.manifest.data for source in sources]
@@ -279,6 +280,7 @@ def combine(
         raise CheckpointCorruptError(f"{operation}: ranks have opened different checkpoints: a source was replaced")
     outputs: list[Output] = []
     try:
+        # 2. Make the files of all outputs, under hidden names that have rank 0's tokens in them.
         with agreed(group, operation):
             outputs = [
                 _output(target, token, entries, sources, form) for target, token in zip(targets, tokens[0], strict=True)
@@ -286,6 +288,7 @@ def combine(
             if first:
                 for output in outputs:
                     output.create()
+        # 3. Every rank has to see these files, since each writes its share of them.
         with agreed(group, operation):
             hidden = [output.path for output in outputs if not output.is_visible()]
             if hidden:
@@ -293,9 +296,11 @@ def combine(
             combination = Combination(entries, sources, [target.weights for target in targets], outputs, pattern)
             _check_meaning(entries, sources, targets, combination, pattern, group)
             advance = begin(combination.nbytes) if begin is not None and first else no_advance
+        # 4. Read, sum and write. Fingerprints of all ranks are added up afterwards.
         with agreed(group, operation):
             combination.run(group, advance, torch.get_num_threads())
         combination.sums.total(group)
+        # 5. Only now is it known whether the sources were intact. If so, the outputs get their names.
         with agreed(group, operation):
             if form.verify:
                 _verify(sources, combination)

@@ -149,6 +149,7 @@ def profiles(snapshots: Sequence[Snapshot]) -> tuple[list[Profile], float]:
                 f"{one.source} began at {one.first:g}{one.unit} and {newest.source} at {newest.first:g}{newest.unit}: "
                 "these are snapshots of different runs"
             )
+    # All profiles together have at most _VALUES values: several updates of a long training are one step.
     steps = newest.moment / newest.every
     coarse = max(1, math.ceil(steps * (len(snapshots) + 1) / _VALUES))
     every = newest.every * coarse
