@@ -99,6 +99,7 @@ def import_checkpoint(
     name = recognise(content, format, str(source), key)
     state = open_model(Path(model), pattern) if model is not None else None
     start = None if prefix is None else prefix.removesuffix(".") + "."
+    # A known format knows where its average is. In a dict of tensors it has to be chosen, by key and prefix.
     read = FORMATS[name].read
     if read is not None:
         foreign = read(content, state)
@@ -106,7 +107,8 @@ def import_checkpoint(
             foreign, state = _cut(foreign, state, start)
     else:
         only = format == AUTO and key is None
-        inner = None if content.chosen else key  # in a folder of safetensors files it names a file, which is open now
+        # In a folder of safetensors files the key has named the file, which is open now.
+        inner = None if content.chosen else key
         foreign = generic.read(content, str(source), key=inner, prefix=prefix, model=state, average_only=only)
         if state is not None and start is not None:
             state = _cut_model(state, start)
@@ -131,7 +133,9 @@ def _cut(foreign: Foreign, model: Model | None, prefix: str) -> tuple[Foreign, M
 
     averages = {average: dict(tensors) for average, tensors in foreign.averages.items()}
     live = dict(foreign.live)
-    for group in foreign.tied:  # the averaged name of a tied tensor may be one that is left out
+    # The averaged name of a tied tensor may be outside of the prefix, and another of its names inside. So it is given
+    # all of its names first.
+    for group in foreign.tied:
         for tensors in averages.values():
             if (held := next((tensors[name] for name in group if name in tensors), None)) is not None:
                 tensors.update(dict.fromkeys(group, held))

@@ -116,6 +116,7 @@ def _lit_ema(names: Collection[str], where: str, prefix: str | None) -> Names | 
     """Returns LitEma's names with their dots, which are found by the live names. Live names may have a further
     prefix.
     """
+    # Each LitEma has a counter and a decay, and no other of its names has a dot behind its own prefix.
     known = set(names)
     marks = (name.removesuffix(_LIT[0]) for name in names if name.endswith("." + _LIT[0]))
     owners: dict[str, list[str]] = {}
@@ -146,7 +147,8 @@ def _live_names(
     """
     beside = [name for name in names if not name.startswith(owner)]
     first = averaged[0][len(owner) :]
-    # Only what precedes a name that would become the first averaged one can be the beginning of all.
+    # LitEma may average a module of the model. Candidates for its prefix are what precedes the live name that would
+    # become the first averaged name without its dots.
     starts = {
         name[:place]: None
         for name in beside
@@ -162,6 +164,7 @@ def _live_names(
         raise CheckpointError(
             f"{where}: the names under {owner!r} have no dots, and no live weights in the same dict give them back"
         )
+    # If several prefixes fit, LitEma's usual naming decides: model_ema averages model.
     start = owner.replace("_ema", "", 1) if len(fitting) > 1 else next(iter(fitting))
     if start not in fitting:
         raise CheckpointError(

@@ -91,15 +91,16 @@ def prepare_ema(
         raise EMAConfigError(f"accelerator={type(accelerator).__name__}: pass the accelerate.Accelerator")
     if accelerator.distributed_type in (DistributedType.MEGATRON_LM, DistributedType.XLA):
         raise EMAEngineError(
-            f"the accelerator runs {accelerator.distributed_type.value}; averaged are models under one process, DDP, "
-            "FSDP, FSDP2 and DeepSpeed"
+            f"the accelerator runs {accelerator.distributed_type.value}. Only models in one process and under DDP, "
+            "FSDP, FSDP2 and DeepSpeed can be averaged"
         )
     if missing not in _MISSING:
         raise EMAConfigError(f"missing={missing!r}: allowed are {', '.join(map(repr, _MISSING))}")
     check_should_update(should_update, options.get("update_interval"), options.get("ema_start"))
     if should_update is not None and optimizer is None:
         raise EMAConfigError(
-            "should_update is asked after each step of optimizer: give that, or call ema.update(due=...) yourself"
+            "should_update needs optimizer, after whose steps it is called: pass both, or call ema.update(due=...) "
+            "yourself"
         )
     averages = _Averages.of(accelerator)
     averages.check_name(name)
@@ -116,7 +117,7 @@ def prepare_ema(
     ema = ShardedEMA(model, **options)
     if optimizer is not None and (others := sorted(ema.units - {"ba"})):
         raise EMAConfigError(
-            f"the options count in {', '.join(others)}, and of an optimizer steps are counted only: leave optimizer "
+            f"the options count in {', '.join(others)}, but of an optimizer only steps can be counted: leave optimizer "
             "out, and call ema.update(samples=..., tokens=..., epochs=...) after each real step"
         )
     if optimizer is not None:

@@ -177,9 +177,9 @@ class EMA(Algorithm):
     def apply(self, event: Event, state: State, logger: object) -> None:
         """Handles an event; Composer calls it. Collective."""
         if event is not Event.INIT and state is not self._state:
-            raise EMAConfigError("this EMA is another trainer's since that one was made: make one for each")
+            raise EMAConfigError("this EMA belongs to a trainer that was made later: make one EMA for each trainer")
         if not self._stays(event):
-            self._turn("")
+            self._turn("")  # the evaluation or checkpoint for which the average came in is over
         if event is Event.INIT:
             self._begin(state)
         elif event is Event.AFTER_LOAD:
@@ -218,6 +218,7 @@ class EMA(Algorithm):
     def _update(self, event: Event, state: State) -> None:
         """Counts what was trained since the trainer's last event, and averages if an update is due. Local."""
         ema = self._average()
+        # Composer counts before it calls events, so the difference is what this event has to count.
         now = progress(state.timestamp)
         before = progress(state.previous_timestamp)
         new = now.since(before)
@@ -232,7 +233,7 @@ class EMA(Algorithm):
 
     def _turn(self, inside: str) -> None:
         """Puts the average into the model for a purpose, or takes it out if ``inside`` is empty."""
-        # Closing first: should it fail, nothing claims that the average is in the model.
+        # _inside is reset first, so that it is right if close() fails.
         self._inside = ""
         self._visit.close()
         if inside:

@@ -88,11 +88,13 @@ def evaluate_twice(kind: type[Algorithm]) -> None:
         if algorithm is None or not algorithm.evaluates_both:
             method(trainer, evaluator, metrics, subset_num_batches)
             return
+        # First the live weights, under the evaluator's own label: while on_live is set, the average stays out.
         algorithm.on_live = True
         try:
             method(trainer, evaluator, metrics, subset_num_batches)
         finally:
             algorithm.on_live = False
+        # Then the average, by an evaluator that differs in its label and has metrics of its own.
         twin = copy.copy(evaluator)
         twin.label = f"ema_{evaluator.label}"
         averaged = trainer.state.eval_metrics.setdefault(twin.label, copy.deepcopy(metrics))
@@ -113,6 +115,7 @@ def allow_missing(callback: type[Callback]) -> None:
     @wraps(load)
     def load_what_there_is(state_dict: dict[str, Any], storage_reader: Any, *args: Any, **options: Any) -> None:
         saved = storage_reader.read_metadata().state_dict_metadata
+        # Composer loads exactly what the state dict asks for, so what was not saved is taken out of it.
         if not any(key.startswith(f"state.callbacks.{name}.") for key in saved):
             state_dict.get("state", {}).get("callbacks", {}).pop(name, None)
         load(state_dict, storage_reader, *args, **options)

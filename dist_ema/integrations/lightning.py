@@ -351,12 +351,12 @@ class EMACallback(pl.Callback):
         """Saves a checkpoint with live weights, and the average beside it. Collective."""
         inside = self._held is not None
         ema = self._average_of(trainer.lightning_module)
-        self._leave()  # the live weights are written
+        self._leave()  # a checkpoint has the live weights
         if ema is None:
             save(filepath, *args, **how)
         else:
             if self._due and trainer.lightning_module.automatic_optimization:
-                # A callback before this one saves: the weights have made the step, and the average has not.
+                # A callback that runs before this one saves: the step is made, but not averaged yet.
                 self._update(ema)
             path = str(trainer.strategy.broadcast(f"{filepath}"))
             self._save_with(trainer, ema, path, partial(save, filepath, *args, **how))
@@ -365,6 +365,7 @@ class EMACallback(pl.Callback):
 
     def _save_with(self, trainer: Any, ema: ShardedEMA, path: str, save: Callable[[], None]) -> None:
         """Writes a checkpoint and its average such that a kill at any moment leaves a matching pair. Collective."""
+        # The order is explained in lightning_checkpoints.py: average under a first name, checkpoint, rename.
         first = checkpoints.first_place(path)
         if first is None:
             save()
@@ -372,6 +373,7 @@ class EMACallback(pl.Callback):
             return
         ema.save(first)
         save()
+        # One rank renames, and every rank raises if that fails.
         failure = None
         if trainer.is_global_zero:
             try:
@@ -394,6 +396,8 @@ class EMACallback(pl.Callback):
             self._take_builtin(trainer, ema, self._builtin, path)
             self._builtin = None
             return
+        # The checkpoint states the moment of its average. One without any state of callbacks may still have an average
+        # beside it.
         saved = (self._saved or {}).get("average")
         found = checkpoints.find(path, saved) if saved or self._saved is None else None
         found = trainer.strategy.broadcast(found)
@@ -409,7 +413,10 @@ class EMACallback(pl.Callback):
         ema.load(found)
         now = self.state_dict()["average"]
         if saved not in (None, now):
-            raise CheckpointError(f"{found} is at {now}, {path} at {saved}: a save was killed, or runs are mixed")
+            raise CheckpointError(
+                f"the average {found} is at {now}, and its checkpoint {path} at {saved}: a save was killed, or files "
+                "of different runs were mixed"
+            )
 
     def _take_builtin(self, trainer: pl.Trainer, ema: ShardedEMA, checkpoint: Mapping[str, Any], path: str) -> None:
         """Takes over the average of Lightning's own WeightAveraging. Collective. Raises CheckpointError."""
@@ -426,6 +433,7 @@ class EMACallback(pl.Callback):
         first = Progress(batches=max(0, steps - updates + 1))
         training = Progress(batches=steps, epochs=epochs)
         averaged = training.since(first).advance(batches=0, updates=updates) if updates else Progress()
+        # A state dict of this object is filled with Lightning's values, and then loaded like any other one.
         state = EMAState(updates > 0, training, first if updates else Progress(), averaged)
         filled = ema.state_dict()
         filled["progress"] = write_state(state)
@@ -434,7 +442,7 @@ class EMACallback(pl.Callback):
             parts.update({name: average[name] for name in parts if name in average})
         ema.load_state_dict(filled)
         logger.warning(
-            "%s was written by Lightning's WeightAveraging: training goes on from its live weights "
+            "%s was written by Lightning's WeightAveraging: training continues from its live weights "
             "(current_model_state), and the average from its state_dict (%d updates).",
             path,
             updates,

@@ -262,7 +262,7 @@ def _training(own: EMACallback, trainer: Any, resume_from_checkpoint: Any = None
     own._resume = None if path is None else Path(path)
     if own.ema is not None:
         own.ema.close()
-    # Kept, the old average and its model would stay in memory beside the new ones.
+    # Otherwise the old average and its model would stay in memory beside the new ones.
     own.ema = None
     return nullcontext()
 
@@ -283,7 +283,7 @@ def _saving(own: EMACallback, of: Any, output_dir: str | None = None, _internal_
         raise EMAStateError("a checkpoint cannot be saved inside an evaluation: the model holds the average there")
     with own._averaged(False if inside or checkpoint is not None else own._save_averaged):
         yield
-    # Here, and not in on_save(): that comes after older checkpoints were removed and this one was uploaded.
+    # Not in on_save(): by then older checkpoints have been removed and this one has been uploaded.
     if checkpoint is not None and own.ema is not None:
         own._count(own.ema, of.state)
         own.ema.save(Path(checkpoint) / "ema")
@@ -306,7 +306,7 @@ def _logging(own: EMACallback, trainer: Any, logs: dict[str, float], *_: Any, **
 
 _WRAPPERS: dict[str, Callable[..., Any]] = dict.fromkeys(("evaluate", "predict", "evaluation_loop"), _evaluating)
 _WRAPPERS |= {"save_model": _saving, "log": _logging}
-_TWICE = "a Trainer has one EMACallback, and here is a second one: averages={...} are several averages in one"
+_TWICE = "this Trainer has two EMACallbacks: leave one out. For several averages give averages={...} to one callback"
 
 
 def _callback_of(trainer: Trainer | None) -> EMACallback | None:
@@ -318,7 +318,7 @@ def _callback_of(trainer: Trainer | None) -> EMACallback | None:
     if len(found) > 1:
         raise EMAConfigError(_TWICE)
     if found and found[0]._trainer not in (None, trainer):
-        raise EMAConfigError(f"this EMACallback is another Trainer's, {found[0]._trainer!r}: make one for each")
+        raise EMAConfigError(f"this EMACallback belongs to another Trainer, {found[0]._trainer!r}: make one for each")
     return found[0] if found else None
 
 
@@ -330,6 +330,7 @@ def _wrap(owner: type, name: str, around: Callable[..., Any]) -> None:
 
     @functools.wraps(method)
     def wrapped(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+        # Without a callback, and inside a wrapped call of the same kind, the plain method runs.
         own = _callback_of(self)
         if own is None or around in own._running:
             return method(self, *args, **kwargs)
@@ -344,6 +345,7 @@ def _wrap(owner: type, name: str, around: Callable[..., Any]) -> None:
         finally:
             own._running.discard(around)
 
+    # A class is wrapped once. functools.wraps copies attributes, so the mark has to name the wrapper itself.
     if getattr(method, "_dist_ema", None) is not method:
         wrapped._dist_ema = wrapped  # type: ignore[attr-defined]
         setattr(owner, name, wrapped)

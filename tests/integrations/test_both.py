@@ -290,7 +290,7 @@ def test_accelerate_averages_the_steps_that_it_is_told() -> None:
                 steps.append(weights(model))
         assert (ema.num_updates, ema.clock.batches) == (3, 7)
         check(ema.full_state_dict(), average(steps, 0.5))
-        with pytest.raises(EMAConfigError, match="should_update is asked after each step of optimizer"):
+        with pytest.raises(EMAConfigError, match="should_update needs optimizer, after whose steps it is called"):
             prepare_ema(accelerator, model, name="other", should_update=some_steps)
 
 

@@ -641,7 +641,7 @@ def test_options_that_contradict_the_trainer() -> None:
         run.close()
     shared = EMA()  # or the first trainer's events would average the second one's model
     first, second = runs.trainer(shared, duration="1ep"), runs.trainer(shared, duration="1ep")
-    with pytest.raises(EMAConfigError, match="another trainer's since that one was made"):
+    with pytest.raises(EMAConfigError, match="this EMA belongs to a trainer that was made later"):
         first.fit()
     second.fit()
     assert shared.ema is not None and shared.ema.num_updates == 3
