@@ -60,7 +60,7 @@ class LocalWriter:
         self.data = f"data-{token}"
         self._target = target
         self._staging = Staging(target, token)
-        self._sizes: dict[str, int] = {}  # of every file, by its path in the data folder
+        self._sizes: dict[str, int] = {}  # size of every file, by its path in the data folder
         self._beside: list[str] = []  # small files beside the manifest
         self._created = False
 
@@ -106,14 +106,14 @@ class LocalWriter:
     def commit(self, manifest: bytes) -> None:
         """Implements :meth:`StorageWriter.commit`."""
         self._staging.sync()
-        write_synced(self._staging.content / NAME, manifest)  # another save may remove it from now on
+        write_synced(self._staging.content / NAME, manifest)  # from now on another save may remove it
         sync(self._staging.content)
         if self._target.exists():
             self._replace(manifest)
             self._staging.discard()
         else:
             self._staging.put_in_place()
-        _remove_old_data(self._target)  # also after the first save: another may have replaced it already
+        _remove_old_data(self._target)  # also after a first save, which another save may have replaced by now
 
     def _replace(self, manifest: bytes) -> None:
         """Replaces data and manifest by two renames. Before the second rename the old manifest is valid, after it the
@@ -122,16 +122,17 @@ class LocalWriter:
         with _taking_turns(self._target):
             self._check_unchanged()
             (self._staging.content / self.data).rename(self._target / self.data)
-            sync(self._target)  # the data are on disk under their name before a manifest is that names them
+            sync(self._target)  # the data have to be on disk before a manifest names them
+            # A rival that was suspended just before its rename finds nothing to rename when it wakes up.
             for rival in self._staging.rivals():
                 (rival / NAME).unlink(missing_ok=True)
-            # Again: a rival that wakes now has no manifest to rename, but one that was quicker has put its own there.
+            # Checked again: a rival may have renamed its manifest before this save could remove it.
             self._check_unchanged()
             self._check_data()
             try:
                 (self._staging.content / NAME).rename(self._target / NAME)
             except FileNotFoundError as error:
-                # A network file system may repeat a request whose answer was lost, and report the second try.
+                # A network file system may repeat a request whose answer was lost, and then report the second try.
                 if _digest(self._target) != checksum(manifest):
                     raise self._lost() from error
             for name in self._beside:
@@ -143,14 +144,16 @@ class LocalWriter:
         try:
             sync(self._target)
         except OSError as error:
-            # The data of both stay: either manifest may be there after a power failure. The next save removes the old.
+            # After a power failure either manifest may be there, so the data of both stay. The next save removes them.
             raise CheckpointError(
                 f"{self._target} has the new checkpoint, but the system could not confirm that it is on disk "
                 f"({error.strerror}): after a power failure the old one may be there. Save again"
             ) from error
 
     def _check_unchanged(self) -> None:
-        """Raises CheckpointError if another save has put a manifest there. One that was removed costs nothing."""
+        """Raises CheckpointError if another save has put a manifest there. A manifest that was removed does not
+        matter.
+        """
         if _digest(self._target) not in (None, self._before):
             raise self._lost()
 
@@ -164,22 +167,24 @@ class LocalWriter:
         for name, size in self._sizes.items():
             file = self._target / self.data / name
             if not file.is_file() or file.stat().st_size != size:
-                raise CheckpointError(f"{file}, which this save wrote, was removed or changed before it was done")
+                raise CheckpointError(
+                    f"{file}, which this save wrote, was removed or changed before the save was complete"
+                )
 
     def abandon(self) -> None:
         """Implements :meth:`StorageWriter.abandon`."""
         if self._created:
-            with suppress(OSError):  # a manifest that cannot be read may name the data: they stay
+            with suppress(OSError):  # if the manifest cannot be read, it may name the data, so they stay
                 if _data_of(self._target) != self.data:
                     shutil.rmtree(self._target / self.data, ignore_errors=True)
             self._staging.discard()
 
 
 def _check_target(target: Path, overwrite: bool) -> None:
-    """Raises CheckpointError unless nothing is there, or an empty directory, or a checkpoint, however damaged."""
+    """Raises CheckpointError unless there is nothing, an empty directory, or a checkpoint, even a damaged one."""
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise CheckpointError(f"{target} is not a directory: give another path, or remove it")
-    # A lock is that of a save that is replacing the checkpoint now, or was killed when it did.
+    # A lock belongs to a save that is replacing the checkpoint now, or that was killed while it did.
     names = {found.name for found in target.iterdir()} - {LOCK} if target.exists() else set()
     if names and not any(map(DATA.fullmatch, names)) and not _text(target).startswith(BEGIN):
         raise CheckpointError(
@@ -191,9 +196,9 @@ def _check_target(target: Path, overwrite: bool) -> None:
 
 
 def _text(target: Path) -> bytes:
-    """Returns the text of the manifest; empty where there is none."""
+    """Returns the text of the manifest; empty if there is none."""
     try:
-        descriptor = os.open(target / NAME, os.O_RDONLY | os.O_NONBLOCK)  # also through a link
+        descriptor = os.open(target / NAME, os.O_RDONLY | os.O_NONBLOCK)  # follows links
     except (FileNotFoundError, NotADirectoryError):
         return b""
     with os.fdopen(descriptor, "rb") as file:
@@ -201,7 +206,7 @@ def _text(target: Path) -> bytes:
 
 
 def _digest(target: Path) -> str | None:
-    """Tells one manifest from another; None where there is none."""
+    """Returns what identifies a manifest; None if there is none."""
     text = _text(target)
     return checksum(text) if text else None
 
@@ -214,9 +219,11 @@ def _data_of(target: Path) -> str | None:
 
 @contextmanager
 def _taking_turns(target: Path) -> Iterator[None]:
-    """Holds the lock of a checkpoint directory, whose file is removed when the lock is released.
+    """Holds the lock of a checkpoint directory. The file of the lock is removed when it is released.
 
-    Goes on without the lock where the file system has none, and where its holder hangs.
+    Continues without the lock if the file system has none, and if its holder hangs. The lock only saves work: without
+    it
+    one of two saves fails.
     """
     lock = _lock(target / LOCK)
     try:
@@ -236,18 +243,19 @@ def _lock(path: Path) -> int | None:
             return None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The holder removes the file before it unlocks it: then what was locked here is not the file of this name.
+            # The holder removes the file before it releases the lock, so the file that was locked here may not be
+            # the one of this name any more.
             if os.path.samestat(os.fstat(descriptor), path.stat()):
                 return descriptor
-        except FileNotFoundError:  # its holder has removed it since: try the next file of this name
+        except FileNotFoundError:  # the holder has removed it: try the next file of this name
             pass
         except BlockingIOError:
             if time.monotonic() > last:
                 age = time.time() - os.fstat(descriptor).st_mtime
                 close_lock(descriptor)
                 logger.warning(
-                    "Going on without the lock %s: another save to this path has held it for %.0f s and seems to hang. "
-                    "Have only one run save to a path",
+                    "Continuing without the lock %s: another save to this path has held it for %.0f s and seems to "
+                    "hang. Have only one run save to a path",
                     path,
                     age,
                 )
@@ -263,9 +271,10 @@ def _lock(path: Path) -> int | None:
 def _remove_old_data(target: Path) -> None:
     """Removes data folders that the manifest does not name and that no live save is about to name.
 
-    It looks for a live save first: a save moves its data here, then its manifest, and only then stops being alive.
+    It looks for a live save first, because a save moves its data here, then its manifest, and only then stops being
+    alive.
     """
-    with suppress(OSError):  # the new checkpoint stands; the next save tries again
+    with suppress(OSError):  # the new checkpoint is valid; the next save tries again
         for found in target.iterdir():
             if DATA.fullmatch(found.name):
                 alive = is_alive(staging_path(target, found.name.removeprefix("data-")))

@@ -147,8 +147,8 @@ class RemoteWriter:
         for name, size in self._sizes.items():
             if found.get(f"{folder}/{name}".strip("/")) != size:
                 raise CheckpointError(
-                    f"{folder}/{name}, which this save wrote, was removed or changed before it was done: another save "
-                    "to this path has run at the same time. Have only one run save to a path, and save again"
+                    f"{folder}/{name}, which this save wrote, was removed or changed before the save was complete: "
+                    "another save to this path has run at the same time. Have only one run save to a path, and save again"
                 )
 
     def _lost(self) -> CheckpointError:

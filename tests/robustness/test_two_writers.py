@@ -263,7 +263,7 @@ def test_data_that_were_removed_before_the_end_are_noticed(tmp_path: Path, monke
         check(self)
 
     monkeypatch.setattr(LocalWriter, "_check_data", remove)
-    assert "was removed or changed before it was done" in _outcome(tmp_path / "c", NEW)
+    assert "was removed or changed before the save was complete" in _outcome(tmp_path / "c", NEW)
     assert whole(tmp_path / "c") == OLD
     assert len(list((tmp_path / "c").iterdir())) == 2
 
@@ -302,7 +302,7 @@ def test_a_lock_that_was_left_does_not_stop_a_save(
         _save(tmp_path / "c", NEW)
     assert whole(tmp_path / "c") == NEW
     said = re.search(
-        r"Going on without the lock (\S+): another save to this path has held it for 36\d\d s", caplog.text
+        r"Continuing without the lock (\S+): another save to this path has held it for 36\d\d s", caplog.text
     )
     assert (said is not None and said[1] == str(lock)) == (left == "held")
     assert sorted(path.name[:4] for path in (tmp_path / "c").iterdir()) in (["data", "ema."], ["data", "ema.", "lock"])
