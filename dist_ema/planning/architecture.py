@@ -1,8 +1,8 @@
-"""The tensors of a model that nobody has built: from a Hugging Face config.json, or from a number of parameters.
+"""Lists the tensors of a model that nobody has built: from a Hugging Face config.json, or from a number of parameters.
 
 transformers builds the model on the meta device, where it has shapes and no memory: 671 billion parameters take less
-than a second. It is imported by the one function that needs it; nothing else here knows it. Where it is not installed,
-:mod:`dist_ema.planning.families` knows the sizes of common families.
+than a second. Only one function here imports it. If it is not installed, :mod:`dist_ema.planning.families` knows the
+sizes of common families.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ _ROWWISE = -1
 
 @dataclass(frozen=True)
 class Architecture:
-    """The tensors of a plain model.
+    """Lists the tensors of a plain model.
 
     Attributes:
         tensors: its parameters and persistent buffers, unsharded.
-        styles: which dimension tensor parallelism shards, of the parameters that it touches; None: replicated.
+        styles: the dimension that tensor parallelism shards, by the name of the parameter; None for replicated.
     """
 
     tensors: list[TensorSpec]
@@ -58,12 +58,12 @@ class Architecture:
 
     @property
     def parameters(self) -> int:
-        """Returns the elements of all parameters, tied ones counted once."""
+        """Returns the number of elements of all parameters. Tied ones are counted once."""
         return sum(spec.numel for spec in self.tensors if spec.kind != "buffer")
 
 
 def parse_count(text: str) -> int:
-    """``"70B"``, ``"1.5b"`` or ``"125000000"`` as a number. Raises EMAConfigError for anything else."""
+    """Returns ``"70B"``, ``"1.5b"`` or ``"125000000"`` as a number. Raises EMAConfigError for anything else."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMBT]?)\s*", text.upper())
     number = int(Decimal(match[1]) * _UNITS[match[2]]) if match else 0
     if not 1 <= number <= _MOST:
@@ -74,7 +74,7 @@ def parse_count(text: str) -> int:
 
 
 def of_count(count: int, dtype: torch.dtype) -> Architecture:
-    """Returns one flat tensor of ``count`` elements, which every engine divides evenly up to rounding."""
+    """Returns a model of one 1D tensor of ``count`` elements, which every engine divides evenly up to rounding."""
     spec = TensorSpec.unsharded("parameters", torch.empty(count, dtype=dtype, device="meta"), partitioned=False)
     return Architecture([spec], {spec.name: 0})
 
@@ -89,16 +89,15 @@ def of_module(model: nn.Module) -> Architecture:
 
 
 def of_config(path: Path, dtype: torch.dtype | None) -> Architecture:
-    """Returns the model that a config.json of Hugging Face describes. Reads nothing else, and never runs code from
-    beside it.
+    """Returns the model that a Hugging Face config.json describes. Reads no other file, and runs no code beside it.
 
     Args:
-        path: the file, or the directory that it lies in.
-        dtype: of the parameters; None for what the file says, else fp32.
+        path: the file, or its directory.
+        dtype: dtype of the parameters; None means what the file says, else fp32.
 
     Raises:
-        EMAConfigError: it cannot be read, is not such a file, or its model is unknown to transformers, or without
-            transformers to :mod:`dist_ema.planning.families`.
+        EMAConfigError: it cannot be read, is no such file, or its model is unknown to transformers or, without
+            transformers, to :mod:`dist_ema.planning.families`.
     """
     file = path / "config.json" if path.is_dir() else path
     try:
@@ -138,7 +137,7 @@ def _build(values: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
 
 
 def _builder(values: Mapping[str, Any]) -> Callable[[], nn.Module]:
-    """Returns what builds the model: transformers, or without it what knows the family."""
+    """Returns a function that builds the model: by transformers or, without it, by the known families."""
     kind = values["model_type"]
     names = values.get("architectures") or [None]
     try:
@@ -159,7 +158,7 @@ def _builder(values: Mapping[str, Any]) -> Callable[[], nn.Module]:
 
 @contextmanager
 def _counted_modules() -> Iterator[None]:
-    """Ends a model whose config.json says that it has a billion layers."""
+    """Stops building a model with too many modules, such as that of a config.json with a billion layers."""
     count = 0
 
     def add(*_: object) -> None:
@@ -186,9 +185,9 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def _styles(tensors: list[TensorSpec], plan: Mapping[str, str]) -> dict[str, int | None]:
-    """Reads what a plan of transformers shards. It names layers or parameters, with ``*`` for a number.
+    """Returns what a plan of transformers shards. The plan names layers or parameters, with ``*`` for a number.
 
-    Styles that leave a parameter whole (of norms, of routers) are no DTensors there either, and are left out.
+    Styles that leave a parameter whole (of norms, of routers) make no DTensors, and are left out.
     """
     patterns = [(re.escape(name).replace(r"\*", r"\d+"), style) for name, style in plan.items()]
     styles: dict[str, int | None] = {}

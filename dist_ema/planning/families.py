@@ -1,4 +1,5 @@
-"""Models of common families without memory, from a config.json alone: for plans where transformers is not installed.
+"""Builds models of common families without memory, from a config.json alone: for plans if transformers is not
+installed.
 
 A plan needs names, shapes, ties and the plan of tensor parallelism, so the layers here have no forward. They are those
 that transformers 5 builds, in its order; tests compare each family with it, tensor by tensor.
@@ -32,7 +33,7 @@ class Config:
     """Reads the numbers of a config.json.
 
     Args:
-        values: the file's.
+        values: the contents of the file.
     """
 
     def __init__(self, values: Mapping[str, Any]) -> None:
@@ -52,19 +53,19 @@ class Config:
         return value
 
     def flag(self, key: str, default: bool) -> bool:
-        """True or false. Raises ValueError for anything else."""
+        """Returns True or False. Raises ValueError for anything else."""
         value = self._values.get(key, default)
         if not isinstance(value, bool):
             raise ValueError(f"{key}={value!r}: must be true or false")
         return value
 
     def is_null(self, key: str) -> bool:
-        """Returns whether the file has it as null, which says something else than its absence."""
+        """Returns whether the file has the entry as null, which means something else than its absence."""
         return key in self._values and self._values[key] is None
 
 
 class _Tensors(nn.Module):
-    """Parameters by name and shape."""
+    """Holds parameters by name and shape."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         super().__init__()
@@ -73,7 +74,7 @@ class _Tensors(nn.Module):
 
 
 class _Model(nn.ModuleDict):
-    """A model with the plan of tensor parallelism that transformers has for it."""
+    """Represents a model with the plan of tensor parallelism that transformers has for it."""
 
     def __init__(self, parts: Mapping[str, nn.Module], plan: Mapping[str, str]) -> None:
         super().__init__(parts)
@@ -95,7 +96,7 @@ def _weight(*shape: int) -> nn.Module:
 
 
 def _attention(config: Config, *, head: int, groups: int, qkv_bias: bool, out_bias: bool, norms: bool) -> nn.Module:
-    """Attention with ``groups`` heads of keys and values."""
+    """Returns an attention layer with ``groups`` heads of keys and values."""
     hidden = config.size("hidden_size")
     heads = config.size("num_attention_heads")
     parts = {
@@ -125,7 +126,7 @@ def _experts(count: int, hidden: int, inner: int) -> nn.Module:
 
 
 def _decoder(config: Config, layers: Iterable[nn.Module], plan: dict[str, str], *, tied: bool) -> nn.Module:
-    """Embedding, layers, norm and head."""
+    """Returns a decoder: embedding, layers, norm and head."""
     hidden = config.size("hidden_size")
     words = config.size("vocab_size")
     embedding = _weight(words, hidden)
@@ -152,11 +153,11 @@ def _llama_like(
     tied: bool = False,
     experts: bool = False,
 ) -> nn.Module:
-    """Llama and those that differ from it by a few numbers.
+    """Builds Llama, and models that differ from it by a few numbers.
 
     Args:
         config: the sizes.
-        biases: of queries, keys and values, and of the output; None means what ``attention_bias`` says.
+        biases: whether queries, keys and values, and the output, have biases; None means what ``attention_bias`` says.
         default_groups: heads of keys and values if the file does not say; None means as many as of queries.
         default_head: elements of a head if the file does not say; None means its part of the hidden size.
         mlp_bias: whether the file may ask for biases in the MLP.
@@ -235,7 +236,7 @@ def _deepseek_v3(config: Config) -> nn.Module:
 
 
 def _latent_attention(config: Config) -> nn.Module:
-    """DeepSeek's, in which queries, keys and values come from a narrow tensor."""
+    """Returns DeepSeek's attention, in which queries, keys and values are computed from a narrow tensor."""
     hidden = config.size("hidden_size")
     heads = config.size("num_attention_heads")
     bias = config.flag("attention_bias", False)

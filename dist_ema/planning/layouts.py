@@ -76,7 +76,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class _Place:
-    """One rank, and its coordinates: tensor parallelism varies fastest, then shards, then replicas."""
+    """Describes one rank and its coordinates: tensor parallelism varies fastest, then shards, then replicas."""
 
     layout: Layout
     rank: int
@@ -99,9 +99,9 @@ def simulate(model: Sequence[TensorSpec], layout: Layout, rank: int, styles: Sty
 
     Args:
         model: the unsharded tensors.
-        layout: the run.
+        layout: the layout of the run.
         rank: from 0 to ``layout.world_size - 1``.
-        styles: for tp and fsdp2+tp: what tensor parallelism does to a tensor; to others it does nothing.
+        styles: for tp and fsdp2+tp, what tensor parallelism does to a tensor, by name. Other tensors are not touched.
     """
     if not 0 <= rank < layout.world_size:
         raise EMAConfigError(f"rank={rank}: allowed are 0 to {layout.world_size - 1}")
@@ -121,7 +121,7 @@ def _ddp(model: Sequence[TensorSpec], place: _Place, styles: Styles) -> list[Ten
 
 
 def _fsdp2(model: Sequence[TensorSpec], place: _Place, styles: Styles) -> list[TensorSpec]:
-    """``fully_shard`` cuts the first dimension, of frozen parameters too; buffers stay whole."""
+    """Shards as ``fully_shard`` does: the first dimension, also of frozen parameters. Buffers stay whole."""
     return [_dtensor(spec, [(place.layout.shards, place.shard, Shard(0))], 0) for spec in model]
 
 
@@ -132,7 +132,7 @@ def _hsdp(model: Sequence[TensorSpec], place: _Place, styles: Styles) -> list[Te
 
 
 def _tp(model: Sequence[TensorSpec], place: _Place, styles: Styles) -> list[TensorSpec]:
-    """Groups of tensor-parallel ranks that know nothing of each other; what no style names is plain."""
+    """Shards by tensor parallelism alone. Groups of ranks are independent; tensors without a style are plain."""
     layout = place.layout
     first = place.rank - place.tensor
     return [
@@ -144,7 +144,7 @@ def _tp(model: Sequence[TensorSpec], place: _Place, styles: Styles) -> list[Tens
 
 
 def _fsdp2_tp(model: Sequence[TensorSpec], place: _Place, styles: Styles) -> list[TensorSpec]:
-    """``fully_shard`` on one dimension of a mesh, over tensor parallelism on the other."""
+    """Shards by ``fully_shard`` on one dimension of a mesh, over tensor parallelism on the other."""
     layout = place.layout
     specs = []
     for spec in model:
@@ -165,7 +165,7 @@ def _placement(dim: int | None) -> Placement:
 def _dtensor(
     spec: TensorSpec, mesh: Sequence[tuple[int, int, Placement]], team: int, fsdp_dims: Sequence[int] = ()
 ) -> TensorSpec:
-    """Return a DTensor's spec. For each dimension of the mesh: its size, this rank's coordinate, the placement."""
+    """Returns a DTensor's spec, given for each mesh dimension its size, this rank's coordinate and the placement."""
     if spec.kind == "buffer":
         return spec
     if not spec.shape:
@@ -186,8 +186,9 @@ def _dtensor(
 
 
 def _fsdp1(model: Sequence[TensorSpec], place: _Place, styles: Styles) -> list[TensorSpec]:
-    """Returns one unit for each block and one for the rest, with ``use_orig_params``; frozen parameters are part of
-    them.
+    """Shards as FSDP1 does with ``use_orig_params``: one unit for each block, and one for the rest.
+
+    Frozen parameters are part of the units.
     """
     layout = place.layout
     units: dict[str, list[TensorSpec]] = {}
@@ -218,7 +219,7 @@ def _zero0(model: Sequence[TensorSpec], place: _Place, styles: Styles) -> list[T
 
 
 def _zero1(model: Sequence[TensorSpec], place: _Place, styles: Styles) -> list[TensorSpec]:
-    """Stages 1 and 2: the masters of all trained parameters, one parameter group, laid end to end."""
+    """Shards as ZeRO-1 and 2 do: the masters of all trained parameters, one parameter group, laid end to end."""
     world = place.layout.world_size
     total = sum(spec.numel for spec in model if spec.kind == "parameter")
     size = _round_up(total, _ZERO_ALIGNMENT * world) // world
@@ -234,7 +235,7 @@ def _zero1(model: Sequence[TensorSpec], place: _Place, styles: Styles) -> list[T
 
 
 def _zero3(model: Sequence[TensorSpec], place: _Place, styles: Styles) -> list[TensorSpec]:
-    """Returns every parameter by itself, frozen ones too."""
+    """Shards as ZeRO-3 does: each parameter by itself, including frozen ones."""
     return [
         spec
         if spec.kind == "buffer"
@@ -266,7 +267,7 @@ def _block(name: str) -> str:
 
 
 class _NoGroup:
-    """Stands where a process group would: shares tell sets of replicas apart by it, and never call it."""
+    """Replaces a process group: shares tell sets of replicas apart by it, and never call it."""
 
 
 _NO_GROUP = cast(dist.ProcessGroup, _NoGroup())

@@ -1,7 +1,7 @@
 """Predicts what an average will cost: memory, bytes moved and time per rank, and the checkpoint.
 
-Not a formula beside the library: the shares of each rank are computed by :mod:`dist_ema.geometry.shares` from the
-geometry that an engine would have, and the files by :class:`dist_ema.checkpoints.contents.Contents`.
+It uses no separate formula: :mod:`dist_ema.geometry.shares` computes the shares of each rank from the geometry that an
+engine would have, and :class:`dist_ema.checkpoints.contents.Contents` the files.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ _ACCELERATOR_CHUNKS = 4
 
 @dataclass(frozen=True)
 class Speeds:
-    """Bytes per second.
+    """Holds bandwidths in bytes per second.
 
     Attributes:
         memory: of the memory that holds the shadow, for one rank.
-        link: from the accelerator to the host, for one rank; of use with offload only.
+        link: from the accelerator to the host, for one rank; used with offload only.
         disk: of the file system, for all ranks together.
     """
 
@@ -50,15 +50,15 @@ class RankCost:
     """Holds the cost of one rank, in bytes.
 
     Attributes:
-        rank: which.
-        shadow: the averages, as long as the run lasts.
+        rank: the rank.
+        shadow: the averages, during the whole run.
         buffers: the last copy of the model's buffers.
         staging: with offload, copies of the weights in host memory, which the thread averages.
-        scratch: what an update holds besides, at most.
-        in_use: what is kept beside all that while the live model computes with an average.
-        update: read and written by one update, in the memory that holds the shadow.
-        link: sent to the host by one update.
-        checkpoint: what this rank writes.
+        scratch: the maximum that an update allocates in addition.
+        in_use: what is kept in addition while the live model computes with an average.
+        update: bytes that one update reads and writes, in the memory that holds the shadow.
+        link: bytes that one update sends to the host.
+        checkpoint: bytes that this rank writes.
     """
 
     rank: int
@@ -72,7 +72,7 @@ class RankCost:
     checkpoint: int
 
     def update_seconds(self, speeds: Speeds) -> float:
-        """Time of an update, in which copies to the host and averaging there take turns."""
+        """Returns the time of an update. Copies to the host and averaging there are counted one after the other."""
         return self.update / speeds.memory + self.link / speeds.link
 
 
@@ -81,7 +81,7 @@ class Prediction:
     """Holds the cost of a run.
 
     Attributes:
-        ranks: those that were looked at, in order; rank 0 is the first.
+        ranks: the ranks that were computed, in order; rank 0 is the first.
         files: bytes of each file of the checkpoint, by its path.
         offload: whether the shadow is in host memory.
     """
@@ -97,28 +97,28 @@ class Prediction:
 
     @property
     def manifest(self) -> int:
-        """Returns the bytes of its manifest. The clocks in it may take a few more as they grow."""
+        """Returns the bytes of the manifest. Its clocks may take a few more bytes as they grow."""
         return self.files[NAME]
 
     def worst(self, cost: Callable[[RankCost], float]) -> RankCost:
-        """Returns the first of the ranks that pay most."""
+        """Returns the most expensive rank; the first of several."""
         return max(self.ranks, key=cost)
 
     def mean(self, cost: Callable[[RankCost], float]) -> float:
-        """Over the ranks that were looked at."""
+        """Returns the mean over the ranks that were computed."""
         return sum(map(cost, self.ranks)) / len(self.ranks)
 
 
 def make_options(
     *, averages: int = 1, dtype: torch.dtype | None = torch.float32, offload: str | None = None, shard: bool = True
 ) -> Options:
-    """Makes options of :class:`ShardedEMA` from those that cost something; the others have their defaults.
+    """Returns options of :class:`ShardedEMA` that change the cost; all others have their defaults.
 
     Args:
-        averages: how many.
-        dtype: of the shadows; None for each parameter's own.
+        averages: number of averages.
+        dtype: dtype of the shadows; None means that of each parameter.
         offload: None or ``"cpu"``.
-        shard: spread shadows of replicated parameters over the replicas.
+        shard: split shadows of replicated parameters among the replicas.
     """
     if averages < 1:
         raise EMAConfigError(f"averages={averages}: must be at least 1")
@@ -128,14 +128,16 @@ def make_options(
 
 
 def predict(model: Architecture, layout: Layout, options: Options) -> Prediction:
-    """Looks at all ranks, or a sample of them. Pure. Raises EMAConfigError if the model cannot be spread like that."""
+    """Computes all ranks, or a sample of them. Pure. Raises EMAConfigError if the model cannot be spread in
+    this way.
+    """
     ranks = [rank_cost(model, layout, options, rank) for rank in sample(layout.world_size)]
     files = checkpoint_files(rank_shares(model, layout, options, 0), options)
     return Prediction(ranks, files, options.offload)
 
 
 def sample(world_size: int) -> list[int]:
-    """Returns all ranks up to ``SAMPLE`` of them; else that many, the first and the last among them."""
+    """Returns all ranks if there are at most ``SAMPLE``; else that many, including the first and the last."""
     number = min(world_size, SAMPLE)
     return [index * (world_size - 1) // max(number - 1, 1) for index in range(number)]
 

@@ -222,8 +222,7 @@ def _taking_turns(target: Path) -> Iterator[None]:
     """Holds the lock of a checkpoint directory. The file of the lock is removed when it is released.
 
     Continues without the lock if the file system has none, and if its holder hangs. The lock only saves work: without
-    it
-    one of two saves fails.
+    it one of two saves fails.
     """
     lock = _lock(target / LOCK)
     try:

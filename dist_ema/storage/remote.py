@@ -1,4 +1,6 @@
-"""Objects of a store that fsspec opens: read by ranges, written by one process from the first byte to the last."""
+"""Reads objects of a store by ranges, and writes them in one process from the first byte to the last, through
+fsspec.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ _BLOCK = 16 << 20
 
 
 class RemoteReader:
-    """A prefix in a store; a :class:`~dist_ema.storage.base.StorageReader`.
+    """Reads objects under a prefix in a store; implements :class:`~dist_ema.storage.base.StorageReader`.
 
     Args:
         system: fsspec's file system.
@@ -54,7 +56,7 @@ class RemoteReader:
 
 
 class RemoteFile:
-    """An object that is read by ranges; an :class:`~dist_ema.storage.base.OpenFile`."""
+    """Reads an object by ranges; implements :class:`~dist_ema.storage.base.OpenFile`."""
 
     link: str | None = None  # object stores have no symbolic links
 
@@ -82,7 +84,7 @@ class RemoteFile:
 
 @contextmanager
 def _os_errors(path: str) -> Iterator[None]:
-    """Turns what a file system raises into OSError: each of them has classes of its own."""
+    """Raises OSError in place of the errors of a file system, which has classes of its own."""
     try:
         yield
     except OSError:
@@ -92,7 +94,7 @@ def _os_errors(path: str) -> Iterator[None]:
 
 
 def _neighbours(parts: Sequence[tuple[int, memoryview]]) -> list[list[tuple[int, memoryview]]]:
-    """Ascending parts, grouped so that each group is worth one request."""
+    """Groups ascending parts so that each group is read by one request."""
     groups: list[list[tuple[int, memoryview]]] = []
     end = 0
     for position, out in parts:
@@ -109,12 +111,12 @@ def _neighbours(parts: Sequence[tuple[int, memoryview]]) -> list[list[tuple[int,
 
 
 class UploadWriter:
-    """Writes the files of one folder, one after the other; a :class:`~dist_ema.storage.base.TensorWriter`.
+    """Writes the files of one folder, one after the other; implements :class:`~dist_ema.storage.base.TensorWriter`.
 
     Args:
         system: fsspec's file system.
         folder: the path in it.
-        plans: of the files, in the order in which their tensors will come.
+        plans: the plans of the files, in the order in which their tensors will come.
     """
 
     def __init__(self, system: Any, folder: str, plans: Sequence[FilePlan]) -> None:

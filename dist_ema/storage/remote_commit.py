@@ -148,7 +148,7 @@ class RemoteWriter:
             if found.get(f"{folder}/{name}".strip("/")) != size:
                 raise CheckpointError(
                     f"{folder}/{name}, which this save wrote, was removed or changed before the save was complete: "
-                    "another save to this path has run at the same time. Have only one run save to a path, and save again"
+                    "another save to this path was running. Save again, and have only one run save to a path"
                 )
 
     def _lost(self) -> CheckpointError:

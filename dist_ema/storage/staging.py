@@ -158,8 +158,7 @@ class Staging:
         """Replaces the directory at the target, which is removed, by the content.
 
         This is one step if the system can exchange two names (Linux). Elsewhere the old directory is renamed first, and
-        keeps
-        that name if the process is killed before the second step.
+        keeps that name if the process is killed before the second step.
         """
         if exchange(self.content, self.target):
             try:
@@ -240,8 +239,7 @@ def remove_directory(path: Path) -> None:
     """Removes a directory such that a process that is killed meanwhile leaves no half of it under its name. Local.
 
     What such a process leaves is removed by the next save into the same parent. Raises OSError; the directory then is
-    as it
-    was.
+    as it was.
     """
     old = staging_path(path, Staging.new_token())
     path.rename(old)

@@ -326,7 +326,7 @@ def test_an_upload_that_sleeps_before_it_replaces_a_manifest_says_so(
     """Where the store takes no conditions the harm is done, but not in silence."""
     small_ema(OLD).save(memory)
     _overtake(monkeypatch, "_put", memory)
-    with pytest.raises(CheckpointError, match=r"another save.*has run at the same time"):
+    with pytest.raises(CheckpointError, match=r"another save.*was running"):
         small_ema(LATE).save(memory)
 
 
