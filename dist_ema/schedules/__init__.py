@@ -1,15 +1,37 @@
 """Defines how much of an average survives between two moments of training. Pure Python, double precision.
 
-A schedule is a retained fraction: ``retain(before, after)``. Fractions compose, ``retain(a, c) == retain(a, b) *
-retain(b, c)``, so one update after k batches decays an average exactly as much as k updates after one batch each.
-(:class:`Uniform` and :class:`Smoothing` count updates instead of training, so there k updates are not one;
-:class:`Window` takes in no weights from outside its windows.)
+A schedule is a function ``retain(before, after)``: the fraction of the average at ``before`` that is left at ``after``.
+Fractions compose::
 
-An update is ``shadow.lerp_(live, weight(before, after))``. The weight is ``-expm1(log_retain)`` and not ``1 - retain``,
-which has lost ten digits at a decay of .999999.
+    retain(a, c) == retain(a, b) * retain(b, c)
+
+So one update after k batches decays an average exactly as much as k updates after one batch each. Two kinds are
+different: :class:`Uniform` and :class:`Smoothing` count updates instead of training, and :class:`Window` ignores
+weights from outside its windows.
+
+An update is ``shadow.lerp_(live, weight(before, after))``. The weight is computed as ``-expm1(log_retain)``, because
+``1 - retain`` may lose six of sixteen digits at a decay of .999999.
 
 Moments are :class:`~dist_ema.schedules.clock.Progress` readings since the first copy, or plain numbers in the
 schedule's own unit: batches, except where a class says otherwise. Both count from zero at the first copy.
+
+===================  ==================================================================================
+file                 subject
+===================  ==================================================================================
+``clock.py``         ``Progress`` and ``Time``: readings of the training clock, and time strings
+``schedule.py``      ``Schedule`` and the base classes of schedules with one factor for each batch
+``constant.py``      fixed decays, and the mean of all updates
+``half_life.py``     averages with a given half life
+``power.py``         EDM2's power functions
+``warmup.py``        decays that rise to a final one
+``ramps.py``         decays that move from one value to another over the training
+``window.py``        means over a part of the training
+``profile.py``       how much each past step weighs in an average
+``registry.py``      writing schedules to files, and reading them
+``state.py``         ``EMAState``: clocks and counts, as checkpoints store them
+``duration.py``      whether a training is long enough for the options
+``checks.py``        checks of options
+===================  ==================================================================================
 """
 
 from __future__ import annotations

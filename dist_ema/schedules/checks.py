@@ -1,4 +1,4 @@
-"""Checks of the options of schedules. Each names the option, its value and what is allowed."""
+"""Checks the options of schedules. Errors name the option, its value and what is allowed."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from numbers import Real
 
 from dist_ema.errors import EMAConfigError
 
-#: Names of averages: they are names of folders, too.
+#: Allowed names of averages. Checkpoints and exports use them as names of folders.
 AVERAGE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
 def number(name: str, value: object, allowed: str) -> float:
-    """Returns a finite number as a float, or EMAConfigError."""
+    """Returns a finite number as a float. Raises EMAConfigError, which says what is ``allowed``, for anything else."""
     try:
         if isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value):
             return float(value)
-    except OverflowError:  # an int beyond the range of floats
+    except OverflowError:  # an int beyond the range of floats: the error below names it
         pass
     raise EMAConfigError(f"{name}={value!r}: allowed is {allowed}")
 
 
 def fraction(name: str, value: object) -> float:
-    """Returns a decay that forgets something."""
+    """Returns a decay in [0, 1). An average with a decay of 1 would never move. Raises EMAConfigError."""
     allowed = "a number in [0, 1): the fraction of the average that is kept"
     checked = number(name, value, allowed)
     if not 0 <= checked < 1:
@@ -32,7 +32,7 @@ def fraction(name: str, value: object) -> float:
 
 
 def share(name: str, value: object) -> float:
-    """Returns a decay that may forget nothing, as the last of DINO's teacher."""
+    """Returns a decay in [0, 1]. It may be 1, as at the end of DINO's schedule. Raises EMAConfigError."""
     allowed = "a number in [0, 1]: the fraction of the average that is kept"
     checked = number(name, value, allowed)
     if not 0 <= checked <= 1:
@@ -41,7 +41,7 @@ def share(name: str, value: object) -> float:
 
 
 def positive(name: str, value: object) -> float:
-    """Returns a finite number above zero."""
+    """Returns a finite number above zero. Raises EMAConfigError for anything else."""
     checked = number(name, value, "a finite number more than 0")
     if checked <= 0:
         raise EMAConfigError(f"{name}={value!r}: allowed is a finite number more than 0")

@@ -1,7 +1,7 @@
-"""Time strings and the training clock. Pure Python.
+"""Defines the training clock (``Progress``) and time strings (``Time``). Pure Python.
 
 Units are Composer's: ``ba`` batches (one per optimizer step), ``sp`` samples, ``tok`` tokens, ``ep`` epochs, and
-``dur``, a fraction of ``max_duration``. Epochs and ``dur`` may be fractional, the other units count whole things.
+``dur``, a fraction of ``max_duration``. Epochs and ``dur`` may be fractional; the other units are whole numbers.
 """
 
 from __future__ import annotations
@@ -17,32 +17,34 @@ from numbers import Integral, Real
 from dist_ema.errors import EMAConfigError
 
 UNITS = ("ba", "sp", "tok", "ep", "dur")
-#: Units in which the clock itself runs.
+#: Units that the clock counts. A time in ``dur`` has to be resolved to one of these.
 CLOCK_UNITS = ("ba", "sp", "tok", "ep")
 
 _FRACTIONAL = ("ep", "dur")
 _DIGITS = r"\d+(?:_\d+)*"
-# The exponent needs digits, so the "e" of "2ep" belongs to the unit; Decimal has a limit to exponents.
+# A number, then a unit. The exponent needs digits, so the "e" of "2ep" belongs to the unit. It has at most six digits,
+# because Decimal does not take exponents of any size.
 _TIME = re.compile(
     rf"([+-]?(?:{_DIGITS}\.?(?:{_DIGITS})?|\.{_DIGITS})(?:e[+-]?\d{{1,6}})?)([a-z]+)", re.IGNORECASE | re.ASCII
 )
-# Epochs are sums of fractions: what misses a boundary by less than this share of it has reached it.
+# Epochs are sums of fractions such as 1/3, so they may miss a boundary by a rounding error. A reading that misses it by
+# less than this part of it has reached it.
 _SLACK = 1e-9
 
 
 @dataclass(frozen=True)
 class Progress:
-    """A reading of the training clock.
+    """Holds a reading of the training clock.
 
-    The clock of an average is read with :meth:`since`: at its first copy the four units are zero, while ``updates`` is
-    one there, since that copy is the first set of weights in the average.
+    :meth:`since` gives the clock of an average. At its first copy the four units are zero, and ``updates`` is one,
+    because that copy is the first set of weights in the average.
 
     Attributes:
-        batches: optimizer steps.
-        samples: samples.
-        tokens: tokens.
-        epochs: epochs, fractions allowed.
-        updates: how many sets of weights the average has seen, its first copy among them.
+        batches: number of optimizer steps.
+        samples: number of samples.
+        tokens: number of tokens.
+        epochs: number of epochs; may be fractional.
+        updates: number of updates of the average, its first copy included.
 
     >>> now = Progress(batches=10).advance(samples=32)
     >>> str(now), now.since(Progress(batches=4)).batches
@@ -72,7 +74,7 @@ class Progress:
         )
 
     def __str__(self) -> str:
-        """``"12ba 480sp"``: batches, and whatever else was counted."""
+        """Returns, for example, ``"12ba 480sp"``: batches, and each other unit that is not zero."""
         counted = {"ba": self.batches, "sp": self.samples, "tok": self.tokens, "ep": self.epochs}
         return " ".join(
             f"{value:g}{unit}" if unit == "ep" else f"{value}{unit}"
@@ -110,10 +112,10 @@ class Progress:
 
 @dataclass(frozen=True)
 class Time:
-    """A span of training, such as ``1000ba``.
+    """Holds a span of training, such as ``1000ba``.
 
     Attributes:
-        value: how much; an int except in ``ep`` and ``dur``.
+        value: the number of units; an int except in ``ep`` and ``dur``.
         unit: one of :data:`UNITS`.
 
     >>> Time.parse("1_000ba", option="half_life"), str(Time.parse(10, option="update_interval"))
@@ -125,18 +127,18 @@ class Time:
 
     @classmethod
     def parse(cls, text: object, *, option: str, units: Sequence[str] = UNITS, positive: bool = True) -> Time:
-        """Reads a time string, or an int number of batches.
+        """Parses a time string, or an int number of batches.
 
-        Blanks around it, ``1_000ba``, ``1e3ba`` and capital letters are fine, as in Composer.
+        As in Composer, ``1_000ba``, ``1e3ba``, capital letters and spaces around the string are allowed.
 
         Args:
-            text: what the user gave: ``"1000ba"``, ``1000``, a :class:`Time`.
-            option: the option's name, for messages.
+            text: the value of the option: ``"1000ba"``, ``1000`` or a :class:`Time`.
+            option: the option's name, for errors.
             units: the units that this option allows.
-            positive: zero is not allowed.
+            positive: whether zero is refused.
 
         Raises:
-            EMAConfigError: anything else; names the option, the value and what is allowed.
+            EMAConfigError: the value is not allowed. The error names the option, the value and what is allowed.
         """
         if isinstance(text, Time):
             return cls.parse(str(text), option=option, units=units, positive=positive)
@@ -159,7 +161,8 @@ class Time:
             raise wrong(f"a {type(text).__name__} is not a time")
         if unit not in units:
             raise wrong(f"unit {unit!r} is not allowed here" if unit in UNITS else f"unknown unit {unit!r}")
-        # Checked before any conversion: int(Decimal("1e999999")) would not come back.
+        # adjusted() is the exponent of the first digit. It is checked before any conversion, because
+        # int(Decimal("1e999999")) would compute a million digits.
         if number.adjusted() >= 18:
             raise wrong("too large")
         if unit not in _FRACTIONAL and number.adjusted() < 0 and number != 0:
@@ -171,15 +174,15 @@ class Time:
             raise wrong("not positive" if positive else "negative")
         if unit == "dur" and value > 1:
             raise wrong("a fraction of the duration is at most 1")
-        return cls(abs(value), unit)
+        return cls(abs(value), unit)  # abs() turns -0.0 into 0.0
 
     def resolve(self, max_duration: Time | None, *, option: str = "time") -> Time:
-        """Returns this time in a unit of the clock: ``dur`` becomes a part of ``max_duration``, anything else stays.
+        """Returns this time in a unit of the clock: ``dur`` becomes a part of ``max_duration``, other units stay.
 
-        In units that count whole things it is the first count at which that part of the training is done.
+        In units of whole numbers it is rounded up to the first count at which that part of the training is done.
 
         Raises:
-            EMAConfigError: the unit is ``dur`` and there is no ``max_duration``.
+            EMAConfigError: the unit is ``dur``, and ``max_duration`` is None or in ``dur`` itself.
 
         >>> Time.parse("0.1dur", option="ema_start").resolve(Time(3000, "ba"))
         Time(value=300, unit='ba')
@@ -190,7 +193,7 @@ class Time:
             raise EMAConfigError(f"{option}={str(self)!r} needs max_duration, such as '10000ba' or '3ep'")
         if max_duration.unit == "dur":
             raise EMAConfigError(f"max_duration={str(max_duration)!r}: allowed units are {', '.join(CLOCK_UNITS)}")
-        # Through the decimal form: .7 of 10 batches is 7 of them, not the 8th because .7 * 10 > 7 in floating point.
+        # Computed from the decimal digits that the user wrote. In binary .7 * 10 may exceed 7, and be rounded up to 8.
         part = Fraction(repr(self.value)) * Fraction(repr(max_duration.value))
         return Time(float(part) if max_duration.unit in _FRACTIONAL else math.ceil(part), max_duration.unit)
 
@@ -201,11 +204,10 @@ class Time:
 
 
 def crossed(before: Progress, after: Progress, interval: Time) -> bool:
-    """Returns whether the clock passed or reached a multiple of ``interval`` after ``before``, up to and including
-    ``after``.
+    """Returns whether a multiple of ``interval`` lies after ``before``, and not after ``after``.
 
-    With one batch a call and an interval in batches that is Composer's ``batch % interval == 0``. Multiples count on
-    the clock that the readings are of. Raises EMAConfigError for an unresolved ``dur``.
+    If every call counts one batch, and the interval is in batches, this is Composer's ``batch % interval == 0``. Both
+    readings must be of the same clock. Raises EMAConfigError for an unresolved ``dur``.
 
     >>> crossed(Progress(batches=9), Progress(batches=10), Time(10, "ba"))
     True
@@ -214,15 +216,17 @@ def crossed(before: Progress, after: Progress, interval: Time) -> bool:
 
 
 def reached(now: Progress, moment: Time) -> bool:
-    """Returns whether the clock stands at ``moment`` or past it. Raises EMAConfigError for an unresolved ``dur``.
+    """Returns whether ``now`` is at ``moment`` or later. Raises EMAConfigError for an unresolved ``dur``.
 
     >>> reached(Progress(epochs=1.5), Time(2.0, "ep"))
     False
     """
-    return now.value(moment.unit) >= moment.value * (1 - _SLACK if moment.unit in _FRACTIONAL else 1)
+    slack = _SLACK if moment.unit in _FRACTIONAL else 0
+    return now.value(moment.unit) >= moment.value * (1 - slack)
 
 
 def _multiples(progress: Progress, interval: Time) -> int:
+    """Returns how many multiples of ``interval`` the clock has reached, zero not counted."""
     value = progress.value(interval.unit)
     if isinstance(value, int) and isinstance(interval.value, int):
         return value // interval.value
@@ -231,12 +235,14 @@ def _multiples(progress: Progress, interval: Time) -> int:
 
 
 def _count(name: str, value: object) -> int:
+    """Returns a count as an int. Raises EMAConfigError for a negative one, or a value that is not an int."""
     if not isinstance(value, Integral) or isinstance(value, bool) or value < 0:
         raise EMAConfigError(f"{name}={value!r}: allowed is an int, 0 or more")
     return int(value)
 
 
 def _amount(name: str, value: object) -> float:
+    """Returns an amount as a float. Raises EMAConfigError for a negative, infinite or not numeric one."""
     if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value) or value < 0:
         raise EMAConfigError(f"{name}={value!r}: allowed is a finite number, 0 or more")
     return float(value)

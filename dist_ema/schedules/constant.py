@@ -1,4 +1,4 @@
-"""The same fraction every batch or every update, and the plain mean of updates."""
+"""Schedules with a fixed decay for each batch or each update, and the plain mean of all updates."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from dist_ema.schedules.schedule import Schedule, log, log1p
 
 @dataclass(frozen=True)
 class ConstantDecay(Schedule):
-    """Every batch keeps ``decay`` of the average: retain = decay ** batches.
+    """Keeps ``decay`` of the average in every batch: retain = decay ** batches.
 
-    Half life: log(1/2) / log(decay) batches, about .693 / (1 - decay). A decay of 0 keeps the last weights only.
+    Half life: log(1/2) / log(decay) batches, about .693 / (1 - decay). With a decay of 0 the average is the last
+    weights.
 
     Args:
-        decay: kept fraction per batch, in [0, 1).
+        decay: fraction that is kept per batch, in [0, 1).
 
     >>> round(ConstantDecay(0.9).retain(0, 2), 4)
     0.81
@@ -36,14 +37,13 @@ class ConstantDecay(Schedule):
 
 @dataclass(frozen=True)
 class Smoothing(Schedule):
-    """Every update keeps ``smoothing`` of the average, however much training lies between updates, as in Composer.
+    """Keeps ``smoothing`` of the average in every update, independent of ``update_interval``. As in Composer.
 
-    Half life: log(1/2) / log(smoothing) updates. With updates every ``update_interval`` and a half life in the same
-    unit, Composer uses smoothing = 2 ** -(update_interval / half_life), which is what :class:`HalfLife` amounts to.
-    Plain numbers are updates since the first copy.
+    Half life: log(1/2) / log(smoothing) updates. Composer computes smoothing = 2 ** -(update_interval / half_life) from
+    a half life; :class:`HalfLife` gives the same average. Plain numbers are updates since the first copy.
 
     Args:
-        smoothing: kept fraction per update, in [0, 1).
+        smoothing: fraction that is kept per update, in [0, 1).
 
     >>> round(Smoothing(0.9).retain(0, 1), 4)
     0.9
@@ -57,7 +57,7 @@ class Smoothing(Schedule):
 
     @property
     def position_unit(self) -> str:
-        """Updates."""
+        """Returns ``"updates"``."""
         return "updates"
 
     def _read(self, progress: Progress) -> float:
@@ -69,11 +69,11 @@ class Smoothing(Schedule):
 
 @dataclass(frozen=True)
 class Uniform(Schedule):
-    """The plain mean of the weights seen at updates, the first copy among them (stochastic weight averaging).
+    """Computes the plain mean of the weights at all updates, the first copy included (stochastic weight averaging).
 
-    retain = seen_before / seen_after. It counts updates, so fewer of them give another mean. Izmailov et al. 2018
-    (arXiv:1803.05407). Half life: as many updates as have been seen. Plain numbers are updates since the first copy:
-    retain = (before + 1) / (after + 1).
+    retain = (before + 1) / (after + 1), where plain numbers are updates since the first copy. The mean depends on
+    ``update_interval``, because it counts updates. Izmailov et al. 2018 (arXiv:1803.05407). Half life: as many updates
+    as were made so far.
 
     >>> round(Uniform().weight(2, 3), 4)  # the fourth set of weights, after the first copy and two updates
     0.25
@@ -83,13 +83,13 @@ class Uniform(Schedule):
 
     @property
     def position_unit(self) -> str:
-        """Updates."""
+        """Returns ``"updates"``."""
         return "updates"
 
     def _read(self, progress: Progress) -> float:
         return progress.updates - 1
 
     def _log_retain(self, start: float, stop: float) -> float:
-        if isinstance(start, (int, float)) and start <= -1:  # nothing has been seen
+        if isinstance(start, (int, float)) and start <= -1:  # before the first copy there is nothing to keep
             return -math.inf
         return -log1p((stop - start) / (start + 1))

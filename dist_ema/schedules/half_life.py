@@ -1,4 +1,4 @@
-"""Averages given by their half life: a fixed one, one that ramps up, one in proportion to the training so far."""
+"""Schedules that are given by a half life: fixed, ramping up, or in proportion to the training so far."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from dist_ema.schedules.schedule import LOG_2, PerBatch, Position, ProgressFacto
 
 @dataclass(frozen=True, repr=False)
 class HalfLife(ProgressFactors):
-    """Half of the average is left after ``half_life`` more of training: retain = 2 ** -(passed / half_life).
+    """Keeps half of the average over ``half_life`` of training: retain = 2 ** -(passed / half_life).
 
-    Composer's definition, in any unit of the clock. Plain numbers are in that unit.
+    This is Composer's definition, in any unit of the clock. Plain numbers are in that unit.
 
-    With ``ramp`` the half life is min(half_life, ramp * progress), progress being that at the end of each batch:
-    ``ema_rampup`` of StyleGAN 2 and 3, ``ema_rampup_ratio`` of EDM (Karras et al. 2022, arXiv:2206.00364), whose first
-    update copies the weights, as ours does. A batch of size s that ends at p keeps 2 ** (-s / min(half_life, ramp *
-    p)). Batches between two readings of the clock are taken to be of one size; what lies between two plain numbers in
-    another unit than batches is one batch.
+    With ``ramp`` the half life is min(half_life, ramp * progress), with the progress at the end of each batch. A batch
+    of size s that ends at progress p keeps 2 ** (-s / min(half_life, ramp * p)). This is ``ema_rampup`` of StyleGAN 2
+    and 3, and ``ema_rampup_ratio`` of EDM (Karras et al. 2022, arXiv:2206.00364). All batches between two readings of
+    the clock are assumed to have the same size; between two plain numbers in another unit than batches, one batch is
+    assumed.
 
     Args:
         half_life: ``"1000ba"``, ``"10000000tok"``, ``"50000sp"``, ``"2ep"``, or an int number of batches; more than 0.
-        ramp: half life over progress until ``half_life`` is reached, more than 0 (EDM's is .05); None means no ramp.
+        ramp: half life divided by progress, until ``half_life`` is reached; more than 0 (.05 in EDM). None means no
+            ramp.
 
     >>> round(HalfLife("1000ba").retain(0, 1000), 4)
     0.5
@@ -45,7 +46,7 @@ class HalfLife(ProgressFactors):
 
     @property
     def elementwise(self) -> bool:  # type: ignore[override]
-        """Without a ramp."""
+        """Returns whether there is no ramp: then the fraction depends only on the difference of two positions."""
         return self.ramp is None
 
     @property
@@ -67,22 +68,24 @@ class HalfLife(ProgressFactors):
     def _log_batches(self, start: float, size: float, count: int) -> float:
         if self.ramp is None or not size:
             return -LOG_2 * (count * size / self.time.value)
-        # The first batch at whose end the half life is no longer on the ramp.
-        flat = math.ceil(min(max((self.time.value / self.ramp - start) / size, 1), count + 1))
-        rising = harmonic(start / size, flat - 1) / self.ramp
-        return -LOG_2 * (rising + (count + 1 - flat) * (size / self.time.value))
+        # The ramp ends at progress half_life / ramp. ``first_flat`` is the first batch that ends there or later.
+        first_flat = math.ceil(min(max((self.time.value / self.ramp - start) / size, 1), count + 1))
+        # Batch n of the ramp has size / (ramp * (start + n * size)) half lives. Their sum is a harmonic one.
+        half_lives_on_ramp = harmonic(start / size, first_flat - 1) / self.ramp
+        half_lives_after_it = (count + 1 - first_flat) * (size / self.time.value)
+        return -LOG_2 * (half_lives_on_ramp + half_lives_after_it)
 
 
 @dataclass(frozen=True)
 class HalfLifeFraction(PerBatch):
-    """The half life is a fixed fraction of the training so far: batch n keeps 2 ** (-1 / (fraction * n)).
+    """Has a half life that is a fixed fraction of the training so far: batch n keeps 2 ** (-1 / (fraction * n)).
 
-    torchtitan's ``half_life_fraction``; n = 1 for the first batch after the first copy. Over batches a + 1 to b it
-    comes to 2 ** (-(H_b - H_a) / fraction), H the harmonic numbers, close to (a / b) ** (.693 / fraction). Half life:
-    fraction * n batches at batch n.
+    This is torchtitan's ``half_life_fraction``. n is 1 for the first batch after the first copy. The batches a + 1 to b
+    keep 2 ** (-(H_b - H_a) / fraction) together, with the harmonic numbers H, which is close to
+    (a / b) ** (.693 / fraction). Half life: fraction * n batches at batch n.
 
     Args:
-        fraction: half life over training so far, more than 0 (torchtitan's default is .05).
+        fraction: half life divided by the training so far, more than 0 (.05 by default in torchtitan).
 
     >>> round(HalfLifeFraction(0.1).retain(99, 100), 4)  # batch 100 has a half life of 10 batches
     0.933

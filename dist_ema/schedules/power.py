@@ -1,4 +1,4 @@
-"""EDM2's power functions."""
+"""EDM2's power function averages, given by an exponent or by the relative width of their profile."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from dist_ema.schedules.schedule import Schedule, log1p
 
 @dataclass(frozen=True)
 class PowerFunction(Schedule):
-    """EDM2's power function average: weights at step t count in proportion to t ** gamma, whatever the run's length.
+    """Weighs the weights of step t in proportion to t ** gamma, for every length of the run. EDM2's average.
 
-    retain = (t_before / t_after) ** (gamma + 1), with t = batches + 1, so the first copy is step 1. Its profile has a
-    standard deviation of sigma_rel of the run: sigma_rel = ((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3))) ** .5.
-    Karras et al. 2024 (arXiv:2312.02696), equations 123 and 127. Half life: the last 1 - 2 ** (-1 / (gamma + 1)) of
-    the run, 3.8 % of it at sigma_rel .05 and 8.4 % at .10.
+    retain = (t_before / t_after) ** (gamma + 1), with t = batches + 1, so the first copy is step 1. The standard
+    deviation of the profile is sigma_rel times the length of the run:
+    sigma_rel = ((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3))) ** .5. Karras et al. 2024 (arXiv:2312.02696), equations
+    123 and 127. Half life: the last 1 - 2 ** (-1 / (gamma + 1)) of the run, 3.8 % of it at sigma_rel .05 and 8.4 % at
+    .10.
 
-    Exactly one option is given.
+    Give exactly one of the two options.
 
     Args:
-        sigma_rel: relative width of the profile, more than 0, at most 12 ** -.5 (.2886), where gamma is 0.
-        gamma: exponent of the profile, 0 or more; 0 is the plain mean over batches.
+        sigma_rel: relative width of the profile, more than 0 and at most 12 ** -.5 (.2886), where gamma is 0.
+        gamma: exponent of the profile, 0 or more. 0 is the plain mean over batches.
 
     >>> round(PowerFunction(gamma=1).retain(9, 19), 4)  # (10 / 20) ** 2
     0.25
@@ -53,8 +54,9 @@ class PowerFunction(Schedule):
 
 
 def sigma_rel_to_gamma(sigma_rel: float) -> float:
-    """Returns the gamma >= 0 with sigma_rel = (gamma + 1)^1/2 (gamma + 2)^-1 (gamma + 3)^-1/2 (EDM2, equations 123 and
-    126).
+    """Returns the gamma of a relative width: sigma_rel = (gamma + 1)^1/2 (gamma + 2)^-1 (gamma + 3)^-1/2, solved.
+
+    gamma is 0 or more. EDM2, equations 123 and 126.
 
     Raises:
         EMAConfigError: ``sigma_rel`` is not in (0, 12 ** -.5].
@@ -66,7 +68,8 @@ def sigma_rel_to_gamma(sigma_rel: float) -> float:
     sigma = number("sigma_rel", sigma_rel, allowed)
     if not 0 < sigma <= 12**-0.5 or math.isinf(1 / sigma):
         raise EMAConfigError(f"sigma_rel={sigma_rel!r}: allowed is {allowed}")
-    # The width falls as gamma grows and is less than 1 / (gamma + 2), so the root is bracketed; halve to the last bit.
+    # Bisection. The width decreases with gamma, and is less than 1 / (gamma + 2), so the root is below 1 / sigma. The
+    # loop ends when no double lies between the two bounds.
     low = 0.0
     high = 1 / sigma
     while low < (middle := low + (high - low) / 2) < high:

@@ -1,4 +1,8 @@
-"""Computes how much each past step weighs in an average."""
+"""``Profile``: how much the weights of each past step weigh in an average.
+
+An update gives its weights the fraction ``weight``; each later update multiplies that by its ``retain``. So the weights
+of update n have weight(n) * retain(n, now) in the average, and all of them add up to 1.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +15,12 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import ArrayLike, NDArray
 
-#: Epochs are sums of fractions: an update that is missed by less than this share of an interval has been made.
+#: Epochs are sums of fractions, with rounding errors. A step that misses an update by less than this part is at it.
 SLACK = 1e-9
 
 
 class Logged(Protocol):
-    """Declares what a profile needs of a schedule."""
+    """Declares the methods of a schedule that a profile uses."""
 
     @property
     def position_unit(self) -> str:
@@ -28,14 +32,14 @@ class Logged(Protocol):
 
 @dataclass(frozen=True)
 class Profile:
-    """A function of past steps: how much the weights of each weigh. float64; made by :meth:`Schedule.profile`.
+    """Gives how much the weights of each past step weigh in an average, in float64. See :meth:`Schedule.profile`.
 
     Steps are counted in ``unit`` from the first copy, which is step 0.
 
     Attributes:
-        schedule: of the average.
-        every: between two updates.
-        updates: after the first copy.
+        schedule: the schedule of the average.
+        every: training between two updates, in ``unit``.
+        updates: number of updates after the first copy.
 
     >>> from dist_ema.schedules import ConstantDecay
     >>> profile = ConstantDecay(0.5).profile(4)
@@ -49,7 +53,7 @@ class Profile:
 
     @property
     def unit(self) -> str:
-        """Returns the unit of steps and ages: one of the clock, or ``updates`` for a schedule that counts these."""
+        """Returns the unit of steps and ages: a unit of the clock, or ``"updates"``."""
         return self.schedule.position_unit
 
     @overload
@@ -59,51 +63,56 @@ class Profile:
     def __call__(self, step: NDArray[np.float64]) -> NDArray[np.float64]: ...
 
     def __call__(self, step: ArrayLike) -> float | NDArray[np.float64]:
-        """Returns the weight of the update at ``step``; 0 where there was none. An array of steps gives an array."""
+        """Returns the weight of the update at ``step``; 0 if there was none. An array of steps gives an array."""
         import numpy as np
 
         steps: NDArray[np.float64] = np.asarray(step, dtype=np.float64) / self.every
         index = np.rint(steps)
-        known = (np.abs(steps - index) <= SLACK * np.maximum(index, 1)) & (index >= 0) & (index <= self.updates)
-        found: NDArray[np.float64] = np.where(known, self.weights[np.where(known, index, 0).astype(np.int64)], 0.0)
+        is_multiple = np.abs(steps - index) <= SLACK * np.maximum(index, 1)
+        is_update = is_multiple & (index >= 0) & (index <= self.updates)
+        safe_index = np.where(is_update, index, 0).astype(np.int64)  # any valid index; its weight is not used
+        found: NDArray[np.float64] = np.where(is_update, self.weights[safe_index], 0.0)
         return float(found) if found.ndim == 0 else found
 
     @property
     def steps(self) -> NDArray[np.float64]:
-        """Steps at which updates were, the first copy among them."""
+        """Returns the steps of all updates, that of the first copy included."""
         import numpy as np
 
         return np.arange(self.updates + 1, dtype=np.float64) * self.every
 
     @property
     def older(self) -> NDArray[np.float64]:
-        """Returns what all steps up to each of ``steps`` weigh together."""
+        """Returns for each of ``steps`` the sum of the weights of this step and all before it."""
         return self._parts[0]
 
     @property
     def weights(self) -> NDArray[np.float64]:
-        """Returns for each step what an update put in, times how much of that is left. The weights sum to 1."""
+        """Returns the weight of each of ``steps``. The weights sum to 1."""
         return self._parts[1]
 
     @cached_property
     def _parts(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Returns ``older`` and ``weights``."""
         import numpy as np
 
         steps, kept = self.schedule.logs(self.every, self.updates)
         older = np.exp(kept)
-        return older, np.append(1.0, -np.expm1(steps)) * older
+        put_in = np.append(1.0, -np.expm1(steps))  # the first copy is the whole average at its time
+        return older, put_in * older
 
     @property
     def mean_age(self) -> float:
-        """Returns the mean age of the weights in the average, at the last update."""
+        """Returns the mean age of the weights in the average at the last update, in ``unit``."""
         import numpy as np
 
         return float(np.sum(self.older[:-1])) * self.every
 
     @property
     def half_life(self) -> float:
-        """Returns the age that half of the average has passed; that of the first copy, if this weighs more than
-        half.
+        """Returns the age that half of the average exceeds, in ``unit``.
+
+        It is the age of the first copy if that weighs more than half.
         """
         import numpy as np
 
@@ -112,13 +121,13 @@ class Profile:
             return self.updates * self.every
         low = self.older[younger - 1]
         high = self.older[younger]
-        # Between two updates as an exponential one would be, which makes it exact for those.
+        # Between two updates the sum of weights is taken to be exponential. For constant decays that is exact.
         part = math.log(0.5 / low) / math.log(high / low) if low > 0 else (0.5 - low) / (high - low)
         return (self.updates - younger + 1 - part) * self.every
 
     @property
     def effective_window(self) -> float:
-        """Returns the length of the plain mean that averages out as much noise: 1 / the sum of squared weights."""
+        """Returns the length of a plain mean with the same variance: 1 / the sum of squared weights, in ``unit``."""
         import numpy as np
 
         return self.every / float(np.sum(self.weights**2))

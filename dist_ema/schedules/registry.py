@@ -1,7 +1,7 @@
-"""Registers the kinds of schedules, writes them to files and reads them again.
+"""Registers the kinds of schedules, and reads schedules from files.
 
-A file names the kind of a schedule and its options. Only kinds that are registered here can be read. A file may still
-hold another kind, of a user or of a later version: its tensors are good, so it is read as an :class:`UnknownSchedule`.
+A file names the kind of a schedule and its options. Only registered kinds can be computed. A checkpoint with another
+kind, of a user or of a later version, still has good tensors, so its schedule is read as an :class:`UnknownSchedule`.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ KINDS: dict[str, type[Schedule]] = {
 }
 _BUILT_IN = frozenset(KINDS)
 _KIND = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,99}")
-#: Characters of a schedule as JSON, at most: a state dict has as much room for it.
+#: The largest number of characters of a schedule as JSON. State dicts store it in a tensor of fixed size.
 _LONGEST = 2000
 
 
 def register(kind: str, cls: type[Schedule]) -> None:
-    """Makes a schedule of one's own one that can be saved, and read from a file.
+    """Registers a schedule class of your own, so that it can be saved to files and read from them.
 
-    Call it before the average is constructed, in every program that trains with the class or that needs its numbers
-    (``synthesize``). To load, export, merge or verify a file needs no registration. Repeating a call does no harm, so
-    it may stand below the class::
+    Call it before the average is constructed, in every program that trains with the class or computes it
+    (``synthesize``). Loading, exporting, merging and verifying a file need no registration. Repeated calls are allowed,
+    so the call can follow the class definition::
 
         @dataclass(frozen=True)
         class Annealing(Schedule):
@@ -64,10 +64,11 @@ def register(kind: str, cls: type[Schedule]) -> None:
 
     Args:
         kind: the name in files: a letter, then letters, digits, ``_``, ``.`` and ``-``. It must never change.
-        cls: a dataclass that derives from :class:`Schedule`. Its options are numbers, texts, bools or lists of them.
+        cls: a dataclass that derives from :class:`Schedule`. Its options are numbers, strings, bools or lists of them.
 
     Raises:
-        EMAConfigError: an argument is something else, or the name or the class is registered otherwise.
+        EMAConfigError: an argument is not allowed, the name is registered for another class, or the class under another
+            name.
     """
     if not isinstance(kind, str) or not _KIND.fullmatch(kind):
         raise EMAConfigError(
@@ -84,15 +85,16 @@ def register(kind: str, cls: type[Schedule]) -> None:
         raise EMAConfigError(f"kind={kind!r} is registered for {_path(known)}: use another name for {_path(cls)}")
     if KIND_OF.get(cls, kind) != kind:
         raise EMAConfigError(f"{_path(cls)} is registered as {KIND_OF[cls]!r} already, so it cannot be {kind!r} too")
-    KINDS[kind] = cls  # a class that a notebook defines again takes the place of the old one
+    KINDS[kind] = cls  # if a notebook defines a class again, the new class replaces the old one
     KIND_OF[cls] = kind
 
 
 def from_dict(data: Mapping[str, Any]) -> Schedule:
-    """Returns the schedule that :meth:`Schedule.to_dict` described.
+    """Returns the schedule of a dict that :meth:`Schedule.to_dict` made.
 
     Raises:
-        EMAConfigError: not such a dict, an unknown kind, an unknown or missing option, or a value that is not allowed.
+        EMAConfigError: ``data`` is not such a dict, or has an unknown kind, an unknown or missing option, or a value
+            that is not allowed.
     """
     if not isinstance(data, Mapping):
         raise EMAConfigError(f"schedule={data!r}: allowed is a dict with 'kind' and its options")
@@ -100,8 +102,8 @@ def from_dict(data: Mapping[str, Any]) -> Schedule:
     kind = KINDS.get(str(options.pop("kind", None)))
     if kind is None:
         raise EMAConfigError(
-            f"kind={data.get('kind')!r}: allowed is one of {', '.join(KINDS)}, and what "
-            "dist_ema.schedules.register() has added"
+            f"kind={data.get('kind')!r}: allowed are {', '.join(KINDS)}. Register a class of your own with "
+            "dist_ema.schedules.register()"
         )
     known = [entry.name for entry in fields(kind) if entry.init]  # type: ignore[arg-type]
     if unknown := sorted(str(name) for name in options.keys() - set(known)):
@@ -110,16 +112,16 @@ def from_dict(data: Mapping[str, Any]) -> Schedule:
         )
     try:
         return kind(**options)
-    except TypeError as error:  # what is missing, in Python's words
+    except TypeError as error:  # Python's message names the missing options
         raise EMAConfigError(f"schedule={data!r}: {error}; options: {', '.join(known)}") from error
 
 
 def from_file(data: Mapping[str, Any]) -> Schedule:
-    """Returns the schedule of a file; an :class:`UnknownSchedule` where this program does not know its kind.
+    """Returns the schedule of a file; an :class:`UnknownSchedule` if this program cannot make one of its kind.
 
     Raises:
-        EMAConfigError: ``data`` is not a description of a schedule, or one of this library's kinds with options that
-            it does not have: the file is damaged.
+        EMAConfigError: ``data`` does not describe a schedule, or describes one of this library's kinds with wrong
+            options. Then the file is damaged.
     """
     kind = data.get("kind") if isinstance(data, Mapping) else None
     if not isinstance(kind, str) or not _KIND.fullmatch(kind) or kind in _BUILT_IN:
@@ -134,11 +136,11 @@ def from_file(data: Mapping[str, Any]) -> Schedule:
 
 
 def check_registered(option: str, schedule: Schedule) -> None:
-    """Raises EMAConfigError unless files can hold the schedule, so that no run finds out at its first save.
+    """Raises EMAConfigError unless the schedule can be saved and read again. A run learns it before its first save.
 
     Args:
-        option: what the user gave it as.
-        schedule: with every ``dur`` resolved.
+        option: the option that has the schedule, for errors.
+        schedule: the schedule, with every ``dur`` resolved.
     """
     cls = type(schedule)
     name = KIND_OF.get(cls, cls.__name__)
@@ -149,28 +151,32 @@ def check_registered(option: str, schedule: Schedule) -> None:
         )
     if name in _BUILT_IN:
         return
+    # The class is the user's. Try what a save and a load will do.
     try:
         text = json.dumps(schedule.to_dict(), allow_nan=False)
         again = json.dumps(from_dict(json.loads(text)).to_dict())
     except Exception as error:
         raise EMAConfigError(f"{option}={_shown(schedule)} cannot be saved and read again: {error}") from error
     if again != text:
-        raise EMAConfigError(f"{option}={_shown(schedule)} would be read as another one: {text} is saved, {again} read")
+        raise EMAConfigError(
+            f"{option}={_shown(schedule)} would be changed by a save and a load: {text} is saved, and {again} is read. "
+            "Its fields must be what its constructor takes"
+        )
     if len(text) > _LONGEST or any(_is_too_much(value) for value in schedule.to_dict().values()):
         raise EMAConfigError(
-            f"{option}={_shown(schedule)}: the options of a schedule are numbers, texts, bools or lists of them, with "
-            f"at most {_LONGEST} characters in all, and whole numbers below 2**63; they are {text[:200]}"
+            f"{option}={_shown(schedule)}: allowed options of a schedule are numbers, strings, bools or lists of them, "
+            f"with at most {_LONGEST} characters in all, and whole numbers below 2**63; given is {text[:200]}"
         )
 
 
 @dataclass(frozen=True)
 class UnknownSchedule(Schedule):
-    """A schedule in a file whose kind this program does not know. It can be shown and written again, not computed.
+    """Holds a schedule of a file whose kind this program cannot make. It can be shown and saved, but not computed.
 
     Attributes:
-        kind: the name in the file.
-        options: as in the file.
-        why: the reason.
+        kind: the kind in the file.
+        options: the options in the file.
+        why: why it cannot be computed, for errors.
     """
 
     kind: str
@@ -178,7 +184,7 @@ class UnknownSchedule(Schedule):
     why: str
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns what the file says."""
+        """Returns the dict of the file."""
         return {"kind": self.kind, **self.options}
 
     def __repr__(self) -> str:
@@ -201,30 +207,31 @@ class UnknownSchedule(Schedule):
 
     def _refuse(self) -> NoReturn:
         raise EMAConfigError(
-            f"what the schedule {self!r} of a file keeps of an average cannot be computed: {self.why}. Call "
-            f"dist_ema.schedules.register({self.kind!r}, ...) with its class before, in Python"
+            f"the schedule {self!r} of a file cannot be computed: {self.why}. Call "
+            f"dist_ema.schedules.register({self.kind!r}, ...) with its class first"
         )
 
 
 def _is_too_much(value: object, in_list: bool = False) -> bool:
-    """Returns whether the readers of files refuse a value: they limit nesting, and the digits of whole numbers."""
+    """Returns whether readers of files would refuse a value. They allow flat lists, and whole numbers of 64 bits."""
     if isinstance(value, (list, tuple)):
         return in_list or any(_is_too_much(item, in_list=True) for item in value)
     return isinstance(value, Mapping) or (isinstance(value, int) and abs(value) >= 1 << 63)
 
 
 def _path(cls: type) -> str:
+    """Returns the full name of a class."""
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _suggested(name: str) -> str:
-    """Returns a name that :func:`register` takes."""
+    """Returns a name that :func:`register` accepts."""
     return f"My{name}" if name in KINDS else name
 
 
 def _shown(schedule: Schedule) -> str:
-    """Returns the ``repr()`` of an object, which is the user's and may raise."""
+    """Returns the ``repr()`` of a schedule, shortened for errors."""
     try:
         return repr(schedule)[:200]
-    except Exception:
+    except Exception:  # the method is the user's
         return f"<{type(schedule).__name__}>"

@@ -1,4 +1,7 @@
-"""Decays that rise to a final one: the warm-ups of k-diffusion, TensorFlow and ultralytics, and debiased averages."""
+"""Schedules whose decay rises to a final one: the warm-ups of k-diffusion, TensorFlow and ultralytics, and debiasing.
+
+The first weights of a training are bad, and a large constant decay would keep them for long. A warm-up forgets them.
+"""
 
 from __future__ import annotations
 
@@ -9,26 +12,27 @@ from dist_ema.errors import EMAConfigError
 from dist_ema.schedules.checks import fraction, positive, set_fields
 from dist_ema.schedules.schedule import LOG_2, Capped, Schedule, log
 
-# exp(-40) is less than the last bit of a double below 1: after so many tau a ramp has reached its decay.
+# 1 - exp(-40) is 1 in double precision, so after 40 tau a ramp has reached its decay.
 _TAUS = 40
 
 
 @dataclass(frozen=True)
 class Warmup(Capped):
-    """Batch n keeps min(decay, 1 - (1 + n / inv_gamma) ** -power), n = 1 for the first batch after the first copy.
+    """Keeps min(decay, 1 - (1 + n / inv_gamma) ** -power) in batch n, but at least ``min_decay``.
 
-    With ``min_decay`` it keeps at least that. The warm-up of k-diffusion, ema-pytorch and diffusers
-    (``use_ema_warmup=True``). Half life: while it warms up, about .693 * (1 + n / inv_gamma) ** power batches at batch
-    n; afterwards that of :class:`ConstantDecay`. A gap costs time in proportion to the batches of warm-up in it (a
-    million take about half a second).
+    n is 1 for the first batch after the first copy. This is the warm-up of k-diffusion, ema-pytorch and diffusers
+    (``use_ema_warmup=True``). Half life during the warm-up: about .693 * (1 + n / inv_gamma) ** power batches at batch
+    n; afterwards that of :class:`ConstantDecay`. The cost of a gap between two updates grows with the batches of the
+    warm-up in it (a million batches take about half a second).
 
     Args:
-        decay: final kept fraction per batch, in [0, 1).
-        inv_gamma: batches over which the warm-up begins, more than 0.
-        power: 1 makes the warm-up a plain mean, 2/3 suits a million batches and more, 3/4 fewer; more than 0.
-        min_decay: the least kept fraction, from 0 to ``decay`` (``min_value`` of ema-pytorch, ``min_decay`` of
-            diffusers); None means 0. Use it where the first weights are good, as in a fine-tuning run, and a warm-up
-            would forget them.
+        decay: fraction that is kept per batch after the warm-up, in [0, 1).
+        inv_gamma: scale of the warm-up in batches, more than 0.
+        power: exponent, more than 0. 1 makes the warm-up a plain mean. 2/3 suits runs of a million batches and more,
+            3/4 shorter ones.
+        min_decay: the smallest fraction that is kept, from 0 to ``decay`` (``min_value`` of ema-pytorch, ``min_decay``
+            of diffusers); None means 0. Use it if the first weights are good, as in fine-tuning, so that the warm-up
+            does not forget them.
 
     >>> round(Warmup(0.999).retain(0, 1), 4), round(Warmup(0.999).retain(10**6, 10**6 + 1), 4)
     (0.37, 0.999)
@@ -55,6 +59,7 @@ class Warmup(Capped):
             set_fields(self, min_decay=least)
 
     def _ramp_end(self) -> float:
+        # The n at which 1 - (1 + n / inv_gamma) ** -power is ``decay``.
         try:
             return self.inv_gamma * math.expm1(-math.log1p(-self.decay) / self.power)
         except OverflowError:
@@ -66,20 +71,21 @@ class Warmup(Capped):
         return math.fsum(max(lowest, min(highest, self._log_factor(n))) for n in range(first, last + 1))
 
     def _log_factor(self, n: int) -> float:
+        """Returns log(1 - (1 + n / inv_gamma) ** -power)."""
         exponent = -self.power * math.log1p(n / self.inv_gamma)
-        # Each form is exact where the other cancels.
+        # log(1 - exp(x)) in two forms. Each is exact where the other one subtracts nearly equal numbers.
         return math.log1p(-math.exp(exponent)) if exponent < -LOG_2 else log(-math.expm1(exponent))
 
 
 @dataclass(frozen=True)
 class NumUpdatesWarmup(Capped):
-    """Batch n keeps min(decay, (1 + n) / (10 + n)), n = 1 for the first batch after the first copy.
+    """Keeps min(decay, (1 + n) / (10 + n)) in batch n. n is 1 for the first batch after the first copy.
 
-    The ``num_updates`` rule of TensorFlow's ``ExponentialMovingAverage`` and the default of diffusers. Half life: while
-    it warms up, about .077 * (10 + n) batches at batch n; afterwards that of :class:`ConstantDecay`.
+    This is the ``num_updates`` rule of TensorFlow's ``ExponentialMovingAverage``, and the default of diffusers. Half
+    life during the warm-up: about .077 * (10 + n) batches at batch n; afterwards that of :class:`ConstantDecay`.
 
     Args:
-        decay: final kept fraction per batch, in [0, 1).
+        decay: fraction that is kept per batch after the warm-up, in [0, 1).
 
     >>> round(NumUpdatesWarmup(0.999).retain(0, 1), 4)  # 2 / 11
     0.1818
@@ -94,25 +100,27 @@ class NumUpdatesWarmup(Capped):
         return (10 * self.decay - 1) / (1 - self.decay)
 
     def _log_ramp(self, first: int, last: int) -> float:
-        # All but nine numerators of the product of (1 + n) / (10 + n) are denominators as well.
+        # The product of (1 + n) / (10 + n) telescopes: every numerator is also a denominator, except nine at each end.
+        # So nine terms are left, however many batches there are.
         batches = last - first + 1
         return math.fsum(math.log1p(-batches / (last + k)) for k in range(2, 11))
 
 
 @dataclass(frozen=True)
 class Ramp(Capped):
-    """Batch n keeps decay * (1 - exp(-n / tau)), n = 1 for the first batch after the first copy.
+    """Keeps decay * (1 - exp(-n / tau)) in batch n. n is 1 for the first batch after the first copy.
 
-    The rule of ultralytics and YOLOX (``ModelEMA``: decay .9999, tau 2000), whose average starts as a copy of the
-    untrained model: ``ema.update(batches=0, due=True)`` before the first step does the same. mmengine's
-    ``ExpMomentumEMA`` (``momentum`` = 1 - decay, ``gamma`` = tau) counts one more batch. Use it to repeat their recipes
-    and where the warm-up should have a fixed length: the average follows the weights closely for some tau batches.
-    Half life: while n is small against tau, that of a decay of n / tau; after some tau, that of :class:`ConstantDecay`.
-    A gap costs time in proportion to the batches in it of the first 40 tau.
+    This is the rule of ultralytics and YOLOX (``ModelEMA``: decay .9999, tau 2000). Their average starts as a copy of
+    the untrained model; call ``ema.update(batches=0, due=True)`` before the first step to do the same. mmengine's
+    ``ExpMomentumEMA`` (``momentum`` = 1 - decay, ``gamma`` = tau) counts one more batch. Use it for their recipes, and
+    for a warm-up of a fixed length: the average follows the weights closely for some tau batches. Half life while n is
+    much less than tau: that of a decay of n / tau; after several tau that of :class:`ConstantDecay`. The cost of a gap
+    between two updates grows with those of its batches that are in the first 40 tau.
 
     Args:
-        decay: final kept fraction per batch, in [0, 1).
-        tau: batches, more than 0: after tau of them the kept fraction is .632 of ``decay``, after 5 tau .993 of it.
+        decay: fraction that is kept per batch after the warm-up, in [0, 1).
+        tau: scale of the warm-up in batches, more than 0. After tau batches .632 of ``decay`` is kept, after 5 tau
+            .993 of it.
 
     >>> round(Ramp(0.9999, 2000).retain(0, 1), 6), round(Ramp(0.9999, 2000).retain(10**5, 10**5 + 1), 6)
     (0.0005, 0.9999)
@@ -131,23 +139,25 @@ class Ramp(Capped):
         return math.fsum(log(self.decay) + self._log_part(n / self.tau) for n in range(first, last + 1))
 
     def _log_part(self, passed: float) -> float:
-        """log(1 - exp(-passed)); each form is exact where the other cancels."""
+        """Returns log(1 - exp(-passed))."""
+        # Each form is exact where the other one subtracts nearly equal numbers.
         return math.log1p(-math.exp(-passed)) if passed > LOG_2 else log(-math.expm1(-passed))
 
 
 @dataclass(frozen=True)
 class Debiased(Schedule):
-    """The average of a constant decay in which the first weights count as one batch.
+    """Has a constant decay, but the first weights count as one batch only.
 
-    After n batches the weights of batch i, from 0 to n, weigh decay ** (n - i) / (1 + decay + ... + decay ** n): the
-    debiased averages of optax (``ema(debias=True)``) and of TensorFlow (``zero_debias=True``), the correction that Adam
-    makes for its moments. retain = decay ** passed * (1 - decay ** (before + 1)) / (1 - decay ** (after + 1)). Under
-    :class:`ConstantDecay` the first weights count for all batches that were never seen. Use it for short runs and
-    averages that start from random weights. Half life: that of :class:`ConstantDecay` once a few of these have passed,
-    half of the run before.
+    After n batches the weights of batch i have the weight decay ** (n - i) / (1 + decay + ... + decay ** n), for i from
+    0 to n. With :class:`ConstantDecay` the first weights have instead the weight of all batches before them, as if
+    these had existed. This is the debiased average of optax (``ema(debias=True)``) and TensorFlow
+    (``zero_debias=True``), and the correction that Adam makes for its moments.
+    retain = decay ** passed * (1 - decay ** (before + 1)) / (1 - decay ** (after + 1)). Use it for short runs, and for
+    averages that start from random weights. Half life: at first half of the run so far; after several half lives that
+    of :class:`ConstantDecay`.
 
     Args:
-        decay: kept fraction per batch in the long run, in [0, 1).
+        decay: fraction that is kept per batch in the long run, in [0, 1).
 
     >>> [round(Debiased(0.9).retain(n, n + 1), 4) for n in (0, 1, 100)]  # .9 / 1.9, .9 * 1.9 / 2.71, .9
     [0.4737, 0.631, 0.9]
@@ -162,5 +172,5 @@ class Debiased(Schedule):
         constant = (stop - start) * log(self.decay)
         before = (start + 1) * log(self.decay)
         after = (stop + 1) * log(self.decay)
-        # (1 - e^before) / (1 - e^after), without the digits that it would lose close to 1.
+        # The log of (1 - e^before) / (1 - e^after), in a form that loses no digits if the fraction is close to 1.
         return constant + math.log1p(math.exp(before) * math.expm1(constant) / -math.expm1(after))
