@@ -110,7 +110,7 @@ def test_a_registered_schedule_is_saved_and_goes_on(
     assert not [record for record in caplog.records if record.name.startswith("dist_ema")]
     other = train(Annealing(2.0), updates=0)
     way(ema, other, tmp_path / "d")
-    assert "goes on with Annealing(gamma=2.0" in caplog.text
+    assert "continues with Annealing(gamma=2.0" in caplog.text
 
 
 def test_a_registered_name_is_the_one_in_files(tmp_path: Path) -> None:
