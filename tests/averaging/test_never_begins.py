@@ -108,7 +108,7 @@ def test_save_and_export_say_that_they_write_live_weights(caplog: pytest.LogCapt
         ema.wait()
         ema.export(tmp_path / f"{number}")
     saved, exported = warnings_of(caplog)
-    assert "save()" in saved and "ema_start='3ba'" in saved and "trained: 1ba" in saved
+    assert "save()" in saved and "ema_start='3ba'" in saved and "trained so far: 1ba" in saved
     assert "export()" in exported
     ema.update()
     ema.update()

@@ -281,7 +281,7 @@ def test_tensors_of_two_moments_do_not_come_from_one_iteration(rank: int, tmp_pa
             tensors = ema.iter_full_tensors()
             next(tensors)
             change()
-            with pytest.raises(EMAStateError, match="updated since the first tensor, or loaded or reset"):
+            with pytest.raises(EMAStateError, match="updated, loaded or reset since the first tensor"):
                 list(tensors)
     assert set(groups._teams) == {(0, 1)}
 
