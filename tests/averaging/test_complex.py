@@ -205,5 +205,5 @@ def test_zero_is_refused_since_it_drops_imaginary_parts(stage: int) -> None:
     model = nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 5))
     model.phase = nn.Parameter(torch.ones(6, 5, dtype=torch.complex64))
     engine = make_engine(stage, model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
-    with pytest.raises(EMAEngineError, match=r"'phase' is torch[.]complex64: DeepSpeed keeps real numbers"):
+    with pytest.raises(EMAEngineError, match=r"parameter 'phase' is torch[.]complex64: DeepSpeed keeps only the real parts"):
         ShardedEMA(engine, decay=0.5)

@@ -66,7 +66,7 @@ class Recorder:
         self._newest: dict[int, Node] = {}
         self._lock = threading.RLock()
         self._done = 0
-        self._teacher_tensors()
+        self._look()
         self._synced = dict(self._newest)
         self.moments: list[Moment] = []
         self._keep()
@@ -98,7 +98,7 @@ class Recorder:
     def _keep(self, look: bool = True) -> None:
         with self._lock:
             if look:
-                self._teacher_tensors()
+                self._look()
             self.moments.append(Moment(dict(self._newest), dict(self._synced), self._done))
 
     def _look(self) -> None:
