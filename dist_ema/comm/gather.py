@@ -1,6 +1,11 @@
 """Brings full tensors from the parts of all ranks to rank 0, or to every rank, one window at a time.
 
-Which rank sends which elements is decided by ``catalogue.is_writer``. How a window is sent is in ``windows.py``.
+``catalogue.is_writer`` decides which rank sends which elements. ``windows.py`` sends a window. ``resharding.py`` brings
+elements to the ranks that hold them under another sharding instead. One window of :func:`gather_each`::
+
+    every rank     copies the elements that it writes into the window        local
+                   sends the window to rank 0, or to every rank              collective
+    rank 0         hands the complete parts to the caller's ``take``         local
 """
 
 from __future__ import annotations
@@ -56,18 +61,22 @@ class LocalValues:
         """Yields all elements in order, at most ``limit`` at a time, with their runs: 1D, on the CPU, in this dtype.
 
         A chunk is a view if nothing has to be converted or moved. Otherwise it is in a buffer, which the next chunk
-        overwrites: so chunks stay in the processor's cache, and one comes from a device while the caller works on the
-        previous one.
+        overwrites. The buffer is short, so it stays in the processor's cache. From a device the next chunk is copied
+        while the caller works on the present one.
         """
         parts = chunks(self.runs, limit)
         values = self.values.detach()
+        # chunks() fills every list but the last, so the values can be cut by the same sizes.
         sizes = [min(limit, self.share.numel - low) for low in range(0, self.share.numel, limit)]
         if values.is_cuda:
             yield from zip(parts, read_ahead(sizes, dtype, partial(self.read, non_blocking=True)), strict=True)
             return
-        last = self.start + self.share.numel
-        lies_there = values.is_cpu and values.dtype == dtype and values.is_contiguous() and values.numel() >= last
-        scratch = None if lies_there else torch.empty(max(sizes, default=0), dtype=dtype)
+        stop = self.start + self.share.numel
+        is_wanted_type = values.is_cpu and values.dtype == dtype
+        # A quantized or packed tensor may have fewer elements in memory than its spec says.
+        is_in_a_row = values.is_contiguous() and values.numel() >= stop
+        can_be_viewed = is_wanted_type and is_in_a_row
+        scratch = None if can_be_viewed else torch.empty(max(sizes, default=0), dtype=dtype)
         low = 0
         for part, size in zip(parts, sizes, strict=True):
             if scratch is None:
@@ -79,28 +88,32 @@ class LocalValues:
 
 
 def check_readable(held: Iterable[LocalValues]) -> None:
-    """Raises EMAStateError for a tensor that is more than its elements in a row. Local.
+    """Raises EMAStateError for a tensor whose memory does not hold its elements in a row. Local.
 
-    Quantized weights under an adapter are such tensors: their class computes as if it had the elements of the shape.
+    Quantized weights under an adapter are such tensors: their memory holds packed integers and scales.
     """
-    for one in held:
-        if one.share.spec.hidden or not _is_readable(one.values):
+    for local in held:
+        if local.share.spec.hidden or not _is_readable(local.values):
             raise EMAStateError(
-                f"{one.share.spec.name!r} is not averaged and is a {type(one.values).__name__}, which cannot be read "
-                "by ranges of its elements: pass include_untracked=False, which leaves out what is not averaged"
+                f"{local.share.spec.name!r} is not averaged and is a {type(local.values).__name__}, which cannot be "
+                "read by ranges of its elements: pass include_untracked=False, which leaves out what is not averaged"
             )
 
 
 def _is_readable(values: Tensor) -> bool:
-    if type(values) in (Tensor, nn.Parameter):  # not a sparse tensor, and none of torch's own quantized dtypes
-        return values.layout == torch.strided and not values.is_quantized
-    # bitsandbytes (0.49) keeps the scales of its packed weights in these attributes.
-    scales = (getattr(values, name, None) for name in ("quant_state", "SCB"))
-    if values.layout != torch.strided or values.is_quantized or any(scale is not None for scale in scales):
+    """Returns whether the memory of a tensor holds its elements."""
+    # Sparse tensors, and those of torch's own quantized dtypes, may be plain Tensors.
+    if values.layout != torch.strided or values.is_quantized:
         return False
+    if type(values) in (Tensor, nn.Parameter):
+        return True
+    # bitsandbytes (0.49) keeps the scales of its packed weights in these attributes.
+    if any(getattr(values, name, None) is not None for name in ("quant_state", "SCB")):
+        return False
+    # A wrapper subclass (torchao) keeps other tensors instead of memory, and torch then refuses the pointer.
     try:
         values.untyped_storage().data_ptr()
-    except RuntimeError:  # its class keeps other tensors instead of memory (torchao)
+    except RuntimeError:
         return False
     return True
 
@@ -116,16 +129,16 @@ def gather_each(
 ) -> None:
     """Brings full tensors to rank 0, or to every rank, one window at a time. Collective: one call for each 16 MiB.
 
-    A rank that fails in reading or in ``take`` goes on sending and receiving, so that no other rank waits for it. Its
-    error is raised on every rank at the end.
+    A rank whose read or ``take`` fails still sends and receives every window, so that no other rank waits for it
+    forever. Its error is raised on every rank at the end.
 
     Args:
         entries: the tensors.
-        held: returns what this rank has of the tensor of a name; None if nothing.
+        held: returns what this rank has of the tensor of a name; None if it has nothing of it.
         dtypes: the dtype of each result, by name. Values are converted before they are sent.
         group: the ranks.
-        take: called on rank 0 with a tensor, the index of the first element of a part of it, and the values of that
-            part.
+        take: ``take(entry, start, values)`` stores a part of a full tensor; called on rank 0. ``start`` is the index of
+            the part's first element in the flattened tensor. The values are valid only during the call.
         operation: names the operation in errors.
         everywhere: call ``take`` on every rank.
     """
@@ -133,26 +146,29 @@ def gather_each(
         window = Window(group)
     rank = rank_in(group)
     failure = FirstFailure()
-    # Neighbours that are sent, and neighbours that rank 0 has anyway, go through windows of their own; entries are the
-    # same on every rank, so all of them make the same windows.
-    for sent, group_of in groupby(entries, lambda entry: everywhere or not entry.only_rank_0_writes):
-        alike = list(group_of)
-        for parts, used in packed([entry.numel for entry in alike], [dtypes[entry.name] for entry in alike]):
-            window.clear(used)  # parts are added up, so what a rank does not write has to be zero
-            pieces = [
-                (alike[index], start, window.part(offset, stop - start, dtypes[alike[index].name]))
-                for index, start, stop, offset in parts
-            ]
+    # A window is either sent or filled by rank 0 alone, which then sends nothing. Entries that are neighbours and need
+    # the same share windows. Entries are the same on every rank, so all ranks make the same windows and calls.
+    for must_send, neighbours in groupby(entries, lambda entry: everywhere or not entry.only_rank_0_writes):
+        batch = list(neighbours)
+        for parts, used in packed([entry.numel for entry in batch], [dtypes[entry.name] for entry in batch]):
+            window.clear(used)
+            pieces = []  # entry, first element, values in the window, byte offset in the window
+            for index, start, stop, offset in parts:
+                entry = batch[index]
+                pieces.append((entry, start, window.part(offset, stop - start, dtypes[entry.name]), offset))
+            # 1. Every rank copies its elements into the window.
             filled: list[Range] = []
             with failure.kept():
                 if not failure.found:
-                    for (entry, start, values), (_, _, _, offset) in zip(pieces, parts, strict=True):
+                    for entry, start, values, offset in pieces:
                         filled += _read_window(entry, held(entry.name), start, values, offset, rank)
-            if sent:
+            # 2. The parts are brought together, also by a rank that has failed: the others wait for it here.
+            if must_send:
                 window.collect(filled, everywhere)
+            # 3. The receivers use them before the next window overwrites them.
             with failure.kept():
                 if not failure.found and (everywhere or rank == 0):
-                    for entry, start, values in pieces:
+                    for entry, start, values, _ in pieces:
                         take(entry, start, values)
     with agreed(group, operation):  # every rank has sent and received everything by now
         failure.raise_first()
@@ -161,10 +177,18 @@ def gather_each(
 def _read_window(
     entry: FullTensor, held: LocalValues | None, start: int, out: Tensor, offset: int, rank: int
 ) -> list[Range]:
-    """Copies this rank's elements of a full tensor into a window, and returns what it filled.
+    """Copies this rank's elements of a full tensor into a part of a window. Local.
 
-    The window is ``out``, which begins at byte ``offset`` and has room for the elements from ``start`` on. Returns the
-    filled ranges in bytes.
+    Args:
+        entry: the full tensor.
+        held: what this rank has of it; None if it has nothing of it.
+        start: the first element of the full tensor that belongs into this part.
+        out: the part, 1D.
+        offset: the byte of the window at which the part begins.
+        rank: this rank's place in the group.
+
+    Returns:
+        The ranges of the window that were filled. Elements that another rank writes are left out.
     """
     if held is None or not is_writer(entry, held.share, rank):
         return []
@@ -192,6 +216,7 @@ def full_tensors(
 
     with agreed(group, operation):  # before anything is sent: one rank may be out of memory
         if rank_in(group) == 0:
+            # One tensor under each of its names, so tied names stay tied.
             for entry in entries:
                 state.update(dict.fromkeys(entry.names, torch.empty(entry.shape, dtype=dtypes[entry.name])))
     gather_each(entries, held, dtypes, group, take, operation)
@@ -199,10 +224,14 @@ def full_tensors(
 
 
 def in_windows(entries: Sequence[FullTensor], dtypes: Mapping[str, torch.dtype]) -> Iterator[list[FullTensor]]:
-    """Yields the tensors in order, as many at a time as fit into one window; a larger tensor alone. Pure."""
+    """Yields lists of consecutive tensors that fit into one window together. Pure.
+
+    A tensor that is larger than a window is in a list of its own.
+    """
     batch: list[FullTensor] = []
     used = 0
     for entry in entries:
+        # packed() begins each tensor at a multiple of 8 bytes.
         nbytes = -(-entry.numel * dtypes[entry.name].itemsize // 8) * 8
         if batch and used + nbytes > WINDOW_BYTES:
             yield batch
@@ -222,7 +251,12 @@ def everywhere(
     device: torch.device,
     operation: str,
 ) -> list[tuple[str, Tensor]]:
-    """Yields these tensors whole on every rank, with their names; tied names share one tensor. Collective."""
+    """Returns full tensors and their names on every rank; tied names share one tensor. Collective.
+
+    Args:
+        device: the device of the results.
+        entries, held, dtypes, group, operation: as for :func:`gather_each`.
+    """
     with agreed(group, operation):  # one rank may be out of memory
         full = {entry.name: torch.empty(entry.shape, dtype=dtypes[entry.name], device=device) for entry in entries}
 
