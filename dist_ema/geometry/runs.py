@@ -92,6 +92,7 @@ class Rows(Sequence[Run]):
         place = range(self.number)[index]
         begin = self.start + place * self.step
         size = self.length
+        # The first run begins late, and the last one ends early. With one run both hold for it.
         if place == 0:
             begin = begin + self.skip
             size = size - self.skip
@@ -177,9 +178,10 @@ def _cut_rows(rows: Rows, start: int, stop: int) -> Runs:
     """Does what :func:`cut` does for rows, without a look at each run: a shard may have millions of them."""
     if start >= stop:
         return ()
-    # Places among the elements of complete runs, of which there are `length` in each.
+    # Count the elements as if the first run were complete: run k then has elements k * length to (k + 1) * length.
     low = start + rows.skip
     high = stop + rows.skip
+    # The first and the last run that are touched, and what does not belong to the result at their outer ends.
     first = low // rows.length
     last = (high - 1) // rows.length
     skip = low - first * rows.length
@@ -199,8 +201,9 @@ def chunks(runs: Runs, limit: int) -> Iterator[Runs]:
         yield from (cut(runs, low, low + limit) for low in range(0, total, limit))
         return
     part: list[Run] = []
-    room = limit
+    room = limit  # elements that the present list can still take
     for start, length in runs:
+        # A long run may fill several lists.
         while length:
             size = min(length, room)
             part.append((start, size))
@@ -227,7 +230,8 @@ def overlap(runs: Runs, start: int, stop: int) -> Iterator[tuple[int, int, int]]
     position = 0  # local number of the first element of this run
     touched: Iterable[Run] = runs
     if isinstance(runs, Rows):
-        # Only the runs that end behind `start` and begin before `stop`, found by arithmetic.
+        # Only the runs that end behind `start` and begin before `stop`, found by arithmetic. All runs count as complete
+        # here: the first or last one may have nothing in the window, which the comparison below finds.
         first = max((start - runs.start - runs.length) // runs.step + 1, 0)
         last = min(-(-(stop - runs.start) // runs.step), runs.number)
         position = first * runs.length - runs.skip if first else 0
@@ -250,7 +254,9 @@ def flattened(runs: Runs) -> array[int]:
         return array("q", chain.from_iterable(runs))
     pairs = array("q", [0, runs.length]) * runs.number
     pairs[::2] = array("q", range(runs.start, runs.start + runs.number * runs.step, runs.step))
-    (pairs[0], pairs[1]), (pairs[-2], pairs[-1]) = runs[0], runs[-1]
+    # The first and the last run may be incomplete.
+    pairs[0], pairs[1] = runs[0]
+    pairs[-2], pairs[-1] = runs[-1]
     return pairs
 
 
@@ -322,10 +328,13 @@ def as_rows(runs: Runs) -> Runs:
     """
     if isinstance(runs, Rows) or len(runs) < 2:
         return runs
-    (first, length), (second, _) = runs[0], runs[1]
+    first, length = runs[0]
+    second, _ = runs[1]
     step = second - first
-    if step <= length or any(run != (first + number * step, length) for number, run in enumerate(runs)):
-        return runs  # runs that touch are merged later
+    if step <= length:  # runs that touch are merged later
+        return runs
+    if any(run != (first + number * step, length) for number, run in enumerate(runs)):
+        return runs
     return Rows(first, length, step, len(runs))
 
 
@@ -333,12 +342,19 @@ def _in_each_row(runs: Runs, stride: int, intervals: Runs) -> Runs:
     """Repeats ``runs``, a part of the first row, in each row of ``intervals``. A row has ``stride`` elements."""
     if len(runs) == 1:
         runs = Rows(*runs[0], step=stride, number=1)
-    # Equal distances inside a row that fill it go on at the same distance in the next row: still four numbers.
+    # If the distances fill a row exactly, the first run of the next row follows the last one at the same distance. The
+    # result is then regular too:
+    #
+    #     row 0            row 1            step 4, two runs a row of 8
+    #     [x x . . x x . .][x x . . x x . .]
     if len(intervals) == 1 and isinstance(runs, Rows) and runs.is_even and runs.step * runs.number == stride:
         ((first, rows),) = intervals
         return Rows(first * stride + runs.start, runs.length, runs.step, rows * runs.number)
-    numbers = (row for start, length in intervals for row in range(start, start + length))
-    return tuple((row * stride + begin, length) for row in numbers for begin, length in runs)
+    repeated: list[Run] = []
+    for first, rows in intervals:
+        for row in range(first, first + rows):
+            repeated.extend((row * stride + begin, length) for begin, length in runs)
+    return tuple(repeated)
 
 
 def boxes(runs: Runs, shape: Sequence[int]) -> list[Box]:
@@ -353,17 +369,18 @@ def boxes(runs: Runs, shape: Sequence[int]) -> list[Box]:
     [((0, 2), (2, 2))]
     """
     found: list[Box] = []
+    # The closed form for rows needs complete runs, so an incomplete first or last run is a part of its own.
     for part in runs.parts() if isinstance(runs, Rows) else [runs]:
         for box in _boxes_of_part(part, tuple(shape)):
             found.append(box)
-            # Two rows become one box, which may then fit the box before: so until nothing fits any more.
+            # Two boxes that became one may fit the box before them, so this repeats until nothing fits.
             while len(found) > 1 and (joined := _join(found[-2], found[-1])) is not None:
                 found[-2:] = [joined]
     return found
 
 
 def _boxes_of_part(runs: Runs, shape: tuple[int, ...]) -> Iterator[Box]:
-    """Returns boxes of runs, possibly more than necessary."""
+    """Yields boxes of the elements of ``runs``, in order. Neighbours may still be joined by the caller."""
     found = _boxes_of_rows(runs, shape) if isinstance(runs, Rows) else []
     if found:
         yield from found
@@ -374,23 +391,43 @@ def _boxes_of_part(runs: Runs, shape: tuple[int, ...]) -> Iterator[Box]:
 
 def _boxes_of_rows(rows: Rows, shape: tuple[int, ...]) -> list[Box]:
     """Returns the boxes of regular rows in closed form; ``[]`` if that does not apply."""
-    # The dimension whose rows are as long as the distance of the runs: each of its rows then holds one run.
+    # Find the dimensions whose elements together are as many as the distance of the runs. If the tensor is seen as a
+    # matrix with rows of that length, each row holds one run, at the same columns:
+    #
+    #     shape (2, 3, 4), step 4      outer dimensions (2, 3): the rows       inner dimension (4,): the columns
     dim = next((dim for dim in range(1, len(shape)) if prod(shape[dim:]) == rows.step), len(shape))
-    first, start = divmod(rows.start, rows.step)
-    inner = list(_run_boxes(start, start + rows.length, shape[dim:]))
-    if dim == len(shape) or len(inner) != 1 or start + rows.length > rows.step:  # a run that reaches into the next row
+    if dim == len(shape):
         return []
-    outer = _run_boxes(first, first + rows.number, shape[:dim])
-    return [((*offsets, *inner[0][0]), (*sizes, *inner[0][1])) for offsets, sizes in outer]
+    first_row, column = divmod(rows.start, rows.step)
+    if column + rows.length > rows.step:  # a run reaches into the next row
+        return []
+    inner = list(_run_boxes(column, column + rows.length, shape[dim:]))
+    if len(inner) != 1:
+        return []
+    ((inner_offsets, inner_sizes),) = inner
+    found = []
+    for offsets, sizes in _run_boxes(first_row, first_row + rows.number, shape[:dim]):
+        found.append(((*offsets, *inner_offsets), (*sizes, *inner_sizes)))
+    return found
 
 
 def _run_boxes(start: int, stop: int, shape: tuple[int, ...]) -> Iterator[Box]:
-    """Yields the boxes of elements ``[start, stop)``, of which there is at least one."""
+    """Yields the boxes of elements ``[start, stop)``, in order. ``start`` is less than ``stop``.
+
+    There are at most three kinds of boxes, here for elements 2 to 13 of a (4, 4) tensor::
+
+        . . a a     the end of a row
+        b b b b     whole rows
+        b b b b
+        c c . .     the beginning of a row
+
+    In tensors of more dimensions the first and the last kind are divided again (:func:`_in_row`).
+    """
     if not shape:
         yield (), ()
         return
     row = prod(shape[1:])
-    # The first and the last whole row.
+    # Rows ``first`` to ``last - 1`` are whole.
     first = -(-start // row)
     last = stop // row
     if first > last:  # within one row
@@ -412,13 +449,19 @@ def _in_row(index: int, start: int, stop: int, shape: tuple[int, ...]) -> Iterat
 
 def _join(first: Box, second: Box) -> Box | None:
     """Returns two boxes as one, if its elements are those of the first, followed by those of the second; else None."""
-    (starts, sizes), (next_starts, next_sizes) = first, second
+    starts, sizes = first
+    next_starts, next_sizes = second
     for dim, (start, size) in enumerate(zip(starts, sizes, strict=True)):
-        if next_starts[dim] == start + size:  # the first dimension in which they lie behind each other
-            rest_fits = (starts[dim + 1 :], sizes[dim + 1 :]) == (next_starts[dim + 1 :], next_sizes[dim + 1 :])
-            return (starts, (*sizes[:dim], size + next_sizes[dim], *sizes[dim + 1 :])) if rest_fits else None
-        # In every dimension before it both must be one row, the same: else row-major order would mix their elements.
-        if next_starts[dim] != start or size != 1 or next_sizes[dim] != 1:
+        if next_starts[dim] == start + size:  # the second box follows the first one along this dimension
+            # In the dimensions behind it both have to cover the same range, or their union is no box.
+            rest = starts[dim + 1 :], sizes[dim + 1 :]
+            next_rest = next_starts[dim + 1 :], next_sizes[dim + 1 :]
+            if rest != next_rest:
+                return None
+            return starts, (*sizes[:dim], size + next_sizes[dim], *sizes[dim + 1 :])
+        # In every dimension before it both must be the same single row, or row-major order would mix their elements.
+        is_same_row = next_starts[dim] == start and size == 1 and next_sizes[dim] == 1
+        if not is_same_row:
             return None
     return None
 
@@ -430,11 +473,13 @@ def merge(runs: Runs) -> Runs:
     ((0, 5), (8, 1))
     """
     if isinstance(runs, Rows):
-        return runs if len(runs) > 1 else runs[:]  # they never touch, as their step is more than their length
+        # Rows never touch, as their step is more than their length. A single run is returned as a tuple.
+        return runs if len(runs) > 1 else runs[:]
     joined: list[Run] = []
     for start, length in runs:
-        if joined and joined[-1][0] + joined[-1][1] == start:
-            joined[-1] = (joined[-1][0], joined[-1][1] + length)
+        last_start, last_length = joined[-1] if joined else (0, 0)
+        if joined and last_start + last_length == start:
+            joined[-1] = (last_start, last_length + length)
         elif length:
             joined.append((start, length))
     return tuple(joined)
@@ -475,17 +520,18 @@ def split_for_all(sizes: Sequence[int], itemsizes: Sequence[int], parts: int) ->
     """
     total = sum(size * item for size, item in zip(sizes, itemsizes, strict=True))
     ranges: list[list[tuple[int, int, int]]] = [[] for _ in range(parts)]
-    part = 0
+    part = 0  # the part that the next element goes to
     position = 0  # of this tensor, in bytes along all tensors laid end to end
     for tensor, (size, item) in enumerate(zip(sizes, itemsizes, strict=True)):
         start = 0
         while start < size:
+            # The same rounding as in split_evenly(): an element in which a part ends belongs to that part.
             end_of_part = (part + 1) * total // parts
             stop = min(max(-(-(end_of_part - position) // item), 0), size)
             if stop > start:
                 ranges[part].append((tensor, start, stop))
                 start = stop
-            if start < size:
+            if start < size:  # the part is full, and this tensor has more
                 part += 1
         position += size * item
     return ranges
