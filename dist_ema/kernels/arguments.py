@@ -53,37 +53,48 @@ class Table(Generic[Made]):
 
     def read(self, averages: Averages, sources: Sequence[Tensor], ranges: Ranges) -> tuple[Made, list[int]]:
         """Returns the arguments, and the indices of the tensors that the kernel cannot take. Local."""
+        # Everything that the arguments depend on. This runs at every update, so it is a few maps over all sources and
+        # one comparison of lists, which Python does in C.
         seen: list[object] = [
             [source.dtype for source in sources],
-            *(list(map(read, sources)) for read in (_pointer, Tensor.numel, Tensor.stride)),
+            list(map(_pointer, sources)),
+            list(map(Tensor.numel, sources)),
+            list(map(Tensor.stride, sources)),
             list(ranges),
         ]
         if self._made is None or seen != self._seen or not self._same(averages):
             taken = self._taken(averages, sources, ranges)
             self._made = self._make(taken, averages, sources, ranges)
             self._rest = sorted(set(range(len(sources))).difference(taken))
-            self._seen, self._averages = seen, [list(average) for average in averages]
+            # Set last: if _make() raises, the next call builds the arguments again.
+            self._seen = seen
+            self._averages = [list(average) for average in averages]
         return self._made, self._rest
 
     def _same(self, averages: Averages) -> bool:
         """Returns whether these are the shadows of the previous call."""
         if list(map(len, averages)) != list(map(len, self._averages)):
             return False
+        # Identity, not ==, which would compare the elements.
         pairs = zip(averages, self._averages, strict=True)
         return all(all(map(operator.is_, new, old)) for new, old in pairs)
 
     def _taken(self, averages: Averages, sources: Sequence[Tensor], ranges: Ranges) -> list[int]:
-        return [
-            index
-            for index, (source, (start, stop)) in enumerate(zip(sources, ranges, strict=True))
-            if source.dtype in CODES
-            and (self._lies_flat(source, stop) or self._lies_swapped(source, stop))
-            and all(self._fits(average[index], source, stop - start) for average in averages)
-        ]
+        """Returns the indices of the tensors that the kernel takes."""
+        taken = []
+        for index, (source, (start, stop)) in enumerate(zip(sources, ranges, strict=True)):
+            if source.dtype not in CODES:
+                continue
+            if not self._lies_flat(source, stop) and not self._lies_swapped(source, stop):
+                continue
+            if all(self._fits(average[index], source, stop - start) for average in averages):
+                taken.append(index)
+        return taken
 
     def _fits(self, shadow: Tensor, source: Tensor, count: int) -> bool:
-        beside = shadow.device == source.device
-        return beside and shadow.dtype == self._dtype and self._lies_flat(shadow, count)
+        """Returns whether a shadow has the kernel's dtype, is on the source's device, and is contiguous."""
+        same_device = shadow.device == source.device
+        return same_device and shadow.dtype == self._dtype and self._lies_flat(shadow, count)
 
     def _lies_flat(self, tensor: Tensor, count: int) -> bool:
         """Returns whether the first ``count`` elements are contiguous and aligned in the memory of the device."""

@@ -100,18 +100,18 @@ def lerp(
     scratch.touched = True  # from here on a failure may leave some tensors updated
     # Three routes in order: compiled on the CPU, compiled on a GPU, and torch's operations for what is left.
     on_host, on_device = scratch.tables(None if rounding is None else rounding.positions)
-    beside = copies if rounding is None else None
-    skipped, left = cpu.lerp(averages, sources, ranges, weights, on_host, guard is not None, rounding, beside)
+    copies_in_kernel = copies if rounding is None else None
+    skipped, left = cpu.lerp(averages, sources, ranges, weights, on_host, guard is not None, rounding, copies_in_kernel)
     if guard is not None:
         guard.skipped += skipped
     if left:
         counter = guard.counter if guard is not None else None
-        remaining = set(left).intersection(cuda.lerp(averages, sources, ranges, weights, on_device, counter, rounding))
-        for index in sorted(remaining):
+        left_by_cuda = cuda.lerp(averages, sources, ranges, weights, on_device, counter, rounding)
+        for index in sorted(set(left).intersection(left_by_cuda)):
             shadows = [average[index] for average in averages]
             _eager_lerp(shadows, sources[index], ranges[index], weights, scratch, guard, index, rounding)
-    if copies is not None:
-        write_copies(averages[0], copies, copies.left(beside is not None, left))
+    if copies is not None:  # those that the CPU's kernel has not written
+        write_copies(averages[0], copies, copies.left(copies_in_kernel is not None, left))
 
 
 @torch.no_grad()

@@ -89,14 +89,17 @@ def _launches(
     groups: dict[tuple[torch.device, torch.dtype, bool, bool, bool], dict[int, list[int]]] = {}
     for index in taken:
         (start, stop), source = ranges[index], sources[index]
+        if start >= stop:
+            continue
         flat = source.is_contiguous()
+        # The range of a swapped source is not contiguous, so its address is that of the whole tensor.
         place = address(source, start if flat else 0)
         shadows = [average[index].data_ptr() for average in averages]
-        if start < stop:
-            alike = all(shadow % _ALIGNMENT == 0 for shadow in shadows)
-            key = source.device, source.dtype, flat and place % _ALIGNMENT == 0, alike, not flat
-            layout = () if flat else (start, *_layout(source))
-            groups.setdefault(key, {})[index] = [place, *shadows, *layout]
+        source_aligned = flat and place % _ALIGNMENT == 0
+        shadow_aligned = all(shadow % _ALIGNMENT == 0 for shadow in shadows)
+        key = source.device, source.dtype, source_aligned, shadow_aligned, not flat
+        layout = () if flat else (start, *_layout(source))
+        groups.setdefault(key, {})[index] = [place, *shadows, *layout]
     # The tables of each group are built on the host and copied to the device once; the launches are kept.
     launches = []
     for (device, dtype, source_aligned, shadow_aligned, swapped), group in groups.items():

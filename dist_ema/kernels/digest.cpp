@@ -1,13 +1,13 @@
-// A rank's share of a digest that does not see how a tensor is sharded; the formula is in fingerprint.py.
+// Computes a rank's part of a digest that does not depend on the sharding. fingerprint.py explains the formula.
 //
-// Compiled on first use, with fused.cpp, and loaded with ctypes.
+// Compiled on first use, together with fused.cpp, and loaded with ctypes.
 
 #include <algorithm>
 #include <cstdint>
 
 namespace {
 
-// Elements whose keys have a factor in common; as in fingerprint.py.
+// The keys of a block of this many elements have a common factor. These two values must be those of fingerprint.py.
 constexpr int64_t kBlock = 1 << 16;
 constexpr uint64_t kSalt = 0x5851F42D4C957F2D;
 
@@ -19,7 +19,8 @@ uint64_t mix(uint64_t value) {
     return value ^ (value >> 31);
 }
 
-// Sums modulo 2**64. Bits are widened as integers of their own type: signed where they have two bytes or more.
+// Returns the sum of values[i] * keys[i] modulo 2**64. The bits are widened as integers of their own type, which is
+// signed for two bytes and more.
 template <typename Bits>
 uint64_t sum(const Bits *__restrict values, const uint64_t *__restrict keys, int64_t count) {
     uint64_t total = 0;
@@ -27,6 +28,7 @@ uint64_t sum(const Bits *__restrict values, const uint64_t *__restrict keys, int
     return total;
 }
 
+// Goes through the runs block by block, because each block has its own factor.
 template <typename Bits>
 uint64_t digest(const Bits *values, const int64_t *runs, int64_t count, const uint64_t *keys) {
     uint64_t total = 0;
@@ -47,9 +49,9 @@ uint64_t digest(const Bits *values, const int64_t *runs, int64_t count, const ui
 
 }  // namespace
 
-// values: the elements of the runs, one after the other, each of `width` bytes: 1, 2, 4 or 8.
-// runs: count pairs of the first element's position in the full tensor and the number of elements.
-// keys: of the places inside a block.
+// values: the elements of all runs, contiguous, each of `width` bytes: 1, 2, 4 or 8.
+// runs: `count` pairs: the position of a run's first element in the full tensor, and the number of its elements.
+// keys: the key of each place inside a block; kBlock values.
 extern "C" uint64_t dist_ema_digest(const void *values, int64_t width, const int64_t *runs, int64_t count,
                                     const uint64_t *keys) {
     switch (width) {

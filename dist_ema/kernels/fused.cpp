@@ -1,6 +1,12 @@
 // shadow += weight * (source - shadow) over lists of tensors, for several averages at once, in one parallel region.
 //
-// Compiled on first use and loaded with ctypes: no torch headers, so that it takes seconds.
+//   dist_ema_lerp     threads take chunks of kChunk elements of all tensors laid end to end
+//     blend_block     fp32 shadows: kBlock elements of one tensor, through all averages
+//       blend_some    up to kTogether averages in one loop
+//     round_block     bf16 shadows: up to kRoundedBlock elements of one run, one average after the other
+//       blend_rounded
+//
+// Compiled on first use and loaded with ctypes. It includes no torch headers, so compiling takes seconds.
 // The arithmetic is that of torch.lerp on the CPU, bit for bit: one subtraction and one fused multiply-add, from the
 // nearer end. Never compile it with -ffast-math: it would drop the tests for NaN and Inf.
 
@@ -10,13 +16,14 @@
 
 namespace {
 
-// Elements that a thread takes at a time: few enough that threads which lose their core do not keep the others waiting.
+// Elements that a thread takes at a time. Few enough that a thread that loses its core does not keep the others
+// waiting at the end.
 constexpr int64_t kChunk = 1 << 16;
-// Elements that go through all averages before the next ones: the source stays in the first-level cache.
+// Elements that go through all averages before the next ones, so that the source stays in the first-level cache.
 constexpr int64_t kBlock = 1 << 9;
-// The same where they are rounded, since what a block has to look up is more.
+// The same for bf16 shadows. It is larger because each block has to find its run and key first.
 constexpr int64_t kRoundedBlock = 1 << 11;
-// Averages that share one loop at most.
+// The largest number of averages that share one loop.
 constexpr int64_t kTogether = 4;
 
 inline float from_bits(uint32_t bits) {
@@ -33,7 +40,8 @@ inline uint32_t to_bits(float value) {
 
 inline bool is_finite(float value) { return (to_bits(value) & 0x7f800000u) != 0x7f800000u; }
 
-// torch's kernels fuse wherever their vectors can; DIST_EMA_NO_FMA is set where this torch runs its plain ones.
+// a * b + c, rounded once if torch does so on this processor. compiler.py sets DIST_EMA_NO_FMA if torch uses its
+// kernels without vector instructions, which round twice.
 inline float multiply_add(float a, float b, float c) {
 #if !defined(DIST_EMA_NO_FMA) && (defined(__FMA__) || defined(__FP_FAST_FMAF) || defined(__aarch64__))
     return __builtin_fmaf(a, b, c);
@@ -42,6 +50,8 @@ inline float multiply_add(float a, float b, float c) {
 #endif
 }
 
+// The dtypes of sources. load() converts to fp32; is_special() is nonzero for NaN and Inf, whose exponent has all bits
+// set, and has the width of the element, so that a loop over it fills whole vectors.
 struct Float32 {
     using type = float;
     using bits = uint32_t;
@@ -73,13 +83,18 @@ struct Float16 {
     }
 };
 
-// Several averages share one loop: the source is loaded once, and all shadows stream from memory at the same time. One
-// after the other, block by block, they stay behind the memory's speed (measured: by a quarter for three).
+// Several averages share one loop: the source is loaded once, and all shadows stream from memory at the same time.
+// Computing one average after the other, block by block, is slower than the memory (measured: by a quarter for three).
 //
-// The guard has no branch either, so that the loops are vectorised. A source that is NaN or Inf leaves the shadow as it
-// was; a shadow that is NaN or Inf takes a finite source as it is. (A blend of finite values may overflow, and stays.)
-// Several averages test the block's source first, in lanes as narrow as its elements, so that the loop tests shadows
-// only. One average tests both in its loop. Returns how many sources were not finite.
+// The guard selects values instead of branching, so that the loops are vectorized. If a source is NaN or Inf, the
+// shadow keeps its value. If a shadow is NaN or Inf, it takes a finite source unchanged. (A blend of finite values may
+// overflow; that is not repaired.) For several averages the sources of a block are tested before the loop (`tested`),
+// which then tests only shadows. One average tests both in its loop.
+//
+// near: the weight is below one half. torch.lerp then computes start + weight * (end - start), and otherwise
+// end + (weight - 1) * (end - start), which is exact at a weight of 1.
+//
+// Returns how many sources were not finite.
 template <typename Source, bool guarded, bool near, int averages, bool tested>
 int64_t blend_all(float *const *shadow, const typename Source::type *__restrict source, int64_t count,
                   const float *coefficient) {
@@ -99,6 +114,7 @@ int64_t blend_all(float *const *shadow, const typename Source::type *__restrict 
     return skipped;
 }
 
+// Prepares the coefficients of blend_all, and chooses its variant. Returns how many sources were not finite.
 template <typename Source, bool guarded, bool near, int averages>
 int64_t blend(float *const *shadows, const typename Source::type *__restrict source, int64_t count,
               const float *weights) {
@@ -110,6 +126,7 @@ int64_t blend(float *const *shadows, const typename Source::type *__restrict sou
     }
     if (!guarded || averages == 1)
         return blend_all<Source, guarded, near, averages, false>(shadow, source, count, coefficient);
+    // One test of the whole block; nearly all blocks are finite.
     typename Source::bits special = 0;
 #pragma omp simd reduction(| : special)
     for (int64_t i = 0; i < count; i++) special |= Source::is_special(source[i]);
@@ -117,8 +134,8 @@ int64_t blend(float *const *shadows, const typename Source::type *__restrict sou
     return blend_all<Source, guarded, near, averages, true>(shadow, source, count, coefficient);
 }
 
-// The averages from the first on that can share a loop: those of weights below one half, which torch blends from the
-// shadow's end. One of another weight is alone. Sets `taken` to their number.
+// Blends the first averages of the list that can share a loop: those whose weights are below one half. An average with
+// a larger weight has a loop of its own. Sets `taken` to the number of averages that were blended.
 template <typename Source, bool guarded>
 int64_t blend_some(float *const *shadows, const void *given, int64_t low, int64_t count, const float *weights,
                    int64_t averages, int64_t *taken) {
@@ -152,7 +169,7 @@ int64_t blend_some(int64_t dtype, float *const *shadows, const void *source, int
     }
 }
 
-// Rounding to bf16 at random: dist_ema/kernels/rounding.py says what and why, and gives the same bits.
+// Stochastic rounding to bf16. rounding.py explains it, and computes the same bits.
 
 inline uint64_t element_key(uint64_t tensor, uint64_t average) {
     uint64_t key = tensor + average;
@@ -167,15 +184,18 @@ inline uint32_t mix(uint32_t bits) {
     return bits ^ bits >> 16;
 }
 
+// Rounds to bf16. Adding 16 random bits to the 16 bits that will be cut off carries with the probability that these
+// stand for. NaN and Inf are only cut, and so is a finite value that would become Inf.
 inline uint16_t rounded(float value, uint32_t draw) {
     const uint32_t bits = to_bits(value);
     const uint32_t up = bits + draw;
     const bool keeps = !is_finite(value) || (up & 0x7f800000u) == 0x7f800000u;
-    const uint32_t quiet = (bits & 0x7fffffffu) > 0x7f800000u ? 0x40u : 0u;
+    const uint32_t quiet = (bits & 0x7fffffffu) > 0x7f800000u ? 0x40u : 0u;  // keeps a NaN from being cut to Inf
     return static_cast<uint16_t>(keeps ? bits >> 16 | quiet : up >> 16);
 }
 
-// One piece of a run: its elements follow each other in the full tensor too, from `position` on.
+// Blends and rounds a part of one run: `count` elements that are contiguous in the full tensor, too, from `position`
+// on. Returns how many sources were not finite.
 template <typename Source>
 int64_t blend_rounded(uint16_t *__restrict shadow, const void *given, int64_t count, float weight, bool guarded,
                       int64_t position, uint64_t key) {
@@ -212,13 +232,14 @@ int64_t blend_rounded(int64_t dtype, uint16_t *shadow, const void *source, int64
     }
 }
 
-// Everything that one call averages.
-// tensors, averages: how many.
-// offsets: tensors + 1; where each tensor begins in all of them laid end to end.
-// sources: the first element of each; dtypes: 0 for fp32, 1 for bf16, 2 for fp16.
-// shadows: the first element of each, average by average: fp32, or bf16 with a rounding. weights: of each average.
-// copies: where the first average of an fp32 shadow is also written, in bf16, by the tensor's number in `numbers`; null
-// for a tensor without, and altogether where there are none.
+// The arguments of one call.
+// tensors, averages: their numbers.
+// offsets: tensors + 1 values; where each tensor begins if all are laid end to end, and the end.
+// sources: the address of each source. dtypes: 0 for fp32, 1 for bf16, 2 for fp16.
+// shadows: the address of each shadow, average by average; fp32, or bf16 with a rounding.
+// weights: the weight of each average.
+// copies: addresses of bf16 tensors that also receive the first average, indexed by `numbers`; null for a tensor
+// without a copy, and a null pointer if no tensor has one.
 struct Lists {
     int64_t tensors, averages;
     const int64_t *offsets;
@@ -231,17 +252,19 @@ struct Lists {
     const int64_t *numbers;
 };
 
-// What bf16 shadows are rounded by; the order of the pointers is known to native.py.
-// indices: the number of each tensor among those that names and runs are of. keys: of each average, for this update.
-// names: hash of each tensor's name. runs: where each tensor's runs begin in locals and fulls, and the end of all.
-// locals, fulls: the element of the shadow, and of the full tensor, that each run begins at.
+// The rounding of bf16 shadows. native.py writes these pointers in this order.
+// indices: the index of each tensor in names and runs. keys: the key of each average for this update.
+// names: the hash of each tensor's name.
+// runs: the index in locals and fulls of each tensor's first run, and the number of all runs.
+// locals, fulls: the first element of each run in the shadow, and in the full tensor.
 struct Rounding {
     const int64_t *indices;
     const uint64_t *keys, *names;
     const int64_t *runs, *locals, *fulls;
 };
 
-// To bf16, to nearest and from halfway to even. A block that was just written is still in the first-level cache.
+// Converts to bf16, rounding to nearest, and to even if halfway. The block was just written, so it is still in the
+// first-level cache.
 void narrow(const float *__restrict values, uint16_t *__restrict out, int64_t count) {
 #pragma omp simd
     for (int64_t i = 0; i < count; i++) {
@@ -251,8 +274,8 @@ void narrow(const float *__restrict values, uint16_t *__restrict out, int64_t co
     }
 }
 
-// Both take up to `most` elements of a tensor from `low` on through all averages, return how many elements that were,
-// and add to `skipped` how many of their sources were not finite.
+// blend_block and round_block average up to `most` elements of a tensor, from `low` on. They return the number of
+// elements, and add the number of sources that were not finite to `skipped`.
 
 int64_t blend_block(const Lists &all, int64_t tensor, int64_t low, int64_t most, int64_t *skipped) {
     const int64_t count = std::min(kBlock, most);
@@ -266,7 +289,7 @@ int64_t blend_block(const Lists &all, int64_t tensor, int64_t low, int64_t most,
         }
         const int64_t found = blend_some(all.dtypes[tensor], targets, all.sources[tensor], low, count, parts, left,
                                          all.guarded, &taken);
-        *skipped += average == 0 ? found : 0;
+        *skipped += average == 0 ? found : 0;  // each source is counted once, not once for each average
     }
     if (all.copies && all.copies[all.numbers[tensor]])
         narrow(static_cast<const float *>(all.shadows[tensor]) + low, all.copies[all.numbers[tensor]] + low, count);
@@ -275,6 +298,7 @@ int64_t blend_block(const Lists &all, int64_t tensor, int64_t low, int64_t most,
 
 int64_t round_block(const Lists &all, const Rounding &rounding, int64_t tensor, int64_t low, int64_t most,
                     int64_t *skipped) {
+    // Find the run that contains element `low`. The block ends with it, because the next run has other positions.
     const int64_t index = rounding.indices[tensor];
     const int64_t *first = rounding.locals + rounding.runs[index];
     const int64_t *last = rounding.locals + rounding.runs[index + 1];
@@ -293,9 +317,14 @@ int64_t round_block(const Lists &all, const Rounding &rounding, int64_t tensor, 
 
 }  // namespace
 
-// Averages all lists in one parallel region; threads take chunks of all tensors laid end to end, so that a few large
-// tensors, or thousands of small ones, are shared evenly. `given` is a Rounding, or null for fp32 shadows.
-// Returns how many source elements were not finite, and therefore skipped; 0 without the guard.
+// Averages all lists in one parallel region. Threads take chunks of all tensors laid end to end, so that a few large
+// tensors, or thousands of small ones, are shared evenly:
+//
+//     tensors   | 0                | 1 | 2 |          3          |
+//     chunks    |    0    |    1    |    2    |    3    |    4   |
+//
+// `given` is a Rounding, or null for fp32 shadows. Returns how many source elements were not finite, and were skipped;
+// 0 without the guard.
 extern "C" int64_t dist_ema_lerp(int64_t tensors, int64_t averages, const int64_t *offsets, const void *const *sources,
                                  const int64_t *dtypes, void *const *shadows, const double *weights, int64_t guarded,
                                  int64_t threads, const void *given, uint16_t *const *copies, const int64_t *numbers) {
@@ -308,6 +337,7 @@ extern "C" int64_t dist_ema_lerp(int64_t tensors, int64_t averages, const int64_
     for (int64_t chunk = 0; chunk < chunks; chunk++) {
         int64_t position = chunk * kChunk;
         const int64_t stop = std::min(position + kChunk, total);
+        // The tensor that contains the first element of the chunk.
         int64_t tensor = std::upper_bound(offsets, offsets + tensors + 1, position) - offsets - 1;
         while (position < stop) {
             const int64_t low = position - offsets[tensor];
@@ -316,7 +346,7 @@ extern "C" int64_t dist_ema_lerp(int64_t tensors, int64_t averages, const int64_
             position += rounding ? round_block(all, *rounding, tensor, low, most, &found)
                                  : blend_block(all, tensor, low, most, &found);
             skipped += found;
-            while (position < stop && position >= offsets[tensor + 1]) tensor++;  // empty tensors too
+            while (position < stop && position >= offsets[tensor + 1]) tensor++;  // also passes over empty tensors
         }
     }
     return skipped;

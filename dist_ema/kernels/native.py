@@ -147,19 +147,20 @@ def _check(library: Library) -> None:
     for dtype, code in CODES.items():
         values = source.to(dtype)
         for weights in _CHECKED_WEIGHTS:
-            shadows = [
-                torch.linspace(1, -2 - number, 99, dtype=torch.float32, device="cpu") for number in range(len(weights))
-            ]
-            lerped = [
-                torch.lerp(shadow, values.float(), weight) for shadow, weight in zip(shadows, weights, strict=True)
-            ]
+            shadows = []
+            lerped = []
+            for number, weight in enumerate(weights):
+                shadow = torch.linspace(1, -2 - number, 99, dtype=torch.float32, device="cpu")
+                shadows.append(shadow)
+                lerped.append(torch.lerp(shadow, values.float(), weight))
+            # Elements whose source is NaN or Inf keep their value.
             expected = torch.where(values.isfinite(), torch.stack(lerped), torch.stack(shadows))
             entries = [[0, 99], [values.data_ptr()], [code], [shadow.data_ptr() for shadow in shadows]]
             copy = torch.zeros(99, dtype=torch.bfloat16, device="cpu")
             arrays = [array("q", entry) for entry in (*entries, [0])]
             skipped = library.lerp(arrays, weights, True, copies=array("q", [copy.data_ptr()]))
-            rounded = torch.equal(copy, expected[0].bfloat16())
-            if skipped != 2 or not rounded or not torch.equal(torch.stack(shadows), expected):
+            is_copy_right = torch.equal(copy, expected[0].bfloat16())
+            if skipped != 2 or not is_copy_right or not torch.equal(torch.stack(shadows), expected):
                 raise BuildError(f"{library.path} does not compute what torch does from {dtype}")
         for weight in (1e-4, 0.7):
             _check_rounding(library, values, code, weight)

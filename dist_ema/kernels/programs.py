@@ -2,8 +2,19 @@
 
 For bf16 shadows a program also needs the places of its elements in the full tensor, because the random bits depend on
 them. A chunk of a column shard covers many runs of one length at equal distances. So a program has the first run and
-that distance, and computes the others; with one program for each run there would be thousands with little to do. No
-chunk crosses a multiple of 2**32, so the upper halves of all its positions are the same.
+that distance, and computes the others; with one program for each run there would be thousands with little to do. For
+example the columns 2 to 4 of a matrix with 8 columns::
+
+    full tensor   0  1 [2  3  4] 5  6  7 | 8  9 [10 11 12] 13 14 15 | 16 17 [18 19 20] 21 22 23
+    shadow              0  1  2                   3  4  5                    6  7  8
+
+    a program for the elements 1 to 7 of the shadow:
+    low 1, count 7, position 2, before 1, length 3, step 8
+
+    its element i:  run = (before + i) // length        position + run * step + (before + i) % length
+
+The kernel works with 32-bit integers. So no chunk crosses a multiple of 2**32 in the full tensor: the upper halves of
+all its positions are equal.
 """
 
 from __future__ import annotations
@@ -18,14 +29,16 @@ from dist_ema.kernels.rounding import ElementPositions
 
 #: Elements of one program. Small enough that a few large tensors keep every processor of a GPU busy.
 CHUNK = 1 << 14
-#: Of each program of bf16 shadows: the row of its tensor; its first element in the shadow, and how many it has; the
-#: position in the full tensor where its first run begins, and how many elements of that run come before its own; the
-#: length of all its runs, and the distance from one to the next; the :func:`division` by the length. Of a program with
-#: one run the multiplier is 0.
+#: The columns of the table for bf16 shadows:
+#: row: the row of the tensor; low, count: the first element in the shadow, and the number of elements;
+#: position: where the first run begins in the full tensor; before: elements of that run before the program's own;
+#: length, step: the length of all runs, and the distance from one run to the next;
+#: multiplier, shift: the :func:`division` by the length. A program with one run has the multiplier 0.
 COLUMNS = ("row", "low", "count", "position", "before", "length", "step", "multiplier", "shift")
-#: Lengths that the division serves for.
+#: Runs have to be shorter than this for :func:`division`.
 _SHORT = 1 << 30
-_PAGE = 32  # bits
+#: Positions that are equal above this many bits have the same upper half.
+_PAGE = 32
 
 
 def even(numels: Sequence[int]) -> Tensor:
@@ -45,11 +58,11 @@ def placed(positions: ElementPositions, numels: Mapping[int, int]) -> Tensor:
         positions: the positions of the elements of all tensors.
         numels: number of elements of each tensor that is wanted, by its index; their order is that of the rows.
     """
-    chunks = [
-        (row, *chunk)
-        for row, (index, numel) in enumerate(numels.items())
-        for chunk in _chunks(*positions.of_tensor(index), numel)
-    ]
+    chunks: list[tuple[int, ...]] = []
+    for row, (index, numel) in enumerate(numels.items()):
+        local, full = positions.of_tensor(index)
+        for chunk in _chunks(local, full, numel):
+            chunks.append((row, *chunk))
     with torch.inference_mode(False):
         return torch.tensor(chunks, dtype=torch.int64, device="cpu").view(-1, len(COLUMNS))
 
@@ -66,10 +79,11 @@ def _chunks(local: Sequence[int], full: Sequence[int], numel: int) -> Iterator[t
     grid = _grid(local, full, numel)
     for low in range(0, numel, CHUNK):
         high = min(low + CHUNK, numel)
-        row = _in_rows(low, high, *grid) if grid is not None else None
-        if row is not None:
-            yield row
+        several_runs = _in_rows(low, high, *grid) if grid is not None else None
+        if several_runs is not None:
+            yield several_runs
         else:
+            # One run, irregular runs, or a multiple of 2**32 inside: a program for each run.
             yield from _by_run(low, high, local, full, numel)
 
 

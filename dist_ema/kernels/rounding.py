@@ -80,10 +80,14 @@ class ElementPositions:
 
     def of(self, tensor: int, low: int, count: int, device: torch.device) -> Tensor:
         """Returns the positions of ``count`` >= 1 elements of a shadow from ``low`` on: int64. No host sync."""
+        # The runs that contain these elements are those from ``begin`` to ``end``.
         begin = self.first[tensor]
         end = self.first[tensor + 1]
         begin = bisect_right(self.local, low, begin, end) - 1
         end = bisect_right(self.local, low + count - 1, begin, end)
+
+        # Within a run, position and element differ by a constant. So the positions are the elements plus a shift, which
+        # is repeated for each element of its run.
         elements = torch.arange(low, low + count, device=device)
         if end - begin == 1:
             return elements.add_(self.full[begin] - self.local[begin])
@@ -129,6 +133,8 @@ def rounded(values: Tensor, draws: Tensor) -> Tensor:
     >>> rounded(value, torch.tensor([0, 20000, 50000, 65535], dtype=torch.int32)).tolist()
     [1.0, 1.0, 1.0078125, 1.0078125]
     """
+    # bf16 is the upper half of fp32. Adding 16 random bits to the lower half carries into the upper half with the
+    # probability lower / 2**16.
     bits = values.view(torch.int32)
     up = (bits + draws) >> 16
     down = bits >> 16
@@ -151,4 +157,5 @@ def _signed(bits: int) -> int:
 
 
 def _hash(text: str) -> int:
+    """Returns a 64-bit hash, the same in every process and version."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
