@@ -52,7 +52,7 @@ class Beside:
             sources: the live tensors.
             work: launches an update from the given tensors on the current streams.
         """
-        self.join()
+        self.join()  # one update at a time
         kept = [index for index, share in enumerate(shares) if share.mode != "live"]
         devices = {sources[index].device for index in kept if sources[index].is_cuda}
         if not devices:
@@ -61,7 +61,8 @@ class Beside:
         if not devices or torch.cuda.is_current_stream_capturing():
             work(sources)
             return
-        # A forward pass may write buffers, so copies of them are averaged. Parameters are read in place.
+        # 1. A forward pass may write buffers, so copies of them are averaged. Parameters are read in place: count
+        #    their writes, to notice one during the update.
         taken = list(sources)
         for index in kept:
             if shares[index].spec.kind == "buffer":
@@ -70,6 +71,7 @@ class Beside:
                 self._read.append((shares[index].spec.name, sources[index], write_count(sources[index])))
         self._taken = taken
         announce(self)  # from here on optimizers wait for this update
+        # 2. Let each second stream wait for the caller's stream, and launch the update there.
         with ExitStack() as stack:
             for device in devices:
                 stream = self._streams.setdefault(device, OwnStream(device))
@@ -79,6 +81,7 @@ class Beside:
             try:
                 work(taken)
             finally:
+                # 3. Mark the end of the work, for join(). After an error as well: a part of it may have been launched.
                 for stream in self._running:
                     stream.record()
 
@@ -86,6 +89,7 @@ class Beside:
         """Makes later work of the caller's stream wait for the update. Raises nothing."""
         if not self._running:
             return
+        # Compared before anything is forgotten. A write after this call waits for the update, so it does no harm.
         written = [name for name, tensor, count in self._read if write_count(tensor) != count]
         for stream in self._running:
             stream.hold_back()
@@ -104,6 +108,7 @@ class Beside:
     wait_for_reads = join
 
     def _warn_once(self, device: torch.device) -> None:
+        """Logs at the first call that ``overlap=True`` has no effect on this device."""
         if not self._has_warned:
             self._has_warned = True
             logger.warning(

@@ -1,4 +1,8 @@
-"""Holds averaged values in memory beside the weights: one allocation per average, dtype and device."""
+"""Holds averaged values in memory on the devices of the weights: one allocation per average, dtype and device.
+
+``host.py`` has the shadow in host memory (``offload="cpu"``), ``beside.py`` the updates on a second stream, and
+``teacher/shadow.py`` the shadow that is a teacher's weights. The arithmetic itself is in ``kernels/``.
+"""
 
 from __future__ import annotations
 
@@ -95,7 +99,7 @@ class Shadow:
 
     def fill(self, sources: Sequence[Tensor]) -> None:
         """Copies the sources into every average. Local."""
-        rounding = self._rounding(1)
+        rounding = self._rounding(1)  # the first copy is update number 1
         # The guard only counts here: the first copy has no earlier value to keep, so it takes NaN and Inf as well.
         guard = kernels.Guard() if self.guard is None else self.guard
         operands = list(self._averages.values()), self._pick(sources), self._ranges(self._averaged)
@@ -161,22 +165,23 @@ class Shadow:
         if self.started:
             # Allocate everything before anything is changed, so that running out of memory changes nothing.
             fresh = {mode: [index for index in new if shares[index].mode == mode] for mode in ("average", "copy")}
-            before = self._shares
+            previous_shares = self._shares
             self._shares = shares  # _allocate() reads it
             try:
-                memories = [self._allocate(sources, fresh["average"]) for _ in self._names]
+                allocated = [self._allocate(sources, fresh["average"]) for _ in self._names]
                 buffers = self._allocate(sources, fresh["copy"])
             except BaseException:
-                self._shares = before
+                self._shares = previous_shares
                 raise
-            for average, memory_ in zip(self._averages.values(), memories, strict=True):
-                _put(average, averaged, dict(zip(fresh["average"], memory_, strict=True)))
+            for average, tensors in zip(self._averages.values(), allocated, strict=True):
+                _put(average, averaged, dict(zip(fresh["average"], tensors, strict=True)))
             _put(self._buffers, copied, dict(zip(fresh["copy"], buffers, strict=True)))
             self._new = list(new)
         self._shares = shares
         self._averaged = averaged
         self._copied = copied
         self._complex = _complex_shares(shares)
+        # Both depend on the shares; the next update computes them again.
         self._spans = None
         self._positions = None
 
@@ -206,11 +211,13 @@ class Shadow:
         self._fill_new(sources, number)
 
     def _fill_new(self, sources: Sequence[Tensor], number: int) -> None:
+        """Does what ``fill_new()`` does; called where nothing else works on the averages."""
         averaged = [index for index in self._new if self._shares[index].mode == "average"]
         place_of = {index: place for place, index in enumerate(self._averaged)}
         places = [place_of[index] for index in averaged]
         rounding = self._rounding(number)
         if rounding is not None:
+            # The positions of all averaged shares are known; this copy needs those of the new shares only.
             shares = [self._shares[index] for index in averaged]
             positions = ElementPositions([share.spec.name for share in shares], [share.runs for share in shares])
             rounding = Rounding(positions, rounding.keys)
@@ -218,7 +225,8 @@ class Shadow:
         taken = [sources[index] for index in averaged]
         kernels.copy(*self._in_reals(averaged, targets, taken, self._ranges(averaged)), None, rounding)
         if self.guard is not None:
-            # These were copied without a guard, so the next update looks at every shadow element of them.
+            # They were copied without a guard, so any of their shadow elements may be NaN or Inf. The next update
+            # looks at each of them.
             self.guard.tainted.update(places)
         copied = [index for index in self._new if self._shares[index].mode == "copy"]
         buffer_of = dict(zip(self._copied, self._buffers, strict=True))
@@ -240,6 +248,7 @@ class Shadow:
             self._beside.run(self._shares, sources, lambda taken: self._update(taken, weights, number))
 
     def _update(self, sources: Sequence[Tensor], weights: Sequence[float], number: int) -> None:
+        """Does what ``update()`` does, on the current streams."""
         if self._new:
             self._fill_new(sources, number)
         if self._spans is None:
@@ -249,11 +258,11 @@ class Shadow:
         copies = self._copies
         operands = averages, self._pick(sources), self._spans
         if self._complex:
-            # The kernel sees pairs of reals. Further tensors to write are complex, and are written afterwards.
+            # The kernel sees pairs of reals. It cannot write the further tensors, which are complex.
             operands = self._in_reals(self._averaged, *operands)
             copies = None
         kernels.lerp(*operands, weights, self.scratch, self.guard, rounding, copies)
-        if copies is not self._copies and self._copies is not None:
+        if self._copies is not None and copies is None:
             kernels.write_copies(averages[0], self._copies, range(len(averages[0])))
         self._copy_buffers(sources)
 
@@ -284,9 +293,11 @@ class Shadow:
         return targets, taken, doubled
 
     def _rounding(self, update: int) -> Rounding | None:
+        """Returns the stochastic rounding of update number ``update``; None if the shadows round to nearest."""
         if self.seed is None:
             return None
         if self._positions is None:
+            # An element's random bits depend on its place in the full tensor, so that the sharding does not matter.
             shares = [self._shares[index] for index in self._averaged]
             self._positions = ElementPositions([share.spec.name for share in shares], [share.runs for share in shares])
         return Rounding(self._positions, [average_key(self.seed, update, name) for name in self._names])
@@ -311,9 +322,10 @@ class Shadow:
 
         The parts keep the memory, and these shadows move to new memory. See ``lent.py``.
         """
-        if not lent.outstanding():
+        if not lent.outstanding():  # the usual case
             return
         self._join()
+        # Wait for all parts at once: separate() below would wait for those of each average in turn.
         lent.wait(self._all())
         self._averages = {name: lent.separate(tensors, self._copy_of) for name, tensors in self._averages.items()}
         self._buffers = lent.separate(self._buffers, self._copy_of)
@@ -335,11 +347,11 @@ class Shadow:
             sizes[tensor.device] = sizes.get(tensor.device, 0) + tensor.nbytes
         return sizes
 
-    # Hooks for shadows that are a teacher's weights (teacher/shadow.py); nothing to do here.
+    # Hooks for shadows that are a teacher's weights (teacher/shadow.py). A shadow of its own has nothing to do in them.
 
     @property
     def fixed(self) -> frozenset[int]:
-        """Shares with whose shadow nothing may change places."""
+        """Returns the indices of shares whose shadow has to stay in its memory, so it cannot be exchanged in a swap."""
         return frozenset()
 
     def install(self) -> None:
@@ -347,10 +359,10 @@ class Shadow:
         return
 
     def write_teacher(self) -> None:
-        """After others than ``update`` have written into it. Local."""
+        """Brings the teacher up to date after something else than ``update()`` has written the shadow. Local."""
         return
 
-    # Of updates that run beside training, on the device (beside.py) or in a thread (host.py).
+    # Updates may run beside training: on the device (beside.py), or in a thread (host.py), which overrides these.
 
     def _join(self) -> None:
         """Makes later work of the device wait for an update beside training. Local; the host does not wait."""
@@ -358,6 +370,7 @@ class Shadow:
             self._beside.join()
 
     def _raise_failure(self) -> None:
+        """Raises EMAStateError if an update beside training has failed."""
         if self._beside is not None and self._beside.failure is not None:
             raise self._beside.failure
 
@@ -367,12 +380,15 @@ class Shadow:
         return self._beside is not None and self._beside.failure is not None
 
     def check(self, sources: Sequence[Tensor]) -> None:
-        """Raises EMAStateError if the next update cannot take these sources, or the one before failed. Local."""
+        """Raises EMAStateError if the previous update failed, or the next one cannot take these sources. Local."""
         self._join()
         self._raise_failure()
 
     def drain(self) -> None:
-        """Waits until nothing works on the averages, on the device in its order. Local; raises nothing."""
+        """Waits for updates beside training. Local; raises nothing.
+
+        For an update on a device only later work of the device waits, not the host.
+        """
         self._join()
 
     def raise_failure(self) -> None:
@@ -380,33 +396,37 @@ class Shadow:
         self._raise_failure()
 
     def wait(self) -> None:
-        """``drain()``, then ``raise_failure()``."""
+        """Waits for updates beside training, and raises EMAStateError if one has failed. Local."""
         self.drain()
         self.raise_failure()
 
     def close(self) -> None:
-        """Gives back what only updates need. Local. Raises what nobody has seen yet."""
+        """Releases what only updates need. Local. Raises a failure that no call has raised yet."""
         self.wait()
 
     def discard(self) -> None:
-        """Ends work on averages that nobody wants any more. Local; raises nothing."""
+        """Ends work on averages that are no longer needed. Local; raises nothing."""
         self._join()
 
     def notes(self) -> list[str]:
-        """Lines for a report on memory."""
+        """Returns lines for ``memory_report()``; none here."""
         return []
 
     def _pick(self, sources: Sequence[Tensor]) -> list[Tensor]:
+        """Returns the sources of the averaged shares, in the order of the shadows."""
         return list(map(sources.__getitem__, self._averaged))
 
     def _ranges(self, indices: Iterable[int]) -> list[tuple[int, int]]:
+        """Returns for each share the range of its elements in its flattened source."""
         return [(self._shares[index].start, self._shares[index].stop) for index in indices]
 
     def _copy_buffers(self, sources: Sequence[Tensor]) -> None:
+        """Copies the buffers that are not averaged."""
         kernels.copy([self._buffers], [sources[index] for index in self._copied], self._ranges(self._copied), None)
 
     def _allocate(self, sources: Sequence[Tensor], indices: Sequence[int]) -> list[Tensor]:
         """Returns one flat tensor per share, views of one allocation per dtype and device."""
+        # Count the elements of each allocation, allocate, and hand out consecutive views.
         totals: dict[tuple[torch.dtype, torch.device], int] = {}
         for index in indices:
             share = self._shares[index]
@@ -427,11 +447,18 @@ class Shadow:
 
 
 def _complex_shares(shares: Sequence[Share]) -> frozenset[int]:
+    """Returns the indices of the shares whose average is complex."""
     return frozenset(i for i, share in enumerate(shares) if share.mode == "average" and share.dtype.is_complex)
 
 
 def _put(tensors: list[Tensor], indices: Sequence[int], new: Mapping[int, Tensor]) -> None:
-    """Puts new tensors, by the number of their share, into a list that has the order of ``indices``."""
+    """Puts new tensors into a list of shadows: at their present place, or at the end if they had none.
+
+    Args:
+        tensors: the list, which is changed.
+        indices: the share of each place of the list from now on; those that join come last.
+        new: the new tensors, by the index of their share.
+    """
     for place, index in enumerate(indices):
         if index not in new:
             continue
@@ -442,7 +469,8 @@ def _put(tensors: list[Tensor], indices: Sequence[int], new: Mapping[int, Tensor
 
 
 def _room(numel: int) -> int:
-    """Returns the elements to the next tensor, so that all begin where wide loads can: at a multiple of 16 bytes and
-    more.
+    """Returns the number of elements to reserve for a tensor: ``numel`` rounded up to a multiple of 16.
+
+    Every tensor then begins at a multiple of at least 16 bytes, as wide loads want it.
     """
     return -(-numel // 16) * 16

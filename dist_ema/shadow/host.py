@@ -77,6 +77,7 @@ class HostShadow(Shadow):
 
     def _stage(self, sources: Sequence[Tensor], indices: Sequence[int]) -> None:
         """Allocates memory for copies of the sources of these shares, unless they are read in place. Local."""
+        # _routes() reads _origins, so they come first.
         self._origins |= {index: (sources[index].dtype, sources[index].device) for index in indices}
         wanted = set(indices)
         for link, routed in self._routes():
@@ -142,30 +143,40 @@ class HostShadow(Shadow):
         for index, origin in self._origins.items():
             dtype = sources[index].dtype
             device = sources[index].device
+            first_dtype, first_device = origin
             if (dtype, device) == origin:
                 continue
-            if device != origin[1] or dtype.itemsize <= origin[0].itemsize:
+            if device != first_device or dtype.itemsize <= first_dtype.itemsize:
+                name = self._shares[index].spec.name
                 raise EMAStateError(
-                    f"{self._shares[index].spec.name!r} was {origin[0]} on {origin[1]} when the average started and is "
-                    f"{dtype} on {device} now. Call reset() to start a new average of the model as it is now"
+                    f"{name!r} was {first_dtype} on {first_device} when the average started and is {dtype} on {device} "
+                    "now. Call reset() to start a new average of the model as it is now"
                 )
             widened.append(index)
         if widened:
             self._stage(sources, widened)
 
     def _submit(self, sources: Sequence[Tensor], work: Callable[[Sequence[Tensor]], None]) -> None:
-        """Starts the copies of the sources, and then ``work`` on the copies in the thread."""
+        """Starts the copies of the sources, and then ``work`` on the copies in the thread.
+
+        Local; waits for the previous update.
+        """
+        # Optimizer steps and the library's own writes wait for this shadow's reads from now on.
         announce(self)
-        self._worker.wait()  # the staging memory is free again
+        # The thread reads the staging memory, so it has to be done before new copies go there.
+        self._worker.wait()
+        # What the thread averages: a copy, or the weight itself where it is read in place.
         taken = list(sources)
         for link, indices in self._routes():
-            takes = []
+            requests = []
             for index in indices:
                 share = self._shares[index]
+                # A forward pass may write a buffer, so its copy is made at once or in order with the device's work.
                 is_soon = share.spec.kind == "buffer"
-                takes.append(CopyRequest(sources[index], share.start, share.stop, self._staging[index], is_soon))
+                requests.append(CopyRequest(sources[index], share.start, share.stop, self._staging[index], is_soon))
                 taken[index] = self._staging[index]
-            link.copy(takes)
+            link.copy(requests)
+        # Remember how often each weight was written, to notice a write during the reads.
         self._read = {
             index: (sources[index], write_count(sources[index]))
             for index in self._kept
@@ -176,12 +187,14 @@ class HostShadow(Shadow):
         self._worker.start(lambda: self._work(taken, work))
 
     def _work(self, taken: Sequence[Tensor], work: Callable[[Sequence[Tensor]], None]) -> None:
-        """Runs in the thread: waits for the copies, then averages."""
+        """Waits for the copies, then averages. Runs in the thread."""
         for link in self._links.values():
             link.join()
-        self._warn_of_writes(self._staging)  # what was copied has been read now
+        # Copied weights have been read now, and may be written from here on.
+        self._warn_of_writes(self._staging)
         work(taken)
-        self._warn_of_writes(self._read.keys() - self._staging)  # what was read in place has been read now
+        # Weights that are read in place have been read only after the arithmetic.
+        self._warn_of_writes(self._read.keys() - self._staging)
         self._read = {}  # drops the references, so that weights may be freed
 
     # Who waits for whom: see the table in dist_ema/runtime/__init__.py.
@@ -194,10 +207,12 @@ class HostShadow(Shadow):
         """
         if not self._worker.busy:
             return
+        # A write before this call has not waited for the reads. _released must still be False here.
         self._warn_of_writes(self._read)
         self._released = True
         for link in self._links.values():
             link.wait_for_reads()
+        # For weights that are read in place the host waits until the thread is done.
         if self._read.keys() - self._staging:
             self._worker.drain()
 
@@ -250,6 +265,8 @@ class HostShadow(Shadow):
         """Returns the links, each with the indices of the shares whose sources it copies."""
         routes: dict[torch.device, list[int]] = {}
         for index, (_, device) in self._origins.items():
+            # The thread reads host weights in place, unless another link is registered for host memory. Buffers are
+            # always copied, because a forward pass may write them.
             in_place = device.type == "cpu" and "cpu" not in LINKS and self._shares[index].spec.kind != "buffer"
             if not in_place:
                 routes.setdefault(device, []).append(index)
@@ -272,10 +289,12 @@ class HostShadow(Shadow):
         super().release_parts()
 
     def _copy_of(self, tensor: Tensor) -> Tensor:
+        """Returns a copy of one shadow, in pinned memory if the shadow is."""
         (copy,) = carve([(tensor.numel(), tensor.dtype)], memory.pinned if self._pins else pageable)
         return copy.copy_(tensor)
 
     def _allocate(self, sources: Sequence[Tensor], indices: Sequence[int]) -> list[Tensor]:
+        """Returns one flat tensor in host memory for each share."""
         for index in indices:
             if sources[index].is_meta:
                 name = self._shares[index].spec.name

@@ -41,6 +41,7 @@ PATIENCE = 30.0
 #: Seconds that a write waits for a thread that was just given a part and does not have it in a variable yet. Short,
 #: because users keep dicts as well.
 GRACE = 0.25
+#: Seconds between two looks at parts that a write waits for.
 _POLL = 0.01
 
 
@@ -73,7 +74,7 @@ class Loan:
     def move(self) -> None:
         """Copies the part into memory of its own. Views of the part keep pointing to the shared memory."""
         part = self._part()
-        if part is None:
+        if part is None:  # only views of it are left, and those cannot be moved
             return
         with torch.inference_mode(False), torch.no_grad():
             part.set_(part.clone())  # type: ignore[call-overload]
@@ -97,6 +98,7 @@ def lend(values: Tensor) -> Tensor:
     if not values.numel():
         return values
     with torch.inference_mode(False), torch.no_grad():
+        # A slice of a storage is a new storage object over the same memory. Its reference count is that of this part.
         begin = values.storage_offset() * values.element_size()
         storage = values.untyped_storage()[begin : begin + values.nbytes]
         part = torch.empty(0, dtype=values.dtype, device=values.device)
@@ -115,6 +117,7 @@ def outstanding() -> bool:
 
 
 def _forget(loans: Iterable[Loan]) -> None:
+    """Removes parts from the list of all loans."""
     for loan in loans:
         _loans.pop(id(loan), None)
 
@@ -136,8 +139,10 @@ def wait(tensors: Iterable[Tensor | None]) -> None:
         may_be_read = elapsed < GRACE and threading.active_count() > 1
         if elapsed > PATIENCE or not (may_be_read or is_at_work({loan.storage for loan in waiting})):
             break
+        # Polled, because torch has no call that waits until a storage is freed.
         time.sleep(_POLL)
         waiting = [loan for loan in waiting if loan.held]
+    # The next write does not wait for these again: a dict that the user keeps would slow down every step.
     for loan in waiting:
         loan.waited = True
 
@@ -181,6 +186,7 @@ def move_parts(tensors: Iterable[Tensor | None]) -> None:
             loan.move()
         except RuntimeError as error:  # out of memory
             _wait_without_memory([loan], error)
+    # move() gives the part new memory. A storage that is still referenced then belongs to views, which stay behind.
     viewed = sum(loan.held for loan in loans)
     _log_copies(loans)
     if viewed:
@@ -206,11 +212,12 @@ def _wait_without_memory(loans: Sequence[Loan], error: RuntimeError) -> None:
 
 
 def _mebibytes(loans: Iterable[Loan]) -> float:
+    """Returns the size of the parts in MiB."""
     return sum(loan.end - loan.begin for loan in loans) / 2**20
 
 
 def _log_copies(loans: Sequence[Loan]) -> None:
-    """Removes parts that were separated from the list, and logs how much was copied; the first time as a warning."""
+    """Forgets parts that were separated, and logs how much was copied: the first time as a warning, later as info."""
     global _has_warned
     if not loans:
         return
@@ -228,6 +235,7 @@ def _log_copies(loans: Sequence[Loan]) -> None:
 
 def _by_tensor(tensors: Iterable[Tensor | None]) -> list[list[Loan]]:
     """Returns for each tensor the parts of its memory that are still referenced."""
+    # Sorted by address, so that each tensor finds its parts by bisection.
     by_device: dict[torch.device, list[Loan]] = {}
     for loan in sorted(_loans.values(), key=lambda loan: loan.begin):
         if loan.held:
@@ -244,7 +252,8 @@ def _by_tensor(tensors: Iterable[Tensor | None]) -> list[list[Loan]]:
         # A part that overlaps begins before ``end``, and at most the longest part's length before ``begin``.
         first = bisect_left(starts[tensor.device], begin - longest[tensor.device])
         last = bisect_left(starts[tensor.device], end)
-        found.append([loan for loan in loans[first:last] if loan.end > begin])  # those that overlap the tensor
+        # What begins early enough may still end before the tensor.
+        found.append([loan for loan in loans[first:last] if loan.end > begin])
     return found
 
 
@@ -255,4 +264,5 @@ def _extent(tensor: Tensor) -> tuple[int, int]:
 
 
 def _unique(found: Iterable[Iterable[Loan]]) -> list[Loan]:
+    """Returns each part once: a part that overlaps two tensors is in two lists."""
     return list({id(loan): loan for loans in found for loan in loans}.values())
