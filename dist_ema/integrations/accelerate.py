@@ -232,7 +232,8 @@ class _Averages:
     # Hooks: on all ranks.
 
     def _save(self, _models: object, _weights: object, folder: str) -> None:
-        self._refuse("save_state()")  # for who has called the class's
+        # A call of Accelerator.save_state(accelerator) does not pass the check in front of accelerator.save_state().
+        self._refuse("save_state()")
         try:
             for name, average in self.known.items():
                 average.ema.save(Path(folder) / name)
@@ -245,20 +246,30 @@ class _Averages:
     def _look(self, _models: object, folder: str) -> None:
         """Finds the path of each average, as rank 0 sees it. Raises CheckpointError on every rank if one is missing."""
         paths = {name: Path(folder) / name for name in self.known}
-        seen = broadcast_object_list([[path.is_dir() for path in paths.values()]])[0]
-        self._found = {name: paths[name] if there else None for name, there in zip(paths, seen, strict=True)}
-        lacking = [name for name, path in self._found.items() if path is None and self.known[name].missing == "error"]
+        # On a network file system ranks may see different folders. All take the answer of rank 0, so that either every
+        # rank loads an average or none does: load() is collective.
+        exists = broadcast_object_list([[path.is_dir() for path in paths.values()]])[0]
+        self._found = {}
+        lacking = []
+        for (name, path), there in zip(paths.items(), exists, strict=True):
+            self._found[name] = path if there else None
+            if not there and self.known[name].missing == "error":
+                lacking.append(name)
         if lacking:
             raise CheckpointError(
                 f"the checkpoint {folder} has no average {', '.join(map(repr, lacking))}: it was written without "
                 "prepare_ema(), or with another name=. Pass missing='start' to prepare_ema() to start it from the "
                 "checkpoint's weights"
             )
-        if not self._loading:  # who has called the class's load_state() has no later event
+        if not self._loading:
+            # Accelerator.load_state(accelerator) was called, so nothing of ours runs after this hook.
             self._load()
 
     def _load(self) -> None:
-        found, self._found = self._found, {}
+        """Loads each average that :meth:`_look` found, and restarts the others from the loaded weights. Collective."""
+        # Cleared before the loads: after one that raises, the next load_state() must not find these paths again.
+        found = self._found
+        self._found = {}
         for name, path in found.items():
             ema = self.known[name].ema
             if path is not None:

@@ -131,25 +131,38 @@ def change_over(saved: Mapping[str, Any], parts: Mapping[str, Any], clock: Progr
         parts: ``ShardedEMA.state_dict()`` before its first update: the weights that the model has after the load.
         clock: the training clock.
     """
+    # Before its start that algorithm has no average, and the new one begins from the loaded weights.
     if not saved.get("ema_started", True):
         return parts
+
+    # Find the dict of the tensors that the model does not hold.
     active = saved.get("ema_weights_active", False)
     kept = saved["training_model"] if active and "training_model" in saved else saved["ema_model"]
     if "parameters" in kept:
         raise CheckpointError("the averages of Composer before 0.9 have no names: use dist-ema import")
     if "named_parameters_dict" in kept:
         kept = {**kept["named_parameters_dict"], **kept["named_buffers_dict"]}
+
     averages = parts["averages"]
     buffers = parts["buffers"]
-    if active:  # the model holds the average
+    if active:
+        # Saved during an evaluation: the model was loaded with the average, and the dict has the live weights.
         changed = {"live": _pick(kept, {**next(iter(averages.values())), **buffers})}
     else:
         averages = {name: _pick(kept, tensors) for name, tensors in averages.items()}
         changed = {"averages": averages, "buffers": _pick(kept, buffers)}
+
+    # Composer does not save how many updates it made. At least one: the average has begun.
     seen = replace(clock, updates=max(1, clock.batches))
     return {**parts, **changed, "progress": write_state(EMAState(True, clock, Progress(), seen))}
 
 
 def _pick(kept: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
     """Returns the tensors of ``names``. In Composer's dicts these have DDP's prefix ``module.``."""
-    return {name: kept[key] for name in names for key in (f"module.{name}", name) if key in kept}
+    picked = {}
+    for name in names:
+        # A model without DDP has no prefix. A name that is under neither key is left out.
+        for key in (f"module.{name}", name):
+            if key in kept:
+                picked[name] = kept[key]
+    return picked

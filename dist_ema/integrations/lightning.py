@@ -310,7 +310,8 @@ class EMACallback(pl.Callback):
 
     def _log_averaged(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Logs the metrics of the average beside those of the live weights. Every rank has both."""
-        averaged, self._averaged = self._averaged, {}
+        averaged = self._averaged
+        self._averaged = {}  # the next evaluation must not log these again
         if averaged:
             # The names have the number of the dataloader already.
             pl_module.log_dict(averaged, on_step=False, on_epoch=True, add_dataloader_idx=False)

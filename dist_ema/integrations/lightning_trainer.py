@@ -24,22 +24,28 @@ def unseen_evaluation(trainer: Any, loop: Any, callbacks: Sequence[Any]) -> Iter
     """
     connector = trainer._logger_connector
     found = dict[str, Tensor]()
-    kept = {name: getattr(connector, name) for name in _METRICS}
-    others = trainer.callbacks
-    verbose = loop.verbose
+
+    # Remember what the block replaces.
+    kept_metrics = {name: getattr(connector, name) for name in _METRICS}
+    kept_callbacks = trainer.callbacks
+    kept_verbose = loop.verbose
+
+    # Give the evaluation metrics of its own, so that it does not overwrite those of the evaluation around it.
     for name in _METRICS:
         setattr(connector, name, {})
-    connector.log_metrics = _log_nothing  # in front of the class's method
-    trainer.callbacks, loop.verbose = list(callbacks), False
+    connector.log_metrics = _log_nothing  # an attribute of the instance hides the class's method
+    trainer.callbacks = list(callbacks)
+    loop.verbose = False  # prints no table of results
     try:
         yield found
         found.update(connector._callback_metrics)
     finally:
-        trainer.callbacks, loop.verbose = others, verbose
-        del connector.log_metrics
-        for name, value in kept.items():
+        trainer.callbacks = kept_callbacks
+        loop.verbose = kept_verbose
+        del connector.log_metrics  # the class's method is visible again
+        for name, value in kept_metrics.items():
             setattr(connector, name, value)
 
 
 def _log_nothing(*_: object, **__: object) -> None:
-    return
+    """Replaces ``log_metrics()``, which would send the metrics to the trainer's loggers."""

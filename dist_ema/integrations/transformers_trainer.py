@@ -50,19 +50,31 @@ def evaluating_on(average: AbstractContextManager[None], trainer: Any) -> Iterat
     """Enters a context after the changes that an evaluation makes to the weights, so they are made to the live
     weights.
     """
-    half = torch.float16 if trainer.args.fp16_full_eval else torch.bfloat16 if trainer.args.bf16_full_eval else None
+    # For a half precision evaluation outside of training the Trainer casts the model, and does not cast it back. Cast
+    # here already, so that the live weights are cast and not the average in their place.
+    half = None
+    if trainer.args.fp16_full_eval:
+        half = torch.float16
+    elif trainer.args.bf16_full_eval:
+        half = torch.bfloat16
     if half is not None and not trainer.is_in_train:
-        trainer.model.to(half)  # for good
-    getattr(trainer.optimizer, "eval", bool)()  # a schedule-free one moves them, and the next step moves them back
-    # trl's mark of the step whose weights vLLM has: the average is to go there, and not to be what training goes on to
-    # generate with.
-    mark = {"_last_loaded_step": -1} if hasattr(trainer, "_last_loaded_step") else {}
-    vars(trainer).update(mark)
+        trainer.model.to(half)
+
+    # The eval() of a schedule-free optimizer moves the weights; the train() before the next step moves them back.
+    if hasattr(trainer.optimizer, "eval"):
+        trainer.optimizer.eval()
+
+    # trl sends weights to vLLM only if the step differs from this mark. Clear it before the block, so that the average
+    # is sent, and after the block, so that training generates with the live weights again.
+    marks_step = hasattr(trainer, "_last_loaded_step")
+    if marks_step:
+        trainer._last_loaded_step = -1
     try:
         with average:
             yield
     finally:
-        vars(trainer).update(mark)
+        if marks_step:
+            trainer._last_loaded_step = -1
 
 
 def with_prefix(
