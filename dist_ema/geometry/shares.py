@@ -107,8 +107,9 @@ def assign_shares(
     >>> share.mode, share.dtype, share.runs
     ('average', torch.float32, ((0, 6),))
     """
+    # 1. Decide which tensors are averaged, which are copied, and which have no shadow. A tensor whose memory does not
+    # hold its elements (a quantized weight) can have none.
     modes = [_mode(spec, options, averaged) for spec in specs]
-    # Tensors whose memory does not hold their elements can only be left alone.
     for spec, mode in zip(specs, modes, strict=True):
         if spec.hidden and mode != "live":
             advice = "buffers='ignore'" if spec.kind == "buffer" else f"exclude={spec.name!r}, or freeze it"
@@ -117,21 +118,23 @@ def assign_shares(
                 f"it cannot be averaged. Give {advice}"
             )
     dtypes = [_dtype(spec, mode, options) for spec, mode in zip(specs, modes, strict=True)]
-    ranges = [(0, spec.local_numel) for spec in specs]  # all of the local shard, unless replicas split it
+    # 2. Decide which local elements this rank keeps: the whole local shard, unless replicas split it.
+    ranges = [(0, spec.local_numel) for spec in specs]
     split = []
     for spec, mode in zip(specs, modes, strict=True):
         split.append(options.shard_replicas and mode == "average" and spec.replicas is not None)
-    # One cut through all tensors of a replica set laid end to end, not one a tensor: with hundreds of small tensors the
-    # rounding of each would add up, and most ranks would hold a sliver of every one.
-    for members in _replica_groups([spec if wanted else None for spec, wanted in zip(specs, split, strict=True)]):
+    # All tensors of a replica set are laid end to end and cut together. If each tensor were cut for itself, the
+    # rounding of hundreds of small tensors would add up, and most ranks would hold a few elements of every one.
+    for members in _replica_groups([spec if is_split else None for spec, is_split in zip(specs, split, strict=True)]):
         replicas = specs[members[0]].replicas
         if replicas is not None:
             parts = split_over([specs[i] for i in members], [dtypes[i] for i in members], replicas, replicas.index)
             for index, part in zip(members, parts, strict=True):
                 ranges[index] = part
+    # 3. Decide which rank writes them. Each replica is the only one that has its part of a split tensor, so each of
+    # them writes. Otherwise replicas have the same elements, and the first one writes.
     shares = []
     for spec, mode, (start, stop), dtype, is_split in zip(specs, modes, ranges, dtypes, split, strict=True):
-        # Every replica is the only holder of its part of a split tensor, so each of them writes.
         writes = spec.primary and (is_split or _first(spec.replicas))
         shares.append(Share(spec, mode, start, stop, dtype, is_split, writes, joined))
     return shares
@@ -141,9 +144,10 @@ def assign_joined(
     specs: Sequence[TensorSpec], options: Options, averaged: Container[str], joined: Sequence[int]
 ) -> list[Share]:
     """Does what :func:`assign_shares` does, for tensors that became averaged at different updates (``joined``)."""
+    # Each set of tensors that joined together was split together at that time, so it is split alone here as well.
     shares: dict[int, Share] = {}
     for number in sorted(set(joined)):
-        members = [index for index, own in enumerate(joined) if own == number]
+        members = [index for index, joined_at in enumerate(joined) if joined_at == number]
         found = assign_shares([specs[index] for index in members], options, averaged, number)
         shares |= zip(members, found, strict=True)
     return [shares[index] for index in range(len(specs))]
@@ -155,8 +159,9 @@ def may_join(share: Share, options: Options) -> bool:
 
 
 def is_ignored(options: Options, name: str, is_buffer: bool) -> bool:
-    """Implements :data:`~dist_ema.engines.binding.Ignored`: whether the options leave a tensor out of every average.
-    Pure.
+    """Returns whether the options leave a tensor out of every average. Pure.
+
+    Implements :data:`~dist_ema.engines.binding.Ignored`.
     """
     return not options.selects(name) or (is_buffer and options.buffer_mode(name) == "ignore")
 
@@ -174,7 +179,9 @@ def follow_specs(shares: Sequence[Share], specs: Sequence[TensorSpec], options: 
     kept = {name: share for share in shares if share.mode != "live" for name in share.names}
     found = []
     for share in assign_shares(specs, options):
+        # Any of its names identifies a tensor: tied weights may be listed under another one now.
         known = next((kept[name] for name in share.names if name in kept), None)
+        # A tensor that is new in the model has no shadow.
         found.append(as_live(share) if known is None else known)
     return found
 
@@ -185,14 +192,16 @@ def follow_shapes(shares: Sequence[Share], specs: Sequence[TensorSpec], options:
 
     The arguments are those of :func:`follow_specs`; the specs are in the order of the shares.
     """
-    return [
-        as_live(replace(share, spec=spec)) if share.mode == "live" and share.spec.shape != spec.shape else share
-        for share, spec in zip(shares, specs, strict=True)
-    ]
+    found = []
+    for share, spec in zip(shares, specs, strict=True):
+        is_resized = share.mode == "live" and share.spec.shape != spec.shape
+        found.append(as_live(replace(share, spec=spec)) if is_resized else share)
+    return found
 
 
 def as_live(share: Share) -> Share:
     """Returns the share that the same tensor has if it is not averaged. Local."""
+    # A parameter without a shadow counts as frozen, so that may_join() finds it.
     spec = share.spec if share.spec.kind == "buffer" else replace(share.spec, kind="frozen")
     first = spec.primary and _first(spec.replicas)
     return Share(spec, "live", 0, spec.local_numel, spec.dtype, split=False, first_replica=first)
@@ -239,6 +248,7 @@ def shares_to_load(
         shape = shapes.get(share.spec.name)
         specs.append(share.spec if shape is None else resized(share, shape).spec)
     averaged = averaged_names(shares).union(name for name in names if name in joining)
+    # Replicas split the tensors of one update between them, so the numbers decide which elements this rank has.
     numbers = [joined.get(share.spec.name, share.joined) for share in shares]
     return assign_joined(specs, options, averaged, numbers)
 
@@ -271,7 +281,10 @@ def replica_sets(shares: Sequence[Share]) -> list[list[int]]:
 
 
 def _replica_groups(specs: Sequence[TensorSpec | None]) -> list[list[int]]:
-    """Returns the indices of the specs that have replicas, one list for each process group."""
+    """Returns the indices of the specs that have replicas, one list for each process group.
+
+    Does for specs what :func:`replica_sets` does for shares. None stands for a tensor that is not split.
+    """
     sets: dict[int, list[int]] = {}
     for index, spec in enumerate(specs):
         if spec is not None and spec.replicas is not None:
@@ -300,17 +313,20 @@ def parts_of_replicas(shares: Sequence[Share], replicas: Replicas) -> list[list[
 
 
 def _mode(spec: TensorSpec, options: Options, averaged: Container[str]) -> Mode:
+    """Returns whether a tensor is averaged, copied or left live; ``averaged`` as for :func:`assign_shares`."""
     if is_ignored(options, spec.name, spec.kind == "buffer"):
         return "live"
     if spec.kind == "parameter" or (spec.kind == "frozen" and spec.name in averaged):
         return "average"
     if spec.kind == "frozen":
         return "live"
-    # Counters and masks (integers, bools) have no mean, so they are never averaged.
-    return "average" if options.buffer_mode(spec.name) == "average" and spec.dtype.is_floating_point else "copy"
+    # Counters and masks (integers, bools) have no mean, so they are copied even with buffers="average".
+    is_averaged = options.buffer_mode(spec.name) == "average" and spec.dtype.is_floating_point
+    return "average" if is_averaged else "copy"
 
 
 def _dtype(spec: TensorSpec, mode: Mode, options: Options) -> torch.dtype:
+    """Returns the dtype of a tensor's shadow. Raises EMAConfigError if tensors of its dtype cannot be averaged."""
     if mode != "average":
         return spec.dtype
     if not spec.dtype.is_floating_point and spec.dtype not in (torch.complex64, torch.complex128):
@@ -337,9 +353,12 @@ def shadow_dtype(live: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
     """
     if wanted is None:
         return live
-    # bf16 has no complex counterpart in torch: it is returned as it is not, so that the caller refuses it.
-    return {torch.float32: torch.complex64}.get(wanted, torch.complex128) if live.is_complex else wanted
+    if not live.is_complex:
+        return wanted
+    # torch has no complex counterpart of bf16. _dtype() refuses every complex dtype except complex64.
+    return {torch.float32: torch.complex64}.get(wanted, torch.complex128)
 
 
 def _first(replicas: Replicas | None) -> bool:
+    """Returns whether this rank is the first of the replicas, or the only holder."""
     return replicas is None or replicas.index == 0
