@@ -1,7 +1,10 @@
-"""Objects that a trainer puts around a model or an optimizer: recognised without being imported, and taken off.
+"""Recognises objects that a trainer puts around a model or an optimizer, and takes them off.
 
-Names read in lightning 2.6.6 (``lightning.fabric``; ``lightning_fabric`` is the same code under the name of the older
-package), accelerate 1.15 and torch 2.13.
+Nothing is imported for this: a wrapper can only be there if its package was imported already. This file also tells real
+optimizer steps from other calls of ``step()``.
+
+Private names were read in lightning 2.6.6, accelerate 1.15 and torch 2.13. ``lightning_fabric`` has the same code as
+``lightning.fabric``, under the name of the older package.
 """
 
 from __future__ import annotations
@@ -22,34 +25,35 @@ _FABRIC = ("lightning.fabric.wrappers", "lightning_fabric.wrappers")
 
 
 def loaded(module: str, name: str) -> Any:
-    """Returns the class for ``isinstance``, or () as long as nobody has imported its module. Local.
+    """Returns a class for ``isinstance``, or () if its module was not imported. Local.
 
-    Whoever has an object of the class has imported it, and importing it for the others would cost them seconds
-    (DeepSpeed, torch.distributed.fsdp), or a package that they may not have (Lightning).
+    An object of the class can only exist if the module was imported. To import it here would take seconds (DeepSpeed,
+    torch.distributed.fsdp) or fail where the package is not installed (Lightning).
     """
     return getattr(sys.modules.get(module), name, ())
 
 
 def is_fabric(module: object) -> bool:
-    """Returns whether this is what ``Fabric.setup()`` gives for a model.
+    """Returns whether this is the wrapper that ``Fabric.setup()`` returns for a model. Local.
 
-    It holds the model twice: ``_forward_module`` as the strategy has wrapped it (DDP, FSDP, a DeepSpeed engine), and
-    ``_original_module`` as the user gave it.
+    It has the model twice: ``_forward_module`` is the model as the strategy has wrapped it (DDP, FSDP, a DeepSpeed
+    engine), and ``_original_module`` is the model that the user gave.
     """
     return any(isinstance(module, loaded(name, "_FabricModule")) for name in _FABRIC)
 
 
 def unwrap_module(target: Any) -> Any:
-    """Returns the model inside Fabric's wrapper, wrappers of the strategy included; anything else as it is. Local."""
+    """Returns the model inside Fabric's wrapper, still wrapped by the strategy; other objects unchanged. Local."""
     while is_fabric(target):
         target = target._forward_module
     return target
 
 
 def stage_module(target: object) -> nn.Module | None:
-    """Returns the module of a ``torch.distributed.pipelining.PipelineStage``, also of ``build_stage()``. Local.
+    """Returns the module of a ``torch.distributed.pipelining.PipelineStage``; None for other objects. Local.
 
-    Their common base is private; the module is their public ``submod``.
+    ``build_stage()`` returns an object of another class. Their common base class is private (read in torch 2.13); the
+    module is their public attribute ``submod``.
     """
     base = loaded("torch.distributed.pipelining.stage", "_PipelineStageBase")
     module = getattr(target, "submod", None)
@@ -57,14 +61,13 @@ def stage_module(target: object) -> nn.Module | None:
 
 
 def unwrap_optimizer(optimizer: object) -> torch.optim.Optimizer | None:
-    """Returns the outermost optimizer whose step hooks fire, through any number of wrappers that hold it as
-    ``.optimizer``.
+    """Returns the outermost optimizer whose step hooks fire; None if there is none. Local.
 
-    Those of Accelerate, Fabric and Lightning count as a ``torch.optim.Optimizer`` for ``isinstance``, but their
-    ``step()`` is their own: they step what they hold when gradients have been accumulated and did not overflow, or not
-    at all. None where there is no such optimizer. Local.
+    Looks through any number of wrappers that have the next object as ``.optimizer``. The wrappers of Accelerate, Fabric
+    and Lightning are a ``torch.optim.Optimizer`` for ``isinstance``, but their hooks do not fire: their own ``step()``
+    steps the optimizer inside only if gradients were accumulated and did not overflow.
     """
-    seen: list[object] = []
+    seen: list[object] = []  # a wrapper may hold itself
     while _steps(optimizer) and not any(optimizer is one for one in seen):
         if isinstance(optimizer, torch.optim.Optimizer) and _fires_hooks(optimizer):
             return optimizer
@@ -74,35 +77,44 @@ def unwrap_optimizer(optimizer: object) -> torch.optim.Optimizer | None:
 
 
 def _steps(optimizer: object) -> bool:
-    """Not so a learning-rate scheduler or a trainer, which have an ``optimizer`` too."""
+    """Returns whether an object is an optimizer or a wrapper of one.
+
+    Learning-rate schedulers and trainers also have an ``optimizer``, but not both ``step()`` and ``param_groups``.
+    """
     return callable(getattr(optimizer, "step", None)) and hasattr(optimizer, "param_groups")
 
 
 def _fires_hooks(optimizer: torch.optim.Optimizer) -> bool:
-    # torch.optim.Optimizer.__init__ wraps the class's step() and marks it so (torch 2.13, and at least since 2.0).
+    """Returns whether the step hooks of an optimizer are called."""
+    # torch.optim.Optimizer.__init__ wraps step() of the class in a function that calls the hooks, and sets its
+    # attribute `hooked` (read in torch 2.13; the same at least since 2.0). A wrapper does not call __init__.
     return "_optimizer_step_post_hooks" in vars(optimizer) and _is_hooked(type(optimizer).step)
 
 
 def _is_hooked(step: object) -> bool:
+    """Returns whether a ``step()`` is torch's function around the one of a class."""
     return bool(getattr(step, "hooked", False))
 
 
 def is_other_wrapper(optimizer: object, inner: torch.optim.Optimizer) -> bool:
-    """Returns whether something else than a trainer's wrapper steps ``inner``, and may change the weights afterwards.
-    Local.
+    """Returns whether the object around ``inner`` may change the weights after the step of ``inner``. Local.
 
-    Lookahead does, in its usual form. Accelerate's, Fabric's and Lightning's wrappers do not.
+    Lookahead usually does. The wrappers of Accelerate, Fabric and Lightning do not.
     """
     return optimizer is not inner and type(optimizer).__module__.partition(".")[0] not in _TRAINERS
 
 
 class OuterStep:
-    """A wrapper's ``step`` that calls back when it is over, if the optimizer inside has really stepped. A handle.
+    """Replaces the ``step()`` of an optimizer's wrapper by one that calls back at its end. Also a removable handle.
+
+    The callback is called only if the inner optimizer has made a real step::
+
+        wrapper.step()  ->  inner.step()  ->  hook: notes the step  ->  wrapper changes the weights  ->  callback
 
     Args:
-        wrapper: whose ``step()`` users call.
+        wrapper: the object whose ``step()`` the user calls.
         inner: the optimizer inside.
-        callback: called after each step.
+        callback: called after each real step.
     """
 
     def __init__(self, wrapper: Any, inner: torch.optim.Optimizer, callback: Callable[[], object]) -> None:
@@ -112,21 +124,23 @@ class OuterStep:
         self._callback: Callable[[], object] | None = callback
         self._inside = False
         self._stepped = False
-        self._hook = inner.register_step_post_hook(self._note)
-        self._mine = self._call
-        wrapper.step = self._mine
+        self._hook = inner.register_step_post_hook(self._note_step)
+        # Each access to self._call makes a new bound method. remove() compares with this one.
+        self._replacement = self._call
+        wrapper.step = self._replacement
 
     @untraced
-    def _note(self, stepped: torch.optim.Optimizer, *_: object) -> None:
+    def _note_step(self, stepped: torch.optim.Optimizer, *_: object) -> None:
         if not is_training_step(stepped):
             return
         if self._inside:
             self._stepped = True
-        elif self._callback is not None:  # stepped by other hands than the wrapper's
+        elif self._callback is not None:  # the user has called inner.step() directly
             self._callback()
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
-        self._inside, self._stepped = True, False
+        self._inside = True
+        self._stepped = False
         try:
             result = self._step(*args, **kwargs)
         finally:
@@ -136,10 +150,13 @@ class OuterStep:
         return result
 
     def remove(self) -> None:
-        """Stops the calls. Where another wrapper came on top, this one stays below it and only passes on. Local."""
+        """Stops the callbacks and puts the original ``step()`` back. Local.
+
+        If other code has wrapped ``step()`` since, this wrapper stays inside of that one and only passes calls on.
+        """
         self._callback = None
         self._hook.remove()
-        if vars(self._wrapper).get("step") is self._mine:
+        if vars(self._wrapper).get("step") is self._replacement:
             if self._was_patched:
                 self._wrapper.step = self._step
             else:
@@ -147,17 +164,20 @@ class OuterStep:
 
 
 def is_training_step(optimizer: torch.optim.Optimizer) -> bool:
-    """Asked by a step hook: is this a step of the training, to be counted now? Local; no host sync.
+    """Returns whether a step hook was called at the end of a step of the training. Local; no host sync.
 
-    Two kinds are not. ``torch.distributed.checkpoint`` steps an optimizer that has no state yet, to have it made, with
-    learning rates and gradients of zero: to read its state and to load it, so under FSDP2 in Accelerate and Lightning
-    too. And an optimizer class that overrides ``step()`` and calls its parent's runs its hooks once for each: only the
-    outer one comes when the step is over.
+    Two kinds of calls do not count:
 
-    A learning rate of zero alone says nothing: a warm-up may begin with it, and such a step counts. Neither do the
-    gradients: reading them would wait for the device, and a rank that holds no element of the model must come to the
-    same answer as the others. So in a step that has no other learning rate than zero it is asked who makes it. That is
-    a walk over the stack, some microseconds, and no other step pays for it.
+    - ``torch.distributed.checkpoint`` steps an optimizer that has no state yet, with learning rates and gradients of
+      zero, to create the state. It does so to read or load the state, for example under FSDP2 in Accelerate and
+      Lightning.
+    - An optimizer class that overrides ``step()`` and calls the ``step()`` of its parent class runs the hooks once for
+      each. Only the outer call comes at the end of the step.
+
+    Values do not tell the first kind for sure. A learning rate of zero may be the start of a warm-up, and such a step
+    counts. To read gradients would wait for the device, and a rank that holds no element of the model has to get the
+    same answer as the others. So if all learning rates are zero, the function looks for the caller on the stack. This
+    takes some microseconds, and no other step has to do it.
     """
     if _may_be_nested(type(optimizer)) and _is_nested(optimizer):
         return False
@@ -165,13 +185,14 @@ def is_training_step(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def _has_learning_rate(optimizer: torch.optim.Optimizer) -> bool:
-    # A tensor may lie on a device, and reading it would wait for that: it counts as unknown.
+    """Returns whether a learning rate is known to differ from zero."""
+    # To read a tensor could wait for its device, so a tensor counts as unknown.
     rates = (group.get("lr") for group in optimizer.param_groups)
     return any(isinstance(rate, (int, float)) and rate != 0 for rate in rates)
 
 
 def _is_in_checkpointing() -> bool:
-    """Returns whether the code that runs was called by torch.distributed.checkpoint (its ``_init_optim_state``)."""
+    """Returns whether torch.distributed.checkpoint is on the stack: its ``_init_optim_state``, read in torch 2.13."""
     frame = inspect.currentframe()
     while frame is not None:
         if str(frame.f_globals.get("__name__")).startswith("torch.distributed.checkpoint."):
@@ -181,21 +202,23 @@ def _is_in_checkpointing() -> bool:
 
 
 def _may_be_nested(kind: type) -> bool:
+    """Returns whether several classes of an optimizer have a ``step()`` that calls hooks."""
     return sum(_is_hooked(vars(base).get("step")) for base in kind.__mro__) > 1
 
 
 def _is_nested(optimizer: torch.optim.Optimizer) -> bool:
     """Returns whether more than one hooked ``step()`` of this optimizer is running.
 
-    Each is a frame of torch's wrapper, which is the same for all classes. It is known by where it is written: where
-    ``torch.compile`` has been, its code is another object.
+    Each running one has a frame of torch's function around ``step()``, which is the same function for all classes. The
+    frames are recognised by file and line, and not by their code object, because ``torch.compile`` replaces that.
     """
     code: CodeType = type(optimizer).step.__code__
     running = 0
     frame = inspect.currentframe()
     while frame is not None and running < 2:
-        at = frame.f_code.co_filename, frame.f_code.co_firstlineno
-        if at == (code.co_filename, code.co_firstlineno):
+        place = frame.f_code.co_filename, frame.f_code.co_firstlineno
+        if place == (code.co_filename, code.co_firstlineno):
+            # The function takes *args, of which the first is the optimizer.
             running += any(first is optimizer for first in frame.f_locals.get("args", ())[:1])
         frame = frame.f_back
     return running > 1

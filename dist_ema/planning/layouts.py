@@ -1,8 +1,14 @@
-"""Computes what one rank of an imagined run would hold: specs without a process group, a wrapper or weights.
+"""Computes which elements one rank of an imagined run would hold, without a process group, a wrapper or weights.
 
-The model is given as the specs of its plain module (:class:`PlainEngine` on the meta device). Where the real engines
-compute a shard themselves (DTensors), the same functions do it here; where the wrapper has cut the tensors (FSDP1,
-ZeRO), its rule is written out, as read in torch 2.13 and deepspeed 0.19.8. Tests compare both with real engines.
+The model is given as the specs of its plain module (:class:`PlainEngine` on the meta device). For DTensors the
+functions of the real engine compute the shards. For FSDP1 and ZeRO, whose wrappers cut the tensors themselves, this
+file has their rules, as read in torch 2.13 and deepspeed 0.19.8. Tests compare both kinds with real engines.
+
+Ranks are numbered such that tensor parallelism varies fastest, then shards, then replicas. Eight ranks as 2 replicas of
+2 shards of 2 tensor-parallel ranks::
+
+    replica 0    shard 0: ranks 0 1    shard 1: ranks 2 3
+    replica 1    shard 0: ranks 4 5    shard 1: ranks 6 7
 """
 
 from __future__ import annotations
@@ -21,12 +27,12 @@ from dist_ema.errors import EMAConfigError
 from dist_ema.geometry.runs import Runs
 from dist_ema.geometry.spec import Replicas, TensorSpec
 
-#: What tensor parallelism does to the tensors that it touches, by canonical name: the dimension that it shards, or None
-#: where it replicates.
+#: For each tensor of tensor parallelism, by canonical name: the dimension that is sharded, or None if it is replicated.
+#: Other tensors are not in it.
 Styles = Mapping[str, int | None]
-#: Bytes at whose multiples FSDP1 (with ``use_orig_params``) begins every parameter of a unit.
+#: FSDP1 (with ``use_orig_params``) begins every parameter of a unit at a multiple of this many bytes.
 _FSDP1_ALIGNMENT = 16
-#: ZeRO-1 and 2 pad the flat buffer to a multiple of so many elements per rank.
+#: ZeRO-1 and 2 pad the flat buffer such that the piece of each rank is a multiple of this many elements.
 _ZERO_ALIGNMENT = 2
 
 
@@ -36,9 +42,9 @@ class Layout:
 
     Attributes:
         engine: one of ``ENGINES``.
-        world_size: ranks in all.
-        replicate: copies of the model, each sharded over the other ranks (hsdp; fsdp1 as HYBRID_SHARD).
-        tensor_parallel: ranks that share each layer (tp, fsdp2+tp).
+        world_size: number of ranks.
+        replicate: number of copies of the model, each sharded over its part of the ranks (hsdp; fsdp1 as HYBRID_SHARD).
+        tensor_parallel: number of ranks over which each layer is sharded (tp, fsdp2+tp).
     """
 
     engine: str
@@ -47,7 +53,7 @@ class Layout:
     tensor_parallel: int = 1
 
     def __post_init__(self) -> None:
-        """Raises EMAConfigError naming the first value that is wrong, and what is allowed."""
+        """Raises EMAConfigError, which names the first value that is wrong and the values that are allowed."""
         if self.engine not in ENGINES:
             raise EMAConfigError(f"engine={self.engine!r}: allowed are {', '.join(ENGINES)}")
         sizes = {"replicate": self.replicate, "tensor_parallel": self.tensor_parallel}
@@ -65,18 +71,21 @@ class Layout:
 
     @property
     def shards(self) -> int:
-        """Returns the ranks over which one copy of the model is sharded, tensor parallelism apart."""
+        """Returns the number of ranks over which one copy of the model is sharded, not counting tensor parallelism."""
         return self.world_size // (self.replicate * self.tensor_parallel)
 
     def source_dtype(self, spec: TensorSpec) -> torch.dtype:
-        """Returns the dtype of what is averaged: DeepSpeed keeps fp32 masters of trained bf16 and fp16 weights."""
+        """Returns the dtype of the tensor that is averaged.
+
+        DeepSpeed keeps fp32 masters of trained bf16 and fp16 weights, so the average is made of these.
+        """
         has_master = self.engine.startswith("zero") and spec.kind == "parameter" and spec.dtype.itemsize < 4
         return torch.float32 if has_master else spec.dtype
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Describes one rank and its coordinates: tensor parallelism varies fastest, then shards, then replicas."""
+    """One rank and its coordinates, as in the drawing above."""
 
     layout: Layout
     rank: int
@@ -101,7 +110,7 @@ def simulate(model: Sequence[TensorSpec], layout: Layout, rank: int, styles: Sty
         model: the unsharded tensors.
         layout: the layout of the run.
         rank: from 0 to ``layout.world_size - 1``.
-        styles: for tp and fsdp2+tp, what tensor parallelism does to a tensor, by name. Other tensors are not touched.
+        styles: which dimension tensor parallelism shards; only tp and fsdp2+tp use it.
     """
     if not 0 <= rank < layout.world_size:
         raise EMAConfigError(f"rank={rank}: allowed are 0 to {layout.world_size - 1}")
@@ -121,7 +130,7 @@ def _ddp(model: Sequence[TensorSpec], place: _Place, styles: Styles) -> list[Ten
 
 
 def _fsdp2(model: Sequence[TensorSpec], place: _Place, styles: Styles) -> list[TensorSpec]:
-    """Shards as ``fully_shard`` does: the first dimension, also of frozen parameters. Buffers stay whole."""
+    """Returns the specs under ``fully_shard``, which cuts the first dimension of all parameters, trained or frozen."""
     return [_dtensor(spec, [(place.layout.shards, place.shard, Shard(0))], 0) for spec in model]
 
 
@@ -132,26 +141,33 @@ def _hsdp(model: Sequence[TensorSpec], place: _Place, styles: Styles) -> list[Te
 
 
 def _tp(model: Sequence[TensorSpec], place: _Place, styles: Styles) -> list[TensorSpec]:
-    """Shards by tensor parallelism alone. Groups of ranks are independent; tensors without a style are plain."""
+    """Returns the specs under tensor parallelism. Tensors without a style are plain and whole.
+
+    If there are more ranks, each group of tensor-parallel ranks has a model by itself.
+    """
     layout = place.layout
-    first = place.rank - place.tensor
-    return [
-        _dtensor(spec, [(layout.tensor_parallel, place.tensor, _placement(styles[spec.name]))], first)
-        if spec.name in styles
-        else spec
-        for spec in model
-    ]
+    first = place.rank - place.tensor  # the lowest rank of this group
+    specs = []
+    for spec in model:
+        if spec.name in styles:
+            mesh = [(layout.tensor_parallel, place.tensor, _placement(styles[spec.name]))]
+            specs.append(_dtensor(spec, mesh, first))
+        else:
+            specs.append(spec)
+    return specs
 
 
 def _fsdp2_tp(model: Sequence[TensorSpec], place: _Place, styles: Styles) -> list[TensorSpec]:
-    """Shards by ``fully_shard`` on one dimension of a mesh, over tensor parallelism on the other."""
+    """Returns the specs under ``fully_shard`` on the first dimension of a mesh and tensor parallelism on the second."""
     layout = place.layout
     specs = []
     for spec in model:
         if spec.name not in styles:
+            # A parameter without a style is sharded by FSDP2 alone, once for each tensor-parallel coordinate.
             specs.append(_dtensor(spec, [(layout.shards, place.shard, Shard(0))], place.tensor))
             continue
         inner = _placement(styles[spec.name])
+        # FSDP2 marks a second cut of the same dimension as a strided shard (see engines/placements.py).
         outer = StridedShard(0, split_factor=layout.tensor_parallel) if inner == Shard(0) else Shard(0)
         mesh = [(layout.shards, place.shard, outer), (layout.tensor_parallel, place.tensor, inner)]
         specs.append(_dtensor(spec, mesh, 0, fsdp_dims=(0,)))
@@ -163,20 +179,27 @@ def _placement(dim: int | None) -> Placement:
 
 
 def _dtensor(
-    spec: TensorSpec, mesh: Sequence[tuple[int, int, Placement]], team: int, fsdp_dims: Sequence[int] = ()
+    spec: TensorSpec, mesh: Sequence[tuple[int, int, Placement]], lowest_mesh_rank: int, fsdp_dims: Sequence[int] = ()
 ) -> TensorSpec:
-    """Returns a DTensor's spec, given for each mesh dimension its size, this rank's coordinate and the placement."""
+    """Return the spec of a parameter as a DTensor. Buffers are returned as they are.
+
+    Args:
+        spec: of the whole tensor.
+        mesh: for each dimension of the mesh its size, this rank's coordinate and the placement.
+        lowest_mesh_rank: the lowest rank of the mesh.
+        fsdp_dims: dimensions of the mesh that belong to FSDP2.
+    """
     if spec.kind == "buffer":
         return spec
     if not spec.shape:
-        raise EMAConfigError(f"parameter {spec.name!r} has no dimension, and so cannot be a DTensor's shard")
+        raise EMAConfigError(f"parameter {spec.name!r} is a scalar, which cannot be sharded as a DTensor")
     sizes, coordinate, placements = zip(*mesh, strict=True)
     shared, primary = shared_dimension(sizes, coordinate, placements)
     return replace(
         spec,
         runs=placed_runs(spec.shape, sizes, coordinate, placements, spec.name, fsdp_dims),
         partitioned=True,
-        lowest_mesh_rank=team,
+        lowest_mesh_rank=lowest_mesh_rank,
         replicas=None if shared is None else _replicas(coordinate[shared], sizes[shared]),
         primary=primary,
     )
@@ -186,24 +209,26 @@ def _dtensor(
 
 
 def _fsdp1(model: Sequence[TensorSpec], place: _Place, styles: Styles) -> list[TensorSpec]:
-    """Shards as FSDP1 does with ``use_orig_params``: one unit for each block, and one for the rest.
+    """Returns the specs under FSDP1 with ``use_orig_params``, one unit for each block and one for the other parameters.
 
-    Frozen parameters are part of the units.
+    Frozen parameters are in the units as well.
     """
     layout = place.layout
+    # Step 1: sort the parameters into units.
     units: dict[str, list[TensorSpec]] = {}
     for spec in model:
         if spec.kind != "buffer":
             units.setdefault(_block(spec.name), []).append(spec)
+    # Step 2: lay the parameters of each unit end to end, and cut the result into equal pieces.
     runs: dict[str, Runs] = {}
     for unit in units.values():
-        begins = []
+        begins = []  # where each parameter begins in the flat parameter
         position = 0
         for spec in unit:
             position = _round_up(position, _FSDP1_ALIGNMENT // spec.dtype.itemsize)
             begins.append(position)
             position += spec.numel
-        size = -(-position // layout.shards)
+        size = -(-position // layout.shards)  # of a piece, rounded up
         for spec, begin in zip(unit, begins, strict=True):
             runs[spec.name] = _piece(begin, spec.numel, size, place.shard)
     replicas = _replicas(place.replica, layout.replicate) if layout.replicate > 1 else None
@@ -219,7 +244,7 @@ def _zero0(model: Sequence[TensorSpec], place: _Place, styles: Styles) -> list[T
 
 
 def _zero1(model: Sequence[TensorSpec], place: _Place, styles: Styles) -> list[TensorSpec]:
-    """Shards as ZeRO-1 and 2 do: the masters of all trained parameters, one parameter group, laid end to end."""
+    """Returns the specs under ZeRO-1 and 2: all trained parameters are in one group, laid end to end and cut."""
     world = place.layout.world_size
     total = sum(spec.numel for spec in model if spec.kind == "parameter")
     size = _round_up(total, _ZERO_ALIGNMENT * world) // world
@@ -235,21 +260,29 @@ def _zero1(model: Sequence[TensorSpec], place: _Place, styles: Styles) -> list[T
 
 
 def _zero3(model: Sequence[TensorSpec], place: _Place, styles: Styles) -> list[TensorSpec]:
-    """Shards as ZeRO-3 does: each parameter by itself, including frozen ones."""
-    return [
-        spec
-        if spec.kind == "buffer"
-        else replace(
-            spec,
-            runs=_piece(0, spec.numel, -(-spec.numel // place.layout.world_size), place.rank),
-            partitioned=True,
-        )
-        for spec in model
-    ]
+    """Returns the specs under ZeRO-3, which cuts every parameter by itself, also frozen ones."""
+    specs = []
+    for spec in model:
+        if spec.kind == "buffer":
+            specs.append(spec)
+            continue
+        size = -(-spec.numel // place.layout.world_size)  # of a piece, rounded up
+        specs.append(replace(spec, runs=_piece(0, spec.numel, size, place.rank), partitioned=True))
+    return specs
 
 
 def _piece(begin: int, numel: int, size: int, index: int) -> Runs:
-    """Returns which elements of a tensor at ``begin`` of a flat buffer lie in piece ``index`` of ``size`` elements."""
+    """Returns which elements of a tensor lie in one piece of a flat buffer. Pure.
+
+    Args:
+        begin: where the tensor begins in the buffer.
+        numel: elements of the tensor.
+        size: elements of each piece.
+        index: number of the piece.
+
+    >>> _piece(begin=5, numel=7, size=6, index=0), _piece(begin=5, numel=7, size=6, index=1)
+    (((0, 1),), ((1, 6),))
+    """
     start = max(index * size - begin, 0)
     stop = min((index + 1) * size - begin, numel)
     return ((start, stop - start),) if start < stop else ()
@@ -267,7 +300,7 @@ def _block(name: str) -> str:
 
 
 class _NoGroup:
-    """Replaces a process group: shares tell sets of replicas apart by it, and never call it."""
+    """Takes the place of a process group. Shares only compare groups with each other, and never call them."""
 
 
 _NO_GROUP = cast(dist.ProcessGroup, _NoGroup())
@@ -277,7 +310,7 @@ def _replicas(index: int, size: int) -> Replicas:
     return Replicas(_NO_GROUP, index, size)
 
 
-#: How each engine spreads a model.
+#: The function that computes the specs of one rank, by the name of the engine.
 ENGINES: dict[str, Callable[[Sequence[TensorSpec], _Place, Styles], list[TensorSpec]]] = {
     "plain": _plain,
     "ddp": _ddp,

@@ -1,7 +1,8 @@
-"""Predicts what an average will cost: memory, bytes moved and time per rank, and the checkpoint.
+"""Predicts what an average will cost: memory, bytes moved and time for each rank, and the size of the checkpoint.
 
-It uses no separate formula: :mod:`dist_ema.geometry.shares` computes the shares of each rank from the geometry that an
-engine would have, and :class:`dist_ema.checkpoints.contents.Contents` the files.
+The prediction uses the code of a real run. :mod:`dist_ema.planning.layouts` computes the specs that an engine would
+have, :mod:`dist_ema.geometry.shares` computes the shares of each rank from them, and
+:class:`dist_ema.checkpoints.contents.Contents` computes the files.
 """
 
 from __future__ import annotations
@@ -24,19 +25,19 @@ from dist_ema.schedules import HalfLife
 from dist_ema.schedules.clock import Progress
 from dist_ema.schedules.state import EMAState
 
-#: Of larger runs this many ranks are looked at, at equal distances, the first and the last among them.
+#: Number of ranks that a prediction for a larger run looks at: at equal distances, with the first and the last.
 SAMPLE = 64
-#: Chunks that an update holds at a time on an accelerator, where each step of it leaves a tensor behind.
+#: Temporary chunks that an update has in memory at a time on an accelerator: each of its operations makes a new tensor.
 _ACCELERATOR_CHUNKS = 4
 
 
 @dataclass(frozen=True)
 class Speeds:
-    """Holds bandwidths in bytes per second.
+    """Speeds in bytes per second.
 
     Attributes:
-        memory: of the memory that holds the shadow, for one rank.
-        link: from the accelerator to the host, for one rank; used with offload only.
+        memory: of the memory that has the shadow, for one rank.
+        link: from the accelerator to the host, for one rank; used only with offload.
         disk: of the file system, for all ranks together.
     """
 
@@ -47,18 +48,18 @@ class Speeds:
 
 @dataclass(frozen=True)
 class RankCost:
-    """Holds the cost of one rank, in bytes.
+    """The cost of one rank, in bytes.
 
     Attributes:
-        rank: the rank.
-        shadow: the averages, during the whole run.
-        buffers: the last copy of the model's buffers.
-        staging: with offload, copies of the weights in host memory, which the thread averages.
-        scratch: the maximum that an update allocates in addition.
-        in_use: what is kept in addition while the live model computes with an average.
-        update: bytes that one update reads and writes, in the memory that holds the shadow.
+        rank: number of the rank.
+        shadow: memory of the averages, during the whole run.
+        buffers: memory of the last copy of the model's buffers, during the whole run.
+        staging: with offload, copies of the weights in host memory, from which the thread averages.
+        scratch: temporary memory of an update, at most.
+        in_use: additional memory while the live model computes with an average (``average_parameters()``).
+        update: bytes that one update reads and writes, in the memory that has the shadow.
         link: bytes that one update sends to the host.
-        checkpoint: bytes that this rank writes.
+        checkpoint: bytes that this rank writes for a checkpoint.
     """
 
     rank: int
@@ -72,16 +73,16 @@ class RankCost:
     checkpoint: int
 
     def update_seconds(self, speeds: Speeds) -> float:
-        """Returns the time of an update. Copies to the host and averaging there are counted one after the other."""
+        """Returns the time of an update, if the copy to the host and the averaging do not overlap. Seconds."""
         return self.update / speeds.memory + self.link / speeds.link
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Holds the cost of a run.
+    """The cost of a run.
 
     Attributes:
-        ranks: the ranks that were computed, in order; rank 0 is the first.
+        ranks: costs of the ranks in the sample, in ascending order, beginning with rank 0.
         files: bytes of each file of the checkpoint, by its path.
         offload: whether the shadow is in host memory.
     """
@@ -97,28 +98,28 @@ class Prediction:
 
     @property
     def manifest(self) -> int:
-        """Returns the bytes of the manifest. Its clocks may take a few more bytes as they grow."""
+        """Returns the bytes of the checkpoint's manifest. It may grow by a few bytes as counters grow."""
         return self.files[NAME]
 
     def worst(self, cost: Callable[[RankCost], float]) -> RankCost:
-        """Returns the most expensive rank; the first of several."""
+        """Returns the rank with the highest cost, the first one if there are several."""
         return max(self.ranks, key=cost)
 
     def mean(self, cost: Callable[[RankCost], float]) -> float:
-        """Returns the mean over the ranks that were computed."""
+        """Returns the mean of a cost over the ranks in the sample."""
         return sum(map(cost, self.ranks)) / len(self.ranks)
 
 
 def make_options(
     *, averages: int = 1, dtype: torch.dtype | None = torch.float32, offload: str | None = None, shard: bool = True
 ) -> Options:
-    """Returns options of :class:`ShardedEMA` that change the cost; all others have their defaults.
+    """Returns options of :class:`ShardedEMA`, with defaults for all options that do not change the cost.
 
     Args:
         averages: number of averages.
-        dtype: dtype of the shadows; None means that of each parameter.
+        dtype: dtype of the shadows; None for the dtype of each parameter.
         offload: None or ``"cpu"``.
-        shard: split shadows of replicated parameters among the replicas.
+        shard: whether the shadows of replicated parameters are spread over the replicas.
     """
     if averages < 1:
         raise EMAConfigError(f"averages={averages}: must be at least 1")
@@ -128,8 +129,9 @@ def make_options(
 
 
 def predict(model: Architecture, layout: Layout, options: Options) -> Prediction:
-    """Computes all ranks, or a sample of them. Pure. Raises EMAConfigError if the model cannot be spread in
-    this way.
+    """Predicts the cost of all ranks, or of a sample of them. Pure.
+
+    Raises EMAConfigError if the model cannot be spread in this way.
     """
     ranks = [rank_cost(model, layout, options, rank) for rank in sample(layout.world_size)]
     files = checkpoint_files(rank_shares(model, layout, options, 0), options)
@@ -137,13 +139,13 @@ def predict(model: Architecture, layout: Layout, options: Options) -> Prediction
 
 
 def sample(world_size: int) -> list[int]:
-    """Returns all ranks if there are at most ``SAMPLE``; else that many, including the first and the last."""
+    """Returns all ranks if there are at most ``SAMPLE``, else ``SAMPLE`` of them with the first and the last."""
     number = min(world_size, SAMPLE)
     return [index * (world_size - 1) // max(number - 1, 1) for index in range(number)]
 
 
 def rank_shares(model: Architecture, layout: Layout, options: Options, rank: int) -> list[Share]:
-    """Returns what one rank keeps of each tensor. Pure."""
+    """Returns the shares of one rank: for each tensor the part that it averages. Pure."""
     return assign_shares(simulate(model.tensors, layout, rank, model.styles), options)
 
 
@@ -151,10 +153,11 @@ def rank_cost(model: Architecture, layout: Layout, options: Options, rank: int) 
     """Returns the costs of one rank whose weights are on an accelerator. Pure."""
     shares = rank_shares(model, layout, options, rank)
     number = len(options.schedules)
-    lowest_mesh_rank = 0  # of the writing mesh: rank 0 has a part of every tensor
+    lowest_mesh_rank = 0  # rank 0 has a part of every tensor, so its mesh writes
     shadow = buffers = staging = in_use = update = checkpoint = widest = 0
     for share in shares:
         if share.mode == "live":
+            # Not averaged: only copied into the checkpoint.
             checkpoint += share.spec.local_numel * share.dtype.itemsize if writes(share, rank, lowest_mesh_rank) else 0
             continue
         kept = share.numel * share.dtype.itemsize
@@ -163,7 +166,7 @@ def rank_cost(model: Architecture, layout: Layout, options: Options, rank: int) 
         staging += read if options.offload else 0
         if share.mode == "average":
             shadow += number * kept
-            update += read + 2 * number * kept
+            update += read + 2 * number * kept  # each average is read and written
             # A buffer keeps its place in memory while the average is in use, so its live values are copied aside.
             in_use += read if source != share.dtype or share.spec.kind == "buffer" else 0
             widest = max(widest, share.dtype.itemsize, 4)  # bf16 averages are blended in fp32
@@ -177,7 +180,7 @@ def rank_cost(model: Architecture, layout: Layout, options: Options, rank: int) 
 
 
 def checkpoint_files(shares: Sequence[Share], options: Options) -> dict[str, int]:
-    """Returns the bytes of every file of a checkpoint, by its path. Pure: any rank's shares give the same."""
+    """Returns the bytes of every file of a checkpoint, by its path. Pure; the same for the shares of every rank."""
     state = EMAState(True, Progress(batches=1), Progress(batches=1), Progress(updates=1))
     views = dict.fromkeys(options.schedules, lambda _: None)
     return Contents(state, options.schedules, catalogue(shares, None), views).sizes()

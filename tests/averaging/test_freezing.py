@@ -280,7 +280,7 @@ def test_what_a_teacher_cannot_hold_is_refused_when_it_would_join() -> None:
     ema.update()
     student[0].requires_grad_(True)
     for _ in range(2):
-        with pytest.raises(EMAEngineError, match=r"the teacher \(into=\) .*'0.weight' it has no tensor of that name"):
+        with pytest.raises(EMAEngineError, match=r"the teacher \(into=\) .*'0.weight' it has no tensor with that name"):
             ema.update()
     student[0].requires_grad_(False)
     assert ema.update() and ema.num_updates == 2

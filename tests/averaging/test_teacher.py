@@ -391,8 +391,8 @@ def refused() -> dict[str, Callable[[], object]]:
     two = frozen(nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 6), nn.Linear(6, 1)))
     return {
         "'0.weight' it has the shape (4, 6) and not (5, 6)": lambda: make(frozen(shape)),
-        "'0.weight' it has no tensor of that name": lambda: make(frozen(nn.Sequential(nn.Identity(), small()))),
-        "'0.bias' it has no tensor of that name": lambda: make(frozen(small(bias=False))),
+        "'0.weight' it has no tensor with that name": lambda: make(frozen(nn.Sequential(nn.Identity(), small()))),
+        "'0.bias' it has no tensor with that name": lambda: make(frozen(small(bias=False))),
         "has a parameter '2.weight'": lambda: make(two),
         "'0.weight' requires a gradient": lambda: make(small()),
         "is the model that is averaged": itself,
@@ -402,7 +402,7 @@ def refused() -> dict[str, Callable[[], object]]:
         "offload='cpu'": lambda: make(frozen(small()), offload="cpu"),
         "into= takes one average": lambda: make(frozen(small()), averages={"a": 0.5, "b": 0.9}),
         "it does not tie it to '1.weight'": lambda: make(frozen(squares(False)), squares(True)),
-        "holds '0.weight' there too": lambda: make(frozen(squares(True)), squares(False)),
+        "it has the same tensor as for '0.weight'": lambda: make(frozen(squares(True)), squares(False)),
         "rename='head[.]' matches no name": lambda: make(frozen(small()), rename={"head[.]": ""}),
         "is no replacement": lambda: make(frozen(small()), rename={"0": "\\7"}),
         "rename=['0']: allowed is a dict": lambda: make(frozen(small()), rename=["0"]),
@@ -543,7 +543,8 @@ def test_backbone_goes_into_a_teacher_of_other_names() -> None:
     ema.update()
     for old, now in zip(start["backbone"].parameters(), teacher.parameters(), strict=True):
         torch.testing.assert_close(now, old + 0.5)
-    with pytest.raises(EMAEngineError, match=r"'backbone.0.weight' \('1.0.weight' there\) it has no tensor"):
+    shown = r"'backbone.0.weight' \('1.0.weight' in the second model\) it has no tensor"
+    with pytest.raises(EMAEngineError, match=shown):
         ShardedEMA(student, into=small().requires_grad_(False), include="^backbone", rename={"backbone": "1"})
 
     first, second = nn.ModuleDict({"0": nn.Linear(2, 2)}), nn.ModuleDict({"1": nn.Linear(2, 2)})  # stages of a pipeline
