@@ -44,7 +44,7 @@ class _Run:
         self._handover = handover
 
     def run(self, work: Work) -> None:
-        """Runs in the thread."""
+        """Runs ``work`` and keeps its exception for the call that waits. Called in the thread."""
         try:
             work(self._reading())
         except BaseException as error:
@@ -54,6 +54,7 @@ class _Run:
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
+        """Reads the shadow in the block. At its end, also after an error, the shadow may be changed again."""
         try:
             with self._handover.taken():
                 yield
@@ -95,6 +96,7 @@ class Background:
         if not self._registered:
             self._registered = True
             atexit.register(self._at_exit)
+        # A signal handler that raised between these lines would leave a thread that no call waits for.
         with Uninterrupted():
             run = _Run(handover)
             thread = Thread(target=run.run, args=(work,), name="dist_ema save")

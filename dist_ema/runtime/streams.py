@@ -100,7 +100,7 @@ class Relay:
         return self._buffers[self._next][: numel * dtype.itemsize].view(dtype)
 
     def asked(self) -> torch.cuda.Event:
-        """Records that a copy to or from that buffer was launched. Returns a function that waits for the copy."""
+        """Records that a copy to or from the buffer was launched, and returns its event. The other buffer is next."""
         event = self._events[self._next] or torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         event.record()
         self._events[self._next] = event
@@ -109,9 +109,12 @@ class Relay:
 
 
 def read_ahead(sizes: Sequence[int], dtype: torch.dtype, read: Callable[[int, int, Tensor], None]) -> Iterator[Tensor]:
-    """Yields the parts of what is on a device, on the host. Each is valid until the next one is requested.
+    """Yields consecutive parts of a device's values on the host. Each is valid until the next one is requested.
 
-    The next part is copied meanwhile. Local; uses the current stream.
+    While the caller works on a part, the next one is copied. Local; uses the current stream::
+
+        device    copy 0 | copy 1 ....... | copy 2 ....... |
+        caller           | works on 0     | works on 1     | works on 2
 
     Args:
         sizes: number of elements of each part.
@@ -120,15 +123,16 @@ def read_ahead(sizes: Sequence[int], dtype: torch.dtype, read: Callable[[int, in
     """
     relay = Relay(max(sizes, default=0) * dtype.itemsize)
     start = 0
-    asked: tuple[Tensor, torch.cuda.Event] | None = None
-    for size in [*sizes, None]:
-        coming = None
+    current: tuple[Tensor, torch.cuda.Event] | None = None
+    for size in [*sizes, None]:  # None: one more turn, which launches nothing and yields the last part
+        following = None
         if size is not None:
             out = relay.buffer(size, dtype)
             read(start, start + size, out)
-            coming = (out, relay.asked())
+            following = (out, relay.asked())
             start = start + size
-        if asked is not None:
-            asked[1].synchronize()
-            yield asked[0]
-        asked = coming
+        if current is not None:
+            values, copied = current
+            copied.synchronize()
+            yield values
+        current = following

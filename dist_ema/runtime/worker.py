@@ -48,6 +48,7 @@ class Worker:
         self._job = self._pool.submit(self._run, work)
 
     def _make_pool(self) -> ThreadPoolExecutor:
+        """Returns a pool of one thread, in which torch uses the limited number of threads."""
         pool = ThreadPoolExecutor(1, "dist_ema offload")
         callers = torch.get_num_threads()
         pool.submit(_limit, self._threads or max(1, callers // 4)).result()
@@ -56,6 +57,7 @@ class Worker:
         return pool
 
     def _run(self, work: Callable[[], None]) -> None:
+        """Runs a job in the thread, and keeps and logs its failure."""
         try:
             work()
         except BaseException as error:
@@ -105,6 +107,7 @@ class Worker:
         self._unseen = False
 
     def _end(self) -> bool:
+        """Waits for the job, ends the thread, and returns whether there is a failure that no call has raised."""
         self.drain()
         if self._pool is not None:
             self._pool.shutdown()
