@@ -34,6 +34,8 @@ _SHARD = re.compile(r"(.*)-(\d{2,})-of-(\d{2,})(.*)\.safetensors")
 _INDEX_BYTES = 1 << 27
 _INDEX_DEPTH = 8
 _LISTED = 12
+#: Number of shards above which the missing files of a set are not looked for.
+_MOST_SHARDS = 100_000
 
 
 @dataclass(frozen=True)
@@ -75,14 +77,18 @@ def choose_files(folder: Path, key: str | None = None) -> Weights:
     files = [name for name in names if name.endswith(_SUFFIX) and not name.startswith(".")]
     if key is not None:
         return _named(folder, key, indexes, files)
-    # An index stands for the files that it names. It is only read where it decides.
+    # First choice: an index of the usual name, or the only index where no file has a usual name. It stands for the
+    # files that it names. Only the chosen index is read.
     main = [name for name in indexes if name.removesuffix(".safetensors.index.json") in _STEMS]
     if len(main) == 1 or (len(indexes) == 1 and not _plain(files)):
         return _indexed(folder, (main or indexes)[0], [*indexes, *_grouped(files)])
+    # Second choice: the one file or set of shards of a usual name, or the only thing in the folder. Several indexes of
+    # usual names rule out the first: each of them may be the model.
     groups = _grouped(files)
     plain = [] if main else _plain(groups)
     if len(plain) == 1 or len(groups) + len(indexes) == 1:
         return _files(folder, (plain or [*groups])[0], groups, indexes)
+    # Nothing decides: list what there is.
     if not groups and not indexes:
         raise CheckpointError(f"{folder} has no safetensors files{_instead(folder, names)}")
     offered = _listed([f"{name} (--key {name})" for name in (*indexes, *groups)])
@@ -90,13 +96,15 @@ def choose_files(folder: Path, key: str | None = None) -> Weights:
 
 
 def _named(folder: Path, key: str, indexes: list[str], files: list[str]) -> Weights:
+    """Returns the index, the set of shards or the file that ``key`` names. Raises CheckpointError if none does."""
     groups = _grouped(files)
     for name in (key, f"{key}{_SUFFIX}.index.json", f"{key}{_SUFFIX}"):
         if name in indexes:
             return _indexed(folder, name, [])
         if name in groups:
             return _files(folder, name, groups, [])
-        if name in files:  # one file of a set: as named
+        if name in files:
+            # One shard of a set was asked for, so only that one is taken.
             return Weights(name, {folder / name: None})
     offered = _listed([f"{name} (--key {name})" for name in (*indexes, *groups)]) or "no safetensors files"
     raise CheckpointError(f"{folder}: there is no file for --key {key}; it has {offered}")
@@ -119,7 +127,8 @@ def _grouped(files: list[str]) -> dict[str, list[str]]:
 
 
 def _files(folder: Path, label: str, groups: Mapping[str, list[str]], indexes: list[str]) -> Weights:
-    others = (*(name for name in indexes), *(name for name in groups if name != label))
+    """Returns the files of a group of :func:`_grouped`. Raises CheckpointError if a shard of the set is missing."""
+    others = (*indexes, *(name for name in groups if name != label))
     if match := _SHARD.fullmatch(groups[label][0]):
         width = len(match[2])
         wanted = [f"{match[1]}-{number:0{width}d}-of-{match[3]}{match[4]}{_SUFFIX}" for number in _numbers(match[3])]
@@ -133,10 +142,18 @@ def _files(folder: Path, label: str, groups: Mapping[str, list[str]], indexes: l
 
 
 def _numbers(count: str) -> range:
-    return range(1, min(int(count), 100_000) + 1)
+    """Returns the numbers of the shards of a set, from 1. Bounded, since a file's name may claim any count."""
+    return range(1, min(int(count), _MOST_SHARDS) + 1)
 
 
 def _indexed(folder: Path, index: str, candidates: list[str]) -> Weights:
+    """Returns the files that an index names. Raises CheckpointError if one is missing.
+
+    Args:
+        folder: the folder of the index.
+        index: its name.
+        candidates: the indexes and groups of files that could have been chosen, for the note on what was left out.
+    """
     wanted: dict[str, list[str]] = {}
     for name, file in _weight_map(folder / index).items():
         wanted.setdefault(file, []).append(name)
