@@ -90,6 +90,7 @@ def import_checkpoint(
         CheckpointMismatchError: the file is not of that model. Lists the differences.
         CheckpointCorruptError: the file is damaged.
     """
+    # Check the options that can be checked without the file.
     pattern = _pattern(frozen)
     given = _schedule(decay, half_life)
     check_cast(dtype)
@@ -119,6 +120,7 @@ def import_checkpoint(
 
 
 def _pattern(frozen: str | None) -> re.Pattern[str] | None:
+    """Compiles ``frozen=``. Raises EMAConfigError if it is not a regular expression."""
     try:
         return re.compile(frozen) if frozen is not None else None
     except re.error as error:
@@ -150,12 +152,13 @@ def _cut(foreign: Foreign, model: Model | None, prefix: str) -> tuple[Foreign, M
 
 
 def _cut_model(model: Model, prefix: str) -> Model:
-    """Cuts a model in the same way, if it is the larger one, too."""
+    """Selects the model's tensors under the prefix. A model that has none is the smaller one: returns it unchanged."""
     known = {name.removeprefix(prefix): held for name, held in model.tensors.items() if name.startswith(prefix)}
     return replace(model, tensors=known) if known else model
 
 
 def _schedule(decay: float | None, half_life: str | None) -> Schedule | None:
+    """Returns the schedule that the caller gave, or None. Raises EMAConfigError if both options are given."""
     if decay is not None and half_life is not None:
         raise EMAConfigError(f"decay={decay!r}, half_life={half_life!r}: give one of the two")
     if decay is not None:
