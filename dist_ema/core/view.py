@@ -63,7 +63,7 @@ class View:
                 values, start = shadow, 0
             if values.is_meta:
                 raise EMAStateError(
-                    f"{share.spec.name!r} is on the meta device: materialise the model first, for example with "
+                    f"{share.spec.name!r} is on the meta device: materialize the model first, for example with "
                     "to_empty() and its own initialization"
                 )
             found[share.spec.name] = LocalValues(share, values, start)

@@ -53,7 +53,7 @@ class Binding:
     """Remembers which tensor object each slot held, and raises once a parameter is not that object any more.
 
     The names and shapes are noted at construction. The objects are noted at the first ``check()`` in which no parameter
-    is on the meta device, so weights may be materialised or loaded after construction. ``requires_grad`` is not looked
+    is on the meta device, so weights may be materialized or loaded after construction. ``requires_grad`` is not looked
     at. Ignored tensors may be added, removed and changed. Buffers may be replaced and resized.
 
     Args:

@@ -432,7 +432,7 @@ class Shadow:
             share = self._shares[index]
             device = sources[index].device
             if device.type == "meta":
-                raise EMAStateError(f"{share.spec.name!r} is on the meta device: materialise the model before update()")
+                raise EMAStateError(f"{share.spec.name!r} is on the meta device: materialize the model before update()")
             key = (share.dtype, device)
             totals[key] = totals.get(key, 0) + _room(share.numel)
         flats = {key: memory.empty(total, *key) for key, total in totals.items()}

@@ -451,7 +451,7 @@ def test_reset_starts_anew_with_the_model_as_it_is() -> None:
     assert set(ema.full_state_dict(include_untracked=False)) == set(model.state_dict())
 
 
-def test_weights_loaded_or_materialised_after_construction_are_averaged() -> None:
+def test_weights_loaded_or_materialized_after_construction_are_averaged() -> None:
     """Meta-device construction: there is nothing to copy when the average is made."""
     with torch.device("meta"):
         model = nn.Linear(3, 3)

@@ -303,7 +303,7 @@ def test_what_leaves_the_tensors_as_they_are_is_no_reason_to_stop(
     assert state["lone.weight"].min() > 1.2 if started else (state["lone.weight"] == 2).all()
 
 
-def test_a_meta_model_that_is_materialised_is_bound_and_then_watched() -> None:
+def test_a_meta_model_that_is_materialized_is_bound_and_then_watched() -> None:
     """``to_empty()`` puts other parameters everywhere, and unties them: tied anew they are the model that was named."""
     with torch.device("meta"):
         model = build()

@@ -441,7 +441,7 @@ def test_weights_on_the_meta_device_are_named_and_may_come_later(tmp_path: Path)
     for call in (ema.update, ema.full_state_dict, lambda: ema.export(tmp_path / "export"), ema.fingerprint):
         with pytest.raises(EMAStateError) as caught:
             call()
-        says(caught.value, "'0.weight'", "meta device", "materialise the model")
+        says(caught.value, "'0.weight'", "meta device", "materialize the model")
     assert not list(tmp_path.iterdir()) and ema.num_updates == 0
     model.to_empty(device="cpu")
     for module in model:
