@@ -290,11 +290,18 @@ def _at(values: Mapping[Any, Any], key: str, where: str, found: Sequence[StateDi
             raise CheckpointError(f"{where}: --key {key} is not a dict of tensors; below it are {_options(below)}")
         has = f"it has {_options(found)}" if found else "it has no dict of tensors"
         raise CheckpointError(f"{where}: there are no tensors at --key {key}; {has}")
+    # "a.b" is an entry of that name, or "b" inside of "a". If the file has both, only its author knows which is meant.
+    if len({id(value) for value, _ in taken}) > 1:
+        raise CheckpointError(
+            f"{where}: --key {key} is ambiguous: {len(taken)} dicts of tensors in the file can be reached by it, "
+            "because keys of the file contain dots. Save the dict that is meant alone, and give that file"
+        )
     value, beside = taken[0]
     return StateDict(key, value, next((one.holds for one in found if one.key == key), "unknown"), beside)
 
 
 def _reach(values: Mapping[Any, Any], key: str) -> Iterator[tuple[Any, Mapping[Any, Any]]]:
+    """Yields everything that a key with dots may stand for, each with the dict that contains it."""
     for name, value in values.items():
         if name == key:
             yield value, values

@@ -89,11 +89,13 @@ class TeacherShadow(Shadow):
     ) -> None:
         """Implements :meth:`Shadow.follow`. Shares that join use the teacher's tensors too."""
         averaged, copied = self._numbers_after(shares, places, new)
+        # Shadows that are not the teacher's tensors keep their memory, under their new indices.
         values = {places[index]: tensor for index, tensor in self._by_share().items()} if self.started else {}
         own = {places[index]: values[places[index]] for index in self._own} if self.started else {}
         before = self._shares, self._counterpart
         self._shares = shares
         self._counterpart = counterpart or self._counterpart
+        # Everything that may fail comes first, and is undone if it does.
         try:
             if self.started:
                 tensors = self._teacher_tensors()
@@ -210,7 +212,8 @@ class TeacherShadow(Shadow):
             return
         tensors = self._teacher_tensors()
         if list(map(Tensor.data_ptr, tensors)) == self._addresses:
-            return
+            return  # the usual case: nothing has moved
+        # After a move, for example by ``teacher.to(device)``, a tensor must still be able to be the shadow.
         for index in self._averaged + self._copied:
             if index not in self._own and not self._can_be_shadow(tensors[index], self._tensors[index], index):
                 raise EMAStateError(
@@ -229,7 +232,7 @@ class TeacherShadow(Shadow):
         """
         kept = self._averaged + self._copied
         tensors = self._teacher_tensors()
-        lent.move_parts(tensors[index] for index in kept)
+        lent.move_parts(tensors[index] for index in kept)  # parts of a state_dict() that are views of the teacher
         for index in kept:
             if tensors[index].is_meta:
                 raise EMAStateError(
@@ -253,6 +256,8 @@ class TeacherShadow(Shadow):
 
     def _take_views(self, tensors: list[Tensor], own: dict[int, Tensor]) -> None:
         """Sets the averages and buffers to views of the teacher's ``tensors``, or to ``own`` memory. Local."""
+        # The average is the teacher's memory where that is possible. Only for the other tensors is there something to
+        # copy after an update.
         views = {
             index: own[index] if index in self._own else tensors[index].view(-1)
             for index in self._averaged + self._copied

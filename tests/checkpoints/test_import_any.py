@@ -382,3 +382,15 @@ def test_a_pickled_module_is_refused_with_a_way_out(tmp_path: Path, capsys: pyte
     torch.save(torch.load(tmp_path / "a.pt", weights_only=False)["ema"].state_dict(), tmp_path / "a.pt")
     assert main(["import", str(tmp_path / "a.pt"), str(tmp_path / "out"), "--format", "state-dict"]) == 0
     check(read_checkpoint(tmp_path / "out"), EMA)
+
+
+def test_a_key_that_two_dicts_of_the_file_have_is_refused(tmp_path: Path) -> None:
+    """``--key a.b`` took the first of the two, and said nothing of the other."""
+    nested = {"weight": torch.zeros(2, 2)}
+    dotted = {"weight": torch.ones(2, 2)}
+    torch.save({"a": {"b": nested}, "a.b": dotted}, tmp_path / "both.pt")
+    with pytest.raises(CheckpointError, match=r"--key a[.]b is ambiguous: 2 dicts of tensors"):
+        import_checkpoint(tmp_path / "both.pt", tmp_path / "out", key="a.b")
+    assert not (tmp_path / "out").exists()
+    torch.save({"a": {"b": nested}, "a.b": nested}, tmp_path / "one.pt")  # one dict under two keys
+    import_checkpoint(tmp_path / "one.pt", tmp_path / "out", key="a.b")
