@@ -65,10 +65,21 @@ class Foreign:
 
 
 def search(values: Mapping[str, Any], keys: Iterable[str]) -> Mapping[str, Any] | None:
-    """Returns the mapping that has all of the keys: ``values`` itself or one of its values; None if there is none."""
+    """Returns the mapping that has all of the keys: ``values`` itself or one of its values; None if there is none.
+
+    Raises CheckpointError if several of its values have them, as in the file of a GAN with two averages.
+    """
     wanted = set(keys)
-    inner = (value for value in values.values() if isinstance(value, Mapping))
-    return next((found for found in (values, *inner) if wanted <= found.keys()), None)
+    if wanted <= values.keys():
+        return values
+    found = {key: value for key, value in values.items() if isinstance(value, Mapping) and wanted <= value.keys()}
+    if len({id(value) for value in found.values()}) > 1:
+        names = list(map(str, found))
+        raise CheckpointError(
+            f"the file has several averages, under {', '.join(map(repr, names))}: --key {names[0]} takes the first of "
+            "them"
+        )
+    return next(iter(found.values()), None)
 
 
 def read_tensors(values: Any, what: str) -> dict[str, LazyTensor]:

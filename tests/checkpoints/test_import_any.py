@@ -384,6 +384,21 @@ def test_a_pickled_module_is_refused_with_a_way_out(tmp_path: Path, capsys: pyte
     check(read_checkpoint(tmp_path / "out"), EMA)
 
 
+def test_a_file_of_two_averages_is_refused_without_a_key(tmp_path: Path) -> None:
+    """The first one of a GAN's two averages was taken, and nothing said so."""
+
+    def state(value: float) -> dict[str, Tensor]:
+        weights = {f"{start}_model.weight": torch.full((2, 2), value) for start in ("online", "ema")}
+        return {"initted": torch.tensor(True), "step": torch.tensor(5), **weights}
+
+    torch.save({"generator": state(1.0), "critic": state(2.0)}, tmp_path / "gan.pt")
+    with pytest.raises(CheckpointError, match="several averages, under 'generator', 'critic': --key generator takes"):
+        import_checkpoint(tmp_path / "gan.pt", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    import_checkpoint(tmp_path / "gan.pt", tmp_path / "out", key="critic")
+    assert torch.equal(read_checkpoint(tmp_path / "out")["weight"], torch.full((2, 2), 2.0))
+
+
 def test_a_key_that_two_dicts_of_the_file_have_is_refused(tmp_path: Path) -> None:
     """``--key a.b`` took the first of the two, and said nothing of the other."""
     nested = {"weight": torch.zeros(2, 2)}
