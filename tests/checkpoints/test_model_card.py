@@ -8,8 +8,10 @@ from pathlib import Path
 from support.models import CASES, batch, build
 
 import pytest
+import torch
 import torch.distributed as dist
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 import dist_ema
@@ -131,7 +133,10 @@ def test_a_readme_does_not_make_a_folder_a_model(tmp_path: Path) -> None:
     assert (folder / "README.md").read_text() == "# My thesis\n"
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", "thesis.tex", "run.log", "notes"])
+@pytest.mark.parametrize(
+    "name",
+    ["optimizer.pt", "thesis.tex", "run.log", "notes", "train.py", "notes.md", "results.json", "cat.safetensors"],
+)
 def test_force_does_not_remove_what_lies_beside_a_model(name: str, tmp_path: Path) -> None:
     """A training run keeps its optimizer in the folder of its model."""
     averaged(3).save(tmp_path / "a")
@@ -144,6 +149,32 @@ def test_force_does_not_remove_what_lies_beside_a_model(name: str, tmp_path: Pat
     (out / name).unlink()
     (out / "tokenizer.model").write_text("of the model")
     dist_ema.merge([tmp_path / "a"], out, force=True)
+
+
+def test_force_does_not_take_a_folder_of_adapters_for_a_model(tmp_path: Path) -> None:
+    """Each file is a model of its own, and none of them would be written again."""
+    averaged(3).save(tmp_path / "a")
+    folder = tmp_path / "loras"
+    folder.mkdir()
+    for name in ("cat", "dog"):
+        save_file({"w": torch.ones(2)}, folder / f"{name}.safetensors")
+    with pytest.raises(CheckpointError, match=r"holds 'cat[.]safetensors', and force=True replaces"):
+        dist_ema.merge([tmp_path / "a"], folder, force=True)
+    assert sorted(file.name for file in folder.iterdir()) == ["cat.safetensors", "dog.safetensors"]
+
+
+def test_force_replaces_a_model_of_the_hub(tmp_path: Path) -> None:
+    """Shards, index, tokenizer, code and licence all belong to the model."""
+    averaged(3).save(tmp_path / "a")
+    model = tmp_path / "model"
+    model.mkdir()
+    for shard in (1, 2):
+        save_file({f"w{shard}": torch.ones(2)}, model / f"model-0000{shard}-of-00002.safetensors")
+    beside = ["model.safetensors.index.json", "config.json", "tokenizer.model", "modeling_x.py", "README.md", "LICENSE"]
+    for name in beside:
+        (model / name).write_text("{}")
+    dist_ema.merge([tmp_path / "a"], model, force=True)
+    assert (model / "merge.json").exists() and not (model / "modeling_x.py").exists()
 
 
 @pytest.mark.parametrize(("updates", "expected"), [(0, "live weights"), (3, "an average of the weights")])

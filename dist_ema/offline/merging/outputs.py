@@ -6,13 +6,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from dist_ema.checkpoints.configuration import CONFIG_SUFFIXES, Configuration
+from dist_ema.checkpoints.configuration import Configuration
 from dist_ema.checkpoints.contents import Contents
 from dist_ema.checkpoints.model_card import NAME as README
 from dist_ema.checkpoints.model_card import PROVENANCE, merged_card
@@ -26,11 +27,20 @@ from dist_ema.storage.base import TensorWriter
 from dist_ema.storage.local import write_text
 from dist_ema.storage.local_commit import LocalWriter
 from dist_ema.storage.paths import StrPath, check_path, is_remote, local_path
-from dist_ema.storage.staging import Staging
+from dist_ema.storage.staging import LOCK, Staging
 
-#: Endings and names of files that a model's directory has: weights, configuration, tokenizer, code, model card.
-_MODEL_SUFFIXES = CONFIG_SUFFIXES | {".safetensors", ".md", ".py", ".tiktoken"}
-_MODEL_NAMES = {"LICENSE", "NOTICE", ".gitattributes"}
+#: Names of weight files, and of the index of several, as save_pretrained, export and merge write them.
+_WEIGHTS = re.compile(r"(adapter_|diffusion_pytorch_)?model(-\d{5}-of-\d{5})?[.]safetensors([.]index[.]json)?")
+#: Code of a model, as save_pretrained copies it.
+_CODE = re.compile(r"(configuration|modeling|tokenization|processing|image_processing|feature_extraction)_\w+[.]py")
+#: Other files that save_pretrained and the Hub put beside weights.
+_BESIDE_WEIGHTS = {
+    *("config.json", "generation_config.json", "adapter_config.json", "model_index.json", "scheduler_config.json"),
+    *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+    *("vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+    *("chat_template.json", "chat_template.jinja", README, "LICENSE", "LICENSE.txt", "NOTICE", ".gitattributes"),
+}
 
 
 class Output(Protocol):
@@ -194,16 +204,17 @@ def _refuse_existing(target: Path, force: bool) -> None:
 
 def _is_weights(name: str) -> bool:
     """Returns whether a file shows that its directory is a model or a checkpoint of this library."""
-    # README.md and *.json do not: most folders have one, whatever else they hold.
-    return name in (PROVENANCE, NAME) or name.endswith((".safetensors", ".safetensors.index.json"))
+    # README.md and *.json do not: most folders have one, whatever else they hold. Other names with .safetensors do not
+    # either: a folder of adapters or data has many such files, and none of them would be written again.
+    return name in (PROVENANCE, NAME) or _WEIGHTS.fullmatch(name) is not None
 
 
 def _may_be_of_model(name: str) -> bool:
-    """Returns whether ``save_pretrained``, ``merge`` or the Hub put a file of this name beside weights.
+    """Returns whether ``save_pretrained``, ``merge``, ``save`` or the Hub put a file of this name beside weights.
 
-    An optimizer's state, a log or a text of the user is none of these, and ``force=True`` must not remove it.
+    ``force=True`` must not remove anything else, such as code, notes, results or an optimizer's state of the user.
     """
-    return name in _MODEL_NAMES or Path(name).suffix in _MODEL_SUFFIXES
+    return _is_weights(name) or name in (*_BESIDE_WEIGHTS, LOCK) or _CODE.fullmatch(name) is not None
 
 
 def check_output(path: StrPath, force: bool, sources: Sequence[str]) -> None:
